@@ -1,0 +1,42 @@
+# Two commands do everything: `make demo` (the main job) and `make test`. Both make .venv when it is missing or out of date.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= 2
+CODE := trainer exporter runtime tools tests benchmarks
+
+.PHONY: demo test test-all lint format bench clean
+.DEFAULT_GOAL := demo
+
+# torch goes in first and alone, by its exact pin, so that the build found for that very spelling is the one that is used.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"tensorrail needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## train, compress, export, check, bench and report, on embedded data
+	$(BIN)/tensorrail run recipes/digits.yaml --resume
+
+test: $(READY)  ## the test suite, without the slow cases
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+
+test-all: $(READY)  ## every test
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+bench: $(READY)  ## interleaved latency of dense and factored layers on this machine's CPU
+	$(BIN)/python benchmarks/layers.py
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,29 @@
+"""Formats, plans and the rewriting of ONNX graphs: dense layers become subgraphs of core contractions."""
+
+from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step
+from tensorrail_exporter.cores import load_cores, save_cores
+from tensorrail_exporter.errors import GraphError, PlanError
+from tensorrail_exporter.formats import FORMATS, Format
+from tensorrail_exporter.plan import LayerPlan, Plan
+from tensorrail_exporter.rewrite import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
+
+__all__ = [
+    "FORMATS",
+    "Conv",
+    "Factored",
+    "Format",
+    "GraphError",
+    "LayerPlan",
+    "LayerRewrite",
+    "LayerSpec",
+    "MatMul",
+    "Plan",
+    "PlanError",
+    "Reshape",
+    "Step",
+    "decompose_graph",
+    "factorize",
+    "load_cores",
+    "reconstruct",
+    "save_cores",
+]

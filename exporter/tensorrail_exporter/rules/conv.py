@@ -1,0 +1,66 @@
+"""Conv(X, W, B) -> Conv(… Conv(Conv(X, W₁), W₂) …, Wₙ, B)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.contraction import LayerSpec, Reshape, Step
+from tensorrail_exporter.rules.emit import chain, constant, unique
+
+OP = "Conv"
+
+
+def why_not(node: gs.Node) -> str | None:
+    """Return the reason why this convolution stays dense, or None."""
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant):
+        return f"its weight {weight.name!r} is computed in the graph, not a constant"
+    if node.attrs.get("group", 1) != 1:
+        return f"it is a grouped convolution (group={node.attrs['group']}), and only group=1 can be factored"
+    return None
+
+
+def layer(node: gs.Node) -> LayerSpec:
+    """Return the convolution's shape, stride, pads and dilation, ONNX's defaults filled in."""
+    shape = tuple(node.inputs[1].shape)
+    nd = len(shape) - 2
+    auto_pad = node.attrs.get("auto_pad", "NOTSET")
+    return LayerSpec(
+        "conv",
+        shape,
+        stride=tuple(node.attrs.get("strides", (1,) * nd)),
+        pads=tuple(node.attrs.get("pads", (0,) * (2 * nd))),
+        dilation=tuple(node.attrs.get("dilations", (1,) * nd)),
+        auto_pad=auto_pad.decode() if isinstance(auto_pad, bytes) else auto_pad,
+    )
+
+
+def weight(node: gs.Node) -> np.ndarray:
+    """Return the weight (O, I, *K)."""
+    return np.asarray(node.inputs[1].values)
+
+
+def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
+    """Give the node a weight (O, I, *K) of its own."""
+    node.inputs[1] = gs.Constant(name, np.ascontiguousarray(weight))
+
+
+def rewrite(graph: gs.Graph, node: gs.Node, steps: tuple[Step, ...], layer: str) -> None:
+    """Write the steps; the bias goes to the last convolution, or behind the last Reshape when a chain ends in one."""
+    dtype = node.inputs[1].dtype
+    bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+    target = node.outputs[0]
+    node.outputs.clear()
+    if bias is None or not isinstance(steps[-1], Reshape):
+        nodes = chain(graph, node.inputs[0], target, steps, layer, dtype)
+        if bias is not None:
+            nodes[-1].inputs.append(bias)
+        return
+    spatial = len(node.inputs[1].shape) - 2
+    before = gs.Variable(unique(graph, f"{layer}/before_bias"), dtype=dtype)
+    chain(graph, node.inputs[0], before, steps, layer, dtype)
+    shape = constant(graph, f"{layer}/bias_shape", np.array([-1, *(1,) * spatial], np.int64))
+    column = gs.Variable(unique(graph, f"{layer}/bias_column"), dtype=dtype)
+    graph.nodes.append(gs.Node("Reshape", unique(graph, f"{layer}/bias"), inputs=[bias, shape], outputs=[column]))
+    graph.nodes.append(gs.Node("Add", unique(graph, f"{layer}/add"), inputs=[before, column], outputs=[target]))

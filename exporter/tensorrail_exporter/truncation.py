@@ -1,0 +1,56 @@
+r"""The truncated SVD behind every format: exact, and fast on the very oblong unfoldings that weights have.
+
+For a float32 matrix :math:`M` (m, n) with m ≤ n the Gram matrix :math:`MM^T` is formed in float64 and its m×m
+eigenproblem solved. Squaring costs half the digits: singular values under about 1e-8 of the largest are lost, which is
+below float32's own rounding (6e-8), so for float32 weights the result is as exact as a full SVD. A float64 matrix has
+digits to lose and takes the full SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import tensorly as tl
+
+from tensorrail_exporter.contraction import Array
+
+_NEGLIGIBLE = 1e-7  # of the largest singular value: float32's rounding; the direction of such a vector is noise
+
+
+@contextmanager
+def backend_of(array: Array) -> Iterator[None]:
+    """Let TensorLy compute with the library, and so on the device, that `array` lives on, within this block."""
+    name = "pytorch" if type(array).__module__.partition(".")[0] == "torch" else "numpy"
+    with tl.backend_context(name, local_threadsafe=True):
+        yield
+
+
+def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) -> tuple[Array, Array, Array]:
+    """Return U (m, k), S (k,), V (k, n), the k leading singular triplets of a matrix (m, n).
+
+    The signature is the one TensorLy asks of its `svd=` argument. Must run inside `backend_of(matrix)`.
+    """
+    rows, columns = matrix.shape
+    count = min(rows, columns, n_eigenvecs or min(rows, columns))
+    if matrix.dtype == tl.float64:
+        u, s, v = tl.svd(matrix, full_matrices=False)
+        return u[:, :count], s[:count], v[:count]
+    wide = tl.tensor(matrix, dtype=tl.float64)
+    if rows > columns:
+        v, s, u = _gram_svd(tl.transpose(wide), count)
+        u, v = tl.transpose(u), tl.transpose(v)
+    else:
+        u, s, v = _gram_svd(wide, count)
+    like = tl.context(matrix)
+    return tl.tensor(u, **like), tl.tensor(s, **like), tl.tensor(v, **like)
+
+
+def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array]:
+    """Return U (m, k), S (k,), V (k, n) of a matrix with m ≤ n, from the eigenvectors of M Mᵀ."""
+    _, vectors = tl.eigh(tl.dot(matrix, tl.transpose(matrix)))  # eigenvalues ascend
+    u = tl.flip(vectors, axis=1)[:, :count]
+    rows = tl.dot(tl.transpose(u), matrix)  # S V
+    s = tl.sqrt(tl.sum(rows * rows, axis=1))
+    floor = float(s[0]) * _NEGLIGIBLE if count else 0.0
+    return u, s, rows / tl.reshape(tl.clip(s, floor or 1.0, None), (-1, 1))

@@ -1,0 +1,51 @@
+"""What every record shares: strictness, one-line errors, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown keys by name and writes itself as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def save(self, path: Path | str) -> None:
+        """Write the record as JSON."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that no half-written file is ever seen under `path`."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a pydantic error as one line: the key, what was expected, what came."""
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(map(str, problem["loc"])) or "the file"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; check its spelling or remove it"
+    if problem["type"] == "missing":
+        return f"{key}: required, and missing"
+    came = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", and {problem['input']!r:.80} came"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[:1].lower()}{message[1:]}{came}"
