@@ -38,6 +38,12 @@ class LayerRewrite(Record):
     weight_error: float  # ‖W − reconstruct(cores)‖ / ‖W‖, W as it stood in the graph
 
 
+class Rewrites(Record):
+    """All rewritten layers of a graph, as a file."""
+
+    layers: tuple[LayerRewrite, ...]
+
+
 @dataclass(frozen=True)
 class Factored:
     """The factored graph and what was done to each layer."""

@@ -130,20 +130,6 @@ def swap(model: nn.Module, plan: Plan, cores: Mapping[str, Sequence[Tensor]] | N
     return model
 
 
-def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
-    """Replace every planned layer by one of empty cores, in place: the structure into which a state dict is loaded."""
-    empty = {
-        layer.name: [
-            torch.zeros(shape)
-            for shape in format_of(layer.format).core_shapes(
-                spec_of(layer.name, module).shape, layer.modes, layer.ranks
-            )
-        ]
-        for layer, module in zip(plan.layers, planned_modules(model, plan).values(), strict=True)
-    }
-    return swap(model, plan, empty)
-
-
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return the cores of every factored layer, on the CPU, by the layer's name."""
     return {

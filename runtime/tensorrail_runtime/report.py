@@ -1,0 +1,139 @@
+"""The report of a run: one record, written as JSON, Markdown and one self-contained HTML page."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tensorrail_runtime.accuracy import Accuracy
+from tensorrail_runtime.cost import GraphCost
+from tensorrail_runtime.latency import LatencyReport
+from tensorrail_runtime.parity import Parity
+from tensorrail_runtime.records import Record
+
+
+class Epoch(Record):
+    """One row of the training log. Accuracies in percent; residuals are (primal, dual) by layer."""
+
+    phase: str
+    epoch: int
+    lr: float
+    loss: float
+    train_accuracy: float
+    test_accuracy: float
+    seconds: float
+    residuals: dict[str, tuple[float, float]] = {}
+
+
+class TrainingLog(Record):
+    """Every epoch of every phase, in order."""
+
+    version: Literal[1] = 1
+    epochs: tuple[Epoch, ...]
+
+
+class LayerRow(Record):
+    """One planned layer. Parameters count the weight alone; `merged` says which cores each stored constant holds."""
+
+    layer: str
+    format: str
+    modes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    merge: str
+    merged: tuple[tuple[int, ...], ...]
+    steps: str
+    dense_params: int
+    core_params: int
+    stored_params: int
+    weight_error: float
+
+
+class Model(Record):
+    """One network: its cost at batch 1 and its accuracy on the test split, run by ONNX Runtime."""
+
+    label: str
+    cost: GraphCost
+    accuracy: Accuracy
+
+
+class Check(Record):
+    """One target: what was to be shown, what was measured, and whether it holds."""
+
+    name: str
+    target: str
+    measured: str
+    holds: bool
+
+
+class Report(Record):
+    """Everything that a run measured.
+
+    `approximation`: the dense network at the end of ADMM against the same with each planned weight replaced by its cores'
+    reconstruction. `numerical`: the fine-tuned network in dense form against the factored graph. Accuracy is in `models`.
+    """
+
+    version: Literal[1] = 1
+    name: str
+    data: str
+    command: str
+    models: tuple[Model, ...]  # dense control, dense form of the factored network, factored
+    approximation: Parity
+    numerical: Parity
+    latency: tuple[LatencyReport, ...]
+    layers: tuple[LayerRow, ...]
+    training: tuple[Epoch, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every target holds."""
+        return all(check.holds for check in self.checks)
+
+    def model(self, label: str) -> Model:
+        """Return the model of that label."""
+        return next(model for model in self.models if model.label == label)
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Return the rows of the one table: what, dense control, factored, and how they compare."""
+        dense, factored = self.model("dense control"), self.model("factored")
+        rows = [
+            (
+                "test accuracy",
+                f"{dense.accuracy.percent:.2f} %",
+                f"{factored.accuracy.percent:.2f} %",
+                f"{factored.accuracy.percent - dense.accuracy.percent:+.2f} points",
+            )
+        ]
+        for name, a, b in (
+            ("parameters", dense.cost.params, factored.cost.params),
+            ("FLOPs (2 × MACs), batch 1", dense.cost.flops, factored.cost.flops),
+            ("file, bytes", dense.cost.bytes, factored.cost.bytes),
+        ):
+            rows.append((name, f"{a:,}", f"{b:,}", f"÷ {a / b:.2f}"))
+        for run in self.latency:
+            a, b = run.latencies[0], run.latencies[1]
+            ratio = run.ratios[0]
+            rows.append(
+                (
+                    f"latency p50, batch {run.batch}",
+                    f"{a.p50:.3f} ms",
+                    f"{b.p50:.3f} ms",
+                    f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]",
+                )
+            )
+            rows.append((f"latency p90, batch {run.batch}", f"{a.p90:.3f} ms", f"{b.p90:.3f} ms", f"{run.rounds} rounds"))
+        return rows
+
+    def errors(self) -> list[tuple[str, str]]:
+        """Return the three errors, each with what was compared."""
+        dense, factored = self.model("dense control").accuracy, self.model("factored").accuracy
+        return [
+            (
+                "approximation (before fine-tuning: dense network against its weights cut to cores)",
+                f"{self.approximation.worst:.2e} relative",
+            ),
+            ("numerical (dense form against factored graph, same provider)", f"{self.numerical.worst:.2e} relative"),
+            (
+                f"accuracy (factored against dense control, {factored.total} test samples)",
+                f"{factored.percent - dense.percent:+.2f} points",
+            ),
+        ]

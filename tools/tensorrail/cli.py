@@ -1,0 +1,59 @@
+"""`tensorrail`: the commands, and how an error ends.
+
+Exit codes: 0 what was asked holds, 1 it was measured and falls short, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from tensorrail.commands import bench, check, export, inspect, run, train
+
+app = typer.Typer(
+    help="Low-rank networks from training to ONNX Runtime: train, export, check, bench.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (run, train, export, check, bench, inspect):
+    app.command(command.__name__.rpartition(".")[2])(command.command)
+
+# The errors that mean bad input, by the module that defines them: modules not imported cannot have raised.
+_BAD_INPUT = {
+    "tensorrail_exporter.errors": ("PlanError", "GraphError"),
+    "tensorrail_trainer.recipe": ("RecipeError",),
+    "tensorrail_trainer.loop": ("TrainingError",),
+    "tensorrail_runtime.session": ("ModelError",),
+}
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line on stderr, never a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("tensorrail_exporter", "tensorrail_trainer"):
+            raise
+        extra = "export" if error.name in ("onnx_graphsurgeon", "safetensors", "tensorly") else "train"
+        _fail(f"this command needs {error.name}: pip install 'tensorrail[{extra}]'", 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
+    except Exception as error:
+        if not isinstance(error, _known_errors()):
+            raise
+        _fail(" ".join(str(error).split()), 2)
+
+
+def _known_errors() -> tuple[type[Exception], ...]:
+    loaded = [(importlib.import_module(name), names) for name, names in _BAD_INPUT.items() if name in sys.modules]
+    return tuple(getattr(module, name) for module, names in loaded for name in names)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"tensorrail: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,38 @@
+"""`tensorrail export`: a dense graph and a plan become a factored graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensorrail.options import Json
+from tensorrail.show import table
+
+
+def command(
+    dense: Annotated[Path, typer.Argument(metavar="DENSE.onnx", help="The dense graph.")],
+    plan: Annotated[Path, typer.Option(help="plan.json: the layers, formats, modes and ranks.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the factored graph is written.")],
+    cores: Annotated[
+        Path | None, typer.Option(help="cores.safetensors; without it the graph's own weights are decomposed.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Rewrite every planned layer of a dense graph to the contraction of its cores."""
+    from tensorrail_exporter.cores import load_cores
+    from tensorrail_exporter.graph_io import load_model, save_model
+    from tensorrail_exporter.plan import Plan
+    from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize
+
+    model, read = load_model(dense), Plan.load(plan)
+    factored = factorize(model, read, load_cores(cores, read) if cores else decompose_graph(model, read))
+    save_model(factored.model, out)
+    rows = [
+        (r.layer, r.op, r.format, r.steps, f"{r.dense_params:,}", f"{r.stored_params:,}", f"{r.weight_error:.1e}")
+        for r in factored.layers
+    ]
+    table(str(out), ("layer", "op", "format", "runs as", "dense", "stored", "weight error"), rows)
+    if json is not None:
+        Rewrites(layers=factored.layers).save(json)

@@ -1,0 +1,33 @@
+"""`tensorrail run`: the whole job of a recipe."""
+
+from __future__ import annotations
+
+import typer
+
+from tensorrail.options import Folder, Json, Overwrite, RecipeFile, Resume
+from tensorrail.show import console, progress, table
+
+
+def command(
+    recipe: RecipeFile, folder: Folder = None, resume: Resume = False, overwrite: Overwrite = False, json: Json = None
+) -> None:
+    """Train, compress, export, check, bench and report. Exit code 1 when a target of the recipe is missed."""
+    from pathlib import Path
+
+    from tensorrail_trainer.pipeline import run
+    from tensorrail_trainer.recipe import Recipe
+
+    read = Recipe.load(recipe)
+    target = folder or Path("runs") / read.name
+    with progress() as listener:
+        report = run(
+            read, target, resume=resume, overwrite=overwrite, progress=listener, command=f"tensorrail run {recipe}"
+        )
+    table(report.name, ("", "dense control", "factored", ""), report.table())
+    table("three errors", ("error", "measured"), report.errors())
+    rows = [(c.name, c.target, c.measured, "yes" if c.holds else "NO") for c in report.checks]
+    table("targets", ("target", "asked", "measured", "holds"), rows)
+    console.print(f"The run is in {target}; open {target / 'report.html'}")
+    if json is not None:
+        report.save(json)
+    raise typer.Exit(0 if report.holds else 1)

@@ -1,0 +1,69 @@
+"""How tables and progress look on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tensorrail_runtime.report import Epoch
+    from tensorrail_trainer.pipeline import Progress as Listener
+
+console = Console()
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print one table; numbers stand to the right, names to the left."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(head):
+        made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    console.print(made)
+
+
+@contextmanager
+def progress() -> Iterator[Listener]:
+    """Show one bar a phase with epoch, loss, accuracy, residual and the time left; a line an epoch off a terminal."""
+    from tensorrail_trainer.pipeline import Progress as Listener
+
+    columns = (TextColumn("{task.description:<9}"), BarColumn(24), TextColumn("{task.fields[text]}"))
+    # Off a terminal a bar would be noise: there each epoch is a line.
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, object] = {}
+
+        def advance(name: str, done: float, total: float, text: str) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, text="")
+            bars.update(tasks[name], completed=done, text=text)  # type: ignore[arg-type]
+
+        def epoch(row: Epoch, epochs: int, left: int) -> None:
+            text = _line(row, epochs, left)
+            advance(row.phase, row.epoch, epochs, text)
+            if not console.is_terminal:
+                print(f"{row.phase:<9} {text}", flush=True)
+
+        def measuring(batch: int, share: float) -> None:
+            advance(f"bench {batch}", share, 1.0, "dense and factored in turns")
+
+        def note(text: str) -> None:
+            bars.print(text) if console.is_terminal else print(text, flush=True)
+
+        yield Listener(note=note, epoch=epoch, bench=measuring)
+
+
+def _line(row: Epoch, epochs: int, left: int) -> str:
+    residual = max((primal for primal, _ in row.residuals.values()), default=None)
+    dual = max((dual for _, dual in row.residuals.values()), default=0.0)
+    residuals = "" if residual is None else f"  residuals primal {residual:.4f} dual {dual:.4f}"
+    remaining = time.strftime("%M:%S", time.gmtime(left * row.seconds))
+    return (
+        f"epoch {row.epoch}/{epochs}  loss {row.loss:.3f}  train {row.train_accuracy:.1f} %  "
+        f"test {row.test_accuracy:.2f} %{residuals}  training left {remaining}"
+    )

@@ -1,0 +1,46 @@
+"""Checkpoints: one file an epoch and phase, the last two kept, written whole, read without running code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorrail_runtime.records import write_bytes
+
+_KEEP = 2
+
+
+class Checkpoints:
+    """The checkpoints of a run folder. `damaged` collects the files that were refused while loading."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damaged: list[Path] = []
+
+    def save(self, phase: str, epoch: int, state: dict[str, Any]) -> None:
+        """Write the state after `epoch` epochs of a phase and remove all but the last two of that phase."""
+        buffer = io.BytesIO()
+        torch.save(state | {"phase": phase, "epoch": epoch}, buffer)
+        write_bytes(self.folder / f"{phase}-{epoch:04d}.pt", buffer.getvalue())
+        for old in self._files(phase)[:-_KEEP]:
+            old.unlink(missing_ok=True)
+
+    def latest(self, phase: str) -> dict[str, Any] | None:
+        """Return the newest state of a phase that can be read, or None when there is none."""
+        for path in reversed(self._files(phase)):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError):
+                self.damaged.append(path)
+                continue
+            if isinstance(state, dict) and state.get("phase") == phase:
+                return state
+            self.damaged.append(path)
+        return None
+
+    def _files(self, phase: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{phase}-[0-9][0-9][0-9][0-9].pt"))

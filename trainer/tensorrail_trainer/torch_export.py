@@ -1,0 +1,71 @@
+"""From a torch module to a plain ONNX graph: one dynamic batch axis, weights under the module's own names."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+_OPSET = 20
+
+
+def to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """Return the ONNX graph of a module with one input `image` (batch, …) and one output `logits` (batch, …).
+
+    Batch-norm stays a node of its own: folded into a convolution it would change the weight behind an unchanged name, and
+    the cores would no longer be those of that weight. ONNX Runtime folds it when it loads the model.
+    `example` has at least two samples, so that the batch axis is not taken for a constant.
+    """
+    from onnxscript import optimizer
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.rules.common import _materialize_reshape_shape, _no_op
+
+    plain = copy.deepcopy(model).cpu().eval()
+    with _quiet():
+        program = torch.onnx.export(
+            plain,
+            (example.cpu().contiguous(),),
+            dynamo=True,
+            optimize=False,
+            opset_version=_OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["image"],
+            output_names=["logits"],
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("torch.onnx.export returned no program")
+        optimizer.fold_constants(program.model, onnx_shape_inference=True)
+        rewrite(program.model, (*_no_op.rules, *_materialize_reshape_shape.rules))
+        optimizer.remove_unused_nodes(program.model)
+    return _without_traces(program.model_proto)
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop the exporter's debugging metadata: it holds source lines and paths of the machine that exported."""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    records = [*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]
+    for record in [*records, *model.graph.initializer]:
+        del record.metadata_props[:]
+        record.doc_string = ""
+    return model
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def] # a generator that yields nothing of use
+    """Keep the exporter's progress lines and notes about absent packages off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
