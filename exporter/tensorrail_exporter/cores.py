@@ -57,7 +57,8 @@ def check_cores(layer: LayerPlan, cores: Sequence[np.ndarray], shape: tuple[int,
     came = tuple(tuple(core.shape) for core in cores)
     if came != expected:
         raise PlanError(
-            f"layer {layer.name}: the plan's modes and ranks make cores of shapes {list(expected)}, and the cores are {list(came)}"
+            f"layer {layer.name}: the plan's modes and ranks make cores of shapes {list(expected)}, "
+            f"and the cores are {list(came)}"
         )
     for k, core in enumerate(cores):
         if not np.isfinite(core).all():

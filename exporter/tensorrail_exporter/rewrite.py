@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,7 +152,7 @@ def _record(
     nodes: int,
     shape: tuple[int, ...],
     weight: np.ndarray,
-    cores: list[np.ndarray] | tuple[np.ndarray, ...],
+    cores: Sequence[np.ndarray],
     steps: tuple[Step, ...],
 ) -> LayerRewrite:
     form = format_of(layer.format)

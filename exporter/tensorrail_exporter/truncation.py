@@ -33,17 +33,26 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     """
     rows, columns = matrix.shape
     count = min(rows, columns, n_eigenvecs or min(rows, columns))
-    if matrix.dtype == tl.float64:
+    if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)
         return u[:, :count], s[:count], v[:count]
-    wide = tl.tensor(matrix, dtype=tl.float64)
+    wide = _double(matrix)
     if rows > columns:
         v, s, u = _gram_svd(tl.transpose(wide), count)
         u, v = tl.transpose(u), tl.transpose(v)
     else:
         u, s, v = _gram_svd(wide, count)
-    like = tl.context(matrix)
-    return tl.tensor(u, **like), tl.tensor(s, **like), tl.tensor(v, **like)
+    return _like(matrix, u), _like(matrix, s), _like(matrix, v)
+
+
+def _double(array: Array) -> Array:
+    """Return the array in float64 on its own device."""
+    return array.double() if hasattr(array, "double") else array.astype("float64")
+
+
+def _like(array: Array, other: Array) -> Array:
+    """Return `other` in the type of `array`."""
+    return other.to(array.dtype) if hasattr(other, "double") else other.astype(array.dtype)
 
 
 def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array]:

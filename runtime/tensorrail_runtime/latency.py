@@ -121,9 +121,7 @@ def ratio(reference: Latency, other: Latency, seed: int = 0) -> Ratio:
     starts = rng.integers(0, count - block + 1, (_RESAMPLES, -(-count // block)))
     picks = (starts[:, :, None] + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
     low, high = np.percentile(np.median(paired[picks], axis=1), [2.5, 97.5])
-    return Ratio(
-        model=other.model, reference=reference.model, value=float(np.median(paired)), low=float(low), high=float(high)
-    )
+    return Ratio(model=other.model, reference=reference.model, value=float(np.median(paired)), low=float(low), high=float(high))
 
 
 def machine() -> Machine:

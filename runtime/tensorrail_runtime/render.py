@@ -26,7 +26,12 @@ def markdown(report: Report) -> str:
     parts = [f"# {report.name}", f"{report.data}. Made by `{report.command}`.", "## Dense against factored"]
     parts.append(_md_table(_HEAD, report.table()))
     parts += ["## Three errors", _md_table(("error", "measured"), report.errors())]
-    parts += ["## Targets", _md_table(_CHECK_HEAD, _checks(report)), "## Layers", _md_table(_LAYER_HEAD, _layers(report))]
+    parts += [
+        "## Targets",
+        _md_table(_CHECK_HEAD, _checks(report)),
+        "## Layers",
+        _md_table(_LAYER_HEAD, _layers(report)),
+    ]
     parts += ["## Training", _md_table(_PHASE_HEAD, _phases(report)), "## Machine", _machine(report)]
     return "\n\n".join(parts) + "\n"
 
@@ -52,7 +57,18 @@ def html(report: Report) -> str:
 
 
 _CHECK_HEAD = ("target", "asked", "measured", "holds")
-_LAYER_HEAD = ("layer", "format", "modes", "ranks", "runs as", "dense", "cores", "stored", "merged cores", "weight error")
+_LAYER_HEAD = (
+    "layer",
+    "format",
+    "modes",
+    "ranks",
+    "runs as",
+    "dense",
+    "cores",
+    "stored",
+    "merged cores",
+    "weight error",
+)
 _PHASE_HEAD = ("phase", "epochs", "last loss", "last test accuracy", "worst primal residual", "seconds")
 
 
@@ -79,7 +95,7 @@ def _layers(report: Report) -> list[tuple[str, ...]]:
 
 
 def _phases(report: Report) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for phase in dict.fromkeys(epoch.phase for epoch in report.training):
         epochs = [epoch for epoch in report.training if epoch.phase == phase]
         last = epochs[-1]

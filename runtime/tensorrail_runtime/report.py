@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from tensorrail_runtime.accuracy import Accuracy
 from tensorrail_runtime.cost import GraphCost
 from tensorrail_runtime.latency import LatencyReport
@@ -21,7 +23,7 @@ class Epoch(Record):
     train_accuracy: float
     test_accuracy: float
     seconds: float
-    residuals: dict[str, tuple[float, float]] = {}
+    residuals: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
 
 class TrainingLog(Record):
@@ -103,12 +105,12 @@ class Report(Record):
                 f"{factored.accuracy.percent - dense.accuracy.percent:+.2f} points",
             )
         ]
-        for name, a, b in (
+        for name, before, after in (
             ("parameters", dense.cost.params, factored.cost.params),
             ("FLOPs (2 × MACs), batch 1", dense.cost.flops, factored.cost.flops),
             ("file, bytes", dense.cost.bytes, factored.cost.bytes),
         ):
-            rows.append((name, f"{a:,}", f"{b:,}", f"÷ {a / b:.2f}"))
+            rows.append((name, f"{before:,}", f"{after:,}", f"÷ {before / after:.2f}"))
         for run in self.latency:
             a, b = run.latencies[0], run.latencies[1]
             ratio = run.ratios[0]

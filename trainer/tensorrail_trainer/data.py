@@ -37,9 +37,7 @@ def digits(seed: int, test_fraction: float = 0.4, size: int = 32) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     raw = load_digits()
-    train, test = train_test_split(
-        np.arange(len(raw.target)), test_size=test_fraction, random_state=seed, stratify=raw.target
-    )
+    train, test = train_test_split(np.arange(len(raw.target)), test_size=test_fraction, random_state=seed, stratify=raw.target)
     images = torch.from_numpy(raw.images).float().unsqueeze(1) / 16
     images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
     mean, deviation = images[train].mean(), images[train].std()

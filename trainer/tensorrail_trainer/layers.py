@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +23,8 @@ class FactoredLayer(nn.Module):
     `forward` takes and gives what the dense layer does: (B, I, *S) → (B, O, *S') or (…, I) → (…, O). It runs the very
     steps that the exporter writes to ONNX.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, spec: LayerSpec, plan: LayerPlan, cores: Sequence[Tensor], bias: Tensor | None) -> None:
         super().__init__()
@@ -84,9 +85,7 @@ def spec_of(name: str, module: nn.Module) -> LayerSpec:
                 raise PlanError(f"layer {name}: a grouped convolution (groups={module.groups}) stays dense; leave it out")
             if module.padding_mode != "zeros":
                 raise PlanError(f"layer {name}: padding_mode={module.padding_mode!r} is not supported; expected 'zeros'")
-            return LayerSpec(
-                "conv", tuple(module.weight.shape), module.stride, _pads(module), dilation=module.dilation
-            )
+            return LayerSpec("conv", tuple(module.weight.shape), module.stride, _pads(module), dilation=module.dilation)
         case FactoredLayer():
             raise PlanError(f"layer {name}: is made of cores already; a plan applies to the dense network")
     raise PlanError(f"layer {name}: is a {type(module).__name__}; expected a Conv1d, Conv2d, Conv3d or Linear layer")

@@ -51,7 +51,8 @@ def train(
 
     Raises `TrainingError` when the loss is no longer finite.
     """
-    phase.model.to(accelerator.device, memory_format=torch.channels_last)
+    # torch types `memory_format` only for tensors, and documents it for modules as well.
+    phase.model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer: torch.optim.Optimizer = torch.optim.SGD(_groups(phase), lr=phase.schedule.lr, momentum=0.9)
     state = store.latest(phase.name)
     if state is not None:

@@ -37,9 +37,7 @@ class SmallResNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int, hidden: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         stages = []
         previous = widths[0]
         for index, width in enumerate(widths):
@@ -58,7 +56,8 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores."""
         x = self.pool(self.stages(self.stem(x)))
-        return self.classifier(torch.relu(self.hidden(torch.flatten(x, 1))))
+        scores: Tensor = self.classifier(torch.relu(self.hidden(torch.flatten(x, 1))))
+        return scores
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"small_resnet": SmallResNet}

@@ -162,9 +162,7 @@ class Recipe(_Part):
                 )
             try:
                 plans.append(
-                    plan_layers(
-                        model, rule.layers, format=rule.format, ranks=rule.ranks, modes=rule.modes, merge=rule.merge
-                    )
+                    plan_layers(model, rule.layers, format=rule.format, ranks=rule.ranks, modes=rule.modes, merge=rule.merge)
                 )
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None

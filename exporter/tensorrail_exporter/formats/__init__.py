@@ -34,9 +34,7 @@ class Format(Protocol):
     def project(self, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> Array:
         """Return `reconstruct(decompose(weight))`: ADMM's Z-step."""
 
-    def core_shapes(
-        self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]
-    ) -> tuple[tuple[int, ...], ...]:
+    def core_shapes(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return the shape of every core, without computing one."""
 
     def contraction(self, cores: Sequence[Array], layer: LayerSpec, merge: str = "sides") -> tuple[Step, ...]:

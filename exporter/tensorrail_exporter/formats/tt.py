@@ -136,9 +136,7 @@ def _pointwise_layer(cores: Sequence[Array], m: int, layer: LayerSpec) -> tuple[
         inner, right = kernel @ inner, (m, *right)
     else:
         outer, left = outer @ kernel, (*left, m)
-    first = Conv(
-        inner.reshape(*inner.shape, *layer.kernel), right, layer.stride, layer.pads, layer.dilation, 1, layer.auto_pad
-    )
+    first = Conv(inner.reshape(*inner.shape, *layer.kernel), right, layer.stride, layer.pads, layer.dilation, 1, layer.auto_pad)
     return (first, pointwise(outer, left, layer.spatial))
 
 

@@ -1,4 +1,4 @@
-"""`tensorrail check`: do two models compute the same?"""
+"""`tensorrail check`: whether two models compute the same."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ def command(
     read = Recipe.load(recipe)
     target = folder or Path("runs") / read.name
     with progress() as listener:
-        report = run(
-            read, target, resume=resume, overwrite=overwrite, progress=listener, command=f"tensorrail run {recipe}"
-        )
+        report = run(read, target, resume=resume, overwrite=overwrite, progress=listener, command=f"tensorrail run {recipe}")
     table(report.name, ("", "dense control", "factored", ""), report.table())
     table("three errors", ("error", "measured"), report.errors())
     rows = [(c.name, c.target, c.measured, "yes" if c.holds else "NO") for c in report.checks]

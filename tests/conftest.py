@@ -1,0 +1,55 @@
+"""What several test files need: small graphs with known weights, and a cases strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def make_model(nodes, weights, inputs, outputs, opset=20):
+    """Return a checked model: `inputs` and `outputs` map names to shapes, `weights` names to arrays."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.fixture
+def small_model(rng) -> onnx.ModelProto:
+    """Conv 16→32 with bias, Relu, pooling, Gemm 32→10; dynamic batch."""
+    weights = {
+        "conv.weight": rng.standard_normal((32, 16, 3, 3)).astype(np.float32),
+        "conv.bias": rng.standard_normal(32).astype(np.float32),
+        "fc.weight": rng.standard_normal((10, 32)).astype(np.float32),
+        "fc.bias": rng.standard_normal(10).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.weight", "conv.bias"], ["a"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node("GlobalAveragePool", ["b"], ["c"], "pool"),
+        helper.make_node("Flatten", ["c"], ["d"], "flatten"),
+        helper.make_node("Gemm", ["d", "fc.weight", "fc.bias"], ["y"], "fc", transB=1),
+    ]
+    return make_model(nodes, weights, {"x": ["batch", 16, 8, 8]}, {"y": ["batch", 10]})
+
+
+@pytest.fixture
+def small_path(small_model, tmp_path: Path) -> Path:
+    path = tmp_path / "dense.onnx"
+    onnx.save(small_model, path)
+    return path

@@ -1,0 +1,188 @@
+import io
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError, decompose_graph, factorize, reconstruct
+
+CONV = LayerPlan(name="conv", format="tt", modes=(4, 8, 9, 4, 4), ranks=(1, 3, 6, 5, 2, 1))
+FC = LayerPlan(name="fc", format="tt", modes=(2, 5, 4, 8), ranks=(1, 2, 6, 5, 1))
+
+
+def run(model, x):
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("merge", ["sides", "none"])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_factored_graph_equals_the_graph_with_reconstructed_weights(small_model, merge, batch, rng):
+    plan = Plan(layers=tuple(layer.model_copy(update={"merge": merge}) for layer in (CONV, FC)))
+    cores = decompose_graph(small_model, plan)
+    x = rng.standard_normal((batch, 16, 8, 8)).astype(np.float32)
+    expected = run(reconstruct(small_model, plan, cores), x)
+    assert relative(run(factorize(small_model, plan, cores).model, x), expected) < 1e-5
+    assert relative(run(small_model, x), expected) > 1e-2  # the ranks are low: this is not the dense network
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_convolution_equals_its_reconstruction(data):
+    nd = data.draw(st.integers(1, 3), "spatial axes")
+    draw = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(nd)]  # noqa: E731
+    kernel, strides, dilations = draw(1, 3), draw(1, 2), draw(1, 2)
+    o1, o2, i1, i2 = (data.draw(st.integers(1, 4)) for _ in range(4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    weights = {"w": rng.standard_normal((o1 * o2, i1 * i2, *kernel)).astype(np.float32)}
+    if data.draw(st.booleans(), "bias"):
+        weights["b"] = rng.standard_normal(o1 * o2).astype(np.float32)
+    pads = draw(0, 2) + draw(0, 2)
+    node = helper.make_node("Conv", ["x", *weights], ["y"], "n", strides=strides, dilations=dilations, pads=pads)
+    model = make_model([node], weights, {"x": ["n", i1 * i2, *[9] * nd]}, {"y": ["n", o1 * o2, *[None] * nd]})
+    taps = int(np.prod(kernel))
+    ranks = (1, *[data.draw(st.integers(1, 9)) for _ in range(4)], 1)
+    merge = data.draw(st.sampled_from(["sides", "none"]))
+    plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=(o1, o2, taps, i1, i2), ranks=ranks, merge=merge),))
+    cores = decompose_graph(model, plan)
+    x = rng.standard_normal((data.draw(st.integers(1, 3)), i1 * i2, *[9] * nd)).astype(np.float32)
+    a, b = run(factorize(model, plan, cores).model, x), run(reconstruct(model, plan, cores), x)
+    np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_gemm_equals_its_reconstruction(data):
+    trans_a, trans_b = data.draw(st.booleans()), data.draw(st.booleans())
+    alpha, beta = (data.draw(st.sampled_from([1.0, 0.5, -2.0])) for _ in range(2))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    weights = {"w": rng.standard_normal((12, 20) if trans_b else (20, 12)).astype(np.float32)}
+    if data.draw(st.booleans(), "bias"):
+        weights["b"] = rng.standard_normal(12).astype(np.float32)
+    attributes = {"transA": int(trans_a), "transB": int(trans_b), "alpha": alpha, "beta": beta}
+    node = helper.make_node("Gemm", ["x", *weights], ["y"], "n", **attributes)
+    model = make_model([node], weights, {"x": [20, "n"] if trans_a else ["n", 20]}, {"y": ["n", 12]})
+    merge = data.draw(st.sampled_from(["sides", "none"]))
+    plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=(3, 4, 5, 4), ranks=(1, 2, 5, 3, 1), merge=merge),))
+    cores = decompose_graph(model, plan)
+    x = rng.standard_normal((20, 6) if trans_a else (6, 20)).astype(np.float32)
+    a, b = run(factorize(model, plan, cores).model, x), run(reconstruct(model, plan, cores), x)
+    np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("merge", ["sides", "none"])
+def test_batched_matmul_equals_its_reconstruction(merge, rng):
+    weights = {"w": rng.standard_normal((20, 12)).astype(np.float32)}
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "n")
+    model = make_model([node], weights, {"x": ["n", 3, 20]}, {"y": ["n", 3, 12]})
+    plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=(3, 4, 5, 4), ranks=(1, 2, 5, 3, 1), merge=merge),))
+    cores = decompose_graph(model, plan)
+    x = rng.standard_normal((2, 3, 20)).astype(np.float32)
+    a, b = run(factorize(model, plan, cores).model, x), run(reconstruct(model, plan, cores), x)
+    assert relative(a, b) < 1e-5
+
+
+def test_the_optimized_graph_holds_cores_and_no_dense_weight(small_model, tmp_path):
+    plan = Plan(layers=(CONV, FC))
+    factored = factorize(small_model, plan, decompose_graph(small_model, plan)).model
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that the optimized file is for this machine only
+    ort.InferenceSession(factored.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx")
+    largest = max(int(np.prod(tensor.dims)) for tensor in optimized.graph.initializer)
+    assert largest < 32 * 16 * 9 / 4  # the dense convolution's weight is nowhere, whatever its layout
+    convolutions = [node for node in optimized.graph.node if "Conv" in node.op_type]
+    products = [node for node in optimized.graph.node if "Gemm" in node.op_type or "MatMul" in node.op_type]
+    assert (len(convolutions), len(products)) == (3, 2)
+
+
+def test_trained_cores_are_in_the_file_exactly(small_model):
+    plan = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 5, 1)),))
+    cores = decompose_graph(small_model, plan)
+    factored = factorize(small_model, plan, cores)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in factored.model.graph.initializer}
+    np.testing.assert_array_equal(stored["conv/0"].reshape(32, 6), cores["conv"][0][0])
+    np.testing.assert_array_equal(stored["conv/1"].transpose(0, 2, 3, 1).reshape(6, 9, 5), cores["conv"][1])
+    np.testing.assert_array_equal(stored["conv/2"].reshape(5, 16), cores["conv"][2][..., 0])
+    assert factored.layers[0].merged == ((2,), (1,), (0,))
+    assert "conv.weight" not in stored
+
+
+def test_merged_neighbours_are_recorded(small_model):
+    plan = Plan(layers=(CONV,))
+    record = factorize(small_model, plan, decompose_graph(small_model, plan)).layers[0]
+    assert record.merged == ((3, 4), (2,), (0, 1))
+    assert record.core_params == sum(np.prod(shape) for shape in [(4, 3), (3, 8, 6), (6, 9, 5), (5, 4, 2), (2, 4)])
+
+
+def test_a_shared_weight_is_rewritten_for_every_node_that_uses_it(rng):
+    weights = {"w": rng.standard_normal((8, 8, 3, 3)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "first", pads=[1] * 4),
+        helper.make_node("Conv", ["a", "w"], ["y"], "second", pads=[1] * 4),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 8, 6, 6]}, {"y": ["n", 8, 6, 6]})
+    plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=(8, 9, 8), ranks=(1, 3, 3, 1)),))
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores)
+    assert factored.layers[0].nodes == 2
+    assert len(factored.model.graph.initializer) == 3
+    x = rng.standard_normal((2, 8, 6, 6)).astype(np.float32)
+    assert relative(run(factored.model, x), run(reconstruct(model, plan, cores), x)) < 1e-5
+
+
+def test_the_argument_opset_and_ir_version_are_kept(small_model):
+    before = small_model.SerializeToString()
+    plan = Plan(layers=(CONV,))
+    factored = factorize(small_model, plan, decompose_graph(small_model, plan)).model
+    assert small_model.SerializeToString() == before
+    assert (factored.ir_version, factored.opset_import[0].version) == (9, 20)
+
+
+def test_a_layer_that_is_not_there_is_named_with_those_that_are(small_model):
+    plan = Plan(layers=(CONV.model_copy(update={"name": "nowhere"}),))
+    with pytest.raises(GraphError, match="layer nowhere: not in the graph; its layers with weights are conv, fc"):
+        decompose_graph(small_model, plan)
+
+
+def test_a_layer_that_no_rule_takes_is_named_with_the_reason(rng):
+    grouped = {"w": rng.standard_normal((8, 4, 3, 3)).astype(np.float32)}
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=2)
+    model = make_model([node], grouped, {"x": ["n", 8, 6, 6]}, {"y": ["n", 8, 4, 4]})
+    plan = Plan(layers=(LayerPlan(name="n", format="tt", modes=(8, 9, 4), ranks=(1, 3, 3, 1)),))
+    with pytest.raises(GraphError, match="layer n: cannot be rewritten: it is a grouped convolution"):
+        decompose_graph(model, plan)
+
+
+def test_a_weight_that_is_computed_is_refused():
+    nodes = [helper.make_node("Relu", ["v"], ["w"], "r"), helper.make_node("Gemm", ["x", "w"], ["y"], "n")]
+    model = make_model(nodes, {}, {"x": ["n", 4], "v": [4, 6]}, {"y": ["n", 6]})
+    plan = Plan(layers=(LayerPlan(name="n", format="tt", modes=(6, 4), ranks=(1, 2, 1)),))
+    with pytest.raises(GraphError, match="'w' is computed in the graph"):
+        decompose_graph(model, plan)
+
+
+def test_cores_of_other_shapes_or_values_are_refused(small_model):
+    plan = Plan(layers=(CONV,))
+    cores = decompose_graph(small_model, plan)
+    with pytest.raises(PlanError, match="layer conv: the plan's modes and ranks make cores of shapes"):
+        factorize(small_model, plan, {"conv": cores["conv"][:-1]})
+    cores["conv"][0] = cores["conv"][0] * np.nan
+    with pytest.raises(PlanError, match="layer conv: core 0 holds NaN"):
+        factorize(small_model, plan, cores)
+
+
+def test_a_model_survives_a_round_trip_through_the_checker(small_model):
+    plan = Plan(layers=(CONV, FC))
+    factored = factorize(small_model, plan, decompose_graph(small_model, plan)).model
+    onnx.checker.check_model(onnx.load(io.BytesIO(factored.SerializeToString())), full_check=True)
