@@ -17,7 +17,7 @@ from tensorrail_runtime.records import write_bytes
 Cores = Mapping[str, Sequence[np.ndarray]]
 """The cores of each layer, by the layer's name."""
 
-_METADATA = {"format": "tensorrail-cores", "version": "1"}
+_METADATA = {"tensorrail-cores": "1"}  # one key: safetensors writes several in random order, and equal cores are equal files
 
 
 def save_cores(path: Path | str, cores: Cores) -> None:

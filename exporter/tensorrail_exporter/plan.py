@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -26,19 +27,16 @@ class LayerPlan(BaseModel):
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise `PlanError`, naming the layer, when the plan cannot hold for a weight of this shape."""
         try:
-            format_of(self.format).validate(shape, self.modes, self.ranks)
+            form = format_of(self.format)
+            form.validate(shape, self.modes, self.ranks)
+            if self.merge not in form.MERGES:
+                raise PlanError(f"unknown merge {self.merge!r} for format {self.format}: expected {' or '.join(form.MERGES)}")
         except PlanError as error:
             raise PlanError(f"layer {self.name}: {error}") from None
 
     def params(self, shape: tuple[int, ...]) -> int:
         """Return the number of values in the cores of a weight of this shape."""
-        total = 0
-        for core in format_of(self.format).core_shapes(shape, self.modes, self.ranks):
-            size = 1
-            for axis in core:
-                size *= axis
-            total += size
-        return total
+        return sum(map(math.prod, format_of(self.format).core_shapes(shape, self.modes, self.ranks)))
 
 
 class Plan(BaseModel):

@@ -53,6 +53,7 @@ def digits(seed: int, test_fraction: float = 0.4, size: int = 32) -> Dataset:
     )
 
 
+CHANNELS_AND_CLASSES = {"digits": (1, 10)}  # what a model must know before the data are read
 DATASETS: dict[str, Callable[..., Dataset]] = {"digits": digits}
 
 

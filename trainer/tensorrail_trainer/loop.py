@@ -121,7 +121,7 @@ def _epoch(
             loss = loss + phase.admm.penalty()
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"phase {phase.name}, epoch {epoch + 1}, step {step + 1}: the loss is {float(loss)} at learning rate "
+                f"phase {phase.name}, epoch {epoch + 1}, step {step + 1}: the loss is {loss.item()} at learning rate "
                 f"{rate(phase.schedule, epoch + step / steps):.3g}; try a lower train.{phase.name}.lr"
             )
         optimizer.zero_grad(set_to_none=True)

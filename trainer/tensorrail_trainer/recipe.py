@@ -14,7 +14,7 @@ from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import FORMATS
 from tensorrail_exporter.plan import Plan
 from tensorrail_runtime.records import first_problem, write_text
-from tensorrail_trainer.data import DATASETS, Dataset
+from tensorrail_trainer.data import CHANNELS_AND_CLASSES, DATASETS, Dataset
 from tensorrail_trainer.models import MODELS
 from tensorrail_trainer.planning import join, plan_layers
 
@@ -140,7 +140,9 @@ class Recipe(_Part):
 
     def channels_and_classes(self) -> dict[str, int]:
         """Return what the data tell the model about its input and output."""
-        return {"digits": {"channels": 1, "classes": 10}}.get(self.data.name, {})
+        _lookup(DATASETS, self.data, "data")
+        channels, classes = CHANNELS_AND_CLASSES[self.data.name]
+        return {"channels": channels, "classes": classes}
 
     def make_data(self) -> Dataset:
         """Return the data set, split by the recipe's seed."""
@@ -173,7 +175,8 @@ class Recipe(_Part):
         write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False))
 
 
-def _make(registry: dict[str, Any], named: Named, key: str, known: dict[str, int]) -> Any:
+def _lookup(registry: dict[str, Any], named: Named, key: str) -> Any:
+    """Return the factory of that name; `RecipeError` for an unknown name or argument."""
     factory = registry.get(named.name)
     if factory is None:
         raise RecipeError(f"{key}.name: unknown {key} {named.name!r}; expected one of {', '.join(sorted(registry))}")
@@ -181,6 +184,12 @@ def _make(registry: dict[str, Any], named: Named, key: str, known: dict[str, int
     for argument in named.args:
         if argument not in parameters:
             raise RecipeError(f"{key}.args.{argument}: unknown argument; {named.name} takes {', '.join(parameters)}")
+    return factory
+
+
+def _make(registry: dict[str, Any], named: Named, key: str, known: dict[str, int]) -> Any:
+    factory = _lookup(registry, named, key)
+    parameters = inspect.signature(factory).parameters
     given = {name: value for name, value in known.items() if name in parameters} | named.args
     try:
         inspect.signature(factory).bind(**given)

@@ -16,6 +16,9 @@ from tensorrail_exporter.formats import tt
 class Format(Protocol):
     """What every format module offers. Weights are (O, I, *K) for convolutions and (O, I) for linear layers."""
 
+    MERGES: tuple[str, ...]
+    """The ways in which cores may be merged before they run."""
+
     def default_modes(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the modes that a plan means when it names none."""
 

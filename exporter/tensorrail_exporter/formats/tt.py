@@ -21,7 +21,7 @@ from tensorrail_exporter.contraction import Array, Conv, LayerSpec, MatMul, Resh
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.truncation import backend_of, truncated_svd
 
-MERGES = ("sides", "none")
+MERGES: tuple[str, ...] = ("sides", "none")
 
 
 def default_modes(shape: Sequence[int]) -> tuple[int, ...]:

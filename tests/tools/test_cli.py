@@ -1,0 +1,114 @@
+import json
+import subprocess
+import sys
+
+import onnx
+import pytest
+from conftest import make_model
+from onnx import helper
+from typer.testing import CliRunner
+
+import tensorrail.cli
+from tensorrail_exporter import LayerPlan, Plan
+
+PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Return exit code, stdout and stderr of the command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        tensorrail.cli.main()
+    out, err = capsys.readouterr()
+    code = ended.value.code
+    return (0 if code is None else code), out, err
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    return lambda *arguments: call(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def plan_path(tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+@pytest.mark.parametrize("command", ["run", "train", "export", "check", "bench", "inspect"])
+def test_every_command_has_help_and_json(command):
+    result = CliRunner().invoke(tensorrail.cli.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert "json" in result.output
+
+
+def test_export_check_inspect_and_bench_work_on_files(cli, small_path, plan_path, tmp_path):
+    out = tmp_path / "model.onnx"
+    assert cli("export", small_path, "--plan", plan_path, "-o", out, "--json", tmp_path / "e.json")[0] == 0
+    record = json.loads((tmp_path / "e.json").read_text())["layers"][0]
+    assert (record["layer"], record["merged"]) == ("conv", [[2], [1], [0]])
+    assert cli("check", small_path, small_path)[0] == 0
+    code, printed, _ = cli("check", small_path, out, "--json", tmp_path / "c.json")
+    assert code == 1
+    assert "OUT OF tolerance" in printed
+    worst = json.loads((tmp_path / "c.json").read_text())["outputs"][0]["relative_l2"]
+    assert cli("check", small_path, out, "--tolerance", 1.01 * worst)[0] == 0
+    assert cli("inspect", out, "--json", tmp_path / "i.json")[0] == 0
+    assert len(json.loads((tmp_path / "i.json").read_text())["layers"]) == 4
+    code, printed, _ = cli("bench", small_path, out, "--duration", 0.2, "--json", tmp_path / "b.json")
+    assert code == 0
+    assert "speed-up" in printed
+    assert json.loads((tmp_path / "b.json").read_text())["rounds"] >= 20
+    assert cli("bench", small_path, small_path, "--duration", 0.2, "--min-speedup", 100)[0] == 1
+
+
+def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_path):
+    out = tmp_path / "out.onnx"
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"garbage")
+    other = tmp_path / "other.json"
+    PLAN.model_copy(update={"layers": (PLAN.layers[0].model_copy(update={"name": "nowhere"}),)}).save(other)
+    cores = tmp_path / "c.safetensors"
+    cores.write_bytes(b"\x00" * 4)
+    cases = [
+        (("run", tmp_path / "none.yaml"), "expected a YAML recipe"),
+        (("train", plan_path), "unknown key|required, and missing"),
+        (("export", garbage, "--plan", plan_path, "-o", out), "garbage.onnx: not an ONNX model"),
+        (("export", small_path, "--plan", small_path, "-o", out), "dense.onnx: "),
+        (("export", small_path, "--plan", other, "-o", out), "layer nowhere: not in the graph"),
+        (("export", small_path, "--plan", plan_path, "--cores", cores, "-o", out), "not a readable safetensors file"),
+        (("export", small_path, "--plan", plan_path, "-o", tmp_path / "no" / "out.onnx"), "No such file or directory"),
+        (("check", small_path, garbage), "ONNX Runtime cannot load it"),
+        (("bench", small_path, "--provider", "tpu"), "unknown provider 'tpu'"),
+        (("inspect", garbage), "not an ONNX model"),
+    ]
+    for arguments, reason in cases:
+        code, _, err = cli(*arguments)
+        assert code == 2, arguments
+        assert err.count("\n") == 1, err
+        assert any(part in err for part in reason.split("|")), err
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_external_data_may_not_leave_the_models_folder(cli, plan_path, tmp_path, rng):
+    node = helper.make_node("Relu", ["x"], ["y"])
+    model = make_model([node], {"conv.weight": rng.standard_normal((4, 4)).astype("float32")}, {"x": [1]}, {"y": [1]})
+    (tmp_path / "secret").write_bytes(b"\x00" * 64)
+    (tmp_path / "in").mkdir()
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../secret"
+    (tmp_path / "in" / "m.onnx").write_bytes(model.SerializeToString())
+    code, _, err = cli("export", tmp_path / "in" / "m.onnx", "--plan", plan_path, "-o", tmp_path / "out.onnx")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_help_imports_neither_torch_nor_onnxruntime():
+    code = "import sys, tensorrail.cli; print([m for m in ('torch', 'onnxruntime', 'onnx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

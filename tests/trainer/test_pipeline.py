@@ -1,0 +1,180 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tensorrail_runtime.report import Report
+from tensorrail_trainer.checkpoints import Checkpoints
+from tensorrail_trainer.data import batches, digits
+from tensorrail_trainer.loop import TrainingError
+from tensorrail_trainer.pipeline import Progress, prepare, run, train_all
+from tensorrail_trainer.recipe import Recipe, RecipeError
+
+SMALL = {
+    "version": 1,
+    "name": "small",
+    "data": {"name": "digits", "args": {"test_fraction": 0.9, "size": 16}},
+    "model": {"name": "small_resnet", "args": {"widths": [8], "blocks": 1, "hidden": 16}},
+    "plan": [{"layers": "stages.*.conv?", "ranks": 4}, {"layers": "hidden", "modes": [4, 4, 8, 16], "ranks": 4}],
+    "train": {
+        "batch": 32,
+        "shift": 1,
+        "dense": {"epochs": 2, "lr": 0.05},
+        "admm": {"epochs": 2, "lr": 0.05, "rho": 0.1},
+        "finetune": {"epochs": 2, "lr": 0.02},
+    },
+    "bench": {"batches": [1], "seconds": 0.2},
+}
+FILES = ["recipe.yaml", "plan.json", "cores.safetensors", "dense.onnx", "control.onnx", "model.onnx"]
+REPORTS = ["report.json", "report.md", "report.html"]
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changes))
+    return path
+
+
+def small(tmp_path, **changes):
+    return Recipe.load(write(tmp_path, **changes))
+
+
+class Interrupted(Exception):  # noqa: N818 - stands for a signal, not an error
+    pass
+
+
+def test_a_run_leaves_its_files_and_its_errors_apart(tmp_path):
+    folder = tmp_path / "run"
+    report = run(small(tmp_path), folder)
+    assert all((folder / name).stat().st_size for name in FILES + REPORTS)
+    assert not list(folder.rglob("*.part"))
+    assert report.numerical.worst < 1e-5
+    assert report.approximation.worst > report.numerical.worst
+    assert {row.phase for row in report.training} == {"dense", "admm", "finetune", "control"}
+    control, finetune = (sum(row.phase == name for row in report.training) for name in ("control", "finetune"))
+    assert control == finetune + SMALL["train"]["admm"]["epochs"]
+    assert Report.model_validate_json((folder / "report.json").read_bytes()) == report
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 7])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop):
+    recipe = small(tmp_path)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        prepare(recipe, folder)
+    train_all(recipe, whole, Progress())
+    seen = []
+
+    def interrupt(row, *_):
+        seen.append(row)
+        if len(seen) == stop:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_all(recipe, broken, Progress(epoch=interrupt))
+    prepare(recipe, broken, resume=True)
+    train_all(recipe, broken, Progress())
+    assert (whole / "cores.safetensors").read_bytes() == (broken / "cores.safetensors").read_bytes()
+    last = [Checkpoints(folder / "checkpoints").latest("control") for folder in (whole, broken)]
+    for name, tensor in last[0]["model"].items():
+        assert torch.equal(tensor, last[1]["model"][name]), name
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    store = Checkpoints(tmp_path)
+    for epoch in (1, 2, 3):
+        store.save("dense", epoch, {"value": torch.tensor(epoch)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-0002.pt", "dense-0003.pt"]
+    newest = tmp_path / "dense-0003.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert store.latest("dense")["epoch"] == 2
+    assert store.damaged == [newest]
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
+    prepare(small(tmp_path), tmp_path / "run")
+    with pytest.raises(RecipeError, match="already holds a run: --resume"):
+        prepare(small(tmp_path), tmp_path / "run")
+    with pytest.raises(RecipeError, match="another seed"):
+        prepare(small(tmp_path, seed=3), tmp_path / "run", resume=True)
+    prepare(small(tmp_path, targets={"speedup": 1.1}), tmp_path / "run", resume=True)
+    (tmp_path / "run" / "plan.json").write_text("old")
+    prepare(small(tmp_path, seed=3), tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
+    recipe = small(tmp_path, train=SMALL["train"] | {"dense": {"epochs": 2, "lr": 1e30}})
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"phase dense, epoch 1, step \d+: the loss is .*learning rate .*lower"):
+        train_all(recipe, tmp_path / "run", Progress())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"extra": 1}, "extra: unknown key"),
+        ({"seed": "one"}, "seed: input should be a valid integer, and 'one' came"),
+        ({"version": 2}, "version: input should be 1, and 2 came"),
+        ({"data": {"name": "mnist"}}, "data.name: unknown data 'mnist'; expected one of digits"),
+        ({"data": {"name": "digits", "args": {"scale": 2}}}, "data.args.scale: unknown argument"),
+        ({"model": {"name": "vgg"}}, "model.name: unknown model 'vgg'; expected one of small_resnet"),
+        ({"model": {"name": "small_resnet"}}, "model.args: small_resnet cannot be made"),
+        ({"plan": [{"layers": "nothing*", "ranks": 4}]}, "plan.0: no convolution or linear layer is named 'nothing"),
+        ({"plan": [{"layers": "hidden", "ranks": [1, 99, 1]}]}, "plan.0: .*ranks .* cannot be: .* at most"),
+        ({"plan": [{"layers": "hidden", "ranks": [1, 2, 3, 1]}]}, "2 modes need 3 tt ranks"),
+        ({"plan": [{"layers": "hidden", "ranks": 0}]}, "plan.0: .*1 or larger"),
+        ({"plan": [{"layers": "hidden", "ranks": 2, "format": "xx"}]}, "plan.0.format: unknown format 'xx'"),
+        ({"train": SMALL["train"] | {"dense": {"epochs": 0, "lr": 1.0}}}, "train.dense.epochs: .*greater than or equal to 1"),
+        ({"plan": [{"layers": "hidden", "ranks": 2, "merge": "all"}]}, "unknown merge 'all'"),
+    ],
+)
+def test_a_bad_recipe_is_one_line_with_its_key(tmp_path, change, reason):
+    with pytest.raises(RecipeError, match=reason) as caught:
+        Recipe.load(write(tmp_path, **change))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        Recipe.load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="the file"):
+        Recipe.load(tmp_path / "list.yaml")
+
+
+def test_a_saved_recipe_reads_back_the_same(tmp_path):
+    recipe = small(tmp_path)
+    recipe.save(tmp_path / "again.yaml")
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
+def test_the_shipped_recipes_are_valid():
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    assert all(Recipe.load(path).name == path.stem for path in recipes)
+
+
+def test_batches_follow_from_the_seed_and_shifts_keep_shape():
+    data = digits(0, size=16)
+    one, two = (list(batches(data.train_x, data.train_y, 64, 7, 2)) for _ in range(2))
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, two, strict=True))
+    assert one[0][0].shape == (64, 1, 16, 16)
+    assert not torch.equal(one[0][0], next(iter(batches(data.train_x, data.train_y, 64, 8, 2)))[0])
+    assert len(data.train_x) + len(data.test_x) == 1797
+
+
+def test_a_report_is_plain_json(tmp_path):
+    run(small(tmp_path), tmp_path / "run")
+    raw = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert raw["version"] == 1
+    assert len(raw["latency"][0]["latencies"][0]["samples"]) == raw["latency"][0]["rounds"]
