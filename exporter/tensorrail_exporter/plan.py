@@ -29,8 +29,7 @@ class LayerPlan(BaseModel):
         try:
             form = format_of(self.format)
             form.validate(shape, self.modes, self.ranks)
-            if self.merge not in form.MERGES:
-                raise PlanError(f"unknown merge {self.merge!r} for format {self.format}: expected {' or '.join(form.MERGES)}")
+            _require_merge(self.merge, self.format, form.MERGES)
         except PlanError as error:
             raise PlanError(f"layer {self.name}: {error}") from None
 
@@ -74,3 +73,8 @@ class Plan(BaseModel):
     def save(self, path: Path | str) -> None:
         """Write `plan.json`."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def _require_merge(merge: str, name: str, merges: tuple[str, ...]) -> None:
+    if merge not in merges:
+        raise PlanError(f"unknown merge {merge!r} for format {name}: expected {' or '.join(merges)}")
