@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import tensorrail.cli
 from tensorrail_exporter import LayerPlan, Plan
 
+ROOT = Path(__file__).parents[2]
 PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
 
 
@@ -112,3 +114,16 @@ def test_help_imports_neither_torch_nor_onnxruntime():
     code = "import sys, tensorrail.cli; print([m for m in ('torch', 'onnxruntime', 'onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_ctrl_c_says_how_to_go_on_and_ends_with_130(cli, monkeypatch, tmp_path):
+    import tensorrail_trainer.pipeline
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorrail_trainer.pipeline, "run", interrupted)
+    code, _, err = cli("run", ROOT / "recipes" / "digits.yaml", "--folder", tmp_path / "run")
+    assert code == 130
+    assert err.count("\n") == 1
+    assert "--resume" in err

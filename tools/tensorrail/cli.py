@@ -34,8 +34,10 @@ def main() -> None:
     """Run the command line; an expected error is one line on stderr, never a traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
+    except SystemExit as ended:  # typer turns Ctrl-C into a silent exit
+        if ended.code == 130:
+            _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("tensorrail_exporter", "tensorrail_trainer"):
             raise
