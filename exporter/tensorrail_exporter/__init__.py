@@ -2,13 +2,16 @@
 
 from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step
 from tensorrail_exporter.cores import load_cores, save_cores
+from tensorrail_exporter.costs import ContractionCost, contraction_cost
 from tensorrail_exporter.errors import GraphError, PlanError
-from tensorrail_exporter.formats import FORMATS, Format
+from tensorrail_exporter.formats import FORMATS, Format, project
+from tensorrail_exporter.padding import drop_padding, pad_ranks
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
 
 __all__ = [
     "FORMATS",
+    "ContractionCost",
     "Conv",
     "Factored",
     "Format",
@@ -21,9 +24,13 @@ __all__ = [
     "PlanError",
     "Reshape",
     "Step",
+    "contraction_cost",
     "decompose_graph",
+    "drop_padding",
     "factorize",
     "load_cores",
+    "pad_ranks",
+    "project",
     "reconstruct",
     "save_cores",
 ]

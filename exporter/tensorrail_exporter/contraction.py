@@ -4,12 +4,12 @@ Stored cores and executed steps are two things. A format turns cores into steps 
 the steps in torch, the exporter writes them as ONNX nodes. Every step has exactly one constant operand, so that no
 product of constants is left in a graph for a runtime to fold back into the dense weight, and no step is an `Einsum`.
 
-The layouts are chosen so that a chain of cores needs no transposition. For a convolution with input modes
-:math:`i_1 … i_n`, the leading modes are folded into the batch and the last one is contracted by a 1×1 convolution,
-again and again; on the output side the modes already made are folded into the first spatial axis:
+A format writes its steps with a `Chain`, which sees the features of a layer as a product of axes (before, n, after) and
+contracts the middle one. No transposition is needed: in a convolution the axes before are folded into the batch and those
+after into the first spatial axis; in a linear layer they become axes of a batched product.
 
-    (B, i₁i₂, H, W) → (B·i₁, i₂, H, W) → (B·i₁, r, H, W) → (B, i₁r, H, W) → (B, r', H, W)
-    (B, r, H, W) → (B, r₁o₂, H, W) → (B, r₁, o₂H, W) → (B, o₁, o₂H, W) → (B, o₁o₂, H, W)
+    (B, before·n·after, H, W) → (B·before, n, after·H, W) → 1×1 convolution
+    → (B·before, q, after·H, W) → (B, before·q·after, H, W)
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import Any, Literal, TypeAlias
 Array: TypeAlias = Any
 """A `numpy.ndarray` or a `torch.Tensor`; the functions here use only what both have."""
 
-Op = Literal["conv", "linear"]
+Op = Literal["conv", "linear", "recurrent"]
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """What a dense layer is, apart from the values of its weight.
 
-    `shape` is (O, I, *K) for a convolution, (O, I) for a linear layer. `pads` holds the begins, then the ends, as ONNX
-    writes them. `lead` is the number of axes before the features of a linear layer's input.
+    `shape` is (O, I, *K) for a convolution, (O, I) for a linear layer. The weight of a recurrent layer is that of its input
+    projection: O = directions · gates · hidden, the gates in torch's order. `pads` holds the begins, then the ends, as
+    ONNX writes them. `lead` is the number of axes before the features of a linear or recurrent layer's input.
     """
 
     op: Op
@@ -39,6 +40,7 @@ class LayerSpec:
     dilation: tuple[int, ...] = ()
     auto_pad: str = "NOTSET"
     lead: int = 1
+    size: tuple[int, ...] = ()  # of the input between batch and features, or behind the channels; 0 or none: not known
 
     @property
     def spatial(self) -> int:
@@ -71,7 +73,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class MatMul:
-    """Product with a constant matrix on the right (x @ weight) or on the left (weight @ x), batched over leading axes."""
+    """Product with a constant matrix on the right (x @ weight) or on the left (weight @ x), batched over leading axes.
+
+    A weight on the left may be a stack (g, q, p), one matrix for each index of the input's third axis from the end.
+    """
 
     weight: Array
     cores: tuple[int, ...]
@@ -88,10 +93,97 @@ class Reshape:
 Step = Conv | MatMul | Reshape
 
 
-def pointwise(weight: Array, cores: tuple[int, ...], spatial: int) -> Conv:
-    """Return the 1×…×1 convolution that applies the matrix `weight`, (O, C), at every position."""
-    ones = (1,) * spatial
-    return Conv(weight.reshape(*weight.shape, *ones), cores, ones, (0,) * (2 * spatial), ones)
+class Chain:
+    """Steps being written, one contraction after the other, for one layer."""
+
+    def __init__(self, layer: LayerSpec) -> None:
+        self.layer = layer
+        self._steps: list[Step] = []
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps so far."""
+        return tuple(self._steps)
+
+    def apply(self, matrix: Array, cores: tuple[int, ...], *, before: int = 1, after: int = 1, strided: bool = False) -> None:
+        """Contract features (before, p, after) with a matrix (q, p) to (before, q, after).
+
+        `strided` gives a convolution the layer's stride and pads: for a 1×1 kernel, whose own core has been merged away.
+        """
+        self.grouped(matrix[None], cores, before=before, after=after, strided=strided)
+
+    def grouped(self, stack: Array, cores: tuple[int, ...], *, before: int = 1, after: int = 1, strided: bool = False) -> None:
+        """Contract features (before, g, p, after) with a stack of matrices (g, q, p) to (before, g, q, after)."""
+        if self.layer.op == "conv":
+            self._pointwise(stack, cores, before, after, strided)
+        else:
+            self._product(stack, cores, before, after)
+
+    def window(self, weight: Array, cores: tuple[int, ...], *, groups: int = 1, fold: int = 1) -> None:
+        """Slide a kernel (O, C / groups, *K) with the layer's stride, pads and dilation.
+
+        With `fold` the features are (fold, C) and every one of the `fold` parts meets the same kernel.
+        """
+        rest = (0,) * self.layer.spatial
+        if fold > 1:
+            self._reshape((-1, weight.shape[1] * groups, *rest))
+        layer = self.layer
+        self._steps.append(Conv(weight, cores, layer.stride, layer.pads, layer.dilation, groups, layer.auto_pad))
+        if fold > 1:
+            self._reshape((-1, fold * weight.shape[0], *rest))
+
+    def _pointwise(self, stack: Array, cores: tuple[int, ...], before: int, after: int, strided: bool) -> None:
+        groups, out, inputs = stack.shape
+        nd = self.layer.spatial
+        rest = (0,) * nd
+        if before > 1:
+            self._reshape((-1, groups * inputs * after, *rest))
+        if after > 1:
+            self._reshape((0, groups * inputs, -1, *rest[1:]))
+        ones = (1,) * nd
+        weight = stack.reshape(groups * out, inputs, *ones)
+        if strided:
+            layer = self.layer
+            self._steps.append(Conv(weight, cores, layer.stride, layer.pads, layer.dilation, groups, layer.auto_pad))
+        else:
+            self._steps.append(Conv(weight, cores, ones, (0,) * (2 * nd), ones, groups))
+        if after > 1:
+            self._reshape((0, groups * out * after, -1, *rest[1:]))
+        if before > 1:
+            self._reshape((-1, before * groups * out * after, *rest))
+
+    def _product(self, stack: Array, cores: tuple[int, ...], before: int, after: int) -> None:
+        groups, out, inputs = stack.shape
+        lead = (0,) * self.layer.lead
+        outer = (*lead, *((before,) if before > 1 else ()))
+        if groups == 1 and after == 1:
+            if before > 1:
+                self._reshape((*outer, inputs))
+            self._steps.append(MatMul(stack[0].T, cores))
+        else:
+            self._reshape((*outer, *((groups,) if groups > 1 else ()), inputs, after))
+            self._steps.append(MatMul(stack if groups > 1 else stack[0], cores, side="left"))
+        if before * after * groups > 1:
+            self._reshape((*lead, before * groups * out * after))
+
+    def _reshape(self, shape: tuple[int, ...]) -> None:
+        """Append a Reshape; one that comes straight behind another takes its place when it copies no axis that one changed."""
+        if self._steps and isinstance(self._steps[-1], Reshape):
+            previous = self._steps[-1].shape
+            if all(previous[axis] == 0 for axis, size in enumerate(shape) if size == 0):
+                self._steps.pop()
+        self._steps.append(Reshape(shape))
+
+
+def split_at_boundary(steps: tuple[Step, ...]) -> tuple[tuple[Step, ...], Array | None, tuple[int, ...]]:
+    """Return a recurrent layer's steps up to the rank between input and output, the matrix (O, p) behind it, and its cores.
+
+    Without such a boundary all steps come back, and None for the matrix: the steps make the O features themselves.
+    """
+    last = steps[-1]
+    if len(steps) > 1 and isinstance(last, MatMul) and last.side == "right":
+        return steps[:-1], last.weight.T, last.cores
+    return steps, None, ()
 
 
 def resolve(shape: tuple[int, ...], current: tuple[int, ...]) -> tuple[int, ...]:
@@ -101,10 +193,11 @@ def resolve(shape: tuple[int, ...], current: tuple[int, ...]) -> tuple[int, ...]
 
 def describe(steps: tuple[Step, ...]) -> str:
     """Return one line that says what runs, such as `conv 64→16, conv 3×3 16→16, conv 16→64`."""
-    return ", ".join(text for text in map(_describe_step, steps) if text)
+    return ", ".join(text for text in map(describe_step, steps) if text)
 
 
-def _describe_step(step: Step) -> str:
+def describe_step(step: Step) -> str:
+    """Return what one step does, such as `conv 3×3 16→16`; nothing for a Reshape."""
     match step:
         case Conv(weight=weight, groups=groups):
             kernel = "×".join(map(str, weight.shape[2:]))
@@ -113,6 +206,7 @@ def _describe_step(step: Step) -> str:
         case MatMul(weight=weight, side="right"):
             return f"matmul {weight.shape[0]}→{weight.shape[1]}"
         case MatMul(weight=weight):
-            return f"matmul {weight.shape[1]}→{weight.shape[0]}"
+            stack = f" ·{weight.shape[0]}" if len(weight.shape) == 3 else ""
+            return f"matmul {weight.shape[-1]}→{weight.shape[-2]}{stack}"
         case Reshape():
             return ""

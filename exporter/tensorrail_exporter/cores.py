@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_runtime.records import write_bytes
 
@@ -53,7 +52,7 @@ def load_cores(path: Path | str, plan: Plan) -> dict[str, list[np.ndarray]]:
 
 def check_cores(layer: LayerPlan, cores: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
     """Raise `PlanError`, naming the layer, unless the cores have the shapes that the plan gives them."""
-    expected = format_of(layer.format).core_shapes(shape, layer.modes, layer.ranks)
+    expected = layer.core_shapes(shape)
     came = tuple(tuple(core.shape) for core in cores)
     if came != expected:
         raise PlanError(

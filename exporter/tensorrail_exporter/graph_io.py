@@ -1,14 +1,22 @@
-"""Reading and writing ONNX files: whole, checked, and never outside the model's folder."""
+"""Reading and writing ONNX files: whole, checked, of any size, and never outside the model's folder."""
 
 from __future__ import annotations
 
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
 from tensorrail_exporter.errors import GraphError
 from tensorrail_runtime.records import write_bytes
+
+_LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, with room for all that is not a tensor's data
+_SMALL = 1024  # bytes: constants that shape inference may need the values of
 
 
 def load_model(path: Path | str) -> onnx.ModelProto:
@@ -19,12 +27,12 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     path = Path(path)
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(str(path))
     except OSError as error:
         raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except DecodeError:
         raise GraphError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, ValueError) as error:
         raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from None
     if not model.graph.node:
         raise GraphError(f"{path}: an ONNX model without a node: nothing to run or rewrite")
@@ -32,16 +40,139 @@ def load_model(path: Path | str) -> onnx.ModelProto:
 
 
 def save_model(model: onnx.ModelProto, path: Path | str) -> None:
-    """Write an ONNX file whole or not at all."""
-    write_bytes(path, model.SerializeToString())
+    """Write an ONNX file whole or not at all; above protobuf's 2 GiB the weights go to `<name>.data` beside it."""
+    path = Path(path)
+    if size_of(model) < _LARGEST_FILE:
+        write_bytes(path, model.SerializeToString())
+        return
+    data = path.with_name(f"{path.name}.data")
+    part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
+    try:
+        small = _with_external_data(model, part, data.name)
+        part.replace(data)
+        write_bytes(path, small.SerializeToString())
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_model(model: onnx.ModelProto) -> None:
     """Run onnx's full check, shapes included; `GraphError` says what it found."""
     try:
-        onnx.checker.check_model(model, full_check=True)
+        if size_of(model) < _LARGEST_FILE:
+            onnx.checker.check_model(model, full_check=True)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                save_model(model, path)
+                onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GraphError(f"the rewritten graph does not pass onnx.checker ({_first_line(error)})") from None
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Return the bytes of all initializers, those of bodies included."""
+    return sum(
+        len(t.raw_data) or 8 * (len(t.float_data) + len(t.int64_data) + len(t.double_data)) for t in _tensors(model.graph)
+    )
+
+
+def import_graph(model: onnx.ModelProto) -> gs.Graph:
+    """Return the graph for rewriting, with the shapes that can be inferred; the argument is not changed."""
+    graph = gs.import_onnx(model)
+    shapes = _inferred(model)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in shapes:
+            tensor.shape = shapes[tensor.name]
+    return graph
+
+
+def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph without unused nodes, as a model with the original's IR version, opsets, functions and metadata."""
+    graph.cleanup(remove_unused_graph_inputs=False, recurse_functions=False).toposort()
+    exported = gs.export_onnx(graph, do_type_check=False)
+    _drop_copies(exported.graph, set())
+    result = onnx.ModelProto()
+    for field, value in original.ListFields():
+        if field.name == "graph":
+            result.graph.CopyFrom(exported.graph)
+        elif isinstance(value, int | str):
+            setattr(result, field.name, value)
+        else:
+            getattr(result, field.name).MergeFrom(value)
+    result.graph.doc_string = original.graph.doc_string
+    return result
+
+
+def _drop_copies(graph: onnx.GraphProto, outer: set[str]) -> None:
+    """Remove from bodies the initializers that graphsurgeon has copied there from the graphs around them."""
+    kept = [tensor for tensor in graph.initializer if tensor.name not in outer]
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+    known = outer | {tensor.name for tensor in graph.initializer}
+    for body in _bodies(graph):
+        _drop_copies(body, known)
+
+
+def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield attribute.g
+            yield from attribute.graphs
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for body in _bodies(graph):
+        yield from _tensors(body)
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Return the shapes that onnx infers, from a copy of the model without the values of its weights."""
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    for part in ("node", "input", "output", "value_info"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    light.graph.name = "shapes"
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return {}  # a rule that needs a shape says so
+    shapes: dict[str, list[int | str]] = {}
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
+        kind = value.type.tensor_type
+        if value.type.HasField("tensor_type") and kind.HasField("shape"):
+            shapes[value.name] = [a.dim_value if a.HasField("dim_value") else a.dim_param for a in kind.shape.dim]
+    return shapes
+
+
+def _with_external_data(model: onnx.ModelProto, part: Path, location: str) -> onnx.ModelProto:
+    """Write the data of all large initializers to `part` and return a copy of the model that names it `location`."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with part.open("wb") as file:
+        for tensor in _tensors(copy.graph):
+            if len(tensor.raw_data) <= _SMALL:
+                continue
+            offset = file.tell() + -file.tell() % 4096
+            file.seek(offset)
+            file.write(tensor.raw_data)
+            length = len(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", offset), ("length", length)):
+                entry = tensor.external_data.add()
+                entry.key, entry.value = key, str(value)
+        file.flush()
+        os.fsync(file.fileno())
+    return copy
 
 
 def _first_line(error: Exception) -> str:

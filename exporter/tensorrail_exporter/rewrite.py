@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.contraction import Conv, MatMul, Step, describe
+from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Step, describe
 from tensorrail_exporter.cores import Cores, check_cores
+from tensorrail_exporter.costs import contraction_cost
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.graph_io import check_model
+from tensorrail_exporter.graph_io import check_model, export_graph, import_graph
+from tensorrail_exporter.padding import pad_ranks
 from tensorrail_exporter.plan import LayerPlan, Plan
-from tensorrail_exporter.rules import RULES, Rule
+from tensorrail_exporter.rules.emit import Site
+from tensorrail_exporter.sites import find, names_in
 from tensorrail_runtime.records import Record
 
 
 class LayerRewrite(Record):
-    """What was done to one layer. Parameters count the weight alone, without bias."""
+    """What was done to one layer. Parameters count the weight alone, without bias; FLOPs are 2 × MACs of one sample."""
 
     layer: str
     op: str
@@ -29,9 +32,14 @@ class LayerRewrite(Record):
     format: str
     modes: tuple[int, ...]
     ranks: tuple[int, ...]  # as they are in the cores, clamped
+    block: int  # ranks that run are widened by zeros to multiples of it
     merge: str
     merged: tuple[tuple[int, ...], ...]  # which cores each stored constant holds; one index: the trained core, exactly
+    batch_norm: bool  # whether the batch-norm behind it was folded into the last constant
     steps: str
+    kernels: int
+    flops: int
+    activation_bytes: int
     dense_params: int
     core_params: int
     stored_params: int
@@ -52,24 +60,34 @@ class Factored:
     layers: tuple[LayerRewrite, ...]
 
 
-def factorize(model: onnx.ModelProto, plan: Plan, cores: Cores) -> Factored:
+def factorize(model: onnx.ModelProto, plan: Plan, cores: Cores, *, block: int = 1, fold_batch_norm: bool = False) -> Factored:
     """Return the graph with every planned layer rewritten to the contraction of its cores.
 
+    `block` widens the ranks that run with zeros to its multiples, which changes no output. `fold_batch_norm` takes a
+    batch-norm that alone follows a rewritten convolution into the last core; otherwise every trained core stays as it is.
     Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
     or cores that do not fit. The argument is not changed.
     """
-    graph = gs.import_onnx(model)
+    graph = import_graph(model)
+    names = names_in(graph)
     rewrites = []
     for layer in plan.layers:
-        rule, nodes = _find(graph, layer)
-        spec = rule.layer(nodes[0])
-        weight = rule.weight(nodes[0])
-        steps = _contract(rule, nodes[0], layer, cores)
-        for node in nodes:
-            rule.rewrite(graph, node, steps, layer.name)
-        rewrites.append(_record(layer, rule.OP, len(nodes), spec.shape, weight, cores[layer.name], steps))
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    factored = _export(graph, model)
+        rule, sites = find(graph, layer, names)
+        spec = rule.layer(sites[0].node)
+        layer.check(spec.shape)
+        if layer.name not in cores:
+            raise GraphError(f"layer {layer.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
+        check_cores(layer, cores[layer.name], spec.shape)
+        weight = rule.weight(sites[0].node)
+        merged = layer.model_copy(update={"merge": layer.merge_for(spec)})
+        steps = merged.contraction(pad_ranks(layer, cores[layer.name], spec.shape, block), spec)
+        folded = []
+        for site in sites:
+            own = _with_batch_norm(site, steps) if fold_batch_norm else steps
+            folded.append(own is not steps)
+            rule.rewrite(site, own, layer.name)
+        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps, block=block, batch_norm=all(folded)))
+    factored = export_graph(graph, model)
     check_model(factored)
     return Factored(factored, tuple(rewrites))
 
@@ -79,108 +97,97 @@ def reconstruct(model: onnx.ModelProto, plan: Plan, cores: Cores) -> onnx.ModelP
 
     Against the dense graph it shows the approximation error alone, against the factored graph the numerical one.
     """
-    graph = gs.import_onnx(model)
+    graph = import_graph(model)
+    names = names_in(graph)
     for layer in plan.layers:
-        rule, nodes = _find(graph, layer)
-        spec = rule.layer(nodes[0])
+        rule, sites = find(graph, layer, names)
+        spec = rule.layer(sites[0].node)
         layer.check(spec.shape)
         check_cores(layer, cores[layer.name], spec.shape)
-        weight = format_of(layer.format).reconstruct(cores[layer.name], spec.shape)
-        for index, node in enumerate(nodes):
-            rule.replace_weight(node, weight.astype(node.inputs[1].dtype), f"{layer.name}/dense{index}")
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    return _export(graph, model)
+        weight = layer.reconstruct(cores[layer.name], spec.shape)
+        for site in sites:
+            dtype = site.node.inputs[rule.weight_input(site.node)].dtype
+            rule.replace_weight(site.node, weight.astype(dtype), names.unique(f"{layer.name}/dense"))
+    return export_graph(graph, model)
 
 
 def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.ndarray]]:
     """Return cores for every planned layer, decomposed from the weights that stand in the graph."""
-    graph = gs.import_onnx(model)
+    graph = import_graph(model)
+    names = names_in(graph)
     cores = {}
     for layer in plan.layers:
-        rule, nodes = _find(graph, layer)
-        layer.check(rule.layer(nodes[0]).shape)
-        weight = rule.weight(nodes[0])
+        rule, sites = find(graph, layer, names)
+        layer.check(rule.layer(sites[0].node).shape)
+        weight = rule.weight(sites[0].node)
         wide = weight if weight.dtype == np.float64 else weight.astype(np.float32)
         if not np.isfinite(wide).all():
             raise GraphError(f"layer {layer.name}: its weight holds NaN or infinite values and cannot be decomposed")
-        cores[layer.name] = format_of(layer.format).decompose(wide, layer.modes, layer.ranks)
+        cores[layer.name] = layer.decompose(wide)
     return cores
 
 
-def _find(graph: gs.Graph, layer: LayerPlan) -> tuple[Rule, list[gs.Node]]:
-    """Return the rule and the nodes of a planned layer; more than one node when they share the weight."""
-    nodes = [node for node in graph.nodes if layer.name in _names(node)]
-    if not nodes:
-        known = sorted({next(iter(_names(node))) for node in _candidates(graph)})
-        raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {', '.join(known) or 'none'}")
-    for rule in RULES:
-        if all(node.op == rule.OP for node in nodes):
-            for node in nodes:
-                if why := rule.why_not(node):
-                    raise GraphError(f"layer {layer.name}: cannot be rewritten: {why}")
-            return rule, nodes
-    ops = ", ".join(sorted({node.op for node in nodes}))
-    raise GraphError(f"layer {layer.name}: no rule rewrites {ops}; the rules take {', '.join(rule.OP for rule in RULES)}")
-
-
-def _names(node: gs.Node) -> list[str]:
-    """Return the names by which a plan may call a node: its weight's, with and without `.weight`, and its own."""
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
-    names = []
-    if isinstance(weight, gs.Constant) or (weight is not None and node.op in {rule.OP for rule in RULES}):
-        names = [weight.name.removesuffix(".weight"), weight.name]
-    return [*names, *([node.name] if node.name else [])]
-
-
-def _candidates(graph: gs.Graph) -> Iterator[gs.Node]:
-    ops = {rule.OP for rule in RULES}
-    return (node for node in graph.nodes if node.op in ops and isinstance(node.inputs[1], gs.Constant))
-
-
-def _contract(rule: Rule, node: gs.Node, layer: LayerPlan, cores: Cores) -> tuple[Step, ...]:
-    spec = rule.layer(node)
-    layer.check(spec.shape)
-    if layer.name not in cores:
-        raise GraphError(f"layer {layer.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
-    check_cores(layer, cores[layer.name], spec.shape)
-    return format_of(layer.format).contraction(cores[layer.name], spec, layer.merge)
+def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Take the batch-norm behind a convolution into its last step and its bias; the steps themselves when there is none."""
+    node, last = site.node, steps[-1]
+    consumers = node.outputs[0].outputs
+    if not isinstance(last, Conv) or len(consumers) != 1 or consumers[0].op != "BatchNormalization":
+        return steps
+    norm = consumers[0]
+    constants = norm.inputs[1:5]
+    bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+    inference = not norm.attrs.get("training_mode", 0) and len(norm.outputs) == 1
+    known = all(isinstance(tensor, gs.Constant) for tensor in constants) and (bias is None or isinstance(bias, gs.Constant))
+    if not inference or not known or any(node.outputs[0] is out for out in site.graph.outputs):
+        return steps
+    scale, shift, mean, variance = (np.asarray(tensor.values, np.float64) for tensor in constants)
+    factor = scale / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+    before = 0.0 if bias is None else np.asarray(bias.values, np.float64)
+    values = ((before - mean) * factor + shift).astype(node.inputs[1].dtype)
+    folded = gs.Constant(site.names.unique(f"{norm.name or node.name}/folded_bias"), values)
+    if len(node.inputs) > 2:
+        node.inputs[2] = folded
+    else:
+        node.inputs.append(folded)
+    node.outputs[0] = norm.outputs[0]
+    norm.outputs.clear()
+    weight = last.weight * factor.reshape(-1, *(1,) * (last.weight.ndim - 1))
+    return (*steps[:-1], replace(last, weight=weight))
 
 
 def _record(
     layer: LayerPlan,
-    op: str,
-    nodes: int,
-    shape: tuple[int, ...],
+    sites: Sequence[Site],
+    spec: LayerSpec,
     weight: np.ndarray,
     cores: Sequence[np.ndarray],
     steps: tuple[Step, ...],
+    *,
+    block: int,
+    batch_norm: bool,
 ) -> LayerRewrite:
-    form = format_of(layer.format)
     constants = [step for step in steps if isinstance(step, Conv | MatMul)]
+    cost = contraction_cost(steps, spec)
     wide = weight.astype(np.float64)
-    residual = wide - form.reconstruct([core.astype(np.float64) for core in cores], shape)
+    residual = wide - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
     return LayerRewrite(
         layer=layer.name,
-        op=op,
-        nodes=nodes,
-        shape=shape,
+        op=sites[0].node.op,
+        nodes=len(sites),
+        shape=spec.shape,
         format=layer.format,
         modes=layer.modes,
-        ranks=form.clamp(layer.modes, layer.ranks),
+        ranks=format_of(layer.format).clamp(spec.shape, layer.modes, layer.ranks),
+        block=block,
         merge=layer.merge,
         merged=tuple(step.cores for step in constants),
+        batch_norm=batch_norm,
         steps=describe(steps),
+        kernels=cost.kernels,
+        flops=cost.flops,
+        activation_bytes=cost.activation_bytes,
         dense_params=weight.size,
         core_params=sum(core.size for core in cores),
         stored_params=sum(step.weight.size for step in constants),
         weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(wide) or 1.0)),
     )
-
-
-def _export(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph as a model with the original's IR version, opsets, functions and metadata."""
-    exported = gs.export_onnx(graph, do_type_check=False)
-    result = onnx.ModelProto()
-    result.CopyFrom(original)
-    result.graph.CopyFrom(exported.graph)
-    return result

@@ -36,21 +36,26 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)
         return u[:, :count], s[:count], v[:count]
-    wide = _double(matrix)
+    wide = double(matrix)
     if rows > columns:
         v, s, u = _gram_svd(tl.transpose(wide), count)
         u, v = tl.transpose(u), tl.transpose(v)
     else:
         u, s, v = _gram_svd(wide, count)
-    return _like(matrix, u), _like(matrix, s), _like(matrix, v)
+    return like(matrix, u), like(matrix, s), like(matrix, v)
 
 
-def _double(array: Array) -> Array:
+def permute(array: Array, axes: tuple[int, ...]) -> Array:
+    """Return the array with its axes reordered, for NumPy and torch alike, backend or not."""
+    return array.permute(axes) if hasattr(array, "permute") else array.transpose(axes)
+
+
+def double(array: Array) -> Array:
     """Return the array in float64 on its own device."""
     return array.double() if hasattr(array, "double") else array.astype("float64")
 
 
-def _like(array: Array, other: Array) -> Array:
+def like(array: Array, other: Array) -> Array:
     """Return `other` in the type of `array`."""
     return other.to(array.dtype) if hasattr(other, "double") else other.astype(array.dtype)
 

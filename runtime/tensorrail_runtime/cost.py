@@ -1,7 +1,8 @@
 """What a graph costs on paper: parameters, MACs, FLOPs and bytes, from its shapes. FLOPs = 2 × MACs.
 
-Only products are counted (Conv, ConvTranspose, Gemm, MatMul). Element-wise, pooling, normalising and data-moving operators
-have no MACs in this convention; any operator that is neither is listed in `uncounted`, never taken for zero in silence.
+Only products are counted: Conv, ConvTranspose, Gemm, MatMul, and those of LSTM, GRU and RNN at every time step. Element-wise,
+pooling, normalising and data-moving operators have no MACs in this convention; any operator that is neither is listed in
+`uncounted`, never taken for zero in silence.
 """
 
 from __future__ import annotations
@@ -171,11 +172,12 @@ def cost(path: Path | str, batch: int = 1) -> GraphCost:
 def _node(
     node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: dict[str, onnx.TensorProto], path: Path
 ) -> NodeCost:
-    needed = [*node.input[:2], node.output[0]]
+    needed = [*node.input[:2], *node.output[:1]] if node.output[0] else [*node.input[:2]]
     for name in needed:
         if name not in shapes:
             raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
-    a, b, out = (shapes[name] for name in needed)
+    a, b, *rest = (shapes[name] for name in needed)
+    out = rest[0] if rest else ()
     weight = next((name for name in node.input[:2] if name in constants), "")
     return NodeCost(
         name=node.name,
@@ -183,7 +185,7 @@ def _node(
         weight=weight,
         input=a,
         output=out,
-        params=math.prod(constants[weight].dims) if weight else 0,
+        params=sum(math.prod(constants[name].dims) for name in _weights(node) if name in constants),
         macs=_MACS[node.op_type](node, a, b, out),
     )
 
@@ -205,7 +207,26 @@ def _matmul(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: t
     return math.prod(out) * a[-1]
 
 
-_MACS = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}
+def _recurrent(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> int:
+    directions, rows, inputs = b  # X (T, B, I), W (directions, gates · H, I), R (directions, gates · H, H)
+    hidden = rows // {"LSTM": 4, "GRU": 3, "RNN": 1}[node.op_type]
+    return a[0] * a[1] * directions * rows * (inputs + hidden)
+
+
+def _weights(node: onnx.NodeProto) -> list[str]:
+    """Return the operands that may be weights: both of a product, W and R of a recurrent layer."""
+    return list(node.input[1:3] if node.op_type in ("LSTM", "GRU", "RNN") else node.input[:2])
+
+
+_MACS = {
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "GRU": _recurrent,
+    "LSTM": _recurrent,
+    "MatMul": _matmul,
+    "RNN": _recurrent,
+}
 
 
 def _bind(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:

@@ -15,8 +15,8 @@ SHAPES = [(32, 16, 3, 3), (16, 32, 1, 1), (12, 20, 5), (6, 4, 3, 3, 3), (24, 40)
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
-def full_ranks(form, modes):
-    return form.clamp(modes, (1, *[10**6] * (len(modes) - 1), 1))
+def full_ranks(form, shape, modes):
+    return form.clamp(shape, modes, form.uniform(shape, modes, 10**6))
 
 
 @EVERY
@@ -26,7 +26,7 @@ def test_full_rank_reconstructs_the_weight(form, shape, library, rng):
     weight = rng.standard_normal(shape).astype(np.float32)
     tensor = torch.from_numpy(weight) if library == "torch" else weight
     modes = form.default_modes(shape)
-    cores = form.decompose(tensor, modes, full_ranks(form, modes))
+    cores = form.decompose(tensor, modes, full_ranks(form, shape, modes))
     again = form.reconstruct(cores, shape)
     assert type(again) is type(tensor)
     np.testing.assert_allclose(np.asarray(again), weight, atol=2e-5)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats import project
 from tensorrail_exporter.plan import LayerPlan, Plan
-from tensorrail_trainer.layers import planned_modules, swap
+from tensorrail_trainer.layers import planned_layers, swap
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class ADMM:
         if not rho > 0:
             raise ValueError(f"rho is positive, and {rho} came; the paper trains with 0.001")
         self.model, self.plan, self.rho = model, plan, rho
-        self._weights = {name: cast(nn.Parameter, m.weight) for name, m in planned_modules(model, plan).items()}
-        self.Z = {layer.name: self._project(layer, self._weights[layer.name].detach()) for layer in plan.layers}
+        self._layers = planned_layers(model, plan)
+        self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
 
     def penalty(self) -> Tensor:
         """Return ρ/2 Σ‖W − Z + U‖², a scalar on the weights' device, to be added to the loss of each step."""
-        terms = [(w - self.Z[name] + self.U[name]).square().sum() for name, w in self._weights.items()]
+        terms = [(dense.weight() - self.Z[name] + self.U[name]).square().sum() for name, dense in self._layers.items()]
         return self.rho / 2 * torch.stack(terms).sum()
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class ADMM:
 
     def _update(self, layer: LayerPlan) -> Residual:
         name = layer.name
-        w, before = self._weights[name].detach(), self.Z[name]
+        w, before = self._layers[name].weight().detach(), self.Z[name]
         z = self.Z[name] = self._project(layer, w + self.U[name])
         self.U[name] = self.U[name] + w - z
         primal = torch.linalg.vector_norm(w - z) / torch.linalg.vector_norm(w).clamp_min(torch.finfo(w.dtype).tiny)
@@ -93,17 +93,17 @@ class ADMM:
         """Take over rho, Z and U; `PlanError` when they belong to another plan or model."""
         for key in ("Z", "U"):
             shapes = {name: tuple(tensor.shape) for name, tensor in state[key].items()}
-            expected = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+            expected = {name: dense.spec.shape for name, dense in self._layers.items()}
             if shapes != expected:
                 raise PlanError(f"ADMM state: {key} is of layers {shapes}, and the plan has {expected}")
         self.rho = float(state["rho"])
-        for name, weight in self._weights.items():
-            # The state may come from another device than the one that the weight is on now.
-            self.Z[name], self.U[name] = state["Z"][name].to(weight.device), state["U"][name].to(weight.device)
+        for name, dense in self._layers.items():
+            device = dense.parameters[0].device  # the state may come from another one
+            self.Z[name], self.U[name] = state["Z"][name].to(device), state["U"][name].to(device)
 
     @staticmethod
     @torch.no_grad()
     def _project(layer: LayerPlan, tensor: Tensor) -> Tensor:
         # A contiguous copy: channels-last weights keep their own strides, the projection its own.
-        projected = format_of(layer.format).project(tensor.contiguous(), layer.modes, layer.ranks)
+        projected = project(layer.format, tensor.contiguous(), layer.modes, layer.ranks)
         return cast(Tensor, projected).to(tensor.dtype).contiguous()

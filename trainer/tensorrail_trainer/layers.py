@@ -1,20 +1,24 @@
-"""Layers made of cores: the same forward as the dense layer whose weight the cores stand for."""
+"""Layers made of cores: the same forward as the dense layer whose weight the cores stand for.
+
+A plan names a convolution or a linear layer by its module, and one layer of an LSTM or GRU by its input weight, such as
+`rnn.weight_ih_l0`; the weights of both directions are one matrix, with one projection of the input.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step, describe, resolve
+from tensorrail_exporter.contraction import LayerSpec, Step, describe
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plan import LayerPlan, Plan
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from tensorrail_trainer.recurrent import FactoredRecurrent, input_weights
+from tensorrail_trainer.steps import run_steps
 
 
 class FactoredLayer(nn.Module):
@@ -28,18 +32,18 @@ class FactoredLayer(nn.Module):
 
     def __init__(self, spec: LayerSpec, plan: LayerPlan, cores: Sequence[Tensor], bias: Tensor | None) -> None:
         super().__init__()
-        self.spec, self.plan = spec, plan
+        self.spec = spec
+        self.plan = plan.model_copy(update={"merge": plan.merge_for(spec)})
         self.cores = nn.ParameterList([nn.Parameter(core.detach().clone()) for core in cores])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     def steps(self) -> tuple[Step, ...]:
         """Return the contraction of the present cores, differentiable with respect to them."""
-        return format_of(self.plan.format).contraction(list(self.cores), self.spec, self.plan.merge)
+        return self.plan.contraction(list(self.cores), self.spec)
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight that the cores stand for, (O, I, *K) or (O, I)."""
-        weight = format_of(self.plan.format).reconstruct(list(self.cores), self.spec.shape)
-        return cast(Tensor, weight)
+        return cast(Tensor, self.plan.reconstruct(list(self.cores), self.spec.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """Contract `x` with the cores and add the bias."""
@@ -47,8 +51,7 @@ class FactoredLayer(nn.Module):
         leading = x.shape[:-1]
         if linear:
             x = x.reshape(-1, x.shape[-1])
-        for step in self.steps():
-            x = _run(step, x)
+        x = run_steps(self.steps(), x)
         if linear:
             return (x if self.bias is None else x + self.bias).reshape(*leading, -1)
         return x if self.bias is None else x + self.bias.reshape(-1, *(1,) * self.spec.spatial)
@@ -58,37 +61,77 @@ class FactoredLayer(nn.Module):
         return f"{self.plan.format}, modes={list(self.plan.modes)}, ranks={list(self.plan.ranks)}: {describe(self.steps())}"
 
 
-def _run(step: Step, x: Tensor) -> Tensor:
-    match step:
-        case Conv():
-            nd = x.dim() - 2
-            begins, ends = step.pads[:nd], step.pads[nd:]
-            if begins != ends:
-                x = F.pad(x, [amount for axis in reversed(range(nd)) for amount in (begins[axis], ends[axis])])
-                begins = (0,) * nd
-            return _CONVOLUTIONS[nd](x, step.weight, None, step.stride, begins, step.dilation, step.groups)
-        case MatMul(weight=weight, side="right"):
-            return cast(Tensor, x @ weight)
-        case MatMul(weight=weight):
-            return cast(Tensor, weight @ x)
-        case Reshape(shape=shape):
-            return x.reshape(resolve(shape, tuple(x.shape)))
+@dataclass(frozen=True)
+class DenseLayer:
+    """A dense layer of a model that a plan may name: its module, what it computes, and its weight's parameters."""
+
+    module: nn.Module
+    spec: LayerSpec
+    parameters: tuple[nn.Parameter, ...]  # more than one for the directions of a recurrent layer
+
+    def weight(self) -> Tensor:
+        """Return the weight (O, I, *K) or (O, I), differentiable with respect to the parameters."""
+        return self.parameters[0] if len(self.parameters) == 1 else torch.cat(self.parameters)
 
 
-def spec_of(name: str, module: nn.Module) -> LayerSpec:
-    """Return what a dense torch layer computes; `PlanError` says why a layer of that name cannot be factored."""
+def dense_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of all layers of a kind that can be factored, in the model's order."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            names.append(name)
+        elif isinstance(module, nn.LSTM | nn.GRU):
+            names += [f"{name}.weight_ih_l{k}".removeprefix(".") for k in range(module.num_layers)]
+    return tuple(names)
+
+
+def dense_layer(model: nn.Module, name: str) -> DenseLayer:
+    """Return the layer of that name; `PlanError` when it is not there, or says why it cannot be factored."""
+    path, _, leaf = name.rpartition(".")
+    modules = dict(model.named_modules())
+    owner = modules.get(path)
+    if leaf.startswith("weight_ih_l") and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
+        if isinstance(owner, FactoredRecurrent):
+            raise PlanError(f"layer {name}: is made of cores already; a plan applies to the dense network")
+        if getattr(owner, "proj_size", 0):
+            raise PlanError(f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; use proj_size=0")
+        weights = input_weights(owner, name)
+        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+        return DenseLayer(owner, LayerSpec("recurrent", shape), weights)
+    module = modules.get(name)
     match module:
+        case None:
+            raise PlanError(f"layer {name}: not in the model; its layers are {', '.join(dense_layers(model))}")
         case nn.Linear():
-            return LayerSpec("linear", tuple(module.weight.shape))
+            spec = LayerSpec("linear", tuple(module.weight.shape))
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             if module.groups != 1:
                 raise PlanError(f"layer {name}: a grouped convolution (groups={module.groups}) stays dense; leave it out")
             if module.padding_mode != "zeros":
                 raise PlanError(f"layer {name}: padding_mode={module.padding_mode!r} is not supported; expected 'zeros'")
-            return LayerSpec("conv", tuple(module.weight.shape), module.stride, _pads(module), dilation=module.dilation)
+            spec = LayerSpec("conv", tuple(module.weight.shape), module.stride, _pads(module), dilation=module.dilation)
         case FactoredLayer():
             raise PlanError(f"layer {name}: is made of cores already; a plan applies to the dense network")
-    raise PlanError(f"layer {name}: is a {type(module).__name__}; expected a Conv1d, Conv2d, Conv3d or Linear layer")
+        case nn.LSTM() | nn.GRU():
+            known = ", ".join(f"{name}.weight_ih_l{k}" for k in range(module.num_layers))
+            raise PlanError(f"layer {name}: is a {type(module).__name__}; name the input weight of one of its layers: {known}")
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            raise PlanError(f"layer {name}: a transposed convolution stays dense; leave it out of the plan")
+        case _:
+            raise PlanError(
+                f"layer {name}: is a {type(module).__name__}; expected a Conv1d, Conv2d, Conv3d, Linear, LSTM or GRU layer"
+            )
+    return DenseLayer(module, spec, (cast(nn.Parameter, module.weight),))
+
+
+def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseLayer]:
+    """Return the layers that the plan names, each checked; `PlanError` names a layer that is not there."""
+    found = {}
+    for layer in plan.layers:
+        dense = dense_layer(model, layer.name)
+        layer.check(dense.spec.shape)
+        found[layer.name] = dense
+    return found
 
 
 def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
@@ -101,41 +144,38 @@ def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
     return (*module.padding, *module.padding)
 
 
-def planned_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Return the modules that the plan names, each checked; `PlanError` names a layer that is not there."""
-    modules = dict(model.named_modules())
-    found = {}
-    for layer in plan.layers:
-        if layer.name not in modules:
-            known = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
-            raise PlanError(f"layer {layer.name}: not in the model; its layers are {', '.join(known)}")
-        layer.check(spec_of(layer.name, modules[layer.name]).shape)
-        found[layer.name] = modules[layer.name]
-    return found
-
-
 def swap(model: nn.Module, plan: Plan, cores: Mapping[str, Sequence[Tensor]] | None = None) -> nn.Module:
     """Replace every planned dense layer by one made of cores, in place, and return the model.
 
     Without `cores` they are decomposed from the weights that the model has.
     """
-    modules = planned_modules(model, plan)
-    for layer in plan.layers:
-        dense = modules[layer.name]
-        weight, bias = cast(Tensor, dense.weight).detach(), cast("Tensor | None", dense.bias)
-        made = cores[layer.name] if cores else format_of(layer.format).decompose(weight, layer.modes, layer.ranks)
-        factored = FactoredLayer(spec_of(layer.name, dense), layer, made, bias)
-        _replace(model, layer.name, factored.to(weight.device).train(dense.training))
+    recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
+    for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
+        weight = dense.weight().detach().contiguous()
+        made = cores[layer.name] if cores else layer.decompose(weight)
+        if dense.spec.op == "recurrent":
+            path, _, leaf = layer.name.rpartition(".")
+            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, made)
+            continue
+        bias = cast("Tensor | None", dense.module.bias)
+        factored = FactoredLayer(dense.spec, layer, made, bias)
+        model = _replace(model, layer.name, factored.to(weight.device).train(dense.module.training))
+    for path, layers in recurrent.items():
+        module = cast("nn.LSTM | nn.GRU", model.get_submodule(path))
+        model = _replace(model, path, FactoredRecurrent(module, layers).train(module.training))
     return model
 
 
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return the cores of every factored layer, on the CPU, by the layer's name."""
-    return {
-        name: [core.detach().cpu() for core in module.cores]
-        for name, module in model.named_modules()
-        if isinstance(module, FactoredLayer)
-    }
+    found: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLayer):
+            found[name] = [core.detach().cpu() for core in module.cores]
+        elif isinstance(module, FactoredRecurrent):
+            for leaf, cores in cast("dict[str, nn.ParameterList]", module.cores).items():
+                found[f"{name}.{leaf}".removeprefix(".")] = [core.detach().cpu() for core in cores]
+    return found
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -143,7 +183,9 @@ def to_dense(model: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, FactoredLayer):
-            _replace(dense, name, _dense_layer(module))
+            dense = _replace(dense, name, _dense_layer(module))
+        elif isinstance(module, FactoredRecurrent):
+            dense = _replace(dense, name, module.to_dense())
     return dense
 
 
@@ -165,6 +207,10 @@ def _dense_layer(module: FactoredLayer) -> nn.Module:
     return layer.to(state["weight"].device).train(module.training)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put a module in the place of that name and return the model: the module itself when the name is the model's own."""
+    if not name:
+        return module
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+    return model

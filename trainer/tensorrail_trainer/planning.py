@@ -10,7 +10,7 @@ from torch import nn
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plan import LayerPlan, Plan
-from tensorrail_trainer.layers import spec_of
+from tensorrail_trainer.layers import dense_layer, dense_layers
 
 
 def plan_layers(
@@ -20,30 +20,27 @@ def plan_layers(
     format: str = "tt",  # noqa: A002 - the record's own word
     ranks: int | Sequence[int],
     modes: Sequence[int] | None = None,
-    merge: str = "sides",
+    merge: str = "auto",
 ) -> tuple[LayerPlan, ...]:
-    """Return a plan for every convolution and linear layer whose name matches the pattern (`*` and `?` as in a shell).
+    """Return a plan for every layer whose name matches the pattern (`*` and `?` as in a shell).
 
-    One number as `ranks` is an upper bound for every rank between the modes, lowered where fewer exist; a list holds
-    r_0 … r_d and is taken as it is. `PlanError` when nothing matches, or when a listed rank is larger than can exist.
+    Convolutions and linear layers are named by their module, the layers of an LSTM or GRU by their input weight. One
+    number as `ranks` is an upper bound for every rank, lowered where fewer exist; a list holds the format's own ranks.
+    `PlanError` when nothing matches, or when a listed rank is larger than can exist.
     """
     form = format_of(format)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if fnmatchcase(name, pattern) and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-    ]
+    known = dense_layers(model)
+    names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
-        known = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-        raise PlanError(f"no convolution or linear layer is named {pattern!r}; the model has {', '.join(known)}")
+        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(known)}")
     plans = []
     for name in names:
-        shape = spec_of(name, model.get_submodule(name)).shape
+        shape = dense_layer(model, name).spec.shape
         layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
-        wanted = (1, *[ranks] * (len(layer_modes) - 1), 1) if isinstance(ranks, int) else tuple(ranks)
+        wanted = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
         layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=wanted, merge=merge)
         layer.check(shape)
-        exist = form.clamp(layer_modes, wanted)
+        exist = form.clamp(shape, layer_modes, wanted)
         if not isinstance(ranks, int) and exist != wanted:
             raise PlanError(
                 f"layer {name}: ranks {list(wanted)} cannot be: modes {list(layer_modes)} allow at most {list(exist)}; "

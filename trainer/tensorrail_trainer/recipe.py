@@ -49,7 +49,7 @@ class PlanRule(_Part):
     format: str = "tt"
     ranks: int | Integers
     modes: Integers | None = None
-    merge: str = "sides"
+    merge: str = "auto"
 
 
 class Schedule(_Part):

@@ -7,6 +7,7 @@ import copy
 import io
 import logging
 import warnings
+from typing import Any
 
 import onnx
 import torch
@@ -41,10 +42,27 @@ def to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned no program")
+        _name_recurrent_nodes(program.model.graph)
         optimizer.fold_constants(program.model, onnx_shape_inference=True)
         rewrite(program.model, (*_no_op.rules, *_materialize_reshape_shape.rules))
         optimizer.remove_unused_nodes(program.model)
     return _without_traces(program.model_proto)
+
+
+def _name_recurrent_nodes(graph: Any) -> None:
+    """Name every LSTM and GRU node by the input weight that it is made of, before folding turns it into a new constant."""
+    for node in graph:
+        if node.op_type not in ("LSTM", "GRU"):
+            continue
+        waiting = [node.inputs[1]]
+        while waiting:
+            value = waiting.pop()
+            if value is None:
+                continue
+            if value.producer() is not None:
+                waiting += list(value.producer().inputs)
+            elif "weight_ih_l" in (value.name or "") and not value.name.endswith("_reverse"):
+                node.name = value.name
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -8,21 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from tensorrail_exporter.contraction import Array, LayerSpec, Step
+from tensorrail_exporter.contraction import Array, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import tt
+from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
 
 
 class Format(Protocol):
-    """What every format module offers. Weights are (O, I, *K) for convolutions and (O, I) for linear layers."""
+    """What every format module offers. Weights are (O, I, *K) for convolutions, (O, I) for linear and recurrent layers."""
 
-    MERGES: tuple[str, ...]
-    """The ways in which cores may be merged before they run."""
+    def merges(self, op: Op) -> tuple[str, ...]:
+        """Return the ways in which neighbouring cores may be joined before they run, the most joined one first."""
 
     def default_modes(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the modes that a plan means when it names none."""
 
-    def clamp(self, modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    def uniform(self, shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
+        """Return the ranks that one number stands for, before clamping."""
+
+    def clamp(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
         """Return `ranks` lowered to the largest that exist for `modes`; the argument is not changed."""
 
     def validate(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
@@ -31,20 +34,20 @@ class Format(Protocol):
     def decompose(self, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
         """Return the cores of the closest tensor of these ranks that the format's method finds."""
 
-    def reconstruct(self, cores: Sequence[Array], shape: Sequence[int]) -> Array:
+    def reconstruct(self, cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
         """Return the dense weight of this shape that the cores stand for."""
-
-    def project(self, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> Array:
-        """Return `reconstruct(decompose(weight))`: ADMM's Z-step."""
 
     def core_shapes(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return the shape of every core, without computing one."""
 
-    def contraction(self, cores: Sequence[Array], layer: LayerSpec, merge: str = "sides") -> tuple[Step, ...]:
+    def rank_axes(self, shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Return for every core the axes that are ranks: those that zeros may widen without changing the weight."""
+
+    def contraction(self, cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
         """Return the steps that run in place of the dense layer, bias left out."""
 
 
-FORMATS: dict[str, Format] = {"tt": tt}
+FORMATS: dict[str, Format] = {"tt": tt, "tr": tr, "tucker": tucker, "cp": cp, "svd": svd, "ttm": ttm}
 
 
 def format_of(name: str) -> Format:
@@ -53,3 +56,12 @@ def format_of(name: str) -> Format:
         return FORMATS[name]
     except KeyError:
         raise PlanError(f"unknown format {name!r}: expected one of {', '.join(sorted(FORMATS))}") from None
+
+
+def project(name: str, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> Array:
+    """Return the weight that a format's decomposition of these ranks keeps: ADMM's Z-step.
+
+    `weight` is (O, I, *K) or (O, I), of NumPy or torch; the computation stays on its device. Errors are `decompose`'s.
+    """
+    form = format_of(name)
+    return form.reconstruct(form.decompose(weight, modes, ranks), tuple(weight.shape), modes)

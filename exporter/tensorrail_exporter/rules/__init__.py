@@ -11,14 +11,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.contraction import LayerSpec, Step
-from tensorrail_exporter.rules import conv, gemm, matmul
+from tensorrail_exporter.rules import conv, gemm, matmul, recurrent
+from tensorrail_exporter.rules.emit import Site
 
 
 class Rule(Protocol):
     """What every rule module offers."""
 
-    OP: str
-    """The ONNX operator that the rule takes."""
+    OPS: tuple[str, ...]
+    """The ONNX operators that the rule takes."""
+
+    def weight_input(self, node: gs.Node) -> int:
+        """Return which of the node's inputs is its weight."""
 
     def why_not(self, node: gs.Node) -> str | None:
         """Return the reason why this node stays dense, or None when it can be rewritten."""
@@ -32,8 +36,18 @@ class Rule(Protocol):
     def replace_weight(self, node: gs.Node, weight: np.ndarray, name: str) -> None:
         """Give the node a weight of its own, from (O, I, *K) or (O, I)."""
 
-    def rewrite(self, graph: gs.Graph, node: gs.Node, steps: tuple[Step, ...], layer: str) -> None:
+    def rewrite(self, site: Site, steps: tuple[Step, ...], layer: str) -> None:
         """Write the steps in place of the node, between the same input and output."""
 
 
-RULES: tuple[Rule, ...] = (conv, gemm, matmul)
+RULES: tuple[Rule, ...] = (conv, gemm, matmul, recurrent)
+
+STAY_DENSE = {
+    "ConvTranspose": "it is a transposed convolution, which no format here factors; leave it out of the plan",
+    "QLinearConv": "it is quantized already; factor the floating-point model, then quantize that",
+    "ConvInteger": "it is quantized already; factor the floating-point model, then quantize that",
+    "QLinearMatMul": "it is quantized already; factor the floating-point model, then quantize that",
+    "MatMulInteger": "it is quantized already; factor the floating-point model, then quantize that",
+    "RNN": "it is a plain recurrent layer; LSTM and GRU can be factored",
+}
+"""Operators with weights that are left dense on purpose, and why."""

@@ -6,9 +6,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.contraction import LayerSpec, MatMul, Step
-from tensorrail_exporter.rules.emit import chain, unique
+from tensorrail_exporter.rules.emit import Site
 
-OP = "Gemm"
+OPS: tuple[str, ...] = ("Gemm",)
+
+
+def weight_input(node: gs.Node) -> int:
+    """Return 1: the second operand is the weight."""
+    return 1
 
 
 def why_not(node: gs.Node) -> str | None:
@@ -36,8 +41,9 @@ def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
     node.inputs[1] = gs.Constant(name, np.ascontiguousarray(weight if node.attrs.get("transB", 0) else weight.T))
 
 
-def rewrite(graph: gs.Graph, node: gs.Node, steps: tuple[Step, ...], layer: str) -> None:
+def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     """Write the steps: as Gemms when every step is a product, else as a chain between an own transpose and bias."""
+    node = site.node
     dtype = node.inputs[1].dtype
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
@@ -45,7 +51,7 @@ def rewrite(graph: gs.Graph, node: gs.Node, steps: tuple[Step, ...], layer: str)
     source, target = node.inputs[0], node.outputs[0]
     node.outputs.clear()
     if all(isinstance(step, MatMul) and step.side == "right" for step in steps):
-        nodes = chain(graph, source, target, steps, layer, dtype)
+        nodes = site.chain(source, target, steps, layer, dtype)
         for product in nodes:
             product.op = "Gemm"
         nodes[0].attrs["transA"] = int(transposed)
@@ -55,27 +61,27 @@ def rewrite(graph: gs.Graph, node: gs.Node, steps: tuple[Step, ...], layer: str)
             nodes[-1].attrs["beta"] = beta
         return
     if transposed:
-        rows = gs.Variable(unique(graph, f"{layer}/rows"), dtype=dtype)
-        graph.nodes.append(
-            gs.Node("Transpose", unique(graph, f"{layer}/transA"), attrs={"perm": [1, 0]}, inputs=[source], outputs=[rows])
-        )
+        rows = site.variable(f"{layer}/rows", dtype)
+        site.append("Transpose", f"{layer}/transA", [source], rows, {"perm": [1, 0]})
         source = rows
-    plain = bias is None and alpha == 1.0
-    product = target if plain else gs.Variable(unique(graph, f"{layer}/product"), dtype=dtype)
-    chain(graph, source, product, steps, layer, dtype)
-    terms = [(product, alpha, "alpha")] + ([(bias, beta, "beta")] if bias is not None else [])
-    scaled = [_scaled(graph, tensor, factor, f"{layer}/{name}", dtype) for tensor, factor, name in terms]
-    if bias is not None:
-        graph.nodes.append(gs.Node("Add", unique(graph, f"{layer}/add"), inputs=scaled, outputs=[target]))
-    elif not plain:
-        scaled[0].inputs[0].outputs[0] = target
+    if bias is None and alpha == 1.0:
+        site.chain(source, target, steps, layer, dtype)
+        return
+    product = site.variable(f"{layer}/product", dtype)
+    site.chain(source, product, steps, layer, dtype)
+    if bias is None:
+        _scale(site, product, alpha, f"{layer}/alpha", target)
+        return
+    scaled = [
+        tensor
+        if factor == 1.0
+        else _scale(site, tensor, factor, f"{layer}/{name}", site.variable(f"{layer}/{name}_scaled", dtype))
+        for tensor, factor, name in ((product, alpha, "alpha"), (bias, beta, "beta"))
+    ]
+    site.append("Add", f"{layer}/add", scaled, target)
 
 
-def _scaled(graph: gs.Graph, tensor: gs.Tensor, factor: float, name: str, dtype: np.dtype) -> gs.Tensor:
-    """Return `factor * tensor`; the tensor itself when the factor is 1."""
-    if factor == 1.0:
-        return tensor
-    out = gs.Variable(unique(graph, f"{name}_scaled"), dtype=dtype)
-    scale = gs.Constant(unique(graph, name), np.array(factor, dtype))
-    graph.nodes.append(gs.Node("Mul", unique(graph, f"{name}_mul"), inputs=[tensor, scale], outputs=[out]))
+def _scale(site: Site, tensor: gs.Tensor, factor: float, name: str, out: gs.Tensor) -> gs.Tensor:
+    """Append `out = factor · tensor` and return `out`."""
+    site.append("Mul", f"{name}_mul", [tensor, site.constant(name, np.array(factor, out.dtype))], out)
     return out

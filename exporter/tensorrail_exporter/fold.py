@@ -1,0 +1,82 @@
+"""Weights that are computed from constants only, made constants: Slice, Concat, Transpose, Cast and their like.
+
+torch's exporter writes the weights of recurrent layers as slices of the module's parameters, put together again in ONNX's
+gate order. Only the weights that a plan names are folded; the rest of the graph stays as it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+
+_FOLDABLE = frozenset(
+    {
+        "Cast",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Mul",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+
+
+def sources(tensor: gs.Tensor) -> tuple[str, ...]:
+    """Return the names of the floating-point constants that a tensor is made of; none when it is not constant."""
+    found = _ancestors(tensor)
+    if found is None:
+        return ()
+    return tuple(c.name for c in found[1] if np.issubdtype(c.dtype, np.floating) and len(c.shape) > 1)
+
+
+def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
+    """Return the constant that a tensor's nodes compute; None when something of it is not constant."""
+    if isinstance(tensor, gs.Constant):
+        return tensor
+    found = _ancestors(tensor)
+    if found is None:
+        return None
+    graph = gs.Graph(nodes=[node.copy() for node in found[0]], outputs=[tensor.copy()], opset=opset)
+    graph.toposort()
+    model = gs.export_onnx(graph, do_type_check=False)
+    for output in model.graph.output:
+        output.ClearField("type")
+    (values,) = ReferenceEvaluator(model).run(None, {})
+    return gs.Constant(name, np.ascontiguousarray(values))
+
+
+def _ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Constant]] | None:
+    """Return the nodes and constants above a tensor; None when an input or an operator that is not folded is among them."""
+    nodes: list[gs.Node] = []
+    constants: list[gs.Constant] = []
+    seen: set[int] = set()
+    waiting = [tensor]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen or current.is_empty():
+            continue
+        seen.add(id(current))
+        if isinstance(current, gs.Constant):
+            constants.append(current)
+            continue
+        if (
+            len(current.inputs) != 1
+            or current.inputs[0].op not in _FOLDABLE
+            or current.inputs[0].domain not in (None, "", "ai.onnx")
+        ):
+            return None
+        node = current.inputs[0]
+        if not any(node is other for other in nodes):
+            nodes.append(node)
+            waiting.extend(reversed(node.inputs))
+    return nodes, constants

@@ -1,0 +1,166 @@
+r"""Canonical polyadic (Lebedev et al., ICLR 2015): a sum of R components, the modes those of `tt`.
+
+.. math:: W(o_1, …, i_n) = \sum_{r=1}^{R} A_1(o_1, r) ⋯ A_d(i_n, r).
+
+A convolution runs as 1×1 → depthwise K_h×K_w on R channels → 1×1, a linear layer as two products over R.
+
+The best CP approximation may not exist: components then grow without bound and cancel each other, and what is trained or
+rounded afterwards is lost. So alternating least squares runs with a ridge, made stronger until no component is larger than
+`BOUND` times the weight; where that does not help, the decomposition says that it diverges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import tensorly as tl
+from tensorly.decomposition import parafac
+
+from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.modes import Part, fold, parts_of, require_merge, require_ranks, split, unfold
+from tensorrail_exporter.modes import default_modes as default_modes
+from tensorrail_exporter.truncation import backend_of, double, like, truncated_svd
+
+BOUND = 10.0
+"""The largest norm of one component, in units of the weight's norm."""
+
+_RIDGES = (1e-8, 1e-4, 1e-3, 1e-2)  # of the squared norm of a balanced factor's column
+_SWEEPS = 50
+_TOLERANCE = 1e-5
+
+
+def merges(op: Op) -> tuple[str, ...]:
+    """Return `sides` (the factors of each side joined), `output` or `input` (those of that side) and `none`."""
+    return ("sides", "output", "input", "none")
+
+
+def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return (rank,)."""
+    return (rank,)
+
+
+def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of components lowered to the product of all modes but the largest: enough for every tensor."""
+    _require(ranks)
+    return (min(ranks[0], math.prod(modes) // max(modes)),)
+
+
+def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
+    """Raise `PlanError` unless the modes multiply up to the shape and there is one rank."""
+    split(shape, modes)
+    _require(ranks)
+
+
+def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+    """Return the factors (n_k, R), their norms balanced; `PlanError` when no ridge keeps the components bounded."""
+    shape = tuple(weight.shape)
+    validate(shape, modes, ranks)
+    (rank,) = clamp(shape, modes, ranks)
+    with backend_of(weight):
+        tensor = double(unfold(weight, modes))
+        scale = float(tl.norm(tensor))
+        if scale == 0.0:
+            return [like(weight, tl.zeros((mode, rank), **tl.context(tensor))) for mode in modes]
+        for ridge in _RIDGES:
+            factors = _als(tensor / scale, rank, ridge)
+            if _largest(factors) <= BOUND:
+                root = scale ** (1 / len(modes))
+                return [like(weight, factor * root) for factor in factors]
+    raise PlanError(
+        f"cp with {rank} components diverges on a weight of shape {list(shape)}: its components cancel each other at more than "
+        f"{BOUND:g} times the weight's norm; lower the rank, or use tucker or tt"
+    )
+
+
+def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+    """Return the dense weight (O, I, *K) or (O, I) of the factors."""
+    m = split(shape, modes)
+    left, right = _khatri_rao(parts_of(cores)[:m]).core, _khatri_rao(parts_of(cores)[m:]).core
+    return fold((left @ right.T).reshape(tuple(modes)), shape)
+
+
+def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return (n_k, R) for every mode, the rank clamped."""
+    validate(shape, modes, ranks)
+    (rank,) = clamp(shape, modes, ranks)
+    return tuple((mode, rank) for mode in modes)
+
+
+def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return axis 1 of every factor."""
+    return ((1,),) * len(modes)
+
+
+def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return the steps of the layer: from the input to R channels, the kernel on each of them, from R channels out.
+
+    Core by core, the first input mode makes the R channels and each further one is contracted within its channel.
+    """
+    require_merge(merge, merges(layer.op), "cp")
+    m = split(layer.shape, modes)
+    parts = parts_of(cores)
+    conv = layer.op == "conv"
+    outs, ins = parts[:m], parts[m + conv :]
+    if merge in ("sides", "output"):
+        outs = [_khatri_rao(outs)]
+    if merge in ("sides", "input"):
+        ins = [_khatri_rao(ins)]
+    single = conv and math.prod(layer.kernel) == 1
+    if single:  # one tap: a factor for each channel
+        ins[0] = Part(ins[0].core * parts[m].core, (m, *ins[0].cores))
+    chain = Chain(layer)
+    rank = cores[0].shape[1]
+    after = layer.shape[1]
+    for index, part in enumerate(ins):
+        mode = part.core.shape[0]
+        after //= mode
+        if index == 0:
+            chain.apply(part.core.T, part.cores, after=after, strided=single and len(ins) == 1)
+        else:
+            chain.grouped(part.core.T.reshape(rank, 1, mode), part.cores, after=after, strided=single and index == len(ins) - 1)
+    if conv and not single:
+        chain.window(parts[m].core.T.reshape(rank, 1, *layer.kernel), (m,), groups=rank)
+    after = 1
+    for part in reversed(outs[1:]):
+        chain.grouped(part.core.T.reshape(rank, part.core.shape[0], 1), part.cores, after=after)
+        after *= part.core.shape[0]
+    chain.apply(outs[0].core, outs[0].cores, after=after)
+    return chain.steps
+
+
+def _als(tensor: Array, rank: int, ridge: float) -> list[Array]:
+    """Return factors with balanced column norms, from alternating least squares with a ridge; `tensor` has norm 1."""
+    _, factors = parafac(
+        tensor, rank, n_iter_max=_SWEEPS, init="svd", svd=truncated_svd, tol=_TOLERANCE, l2_reg=ridge, random_state=0
+    )
+    norms = [tl.sqrt(tl.sum(factor * factor, axis=0)) for factor in factors]
+    product = norms[0]
+    for norm in norms[1:]:
+        product = product * norm
+    target = product ** (1 / len(factors))
+    return [factor * (target / tl.clip(norm, 1e-300, None)) for factor, norm in zip(factors, norms, strict=True)]
+
+
+def _largest(factors: Sequence[Array]) -> float:
+    """Return the largest norm of one component; infinite when it is not a number."""
+    columns = factors[0] * factors[0]
+    sizes = tl.sum(columns, axis=0)
+    for factor in factors[1:]:
+        sizes = sizes * tl.sum(factor * factor, axis=0)
+    largest = float(tl.max(sizes)) ** 0.5
+    return largest if math.isfinite(largest) else math.inf
+
+
+def _khatri_rao(parts: Sequence[Part]) -> Part:
+    """Return the factors (n_1, R), (n_2, R) … as one (n_1n_2…, R), column by column."""
+    merged = parts[0]
+    for part in parts[1:]:
+        product = (merged.core[:, None, :] * part.core[None, :, :]).reshape(-1, merged.core.shape[1])
+        merged = Part(product, (*merged.cores, *part.cores))
+    return merged
+
+
+def _require(ranks: Sequence[int]) -> None:
+    require_ranks(ranks, 1, "cp: the number of components")

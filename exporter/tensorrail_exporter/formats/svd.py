@@ -1,0 +1,129 @@
+r"""Low-rank matrices (Denton et al. 2014; the spatial split of convolutions Jaderberg et al. 2014).
+
+A linear weight (O, I) is the matrix itself. A kernel's axes are shared out between the two factors: the first j of them
+(J = k_1⋯k_j taps) go with the inputs, the others (L taps) with the outputs,
+
+.. math:: M_{(o, l), (i, j)} = W_{o, i, j, l} ≈ U V, \quad U ∈ R^{O·L × r}, \; V ∈ R^{r × I·J}.
+
+The modes (O·L, I·J) say where the split is: (O·Kw, I·Kh) runs as Kh×1 → 1×Kw, (O, I·K) as Kh×Kw → 1×1, (O·K, I) as
+1×1 → Kh×Kw. The truncated SVD is the best approximation of that rank (Eckart and Young 1936).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import tensorly as tl
+
+from tensorrail_exporter.contraction import Array, Chain, Conv, LayerSpec, Op, Step
+from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.modes import require_merge, require_ranks
+from tensorrail_exporter.truncation import backend_of, permute, truncated_svd
+
+
+def merges(op: Op) -> tuple[str, ...]:
+    """Return `sides`: there are two factors, and nothing to join."""
+    return ("sides",)
+
+
+def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return (O, I), or the spatial split of a kernel after its first axis."""
+    return (shape[0] * math.prod(shape[3:]), shape[1] * math.prod(shape[2:3]))
+
+
+def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return (rank,)."""
+    return (rank,)
+
+
+def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return the rank lowered to the smaller side of the matrix."""
+    _require(ranks)
+    return (min(ranks[0], *modes),)
+
+
+def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
+    """Raise `PlanError` unless the modes are a split of the weight into two and there is one rank."""
+    _split(shape, modes)
+    _require(ranks)
+
+
+def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+    """Return U·√S (O·L, r) and √S·V (r, I·J), the singular values shared evenly."""
+    shape = tuple(weight.shape)
+    validate(shape, modes, ranks)
+    j = _split(shape, modes)
+    last = len(shape)
+    axes = (0, *range(2 + j, last), 1, *range(2, 2 + j))
+    with backend_of(weight):
+        u, s, v = truncated_svd(permute(weight, axes).reshape(tuple(modes)), clamp(shape, modes, ranks)[0])
+        root = tl.sqrt(s)
+        return [u * root, root[:, None] * v]
+
+
+def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+    """Return the dense weight (O, I, *K) or (O, I) of the two factors."""
+    j = _split(shape, modes)
+    kernel = tuple(shape[2:])
+    full = (cores[0] @ cores[1]).reshape(shape[0], *kernel[j:], shape[1], *kernel[:j])
+    behind = len(kernel) - j
+    return permute(full, (0, 1 + behind, *range(2 + behind, 2 + len(kernel)), *range(1, 1 + behind)))
+
+
+def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return (O·L, r) and (r, I·J), the rank clamped."""
+    validate(shape, modes, ranks)
+    (rank,) = clamp(shape, modes, ranks)
+    return ((modes[0], rank), (rank, modes[1]))
+
+
+def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return the axis of the rank in each factor."""
+    return ((1,), (0,))
+
+
+def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return two convolutions, each with its own axes' stride, pads and dilation, or two matrix products."""
+    require_merge(merge, merges(layer.op), "svd")
+    if layer.op != "conv":
+        chain = Chain(layer)
+        chain.apply(cores[1], (1,))
+        chain.apply(cores[0], (0,))
+        return chain.steps
+    j = _split(layer.shape, modes)
+    rank = cores[1].shape[0]
+    nd = layer.spatial
+    inner = [axis < j or layer.kernel[axis] == 1 for axis in range(nd)]  # a single tap: the earlier stride costs less
+    first = cores[1].reshape(rank, layer.shape[1], *(k if axis < j else 1 for axis, k in enumerate(layer.kernel)))
+    outer = (layer.shape[0], *layer.kernel[j:], rank)
+    second = permute(cores[0].reshape(outer), (0, len(outer) - 1, *range(1, len(outer) - 1)))
+    second = second.reshape(layer.shape[0], rank, *(1 if axis < j else k for axis, k in enumerate(layer.kernel)))
+    return (_on_axes(first, 1, layer, inner), _on_axes(second, 0, layer, [not axis for axis in inner]))
+
+
+def _on_axes(weight: Array, core: int, layer: LayerSpec, mine: Sequence[bool]) -> Conv:
+    """Return a convolution with the layer's stride, pads and dilation on some axes, and none on the others."""
+    return Conv(
+        weight,
+        (core,),
+        stride=tuple(s if on else 1 for s, on in zip(layer.stride, mine, strict=True)),
+        pads=tuple(p if on else 0 for p, on in zip(layer.pads, [*mine, *mine], strict=True)),
+        dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, mine, strict=True)),
+        auto_pad=layer.auto_pad,
+    )
+
+
+def _split(shape: Sequence[int], modes: Sequence[int]) -> int:
+    """Return how many of the kernel's axes go with the inputs; `PlanError` when the modes are no such split."""
+    kernel = tuple(shape[2:])
+    choices = {(shape[0] * math.prod(kernel[j:]), shape[1] * math.prod(kernel[:j])): j for j in range(len(kernel) + 1)}
+    try:
+        return choices[tuple(modes)]  # type: ignore[index]
+    except KeyError:
+        known = " or ".join(str(list(choice)) for choice in choices)
+        raise PlanError(f"modes {list(modes)} do not split a weight of shape {list(shape)} in two: expected {known}") from None
+
+
+def _require(ranks: Sequence[int]) -> None:
+    require_ranks(ranks, 1, "svd: the rank of the matrix")

@@ -1,0 +1,218 @@
+r"""Tensor ring (Zhao et al. 2016): a train whose two ends are joined by a rank r₀ = r_d, the modes those of `tt`.
+
+.. math:: W(o_1, …, i_n) = \operatorname{tr}\bigl(G_1(o_1) G_2(o_2) … G_d(i_n)\bigr), \quad G_k ∈ R^{r_{k-1} × n_k × r_k}.
+
+The output cores together are a map from (r₀, r_m) to O, the input cores one from I to (r₀, r_{m'}): a convolution runs as
+1×1 → K_h×K_w in r₀ groups with the same kernel → 1×1, a linear layer as two matrix products over the rank r₀·r_m.
+
+The one-shot SVD spends its error at the first cut. It is only the start here: alternating least squares goes on from it,
+each step the exact minimum over one core, so that the result is never worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorly as tl
+from tensorly.decomposition import tensor_ring, tensor_train
+
+from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.formats import tt
+from tensorrail_exporter.modes import Part, fold, joined, kernel_last, parts_of, require_merge, require_ranks, split, unfold
+from tensorrail_exporter.modes import default_modes as default_modes
+from tensorrail_exporter.truncation import backend_of, double, like, permute, truncated_svd
+
+_SWEEPS = 20
+_PROGRESS = 1e-3  # of the error: a sweep that gains less is the last one
+_RIDGE = 1e-12  # of the Gram matrix's mean eigenvalue: keeps a rank-deficient core solvable
+
+
+def merges(op: Op) -> tuple[str, ...]:
+    """Return `sides` (grouped kernel) and `fold` (ring rank in the batch), or for products `sides` and `output`."""
+    return ("sides", "fold") if op == "conv" else ("sides", "output")
+
+
+def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return (rank, …, rank)."""
+    return (rank,) * (len(modes) + 1)
+
+
+def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return the ranks lowered to those that can matter: what a train needs, and no core taller than wide."""
+    _require(modes, ranks)
+    d = len(modes)
+    ring = [min(ranks[0], modes[0], modes[-1])]
+    ring += [min(ranks[k], math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, d)]
+    for _ in range(2):
+        for k in range(d):
+            ring[(k + 1) % d] = min(ring[(k + 1) % d], ring[k] * modes[k])
+        for k in range(d - 1, -1, -1):
+            ring[k] = min(ring[k], ring[(k + 1) % d] * modes[k])
+    return (*ring, ring[0])
+
+
+def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
+    """Raise `PlanError` unless the modes multiply up to the shape and the ring closes: r_0 = r_d."""
+    split(shape, modes)
+    _require(modes, ranks)
+
+
+def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+    """Return the cores G_k (r_{k-1}, n_k, r_k): the one-shot ring SVD, refined by alternating least squares.
+
+    The relative error is at most that of the one-shot, for which TensorLy's `tensor_ring` is used where the ranks allow it.
+    """
+    shape = tuple(weight.shape)
+    validate(shape, modes, ranks)
+    ring = clamp(shape, modes, ranks)
+    with backend_of(weight):
+        tensor = double(unfold(weight, modes))
+        start = one_shot(tensor, ring)
+        return [like(weight, core) for core in _refine(tensor, start)]
+
+
+def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+    """Return the dense weight (O, I, *K) or (O, I) of the cores."""
+    split(shape, modes)
+    first = cores[0].shape[0]
+    out = joined(parts_of(cores[:-1])).core  # (r_0, N, r)
+    r, n, s = out.shape
+    left = permute(out, (1, 0, 2)).reshape(n, r * s)
+    last = permute(cores[-1], (2, 0, 1)).reshape(first * s, -1)
+    return fold((left @ last).reshape(tuple(modes)), shape)
+
+
+def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return (r_{k-1}, n_k, r_k) for every core, the ranks clamped."""
+    validate(shape, modes, ranks)
+    ring = clamp(shape, modes, ranks)
+    return tuple((ring[k], mode, ring[k + 1]) for k, mode in enumerate(modes))
+
+
+def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return those of `tt`: the rank that closes the ring counts groups, not channels, and stays."""
+    return tt.rank_axes(shape, modes)
+
+
+def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return the steps of the layer: into the ring's ranks, the kernel for each of the r_0 groups, out of them."""
+    require_merge(merge, merges(layer.op), "tr")
+    m = split(layer.shape, modes)
+    parts = parts_of(cores)
+    conv = layer.op == "conv"
+    out = joined(parts[:m])  # (r_0, O, r_m)
+    ring, _, bond = out.core.shape
+    chain = Chain(layer)
+    ins = parts[m + conv :]
+    single = conv and math.prod(layer.kernel) == 1
+    if merge != "output":
+        inner = joined([parts[m], *ins] if single else ins)  # (r, I, r_0)
+        r, inputs, _ = inner.core.shape
+        if conv:  # channels (r_0, r): the groups of the kernel
+            chain.apply(permute(inner.core, (2, 0, 1)).reshape(ring * r, inputs), inner.cores, strided=single)
+        else:
+            chain.apply(permute(inner.core, (0, 2, 1)).reshape(r * ring, inputs), inner.cores)
+    else:
+        _input_chain(chain, ins, layer.shape[1])
+    if conv and not single:
+        left, _, right = parts[m].core.shape
+        kernel = kernel_last(parts[m].core.reshape(left, *layer.kernel, right))
+        if merge == "fold":
+            chain.window(kernel, (m,), fold=ring)
+        else:
+            chain.window(_tiled(kernel, ring), (m,), groups=ring)
+    axes = (1, 0, 2) if conv else (1, 2, 0)  # to (O, r_0, r_m), or (O, r_m, r_0) behind a linear chain
+    chain.apply(permute(out.core, axes).reshape(layer.shape[0], ring * bond), out.cores)
+    return chain.steps
+
+
+def one_shot(tensor: Array, ring: Sequence[int]) -> list[Array]:
+    """Return ring cores of a tensor of modes by successive SVDs (Zhao et al. 2016, Algorithm 1).
+
+    The first cut has r_k·r_{k+1} singular vectors to share out; where no mode has so many, a train of the same ranks is
+    taken and the ring's further slots filled with small values for the refinement to use. Runs inside `backend_of`.
+    """
+    modes = tuple(tensor.shape)
+    for k, mode in enumerate(modes):
+        if ring[k] * ring[k + 1] <= min(mode, math.prod(modes) // mode):
+            cores = list(tensor_ring(tensor, list(ring), mode=k, svd=truncated_svd).factors)
+            if all(core.shape == (ring[j], n, ring[j + 1]) for j, (core, n) in enumerate(zip(cores, modes, strict=True))):
+                return cores
+    train = tensor_train(tensor, list(tt.clamp((), modes, (1, *ring[1:-1], 1))), svd=truncated_svd).factors
+    noise = np.random.default_rng(0)
+    cores = []
+    for k, (core, mode) in enumerate(zip(train, modes, strict=True)):
+        scale = 1e-2 * float(tl.norm(core)) / math.sqrt(math.prod(core.shape))
+        values = scale * noise.standard_normal((ring[k], mode, ring[k + 1]))
+        wide = tl.tensor(values, **tl.context(tensor))
+        wide[: core.shape[0], :, : core.shape[2]] = core
+        cores.append(wide)
+    return cores
+
+
+def error(tensor: Array, cores: Sequence[Array]) -> float:
+    """Return ‖tensor − ring(cores)‖ / ‖tensor‖."""
+    modes = tuple(tensor.shape)
+    full = reconstruct(cores, (modes[0], math.prod(modes[1:])), (modes[0], *modes[1:])).reshape(modes)
+    return float(tl.norm(tensor - full)) / (float(tl.norm(tensor)) or 1.0)
+
+
+def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
+    """Return the cores after alternating least squares; the best sweep's, so never worse than the start."""
+    best, least = cores, error(tensor, cores)
+    before = least
+    for _ in range(_SWEEPS):
+        cores = list(cores)
+        for k in range(len(cores)):
+            cores[k] = _solve(tensor, cores, k)
+        now = error(tensor, cores)
+        if not now < least:
+            break
+        best, least = cores, now
+        if before - now <= _PROGRESS * before or now < _RIDGE**0.5:
+            break
+        before = now
+    return best
+
+
+def _solve(tensor: Array, cores: Sequence[Array], k: int) -> Array:
+    """Return the core k that minimizes the error, the others held."""
+    d = len(cores)
+    rest = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
+    right, count, left = rest.shape
+    rotated = permute(tensor, tuple((k + j) % d for j in range(d))).reshape(tensor.shape[k], count)
+    design = permute(rest, (1, 2, 0)).reshape(count, left * right)
+    gram = design.T @ design
+    ridge = _RIDGE * float(tl.trace(gram)) / (left * right) or 1.0
+    gram = gram + ridge * tl.eye(left * right, **tl.context(gram))
+    solved = tl.solve(gram, (rotated @ design).T)  # (left·right, n_k)
+    return permute(solved.reshape(left, right, tensor.shape[k]), (0, 2, 1))
+
+
+def _input_chain(chain: Chain, ins: Sequence[Part], inputs: int) -> None:
+    """Contract a linear layer's input core by core, from the last one on, to (r_m, r_0)."""
+    ring = ins[-1].core.shape[2]
+    before = inputs
+    for index, part in enumerate(reversed(ins)):
+        left, mode, right = part.core.shape
+        before //= mode
+        if index == 0:  # (before, i) → (before, r, r_0)
+            chain.apply(permute(part.core, (0, 2, 1)).reshape(left * ring, mode), part.cores, before=before)
+        else:
+            chain.apply(part.core.reshape(left, mode * right), part.cores, before=before, after=ring)
+
+
+def _tiled(kernel: Array, groups: int) -> Array:
+    """Return the kernel once for each group, (groups·O, C, *K)."""
+    shape = (groups, *kernel.shape)
+    wide = kernel[None].expand(shape) if hasattr(kernel, "expand") else np.broadcast_to(kernel[None], shape)
+    return wide.reshape(groups * kernel.shape[0], *kernel.shape[1:])
+
+
+def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
+    require_ranks(ranks, len(modes) + 1, f"tr: r_0 … r_{len(modes)} for {len(modes)} modes")
+    if ranks[0] != ranks[-1]:
+        raise PlanError(f"the ranks of a ring start and end with the same number, and came as {list(ranks)}")

@@ -1,0 +1,132 @@
+r"""TT-matrix (Oseledets 2010; Novikov et al. 2015): the modes of the two sides in pairs, for matrices.
+
+.. math:: W_{(o_1 … o_d), (i_1 … i_d)} = G_1(o_1, i_1) ⋯ G_d(o_d, i_d), \quad G_k ∈ R^{r_{k-1} × o_k × i_k × r_k}.
+
+Its modes are (o_1, …, o_d, i_1, …, i_d), its ranks r_0 = 1 … r_d = 1. There is no boundary of low rank between input and
+output, so it pays for one token, or for bytes; with many tokens a train with separate sides is faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tensorly.decomposition import tensor_train
+
+from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.formats import tt
+from tensorrail_exporter.modes import Part, joined, parts_of, require_merge, require_ranks
+from tensorrail_exporter.truncation import backend_of, permute, truncated_svd
+
+
+def merges(op: Op) -> tuple[str, ...]:
+    """Return `halves` (the first and the second half of the cores joined) and `none`."""
+    return ("halves", "none")
+
+
+def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return two modes a side, as near to each other as the divisors allow."""
+    return (*_near(shape[0]), *_near(shape[1]))
+
+
+def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return (1, rank, …, rank, 1)."""
+    return tt.uniform(shape, _pairs(modes), rank)
+
+
+def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return the ranks lowered to those of a train over the paired modes o_k·i_k."""
+    _require(modes, ranks)
+    return tt.clamp(shape, _pairs(modes), ranks)
+
+
+def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
+    """Raise `PlanError` unless the weight is a matrix and the modes pair up to its two sides."""
+    if len(shape) != 2:
+        raise PlanError(
+            f"ttm pairs the modes of a matrix, and the weight has shape {list(shape)}; for a convolution use tt or tr"
+        )
+    d = len(modes) // 2
+    if len(modes) % 2 or not d or min(modes) < 1 or (math.prod(modes[:d]), math.prod(modes[d:])) != tuple(shape):
+        raise PlanError(
+            f"modes {list(modes)} do not fit a weight of shape {list(shape)}: expected as many output modes, of product "
+            f"{shape[0]}, as input modes, of product {shape[1]}; try {list(default_modes(shape))}"
+        )
+    _require(modes, ranks)
+
+
+def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+    """Return the cores G_k (r_{k-1}, o_k, i_k, r_k) by TT-SVD over the paired modes."""
+    shape = tuple(weight.shape)
+    validate(shape, modes, ranks)
+    d = len(modes) // 2
+    pairs = [axis for k in range(d) for axis in (k, d + k)]
+    with backend_of(weight):
+        tensor = permute(weight.reshape(tuple(modes)), tuple(pairs)).reshape(_pairs(modes))
+        cores = tensor_train(tensor, list(clamp(shape, modes, ranks)), svd=truncated_svd).factors
+    return [core.reshape(core.shape[0], modes[k], modes[d + k], core.shape[2]) for k, core in enumerate(cores)]
+
+
+def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+    """Return the dense weight (O, I) of the cores."""
+    return _joined(parts_of(cores)).core.reshape(tuple(shape))
+
+
+def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return (r_{k-1}, o_k, i_k, r_k) for every core, the ranks clamped."""
+    validate(shape, modes, ranks)
+    feasible, d = clamp(shape, modes, ranks), len(modes) // 2
+    return tuple((feasible[k], modes[k], modes[d + k], feasible[k + 1]) for k in range(d))
+
+
+def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return (3), (0, 3), …, (0): all but the two ends of the train."""
+    return tuple(tuple(3 if axis == 2 else axis for axis in axes) for axes in tt.rank_axes(shape, _pairs(modes)))
+
+
+def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return one product a core, from the last one on: (…, i_k, r_k, o_{k+1}…) → (…, r_{k-1}, o_k, o_{k+1}…)."""
+    require_merge(merge, merges(layer.op), "ttm")
+    parts = parts_of(cores)
+    if merge == "halves" and len(parts) > 2:
+        half = len(parts) // 2
+        parts = [_joined(parts[:half]), _joined(parts[half:])]
+    chain = Chain(layer)
+    before, after = layer.shape[1], 1
+    for part in reversed(parts):
+        left, out, inputs, right = part.core.shape
+        before //= inputs
+        matrix = part.core.reshape(left * out, inputs * right)
+        chain.apply(matrix, part.cores, before=before, after=after)
+        after *= out
+    return chain.steps
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Return neighbouring cores (r, o, i, r') as one, the output modes before the input modes."""
+    train = joined([Part(part.core.reshape(part.core.shape[0], -1, part.core.shape[3]), part.cores) for part in parts])
+    left, _, right = train.core.shape
+    sizes = [size for part in parts for size in part.core.shape[1:3]]
+    d = len(parts)
+    axes = (0, *(1 + 2 * k for k in range(d)), *(2 + 2 * k for k in range(d)), 1 + 2 * d)
+    core = permute(train.core.reshape(left, *sizes, right), axes)
+    return Part(core.reshape(left, math.prod(sizes[::2]), math.prod(sizes[1::2]), right), train.cores)
+
+
+def _pairs(modes: Sequence[int]) -> tuple[int, ...]:
+    d = len(modes) // 2
+    return tuple(modes[k] * modes[d + k] for k in range(d))
+
+
+def _near(size: int) -> tuple[int, int]:
+    """Return the two divisors of `size` that are nearest to its root, the larger one first."""
+    small = next(k for k in range(math.isqrt(size), 0, -1) if size % k == 0)
+    return (size // small, small)
+
+
+def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
+    d = len(modes) // 2
+    require_ranks(ranks, d + 1, f"ttm: r_0 … r_{d} for {d} pairs of modes")
+    if ranks[0] != 1 or ranks[-1] != 1:
+        raise PlanError(f"ttm ranks start and end with 1, and came as {list(ranks)}")

@@ -1,0 +1,77 @@
+"""LSTM(X, W, R, B, …) -> LSTM(… MatMul(X, W₁) …, Wₙ, R, B, …), and GRU alike.
+
+The input projection W is contracted outside the time loop, for all steps and directions at once, down to the rank between
+input and output; the native operator then runs on that rank, with W = the output cores. Initial states, sequence lengths,
+recurrent weights, biases and peepholes are the node's own. A format without such a boundary (`ttm`) makes all gates'
+inputs outside the loop, and W is the identity.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.contraction import LayerSpec, Step, split_at_boundary
+from tensorrail_exporter.rules.emit import Site
+
+OPS: tuple[str, ...] = ("LSTM", "GRU")
+
+_TORCH_FROM_ONNX = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
+"""torch's gates (i, f, g, o) and (r, z, n), as places in ONNX's (i, o, f, c) and (z, r, h)."""
+
+
+def weight_input(node: gs.Node) -> int:
+    """Return 1: the second input is the weight of the input projection."""
+    return 1
+
+
+def why_not(node: gs.Node) -> str | None:
+    """Return the reason why this recurrent layer stays dense, or None."""
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant):
+        return f"its input weight {weight.name!r} is computed in the graph, not a constant"
+    return None
+
+
+def layer(node: gs.Node) -> LayerSpec:
+    """Return the (directions · gates · hidden, I) of the input projection; X has time and batch before its features."""
+    directions, rows, inputs = node.inputs[1].shape
+    axes = node.inputs[0].shape
+    time = axes[0] if axes and isinstance(axes[0], int) and axes[0] > 0 and not node.attrs.get("layout", 0) else 0
+    return LayerSpec("recurrent", (directions * rows, inputs), lead=2, size=(time,))
+
+
+def weight(node: gs.Node) -> np.ndarray:
+    """Return the weight (directions · gates · hidden, I), the gates in torch's order."""
+    values = np.asarray(node.inputs[1].values)
+    order = _TORCH_FROM_ONNX[node.op]
+    gates = values.reshape(values.shape[0], len(order), -1, values.shape[2])[:, list(order)]
+    return np.asarray(gates.reshape(-1, values.shape[2]))
+
+
+def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
+    """Give the node a weight of its own, from (directions · gates · hidden, I) in torch's order."""
+    node.inputs[1] = gs.Constant(name, _as_onnx(node, weight))
+
+
+def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
+    """Write the input's steps before the node and give it the output cores as its input weight."""
+    node = site.node
+    dtype = node.inputs[1].dtype
+    inner, matrix, cores = split_at_boundary(steps)
+    if matrix is None:
+        matrix, name = np.eye(node.inputs[1].shape[0] * node.inputs[1].shape[1], dtype=dtype), f"{layer}/identity"
+    else:
+        name = f"{layer}/{'+'.join(map(str, cores))}"
+    projected = site.variable(f"{layer}/projected", dtype)
+    site.chain(node.inputs[0], projected, inner, layer, dtype)
+    node.inputs[0] = projected
+    node.inputs[1] = site.constant(name, _as_onnx(node, matrix.astype(dtype)))
+
+
+def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    """Return (directions, gates · hidden, p) in ONNX's gate order."""
+    order = np.argsort(_TORCH_FROM_ONNX[node.op])
+    directions = 2 if node.attrs.get("direction", "forward") in ("bidirectional", b"bidirectional") else 1
+    gates = weight.reshape(directions, len(order), -1, weight.shape[1])[:, order]
+    return np.ascontiguousarray(gates.reshape(directions, -1, weight.shape[1]))
