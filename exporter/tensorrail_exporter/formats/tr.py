@@ -71,7 +71,8 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     with backend_of(weight):
         tensor = double(unfold(weight, modes))
         start = one_shot(tensor, ring)
-        return [like(weight, core) for core in _refine(tensor, start)]
+        refined = start if len(modes) == 2 else _refine(tensor, start)
+        return [like(weight, core) for core in refined]
 
 
 def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
@@ -136,6 +137,12 @@ def one_shot(tensor: Array, ring: Sequence[int]) -> list[Array]:
     taken and the ring's further slots filled with small values for the refinement to use. Runs inside `backend_of`.
     """
     modes = tuple(tensor.shape)
+    if len(modes) == 2:  # a matrix of rank r_0·r_1, whose singular vectors are shared out: nothing is better
+        u, s, v = truncated_svd(tensor, ring[0] * ring[1])
+        cores = [tl.zeros((mode, ring[0] * ring[1]), **tl.context(tensor)) for mode in modes]
+        cores[0][:, : len(s)], cores[1][:, : len(s)] = u * tl.sqrt(s), tl.transpose(v) * tl.sqrt(s)
+        left, right = (core.reshape(-1, ring[0], ring[1]) for core in cores)
+        return [permute(left, (1, 0, 2)), permute(right, (2, 0, 1))]
     for k, mode in enumerate(modes):
         if ring[k] * ring[k + 1] <= min(mode, math.prod(modes) // mode):
             cores = list(tensor_ring(tensor, list(ring), mode=k, svd=truncated_svd).factors)

@@ -55,8 +55,11 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     validate(shape, modes, ranks)
     m = split(shape, modes)
     with backend_of(weight):
+        tensor = unfold(weight, modes)
+        if float(tl.norm(tensor)) == 0.0:  # the iteration measures its progress in units of the norm
+            return [tl.zeros(size, **tl.context(tensor)) for size in core_shapes(shape, modes, ranks)]
         (core, factors), _ = partial_tucker(
-            unfold(weight, modes),
+            tensor,
             rank=list(clamp(shape, modes, ranks)),
             modes=list(_ranked(shape, modes)),
             n_iter_max=_SWEEPS,

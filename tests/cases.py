@@ -1,0 +1,59 @@
+"""Random layers and plans for every format, and how many of them are tried."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from tensorrail_exporter import FORMATS, LayerPlan
+
+MATRIX_ONLY = {"ttm"}  # pairs the modes of a matrix: no convolutions
+
+
+def cases(slice_: int, full: int) -> settings:
+    """Return settings that try `slice_` random cases, or `full` of them where TENSORRAIL_CASES=all asks for it."""
+    count = full if os.environ.get("TENSORRAIL_CASES") == "all" else slice_
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def draw_plan(data, name, form_name, kernel=(), op="conv", largest=4):
+    """Draw the shape of a weight and a plan for it, ranks that exist included; returns (shape, plan)."""
+    form = FORMATS[form_name]
+    size = st.integers(1, largest)
+    outs, ins = (data.draw(st.lists(size, min_size=1, max_size=3)) for _ in range(2))
+    if form_name == "ttm":
+        count = max(len(outs), len(ins))
+        outs, ins = (side + [1] * (count - len(side)) for side in (outs, ins))
+    shape = (math.prod(outs), math.prod(ins), *kernel)
+    if form_name == "svd":
+        at = data.draw(st.integers(0, len(kernel)), "kernel axes with the inputs")
+        modes = (shape[0] * math.prod(kernel[at:]), shape[1] * math.prod(kernel[:at]))
+    else:
+        modes = (*outs, *([math.prod(kernel)] if kernel else []), *ins)
+    return shape, draw_ranks(data, name, form, form_name, shape, modes, op)
+
+
+def draw_ranks(data, name, form, form_name, shape, modes, op):
+    """Draw ranks for a weight of these modes, and a merge."""
+    ranks = [data.draw(st.integers(1, 6)) for _ in form.uniform(shape, modes, 1)]
+    if form_name in ("tt", "ttm"):
+        ranks[0] = ranks[-1] = 1
+    if form_name == "tr":
+        ranks[-1] = ranks[0]
+    merge = data.draw(st.sampled_from(["auto", *form.merges(op)]), "merge")
+    return LayerPlan(name=name, format=form_name, modes=modes, ranks=form.clamp(shape, modes, ranks), merge=merge)
+
+
+def random_cores(plan, shape, rng, dtype=np.float32):
+    """Return cores of the plan's shapes whose weight has values around 1."""
+    shapes = plan.core_shapes(shape)
+    return [rng.standard_normal(one).astype(dtype) / max(1, one[-1]) ** 0.5 for one in shapes]
+
+
+def relative(a, b):
+    """Return the L2 norm of a − b, relative to b's; 0 when both are 0."""
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
