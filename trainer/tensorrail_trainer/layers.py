@@ -167,14 +167,14 @@ def swap(model: nn.Module, plan: Plan, cores: Mapping[str, Sequence[Tensor]] | N
 
 
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the cores of every factored layer, on the CPU, by the layer's name."""
+    """Return copies of the cores of every factored layer, on the CPU, by the layer's name."""
     found: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactoredLayer):
-            found[name] = [core.detach().cpu() for core in module.cores]
+            found[name] = [core.detach().to("cpu", copy=True) for core in module.cores]
         elif isinstance(module, FactoredRecurrent):
             for leaf, cores in cast("dict[str, nn.ParameterList]", module.cores).items():
-                found[f"{name}.{leaf}".removeprefix(".")] = [core.detach().cpu() for core in cores]
+                found[f"{name}.{leaf}".removeprefix(".")] = [core.detach().to("cpu", copy=True) for core in cores]
     return found
 
 

@@ -42,25 +42,32 @@ def to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned no program")
-        _name_recurrent_nodes(program.model.graph)
+        _name_by_weights(program.model.graph)
         optimizer.fold_constants(program.model, onnx_shape_inference=True)
         rewrite(program.model, (*_no_op.rules, *_materialize_reshape_shape.rules))
         optimizer.remove_unused_nodes(program.model)
     return _without_traces(program.model_proto)
 
 
-def _name_recurrent_nodes(graph: Any) -> None:
-    """Name every LSTM and GRU node by the input weight that it is made of, before folding turns it into a new constant."""
+def _name_by_weights(graph: Any) -> None:
+    """Name nodes by the weight that they are made of, before folding turns a transposed or joined weight into a new constant.
+
+    A MatMul gets its layer's name; an LSTM or GRU that of its forward input weight.
+    """
     for node in graph:
-        if node.op_type not in ("LSTM", "GRU"):
+        if node.op_type not in ("MatMul", "LSTM", "GRU"):
             continue
         waiting = [node.inputs[1]]
         while waiting:
             value = waiting.pop()
             if value is None:
                 continue
-            if value.producer() is not None:
-                waiting += list(value.producer().inputs)
+            producer = value.producer()
+            if producer is not None and (producer.op_type == "Transpose" or node.op_type != "MatMul"):
+                waiting += list(producer.inputs)
+            elif node.op_type == "MatMul":
+                if value.name in graph.initializers:
+                    node.name = value.name.removesuffix(".weight")
             elif "weight_ih_l" in (value.name or "") and not value.name.endswith("_reverse"):
                 node.name = value.name
 

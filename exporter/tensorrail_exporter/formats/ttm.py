@@ -64,7 +64,10 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     pairs = [axis for k in range(d) for axis in (k, d + k)]
     with backend_of(weight):
         tensor = permute(weight.reshape(tuple(modes)), tuple(pairs)).reshape(_pairs(modes))
-        cores = tensor_train(tensor, list(clamp(shape, modes, ranks)), svd=truncated_svd).factors
+        if d == 1:  # one pair is the matrix itself
+            cores = [tensor.reshape(1, -1, 1)]
+        else:
+            cores = tensor_train(tensor, list(clamp(shape, modes, ranks)), svd=truncated_svd).factors
     return [core.reshape(core.shape[0], modes[k], modes[d + k], core.shape[2]) for k, core in enumerate(cores)]
 
 

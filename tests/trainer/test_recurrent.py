@@ -1,0 +1,178 @@
+"""LSTM and GRU layers whose input weights are made of cores: in torch, in training, and in ONNX."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from cases import relative
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
+from tensorrail_exporter.formats import format_of
+from tensorrail_trainer import ADMM, cores_of, to_dense, to_onnx
+from tensorrail_trainer.layers import dense_layer, swap
+
+INPUT, HIDDEN, LAYERS = 12, 8, 2
+
+
+class Tagger(nn.Module):
+    """A recurrent network over sequences with a linear head."""
+
+    def __init__(self, kind, bidirectional, batch_first=True, **options):
+        super().__init__()
+        self.rnn = kind(INPUT, HIDDEN, LAYERS, bidirectional=bidirectional, batch_first=batch_first, **options)
+        self.head = nn.Linear(HIDDEN * (1 + bidirectional), 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+def plan_of(model, form_name, rank=3, layers=range(LAYERS), prefix="rnn."):
+    form, plans = format_of(form_name), []
+    for k in layers:
+        shape = dense_layer(model, f"{prefix}weight_ih_l{k}").spec.shape
+        modes = form.default_modes(shape)
+        ranks = form.clamp(shape, modes, form.uniform(shape, modes, rank))
+        plans.append(LayerPlan(name=f"{prefix}weight_ih_l{k}", format=form_name, modes=modes, ranks=ranks))
+    return Plan(layers=tuple(plans))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def states_close(a, b):
+    for one, other in zip(*((s if isinstance(s, tuple) else (s,)) for s in (a, b)), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("form_name", FORMATS)
+def test_trained_recurrent_cores_are_exported_exactly(form_name, kind, bidirectional):
+    torch.manual_seed(0)
+    model = Tagger(kind, bidirectional)
+    plan = plan_of(model, form_name)
+    model = swap(model, plan)
+    before = cores_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, INPUT)).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    cores = cores_of(model)
+    assert all(not torch.equal(a, b) for name in cores for a, b in zip(before[name], cores[name], strict=True))
+    dense = to_dense(model)
+    graph = to_onnx(dense, torch.randn(2, 5, INPUT))
+    result = factorize(graph, plan, {name: [core.numpy() for core in many] for name, many in cores.items()})
+    assert {node.op_type for node in result.model.graph.node} >= {kind.__name__}
+    session = ort.InferenceSession(result.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 7):
+        x = torch.randn(batch, 5, INPUT)
+        with torch.no_grad():
+            close(model(x), dense(x))
+            assert relative(session.run(None, {"image": x.numpy()})[0], model(x).numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("form_name", ["tt", "ttm", "svd"])
+@torch.no_grad()
+def test_states_packed_and_single_sequences_are_those_of_the_dense_module(form_name, kind, batch_first):
+    torch.manual_seed(1)
+    model = Tagger(kind, True, batch_first)
+    model = swap(model, plan_of(model, form_name)).eval()
+    rnn, dense = model.rnn, to_dense(model).rnn
+    x = torch.randn(3, 5, INPUT) if batch_first else torch.randn(5, 3, INPUT)
+    packed = pack_padded_sequence(x, [5, 2, 4], batch_first=batch_first, enforce_sorted=False)
+    state = torch.randn(LAYERS * 2, 3, HIDDEN)
+    hx = (state, torch.randn_like(state)) if kind is nn.LSTM else state
+    for arguments in ((x,), (x, hx), (packed,), (packed, hx)):
+        (a, states_a), (b, states_b) = rnn(*arguments), dense(*arguments)
+        assert type(a) is type(b)
+        close(*((out.data if isinstance(arguments[0], type(packed)) else out) for out in (a, b)))
+        states_close(states_a, states_b)
+    one = torch.randn(5, INPUT)
+    (a, states_a), (b, states_b) = rnn(one), dense(one)
+    close(a, b)
+    states_close(states_a, states_b)
+
+
+@torch.no_grad()
+def test_a_bare_module_one_of_its_layers_and_no_bias():
+    torch.manual_seed(2)
+    module = nn.GRU(INPUT, HIDDEN, LAYERS, bias=False)
+    swapped = swap(module, plan_of(module, "tt", layers=[1], prefix=""))
+    assert list(cores_of(swapped)) == ["weight_ih_l1"]
+    assert "weight_ih_l0" in dict(swapped.named_parameters())
+    x = torch.randn(5, 3, INPUT)
+    close(swapped(x)[0], to_dense(swapped)(x)[0])
+    assert "GRU(12, 8), weight_ih_l1: tt" in repr(swapped)
+
+
+def test_dropout_between_layers_acts_in_training_only():
+    torch.manual_seed(3)
+    model = Tagger(nn.LSTM, False, dropout=0.9)
+    model = swap(model, plan_of(model, "svd"))
+    x = torch.randn(2, 5, INPUT)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_admm_makes_an_lstm_of_low_rank_and_its_cut_loses_little():
+    torch.manual_seed(4)
+    model = Tagger(nn.LSTM, True)
+    x = torch.randn(32, 5, INPUT)
+    target = torch.randn(32, 5, 3)
+    admm = ADMM(model, plan_of(model, "tt", rank=2), rho=0.5)
+    start = admm.update()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(15):
+        for _ in range(20):
+            optimizer.zero_grad()
+            (nn.functional.mse_loss(model(x), target) + admm.penalty()).backward()
+            optimizer.step()
+        residuals = admm.update()
+    for first, last in zip(start, residuals, strict=True):
+        assert last.primal < 0.1 < first.primal
+    trained = model(x).detach()
+    assert relative(admm.factorize()(x).detach().numpy(), trained.numpy()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("rnn", "is a LSTM; name the input weight of one of its layers: rnn.weight_ih_l0, rnn.weight_ih_l1"),
+        ("rnn.weight_ih_l2", "no such input weight; expected one of weight_ih_l0, weight_ih_l1"),
+        ("rnn.weight_ih_l0_reverse", "no such input weight"),
+        ("rnn.weight_hh_l0", "not in the model"),
+    ],
+)
+def test_a_plan_for_a_recurrent_weight_that_is_not_there_says_so(name, reason):
+    with pytest.raises(PlanError, match=reason):
+        dense_layer(Tagger(nn.LSTM, True), name)
+
+
+def test_projections_have_no_onnx_operator_and_are_refused():
+    with pytest.raises(PlanError, match="proj_size=4"):
+        dense_layer(nn.LSTM(INPUT, HIDDEN, proj_size=4), "weight_ih_l0")
+
+
+@torch.no_grad()
+def test_ucf11_video_classification_runs_at_the_published_size():
+    """57,600 inputs to 4·256 gates, modes 8·20·20·18 → 4·4·8·8 (Yang et al. 2017); the dense weight has 59 M parameters."""
+    torch.manual_seed(5)
+    plan = LayerPlan(name="weight_ih_l0", format="ttm", modes=(4, 4, 8, 8, 8, 20, 20, 18), ranks=(1, 4, 4, 4, 1), merge="auto")
+    dense = nn.LSTM(57600, 256)
+    # cores of a random weight are not looked for: the weight is what random cores stand for
+    generator = torch.Generator().manual_seed(0)
+    shapes = plan.core_shapes((1024, 57600))
+    cores = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 / 4 for shape in shapes]
+    model = swap(dense, Plan(layers=(plan,)), {"weight_ih_l0": cores})
+    assert sum(core.numel() for core in cores_of(model)["weight_ih_l0"]) == plan.params((1024, 57600))
+    x = torch.randn(6, 2, 57600) / 240
+    close(model(x)[0], to_dense(model)(x)[0])
+    assert np.isfinite(model(x)[0].numpy()).all()
