@@ -23,8 +23,8 @@ demo: $(READY)  ## train, compress, export, check, bench and report, on embedded
 test: $(READY)  ## the test suite, without the slow cases
 	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
 
-test-all: $(READY)  ## every test
-	$(BIN)/python -m pytest -n $(JOBS)
+test-all: $(READY)  ## every test: the slow ones, all formats on foreign models, thousands of random cases
+	TENSORRAIL_CASES=all $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(CODE)

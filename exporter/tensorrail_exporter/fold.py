@@ -31,8 +31,13 @@ _FOLDABLE = frozenset(
 )
 
 
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is a constant, or made of constants only."""
+    return _ancestors(tensor) is not None
+
+
 def sources(tensor: gs.Tensor) -> tuple[str, ...]:
-    """Return the names of the floating-point constants that a tensor is made of; none when it is not constant."""
+    """Return the names of the stored matrices and kernels that a tensor is made of; none when it is not constant."""
     found = _ancestors(tensor)
     if found is None:
         return ()
@@ -46,8 +51,7 @@ def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
     found = _ancestors(tensor)
     if found is None:
         return None
-    graph = gs.Graph(nodes=[node.copy() for node in found[0]], outputs=[tensor.copy()], opset=opset)
-    graph.toposort()
+    graph = gs.Graph(nodes=found[0], outputs=[tensor], opset=opset).copy().toposort()  # a copy: the nodes keep their graph
     model = gs.export_onnx(graph, do_type_check=False)
     for output in model.graph.output:
         output.ClearField("type")

@@ -90,7 +90,8 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph without unused nodes, as a model with the original's IR version, opsets, functions and metadata."""
     graph.cleanup(remove_unused_graph_inputs=False, recurse_functions=False).toposort()
     exported = gs.export_onnx(graph, do_type_check=False)
-    _drop_copies(exported.graph, set())
+    _hoist(exported.graph)
+    _declare_initializers(exported.graph, original)
     result = onnx.ModelProto()
     for field, value in original.ListFields():
         if field.name == "graph":
@@ -103,15 +104,43 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _drop_copies(graph: onnx.GraphProto, outer: set[str]) -> None:
-    """Remove from bodies the initializers that graphsurgeon has copied there from the graphs around them."""
-    kept = [tensor for tensor in graph.initializer if tensor.name not in outer]
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
-    known = outer | {tensor.name for tensor in graph.initializer}
+def _hoist(graph: onnx.GraphProto) -> None:
+    """Keep one copy of an initializer that graphsurgeon has written to several bodies, in the graph around them all."""
     for body in _bodies(graph):
-        _drop_copies(body, known)
+        _hoist(body)
+    holders: dict[str, list[onnx.GraphProto]] = {}
+    for holder in (graph, *_descendants(graph)):
+        for tensor in holder.initializer:
+            holders.setdefault(tensor.name, []).append(holder)
+    for name, found in holders.items():
+        copies = [next(tensor for tensor in holder.initializer if tensor.name == name) for holder in found]
+        own_inputs = any(value.name == name for holder in found for value in holder.input)
+        if len(found) == 1 or own_inputs or any(copy != copies[0] for copy in copies):
+            continue
+        if found[0] is not graph:
+            graph.initializer.append(copies[0])
+        for holder, copy in zip(found, copies, strict=True):
+            if holder is not graph:
+                holder.initializer.remove(copy)
+
+
+def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> None:
+    """List as inputs the initializers that the original lists, which graphsurgeon drops; before IR version 4, all of them."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    present = {value.name: value for value in graph.input}
+    kept = [v for v in original.graph.input if v.name in present or v.name in stored]
+    listed = {value.name for value in kept}
+    if original.ir_version < 4:
+        new = (tensor for name, tensor in stored.items() if name not in listed)
+        kept += [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in new]
+    del graph.input[:]
+    graph.input.extend(present.get(value.name, value) for value in kept)
+
+
+def _descendants(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for body in _bodies(graph):
+        yield body
+        yield from _descendants(body)
 
 
 def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.errors import GraphError
-from tensorrail_exporter.fold import folded, sources
+from tensorrail_exporter.fold import folded, is_constant, sources
 from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rules.emit import Names, Site
@@ -41,7 +41,9 @@ def find(graph: gs.Graph, layer: LayerPlan, names: Names) -> tuple[Rule, list[Si
 
     `GraphError` when the layer is not there, or says why it stays dense.
     """
-    sites = [Site(inner, node, names) for inner, node in walk(graph) if layer.name in names_of(node)]
+    called = [Site(inner, node, names) for inner, node in walk(graph) if layer.name in names_of(node)]
+    # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
+    sites = [site for site in called if layer.name == site.node.name or _has_weight(site.node)] or called
     if not sites:
         raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(graph)}")
     rules = {id(_RULE_OF.get(site.node.op)): _RULE_OF.get(site.node.op) for site in sites}
@@ -67,7 +69,7 @@ def rewritable(graph: gs.Graph) -> dict[str, gs.Node]:
         if rule is None or node.domain not in (None, "", "ai.onnx"):
             continue
         weight = node.inputs[rule.weight_input(node)]
-        constant = folded(weight, inner.opset, "weight") if sources(weight) else None
+        constant = folded(weight, inner.opset, "weight")
         if constant is not None and names_of(node):
             trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs))
             trial.inputs[rule.weight_input(node)] = constant
@@ -88,19 +90,21 @@ def names_of(node: gs.Node) -> list[str]:
 
 
 def _known(graph: gs.Graph) -> str:
-    named = [names_of(node)[0] for _, node in walk(graph) if node.op in _RULE_OF and _has_weight(node)]
+    named = [names_of(node)[0] for _, node in walk(graph) if _has_weight(node)]
     return ", ".join(sorted(set(named))) or "none"
 
 
 def _has_weight(node: gs.Node) -> bool:
+    if node.op not in _RULE_OF:
+        return False
     weight = node.inputs[_RULE_OF[node.op].weight_input(node)]
-    return isinstance(weight, gs.Constant) or bool(sources(weight))
+    return is_constant(weight)
 
 
 def _fold(site: Site, rule: Rule, opset: int, layer: LayerPlan) -> None:
     index = rule.weight_input(site.node)
     weight = site.node.inputs[index]
-    if not isinstance(weight, gs.Constant) and sources(weight):
+    if not isinstance(weight, gs.Constant):
         constant = folded(weight, opset, site.names.unique(f"{layer.name}/folded"))
         if constant is not None:
             site.node.inputs[index] = constant

@@ -15,7 +15,7 @@ class Names:
     """The names of tensors and nodes that are taken, in the graph and in the bodies of its nodes."""
 
     taken: set[str]
-    constants: dict[tuple[int, str], gs.Constant] = field(default_factory=dict)
+    constants: dict[str, gs.Constant] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
         """Return `name`, or the first `name_2`, `name_3`, … that is free, and take it."""
@@ -37,12 +37,11 @@ class Site:
 
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
         """Return the initializer of that name and value; nodes with the same cores (tied weights) share one."""
-        key = (id(self.graph), name)
-        present = self.names.constants.get(key)
+        present = self.names.constants.get(name)
         if present is not None and np.array_equal(present.values, values):
             return present
         made = gs.Constant(self.names.unique(name), np.ascontiguousarray(values))
-        self.names.constants.setdefault(key, made)
+        self.names.constants.setdefault(name, made)
         return made
 
     def variable(self, name: str, dtype: np.dtype) -> gs.Variable:
@@ -53,6 +52,8 @@ class Site:
         self, op: str, name: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict[str, object] | None = None
     ) -> gs.Node:
         """Add a node with one output to the graph."""
+        if op in ("Add", "Mul") and self.graph.opset < 7:
+            attrs = {"broadcast": 1, **(attrs or {})}
         node = gs.Node(op, self.names.unique(name), attrs=attrs or {}, inputs=inputs, outputs=[output])
         self.graph.nodes.append(node)
         return node

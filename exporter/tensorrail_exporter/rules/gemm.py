@@ -50,20 +50,25 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     transposed = bool(node.attrs.get("transA", 0))
     source, target = node.inputs[0], node.outputs[0]
     node.outputs.clear()
-    if all(isinstance(step, MatMul) and step.side == "right" for step in steps):
+    products = all(isinstance(step, MatMul) and step.side == "right" for step in steps)
+    optional_bias = site.graph.opset >= 11  # before, a Gemm without its third operand is not valid
+    if transposed and not (products and optional_bias):
+        rows = site.variable(f"{layer}/rows", dtype)
+        site.append("Transpose", f"{layer}/transA", [source], rows, {"perm": [1, 0]})
+        source, transposed = rows, False
+    if products and (optional_bias or bias is not None):
         nodes = site.chain(source, target, steps, layer, dtype)
-        for product in nodes:
+        for product in nodes if optional_bias else nodes[-1:]:
             product.op = "Gemm"
-        nodes[0].attrs["transA"] = int(transposed)
+        if transposed:
+            nodes[0].attrs["transA"] = 1
         nodes[-1].attrs["alpha"] = alpha
         if bias is not None:
             nodes[-1].inputs.append(bias)
             nodes[-1].attrs["beta"] = beta
+            if "broadcast" in node.attrs:  # of opset 6
+                nodes[-1].attrs["broadcast"] = node.attrs["broadcast"]
         return
-    if transposed:
-        rows = site.variable(f"{layer}/rows", dtype)
-        site.append("Transpose", f"{layer}/transA", [source], rows, {"perm": [1, 0]})
-        source = rows
     if bias is None and alpha == 1.0:
         site.chain(source, target, steps, layer, dtype)
         return

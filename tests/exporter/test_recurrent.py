@@ -1,0 +1,185 @@
+"""LSTM and GRU nodes as ONNX defines them: directions, states, lengths, layouts; and weights that are still slices."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from cases import cases, draw_plan, random_cores
+from conftest import make_model
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
+
+GATES = {"LSTM": 4, "GRU": 3}
+
+
+def run(model, feeds):
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def recurrent_model(
+    op, direction, hidden, inputs, rng, *, bias=True, state=False, lengths=False, cell=False, layout=0, **attrs
+):
+    """Return a graph of one node: X (T, B, I), or (B, T, I) of layout 1, and optional lengths and initial states."""
+    many = 2 if direction == "bidirectional" else 1
+    weights = {
+        "w": rng.standard_normal((many, GATES[op] * hidden, inputs)).astype(np.float32) / 3,
+        "r": rng.standard_normal((many, GATES[op] * hidden, hidden)).astype(np.float32) / 3,
+    }
+    names = ["x", "w", "r"]
+    if bias:
+        weights["b"] = rng.standard_normal((many, 2 * GATES[op] * hidden)).astype(np.float32)
+    names.append("b" if bias else "")
+    names.append("lengths" if lengths else "")
+    free = {"x": ["n", "t", inputs] if layout else ["t", "n", inputs]}
+    if state:
+        for name in ("h", *(["c"] if op == "LSTM" else [])):
+            free[name] = ["n", many, hidden] if layout else [many, "n", hidden]
+            names.append(name)
+    outputs = {"y": ["n", "t", many, hidden] if layout else ["t", many, "n", hidden]}
+    node_outputs = ["y", "last"] if cell else ["y"]
+    if cell:
+        outputs["last"] = ["n", many, hidden] if layout else [many, "n", hidden]
+    node = helper.make_node(op, names, node_outputs, "rnn", hidden_size=hidden, direction=direction, layout=layout, **attrs)
+    if lengths:
+        # an input of another type than make_model's: made from floats in the graph
+        free["lengths_f"] = ["n"]
+        cast = helper.make_node("Cast", ["lengths_f"], ["lengths"], "cast", to=TensorProto.INT32)
+        return make_model([cast, node], weights, free, outputs)
+    return make_model([node], weights, free, outputs)
+
+
+@given(data=st.data())
+@cases(40, 300)
+def test_any_recurrent_node_equals_its_reconstruction(data):
+    op = data.draw(st.sampled_from(sorted(GATES)))
+    direction = data.draw(st.sampled_from(["forward", "reverse", "bidirectional"]))
+    many = 2 if direction == "bidirectional" else 1
+    shape, plan = draw_plan(data, "w", data.draw(st.sampled_from(sorted(FORMATS))), op="recurrent")
+    hidden = shape[0]
+    shape = (many * GATES[op] * hidden, shape[1])
+    if plan.format == "svd":
+        modes = shape
+    elif plan.format == "ttm":
+        modes = (plan.modes[0] * many * GATES[op], *plan.modes[1:])
+    else:
+        modes = (many * GATES[op], *plan.modes)
+    form = FORMATS[plan.format]
+    wanted = form.uniform(shape, modes, data.draw(st.integers(1, 6)))
+    plan = plan.model_copy(update={"modes": modes, "ranks": form.clamp(shape, modes, wanted)})
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    state, lengths = data.draw(st.booleans(), "initial state"), data.draw(st.booleans(), "lengths")
+    options = {"linear_before_reset": data.draw(st.integers(0, 1))} if op == "GRU" else {}
+    bias, cell = data.draw(st.booleans(), "bias"), data.draw(st.booleans(), "last state")
+    model = recurrent_model(op, direction, hidden, shape[1], rng, bias=bias, state=state, lengths=lengths, cell=cell, **options)
+    one = Plan(layers=(plan,))
+    cores = {"w": random_cores(plan, shape, rng)}
+    block = data.draw(st.sampled_from([1, 4]), "block")
+    factored, dense = factorize(model, one, cores, block=block).model, reconstruct(model, one, cores)
+    for batch in (1, 3):
+        feeds = {"x": rng.standard_normal((5, batch, shape[1])).astype(np.float32)}
+        if lengths:
+            feeds["lengths_f"] = np.array([4, 1, 5][:batch], np.float32)
+        if state:
+            names = ("h", "c") if op == "LSTM" else ("h",)
+            feeds |= {name: rng.standard_normal((many, batch, hidden)).astype(np.float32) for name in names}
+        for a, b in zip(run(factored, feeds), run(dense, feeds), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("form_name", FORMATS)
+@pytest.mark.parametrize("op", sorted(GATES))
+def test_full_rank_keeps_the_outputs(op, form_name, rng):
+    model = recurrent_model(op, "bidirectional", 4, 6, rng, state=True, cell=True)
+    form, shape = FORMATS[form_name], (2 * GATES[op] * 4, 6)
+    modes = form.default_modes(shape)
+    ranks = form.clamp(shape, modes, form.uniform(shape, modes, 6 if form_name == "cp" else 999))
+    plan = Plan(layers=(LayerPlan(name="rnn", format=form_name, modes=modes, ranks=ranks),))
+    factored = factorize(model, plan, decompose_graph(model, plan))
+    feeds = {"x": rng.standard_normal((5, 2, 6)).astype(np.float32)}
+    feeds |= {name: rng.standard_normal((2, 2, 4)).astype(np.float32) for name in (("h", "c") if op == "LSTM" else ("h",))}
+    if factored.layers[0].weight_error < 1e-5:  # cp stops where alternating least squares does
+        for a, b in zip(run(factored.model, feeds), run(model, feeds), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    else:
+        assert form_name == "cp"
+        assert factored.layers[0].weight_error < 0.5
+
+
+@pytest.mark.parametrize("op", sorted(GATES))
+def test_layout_1_has_the_batch_first(op, rng):
+    """ONNX Runtime runs layout 0 only: the rewritten graph is checked and run by onnx's own reference instead."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = recurrent_model(op, "forward", 4, 6, rng, layout=1)
+    shape = (GATES[op] * 4, 6)
+    plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=shape, ranks=(1, 3, 1)),))
+    cores = decompose_graph(model, plan)
+    x = rng.standard_normal((2, 5, 6)).astype(np.float32)
+    outputs = [
+        ReferenceEvaluator(graph).run(None, {"x": x})[0]
+        for graph in (factorize(model, plan, cores).model, reconstruct(model, plan, cores))
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def test_only_the_input_weight_is_replaced(rng):
+    model = recurrent_model("LSTM", "forward", 8, 64, rng)
+    plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=(32, 8, 8), ranks=(1, 3, 3, 1)),))
+    factored = factorize(model, plan, decompose_graph(model, plan))
+    names = {tensor.name: list(tensor.dims) for tensor in factored.model.graph.initializer}
+    assert {"r", "b"} <= set(names)
+    assert "w" not in names
+    (lstm,) = [node for node in factored.model.graph.node if node.op_type == "LSTM"]
+    assert names[lstm.input[1]] == [1, 32, 3]  # the recurrence's input is 3 wide, not 64
+    assert factored.layers[0].op == "LSTM"
+
+
+def test_weights_that_are_slices_of_parameters_are_folded(rng):
+    """As an exporter writes them that has not folded constants: torch's gates i f g o, put in ONNX's order i o f g."""
+    hidden, inputs = 4, 6
+    model = recurrent_model("LSTM", "forward", hidden, inputs, rng)
+    (node,) = model.graph.node
+    parameter = rng.standard_normal((4 * hidden, inputs)).astype(np.float32)
+    from onnx import numpy_helper
+
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != "w"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, numpy_helper.from_array(parameter, "rnn.weight_ih_l0")])
+    gates = {name: [k * hidden, (k + 1) * hidden] for k, name in enumerate("ifgo")}
+    for name, (start, end) in gates.items():
+        for suffix, value in (("from", start), ("to", end)):
+            model.graph.initializer.append(numpy_helper.from_array(np.array([value]), f"{name}_{suffix}"))
+    for name in ("axis0", "zero"):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([0]), name))
+    nodes = [helper.make_node("Slice", ["rnn.weight_ih_l0", f"{name}_from", f"{name}_to", "axis0"], [name]) for name in gates]
+    nodes.append(helper.make_node("Concat", list("iofg"), ["joined"], axis=0))
+    nodes.append(helper.make_node("Unsqueeze", ["joined", "zero"], ["whole"]))
+    node.input[1] = "whole"
+    body = [*nodes, node]
+    del model.graph.node[:]
+    model.graph.node.extend(body)
+    plan = Plan(layers=(LayerPlan(name="rnn.weight_ih_l0", format="svd", modes=(16, 6), ranks=(6,)),))
+    cores = decompose_graph(model, plan)
+    np.testing.assert_allclose(plan.layers[0].reconstruct(cores["rnn.weight_ih_l0"], (16, 6)), parameter, atol=1e-5)
+    factored = factorize(model, plan, cores).model
+    assert {node.op_type for node in factored.graph.node} == {"MatMul", "LSTM"}
+    feeds = {"x": rng.standard_normal((5, 2, 6)).astype(np.float32)}
+    np.testing.assert_allclose(run(factored, feeds)[0], run(model, feeds)[0], atol=1e-5)
+
+
+def test_a_plain_rnn_and_a_computed_weight_are_refused(rng):
+    weights = {"w": np.ones((1, 4, 6), np.float32), "r": np.ones((1, 4, 4), np.float32)}
+    plan = Plan(layers=(LayerPlan(name="n", format="tt", modes=(4, 6), ranks=(1, 2, 1)),))
+    node = helper.make_node("RNN", ["x", "w", "r"], ["y"], "n", hidden_size=4)
+    model = make_model([node], weights, {"x": ["t", "n", 6]}, {"y": ["t", 1, "n", 4]})
+    with pytest.raises(GraphError, match="layer n: cannot be rewritten: it is a plain recurrent layer"):
+        decompose_graph(model, plan)
+    node = helper.make_node("GRU", ["x", "v", "r"], ["y"], "n", hidden_size=4)
+    model = make_model(
+        [node], {"r": np.ones((1, 12, 4), np.float32)}, {"x": ["t", "n", 6], "v": [1, 12, 6]}, {"y": ["t", 1, "n", 4]}
+    )
+    with pytest.raises(GraphError, match="its input weight 'v' is computed in the graph"):
+        decompose_graph(model, plan)
