@@ -1,9 +1,10 @@
 r"""The truncated SVD behind every format: exact, and fast on the very oblong unfoldings that weights have.
 
-For a float32 matrix :math:`M` (m, n) with m ≤ n the Gram matrix :math:`MM^T` is formed in float64 and its m×m
-eigenproblem solved. Squaring costs half the digits: singular values under about 1e-8 of the largest are lost, which is
-below float32's own rounding (6e-8), so for float32 weights the result is as exact as a full SVD. A float64 matrix has
-digits to lose and takes the full SVD.
+For a float32 matrix :math:`M` (m, n) with m ≤ n the Gram matrix :math:`MM^T` is formed and its m×m eigenproblem solved.
+Squaring costs half the digits, so a first try in float32 sees singular values down to about 1e-3 of the largest. Its
+vectors :math:`U` are orthonormal all the same, and what they leave of the matrix is measured: where they leave so little
+that the values lost could matter, the whole is done again in float64, which sees down to 1e-8, below float32's own
+rounding (6e-8). A float64 matrix has digits to lose and takes the full SVD.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tensorly as tl
 
 from tensorrail_exporter.contraction import Array
 
+_CAPTURED = 1 - 1e-5  # of the squared norm: when float32 leaves less than that of the matrix, float64 decides
 _NEGLIGIBLE = 1e-7  # of the largest singular value: float32's rounding; the direction of such a vector is noise
 
 
@@ -36,13 +38,15 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)
         return u[:, :count], s[:count], v[:count]
-    wide = double(matrix)
-    if rows > columns:
-        v, s, u = _gram_svd(tl.transpose(wide), count)
-        u, v = tl.transpose(u), tl.transpose(v)
-    else:
-        u, s, v = _gram_svd(wide, count)
-    return like(matrix, u), like(matrix, s), like(matrix, v)
+    scale = float(tl.max(tl.abs(matrix))) or 1.0  # squares of very large or small values are beyond float32
+    oblong = (tl.transpose(matrix) if rows > columns else matrix) / scale
+    u, s, v = _gram_svd(oblong, count)
+    if count < min(rows, columns):
+        total, kept = (float(tl.sum(double(part) ** 2)) for part in (oblong, s))
+        if kept >= _CAPTURED * total:
+            u, s, v = (like(matrix, part) for part in _gram_svd(double(oblong), count))
+    s = s * scale
+    return (tl.transpose(v), s, tl.transpose(u)) if rows > columns else (u, s, v)
 
 
 def permute(array: Array, axes: tuple[int, ...]) -> Array:

@@ -87,11 +87,17 @@ def difference(a, b):
     return relative(*(one / scale for one in finite))
 
 
-@pytest.mark.parametrize("form_name", FORMATS if EVERY_FORMAT else ["tt", "svd"])
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, id=label(path), marks=[pytest.mark.slow] * (label(path) in LARGE)) for path in MODELS]
-)
-def test_full_rank_keeps_the_outputs_and_all_else_is_untouched(path, form_name):
+def pairs():
+    """Return (format, model): two formats on each, or all of them; the largest models are slow, and by SVD only."""
+    for path in MODELS:
+        large = label(path) in LARGE
+        for form_name in FORMATS if EVERY_FORMAT and not large else ["tt", "svd"]:
+            marks = [pytest.mark.slow] if large else []
+            yield pytest.param(form_name, path, id=f"{form_name}-{label(path)}", marks=marks)
+
+
+@pytest.mark.parametrize(("form_name", "path"), list(pairs()))
+def test_full_rank_keeps_the_outputs_and_all_else_is_untouched(form_name, path):
     model = load_model(path)
     light = path.parent.name == "light"  # its weights are constants, of rank 1
     plan = plan_for(model, form_name, 4 if light else 999)

@@ -111,7 +111,7 @@ def test_tt_svd_keeps_what_tensorly_keeps(modes, rng):
     ours = project("tt", weight, modes, ranks)
     tensor = weight.transpose(0, 2, 3, 1).reshape(modes).astype(np.float64)
     theirs = tl.tt_to_tensor(tensor_train(tensor, list(ranks))).reshape(32, 3, 3, 16).transpose(0, 3, 1, 2)
-    assert relative(ours, theirs) < 1e-6
+    assert relative(ours, theirs) < 1e-5  # float32 against float64
 
 
 @pytest.mark.parametrize(

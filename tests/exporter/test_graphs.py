@@ -316,7 +316,7 @@ def test_a_model_above_two_gigabytes_is_read_rewritten_and_written(tmp_path):
 
 def test_the_two_gigabyte_path_on_a_small_model(tmp_path, monkeypatch):
     """The same code, its limit set low: what the slow test does at full size."""
-    import tensorrail_exporter.graph_io as graph_io
+    from tensorrail_exporter import graph_io
 
     monkeypatch.setattr(graph_io, "_LARGEST_FILE", 10_000)
     size = 32

@@ -18,6 +18,12 @@ def command(
     cores: Annotated[
         Path | None, typer.Option(help="cores.safetensors; without it the graph's own weights are decomposed.")
     ] = None,
+    block: Annotated[
+        int, typer.Option(min=1, help="Widen the ranks that run with zeros to multiples of it: 16 for AVX-512, 8 for AVX2.")
+    ] = 1,
+    fold_batch_norm: Annotated[
+        bool, typer.Option("--fold-batch-norm", help="Take a batch norm behind a convolution into its last core.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """Rewrite every planned layer of a dense graph to the contraction of its cores."""
@@ -27,7 +33,8 @@ def command(
     from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize
 
     model, read = load_model(dense), Plan.load(plan)
-    factored = factorize(model, read, load_cores(cores, read) if cores else decompose_graph(model, read))
+    found = load_cores(cores, read) if cores else decompose_graph(model, read)
+    factored = factorize(model, read, found, block=block, fold_batch_norm=fold_batch_norm)
     save_model(factored.model, out)
     rows = [
         (r.layer, r.op, r.format, r.steps, f"{r.dense_params:,}", f"{r.stored_params:,}", f"{r.weight_error:.1e}")
