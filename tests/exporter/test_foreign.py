@@ -79,6 +79,14 @@ def outputs_of(models, feeds):
     return [make(model).run(None, feeds) for model in models]
 
 
+def drop_softmax(model):
+    """Make the logits the output: they are large and all equal, and their softmax shows nothing but rounding."""
+    last = model.graph.node[-1]
+    if last.op_type == "Softmax":
+        model.graph.output[0].name = last.input[0]
+        del model.graph.node[-1]
+
+
 def difference(a, b):
     """Return the relative difference; NaN, infinity and values near 1e38, which some models give, stand in the same places."""
     np.testing.assert_array_equal(np.isfinite(a), np.isfinite(b))
@@ -100,6 +108,8 @@ def pairs():
 def test_full_rank_keeps_the_outputs_and_all_else_is_untouched(form_name, path):
     model = load_model(path)
     light = path.parent.name == "light"  # its weights are constants, of rank 1
+    if light:
+        drop_softmax(model)
     plan = plan_for(model, form_name, 4 if light else 999)
     cores = decompose_graph(model, plan)
     factored = factorize(model, plan, cores)
@@ -108,7 +118,8 @@ def test_full_rank_keeps_the_outputs_and_all_else_is_untouched(form_name, path):
         assert sorted(before) == sorted(after)
     rewritten = [layer.op for layer in factored.layers for _ in range(layer.nodes)]
     for op in set(before) - {"Conv", "Gemm", "MatMul", "Reshape", "Transpose", "Constant", "ConstantOfShape"}:
-        assert before.count(op) == after.count(op), op
+        added = "Gemm" in rewritten and op == "Add"  # the bias, where the chain of products ends in a Reshape
+        assert before.count(op) <= after.count(op) if added else before.count(op) == after.count(op), op
     assert all(op in ("Conv", "Gemm", "MatMul", "LSTM", "GRU") for op in rewritten)
     if any(node.op_type == "Gradient" for node in model.graph.node):
         return  # nothing here runs it; its graph has been compared
