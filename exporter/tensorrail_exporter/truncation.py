@@ -16,7 +16,7 @@ import tensorly as tl
 
 from tensorrail_exporter.contraction import Array
 
-_CAPTURED = 1 - 1e-5  # of the squared norm: when float32 leaves less than that of the matrix, float64 decides
+_CAPTURED = 1 - 1e-4  # of the squared norm: when float32 leaves less than that of the matrix, float64 decides
 _NEGLIGIBLE = 1e-7  # of the largest singular value: float32's rounding; the direction of such a vector is noise
 
 
@@ -38,14 +38,15 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)
         return u[:, :count], s[:count], v[:count]
-    scale = float(tl.max(tl.abs(matrix))) or 1.0  # squares of very large or small values are beyond float32
-    oblong = (tl.transpose(matrix) if rows > columns else matrix) / scale
-    u, s, v = _gram_svd(oblong, count)
-    if count < min(rows, columns):
-        total, kept = (float(tl.sum(double(part) ** 2)) for part in (oblong, s))
-        if kept >= _CAPTURED * total:
-            u, s, v = (like(matrix, part) for part in _gram_svd(double(oblong), count))
-    s = s * scale
+    oblong = tl.transpose(matrix) if rows > columns else matrix
+    scale = _scale(oblong)
+    if scale != 1.0:
+        oblong = oblong / scale
+    u, s, v, share = _gram_svd(oblong, count)
+    if count < min(rows, columns) and share > _CAPTURED:
+        u, s, v = (like(matrix, part) for part in _gram_svd(double(oblong), count)[:3])
+    if scale != 1.0:
+        s = s * scale
     return (tl.transpose(v), s, tl.transpose(u)) if rows > columns else (u, s, v)
 
 
@@ -64,11 +65,20 @@ def like(array: Array, other: Array) -> Array:
     return other.to(array.dtype) if hasattr(other, "double") else other.astype(array.dtype)
 
 
-def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array]:
-    """Return U (m, k), S (k,), V (k, n) of a matrix with m ≤ n, from the eigenvectors of M Mᵀ."""
-    _, vectors = tl.eigh(tl.dot(matrix, tl.transpose(matrix)))  # eigenvalues ascend
-    u = tl.flip(vectors, axis=1)[:, :count]
+def _scale(matrix: Array) -> float:
+    """Return what to divide by before squaring: 1 but for values whose squares are beyond float32."""
+    largest = max(float(tl.max(matrix)), -float(tl.min(matrix)))
+    return 1.0 if 1e-9 < largest < 1e9 or not largest else largest
+
+
+def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array, float]:
+    """Return U (m, k), S (k,), V (k, n) of a matrix with m ≤ n from the eigenvectors of M Mᵀ, and their share of ‖M‖²."""
+    gram = double(tl.dot(matrix, tl.transpose(matrix)))
+    _, vectors = tl.eigh(gram)  # eigenvalues ascend
+    u = like(matrix, tl.flip(vectors[:, vectors.shape[1] - count :], axis=1))
     rows = tl.dot(tl.transpose(u), matrix)  # S V
-    s = tl.sqrt(tl.sum(rows * rows, axis=1))
+    squares = tl.sum(rows * rows, axis=1)
+    s = tl.sqrt(squares)
     floor = float(s[0]) * _NEGLIGIBLE if count else 0.0
-    return u, s, rows / tl.reshape(tl.clip(s, floor or 1.0, None), (-1, 1))
+    rows /= tl.reshape(tl.clip(s, floor or 1.0, None), (-1, 1))
+    return u, s, rows, float(tl.sum(squares)) / (float(tl.trace(gram)) or 1.0)

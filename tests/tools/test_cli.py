@@ -72,6 +72,19 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
     PLAN.model_copy(update={"layers": (PLAN.layers[0].model_copy(update={"name": "nowhere"}),)}).save(other)
     cores = tmp_path / "c.safetensors"
     cores.write_bytes(b"\x00" * 4)
+    truncated = tmp_path / "truncated.onnx"
+    truncated.write_bytes(small_path.read_bytes()[:-100])
+    computed = tmp_path / "computed.onnx"
+    nodes = [helper.make_node("Relu", ["w"], ["v"]), helper.make_node("Conv", ["x", "v"], ["y"], "conv")]
+    onnx.save(make_model(nodes, {}, {"x": ["n", 16, 8, 8], "w": [32, 16, 3, 3]}, {"y": ["n", 32, 6, 6]}), computed)
+
+    def changed(key, value):
+        path = tmp_path / f"{key}-{value}.json"
+        content = json.loads(plan_path.read_text())
+        content["layers"][0][key] = value
+        path.write_text(json.dumps(content))
+        return path
+
     cases = [
         (("run", tmp_path / "none.yaml"), "expected a YAML recipe"),
         (("train", plan_path), "unknown key|required, and missing"),
@@ -80,6 +93,14 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("export", small_path, "--plan", other, "-o", out), "layer nowhere: not in the graph"),
         (("export", small_path, "--plan", plan_path, "--cores", cores, "-o", out), "not a readable safetensors file"),
         (("export", small_path, "--plan", plan_path, "-o", tmp_path / "no" / "out.onnx"), "No such file or directory"),
+        (("export", truncated, "--plan", plan_path, "-o", out), "truncated.onnx: not an ONNX model"),
+        (("export", small_path, "--plan", changed("modes", (5, 9, 16)), "-o", out), "layer conv: modes [5, 9, 16] do not fit"),
+        (("export", small_path, "--plan", changed("ranks", (1, 4, 1)), "-o", out), "layer conv: expected 4 ranks"),
+        (("export", small_path, "--plan", changed("ranks", (1, 0, 4, 1)), "-o", out), "1 or larger"),
+        (("export", small_path, "--plan", changed("format", "ttm"), "-o", out), "layer conv: ttm pairs the modes of a matrix"),
+        (("export", small_path, "--plan", changed("merge", "all"), "-o", out), "unknown merge 'all'"),
+        (("export", computed, "--plan", plan_path, "-o", out), "layer conv: cannot be rewritten: its weight"),
+        (("export", small_path, "--plan", plan_path, "--block", 0, "-o", out), "a block of 1 or more"),
         (("check", small_path, garbage), "ONNX Runtime cannot load it"),
         (("bench", small_path, "--provider", "tpu"), "unknown provider 'tpu'"),
         (("inspect", garbage), "not an ONNX model"),

@@ -5,6 +5,7 @@ A new format is one file and one line in `FORMATS`; trainer, exporter, recipes a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -61,7 +62,12 @@ def format_of(name: str) -> Format:
 def project(name: str, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> Array:
     """Return the weight that a format's decomposition of these ranks keeps: ADMM's Z-step.
 
-    `weight` is (O, I, *K) or (O, I), of NumPy or torch; the computation stays on its device. Errors are `decompose`'s.
+    `weight` is (O, I, *K) or (O, I), of NumPy or torch; the computation stays on its device. Torch's tensors on the CPU are
+    computed as NumPy arrays, which multiplies a matrix by its own transpose in half the time. Errors are `decompose`'s.
     """
     form = format_of(name)
+    on_cpu = hasattr(weight, "new_tensor") and weight.device.type == "cpu"
+    if on_cpu and str(weight.dtype) in ("torch.float32", "torch.float64"):
+        torch = sys.modules["torch"]  # it made the tensor; the exporter itself does without
+        return torch.from_numpy(project(name, weight.detach().numpy(), modes, ranks))
     return form.reconstruct(form.decompose(weight, modes, ranks), tuple(weight.shape), modes)

@@ -19,7 +19,7 @@ def command(
         Path | None, typer.Option(help="cores.safetensors; without it the graph's own weights are decomposed.")
     ] = None,
     block: Annotated[
-        int, typer.Option(min=1, help="Widen the ranks that run with zeros to multiples of it: 16 for AVX-512, 8 for AVX2.")
+        int, typer.Option(help="Widen the ranks that run with zeros to multiples of it: 16 for AVX-512, 8 for AVX2.")
     ] = 1,
     fold_batch_norm: Annotated[
         bool, typer.Option("--fold-batch-norm", help="Take a batch norm behind a convolution into its last core.")
