@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.graph_io import save_model
-from tensorrail_runtime.latency import bench, machine
+from tensorrail_runtime.latency import bench
+from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
 
 DEPTH = 4

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.graph_io import save_model
-from tensorrail_runtime.latency import bench, machine
+from tensorrail_runtime.latency import bench
+from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # channels and image size of ResNet-18's stages

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from tensorrail_exporter.formats import project
-from tensorrail_runtime.latency import Latency, machine, ratio
+from tensorrail_runtime.latency import Latency, ratio
+from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
 
 LAYERS = [(64, 64)] * 4 + [(128, 64)] + [(128, 128)] * 3 + [(256, 128)] + [(256, 256)] * 3 + [(512, 256)] + [(512, 512)] * 3
@@ -31,12 +32,6 @@ def full_projection(weight: np.ndarray, ranks: tuple[int, ...]) -> np.ndarray:
     u, s, v = np.linalg.svd(rest, full_matrices=False)
     rest = (u[:, : ranks[2]] * s[: ranks[2]]) @ v[: ranks[2]]
     return (first @ rest.reshape(ranks[1], -1)).reshape(o, 9, i).transpose(0, 2, 1).reshape(weight.shape)
-
-
-def latency(name: str, times: dict[str, list[float]]) -> Latency:
-    """Return one way's times as a record that ratios are taken of."""
-    p50, p90 = np.percentile(times[name], [50, 90])
-    return Latency(model=name, samples=tuple(times[name]), p50=float(p50), p90=float(p90))
 
 
 def main() -> None:
@@ -63,7 +58,7 @@ def main() -> None:
     reference = results["full SVD, numpy"]
     lines = ["| way | median, ms | faster | 95 % interval | largest relative difference |", "|---|---|---|---|---|"]
     for name in ways:
-        found = ratio(latency("full SVD, numpy", times), latency(name, times))
+        found = ratio(Latency.of("full SVD", times["full SVD, numpy"]), Latency.of(name, times[name]))
         worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(results[name], reference, strict=True))
         lines.append(
             f"| {name} | {np.median(times[name]):,.0f} | {found.value:.2f}× | {found.low:.2f}–{found.high:.2f} | {worst:.1e} |"

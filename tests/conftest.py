@@ -9,6 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:

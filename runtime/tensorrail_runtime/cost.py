@@ -1,8 +1,9 @@
-"""What a graph costs on paper: parameters, MACs, FLOPs and bytes, from its shapes. FLOPs = 2 × MACs.
+"""What a graph costs on paper: parameters, MACs, FLOPs, bytes moved and kernels, from its shapes. FLOPs = 2 × MACs.
 
-Only products are counted: Conv, ConvTranspose, Gemm, MatMul, and those of LSTM, GRU and RNN at every time step. Element-wise,
+Only products are counted: Conv, ConvTranspose, Gemm, MatMul, their quantized forms, and those of LSTM, GRU and RNN at every
+time step. Element-wise,
 pooling, normalising and data-moving operators have no MACs in this convention; any operator that is neither is listed in
-`uncounted`, never taken for zero in silence.
+`uncounted`, never taken for zero in silence: bodies of If, Loop and Scan among them, which run an unknown number of times.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
 
@@ -102,6 +104,10 @@ _NO_MACS = frozenset(
 )
 
 
+_NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
+"""Nodes that compute nothing: views of what is there, and what ONNX Runtime folds away."""
+
+
 class NodeCost(Record):
     """One node that multiplies."""
 
@@ -127,7 +133,10 @@ class GraphCost(Record):
     params: int  # values in floating-point initializers, each counted once
     bytes: int  # of the file on disk
     macs: int
+    activation_bytes: int  # read and written by all nodes, constants left out, nothing fused
+    kernels: int  # nodes that compute, nothing fused
     nodes: int
+    unshaped: int  # tensors whose size is not known, left out of activation_bytes
     layers: tuple[NodeCost, ...]
     uncounted: tuple[str, ...]
 
@@ -137,25 +146,31 @@ class GraphCost(Record):
         return 2 * self.macs
 
 
-def cost(path: Path | str, batch: int = 1) -> GraphCost:
-    """Return the cost of a model, every dynamic axis set to `batch`; `ModelError` when shapes cannot be inferred."""
+def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> GraphCost:
+    """Return the cost of a model, its dynamic axes set by `shapes` or else to `batch`.
+
+    Raises `ModelError` when shapes cannot be inferred, and for a shape of an input that is not there or has other axes.
+    """
     path = Path(path)
     try:
         model = onnx.load(path)
-        bound = _bind(model, batch)
+        bound = _bind(model, batch, shapes or {})
         inferred = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
+    except ModelError:
+        raise
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
-    shapes = _shapes(inferred.graph)
+    known = _shapes(inferred.graph)
     constants = {tensor.name: tensor for tensor in inferred.graph.initializer}
     layers, uncounted = [], set()
     for node in inferred.graph.node:
         if node.op_type in _MACS:
-            layers.append(_node(node, shapes, constants, path))
+            layers.append(_node(node, known, constants, path))
         elif node.op_type not in _NO_MACS:
             uncounted.add(node.op_type)
+    moved, unshaped = _activations(inferred.graph, known)
     floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
     return GraphCost(
         model=path.name,
@@ -163,6 +178,9 @@ def cost(path: Path | str, batch: int = 1) -> GraphCost:
         params=sum(math.prod(t.dims) for t in constants.values() if t.data_type in floating),
         bytes=path.stat().st_size,
         macs=sum(layer.macs for layer in layers),
+        activation_bytes=moved,
+        kernels=sum(node.op_type not in _NO_KERNEL for node in inferred.graph.node),
+        unshaped=unshaped,
         nodes=len(inferred.graph.node),
         layers=tuple(layers),
         uncounted=tuple(sorted(uncounted)),
@@ -172,20 +190,21 @@ def cost(path: Path | str, batch: int = 1) -> GraphCost:
 def _node(
     node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: dict[str, onnx.TensorProto], path: Path
 ) -> NodeCost:
-    needed = [*node.input[:2], *node.output[:1]] if node.output[0] else [*node.input[:2]]
+    operands = [node.input[index] for index in _OPERANDS.get(node.op_type, (0, 1))]
+    needed = [*operands, *node.output[:1]] if node.output[0] else operands
     for name in needed:
         if name not in shapes:
             raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
     a, b, *rest = (shapes[name] for name in needed)
     out = rest[0] if rest else ()
-    weight = next((name for name in node.input[:2] if name in constants), "")
+    weight = next((name for name in operands if name in constants), "")
     return NodeCost(
         name=node.name,
         op=node.op_type,
         weight=weight,
         input=a,
         output=out,
-        params=sum(math.prod(constants[name].dims) for name in _weights(node) if name in constants),
+        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants),
         macs=_MACS[node.op_type](node, a, b, out),
     )
 
@@ -213,30 +232,67 @@ def _recurrent(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out
     return a[0] * a[1] * directions * rows * (inputs + hidden)
 
 
-def _weights(node: onnx.NodeProto) -> list[str]:
+def _weights(node: onnx.NodeProto, operands: list[str]) -> list[str]:
     """Return the operands that may be weights: both of a product, W and R of a recurrent layer."""
-    return list(node.input[1:3] if node.op_type in ("LSTM", "GRU", "RNN") else node.input[:2])
+    return list(node.input[1:3]) if node.op_type in ("LSTM", "GRU", "RNN") else operands
 
+
+def _activations(graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the bytes that all nodes read and write, constants left out, and the number of tensors of unknown size."""
+    sizes = {value.name: _itemsize(value) for value in [*graph.input, *graph.value_info, *graph.output]}
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    moved, unknown = 0, set()
+    for node in graph.node:
+        if node.op_type in _NO_KERNEL:
+            continue
+        for name in {*node.input, *node.output} - constants - {""}:
+            if name in shapes and name in sizes:
+                moved += math.prod(shapes[name]) * sizes[name]
+            else:
+                unknown.add(name)
+    return moved, len(unknown)
+
+
+def _itemsize(value: onnx.ValueInfoProto) -> int:
+    kind = value.type.tensor_type.elem_type
+    return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize) if kind else 4
+
+
+_OPERANDS = {"QLinearConv": (0, 3), "QLinearMatMul": (0, 3)}  # the two factors, where they are not the first two inputs
 
 _MACS = {
     "Conv": _conv,
+    "ConvInteger": _conv,
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "GRU": _recurrent,
     "LSTM": _recurrent,
     "MatMul": _matmul,
+    "MatMulInteger": _matmul,
+    "QLinearConv": _conv,
+    "QLinearMatMul": _matmul,
     "RNN": _recurrent,
 }
 
 
-def _bind(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """Set every dynamic axis of the inputs to `batch` and forget the shapes that were stored for another batch."""
+def _bind(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
+    """Set every dynamic axis of the inputs and forget the shapes that were stored for others."""
     del model.graph.value_info[:]
     names = {tensor.name for tensor in model.graph.initializer}
-    for value in [v for v in model.graph.input if v.name not in names]:
-        for axis in value.type.tensor_type.shape.dim:
+    free = [value for value in model.graph.input if value.name not in names]
+    for name in set(shapes) - {value.name for value in free}:
+        raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(v.name for v in free)}")
+    for value in free:
+        axes = value.type.tensor_type.shape.dim
+        wanted = shapes.get(value.name, [batch] * len(axes))
+        if len(wanted) != len(axes):
+            raise ModelError(f"input {value.name!r} has {len(axes)} axes, and the shape {list(wanted)} came")
+        for axis, size in zip(axes, wanted, strict=True):
             if not axis.HasField("dim_value"):
-                axis.dim_value = batch
+                axis.dim_value = size
+            elif value.name in shapes and axis.dim_value != size:
+                raise ModelError(f"input {value.name!r} has an axis of {axis.dim_value}, and the shape {list(wanted)} came")
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     return model

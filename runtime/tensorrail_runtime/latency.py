@@ -1,40 +1,59 @@
-"""Interleaved latency: the models take turns in one run, so that what the machine does beside it hits all alike."""
+"""Latency of several models, interleaved in one process, so that whatever the machine does happens to all of them."""
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.parity import random_inputs
+from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.machine import Machine, machine
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.session import ModelError, open_session, run
+from tensorrail_runtime.session import ModelError, Settings, open_session, run
 
-_RESAMPLES = 2000
 _MIN_ROUNDS = 20
-
-
-class Machine(Record):
-    """Where times were taken."""
-
-    processor: str
-    cores: int
-    system: str
-    onnxruntime: str
+_RESAMPLES = 2000
+_ENOUGH = {50: 20, 90: 100, 99: 1000}  # samples: at least ten of them lie beyond the percentile
+_UNSTABLE = 0.10  # coefficient of variation
+_LAUNCH = 8.0  # microseconds a node: about what launching one kernel costs on a GPU
 
 
 class Latency(Record):
-    """One model's times at one batch size, in milliseconds; `samples` holds every one, in order."""
+    """One model's times at one batch size, in milliseconds; `samples` holds every one, in order.
+
+    A percentile is None when fewer than ten samples would lie beyond it.
+    """
 
     model: str
     samples: tuple[float, ...]
     p50: float
-    p90: float
+    p90: float | None
+    p99: float | None = None
+    variation: float = 0.0  # standard deviation / mean, the slowest hundredth left out
+    throughput: float = 0.0  # samples of the batch a second, at p50
+    load_ms: float = 0.0  # from the file to a session that can run
+
+    @classmethod
+    def of(cls, model: str, samples: Sequence[float], batch: int = 1, load_ms: float = 0.0) -> Latency:
+        """Return the record of these times in milliseconds."""
+        times = np.asarray(samples)
+        found = {p: float(np.percentile(times, p)) if len(times) >= enough else None for p, enough in _ENOUGH.items()}
+        kept = times[times <= np.percentile(times, 99)]
+        median = float(np.median(times))
+        return cls(
+            model=model,
+            samples=tuple(float(t) for t in samples),
+            p50=median,
+            p90=found[90],
+            p99=found[99],
+            variation=float(kept.std() / kept.mean()) if len(kept) > 1 else 0.0,
+            throughput=1e3 * batch / median,
+            load_ms=load_ms,
+        )
 
 
 class Ratio(Record):
@@ -48,7 +67,7 @@ class Ratio(Record):
 
 
 class LatencyReport(Record):
-    """One interleaved run."""
+    """One interleaved run. `transfers` says whether inputs and outputs were copied between host and device in the times."""
 
     batch: int
     provider: str
@@ -57,6 +76,9 @@ class LatencyReport(Record):
     machine: Machine
     latencies: tuple[Latency, ...]
     ratios: tuple[Ratio, ...]
+    transfers: bool = True
+    cuda_graph: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def bench(
@@ -64,48 +86,83 @@ def bench(
     *,
     batch: int = 1,
     seconds: float = 10.0,
+    warmup: float = 0.2,
     threads: int = 0,
     provider: str = "cpu",
+    settings: Settings | None = None,
+    io_binding: bool = False,
+    shapes: Shapes | None = None,
     seed: int = 0,
     labels: Sequence[str] | None = None,
     on_round: Callable[[float], None] = lambda _: None,
 ) -> LatencyReport:
-    """Time the models in turns, A B A B, for about `seconds`, at least 20 rounds after a warm-up.
+    """Time the models in turns, A B A B, for about `seconds`, at least 20 rounds after `warmup` seconds of the same.
 
-    Every second round goes through the models backwards, so that none always follows the same other. `on_round` is told
-    the share of the time that has passed. Raises `ModelError` for fewer than one model.
+    Every second round goes through the models backwards, so that none always follows the same other. With `io_binding`
+    inputs and outputs stay on the device and are not part of the times; CUDA graphs need it. `on_round` is told the share
+    of the time that has passed. Raises `ModelError` for fewer than one model, and for inputs that do not fit.
     """
     if not paths:
         raise ModelError("nothing to measure: give at least one model")
-    sessions = [open_session(path, threads=threads, provider=provider) for path in paths]
-    feeds = [random_inputs(session, batch, seed) for session in sessions]
-    for session, feed in zip(sessions, feeds, strict=True):
-        run(session, feed)  # reports inputs that do not fit in one line
-        for _ in range(5):
-            session.run(None, feed)
-    times: list[list[float]] = [[] for _ in sessions]
-    start, order = time.perf_counter(), list(range(len(sessions)))
-    while len(times[0]) < _MIN_ROUNDS or time.perf_counter() - start < seconds:
-        for index in order:
-            begin = time.perf_counter()
-            sessions[index].run(None, feeds[index])
-            times[index].append(1e3 * (time.perf_counter() - begin))
-        order.reverse()
-        on_round(min(1.0, (time.perf_counter() - start) / seconds))
-    names = list(labels) if labels else [Path(path).name for path in paths]
-    latencies = tuple(
-        Latency(model=name, samples=tuple(t), p50=float(np.percentile(t, 50)), p90=float(np.percentile(t, 90)))
-        for name, t in zip(names, times, strict=True)
-    )
+    settings = settings or Settings(provider=provider, threads=threads)
+    if settings.cuda_graph and not io_binding:
+        raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
+    runners, loads = [], []
+    for path in paths:
+        begin = time.perf_counter()
+        session = open_session(path, settings=settings)
+        loads.append(1e3 * (time.perf_counter() - begin))
+        feed = random_inputs(session, batch, seed, shapes)
+        # Run once beside it: it reports inputs that do not fit in one line, and shows the outputs' shapes.
+        example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if io_binding else session, feed)
+        runners.append(bound(session, feed, example, settings) if io_binding else plain(session, feed))
+    _turns(runners, warmup, 3, lambda _: None)
+    times = _turns(runners, seconds, _MIN_ROUNDS, on_round)
+    names = list(labels) if labels else _distinct(paths)
+    latencies = tuple(Latency.of(*one) for one in zip(names, times, [batch] * len(names), loads, strict=True))
     return LatencyReport(
         batch=batch,
-        provider=provider,
-        threads=threads,
+        provider=settings.provider,
+        threads=settings.threads,
         rounds=len(times[0]),
-        machine=machine(),
+        machine=machine(gpu=settings.provider != "cpu"),
         latencies=latencies,
         ratios=tuple(ratio(latencies[0], other, seed) for other in latencies[1:]),
+        transfers=not io_binding,
+        cuda_graph=settings.cuda_graph,
+        warnings=_warnings(paths, latencies, settings, batch, shapes),
     )
+
+
+def plain(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    """Return a function that runs the session on arrays of the host, as a caller would."""
+    return lambda: session.run(None, feed)
+
+
+def bound(
+    session: ort.InferenceSession, feed: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray], settings: Settings
+) -> Callable[[], object]:
+    """Return a function that runs the session on inputs that lie on the device, and waits for outputs that stay there.
+
+    `example` holds outputs of the right shapes and types: a CUDA graph replays into the same addresses, made once.
+    """
+    device = "cpu" if settings.provider == "cpu" else "cuda"
+    binding = session.io_binding()
+    inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in feed.items()}
+    outputs = {
+        name: ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, device, 0) for name, array in example.items()
+    }
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    for name, value in outputs.items():
+        binding.bind_ortvalue_output(name, value)
+
+    def replay() -> object:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return inputs, outputs  # kept alive with this function
+
+    return replay
 
 
 def ratio(reference: Latency, other: Latency, seed: int = 0) -> Ratio:
@@ -124,19 +181,48 @@ def ratio(reference: Latency, other: Latency, seed: int = 0) -> Ratio:
     return Ratio(model=other.model, reference=reference.model, value=float(np.median(paired)), low=float(low), high=float(high))
 
 
-def machine() -> Machine:
-    """Return the machine that this runs on."""
-    return Machine(
-        processor=_processor(),
-        cores=os.cpu_count() or 1,
-        system=f"{platform.system()} {platform.machine()}",
-        onnxruntime=ort.__version__,
-    )
+def _turns(
+    runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None]
+) -> list[list[float]]:
+    """Run all in turns for about `seconds` and `least` rounds or more; milliseconds, one list each."""
+    times: list[list[float]] = [[] for _ in runners]
+    start, order = time.perf_counter(), list(range(len(runners)))
+    while len(times[0]) < least or time.perf_counter() - start < seconds:
+        for index in order:
+            begin = time.perf_counter()
+            runners[index]()
+            times[index].append(1e3 * (time.perf_counter() - begin))
+        order.reverse()
+        on_round(min(1.0, (time.perf_counter() - start) / seconds) if seconds else 1.0)
+    return times
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+def _distinct(paths: Sequence[Path | str]) -> list[str]:
+    """Return the files' names, or their paths where two files have the same name."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _warnings(
+    paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Settings, batch: int, shapes: Shapes | None
+) -> tuple[str, ...]:
+    """Return what makes these times less than they seem: an unstable machine, or kernels too small to be seen."""
+    from tensorrail_runtime.placement import placement
+
+    found = [
+        f"{latency.model}: unstable, its times vary by {latency.variation:.0%} (coefficient of variation); "
+        "close other programs, or measure for longer"
+        for latency in latencies
+        if latency.variation > _UNSTABLE
+    ]
+    if settings.provider == "cpu":
+        return tuple(found)
+    for path, latency in zip(paths, latencies, strict=True):
+        placed = placement(path, settings=replace(settings, cuda_graph=False), batch=batch, shapes=shapes)
+        each = 1e3 * latency.p50 / max(1, len(placed.nodes))
+        if each < _LAUNCH and not settings.cuda_graph:
+            found.append(f"{latency.model}: bound by launches, {each:.1f} µs a node; try --cuda-graph or a larger batch")
+        if placed.elsewhere:
+            names = ", ".join(node.name for node in placed.elsewhere[:3])
+            found.append(f"{latency.model}: {len(placed.elsewhere)} nodes ran elsewhere than asked: {names}")
+    return tuple(found)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tensorrail_runtime.report import Epoch, Report
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ def _latency_figure(report: Report) -> Figure:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, run in zip(figure.subplots(1, len(report.latency), squeeze=False)[0], report.latency, strict=True):
-        top = max(latency.p90 for latency in run.latencies) * 1.3
+        top = max(float(np.percentile(latency.samples, 90)) for latency in run.latencies) * 1.3
         for latency in run.latencies:
             axes.hist(latency.samples, bins=60, range=(0, top), alpha=0.6, label=latency.model)
         axes.set(title=f"batch {run.batch}", xlabel="milliseconds", ylabel="runs")

@@ -105,12 +105,12 @@ class Report(Record):
                 f"{factored.accuracy.percent - dense.accuracy.percent:+.2f} points",
             )
         ]
-        for name, before, after in (
+        for name, dense_cost, own_cost in (
             ("parameters", dense.cost.params, factored.cost.params),
             ("FLOPs (2 × MACs), batch 1", dense.cost.flops, factored.cost.flops),
             ("file, bytes", dense.cost.bytes, factored.cost.bytes),
         ):
-            rows.append((name, f"{before:,}", f"{after:,}", f"÷ {before / after:.2f}"))
+            rows.append((name, f"{dense_cost:,}", f"{own_cost:,}", f"÷ {dense_cost / own_cost:.2f}"))
         for run in self.latency:
             a, b = run.latencies[0], run.latencies[1]
             ratio = run.ratios[0]
@@ -122,7 +122,11 @@ class Report(Record):
                     f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]",
                 )
             )
-            rows.append((f"latency p90, batch {run.batch}", f"{a.p90:.3f} ms", f"{b.p90:.3f} ms", f"{run.rounds} rounds"))
+            for name, before, after in (("p90", a.p90, b.p90), ("p99", a.p99, b.p99)):
+                if before is not None and after is not None:
+                    rows.append(
+                        (f"latency {name}, batch {run.batch}", f"{before:.3f} ms", f"{after:.3f} ms", f"{run.rounds} rounds")
+                    )
         return rows
 
     def errors(self) -> list[tuple[str, str]]:

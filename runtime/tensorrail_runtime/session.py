@@ -1,18 +1,63 @@
-"""The one place that opens ONNX Runtime sessions."""
+"""The one place that opens ONNX Runtime sessions, and refuses one that runs elsewhere than asked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+LEVELS = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 
 
 class ModelError(ValueError):
     """A model cannot be loaded or run as asked; one line that says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session runs. TF32 is off unless asked for: it changes results in the fourth digit.
+
+    `threads` is the number of intra-op threads, 0 for ONNX Runtime's own choice. `cuda_graph` and `nhwc` are of the CUDA
+    provider; `arena` is the CPU's memory pool.
+    """
+
+    provider: str = "cpu"
+    threads: int = 0
+    level: str = "all"
+    tf32: bool = False
+    cuda_graph: bool = False
+    nhwc: bool = False
+    arena: bool = True
+
+    def check(self) -> None:
+        """Raise `ModelError` for a provider or level that is unknown, or an option that the provider does not have."""
+        if self.provider not in PROVIDERS:
+            raise ModelError(f"unknown provider {self.provider!r}: expected one of {', '.join(PROVIDERS)}")
+        if self.level not in LEVELS:
+            raise ModelError(f"unknown graph optimization level {self.level!r}: expected one of {', '.join(LEVELS)}")
+        if self.threads < 0:
+            raise ModelError(f"threads are 0 (ONNX Runtime's own choice) or more, and {self.threads} came")
+        if self.provider == "cpu" and (self.cuda_graph or self.nhwc or self.tf32):
+            raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
 
 
 def open_session(
@@ -20,34 +65,42 @@ def open_session(
     *,
     provider: str = "cpu",
     threads: int = 0,
-    tf32: bool = False,
+    settings: Settings | None = None,
     optimized: Path | str | None = None,
-    optimize: bool = True,
+    profile: Path | str | None = None,
 ) -> ort.InferenceSession:
-    """Open a model on one provider; `ModelError` when it is no model or the provider is not really there.
+    """Open a model; `ModelError` when it is no model or does not run on the provider asked for, with the reason given.
 
-    `threads` is the number of intra-op threads, 0 for ONNX Runtime's own choice; TF32 is off unless asked for, since it
-    changes results in the fourth digit. `optimized` names a file for the graph as ONNX Runtime runs it.
+    `settings` says all there is to say, `provider` and `threads` the most common two. `optimized` names a file for the graph
+    as ONNX Runtime runs it, `profile` a prefix for its profile.
     """
-    if provider not in PROVIDERS:
-        raise ModelError(f"unknown provider {provider!r}: expected one of {', '.join(PROVIDERS)}")
-    name = PROVIDERS[provider]
+    settings = settings or Settings(provider=provider, threads=threads)
+    settings.check()
+    name = PROVIDERS[settings.provider]
     if name not in ort.get_available_providers():
-        raise ModelError(f"provider {provider!r} is not in this ONNX Runtime, which has {ort.get_available_providers()}")
+        raise ModelError(
+            f"provider {settings.provider!r} is not in this ONNX Runtime, which has {ort.get_available_providers()}"
+        )
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = settings.threads
+    options.graph_optimization_level = LEVELS[settings.level]
+    options.enable_cpu_mem_arena = settings.arena
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    entry = (name, {"use_tf32": str(int(tf32))}) if provider == "cuda" else name
-    try:
-        session = ort.InferenceSession(str(path), options, providers=[entry])
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
-        raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    with _native_errors(quiet=settings.provider == "cpu") as said:
+        if settings.provider != "cpu":
+            _preload()
+        try:
+            session = ort.InferenceSession(str(path), options, providers=[_entry(settings)], enable_fallback=0)
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
+            raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from None
     if session.get_providers()[0] != name:
-        raise ModelError(f"{path}: asked for {name}, and ONNX Runtime fell back to {session.get_providers()}")
+        reason = said() or "ONNX Runtime gave no reason"
+        raise ModelError(f"{path}: asked for {name}, and ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
     return session
 
 
@@ -61,6 +114,55 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
         raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({_first_line(error)})") from None
+
+
+def _entry(settings: Settings) -> str | tuple[str, dict[str, str]]:
+    flags = {"use_tf32": settings.tf32, "enable_cuda_graph": settings.cuda_graph, "prefer_nhwc": settings.nhwc}
+    match settings.provider:
+        case "cuda":
+            return PROVIDERS["cuda"], {key: str(int(value)) for key, value in flags.items()}
+        case "tensorrt":
+            return PROVIDERS["tensorrt"], {"trt_cuda_graph_enable": str(int(settings.cuda_graph))}
+    return PROVIDERS[settings.provider]
+
+
+def _preload() -> None:
+    """Load CUDA's libraries from where pip puts them, when ONNX Runtime can and they are there; it prints what it misses."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+@contextlib.contextmanager
+def _native_errors(quiet: bool) -> Iterator[Callable[[], str]]:
+    """Catch what ONNX Runtime's C++ side writes to stderr, and yield a function that returns its first error.
+
+    That is the only place where it says why a provider could not be had.
+    """
+    if quiet:
+        yield lambda: ""
+        return
+    sys.stderr.flush()
+    text = ""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: _reason(text)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+
+
+def _reason(text: str) -> str:
+    """Return the message of the first error line, without colours, time and source position."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line for line in plain.splitlines() if "[E:" in line or "rror" in line or "ailed" in line]
+    if not lines:
+        return ""
+    return re.sub(r"^.*(\[ONNXRuntimeError\] : \d+ : \w+ : |\[E:[^\]]*\]\s*)", "", lines[0]).strip()
 
 
 def _first_line(error: Exception) -> str:

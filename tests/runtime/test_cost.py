@@ -52,6 +52,56 @@ def test_an_operator_that_is_not_known_is_listed(tmp_path):
     assert (result.macs, result.uncounted) == (0, ("Einsum",))
 
 
+def test_bytes_moved_and_kernels_are_those_of_the_shapes(small_path):
+    result = cost(small_path, batch=3)
+    conv, relu, pool, gemm = 16 * 64 + 32 * 64, 2 * 32 * 64, 32 * 64 + 32, 32 + 10  # read and written; Flatten is a view
+    assert result.activation_bytes == 4 * 3 * (conv + relu + pool + gemm)
+    assert (result.kernels, result.nodes, result.unshaped) == (4, 5, 0)
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_count_every_step_and_direction(kind, gates, tmp_path):
+    steps, batch, inputs, hidden = 7, 3, 12, 8
+    weights = {
+        "w": np.ones((2, gates * hidden, inputs), np.float32),
+        "r": np.ones((2, gates * hidden, hidden), np.float32),
+    }
+    node = helper.make_node(kind.__name__, ["x", "w", "r"], ["y"], "n", hidden_size=hidden, direction="bidirectional")
+    model = make_model([node], weights, {"x": ["t", "n", inputs]}, {"y": ["t", 2, "n", hidden]})
+    result = cost(save(model, tmp_path), shapes={"x": (steps, batch, inputs)})
+    assert result.macs == 2 * steps * batch * gates * hidden * (inputs + hidden)
+    assert result.params == 2 * gates * hidden * (inputs + hidden)
+
+
+def test_quantized_products_count_like_others(tmp_path):
+    weights = {
+        "w": np.ones((6, 4, 3, 3), np.int8),
+        **{f"s{k}": np.float32(0.1) for k in range(3)},
+        "z": np.uint8(0),
+        "zw": np.int8(0),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s0", "z"], ["q"]),
+        helper.make_node("QLinearConv", ["q", "s0", "z", "w", "s1", "zw", "s2", "z"], ["c"], "conv"),
+        helper.make_node("DequantizeLinear", ["c", "s2", "z"], ["y"]),
+    ]
+    model = make_model(nodes, weights, {"x": [2, 4, 5, 5]}, {"y": [2, 6, 3, 3]})
+    result = cost(save(model, tmp_path))
+    assert result.macs == 2 * 6 * 9 * 4 * 9
+    assert result.uncounted == ()
+
+
+def test_shapes_are_taken_and_wrong_ones_refused(small_path):
+    assert cost(small_path, shapes={"x": (3, 16, 8, 8)}).macs == cost(small_path, batch=3).macs
+    for shapes, reason in (
+        ({"z": (1,)}, "for input 'z'"),
+        ({"x": (1, 2)}, "has 4 axes"),
+        ({"x": (1, 3, 8, 8)}, "an axis of 16"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            cost(small_path, shapes=shapes)
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"nothing")
     with pytest.raises(ModelError, match="not an ONNX model"):

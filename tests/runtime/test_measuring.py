@@ -4,7 +4,7 @@ import pytest
 from conftest import make_model
 from onnx import helper, numpy_helper
 
-from tensorrail_runtime import ModelError, accuracy, bench, open_session, parity
+from tensorrail_runtime import ModelError, Settings, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
 from tensorrail_runtime.latency import Latency, ratio
 
 
@@ -40,7 +40,7 @@ def test_a_known_difference_is_measured(small_path, rng):
 
 
 def test_nan_outputs_and_other_signatures_are_refused(small_path, tmp_path, rng):
-    with pytest.raises(ModelError, match="'y' holds NaN"):
+    with pytest.raises(ModelError, match="'y' of the second model holds NaN"):
         parity(small_path, changed(small_path, "fc.bias", lambda bias: bias * np.nan))
     node = helper.make_node("Relu", ["z"], ["y"])
     onnx.save(make_model([node], {}, {"z": ["n", 10]}, {"y": ["n", 10]}), tmp_path / "other.onnx")
@@ -74,7 +74,10 @@ def test_models_are_timed_in_turns(small_path):
     result = bench([small_path, small_path], seconds=0.2, labels=("a", "b"), on_round=shares.append)
     assert [latency.model for latency in result.latencies] == ["a", "b"]
     assert all(len(latency.samples) == result.rounds >= 20 for latency in result.latencies)
-    assert all(latency.p50 <= latency.p90 for latency in result.latencies)
+    for latency in result.latencies:  # a percentile is given when ten samples or more lie beyond it
+        assert (latency.p90 is not None, latency.p99 is not None) == (result.rounds >= 100, result.rounds >= 1000)
+        assert latency.p90 is None or latency.p50 <= latency.p90
+        assert latency.throughput == pytest.approx(1e3 / latency.p50)
     assert shares == sorted(shares)
     assert shares[-1] == 1
     with pytest.raises(ModelError, match="at least one model"):
@@ -84,9 +87,92 @@ def test_models_are_timed_in_turns(small_path):
 def test_the_interval_of_a_ratio_covers_the_truth(rng):
     def latency(name, scale):
         samples = tuple(scale * np.exp(0.2 * rng.standard_normal(400)))
-        return Latency(model=name, samples=samples, p50=float(np.median(samples)), p90=float(np.percentile(samples, 90)))
+        return Latency.of(name, samples)
 
     found = [ratio(latency("a", 2.0), latency("b", 1.0), seed) for seed in range(40)]
     covered = sum(r.low <= 2.0 <= r.high for r in found)
     assert covered >= 32  # 95 % nominal; 32 of 40 or fewer would come up once in some 5,000 times
     assert all(1.8 < r.value < 2.2 for r in found)
+
+
+def test_bound_inputs_and_outputs_are_timed_alike(small_path):
+    result = bench([small_path, small_path], seconds=0.1, io_binding=True, batch=2)
+    assert not result.transfers
+    assert [latency.model for latency in result.latencies] == [str(small_path)] * 2
+    with pytest.raises(ModelError, match="needs IO binding"):
+        bench([small_path], settings=Settings(provider="cuda", cuda_graph=True))
+
+
+def test_unstable_times_are_said_to_be():
+    steady = Latency.of("steady", [1.0] * 200)
+    shaky = Latency.of("shaky", [1.0, 2.0] * 100)
+    assert (steady.variation, shaky.variation) == (0.0, pytest.approx(1 / 3))
+    assert (steady.p99, shaky.p90) == (None, 2.0)
+
+
+def test_elements_are_held_to_rtol_and_atol_by_output(small_path):
+    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(0.5))
+    held = [
+        (Tolerances(atol={"": 0.6}), True),
+        (Tolerances(atol={"y": 0.4}), False),
+        (Tolerances(rtol={"": 1e-6}), False),
+        (Tolerances(relative_l2=None), True),
+    ]
+    for tolerances, holds in held:
+        assert parity(small_path, other, tolerances=tolerances).holds == holds
+    output = parity(small_path, other, tolerances=Tolerances(atol={"y": 0.4})).outputs[0]
+    assert output.smallest == pytest.approx(0.5, rel=1e-4)
+    assert parity(small_path, other, tolerances=Tolerances(atol={"": output.smallest})).holds
+    with pytest.raises(ModelError, match="came for output 'z', and the outputs are y"):
+        parity(small_path, other, tolerances=Tolerances(atol={"z": 1.0}))
+
+
+def test_the_worst_element_is_found(small_path, rng):
+    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(3) * (np.arange(10) == 7).astype(np.float32))
+    feeds = [{"x": rng.standard_normal((n, 16, 8, 8)).astype(np.float32)} for n in (2, 3)]
+    output = parity(small_path, other, inputs=feeds).outputs[0]
+    run, _, column = output.worst_index
+    assert column == 7
+    assert run in (0, 1)
+    assert output.worst_values[1] - output.worst_values[0] == pytest.approx(3, rel=1e-4)
+
+
+def test_two_models_are_compared_on_the_same_samples(small_path, rng):
+    x = rng.standard_normal((200, 16, 8, 8)).astype(np.float32)
+    scores = open_session(small_path).run(None, {"x": x})[0]
+    labels = scores.argmax(1)
+    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(2) * np.arange(10, dtype=np.float32))
+    shares = []
+    a = evaluate(small_path, {"x": x}, labels, batch=64, on_batch=shares.append)
+    b = evaluate(other, {"x": x}, labels, batch=64)
+    assert shares == [0.32, 0.64, 0.96, 1.0]
+    paired = compare_scores(a, b)
+    assert a.mean == 1
+    assert (paired.only_reference, paired.only_candidate) == (round(200 * (1 - b.mean)), 0)
+    assert paired.difference == pytest.approx(b.mean - 1)
+    assert paired.low < paired.difference < paired.high
+    assert paired.p_value == pytest.approx(2 * 0.5**paired.only_reference)  # McNemar, exact, all on one side
+    assert compare_scores(a, a).p_value == 1
+    assert evaluate(other, {"x": x}, labels, metric="top5").mean >= b.mean
+
+
+def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monkeypatch):
+    (tmp_path / "own_metric.py").write_text("def margin(outputs, labels):\n    return outputs['y'].max(1) - labels\n")
+    (tmp_path / "bad_metric.py").write_text("def one(outputs, labels):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    x = {"x": rng.standard_normal((20, 16, 8, 8)).astype(np.float32)}
+    a = evaluate(small_path, x, np.zeros(20), metric="own_metric:margin")
+    b = evaluate(small_path, x, np.ones(20), metric="own_metric:margin")
+    paired = compare_scores(a, b)
+    assert paired.test == "Wilcoxon signed-rank"
+    assert paired.difference == pytest.approx(-1)
+    for metric, reason in (
+        ("top3", "unknown metric 'top3'"),
+        ("none_such:f", "cannot be imported"),
+        ("own_metric:none", "cannot be imported"),
+        ("bad_metric:one", "one score for each of 20 samples"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            evaluate(small_path, x, np.zeros(20), metric=metric)
+    with pytest.raises(ModelError, match="integer labels"):
+        evaluate(small_path, x, np.zeros(20))

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from conftest import make_model
@@ -37,7 +38,7 @@ def plan_path(tmp_path):
     return tmp_path / "plan.json"
 
 
-@pytest.mark.parametrize("command", ["run", "train", "export", "check", "bench", "inspect"])
+@pytest.mark.parametrize("command", ["run", "train", "export", "check", "accuracy", "bench", "inspect"])
 def test_every_command_has_help_and_json(command):
     result = CliRunner().invoke(tensorrail.cli.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 0
@@ -62,6 +63,51 @@ def test_export_check_inspect_and_bench_work_on_files(cli, small_path, plan_path
     assert "speed-up" in printed
     assert json.loads((tmp_path / "b.json").read_text())["rounds"] >= 20
     assert cli("bench", small_path, small_path, "--duration", 0.2, "--min-speedup", 100)[0] == 1
+
+
+def test_check_apart_by_layer(cli, small_path, plan_path, tmp_path):
+    out = tmp_path / "out.onnx"
+    assert cli("export", small_path, "--plan", plan_path, "-o", out)[0] == 0
+    code, printed, _ = cli("check", small_path, out, "--layers", "--plan", plan_path, "--tolerance", 9)
+    assert code == 0
+    assert "no layer parts by more than 9" in printed
+    assert "approximation" in printed
+    assert cli("check", small_path, out, "--rtol", 1e-6)[0] == 1
+    assert cli("check", small_path, out, "--atol", "y=1e9", "--shape", "x=2,16,8,8")[0] == 0
+
+
+def test_accuracy_inspect_and_bench_options(cli, small_path, tmp_path, rng):
+    data = tmp_path / "x.npz"
+    np.savez(data, x=rng.standard_normal((20, 16, 8, 8)).astype(np.float32), labels=np.zeros(20, np.int64))
+    code, printed, _ = cli("accuracy", small_path, small_path, "--data", data, "--json", tmp_path / "a.json", "--max-drop", 0)
+    assert code == 0
+    assert "McNemar" in printed
+    assert json.loads((tmp_path / "a.json").read_text())["p_value"] == 1
+    code, printed, _ = cli("inspect", small_path, "--placement")
+    assert code == 0
+    assert "on CPU" in printed
+    code, printed, _ = cli("bench", small_path, "--duration", 0.1, "--io-binding", "--memory", "--shape", "x=2,16,8,8")
+    assert code == 0
+    assert "peak host MiB" in printed
+
+
+def test_regress_records_checks_and_says_why(cli, small_path, tmp_path):
+    baseline, junit, flat = tmp_path / "b.json", tmp_path / "j.xml", tmp_path / "f.json"
+    quick = ("--processes", 2, "--seconds", 0.05)
+    assert cli("regress", "record", small_path, "-o", baseline, *quick)[0] == 0
+    arguments = ("regress", "check", baseline, small_path, "--max-slowdown", "900%", *quick, "--junit", junit)
+    code, printed, _ = cli(*arguments, "--benchmark-json", flat)
+    assert code == 0
+    assert "no regression" in printed
+    assert junit.read_text().startswith("<?xml")
+    assert json.loads(flat.read_text())[0]["unit"] == "ms"
+    larger = onnx.load(small_path)
+    larger.graph.node[-1].output[0] = "before"
+    larger.graph.node.append(helper.make_node("Identity", ["before"], ["y"]))
+    onnx.save(larger, tmp_path / "larger.onnx")
+    code, printed, _ = cli("regress", "check", baseline, tmp_path / "larger.onnx", "--max-slowdown", "900%", *quick)
+    assert code == 1
+    assert "larger.onnx: nodes 6 (baseline 5" in printed
 
 
 def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_path):
@@ -104,6 +150,13 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("check", small_path, garbage), "ONNX Runtime cannot load it"),
         (("bench", small_path, "--provider", "tpu"), "unknown provider 'tpu'"),
         (("inspect", garbage), "not an ONNX model"),
+        (("inspect", small_path, "--shape", "z=1"), "shape came for input 'z'"),
+        (("check", small_path, small_path, "--atol", "z=1"), "came for output 'z'"),
+        (("check", small_path, small_path, "--rtol", "x"), "a tolerance is written as"),
+        (("check", small_path, small_path, "--layers"), "give --plan"),
+        (("accuracy", small_path, "--data", garbage), "not an npz file"),
+        (("regress", "check", cores, small_path), "not a baseline"),
+        (("regress", "check", small_path, small_path, "--max-slowdown", "fast"), "written as 5% or 0.05"),
     ]
     for arguments, reason in cases:
         code, _, err = cli(*arguments)

@@ -10,16 +10,17 @@ import sys
 
 import typer
 
-from tensorrail.commands import bench, check, export, inspect, run, train
+from tensorrail.commands import accuracy, bench, check, export, inspect, regress, run, train
 
 app = typer.Typer(
-    help="Low-rank networks from training to ONNX Runtime: train, export, check, bench.",
+    help="Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, train, export, check, bench, inspect):
+for command in (run, train, export, check, accuracy, bench, inspect):
     app.command(command.__name__.rpartition(".")[2])(command.command)
+app.add_typer(regress.app, name="regress")
 
 # The errors that mean bad input, by the module that defines them: modules not imported cannot have raised.
 _BAD_INPUT = {

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record behind the table as JSON.")]
-Provider = Annotated[str, typer.Option(help="ONNX Runtime execution provider: cpu or cuda.")]
+Provider = Annotated[str, typer.Option(help="ONNX Runtime execution provider: cpu, cuda or tensorrt.")]
+Shape = Annotated[
+    list[str] | None, typer.Option("--shape", metavar="NAME=1,3,224,224", help="An input's shape; may be given again.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE.npz", help="Arrays by input name, and `labels` where a metric needs them."),
+]
+Metric = Annotated[str, typer.Option("--metric", help="top1, top5, or module:function of (outputs, labels) → scores.")]
 Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; default runs/<the recipe's name>.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch of an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start anew.")]

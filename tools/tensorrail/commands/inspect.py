@@ -1,4 +1,4 @@
-"""`tensorrail inspect`: the layers of a model and what each costs on paper."""
+"""`tensorrail inspect`: the layers of a model, what each costs on paper, and where each really runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from typing import Annotated
 
 import typer
 
-from tensorrail.options import Json
+from tensorrail.options import Json, Provider, Shape
 from tensorrail.show import console, table
 
 
 def command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
-    batch: Annotated[int, typer.Option(min=1, help="Size of every dynamic axis.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Size of the dynamic axes that --shape does not give.")] = 1,
+    shape: Shape = None,
+    placement: Annotated[
+        bool, typer.Option("--placement", help="Run it with ONNX Runtime's profile on: provider and time of every node.")
+    ] = False,
+    provider: Provider = "cpu",
     json: Json = None,
 ) -> None:
     """Print the layers with their shapes, parameters and FLOPs (2 × MACs), and their shares of the whole."""
+    from tensorrail_runtime.inputs import parse_shapes
+
+    shapes = parse_shapes(shape or [])
+    if placement:
+        _placement(model, provider, batch, shapes, json)
+        return
     from tensorrail_runtime.cost import cost
 
-    result = cost(model, batch)
+    result = cost(model, batch, shapes)
     rows = [
         (
             layer.weight or layer.name,
@@ -35,7 +46,8 @@ def command(
     ]
     rows.append(("whole graph", "", "", "", f"{result.params:,}", "", f"{result.flops:,}", ""))
     table(
-        f"{model}, batch {batch}: {result.nodes} nodes, {result.bytes:,} bytes",
+        f"{model}, batch {batch}: {result.nodes} nodes, {result.kernels} kernels, {result.bytes:,} bytes, "
+        f"{result.activation_bytes:,} activation bytes moved",
         ("layer", "op", "input", "output", "params", "share", "FLOPs", "share"),
         rows,
     )
@@ -43,3 +55,21 @@ def command(
         console.print(f"not counted: {', '.join(result.uncounted)}")
     if json is not None:
         result.save(json)
+
+
+def _placement(model: Path, provider: str, batch: int, shapes: dict[str, tuple[int, ...]], json: Path | None) -> None:
+    from tensorrail_runtime.placement import placement
+    from tensorrail_runtime.session import Settings
+
+    result = placement(model, settings=Settings(provider=provider), batch=batch, shapes=shapes)
+    rows = [
+        (node.name, node.op, node.provider.removesuffix("ExecutionProvider"), f"{node.microseconds:,.0f}", f"{node.share:.1%}")
+        for node in result.nodes
+    ]
+    counts = ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in result.providers.items())
+    table(f"{model}, batch {batch}: {counts}", ("node as it ran", "op", "provider", "µs", "share"), rows)
+    if json is not None:
+        result.save(json)
+    if result.elsewhere:
+        console.print(f"{len(result.elsewhere)} nodes ran elsewhere than on {provider}")
+        raise typer.Exit(1)

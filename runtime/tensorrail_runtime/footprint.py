@@ -1,0 +1,63 @@
+"""What a model takes beside time: load time and peak memory, each measured in a fresh process of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tensorrail_runtime.process import fresh
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.session import Settings
+
+_RUNS = 3
+
+
+class Footprint(Record):
+    """Load time in milliseconds, memory in MiB above that of the process without the model."""
+
+    model: str
+    load_ms: float
+    host_peak_mib: float | None  # None where the system does not tell
+    gpu_mib: int | None  # None on the CPU
+
+
+def footprint(path: Path | str, *, settings: Settings | None = None, batch: int = 1) -> Footprint:
+    """Open the model in a fresh process, run it three times, and return what that took."""
+    request = {"path": str(path), "batch": batch, "settings": asdict(settings or Settings())}
+    return Footprint.model_validate_json(fresh("tensorrail_runtime.footprint:measure", request))
+
+
+def measure(request: dict[str, object]) -> str:
+    """Measure in this process, and return the record as JSON."""
+    from tensorrail_runtime.inputs import random_inputs
+    from tensorrail_runtime.machine import gpu_memory_used
+    from tensorrail_runtime.session import open_session, run
+
+    settings = Settings(**request["settings"])  # type: ignore[arg-type] # made by `asdict` above
+    on_gpu = settings.provider != "cpu"
+    before, gpu_before = _peak_mib(), gpu_memory_used() if on_gpu else None
+    start = time.perf_counter()
+    session = open_session(str(request["path"]), settings=settings)
+    load_ms = 1e3 * (time.perf_counter() - start)
+    feed = random_inputs(session, int(str(request["batch"])))
+    for _ in range(_RUNS):
+        run(session, feed)
+    after, gpu_after = _peak_mib(), gpu_memory_used() if on_gpu else None
+    found = Footprint(
+        model=Path(str(request["path"])).name,
+        load_ms=load_ms,
+        host_peak_mib=None if before is None or after is None else after - before,
+        gpu_mib=None if gpu_before is None or gpu_after is None else gpu_after - gpu_before,
+    )
+    return found.model_dump_json()
+
+
+def _peak_mib() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

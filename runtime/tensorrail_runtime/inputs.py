@@ -1,0 +1,112 @@
+"""What models are run on: random inputs of their own types and shapes, or arrays from an npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from tensorrail_runtime.session import ModelError
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(bool)": np.bool_,
+}
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def random_inputs(
+    session: ort.InferenceSession, batch: int = 1, seed: int = 0, shapes: Shapes | None = None
+) -> dict[str, np.ndarray]:
+    """Return inputs of the model's own types: standard normal, or integers 0 and 1.
+
+    `shapes` gives an input's shape; where it does not, dynamic axes are `batch`. `ModelError` for a shape of an input that
+    is not there or has other axes, and for types that cannot be drawn.
+    """
+    entries = {entry.name: entry for entry in session.get_inputs()}
+    for name in shapes or {}:
+        if name not in entries:
+            raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(entries) or 'none'}")
+    rng = np.random.default_rng(seed)
+    feed = {}
+    for name, entry in entries.items():
+        if entry.type not in _TYPES:
+            raise ModelError(f"input {name!r} is a {entry.type}: give its values, they cannot be drawn at random")
+        shape = _shape(entry, batch, (shapes or {}).get(name))
+        dtype = np.dtype(_TYPES[entry.type])
+        normal = np.issubdtype(dtype, np.floating)
+        feed[name] = (rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)).astype(dtype)
+    return feed
+
+
+def _shape(entry: ort.NodeArg, batch: int, wanted: Sequence[int] | None) -> list[int]:
+    own = [size if isinstance(size, int) else batch for size in entry.shape]
+    if wanted is None:
+        return own
+    fits = len(wanted) == len(entry.shape)
+    if not fits or any(isinstance(a, int) and a != b for a, b in zip(entry.shape, wanted, strict=True)):
+        raise ModelError(f"input {entry.name!r} has shape {entry.shape}, and {list(wanted)} came")
+    return list(wanted)
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of texts such as `x=1,3,224,224`; `ModelError` says how one is written."""
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = [part.strip() for part in sizes.replace("x", ",").split(",")]
+        if not name or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise ModelError(f"a shape is written as name=1,3,224,224, and {text!r} came")
+        shapes[name] = tuple(int(part) for part in parts)
+    return shapes
+
+
+def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file, nothing of it unpickled; `ModelError` when it is not one, or is empty."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an npz file") from None
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ModelError(f"{path}: not an npz file of plain arrays ({str(error).partition(chr(10))[0]})") from None
+    if isinstance(loaded, np.ndarray):
+        raise ModelError(f"{path}: a single array came; expected an npz file with one array a name")
+    loaded.close()
+    if not arrays or any(not array.size for array in arrays.values()):
+        raise ModelError(f"{path}: holds no data")
+    return arrays
+
+
+def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], batch: int) -> list[dict[str, np.ndarray]]:
+    """Return the arrays that are the model's inputs, cut along their first axis into batches of `batch` or fewer.
+
+    A model with a batch axis of fixed size gets batches of that size. `ModelError` names an input without an array, and
+    arrays of unequal length.
+    """
+    entries = session.get_inputs()
+    missing = [entry.name for entry in entries if entry.name not in arrays]
+    if missing:
+        raise ModelError(f"no array for input {missing[0]!r}; the data holds {', '.join(arrays) or 'nothing'}")
+    feeds = {entry.name: arrays[entry.name] for entry in entries}
+    lengths = {name: len(array) if array.ndim else 1 for name, array in feeds.items()}
+    if len(set(lengths.values())) > 1:
+        raise ModelError(f"the arrays of the inputs differ in length: {lengths}")
+    total = next(iter(lengths.values()))
+    fixed = next((entry.shape[0] for entry in entries if entry.shape and isinstance(entry.shape[0], int)), None)
+    if fixed is not None:
+        if total % fixed:
+            raise ModelError(f"the model takes batches of {fixed}, and {total} samples came: give a multiple")
+        batch = fixed
+    return [{name: array[start : start + batch] for name, array in feeds.items()} for start in range(0, total, batch)]

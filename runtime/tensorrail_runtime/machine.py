@@ -1,0 +1,90 @@
+"""What a measurement was taken on: processor, GPU, driver, clocks, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import onnxruntime as ort
+
+from tensorrail_runtime.records import Record
+
+_QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
+
+
+class Gpu(Record):
+    """An NVIDIA GPU as nvidia-smi names it; clocks in MHz at the time of the measurement, with their units."""
+
+    name: str
+    driver: str
+    sm_clock: str
+    memory_clock: str
+    power_limit: str
+    memory: str
+
+
+class Machine(Record):
+    """Where times were taken."""
+
+    processor: str
+    cores: int
+    system: str
+    onnxruntime: str
+    python: str = ""
+    mhz: float | None = None  # of the first core, now
+    gpu: Gpu | None = None
+
+
+def machine(gpu: bool = False) -> Machine:
+    """Return the machine that this runs on; `gpu` asks nvidia-smi as well."""
+    return Machine(
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        onnxruntime=ort.__version__,
+        python=platform.python_version(),
+        mhz=_mhz(),
+        gpu=_gpu() if gpu else None,
+    )
+
+
+def gpu_memory_used() -> int | None:
+    """Return the MiB that are taken on the first GPU; None without nvidia-smi."""
+    answer = _smi("memory.used")
+    return int(answer[0].split()[0]) if answer else None
+
+
+def _processor() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _mhz() -> float | None:
+    for line in _cpuinfo():
+        if line.startswith("cpu MHz"):
+            return float(line.partition(":")[2])
+    return None
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _gpu() -> Gpu | None:
+    answer = _smi(_QUERY)
+    return Gpu(**dict(zip(Gpu.model_fields, answer, strict=True))) if answer else None
+
+
+def _smi(query: str) -> list[str] | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - a fixed program
+    return [part.strip() for part in done.stdout.split(",")] if done.returncode == 0 else None

@@ -1,0 +1,89 @@
+"""Where every node really ran, and for how long: read from ONNX Runtime's own profile of a run, not from what was asked."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.session import PROVIDERS, Settings, open_session, run
+
+_RUNS = 10
+_WARMUP = 3
+
+
+class PlacedNode(Record):
+    """One node as it ran, after ONNX Runtime's own rewriting: a fused node has the name of what it was made from."""
+
+    name: str
+    op: str
+    provider: str
+    microseconds: float  # median over the profiled runs, of its kernel alone
+    share: float  # of the sum over all nodes
+
+
+class Placement(Record):
+    """Every node of a model that ran, in order."""
+
+    model: str
+    provider: str
+    nodes: tuple[PlacedNode, ...]
+
+    @property
+    def providers(self) -> dict[str, int]:
+        """How many nodes ran on each provider."""
+        counts: dict[str, int] = defaultdict(int)
+        for node in self.nodes:
+            counts[node.provider] += 1
+        return dict(counts)
+
+    @property
+    def elsewhere(self) -> tuple[PlacedNode, ...]:
+        """The nodes that ran on another provider than the one asked for."""
+        return tuple(node for node in self.nodes if node.provider != PROVIDERS[self.provider])
+
+
+def placement(
+    path: Path | str,
+    *,
+    settings: Settings | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+) -> Placement:
+    """Run the model with the profile on and return where each node ran. Kernels inside a CUDA graph are not seen: off here."""
+    settings = settings or Settings()
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(path, settings=settings, profile=Path(folder) / "profile")
+        feed = dict(inputs) if inputs is not None else random_inputs(session, batch, shapes=shapes)
+        for _ in range(_WARMUP + _RUNS):
+            run(session, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    times: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, tuple[str, str]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            times[name].append(float(event["dur"]))
+            kinds[name] = (event["args"].get("op_name", ""), event["args"].get("provider", ""))
+    # A node of a loop's body runs several times a run: the sum over all runs, spread over them, is its time.
+    medians = {name: _per_run(values) for name, values in times.items()}
+    total = sum(medians.values()) or 1.0
+    nodes = [
+        PlacedNode(name=name, op=kinds[name][0], provider=kinds[name][1], microseconds=value, share=value / total)
+        for name, value in medians.items()
+    ]
+    return Placement(model=Path(path).name, provider=settings.provider, nodes=tuple(nodes))
+
+
+def _per_run(values: list[float]) -> float:
+    runs = _WARMUP + _RUNS
+    if len(values) % runs:
+        return sum(values) / runs
+    return float(np.median(np.reshape(values, (runs, -1)).sum(1)[_WARMUP:]))

@@ -1,0 +1,46 @@
+"""A pytest fixture that fails a test when a model became slower, larger or wrong.
+
+    def test_the_detector_is_as_fast_as_before(latency_gate):
+        latency_gate("detector.onnx", "baselines/detector.json")
+
+`pytest --latency-record` writes the baselines anew instead of checking against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tensorrail_runtime.regress import Verdict
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that records baselines."""
+    parser.addoption("--latency-record", action="store_true", help="write the baselines of latency_gate anew")
+
+
+@pytest.fixture
+def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None]:
+    """Return a function (model, baseline, **options of `regress.check`) that fails the test with the gate's reason."""
+
+    def gate(model: Path | str, baseline: Path | str, **options: Any) -> Verdict | None:
+        from tensorrail_runtime import regress
+        from tensorrail_runtime.session import ModelError
+
+        try:
+            if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":
+                taken = ("settings", "batch", "effort", "data")
+                regress.record(model, baseline, **{name: value for name, value in options.items() if name in taken})
+                return None
+            verdict = regress.check(baseline, model, **options)
+        except ModelError as error:
+            pytest.fail(str(error), pytrace=False)
+        if not verdict.holds:
+            pytest.fail(verdict.reason, pytrace=False)
+        return verdict
+
+    return gate

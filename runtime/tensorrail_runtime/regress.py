@@ -1,0 +1,375 @@
+"""A latency regression gate: what does not vary is held to hard limits, time to a test that knows its own noise.
+
+Each measurement is taken in several fresh processes, since a process has luck of its own (where its weights lie). When the
+baseline's model is at hand, both models run in turns in every process, and only their ratio counts; else the times are held
+against the recorded ones, which also see all that has changed in the machine since.
+
+An alarm needs both: the one-sided Mann-Whitney test on block medians (Mann and Whitney 1947) says that the model is slower,
+and the estimated slow-down is at least half of the size to be found. A true slow-down of the full size then lies well above
+that threshold and none lies well below, once the estimate is narrow: on a busy machine processes are added, two by two, until
+its standard error is a tenth of that size or four times the processes have run. The rule looks at the spread alone, never at
+the difference, so it favours neither answer. `benchmarks/gate.py` measures how often either goes wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from tensorrail_runtime.accuracy import evaluate
+from tensorrail_runtime.cost import cost
+from tensorrail_runtime.inputs import random_inputs
+from tensorrail_runtime.latency import LatencyReport, bench
+from tensorrail_runtime.machine import Machine, machine
+from tensorrail_runtime.placement import placement
+from tensorrail_runtime.process import fresh
+from tensorrail_runtime.records import Record, first_problem
+from tensorrail_runtime.session import ModelError, Settings, open_session, run
+
+_BLOCKS = 8  # medians taken of each process
+_KEPT = 1024  # output values kept for parity
+_ALPHA = 0.01
+_RESAMPLES = 2000
+_PRECISION = 10  # the slow-down to be found, over the standard error that is good enough
+_MOST = 4  # times the processes asked for, on a noisy machine
+
+
+class Facts(Record):
+    """What does not vary between runs of one model. `outputs` are its first values on random inputs of seed 0."""
+
+    sha256: str
+    flops: int
+    params: int
+    bytes: int
+    nodes: int
+    placement: dict[str, int]  # nodes by provider, as ONNX Runtime ran them
+    outputs: dict[str, tuple[float, ...]]
+    score: float | None = None  # mean of the metric, where data came
+    metric: str = ""
+
+
+class Baseline(Record):
+    """A model's facts and times, to hold later ones against."""
+
+    version: Literal[1] = 1
+    model: str  # relative to the baseline's own folder
+    provider: str
+    threads: int
+    batch: int
+    machine: Machine
+    facts: Facts
+    processes: tuple[tuple[float, ...], ...]  # milliseconds, one list a process
+
+    @classmethod
+    def load(cls, path: Path | str) -> Baseline:
+        """Read a baseline; `ModelError` names what is wrong with the file."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected a baseline") from None
+        except (ValidationError, UnicodeDecodeError) as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else "not a text file"
+            raise ModelError(f"{path}: not a baseline: {problem}") from None
+
+
+class Limits(Record):
+    """What a model is held to. `max_slowdown` is the slow-down to be found: an alarm is raised from half of it on."""
+
+    max_slowdown: float = Field(default=0.05, gt=0)
+    flops: float = Field(default=0.0, ge=0)  # how much more is allowed, as a share
+    params: float = Field(default=0.0, ge=0)
+    bytes: float = Field(default=0.01, ge=0)  # names and metadata move a few
+    nodes: float = Field(default=0.0, ge=0)
+    score: float = Field(default=0.005, ge=0)  # how much lower the metric's mean may be
+    tolerance: float | None = 1e-3  # relative L2 difference of the outputs; None for a model that was trained again
+
+
+class Finding(Record):
+    """One thing that was held to a limit."""
+
+    name: str
+    baseline: str
+    measured: str
+    limit: str
+    holds: bool
+
+
+class Verdict(Record):
+    """What a check found. `slowdown` is a share: 0.05 is five percent more time, with its 95 % interval over processes."""
+
+    model: str
+    interleaved: bool
+    slowdown: float
+    low: float
+    high: float
+    p_value: float
+    p50_ms: float
+    baseline_p50_ms: float
+    findings: tuple[Finding, ...]
+    machine: Machine
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything is within its limit."""
+        return all(finding.holds for finding in self.findings)
+
+    @property
+    def reason(self) -> str:
+        """One line: what falls short, or that nothing does."""
+        short = [f"{f.name} {f.measured} (baseline {f.baseline}, limit {f.limit})" for f in self.findings if not f.holds]
+        return f"{self.model}: " + ("; ".join(short) if short else "no regression")
+
+
+class Effort(Record):
+    """How much is measured: fresh processes, and seconds of timing in each; up to four times the processes when it is noisy."""
+
+    processes: int = Field(default=6, ge=2)  # an even number: each model is loaded first in half of them
+    seconds: float = Field(default=1.0, gt=0)
+
+
+Data = tuple[Mapping[str, np.ndarray], np.ndarray, str]
+"""Input arrays, labels and the metric."""
+
+
+def record(
+    path: Path | str,
+    out: Path | str,
+    *,
+    settings: Settings | None = None,
+    batch: int = 1,
+    effort: Effort | None = None,
+    data: Data | None = None,
+    on_process: Callable[[float], None] = lambda _: None,
+) -> Baseline:
+    """Measure a model and write its baseline to `out`."""
+    settings = settings or Settings()
+    facts = facts_of(path, settings, batch, data)
+    runs = _measure([path], settings, batch, effort or Effort(), on_process)
+    baseline = Baseline(
+        model=Path(os.path.relpath(path, Path(out).parent)).as_posix(),
+        provider=settings.provider,
+        threads=settings.threads,
+        batch=batch,
+        machine=runs[0].machine,
+        facts=facts,
+        processes=tuple(report.latencies[0].samples for report in runs),
+    )
+    baseline.save(out)
+    return baseline
+
+
+def check(
+    reference: Baseline | Path | str,
+    path: Path | str,
+    *,
+    limits: Limits | None = None,
+    effort: Effort | None = None,
+    settings: Settings | None = None,
+    batch: int = 1,
+    data: Data | None = None,
+    on_process: Callable[[float], None] = lambda _: None,
+) -> Verdict:
+    """Hold a model against a baseline file, or against another model on the spot (`reference` ends in .onnx).
+
+    With a baseline, provider, threads and batch are the recorded ones. Raises `ModelError` for files that are neither.
+    """
+    limits, effort = limits or Limits(), effort or Effort()
+    other: Path | None = None
+    recorded: Baseline | None = None
+    if isinstance(reference, Baseline) or Path(reference).suffix != ".onnx":
+        recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
+        settings, batch = Settings(provider=recorded.provider, threads=recorded.threads), recorded.batch
+        other = None if isinstance(reference, Baseline) else _at_hand(recorded, Path(reference))
+        before = recorded.facts
+    else:
+        settings, other = settings or Settings(), Path(reference)
+        before = facts_of(other, settings, batch, data)
+    after = facts_of(path, settings, batch, data)
+    paths = [path] if other is None else [other, path]
+    runs = _measure(paths, settings, batch, effort, on_process, limits.max_slowdown / _PRECISION)
+    new = [run.latencies[-1].samples for run in runs]
+    if other is not None:
+        old: Sequence[Sequence[float]] = [run.latencies[0].samples for run in runs]
+    elif recorded is not None:
+        old = recorded.processes
+    slowdown, low, high, p = compare_times(old, new, paired=other is not None)
+    least = limits.max_slowdown / 2
+    slower = Finding(
+        name="latency",
+        baseline=f"{np.median(np.concatenate(old)):.4f} ms",
+        measured=f"{slowdown:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}",
+        limit=f"{limits.max_slowdown:.1%} to be found, alarm from {least:+.1%} at p < {_ALPHA}",
+        holds=not (slowdown > least and p < _ALPHA),
+    )
+    return Verdict(
+        model=Path(path).name,
+        interleaved=other is not None,
+        slowdown=slowdown,
+        low=low,
+        high=high,
+        p_value=p,
+        p50_ms=float(np.median(np.concatenate(new))),
+        baseline_p50_ms=float(np.median(np.concatenate(old))),
+        findings=(slower, *_hard(before, after, limits)),
+        machine=machine(),
+    )
+
+
+def compare_times(
+    old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], *, paired: bool
+) -> tuple[float, float, float, float]:
+    """Return the slow-down of `new` over `old` as a share, its 95 % interval, and the one-sided p-value of none.
+
+    One list of times a process. `paired` processes ran both in turns: there each process's ratio is its own estimate, and
+    its blocks are divided by its old median, so that what is common to both falls out.
+    """
+    from scipy import stats
+
+    medians = [np.array([np.median(times) for times in side]) for side in (old, new)]
+    unit = medians[0] if paired else np.full(max(map(len, (old, new))), np.median(medians[0]))
+    blocks = [np.concatenate([_blocks(times) / unit[k] for k, times in enumerate(side)]) for side in (old, new)]
+    p = float(stats.mannwhitneyu(blocks[1], blocks[0], alternative="greater").pvalue)
+    rng = np.random.default_rng(0)
+    if paired:
+        ratios = medians[1] / medians[0]
+        value = float(np.median(ratios)) - 1
+        picks = np.median(ratios[rng.integers(0, len(ratios), (_RESAMPLES, len(ratios)))], axis=1) - 1
+    else:
+        value = float(np.median(medians[1]) / np.median(medians[0])) - 1
+        drawn = [np.median(m[rng.integers(0, len(m), (_RESAMPLES, len(m)))], axis=1) for m in medians]
+        picks = drawn[1] / drawn[0] - 1
+    low, high = np.percentile(picks, [2.5, 97.5])
+    return value, float(low), float(high), p
+
+
+def facts_of(path: Path | str, settings: Settings, batch: int, data: Data | None = None) -> Facts:
+    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are not finite."""
+    found = cost(path, batch)
+    session = open_session(path, settings=settings)
+    outputs = {}
+    for name, values in run(session, random_inputs(session, batch)).items():
+        kept = np.asarray(values).ravel()[:_KEPT].astype(np.float64)
+        if not np.isfinite(kept).all():
+            raise ModelError(f"{path}: output {name!r} holds NaN or infinite values")
+        outputs[name] = tuple(kept.tolist())
+    placed = placement(path, settings=settings, batch=batch)
+    score = None
+    if data is not None:
+        score = evaluate(path, data[0], data[1], metric=data[2], settings=settings).mean
+    return Facts(
+        sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        flops=found.flops,
+        params=found.params,
+        bytes=found.bytes,
+        nodes=found.nodes,
+        placement=placed.providers,
+        outputs=outputs,
+        score=score,
+        metric=data[2] if data is not None else "",
+    )
+
+
+def time_here(request: dict[str, object]) -> str:
+    """Time the models of a request in this process, in turns, and return the report as JSON."""
+    settings = Settings(**request["settings"])  # type: ignore[arg-type] # made by `asdict` in `_measure`
+    paths, batch, seconds = request["paths"], request["batch"], request["seconds"]
+    report = bench(paths, settings=settings, batch=batch, seconds=seconds, warmup=0.1)  # type: ignore[arg-type]
+    return report.model_dump_json()
+
+
+def _measure(
+    paths: Sequence[Path | str],
+    settings: Settings,
+    batch: int,
+    effort: Effort,
+    on_process: Callable[[float], None],
+    precision: float | None = None,
+) -> list[LatencyReport]:
+    """Time the models in fresh processes; with a precision, until the estimate's standard error is that narrow."""
+    reports: list[LatencyReport] = []
+    while len(reports) < effort.processes or (
+        precision is not None
+        and len(reports) < _MOST * effort.processes
+        and (len(reports) % 2 or _standard_error(reports) > precision)
+    ):
+        number = len(reports)
+        # every second process loads the other one first: the first model loaded has the better place in memory
+        order = list(paths) if number % 2 == 0 else list(reversed(paths))
+        request = {"paths": [str(p) for p in order], "settings": asdict(settings), "batch": batch, "seconds": effort.seconds}
+        report = LatencyReport.model_validate_json(fresh("tensorrail_runtime.regress:time_here", request))
+        reports.append(report.model_copy(update={"latencies": report.latencies[:: 1 if order == list(paths) else -1]}))
+        on_process(min(1.0, len(reports) / effort.processes))
+    return reports
+
+
+def _standard_error(reports: Sequence[LatencyReport]) -> float:
+    """Return the standard error of the median over processes, of the models' ratio or of the one model's relative time."""
+    times = np.array([[np.median(latency.samples) for latency in report.latencies] for report in reports])
+    values = times[:, -1] / (times[:, 0] if times.shape[1] > 1 else np.median(times))
+    deviation = 1.4826 * np.median(np.abs(values - np.median(values)))  # of a normal distribution with that median deviation
+    return float(1.2533 * deviation / np.sqrt(len(values)))
+
+
+def _blocks(times: Sequence[float]) -> np.ndarray:
+    return np.array([np.median(block) for block in np.array_split(np.asarray(times), _BLOCKS)])
+
+
+def _at_hand(baseline: Baseline, file: Path) -> Path | None:
+    """Return the baseline's own model when it still lies where it was recorded, unchanged."""
+    path = file.parent / baseline.model
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != baseline.facts.sha256:
+        return None
+    return path
+
+
+def _hard(before: Facts, after: Facts, limits: Limits) -> list[Finding]:
+    findings = []
+    for name, share in (("flops", limits.flops), ("params", limits.params), ("bytes", limits.bytes), ("nodes", limits.nodes)):
+        old, new = getattr(before, name), getattr(after, name)
+        findings.append(
+            Finding(name=name, baseline=f"{old:,}", measured=f"{new:,}", limit=f"{share:+.1%}", holds=new <= old * (1 + share))
+        )
+    moved = {name: count for name, count in after.placement.items() if name not in before.placement}
+    findings.append(
+        Finding(
+            name="placement",
+            baseline=_counts(before.placement),
+            measured=_counts(after.placement),
+            limit="no other provider",
+            holds=not moved,
+        )
+    )
+    if limits.tolerance is not None:
+        findings.append(_same_outputs(before, after, limits.tolerance))
+    if before.score is not None and after.score is not None:
+        findings.append(
+            Finding(
+                name=f"accuracy ({after.metric})",
+                baseline=f"{before.score:.4f}",
+                measured=f"{after.score:.4f}",
+                limit=f"−{limits.score:g}",
+                holds=after.score >= before.score - limits.score,
+            )
+        )
+    return findings
+
+
+def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
+    measured, holds = "other outputs", False
+    if {n: len(v) for n, v in before.outputs.items()} == {n: len(v) for n, v in after.outputs.items()}:
+        pairs = [(np.array(values), np.array(after.outputs[name])) for name, values in before.outputs.items()]
+        worst = max(float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)) for a, b in pairs)
+        measured, holds = f"{worst:.1e} apart", worst <= tolerance
+    names = ", ".join(before.outputs)
+    return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
+
+
+def _counts(placement: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in placement.items())

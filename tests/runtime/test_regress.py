@@ -1,0 +1,158 @@
+"""The gate's decisions on times that are known, its hard limits, and what it writes for CI. No test of time itself."""
+
+import json
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from tensorrail_runtime import ModelError
+from tensorrail_runtime.gate_output import junit, smaller_is_better
+from tensorrail_runtime.regress import Baseline, Effort, Limits, check, compare_times, record
+
+QUICK = Effort(processes=2, seconds=0.05)
+LENIENT = Limits(max_slowdown=9.0)  # times are not what is tested
+
+
+def times(rng, scale, processes=6, count=100):
+    """Return log-normal times with a share of outliers, each process with a bit of luck of its own."""
+    luck = 1 + 0.003 * rng.standard_normal(processes)
+    return [scale * own * np.exp(0.05 * rng.standard_normal(count)) * (1 + (rng.random(count) < 0.02)) for own in luck]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_an_estimate_covers_the_injected_slowdown(paired, rng):
+    value, low, high, p = compare_times(times(rng, 1.0), times(rng, 1.05), paired=paired)
+    assert value == pytest.approx(0.05, abs=0.015)
+    assert low <= value <= high
+    assert p < 0.01
+
+
+def test_equal_times_raise_no_alarm(rng):
+    found = [compare_times(times(rng, 1.0), times(rng, 1.0), paired=True) for _ in range(50)]
+    assert sum(value > 0.025 and p < 0.01 for value, _, _, p in found) == 0
+
+
+def test_what_is_common_to_both_falls_out_when_they_ran_in_turns(rng):
+    busy = np.linspace(1, 3, 6)  # processes on a machine that gets busier
+    old = [b * t for b, t in zip(busy, times(rng, 1.0), strict=True)]
+    new = [b * t for b, t in zip(busy, times(rng, 1.0), strict=True)]
+    value, *_ = compare_times(old, new, paired=True)
+    assert abs(value) < 0.02
+
+
+@pytest.fixture
+def baseline(small_path, tmp_path):
+    record(small_path, tmp_path / "baseline.json", effort=QUICK)
+    return tmp_path / "baseline.json"
+
+
+def changed(path, name, change):
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
+    other = path.with_name("changed.onnx")
+    onnx.save(model, other)
+    return other
+
+
+def test_a_model_holds_against_its_own_baseline(baseline, small_path):
+    again = Baseline.load(baseline)
+    assert again.model == "dense.onnx"  # relative to the baseline's folder
+    assert len(again.processes) == 2
+    verdict = check(baseline, small_path, limits=LENIENT, effort=QUICK)
+    assert verdict.interleaved
+    assert verdict.holds
+    assert verdict.reason == "dense.onnx: no regression"
+    assert [f.name for f in verdict.findings] == ["latency", "flops", "params", "bytes", "nodes", "placement", "parity"]
+
+
+def test_without_its_model_a_baseline_still_has_its_times(baseline, small_path):
+    moved = small_path.with_name("moved.onnx")
+    small_path.rename(moved)
+    assert not check(baseline, moved, limits=LENIENT, effort=QUICK).interleaved
+
+
+def test_other_outputs_fall_short_with_the_reason_and_a_retrained_model_may_have_them(baseline, small_path):
+    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
+    verdict = check(baseline, other, limits=LENIENT, effort=QUICK)
+    assert not verdict.holds
+    assert verdict.reason.startswith("changed.onnx: parity ")
+    retrained = LENIENT.model_copy(update={"tolerance": None})
+    assert check(baseline, other, limits=retrained, effort=QUICK).holds
+
+
+def test_a_larger_model_and_a_slower_one_fall_short(small_path, rng):
+    model = onnx.load(small_path)
+    for node in model.graph.node:
+        if node.op_type == "Flatten":
+            node.input[0] = "wide"
+    weights = {f"w{k}": rng.standard_normal((32, 32, 1, 1)).astype(np.float32) / 6 for k in range(30)}
+    names = ["c", *[f"t{k}" for k in range(29)], "wide"]
+    chain = [onnx.helper.make_node("Conv", [names[k], f"w{k}"], [names[k + 1]]) for k in range(30)]
+    nodes = [*model.graph.node[:3], *chain, *model.graph.node[3:]]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
+    other = small_path.with_name("larger.onnx")
+    onnx.save(model, other)
+    limits = Limits(tolerance=None, max_slowdown=0.05)
+    verdict = check(small_path, other, limits=limits, effort=Effort(processes=2, seconds=0.3))  # two models, on the spot
+    short = {finding.name for finding in verdict.findings if not finding.holds}
+    assert short >= {"flops", "params", "bytes", "nodes"}
+
+
+def test_accuracy_is_a_hard_limit(small_path, tmp_path, rng):
+    x = rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
+    from tensorrail_runtime import open_session
+
+    labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
+    data = ({"x": x}, labels, "top1")
+    record(small_path, tmp_path / "b.json", effort=QUICK, data=data)
+    other = changed(small_path, "fc.bias", lambda bias: bias + np.arange(10, dtype=np.float32) * 9)
+    limits = LENIENT.model_copy(update={"tolerance": None})
+    verdict = check(tmp_path / "b.json", other, limits=limits, effort=QUICK, data=data)
+    assert "accuracy (top1)" in verdict.reason
+
+
+def test_ci_formats_say_what_was_found(baseline, small_path):
+    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
+    verdict = check(baseline, other, limits=LENIENT, effort=QUICK)
+    suite = ET.fromstring(junit(verdict)).find("testsuite")  # noqa: S314 - our own text
+    assert (suite.get("tests"), suite.get("failures")) == ("7", "1")
+    (failure,) = suite.iter("failure")
+    assert "apart" in failure.get("message")
+    rows = json.loads(smaller_is_better(verdict))
+    assert [row["unit"] for row in rows] == ["ms", "×"]
+    assert rows[0]["value"] == verdict.p50_ms
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 2}', "[]"])
+def test_a_file_that_is_no_baseline_is_refused(tmp_path, small_path, content):
+    (tmp_path / "b.json").write_text(content)
+    with pytest.raises(ModelError, match=r"b\.json: not a baseline"):
+        check(tmp_path / "b.json", small_path)
+    with pytest.raises(ModelError, match="expected a baseline"):
+        check(tmp_path / "none.json", small_path)
+
+
+def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, baseline, small_path):
+    changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
+    pytester.makepyfile(
+        f"""
+        from tensorrail_runtime.regress import Effort, Limits
+        OPTIONS = dict(limits=Limits(max_slowdown=9.0), effort=Effort(processes=2, seconds=0.05))
+        def test_same(latency_gate):
+            latency_gate({str(small_path)!r}, {str(baseline)!r}, **OPTIONS)
+        def test_other(latency_gate):
+            latency_gate({str(small_path.with_name("changed.onnx"))!r}, {str(baseline)!r}, **OPTIONS)
+        def test_none(latency_gate):
+            latency_gate("none.onnx", {str(baseline)!r}, **OPTIONS)
+        """
+    )
+    result = pytester.runpytest("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*changed.onnx: parity*", "*none.onnx*cannot be read*"])

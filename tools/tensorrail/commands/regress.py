@@ -1,0 +1,120 @@
+"""`tensorrail regress`: record a model's baseline, and hold later models against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tensorrail.options import Data, Json, Metric, Provider
+from tensorrail.show import bar, console, table
+
+if TYPE_CHECKING:
+    from tensorrail_runtime.regress import Data as Loaded
+
+app = typer.Typer(help="Hold a model's latency, size and outputs against a baseline.", no_args_is_help=True)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx")]
+Processes = Annotated[int, typer.Option(min=2, help="Fresh processes; an even number loads each model first equally often.")]
+Seconds = Annotated[float, typer.Option(min=0.05, help="Seconds of timing in each process.")]
+
+
+@app.command()
+def record(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the baseline is written.")],
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Intra-op threads; 0 is ONNX Runtime's own choice.")] = 0,
+    provider: Provider = "cpu",
+    processes: Processes = 6,
+    seconds: Seconds = 1.0,
+    data: Data = None,
+    metric: Metric = "top1",
+) -> None:
+    """Measure a model and write its baseline."""
+    from tensorrail_runtime import regress
+    from tensorrail_runtime.session import Settings
+
+    effort = regress.Effort(processes=processes, seconds=seconds)
+    settings = Settings(provider=provider, threads=threads)
+    with bar("processes") as advance:
+        made = regress.record(
+            model, out, settings=settings, batch=batch, effort=effort, data=_load(data, metric), on_process=advance
+        )
+    times = sorted(time for process in made.processes for time in process)
+    console.print(f"{out}: {model.name}, batch {batch}, p50 {times[len(times) // 2]:.4f} ms of {len(times)} runs")
+
+
+@app.command()
+def check(
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE.json|A.onnx", help="A recorded baseline, or a model.")],
+    model: Model,
+    max_slowdown: Annotated[str, typer.Option(help="The slow-down to be found; half of it raises the alarm.")] = "5%",
+    retrained: Annotated[bool, typer.Option("--retrained", help="Do not compare outputs: the weights are others.")] = False,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative L2 difference of the outputs.")] = 1e-3,
+    max_drop: Annotated[float, typer.Option(min=0, help="How much lower the metric's mean may be, as a share.")] = 0.005,
+    batch: Annotated[int, typer.Option(min=1, help="For two models; a baseline has its own.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="For two models; a baseline has its own.")] = 0,
+    provider: Provider = "cpu",
+    processes: Processes = 6,
+    seconds: Seconds = 1.0,
+    data: Data = None,
+    metric: Metric = "top1",
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML.")] = None,
+    benchmark_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write customSmallerIsBetter JSON for github-action-benchmark.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Hold a model against a baseline, or against another model on the spot. Exit code 1 with the reason in one line."""
+    from tensorrail_runtime import gate_output, regress
+    from tensorrail_runtime.records import write_text
+    from tensorrail_runtime.session import Settings
+
+    limits = regress.Limits(max_slowdown=_share(max_slowdown), score=max_drop, tolerance=None if retrained else tolerance)
+    with bar("processes") as advance:
+        verdict = regress.check(
+            baseline,
+            model,
+            limits=limits,
+            effort=regress.Effort(processes=processes, seconds=seconds),
+            settings=Settings(provider=provider, threads=threads),
+            batch=batch,
+            data=_load(data, metric),
+            on_process=advance,
+        )
+    rows = [(f.name, f.baseline, f.measured, f.limit, "yes" if f.holds else "NO") for f in verdict.findings]
+    how = "in turns with the baseline's model" if verdict.interleaved else "against recorded times"
+    table(f"{model} against {baseline}, {how}", ("what", "baseline", "measured", "limit", "holds"), rows)
+    for path, text in ((junit, gate_output.junit), (benchmark_json, gate_output.smaller_is_better)):
+        if path is not None:
+            write_text(path, text(verdict))
+    if json is not None:
+        verdict.save(json)
+    console.print(verdict.reason, soft_wrap=True)
+    raise typer.Exit(0 if verdict.holds else 1)
+
+
+def _share(text: str) -> float:
+    from tensorrail_runtime.session import ModelError
+
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 10:
+        raise ModelError(f"a slow-down is written as 5% or 0.05, and {text!r} came")
+    return value
+
+
+def _load(data: Path | None, metric: str) -> Loaded | None:
+    from tensorrail_runtime.inputs import load_arrays
+    from tensorrail_runtime.session import ModelError
+
+    if data is None:
+        return None
+    arrays = load_arrays(data)
+    if "labels" not in arrays:
+        raise ModelError(f"{data}: holds no array 'labels'; it has {', '.join(arrays)}")
+    return {name: array for name, array in arrays.items() if name != "labels"}, arrays["labels"], metric
