@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from tensorrail_runtime.inputs import Shapes, random_inputs
 from tensorrail_runtime.records import Record
@@ -80,6 +81,30 @@ def placement(
         for name, value in medians.items()
     ]
     return Placement(model=Path(path).name, provider=settings.provider, nodes=tuple(nodes))
+
+
+def time_shares(path: Path | str, placed: Placement, layers: Sequence[str]) -> dict[str, float]:
+    """Return the share of the time that the nodes of each layer took, by the layer's name; what is left is other nodes'.
+
+    A layer's nodes are named `<layer>/…`. ONNX Runtime names a fused node by the tensor it ends in, so the product that it
+    was fused from is found by walking up from there.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = {node.name: node for node in graph.node if node.name}
+    producers = {output: node for node in graph.node for output in node.output}
+    shares = dict.fromkeys(layers, 0.0)
+    for one in placed.nodes:
+        origin = nodes.get(one.name) or producers.get(one.name.removesuffix("_nchwc"))
+        while origin is not None and _is_product(one.op) and not _is_product(origin.op_type):
+            origin = producers.get(origin.input[0]) if origin.input else None
+        owner = next((layer for layer in layers if origin is not None and origin.name.startswith(f"{layer}/")), None)
+        if owner is not None:
+            shares[owner] += one.share
+    return shares
+
+
+def _is_product(op: str) -> bool:
+    return any(part in op for part in ("Conv", "Gemm", "MatMul", "LSTM", "GRU"))
 
 
 def _per_run(values: list[float]) -> float:

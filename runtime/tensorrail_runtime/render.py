@@ -47,7 +47,7 @@ def html(report: Report) -> str:
         "<h2>Targets</h2>" + _html_table(_CHECK_HEAD, _checks(report)),
         "<h2>Latency</h2>" + _svg(_latency_figure(report)),
         "<h2>Training</h2>" + _svg(_training_figure(report.training)) + _html_table(_PHASE_HEAD, _phases(report)),
-        "<h2>Layers</h2>" + _html_table(_LAYER_HEAD, _layers(report)),
+        "<h2>Layers</h2>" + _svg(_layer_figure(report)) + _html_table(_LAYER_HEAD, _layers(report)),
         f"<h2>Machine</h2><p>{escape(_machine(report))}</p>",
     ]
     body = "\n".join(sections)
@@ -69,6 +69,9 @@ _LAYER_HEAD = (
     "cores",
     "stored",
     "merged cores",
+    "FLOPs",
+    "share of FLOPs",
+    "share of time",
     "weight error",
 )
 _PHASE_HEAD = ("phase", "epochs", "last loss", "last test accuracy", "worst primal residual", "seconds")
@@ -90,6 +93,9 @@ def _layers(report: Report) -> list[tuple[str, ...]]:
             f"{row.core_params:,}",
             f"{row.stored_params:,}",
             " ".join("+".join(map(str, group)) for group in row.merged if len(group) > 1) or "none",
+            f"{row.flops:,}",
+            f"{row.flops / report.model('factored').cost.flops:.1%}",
+            f"{row.time_share:.1%}",
             f"{row.weight_error:.1e}",
         )
         for row in report.layers
@@ -148,6 +154,27 @@ def _latency_figure(report: Report) -> Figure:
             axes.hist(latency.samples, bins=60, range=(0, top), alpha=0.6, label=latency.model)
         axes.set(title=f"batch {run.batch}", xlabel="milliseconds", ylabel="runs")
         axes.legend()
+    return figure
+
+
+def _layer_figure(report: Report) -> Figure:
+    """Show where the FLOPs are and where the time goes, and how many parameters each layer keeps."""
+    from matplotlib.figure import Figure
+
+    rows = report.layers
+    figure = Figure(figsize=(9, 1 + 0.35 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(rows))
+    total = report.model("factored").cost.flops
+    left.barh(places - 0.2, [100 * row.flops / total for row in rows], 0.4, label="FLOPs")
+    left.barh(places + 0.2, [100 * row.time_share for row in rows], 0.4, label="time, batch 1")
+    left.set(xlabel="share of the factored model, %", yticks=places, yticklabels=[row.layer for row in rows])
+    left.invert_yaxis()
+    left.legend(fontsize="small")
+    right.barh(places - 0.2, [row.dense_params for row in rows], 0.4, label="dense", color="tab:gray")
+    right.barh(places + 0.2, [row.stored_params for row in rows], 0.4, label="stored cores", color="tab:green")
+    right.set(xlabel="parameters", xscale="log")
+    right.legend(fontsize="small")
     return figure
 
 

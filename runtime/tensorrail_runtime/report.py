@@ -10,6 +10,7 @@ from tensorrail_runtime.accuracy import Accuracy
 from tensorrail_runtime.cost import GraphCost
 from tensorrail_runtime.latency import LatencyReport
 from tensorrail_runtime.parity import Parity
+from tensorrail_runtime.placement import Placement
 from tensorrail_runtime.records import Record
 
 
@@ -46,7 +47,9 @@ class LayerRow(Record):
     dense_params: int
     core_params: int
     stored_params: int
+    flops: int  # of the layer's steps, one sample
     weight_error: float
+    time_share: float  # of the factored model's time at batch 1, from ONNX Runtime's profile
 
 
 class Model(Record):
@@ -77,6 +80,7 @@ class Report(Record):
     name: str
     data: str
     command: str
+    placement: Placement  # of the factored model
     models: tuple[Model, ...]  # dense control, dense form of the factored network, factored
     approximation: Parity
     numerical: Parity

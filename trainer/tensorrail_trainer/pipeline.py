@@ -27,6 +27,7 @@ from tensorrail_runtime.accuracy import accuracy
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.latency import LatencyReport, bench
 from tensorrail_runtime.parity import Parity, parity
+from tensorrail_runtime.placement import placement, time_shares
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.render import html, markdown
 from tensorrail_runtime.report import Check, Epoch, LayerRow, Model, Report
@@ -184,6 +185,8 @@ def run(
         )
         for batch in recipe.bench.batches
     )
+    placed = placement(folder / "model.onnx")
+    shares = time_shares(folder / "model.onnx", placed, [row.layer for row in factored.layers])
     report = Report(
         name=recipe.name,
         data=data.source,
@@ -192,7 +195,11 @@ def run(
         approximation=approximation,
         numerical=numerical,
         latency=latency,
-        layers=tuple(LayerRow(**row.model_dump(include=set(LayerRow.model_fields))) for row in factored.layers),
+        placement=placed,
+        layers=tuple(
+            LayerRow(**row.model_dump(include=set(LayerRow.model_fields)), time_share=shares[row.layer])
+            for row in factored.layers
+        ),
         training=trained.rows,
         checks=_checks(recipe, models, numerical, latency),
     )
