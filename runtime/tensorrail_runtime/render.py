@@ -18,7 +18,7 @@ _HEAD = ("", "dense control", "factored", "")
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
-    "td,th{border-bottom:1px solid #ddd;padding:.3rem .8rem;text-align:left}"
+    "td,th{border-bottom:1px solid #ddd;padding:.3rem .8rem;text-align:left;white-space:nowrap}"
     "svg{max-width:100%;height:auto}.no{color:#b00020;font-weight:600}"
 )
 
@@ -171,9 +171,9 @@ def _layer_figure(report: Report) -> Figure:
     left.set(xlabel="share of the factored model, %", yticks=places, yticklabels=[row.layer for row in rows])
     left.invert_yaxis()
     left.legend(fontsize="small")
-    right.barh(places - 0.2, [row.dense_params for row in rows], 0.4, label="dense", color="tab:gray")
-    right.barh(places + 0.2, [row.stored_params for row in rows], 0.4, label="stored cores", color="tab:green")
-    right.set(xlabel="parameters", xscale="log")
+    right.barh(places - 0.2, [row.dense_params / 1e3 for row in rows], 0.4, label="dense", color="tab:gray")
+    right.barh(places + 0.2, [row.stored_params / 1e3 for row in rows], 0.4, label="stored cores", color="tab:green")
+    right.set(xlabel="parameters, thousands")
     right.legend(fontsize="small")
     return figure
 

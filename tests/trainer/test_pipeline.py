@@ -57,7 +57,7 @@ def test_a_run_leaves_its_files_and_its_errors_apart(tmp_path):
     assert control == finetune + SMALL["train"]["admm"]["epochs"]
     assert Report.model_validate_json((folder / "report.json").read_bytes()) == report
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert not any(load in page for load in ('src="', 'href="http', "url(http", "@import"))  # nothing is loaded from elsewhere
 
 
