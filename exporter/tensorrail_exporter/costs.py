@@ -49,6 +49,11 @@ class ContractionCost:
         return sum(step.flops for step in self.steps)
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return self.flops // 2
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes of activations read and written for one sample, in float32."""
         return sum(step.activation_bytes for step in self.steps)
@@ -112,6 +117,14 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
         )
         shape = out
     return ContractionCost(tuple(costs))
+
+
+def dense_cost(layer: LayerSpec) -> ContractionCost:
+    """Return the cost of the dense layer itself for one sample; of a recurrent one, that of its input projection."""
+    if layer.op == "conv":
+        weight = np.broadcast_to(np.float32(0), layer.shape)
+        return contraction_cost((Conv(weight, (), layer.stride, layer.pads, layer.dilation, 1, layer.auto_pad),), layer)
+    return contraction_cost((MatMul(np.broadcast_to(np.float32(0), layer.shape[::-1]), ()),), layer)
 
 
 @lru_cache(maxsize=512)

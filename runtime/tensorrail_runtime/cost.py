@@ -154,7 +154,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     path = Path(path)
     try:
         model = onnx.load(path)
-        bound = _bind(model, batch, shapes or {})
+        bound = bind_shapes(model, batch, shapes or {})
         inferred = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
     except ModelError:
         raise
@@ -276,7 +276,7 @@ _MACS = {
 }
 
 
-def _bind(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
+def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
     """Set every dynamic axis of the inputs and forget the shapes that were stored for others."""
     del model.graph.value_info[:]
     names = {tensor.name for tensor in model.graph.initializer}

@@ -104,20 +104,16 @@ def bench(
     """
     if not paths:
         raise ModelError("nothing to measure: give at least one model")
-    settings = settings or Settings(provider=provider, threads=threads)
+    settings = replace(settings or Settings(provider=provider, threads=threads), linger=False)
     if settings.cuda_graph and not io_binding:
         raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
     runners, loads = [], []
     for path in paths:
-        begin = time.perf_counter()
-        session = open_session(path, settings=settings)
-        loads.append(1e3 * (time.perf_counter() - begin))
-        feed = random_inputs(session, batch, seed, shapes)
-        # Run once beside it: it reports inputs that do not fit in one line, and shows the outputs' shapes.
-        example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if io_binding else session, feed)
-        runners.append(bound(session, feed, example, settings) if io_binding else plain(session, feed))
-    _turns(runners, warmup, 3, lambda _: None)
-    times = _turns(runners, seconds, _MIN_ROUNDS, on_round)
+        run_once, load = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
+        runners.append(run_once)
+        loads.append(load)
+    turns(runners, warmup, 3, lambda _: None)
+    times = turns(runners, seconds, _MIN_ROUNDS, on_round)
     names = list(labels) if labels else _distinct(paths)
     latencies = tuple(Latency.of(*one) for one in zip(names, times, [batch] * len(names), loads, strict=True))
     return LatencyReport(
@@ -132,6 +128,44 @@ def bench(
         cuda_graph=settings.cuda_graph,
         warnings=_warnings(paths, latencies, settings, batch, shapes),
     )
+
+
+def runner(
+    path: Path | str,
+    settings: Settings,
+    *,
+    io_binding: bool = False,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+    seed: int = 0,
+) -> tuple[Callable[[], object], float]:
+    """Return a function that runs a model once on random inputs, and the milliseconds that opening it took.
+
+    `ModelError` in one line for inputs that do not fit.
+    """
+    begin = time.perf_counter()
+    session = open_session(path, settings=settings)
+    load = 1e3 * (time.perf_counter() - begin)
+    feed = random_inputs(session, batch, seed, shapes)
+    # Run once beside it: it reports inputs that do not fit in one line, and shows the outputs' shapes.
+    example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if io_binding else session, feed)
+    return (bound(session, feed, example, settings) if io_binding else plain(session, feed)), load
+
+
+def turns(
+    runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
+) -> list[list[float]]:
+    """Run all in turns for about `seconds` and `least` rounds or more; milliseconds, one list each."""
+    times: list[list[float]] = [[] for _ in runners]
+    start, order = time.perf_counter(), list(range(len(runners)))
+    while len(times[0]) < least or time.perf_counter() - start < seconds:
+        for index in order:
+            begin = time.perf_counter()
+            runners[index]()
+            times[index].append(1e3 * (time.perf_counter() - begin))
+        order.reverse()
+        on_round(min(1.0, (time.perf_counter() - start) / seconds) if seconds else 1.0)
+    return times
 
 
 def plain(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
@@ -179,22 +213,6 @@ def ratio(reference: Latency, other: Latency, seed: int = 0) -> Ratio:
     picks = (starts[:, :, None] + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
     low, high = np.percentile(np.median(paired[picks], axis=1), [2.5, 97.5])
     return Ratio(model=other.model, reference=reference.model, value=float(np.median(paired)), low=float(low), high=float(high))
-
-
-def _turns(
-    runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None]
-) -> list[list[float]]:
-    """Run all in turns for about `seconds` and `least` rounds or more; milliseconds, one list each."""
-    times: list[list[float]] = [[] for _ in runners]
-    start, order = time.perf_counter(), list(range(len(runners)))
-    while len(times[0]) < least or time.perf_counter() - start < seconds:
-        for index in order:
-            begin = time.perf_counter()
-            runners[index]()
-            times[index].append(1e3 * (time.perf_counter() - begin))
-        order.reverse()
-        on_round(min(1.0, (time.perf_counter() - start) / seconds) if seconds else 1.0)
-    return times
 
 
 def _distinct(paths: Sequence[Path | str]) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tensorrail.commands import accuracy, bench, check, export, inspect, regress, run, train
+from tensorrail.commands import accuracy, bench, check, export, inspect, quantize, regress, run, train
 
 app = typer.Typer(
     help="Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress.",
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, train, export, check, accuracy, bench, inspect):
+for command in (run, train, export, quantize, check, accuracy, bench, inspect):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(regress.app, name="regress")
 

@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tensorrail_trainer.mobilenet import MobileNetV2
+from tensorrail_trainer.resnets import resnet18, resnet50
+from tensorrail_trainer.vit import vit_tiny
+
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with batch-norm and a shortcut, 1×1 where the shape changes (He et al., CVPR 2016)."""
@@ -60,4 +64,26 @@ class SmallResNet(nn.Module):
         return scores
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"small_resnet": SmallResNet}
+class LSTMClassifier(nn.Module):
+    """One LSTM layer over a sequence and a linear head on its last hidden state: (B, T, inputs) → (B, classes)."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(inputs, hidden, batch_first=True)
+        self.classifier = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores."""
+        _, (last, _) = self.rnn(x)
+        scores: Tensor = self.classifier(last[-1])
+        return scores
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lstm": LSTMClassifier,
+    "mobilenet_v2": MobileNetV2,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "small_resnet": SmallResNet,
+    "vit_tiny": vit_tiny,
+}

@@ -42,18 +42,20 @@ def to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned no program")
-        _name_by_weights(program.model.graph)
+        named = _name_by_weights(program.model.graph)
         optimizer.fold_constants(program.model, onnx_shape_inference=True)
         rewrite(program.model, (*_no_op.rules, *_materialize_reshape_shape.rules))
         optimizer.remove_unused_nodes(program.model)
+        _name_folded(program.model.graph, named)
     return _without_traces(program.model_proto)
 
 
-def _name_by_weights(graph: Any) -> None:
+def _name_by_weights(graph: Any) -> list[tuple[Any, str]]:
     """Name nodes by the weight that they are made of, before folding turns a transposed or joined weight into a new constant.
 
-    A MatMul gets its layer's name; an LSTM or GRU that of its forward input weight.
+    A MatMul gets its layer's name; an LSTM or GRU that of its forward input weight. Returns the nodes and their weights' names.
     """
+    named = []
     for node in graph:
         if node.op_type not in ("MatMul", "LSTM", "GRU"):
             continue
@@ -68,8 +70,19 @@ def _name_by_weights(graph: Any) -> None:
             elif node.op_type == "MatMul":
                 if value.name in graph.initializers:
                     node.name = value.name.removesuffix(".weight")
+                    named.append((node, value.name))
             elif "weight_ih_l" in (value.name or "") and not value.name.endswith("_reverse"):
                 node.name = value.name
+                named.append((node, value.name))
+    return named
+
+
+def _name_folded(graph: Any, named: list[tuple[Any, str]]) -> None:
+    """Give a weight that was folded into a new constant its parameter's name, once the parameter itself is gone."""
+    for node, name in named:
+        weight = node.inputs[1]
+        if weight.name in graph.initializers and name not in graph.initializers:
+            weight.name = name
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:

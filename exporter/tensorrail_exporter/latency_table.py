@@ -1,0 +1,243 @@
+"""How long each layer takes, dense and in every form that it could have: measured on the target, and kept on disk.
+
+A time is measured once for each distinct layer, form and target; everything that it depends on is in the key, so that a
+table made on one machine, provider, precision or version of ONNX Runtime is never read on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from pydantic import ValidationError
+
+from tensorrail_exporter.context import copies_of, dense_context, factored_context
+from tensorrail_exporter.errors import GraphError
+from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.options import Option
+from tensorrail_exporter.survey import DenseLayer
+from tensorrail_runtime.latency import runner
+from tensorrail_runtime.machine import machine
+from tensorrail_runtime.records import Record, first_problem, write_text
+from tensorrail_runtime.session import Settings
+
+DENSE = "dense"  # the form of a layer that stays as it is
+
+_VERSION = 1
+_TOGETHER = 6  # forms that are timed in turns with the dense one
+_BURST = 4  # runs in a row; the first one finds the caches and threads of another model and does not count
+_ROUNDS = 5
+
+
+class Target(Record):
+    """Where and how a model will run, apart from the model itself."""
+
+    provider: str
+    device: str  # processor, or GPU with its driver
+    cores: int
+    threads: int
+    onnxruntime: str
+    level: str
+    tf32: bool
+    nhwc: bool
+
+    @classmethod
+    def here(cls, settings: Settings) -> Target:
+        """Return this machine under these settings."""
+        found = machine(gpu=settings.provider != "cpu")
+        gpu = "" if found.gpu is None else f"{found.gpu.name}, driver {found.gpu.driver}"
+        return cls(
+            provider=settings.provider,
+            device=gpu or found.processor,
+            cores=found.cores,
+            threads=settings.threads,
+            onnxruntime=found.onnxruntime,
+            level=settings.level,
+            tf32=settings.tf32,
+            nhwc=settings.nhwc,
+        )
+
+
+class Timed(Record):
+    """One layer in one form; `milliseconds` is what one node adds to a network at the batch size of the shapes."""
+
+    key: str
+    layer: str  # in words
+    form: str
+    milliseconds: float
+
+
+class _Stored(Record):
+    version: Literal[1] = 1
+    target: Target
+    times: tuple[Timed, ...]
+
+
+@dataclass
+class LatencyTable:
+    """Times by layer and form for one target. `LatencyTable.open` reads what was measured before."""
+
+    target: Target
+    path: Path | None = None
+    times: dict[str, Timed] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, settings: Settings, folder: Path | str | None = None) -> LatencyTable:
+        """Return the table of this machine; `folder` is where tables are kept, by default the user's cache folder.
+
+        Raises `GraphError` for a file there that is no latency table.
+        """
+        target = Target.here(settings)
+        name = f"latency-{_digest(target.model_dump())}.json"
+        path = Path(folder or cache_folder()) / name
+        table = cls(target, path)
+        if path.exists():
+            try:
+                stored = _Stored.model_validate_json(path.read_bytes())
+            except ValidationError as error:
+                raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure anew") from None
+            table.times = {one.key: one for one in stored.times}
+        return table
+
+    def save(self) -> None:
+        """Write the table whole; what another process wrote meanwhile is kept."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            try:
+                stored = _Stored.model_validate_json(self.path.read_bytes())
+                self.times = {one.key: one for one in stored.times} | self.times
+            except ValidationError:
+                pass
+        stored = _Stored(target=self.target, times=tuple(self.times.values()))
+        write_text(self.path, stored.model_dump_json(indent=1) + "\n")
+
+    def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
+        """Return the time of one node of the layer, dense or in a form; `KeyError` when it was not measured."""
+        return self.times[_key(layer, option)].milliseconds
+
+    def missing(self, layer: DenseLayer, options: Sequence[Option]) -> list[Option]:
+        """Return the options that have no time yet."""
+        return [option for option in options if _key(layer, option) not in self.times]
+
+    def measure(
+        self,
+        wanted: Mapping[DenseLayer, Sequence[Option]],
+        settings: Settings,
+        *,
+        seconds: float = 150.0,
+        on_share: Callable[[float, str], None] = lambda _, __: None,
+    ) -> None:
+        """Measure what is missing, in about `seconds` and the time that opening the models takes, and save the table.
+
+        `on_share` is told the share that is done and what is measured next.
+        """
+        jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
+        for layer, options in wanted.items():
+            missing = self.missing(layer, options)
+            if missing or _key(layer, None) not in self.times:
+                jobs.setdefault(_digest(layer.signature), (layer, missing))
+        total = sum(1 + len(options) for _, options in jobs.values())
+        done = 0
+        for layer, options in jobs.values():
+            on_share(done / total, layer.describe())
+            each = seconds / total
+            for timed in _layer_times(layer, options, settings, each):
+                self.times[timed.key] = timed
+            done += 1 + len(options)
+            self.save()
+        on_share(1.0, "")
+
+
+def cache_folder() -> Path:
+    """Return where tables are kept: $TENSORRAIL_CACHE, or `tensorrail` in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("TENSORRAIL_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrail"
+
+
+def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Settings, seconds: float) -> list[Timed]:
+    """Return the times of a layer, dense and in these forms, each in about `seconds`.
+
+    Each form is timed in turns with the dense copies, and the ratio of each pair counts, so that what the machine does
+    meanwhile falls out; the dense layer's own time is that of all turns.
+    """
+    copies = copies_of(layer)
+    with tempfile.TemporaryDirectory() as folder:
+        many = dense_context(layer, copies)
+        dense = _open(many, Path(folder) / "dense.onnx", settings)
+        single = _open(dense_context(layer, 1), Path(folder) / "single.onnx", settings) if copies > 1 else None
+        groups = [options[k : k + _TOGETHER] for k in range(0, len(options), _TOGETHER)] or [()]
+        ratios: list[float] = []
+        base: list[float] = []
+        alone = 0.0
+        for number, group in enumerate(groups):
+            models = [factored_context(layer, many, option) for option in group]
+            runners = [dense, *(_open(m, Path(folder) / f"{k}.onnx", settings) for k, m in enumerate(models))]
+            if number == 0 and single is not None:
+                runners.append(single)
+            times = _bursts(runners, seconds * len(runners))
+            base += list(times[0])
+            ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]
+            if number == 0 and single is not None:
+                alone = float(np.median(times[-1] / times[0]))
+    whole = float(np.median(base))
+    one = whole * (1 - alone) / (copies - 1) if copies > 1 else whole
+    ends = whole - copies * one  # what does not depend on the number of copies
+    found = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(one, 1e-6))]
+    for option, ratio in zip(options, ratios, strict=True):
+        each = max((whole * ratio - ends) / copies, 1e-6)
+        found.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=each))
+    return found
+
+
+def _open(model: onnx.ModelProto, path: Path, settings: Settings) -> Callable[[], object]:
+    save_model(model, path)
+    return runner(path, replace(settings, linger=False), io_binding=settings.provider != "cpu")[0]
+
+
+def _bursts(runners: Sequence[Callable[[], object]], seconds: float) -> np.ndarray:
+    """Return milliseconds (runners, rounds): in each round every runner runs a few times in a row, and its median counts."""
+    rounds: list[list[float]] = []
+    start = time.perf_counter()
+    order = list(range(len(runners)))
+    while len(rounds) < _ROUNDS or time.perf_counter() - start < seconds:
+        row = [0.0] * len(runners)
+        for index in order:
+            runners[index]()
+            samples = []
+            for _ in range(_BURST - 1):
+                begin = time.perf_counter()
+                runners[index]()
+                samples.append(1e3 * (time.perf_counter() - begin))
+            row[index] = float(np.median(samples))
+        rounds.append(row)
+        order.reverse()
+    return np.array(rounds[1:]).T
+
+
+def _form(option: Option) -> str:
+    padded = f", ranks padded to {option.block}" if option.block > 1 else ""
+    chain = f", modes {option.modes} {option.merge}" if len(option.modes) > 3 else ""  # folded axes are not in the steps
+    return option.steps + padded + chain
+
+
+def _key(layer: DenseLayer, option: Option | None) -> str:
+    # What runs is said by the steps: equal steps of two formats are one measurement.
+    form = DENSE if option is None else _form(option)
+    return _digest({"version": _VERSION, "layer": layer.signature, "form": form})
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -1,0 +1,156 @@
+"""`tensorrail quantize`: one table, one record, one file written whole or not at all, and exit codes."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from conftest import make_model
+from onnx import TensorProto, helper, numpy_helper
+
+import tensorrail.cli
+from tensorrail_exporter.precision import PrecisionReport
+
+QUICK = ("--duration", 0.1)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Return exit code, stdout and stderr of the command line, run in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            tensorrail.cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path, rng):
+    """A file of 20 samples with labels; the first sixteen and the last four make two batches."""
+    path = tmp_path / "x.npz"
+    np.savez(path, x=rng.standard_normal((20, 16, 8, 8)).astype(np.float32), labels=rng.integers(0, 10, 20))
+    return path
+
+
+@pytest.fixture
+def large_path(tmp_path, rng):
+    """Two products with values of 10⁵ between them, which fp16 does not hold."""
+    weights = {
+        "a.weight": (2e4 * rng.standard_normal((8, 8))).astype(np.float32),
+        "b.weight": (rng.standard_normal((8, 8)) / 2e4).astype(np.float32),
+    }
+    nodes = [helper.make_node("MatMul", ["x", "a.weight"], ["h"]), helper.make_node("MatMul", ["h", "b.weight"], ["y"])]
+    path = tmp_path / "large.onnx"
+    onnx.save(make_model(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 8]}), path)
+    return path
+
+
+def types(path):
+    return {numpy_helper.to_array(tensor).dtype.name for tensor in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("fp16", "float16"), ("int8", "int8")])
+def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dtype, cli, small_path, data, tmp_path):
+    out, record = tmp_path / "small.onnx", tmp_path / "r.json"
+    arguments = ("quantize", small_path, "--to", to, "-o", out, "--calibration", data, "--data", data, *QUICK)
+    code, printed, err = cli(*arguments, "--batch", 2, "--json", record)
+    assert (code, err) == (0, "")
+    assert dtype in types(out)
+    for shown in ("fp32", to, "file, bytes", "relative L2 of y", "top-1 agreement", "top1", "latency p50, batch 2", "speed-up"):
+        assert shown in printed
+    report = PrecisionReport.model_validate_json(record.read_text())
+    assert (report.samples, report.latency.batch, report.holds) == (20, 2, True)
+    assert f"{report.bytes_before:,}" in printed
+    assert f"{report.bytes_after:,}" in printed
+    assert f"{to} is {report.verdict} than fp32 here" in printed
+    assert json.loads(record.read_text())["version"] == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_slower_model_is_called_slower(cli, small_path, tmp_path, monkeypatch):
+    from tensorrail_exporter import precision
+
+    measured = precision.bench
+
+    def slow(*arguments, **options):
+        report = measured(*arguments, **options)
+        ratio = report.ratios[0].model_copy(update={"value": 0.5, "low": 0.4, "high": 0.6})
+        return report.model_copy(update={"ratios": (ratio,)})
+
+    monkeypatch.setattr(precision, "bench", slow)
+    code, printed, _ = cli("quantize", small_path, "--to", "fp16", "-o", tmp_path / "o.onnx", *QUICK)
+    assert code == 0
+    assert "fp16 is slower than fp32 here: the CPU provider computes in fp32" in printed
+    assert "0.50× [0.40, 0.60]" in printed
+    assert "faster" not in printed
+
+
+def test_out_of_tolerance_ends_with_1_and_the_ranges(cli, small_path, data, tmp_path):
+    out = tmp_path / "o.onnx"
+    arguments = ("quantize", small_path, "--to", "int8", "-o", out, "--calibration", data, *QUICK)
+    code, printed, _ = cli(*arguments, "--tolerance", 1e-6)
+    assert code == 1
+    assert out.exists()
+    assert "OUT OF tolerance 1e-06" in printed
+    assert "ranges in fp32, the most suspicious first" in printed
+    assert "conv.weight" in printed
+    code, printed, _ = cli(*arguments, "--keep", "conv", "--method", "percentile")
+    assert code == 0
+    assert "still fp32: conv (Conv, kept)" in printed
+
+
+def test_overflow_shows_the_ranges_and_the_keep_that_helps(cli, large_path, tmp_path):
+    out = tmp_path / "o.onnx"
+    code, printed, err = cli("quantize", large_path, "--to", "fp16", "-o", out, *QUICK)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "layer a: overflows in fp16" in err
+    assert "--keep a --keep b" in err
+    assert "beyond fp16" in printed
+    assert not out.exists()
+    assert cli("quantize", large_path, "--to", "fp16", "-o", out, "--keep", "a", "--keep", "b", *QUICK)[0] == 0
+
+
+def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, data, tmp_path, rng):
+    out, garbage, unlabelled, other = (tmp_path / name for name in ("o.onnx", "g.onnx", "u.npz", "z.npz"))
+    garbage.write_bytes(b"garbage")
+    np.savez(unlabelled, x=rng.standard_normal((2, 16, 8, 8)).astype(np.float32))
+    np.savez(other, z=np.zeros((2, 4), np.float32))
+    quantized = tmp_path / "q.onnx"
+    assert cli("quantize", small_path, "--to", "int8", "-o", quantized, "--calibration", data, *QUICK)[0] == 0
+    model = onnx.load(small_path)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, tmp_path / "h.onnx")
+    cases = [
+        ((small_path, "--to", "int8"), "int8 needs typical inputs for the ranges of the activations: --calibration FILE.npz"),
+        ((small_path, "--to", "bf16"), "unknown precision 'bf16': expected one of fp16, int8"),
+        ((small_path, "--to", "fp16", "--method", "minmax"), "fp16 is not calibrated"),
+        ((small_path, "--to", "int8", "--calibration", data, "--method", "mean"), "unknown calibration method 'mean'"),
+        ((small_path, "--to", "int8", "--calibration", other), "no array for input 'x'"),
+        ((small_path, "--to", "int8", "--calibration", garbage), "not an npz file"),
+        ((small_path, "--to", "fp16", "--data", unlabelled), "holds no array 'labels'"),
+        ((small_path, "--to", "fp16", "--keep", "nowhere"), "layer nowhere: to be kept in fp32, and not in the graph"),
+        ((small_path, "--to", "fp16", "--provider", "tpu"), "unknown provider 'tpu'"),
+        ((quantized, "--to", "int8", "--calibration", data), "quantized already"),
+        ((quantized, "--to", "fp16"), "quantized already"),
+        ((tmp_path / "h.onnx", "--to", "fp16"), "fp16 converts float32 weights"),
+        ((garbage, "--to", "fp16"), "g.onnx"),
+        ((tmp_path / "none.onnx", "--to", "fp16"), "none.onnx"),
+    ]
+    for arguments, reason in cases:
+        code, _, err = cli("quantize", *arguments, "-o", out, *QUICK)
+        assert code == 2, arguments
+        assert err.count("\n") == 1, err
+        assert reason in err, err
+    assert not out.exists()
+    code, _, err = cli("quantize", small_path, "--to", "fp16", "-o", small_path, *QUICK)
+    assert (code, "is the fp32 model itself" in err) == (2, True)
+    assert not list(tmp_path.glob(".*"))
