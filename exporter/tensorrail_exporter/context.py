@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import export_graph, import_graph
 from tensorrail_exporter.options import Option
 from tensorrail_exporter.padding import pad_ranks
@@ -22,6 +23,7 @@ from tensorrail_exporter.sites import find, names_in
 from tensorrail_exporter.survey import DenseLayer
 
 _COPIES = 4
+_LENGTHS = 4  # which input of LSTM and GRU holds the lengths of the sequences
 _MEMORY = 384 * 2**20  # bytes of dense weights, all copies together
 
 
@@ -33,10 +35,13 @@ def copies_of(layer: DenseLayer) -> int:
 def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
     """Return a model of `copies` dense layers with random weights, at the layer's own shapes.
 
-    Raises `ValueError` when the shape of an input is not known.
+    Raises `GraphError` when the shape of its input or output is not known, as in the body of a node.
     """
     if layer.inputs[layer.data] is None or layer.output is None:
-        raise ValueError(f"layer {layer.name}: the shape of its input or output is not known")
+        raise GraphError(
+            f"layer {layer.name}: cannot be timed, for the shape of its input {layer.input_name!r} or of its output is not "
+            "known; expected both: give the graph's inputs their shapes, or leave the layer dense"
+        )
     rng = np.random.default_rng(0)
     writer = _Writer(layer, rng)
     chained = layer.inputs[layer.data] == layer.output
@@ -54,6 +59,9 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
     """Return the model of `dense_context` with every copy rewritten; the cores are random, which takes no time off or on."""
     rng = np.random.default_rng(0)
     graph = import_graph(dense)
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            tensor.dtype = layer.dtype  # shape inference leaves it out, and a rule may ask for it
     names = names_in(graph)
     for node in [node for node in graph.nodes if node.name.startswith("copy")]:
         plan = option.plan(node.name)
@@ -91,11 +99,12 @@ class _Writer:
                 names.append("")
             else:
                 names.append(f"copy{index}/input{place}")
-                self._constant(names[-1], shape)
+                self._operand(names[-1], place, shape)
         while names and not names[-1]:
             names.pop()
         out = f"out{index}"
-        self.nodes.append(helper.make_node(layer.op, names, [out], f"copy{index}", **dict(layer.attrs)))
+        self.nodes.append(helper.make_node(layer.op, names, [out], f"copy{index}"))
+        self.nodes[-1].attribute.extend(helper.make_attribute(key, value) for key, value in layer.attrs.items())
         if layer.spec.op != "conv":
             return out
         self.nodes.append(helper.make_node("Relu", [out], [f"relu{index}"], f"relu{index}"))
@@ -116,11 +125,20 @@ class _Writer:
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", layer.opset)], ir_version=8)
 
+    def _operand(self, name: str, place: int, shape: tuple[int, ...]) -> None:
+        """Add what stands at one of the node's inputs beside the data: random values, or lengths as long as the sequence."""
+        data = self.layer.inputs[self.layer.data]
+        if data is not None and self.layer.op in ("LSTM", "GRU") and place == _LENGTHS:
+            self.constants.append(numpy_helper.from_array(np.full(shape, data[0], np.int32), name))
+        else:
+            self._constant(name, shape)
+
     def _constant(self, name: str, shape: tuple[int, ...]) -> None:
         self.constants.append(numpy_helper.from_array(_random(self.rng, shape, self.layer.dtype), name))
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return values that neither grow nor vanish through a chain: denormal numbers would be slow."""
-    scale = (2 / max(1, math.prod(shape[1:]))) ** 0.5
-    return (rng.standard_normal(shape, np.float32) * scale).astype(dtype)
+    scale = np.float32((2 / max(1, math.prod(shape[1:]))) ** 0.5)
+    values: np.ndarray = (rng.standard_normal(shape, np.float32) * scale).astype(dtype)
+    return values

@@ -7,3 +7,9 @@ class PlanError(ValueError):
 
 class GraphError(ValueError):
     """A graph cannot be rewritten as the plan says; the message names the layer and the reason."""
+
+
+class TargetError(PlanError):
+    """A target that was measured to be out of reach; the message says what can be reached. No bad input: exit code 1."""
+
+    exit_code = 1

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from tensorrail_exporter.context import copies_of, dense_context, factored_context
 from tensorrail_exporter.errors import GraphError
@@ -49,6 +49,8 @@ class Target(Record):
     level: str
     tf32: bool
     nhwc: bool
+    cuda_graph: bool
+    arena: bool
 
     @classmethod
     def here(cls, settings: Settings) -> Target:
@@ -64,6 +66,8 @@ class Target(Record):
             level=settings.level,
             tf32=settings.tf32,
             nhwc=settings.nhwc,
+            cuda_graph=settings.cuda_graph,
+            arena=settings.arena,
         )
 
 
@@ -73,7 +77,7 @@ class Timed(Record):
     key: str
     layer: str  # in words
     form: str
-    milliseconds: float
+    milliseconds: float = Field(gt=0, allow_inf_nan=False)
 
 
 class _Stored(Record):
@@ -94,33 +98,34 @@ class LatencyTable:
     def open(cls, settings: Settings, folder: Path | str | None = None) -> LatencyTable:
         """Return the table of this machine; `folder` is where tables are kept, by default the user's cache folder.
 
-        Raises `GraphError` for a file there that is no latency table.
+        Raises `GraphError` for a file there that is no latency table, or one of another target.
         """
         target = Target.here(settings)
         name = f"latency-{_digest(target.model_dump())}.json"
         path = Path(folder or cache_folder()) / name
         table = cls(target, path)
-        if path.exists():
-            try:
-                stored = _Stored.model_validate_json(path.read_bytes())
-            except ValidationError as error:
-                raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure anew") from None
-            table.times = {one.key: one for one in stored.times}
+        stored = _read(path)
+        if stored is not None and stored.target != target:
+            raise GraphError(f"{path}: the latency table of another target ({stored.target}); remove it to measure anew")
+        table.times = {one.key: one for one in stored.times} if stored else {}
         return table
 
     def save(self) -> None:
-        """Write the table whole; what another process wrote meanwhile is kept."""
+        """Write the table whole; what another process wrote meanwhile is kept. Raises `GraphError` as `open` does."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            try:
-                stored = _Stored.model_validate_json(self.path.read_bytes())
-                self.times = {one.key: one for one in stored.times} | self.times
-            except ValidationError:
-                pass
+        before = _read(self.path)
+        if before is not None:
+            self.times = {one.key: one for one in before.times} | self.times
         stored = _Stored(target=self.target, times=tuple(self.times.values()))
-        write_text(self.path, stored.model_dump_json(indent=1) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, stored.model_dump_json(indent=1) + "\n")
+        except OSError as error:
+            raise GraphError(
+                f"{self.path}: the latency table cannot be written ({error.strerror or error}): give a folder of yours, "
+                "or name one in $TENSORRAIL_CACHE"
+            ) from None
 
     def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
         """Return the time of one node of the layer, dense or in a form; `KeyError` when it was not measured."""
@@ -146,7 +151,11 @@ class LatencyTable:
         for layer, options in wanted.items():
             missing = self.missing(layer, options)
             if missing or _key(layer, None) not in self.times:
-                jobs.setdefault(_digest(layer.signature), (layer, missing))
+                _, found = jobs.setdefault(_digest(layer.signature), (layer, []))
+                forms = {_form(option): option for option in (*found, *missing)}  # equal layers may be planned differently
+                found[:] = forms.values()
+        if jobs:
+            self.save()  # a folder that cannot be written is told before anything is measured
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
         for layer, options in jobs.values():
@@ -157,6 +166,18 @@ class LatencyTable:
             done += 1 + len(options)
             self.save()
         on_share(1.0, "")
+
+
+def _read(path: Path) -> _Stored | None:
+    """Return what a file holds, None where there is none; `GraphError` when it is no latency table."""
+    try:
+        return _Stored.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected a latency table, or no file") from None
+    except ValidationError as error:
+        raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure anew") from None
 
 
 def cache_folder() -> Path:

@@ -14,12 +14,38 @@ from tensorrail_exporter.contraction import Array
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.truncation import permute
 
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 
 def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
     """Return (O, K, I) for a convolution and (O, I) for a linear layer: one mode a side."""
     if len(shape) == 2:
         return tuple(shape)
     return (shape[0], math.prod(shape[2:]), shape[1])
+
+
+@dataclass(frozen=True)
+class Equation:
+    """How cores multiply up to a weight: the subscripts of every core, and of the weight (O, I, *K) reshaped to `axes`.
+
+    `inputs` are the letters of I. A core with another number of axes than letters is reshaped to them; one
+    letter at most then has a size that is not in `axes`.
+    """
+
+    cores: tuple[str, ...]
+    weight: str
+    axes: tuple[int, ...]
+    inputs: str
+
+
+def side_letters(shape: Sequence[int], modes: Sequence[int]) -> tuple[list[str], str, Equation]:
+    """Return a letter for each of the modes (o₁ … oₘ, K, i₁ … iₙ), those left for ranks, and the equation without cores."""
+    m = split(shape, modes)
+    letters, free = list(LETTERS[: len(modes)]), LETTERS[len(modes) :]
+    conv = len(shape) > 2
+    outs, taps, ins = letters[:m], letters[m : m + conv], letters[m + conv :]
+    sizes = (*modes[:m], *modes[m + conv :], *modes[m : m + conv])
+    return letters, free, Equation((), "".join([*outs, *ins, *taps]), sizes, "".join(ins))
 
 
 def split(shape: Sequence[int], modes: Sequence[int]) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
-from tensorrail_exporter.contraction import LayerSpec, describe
+from tensorrail_exporter.contraction import LayerSpec, describe, split_at_boundary
 from tensorrail_exporter.costs import contraction_cost, dense_cost
 from tensorrail_exporter.formats import FORMATS, format_of
 from tensorrail_exporter.plan import LayerPlan
@@ -23,6 +24,7 @@ AUTO = ("tt", "svd")
 A Tucker-2 convolution runs the very steps of a separable train with one mode a side."""
 
 _MOST = 0.95  # of the dense MACs: above it no option is worth its kernels
+_BEYOND = 2.0  # times the dense MACs: ranks come in rising order, and none is looked at behind one that costs so much
 _BALANCE = 0.26  # how far the two ranks of a narrow convolution may differ, as shares of their channels
 _KEPT = 12  # options of one layer and form that are measured, spread evenly over the logarithm of their MACs
 
@@ -56,11 +58,13 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
     names = list(dict.fromkeys(name for key in formats for name in (auto if key == "auto" else (key,))))
     for name in names:
         format_of(name)
+    dense = dense_cost(layer.spec).macs
     found: list[Option] = []
     for name in names:
         for modes in _modes(name, layer.spec):
             made = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, layer.spec, grid))
-            found += _spread([one for one in made if one.macs <= most * dense_cost(layer.spec).macs])
+            small = takewhile(lambda one: one.macs <= max(most, _BEYOND) * dense, made)
+            found += _spread([one for one in small if one.macs <= most * dense])
     distinct = {one.steps: one for one in reversed(found)}  # equal steps are equal times, whatever the format is called
     return tuple(sorted(distinct.values(), key=lambda one: one.macs))
 
@@ -81,11 +85,14 @@ def _option(
         tuple(-(-size // block) * block if axis in ranked else size for axis, size in enumerate(shape))
         for shape, ranked in zip(plan.core_shapes(spec.shape), axes, strict=True)
     ]
-    # An empty stride: the shapes are all that is needed, and no memory is taken for values that nobody reads.
-    cores = [np.broadcast_to(np.float32(0), shape) for shape in shapes]
+    cores = [np.zeros(shape, np.float32) for shape in shapes]
     steps = form.contraction(cores, spec, modes, merge)
     cost = contraction_cost(steps, spec)
-    return Option(name, modes, form.clamp(spec.shape, modes, ranks), merge, describe(steps), cost.macs, cost.stored_bytes // 4, block)
+    macs, params = cost.macs, cost.stored_bytes // 4
+    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None:  # an identity stands in for the input weight
+        macs += math.prod(cost.steps[-1].shape) * spec.shape[0]
+        params += spec.shape[0] ** 2
+    return Option(name, modes, form.clamp(spec.shape, modes, ranks), merge, describe(steps), macs, params, block)
 
 
 def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:
@@ -103,19 +110,19 @@ def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:
 def _ranks(name: str, modes: tuple[int, ...], spec: LayerSpec, grid: int) -> Iterable[tuple[int, ...]]:
     o, i = spec.shape[:2]
     if name in ("tt", "tucker") and len(modes) == 3 and math.prod(spec.kernel) > 1:
-        return [(1, a, b, 1) if name == "tt" else (a, b) for a, b in _pairs(o, i, math.prod(spec.kernel), grid)]
+        pairs = sorted(_pairs(o, i, math.prod(spec.kernel), grid), key=math.prod)
+        return [(1, a, b, 1) if name == "tt" else (a, b) for a, b in pairs]
     form = FORMATS[name]
-    largest = min(max(modes), 4096)
-    step = max(1, math.isqrt(grid)) if name == "tr" else grid  # a ring's channels are the square of its rank
+    largest = min(max(*modes, o, i), 4096)  # a train of pairs has ranks above every mode
+    # A ring's channels are the square of its rank: 4 gives 16 of them, for a grid of 8 as for one of 16.
+    step = next(rank for rank in range(1, grid + 1) if rank**2 % grid == 0) if name == "tr" else grid
     ranks = {form.clamp(spec.shape, modes, form.uniform(spec.shape, modes, rank)) for rank in range(step, largest + 1, step)}
     return sorted(ranks)
 
 
 def _pairs(o: int, i: int, taps: int, grid: int) -> list[tuple[int, int]]:
     """Return the two ranks of a convolution, in equal shares of its channels; where those are few, near shares as well."""
-    exist = [
-        (a, b) for a in range(grid, o + 1, grid) for b in range(grid, i + 1, grid) if a <= b * taps and b <= a * taps
-    ]
+    exist = [(a, b) for a in range(grid, o + 1, grid) for b in range(grid, i + 1, grid) if a <= b * taps and b <= a * taps]
     steps = max(o, i) // grid or 1
     equal = [(a, b) for a, b in exist if abs(a / o - b / i) < 1 / steps]
     return equal if len(equal) > _KEPT // 2 else [(a, b) for a, b in exist if abs(a / o - b / i) <= _BALANCE]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,11 +60,14 @@ class Factored:
     layers: tuple[LayerRewrite, ...]
 
 
-def factorize(model: onnx.ModelProto, plan: Plan, cores: Cores, *, block: int = 1, fold_batch_norm: bool = False) -> Factored:
+def factorize(
+    model: onnx.ModelProto, plan: Plan, cores: Cores, *, block: int | Mapping[str, int] = 1, fold_batch_norm: bool = False
+) -> Factored:
     """Return the graph with every planned layer rewritten to the contraction of its cores.
 
-    `block` widens the ranks that run with zeros to its multiples, which changes no output. `fold_batch_norm` takes a
-    batch-norm that alone follows a rewritten convolution into the last core; otherwise every trained core stays as it is.
+    `block` widens the ranks that run with zeros to its multiples, one for all or one a layer, which changes no output.
+    `fold_batch_norm` takes a batch-norm that alone follows a rewritten convolution into the last core; otherwise every
+    trained core stays as it is.
     Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
     or cores that do not fit. The argument is not changed.
     """
@@ -79,14 +82,15 @@ def factorize(model: onnx.ModelProto, plan: Plan, cores: Cores, *, block: int = 
             raise GraphError(f"layer {layer.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
         check_cores(layer, cores[layer.name], spec.shape)
         weight = rule.weight(sites[0].node)
+        width = block if isinstance(block, int) else block.get(layer.name, 1)
         merged = layer.model_copy(update={"merge": layer.merge_for(spec)})
-        steps = merged.contraction(pad_ranks(layer, cores[layer.name], spec.shape, block), spec)
+        steps = merged.contraction(pad_ranks(layer, cores[layer.name], spec.shape, width), spec)
         folded = []
         for site in sites:
             own = _with_batch_norm(site, steps) if fold_batch_norm else steps
             folded.append(own is not steps)
             rule.rewrite(site, own, layer.name)
-        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps, block=block, batch_norm=all(folded)))
+        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps, block=width, batch_norm=all(folded)))
     factored = export_graph(graph, model)
     check_model(factored)
     return Factored(factored, tuple(rewrites))
@@ -97,14 +101,26 @@ def reconstruct(model: onnx.ModelProto, plan: Plan, cores: Cores) -> onnx.ModelP
 
     Against the dense graph it shows the approximation error alone, against the factored graph the numerical one.
     """
+
+    def made(layer: LayerPlan, spec: LayerSpec) -> np.ndarray:
+        layer.check(spec.shape)
+        check_cores(layer, cores[layer.name], spec.shape)
+        return np.asarray(layer.reconstruct(cores[layer.name], spec.shape))
+
+    return _with_weights(model, plan, made)
+
+
+def with_weights(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """Return the graph with the weights of planned layers replaced by others (O, I, *K), in torch's gate order."""
+    return _with_weights(model, plan, lambda layer, _: weights[layer.name])
+
+
+def _with_weights(model: onnx.ModelProto, plan: Plan, made: Callable[[LayerPlan, LayerSpec], np.ndarray]) -> onnx.ModelProto:
     graph = import_graph(model)
     names = names_in(graph)
     for layer in plan.layers:
         rule, sites = find(graph, layer, names)
-        spec = rule.layer(sites[0].node)
-        layer.check(spec.shape)
-        check_cores(layer, cores[layer.name], spec.shape)
-        weight = layer.reconstruct(cores[layer.name], spec.shape)
+        weight = made(layer, rule.layer(sites[0].node))
         for site in sites:
             dtype = site.node.inputs[rule.weight_input(site.node)].dtype
             rule.replace_weight(site.node, weight.astype(dtype), names.unique(f"{layer.name}/dense"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.contraction import LayerSpec
+from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import import_graph
 from tensorrail_exporter.plan import LayerPlan
+from tensorrail_exporter.rules import Rule
+from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.sites import find, names_in, rewritable
 from tensorrail_runtime.cost import bind_shapes
 from tensorrail_runtime.inputs import Shapes
@@ -28,7 +31,7 @@ class DenseLayer:
     nodes: int  # how many nodes share the weight: all are rewritten together
     attrs: Mapping[str, object]
     inputs: tuple[tuple[int, ...] | None, ...]
-    output: tuple[int, ...] | None
+    output: tuple[int, ...] | None  # of a recurrent node its sequence of outputs, whether or not that is used
     data: int  # which of the inputs is the activation
     dtype: np.dtype
     opset: int
@@ -70,7 +73,8 @@ class DenseLayer:
 def survey(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None) -> tuple[DenseLayer, ...]:
     """Return the layers of a graph that a plan may name, in the graph's order, at one batch size.
 
-    Dynamic axes are `shapes`' or else `batch`. Raises `ModelError` for a shape of an input that is not there.
+    Dynamic axes are `shapes`' or else `batch`. A layer that `find` refuses, such as one whose weight a grouped convolution
+    uses as well, is left out. Raises `ModelError` for a shape of an input that is not there.
     """
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
@@ -78,31 +82,35 @@ def survey(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None)
     names = names_in(graph)
     found = []
     for name in rewritable(graph):
-        rule, sites = find(graph, LayerPlan(name=name, format="svd", modes=(1,), ranks=(1,)), names)
-        node = sites[0].node
-        spec = rule.layer(node)
-        weight = rule.weight_input(node)
-        data = 1 - weight if node.op == "MatMul" else 0
-        output = _shape(node.outputs[0])
-        found.append(
-            DenseLayer(
-                name=name,
-                op=node.op,
-                spec=spec,
-                nodes=len(sites),
-                attrs={key: value for key, value in node.attrs.items() if not isinstance(value, gs.Graph)},
-                inputs=tuple(None if tensor.is_empty() else _shape(tensor) for tensor in node.inputs),
-                output=output,
-                data=data,
-                dtype=np.dtype(node.inputs[weight].dtype),
-                opset=graph.opset,
-                first=any(node.inputs[data] is tensor for tensor in graph.inputs),
-                macs=sum(_macs(site.node, rule.layer(site.node)) for site in sites),
-                input_name=node.inputs[data].name,
-                output_name=node.outputs[0].name,
-            )
-        )
+        try:
+            rule, sites = find(graph, LayerPlan(name=name, format="svd", modes=(1,), ranks=(1,)), names)
+        except GraphError:
+            continue
+        found.append(dense_layer(name, graph, rule, sites))
     return tuple(found)
+
+
+def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -> DenseLayer:
+    """Return one layer as its first node shows it; its MACs are those of all of them."""
+    node = sites[0].node
+    weight = rule.weight_input(node)
+    data = 1 - weight if node.op == "MatMul" else 0
+    return DenseLayer(
+        name=name,
+        op=node.op,
+        spec=rule.layer(node),
+        nodes=len(sites),
+        attrs={key: value for key, value in node.attrs.items() if not isinstance(value, gs.Graph)},
+        inputs=tuple(None if tensor.is_empty() else _shape(tensor) for tensor in node.inputs),
+        output=_output(node),
+        data=data,
+        dtype=np.dtype(node.inputs[weight].dtype),
+        opset=graph.opset,
+        first=any(node.inputs[data] is tensor for tensor in graph.inputs),
+        macs=sum(_macs(site.node, rule.layer(site.node)) for site in sites),
+        input_name=node.inputs[data].name,
+        output_name=next(tensor.name for tensor in node.outputs if not tensor.is_empty()),
+    )
 
 
 def _macs(node: gs.Node, spec: LayerSpec) -> int:
@@ -114,6 +122,17 @@ def _macs(node: gs.Node, spec: LayerSpec) -> int:
     if shape is None:
         return 0
     return math.prod(shape) * (math.prod(spec.shape[1:]) if spec.op == "conv" else spec.shape[1])
+
+
+def _output(node: gs.Node) -> tuple[int, ...] | None:
+    """Return the shape of the node's first output, also where only the last state of a recurrent layer is used."""
+    if node.op not in ("LSTM", "GRU") or not node.outputs[0].is_empty():
+        return _shape(node.outputs[0])
+    data, recurrent = _shape(node.inputs[0]), _shape(node.inputs[2])
+    if data is None or recurrent is None:
+        return None
+    directions, _, hidden = recurrent  # R (directions, gates · hidden, hidden)
+    return (*data[:2], directions, hidden) if node.attrs.get("layout", 0) else (data[0], directions, data[1], hidden)
 
 
 def _shape(tensor: gs.Tensor) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -152,19 +153,25 @@ def metric_of(name: str) -> Metric:
     """
     if name in ("top1", "top5"):
         return lambda outputs, labels: _top(next(iter(outputs.values())), labels, int(name[3:]))
+    found: Metric = imported(name, "metric", "top1, top5 or module:function")
+    return found
+
+
+def imported(name: str, what: str, expected: str = "module:function") -> Callable[..., Any]:
+    """Return the function of `module:function`, looked for in the current folder too; `ModelError` when there is none."""
     module, _, function = name.partition(":")
     if not function:
-        raise ModelError(f"unknown metric {name!r}: expected top1, top5 or module:function")
+        raise ModelError(f"unknown {what} {name!r}: expected {expected}")
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ModelError(f"metric {name!r} cannot be imported ({error})") from None
+        raise ModelError(f"{what} {name!r} cannot be imported ({error})") from None
     if not callable(found):
-        raise ModelError(f"metric {name!r} is not a function")
-    return found  # type: ignore[no-any-return] # the user's own
+        raise ModelError(f"{what} {name!r} is not a function")
+    return found
 
 
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:

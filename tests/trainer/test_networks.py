@@ -221,7 +221,7 @@ def test_a_depthwise_convolution_says_why_it_stays_dense(exported):
 def test_the_baseline_says_what_it_needs(networks, monkeypatch, tmp_path):
     baseline = importlib.import_module("tensorly_torch")
     monkeypatch.setitem(sys.modules, "tltorch", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'tensorly-torch>=0.5'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'tensorly-torch>=0\.5'"):
         baseline.write("tucker", tmp_path)
     with pytest.raises(ValueError, match="unknown factorization 'cp': expected one of tucker, tt"):
         baseline.write("cp", tmp_path)

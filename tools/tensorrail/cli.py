@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tensorrail.commands import accuracy, bench, check, export, inspect, quantize, regress, run, train
+from tensorrail.commands import accuracy, bench, check, compress, export, inspect, plan, quantize, regress, run, train
 
 app = typer.Typer(
     help="Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress.",
@@ -18,13 +18,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, train, export, quantize, check, accuracy, bench, inspect):
+for command in (run, train, plan, compress, export, quantize, check, accuracy, bench, inspect):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(regress.app, name="regress")
 
 # The errors that mean bad input, by the module that defines them: modules not imported cannot have raised.
 _BAD_INPUT = {
-    "tensorrail_exporter.errors": ("PlanError", "GraphError"),
+    "tensorrail_exporter.errors": ("PlanError", "GraphError", "TargetError"),
     "tensorrail_trainer.recipe": ("RecipeError",),
     "tensorrail_trainer.loop": ("TrainingError",),
     "tensorrail_runtime.session": ("ModelError",),
@@ -49,7 +49,7 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, _known_errors()):
             raise
-        _fail(" ".join(str(error).split()), 2)
+        _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
 
 
 def _known_errors() -> tuple[type[Exception], ...]:

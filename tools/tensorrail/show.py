@@ -40,6 +40,24 @@ def bar(what: str) -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """Show one bar that says what is being done; the function yielded is told the stage and the share of it that is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        task = bars.add_task("", total=1.0)
+        kind = ""
+
+        def update(stage: str, share: float) -> None:
+            nonlocal kind
+            if stage.partition(" ")[0] != kind:
+                kind = stage.partition(" ")[0]
+                bars.reset(task)
+            bars.update(task, description=f"{stage:<48.48}", completed=share)
+
+        yield update
+
+
+@contextmanager
 def progress() -> Iterator[Listener]:
     """Show one bar a phase with epoch, loss, accuracy, residual and the time left; a line an epoch off a terminal."""
     from tensorrail_trainer.pipeline import Progress as Listener

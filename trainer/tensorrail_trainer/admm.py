@@ -12,13 +12,27 @@ and, every epoch or every k steps,
 
 The network keeps its dense structure throughout; at the end its weights are close to their projections, so that cutting
 them into cores costs little accuracy.
+
+With `metric="activation"` all distances are those of `tensorrail_trainer.moments`, ‖·S‖ with S the square root of the second
+moment of each layer's inputs: close is a weight that leaves the layer's outputs where they were. The set of weights of low
+rank is the same, since S is regular. Then
+
+.. math:: ℓ(W) + \tfrac{ρ}{2} ‖(W - Z + U) S‖_F^2, \qquad Z ← \operatorname{project}((W + U) S) \, S^{-1}.
+
+S is the identity until the first update, and is renewed from the moments at each update, before Z. U stays as it is when S
+becomes S′: it lives in the space of weights, W + U is the point that is projected, and a new metric moves neither. What
+changes is the multiplier ρUS² that U stands for. To hold the multiplier instead, U would have to become U S² S′⁻², and in
+directions that hardly occur in the inputs, where U means least, that inverse makes it large. As the moments settle S′ goes
+to S and both are the same, so the fixed points are those of ADMM with the last S. With tr S² = I the mean curvature of the
+penalty is ρ in either metric; its largest, ρ times the largest eigenvalue of S², is up to I times that in this one: where
+training diverges, lower rho or the learning rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +41,18 @@ from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import project
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.layers import planned_layers, swap
+from tensorrail_trainer.moments import InputMoments, Root
+
+Metric = Literal["weight", "activation"]
+"""What distances between weights are measured in: the Frobenius norm, or that of the change of the layer's outputs."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How far one layer is from its constraint after an update. Frobenius norms.
+    """How far one layer is from its constraint after an update. Norms are those of ADMM's metric.
 
-    `primal` is ‖W − Z‖ / ‖W‖, without unit. `dual` is ρ‖Z − Z_previous‖, in the unit of the loss's gradient.
+    `primal` is ‖W − Z‖ / ‖W‖, without unit. `dual` is ρ‖Z − Z_previous‖, in the unit of the loss's gradient
+    (for `metric="activation"` in the dual norm, ‖·S⁻¹‖).
     """
 
     layer: str
@@ -49,25 +68,38 @@ class ADMM:
     >>> admm.update()  # after each epoch # doctest: +SKIP
     >>> model = admm.factorize()  # at the end, then fine-tune # doctest: +SKIP
 
-    Raises `PlanError` when the plan does not fit the model and `ValueError` when rho is not positive.
+    `metric="activation"` gathers the second moments of the layers' inputs by hooks, from the batches that pass while the
+    model is in training mode; `factorize` and `close` remove the hooks. Z starts as the plain projection.
+
+    Raises `PlanError` when the plan does not fit the model, or splits the inputs of a layer into several modes and the
+    metric is `activation`; `ValueError` when rho is not positive or the metric unknown.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, rho: float = 1e-3) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, rho: float = 1e-3, metric: Metric = "weight") -> None:
         if not rho > 0:
             raise ValueError(f"rho is positive, and {rho} came; the paper trains with 0.001")
-        self.model, self.plan, self.rho = model, plan, rho
+        if metric not in get_args(Metric):
+            raise ValueError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
+        self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
+        self.roots: dict[str, Root] = {}  # S of every layer, of the last update; empty for the plain metric
         self._layers = planned_layers(model, plan)
         self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
+        self._moments = InputMoments(plan, self._layers) if metric == "activation" else None
 
     def penalty(self) -> Tensor:
         """Return ρ/2 Σ‖W − Z + U‖², a scalar on the weights' device, to be added to the loss of each step."""
-        terms = [(dense.weight() - self.Z[name] + self.U[name]).square().sum() for name, dense in self._layers.items()]
-        return self.rho / 2 * torch.stack(terms).sum()
+        gaps = {name: dense.weight() - self.Z[name] + self.U[name] for name, dense in self._layers.items()}
+        return self.rho / 2 * torch.stack([self._measured(name, gap).square().sum() for name, gap in gaps.items()]).sum()
 
     @torch.no_grad()
     def update(self) -> tuple[Residual, ...]:
-        """Do Z ← project(W + U) and U ← U + W − Z for every layer, and return the residuals."""
+        """Do Z ← project(W + U) and U ← U + W − Z for every layer, and return the residuals.
+
+        For `metric="activation"` S is renewed first; `ValueError` names a layer that no batch has passed in training mode.
+        """
+        if self._moments is not None:
+            self.roots = self._moments.roots()
         return tuple(self._update(layer) for layer in self.plan.layers)
 
     def _update(self, layer: LayerPlan) -> Residual:
@@ -75,22 +107,38 @@ class ADMM:
         w, before = self._layers[name].weight().detach(), self.Z[name]
         z = self.Z[name] = self._project(layer, w + self.U[name])
         self.U[name] = self.U[name] + w - z
-        primal = torch.linalg.vector_norm(w - z) / torch.linalg.vector_norm(w).clamp_min(torch.finfo(w.dtype).tiny)
-        return Residual(name, float(primal), float(self.rho * torch.linalg.vector_norm(z - before)))
+        gap, moved, size = (torch.linalg.vector_norm(self._measured(name, part)) for part in (w - z, z - before, w))
+        return Residual(name, float(gap / size.clamp_min(torch.finfo(w.dtype).tiny)), float(self.rho * moved))
 
-    def factorize(self) -> nn.Module:
+    def factorize(self, model: nn.Module | None = None) -> nn.Module:
         """Cut every planned weight into cores, swap the layers in place, and return the model.
 
+        They are cut in ADMM's metric, as it was at the last update. `model` is a copy to cut in place of the trained one.
         The optimizer of the dense weights knows nothing of the cores: make a new one to fine-tune.
         """
-        return swap(self.model, self.plan)
+        if self._moments is not None and not self.roots:
+            self.roots = self._moments.roots()
+        self.close()
+        return swap(self.model if model is None else model, self.plan, roots=self.roots)
+
+    def close(self) -> None:
+        """Remove the hooks that gather moments from the model; to be called where `factorize` is not."""
+        if self._moments is not None:
+            self._moments.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rho, Z and U, to be saved beside the model's and the optimizer's state."""
-        return {"rho": self.rho, "Z": dict(self.Z), "U": dict(self.U)}
+        """Return rho, Z and U, the moments and S, to be saved beside the model's and the optimizer's state."""
+        state: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "Z": dict(self.Z), "U": dict(self.U)}
+        if self._moments is not None:
+            roots = {name: {"root": root.root, "inverse": root.inverse} for name, root in self.roots.items()}
+            state |= {"moments": self._moments.state_dict(), "roots": roots}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over rho, Z and U; `PlanError` when they belong to another plan or model."""
+        """Take over what `state_dict` returned; `PlanError` when it belongs to another plan, model or metric."""
+        metric = state.get("metric", "weight")
+        if metric != self.metric:
+            raise PlanError(f"ADMM state: its metric is {metric}, and this one's is {self.metric}")
         for key in ("Z", "U"):
             shapes = {name: tuple(tensor.shape) for name, tensor in state[key].items()}
             expected = {name: dense.spec.shape for name, dense in self._layers.items()}
@@ -100,10 +148,22 @@ class ADMM:
         for name, dense in self._layers.items():
             device = dense.parameters[0].device  # the state may come from another one
             self.Z[name], self.U[name] = state["Z"][name].to(device), state["U"][name].to(device)
+        if self._moments is not None:
+            self._moments.load_state_dict(state["moments"])
+            self.roots = {
+                name: Root(*(root[key].to(self.Z[name].device) for key in ("root", "inverse")))
+                for name, root in state["roots"].items()
+            }
 
-    @staticmethod
     @torch.no_grad()
-    def _project(layer: LayerPlan, tensor: Tensor) -> Tensor:
+    def _project(self, layer: LayerPlan, tensor: Tensor) -> Tensor:
         # A contiguous copy: channels-last weights keep their own strides, the projection its own.
-        projected = project(layer.format, tensor.contiguous(), layer.modes, layer.ranks)
-        return cast(Tensor, projected).to(tensor.dtype).contiguous()
+        measured = self._measured(layer.name, tensor).contiguous()
+        projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor.dtype)
+        root = self.roots.get(layer.name)
+        return (root.undo(projected) if root else projected).contiguous()
+
+    def _measured(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what a tensor's Frobenius norm is taken of: itself, or its product with S."""
+        root = self.roots.get(name)
+        return root.apply(tensor) if root else tensor

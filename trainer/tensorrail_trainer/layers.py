@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.recurrent import FactoredRecurrent, input_weights
 from tensorrail_trainer.steps import run_steps
+
+if TYPE_CHECKING:
+    from tensorrail_trainer.moments import Root
 
 
 class FactoredLayer(nn.Module):
@@ -144,15 +147,22 @@ def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
     return (*module.padding, *module.padding)
 
 
-def swap(model: nn.Module, plan: Plan, cores: Mapping[str, Sequence[Tensor]] | None = None) -> nn.Module:
+def swap(
+    model: nn.Module,
+    plan: Plan,
+    cores: Mapping[str, Sequence[Tensor]] | None = None,
+    roots: Mapping[str, Root] | None = None,
+) -> nn.Module:
     """Replace every planned dense layer by one made of cores, in place, and return the model.
 
-    Without `cores` they are decomposed from the weights that the model has.
+    Without `cores` they are decomposed from the weights that the model has, in the metric of the layer's inputs where
+    `roots` holds one.
     """
     recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
     for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
         weight = dense.weight().detach().contiguous()
-        made = cores[layer.name] if cores else layer.decompose(weight)
+        root = roots.get(layer.name) if roots else None
+        made = cores[layer.name] if cores else root.decompose(layer, weight) if root else layer.decompose(weight)
         if dense.spec.op == "recurrent":
             path, _, leaf = layer.name.rpartition(".")
             recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, made)

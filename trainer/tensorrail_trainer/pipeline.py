@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,9 @@ from tensorrail_runtime.report import Check, Epoch, LayerRow, Model, Report
 from tensorrail_trainer.admm import ADMM
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset
-from tensorrail_trainer.layers import cores_of, to_dense
+from tensorrail_trainer.layers import cores_of, swap, to_dense
 from tensorrail_trainer.loop import Phase, train
+from tensorrail_trainer.moments import Root
 from tensorrail_trainer.recipe import Recipe, RecipeError
 from tensorrail_trainer.torch_export import to_onnx
 
@@ -54,13 +55,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """The networks that training leaves: at the end of ADMM, fine-tuned, and the dense control."""
+    """The networks that training leaves: at the end of ADMM, fine-tuned, and the dense control.
+
+    `roots` is the metric that ADMM's network was cut in; empty for the plain one.
+    """
 
     plan: Plan
     admm: nn.Module
     factored: nn.Module
     control: nn.Module
     rows: tuple[Epoch, ...]
+    roots: Mapping[str, Root] = field(default_factory=dict)
 
 
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -119,13 +124,13 @@ def train_all(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Trained
     plan = recipe.make_plan(dense)
     plan.save(folder / "plan.json")
     start = copy_of(dense, fresh()).to(accelerator.device)
-    admm = ADMM(start, plan, settings.admm.rho)
+    admm = ADMM(start, plan, settings.admm.rho, settings.admm.metric)
     trained = fit(Phase("admm", start, settings.admm, admm, settings.admm.every))
-    cut = ADMM(copy_of(trained, fresh()).to(accelerator.device), plan, settings.admm.rho).factorize()
+    cut = admm.factorize(copy_of(trained, fresh()).to(accelerator.device))
     finetuned = fit(Phase("finetune", cut, settings.finetune))
     save_cores(folder / "cores.safetensors", _numpy(finetuned))
     control = fit(Phase("control", copy_of(dense, fresh()).to(accelerator.device), recipe.control))
-    return Trained(plan, trained, finetuned, control, tuple(rows)), data
+    return Trained(plan, trained, finetuned, control, tuple(rows), admm.roots), data
 
 
 def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> tuple[Factored, Path, Path]:
@@ -142,7 +147,7 @@ def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> 
     before, after = scratch / "before_cut.onnx", scratch / "after_cut.onnx"
     graph = to_onnx(trained.admm, example)
     save_model(graph, before)
-    cut = ADMM(to_dense(trained.admm), trained.plan).factorize()
+    cut = swap(to_dense(trained.admm), trained.plan, roots=trained.roots)
     save_model(reconstruct(graph, trained.plan, _numpy(cut)), after)
     return factored, before, after
 

@@ -14,8 +14,11 @@ from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import FORMATS
 from tensorrail_exporter.plan import Plan
 from tensorrail_runtime.records import first_problem, write_text
+from tensorrail_trainer.admm import Metric
 from tensorrail_trainer.data import CHANNELS_AND_CLASSES, DATASETS, Dataset
+from tensorrail_trainer.layers import planned_layers
 from tensorrail_trainer.models import MODELS
+from tensorrail_trainer.moments import require_one_input
 from tensorrail_trainer.planning import join, plan_layers
 
 
@@ -61,10 +64,15 @@ class Schedule(_Part):
 
 
 class AdmmSchedule(Schedule):
-    """The ADMM phase: `rho` is the penalty's weight, Z and U are updated every `every` epochs."""
+    """The ADMM phase: `rho` is the penalty's weight, Z and U are updated every `every` epochs.
+
+    `metric` says how far a weight is from low rank: by itself (`weight`), or by what it does to the layer's inputs
+    (`activation`), which must be one mode then.
+    """
 
     rho: Positive = 1e-3
     every: Epochs = 1
+    metric: Metric = "weight"
 
 
 class Training(_Part):
@@ -155,7 +163,7 @@ class Recipe(_Part):
         return model
 
     def make_plan(self, model: nn.Module) -> Plan:
-        """Return the plan of this model; `RecipeError` names the rule that does not fit."""
+        """Return the plan of this model; `RecipeError` names the rule, or the layer, that does not fit."""
         plans = []
         for index, rule in enumerate(self.plan):
             if rule.format not in FORMATS:
@@ -168,7 +176,13 @@ class Recipe(_Part):
                 )
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None
-        return join(plans)
+        plan = join(plans)
+        if self.train.admm.metric == "activation":
+            try:
+                require_one_input(plan, planned_layers(model, plan))
+            except PlanError as error:
+                raise RecipeError(f"train.admm.metric: {error}") from None
+        return plan
 
     def save(self, path: Path) -> None:
         """Write the recipe, every default filled in."""

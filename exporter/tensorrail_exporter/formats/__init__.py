@@ -12,6 +12,7 @@ from typing import Protocol
 from tensorrail_exporter.contraction import Array, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
+from tensorrail_exporter.modes import Equation
 
 
 class Format(Protocol):
@@ -43,6 +44,9 @@ class Format(Protocol):
 
     def rank_axes(self, shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return for every core the axes that are ranks: those that zeros may widen without changing the weight."""
+
+    def equation(self, shape: Sequence[int], modes: Sequence[int]) -> Equation:
+        """Return how the cores multiply up to the weight, as an einsum: linear in every single core."""
 
     def contraction(self, cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
         """Return the steps that run in place of the dense layer, bias left out."""

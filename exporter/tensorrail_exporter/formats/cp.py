@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tensorly as tl
 from tensorly.decomposition import parafac
 
 from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.modes import Part, fold, parts_of, require_merge, require_ranks, split, unfold
+from tensorrail_exporter.modes import Equation, Part, fold, parts_of, require_merge, require_ranks, side_letters, split, unfold
 from tensorrail_exporter.modes import default_modes as default_modes
 from tensorrail_exporter.truncation import backend_of, double, like, truncated_svd
 
@@ -91,6 +92,12 @@ def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return axis 1 of every factor."""
     return ((1,),) * len(modes)
+
+
+def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
+    """Return the factors, which all share the components."""
+    letters, free, plain = side_letters(shape, modes)
+    return replace(plain, cores=tuple(letter + free[0] for letter in letters))
 
 
 def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:

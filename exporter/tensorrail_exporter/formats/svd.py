@@ -18,7 +18,7 @@ import tensorly as tl
 
 from tensorrail_exporter.contraction import Array, Chain, Conv, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.modes import require_merge, require_ranks
+from tensorrail_exporter.modes import LETTERS, Equation, require_merge, require_ranks
 from tensorrail_exporter.truncation import backend_of, permute, truncated_svd
 
 
@@ -81,6 +81,13 @@ def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return the axis of the rank in each factor."""
     return ((1,), (0,))
+
+
+def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
+    """Return the two factors: the output with the kernel's later axes, the input with its earlier ones."""
+    j = _split(shape, modes)
+    kernel = LETTERS[3 : 3 + len(shape) - 2]
+    return Equation(("a" + kernel[j:] + "c", "cb" + kernel[:j]), "ab" + kernel, tuple(shape), "b")
 
 
 def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:

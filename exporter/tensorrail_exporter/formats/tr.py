@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import tensorly as tl
@@ -21,7 +22,19 @@ from tensorly.decomposition import tensor_ring, tensor_train
 from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.modes import Part, fold, joined, kernel_last, parts_of, require_merge, require_ranks, split, unfold
+from tensorrail_exporter.modes import (
+    Equation,
+    Part,
+    fold,
+    joined,
+    kernel_last,
+    parts_of,
+    require_merge,
+    require_ranks,
+    side_letters,
+    split,
+    unfold,
+)
 from tensorrail_exporter.modes import default_modes as default_modes
 from tensorrail_exporter.truncation import backend_of, double, like, permute, truncated_svd
 
@@ -96,6 +109,13 @@ def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return those of `tt`: the rank that closes the ring counts groups, not channels, and stays."""
     return tt.rank_axes(shape, modes)
+
+
+def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
+    """Return the ring: neighbouring cores share a rank, the last one and the first as well."""
+    letters, free, plain = side_letters(shape, modes)
+    count = len(letters)
+    return replace(plain, cores=tuple(free[k] + letter + free[(k + 1) % count] for k, letter in enumerate(letters)))
 
 
 def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:

@@ -13,14 +13,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tensorly as tl
 from tensorly.decomposition import tensor_train
 
 from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.modes import (
+    Equation,
+    fold,
+    joined,
+    kernel_last,
+    parts_of,
+    require_merge,
+    require_ranks,
+    side_letters,
+    split,
+    unfold,
+)
 from tensorrail_exporter.modes import default_modes as default_modes
-from tensorrail_exporter.modes import fold, joined, kernel_last, parts_of, require_merge, require_ranks, split, unfold
 from tensorrail_exporter.truncation import backend_of, truncated_svd
 
 
@@ -82,6 +94,13 @@ def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ..
     return tuple(
         tuple(axis for axis in (0, 2) if not ((k == 0 and axis == 0) or (k == last and axis == 2))) for k in range(last + 1)
     )
+
+
+def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
+    """Return the train: neighbouring cores share a rank; the two of size 1 at its ends have no letter."""
+    letters, free, plain = side_letters(shape, modes)
+    ranks = ["", *free[1 : len(letters)], ""]
+    return replace(plain, cores=tuple(ranks[k] + letter + ranks[k + 1] for k, letter in enumerate(letters)))
 
 
 def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:

@@ -16,7 +16,7 @@ from tensorly.decomposition import tensor_train
 from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.modes import Part, joined, parts_of, require_merge, require_ranks
+from tensorrail_exporter.modes import LETTERS, Equation, Part, joined, parts_of, require_merge, require_ranks
 from tensorrail_exporter.truncation import backend_of, permute, truncated_svd
 
 
@@ -86,6 +86,13 @@ def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return (3), (0, 3), …, (0): all but the two ends of the train."""
     return tuple(tuple(3 if axis == 2 else axis for axis in axes) for axes in tt.rank_axes(shape, _pairs(modes)))
+
+
+def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
+    """Return the train of paired modes; the ranks of size 1 at its ends have no letter."""
+    d = len(modes) // 2
+    outs, ins, ranks = LETTERS[:d], LETTERS[d : 2 * d], ["", *LETTERS[2 * d : 3 * d - 1], ""]
+    return Equation(tuple(ranks[k] + outs[k] + ins[k] + ranks[k + 1] for k in range(d)), outs + ins, tuple(modes), ins)
 
 
 def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:

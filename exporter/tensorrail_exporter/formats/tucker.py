@@ -11,12 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tensorly as tl
 from tensorly.decomposition import partial_tucker
 
 from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
-from tensorrail_exporter.modes import Part, fold, kernel_last, parts_of, require_merge, require_ranks, split, unfold
+from tensorrail_exporter.modes import (
+    Equation,
+    Part,
+    fold,
+    kernel_last,
+    parts_of,
+    require_merge,
+    require_ranks,
+    side_letters,
+    split,
+    unfold,
+)
 from tensorrail_exporter.modes import default_modes as default_modes
 from tensorrail_exporter.truncation import backend_of, truncated_svd
 
@@ -90,6 +102,15 @@ def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ..
     """Return axis 1 of every factor, and all axes of the core but the taps."""
     m, ranked = split(shape, modes), _ranked(shape, modes)
     return (*[(1,)] * m, ranked, *[(1,)] * (len(ranked) - m))
+
+
+def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
+    """Return the core and a factor on each of its axes but the taps."""
+    letters, free, plain = side_letters(shape, modes)
+    m, ranked = split(shape, modes), _ranked(shape, modes)
+    core = "".join(free[k] if k in ranked else letter for k, letter in enumerate(letters))
+    factors = [letters[k] + free[k] for k in ranked]
+    return replace(plain, cores=(*factors[:m], core, *factors[m:]))
 
 
 def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:

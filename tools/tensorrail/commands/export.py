@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tensorrail.options import Json
-from tensorrail.show import table
+from tensorrail.show import stages, table
+
+if TYPE_CHECKING:
+    import onnx
+
+    from tensorrail_exporter.plan import Plan
 
 
 def command(
@@ -19,8 +24,13 @@ def command(
         Path | None, typer.Option(help="cores.safetensors; without it the graph's own weights are decomposed.")
     ] = None,
     block: Annotated[
-        int, typer.Option(help="Widen the ranks that run with zeros to multiples of it: 16 for AVX-512, 8 for AVX2.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Widen the ranks that run with zeros to multiples of it, which changes no output; auto: time 1, 4, 8 and 16 "
+            "for every layer on the CPU provider, and take the fastest.",
+        ),
+    ] = "1",
     fold_batch_norm: Annotated[
         bool, typer.Option("--fold-batch-norm", help="Take a batch norm behind a convolution into its last core.")
     ] = False,
@@ -28,13 +38,17 @@ def command(
 ) -> None:
     """Rewrite every planned layer of a dense graph to the contraction of its cores."""
     from tensorrail_exporter.cores import load_cores
+    from tensorrail_exporter.errors import PlanError
     from tensorrail_exporter.graph_io import load_model, save_model
     from tensorrail_exporter.plan import Plan
     from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize
 
+    if block != "auto" and not (block.isdigit() and int(block)):
+        raise PlanError(f"--block is a number of 1 or more, or auto, and {block!r} came")
     model, read = load_model(dense), Plan.load(plan)
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
-    factored = factorize(model, read, found, block=block, fold_batch_norm=fold_batch_norm)
+    width = int(block) if block != "auto" else _fastest(model, read)
+    factored = factorize(model, read, found, block=width, fold_batch_norm=fold_batch_norm)
     save_model(factored.model, out)
     rows = [
         (r.layer, r.op, r.format, r.steps, f"{r.dense_params:,}", f"{r.stored_params:,}", f"{r.weight_error:.1e}")
@@ -43,3 +57,10 @@ def command(
     table(str(out), ("layer", "op", "format", "runs as", "dense", "stored", "weight error"), rows)
     if json is not None:
         Rewrites(layers=factored.layers).save(json)
+
+
+def _fastest(model: onnx.ModelProto, plan: Plan) -> dict[str, int]:
+    from tensorrail_exporter.planner import fastest_blocks
+
+    with stages() as on_stage:
+        return fastest_blocks(model, plan, on_stage=on_stage)

@@ -1,0 +1,174 @@
+"""Is the planned network faster than dense, than published ranks, and than other tools' exports? All in one interleaved run.
+
+    python benchmarks/compress.py [--batch 1 8] [--seconds 60] [--networks resnet18 …] [-o results/compress]
+
+ResNet-18 at 224²: dense; the published tensor-train ranks (Yin et al., CVPR 2021) as they are, and padded with zeros where that
+is measured to be faster; tensorly-torch's factorized Tucker and TT at about the same MACs (left out with a note when
+tensorly-torch is not installed); and `tensorrail plan --target latency=2.4`. Other networks: the plan for the highest of a few
+targets that can be met. Weights are random: times do not depend on them, losses do, and so does which plan is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import networks
+import onnx
+
+from tensorrail_exporter import GraphError, PlanError, factorize
+from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.planner import Search, fastest_blocks, plan_network, random_cores
+from tensorrail_runtime.cost import cost
+from tensorrail_runtime.latency import bench
+from tensorrail_runtime.machine import machine
+from tensorrail_runtime.placement import placement, time_shares
+from tensorrail_runtime.records import write_text
+
+TARGETS = {
+    "resnet18": (2.4,),
+    "resnet50": (2.4, 2.0, 1.5),
+    "mobilenet_v2": (2.0, 1.5, 1.25, 1.1),
+    "vit_tiny": (2.4, 2.0, 1.5, 1.25),
+    "lstm": (20.0, 10.0, 4.0),
+}
+
+
+def planned(model: onnx.ModelProto, name: str, batch: int, cache: Path | None):
+    """Return the report of the first target that can be met, the notes of those that cannot, and the seconds it took."""
+    notes = []
+    start = time.perf_counter()
+    for target in TARGETS[name]:
+        try:
+            report = plan_network(model, Search(targets={"latency": target}, batch=batch, cache=cache))
+        except PlanError as error:
+            notes.append(f"latency={target:g}: {error}")
+            continue
+        return target, report, notes, time.perf_counter() - start
+    return None, None, notes, time.perf_counter() - start
+
+
+def baselines(folder: Path, dense: Path, batch: int, cache: Path | None) -> tuple[dict[str, Path], list[str]]:
+    """Write ResNet-18's other forms and return their paths, and notes on those that could not be made."""
+    model, plan, notes = onnx.load(dense), networks.published_plan("resnet18"), []
+    cores = random_cores(model, plan)
+    blocks = fastest_blocks(model, plan, batch=batch, cache=cache)
+    made = {"published": folder / "published.onnx", "published, padded": folder / "padded.onnx"}
+    save_model(factorize(model, plan, cores).model, made["published"])
+    save_model(factorize(model, plan, cores, block=blocks).model, made["published, padded"])
+    notes.append("padded to multiples of: " + ", ".join(f"{layer} {block}" for layer, block in blocks.items()))
+    for kind in ("tucker", "tt"):
+        try:
+            import tensorly_torch
+
+            made[f"tensorly-torch {kind}"] = tensorly_torch.write(kind, folder)
+        except (ImportError, RuntimeError, SystemExit) as error:
+            notes.append(f"tensorly-torch {kind}: left out ({error})")
+    return made, notes
+
+
+def slower_layers(report, dense: Path, path: Path, batch: int) -> list[str]:
+    """Return the rewritten layers that took longer than their dense selves, by the profiles of both networks."""
+    layers = [row.layer for row in report.rows if row.format]
+    placed = [placement(one, batch=batch) for one in (dense, path)]
+    total = [sum(node.microseconds for node in one.nodes) for one in placed]
+    factored = time_shares(path, placed[1], layers)
+    expected = {row.layer: row.dense_ms for row in report.rows}
+    return [name for name in layers if 1e-3 * factored[name] * total[1] > expected[name]]
+
+
+def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[list[str], dict]:
+    """Measure one network at one batch size; lines of Markdown and the record behind them."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        dense = networks.write(name, folder)
+        model = onnx.load(dense)
+        target, report, notes, took = planned(model, name, batch, cache)
+        paths = {"dense": dense}
+        if name == "resnet18":
+            more, said = baselines(folder, dense, batch, cache)
+            paths |= more
+            notes += said
+        if report is not None and report.plan.layers:
+            paths[f"planned, latency={target:g}"] = folder / "planned.onnx"
+            save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, folder / "planned.onnx")
+        run = bench(list(paths.values()), batch=batch, seconds=seconds, labels=list(paths))
+        costs = [cost(path, batch) for path in paths.values()]
+        lines = [
+            f"### {name}, batch {batch}",
+            "",
+            "| form | MACs ÷ | parameters ÷ | p50 | speed-up | 95 % | speed-up / MACs ÷ |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
+        rows = []
+        for k, (label, found) in enumerate(zip(paths, costs, strict=True)):
+            ratio = run.ratios[k - 1] if k else None
+            macs, params = costs[0].macs / found.macs, costs[0].params / found.params
+            speed, low, high = (ratio.value, ratio.low, ratio.high) if ratio else (1.0, 1.0, 1.0)
+            lines.append(
+                f"| {label} | {macs:.2f} | {params:.2f} | {run.latencies[k].p50:.2f} ms | {speed:.2f}× "
+                f"| {low:.2f}–{high:.2f} | {speed / macs:.2f} |"
+            )
+            rows.append(
+                {
+                    "form": label,
+                    "macs": found.macs,
+                    "params": found.params,
+                    "p50": run.latencies[k].p50,
+                    "speed_up": [speed, low, high],
+                }
+            )
+        record = {"network": name, "batch": batch, "rows": rows, "notes": notes, "seconds_to_plan": took}
+        if report is not None and report.plan.layers:
+            predicted = report.predicted
+            final = run.ratios[-1].value
+            slow = slower_layers(report, dense, folder / "planned.onnx", batch)
+            lines += [
+                "",
+                f"Predicted {predicted:.2f}×: its time {100 * (final / predicted - 1):+.1f} % off the measured one. "
+                f"{len(report.plan.layers)} layers rewritten; slower than dense by the profile: {', '.join(slow) or 'none'}. "
+                f"Planning took {took:.0f} s.",
+            ]
+            record |= {"target": target, "predicted": predicted, "slower": slow, "plan": report.plan.model_dump(mode="json")}
+        for note in notes:
+            lines += ["", f"- {note}"]
+        return [*lines, ""], record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--networks", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md and FILE.json are written.")
+    options = parser.parse_args()
+    where = machine()
+    text = [
+        "# Planned networks against dense, published ranks and tensorly-torch",
+        "",
+        f"Command: `python benchmarks/compress.py --seconds {options.seconds:g}`. {where.processor}, {where.cores} cores, "
+        f"ONNX Runtime {where.onnxruntime}, CPU provider, default threads; all forms of a network in turns in one run; "
+        "random weights.",
+        "",
+    ]
+    records = []
+    for name in options.networks:
+        for batch in options.batch:
+            try:
+                lines, record = measure(name, batch, options.seconds, options.cache)
+            except (GraphError, PlanError) as error:
+                lines, record = [f"### {name}, batch {batch}", "", str(error), ""], {"network": name, "error": str(error)}
+            print("\n".join(lines), flush=True)
+            text += lines
+            records.append(record)
+            if options.out:
+                write_text(options.out.with_suffix(".md"), "\n".join(text))
+                write_text(options.out.with_suffix(".json"), json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A faster model from nothing but an ONNX file: decompose, rewrite, check, time, and say what came of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from tensorrail_exporter.calibration import Calibration
+from tensorrail_exporter.errors import GraphError
+from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.layerwise import LayerFit, fit_layers
+from tensorrail_exporter.plan import Plan
+from tensorrail_exporter.planner import PlannedLayer
+from tensorrail_exporter.rewrite import LayerRewrite, decompose_graph, factorize, reconstruct
+from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
+from tensorrail_runtime.cost import cost
+from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.latency import LatencyReport, bench
+from tensorrail_runtime.parity import parity
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.session import Settings, open_session
+
+Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.ModelProto]
+"""Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
+
+_ROUNDING = 1e-4  # relative: what may differ between reconstructed weights and their cores
+
+
+class Size(Record):
+    """What one model weighs and costs at the batch size of the report. FLOPs are 2 × MACs; milliseconds are the median."""
+
+    params: int
+    macs: int
+    flops: int
+    bytes: int
+    milliseconds: float
+
+
+class Times(Record):
+    """Dense over factored. `latency` is measured, with its 95 % interval; the others are counted."""
+
+    params: float
+    macs: float
+    flops: float
+    bytes: float
+    latency: float
+    latency_low: float
+    latency_high: float
+
+
+class CompressReport(Record):
+    """What `compress` made, against the dense model."""
+
+    version: Literal[1] = 1
+    dense: Size
+    factored: Size
+    ratios: Times
+    targets: dict[str, float]
+    meets: bool
+    predicted_latency: float | None  # the speed-up that the latency table predicted
+    approximation: float  # relative L2 of the outputs, factored against dense, on the calibration or random inputs
+    top1_agreement: float | None
+    numerical: float  # relative L2, reconstructed weights against their cores, before any fit
+    accuracy: Comparison | None
+    layers: tuple[LayerRewrite, ...]
+    planned: tuple[PlannedLayer, ...]
+    fits: tuple[LayerFit, ...]
+    latency: LatencyReport
+
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval of the measured speed-up lies above 1."""
+        return self.ratios.latency_low > 1.0
+
+
+def compress(
+    model: onnx.ModelProto,
+    plan: Plan,
+    out: Path,
+    *,
+    targets: Mapping[str, float] | None = None,
+    planned: tuple[PlannedLayer, ...] = (),
+    predicted: float | None = None,
+    calibration: Calibration | None = None,
+    test: tuple[Mapping[str, np.ndarray], np.ndarray] | None = None,
+    refine: Refine | None = None,
+    settings: Settings | None = None,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+    seconds: float = 10.0,
+    on_stage: Callable[[str, float], None] = lambda _, __: None,
+) -> CompressReport:
+    """Write the factored model of a plan to `out`, and return the report.
+
+    With calibration inputs the cores are fitted layer by layer, and `refine` goes on from there; without, each weight is
+    decomposed by itself. `test` holds arrays by input name and labels (N,). Raises `GraphError` when the factored graph does
+    not compute what its cores stand for: nothing is written then.
+    """
+    settings = settings or Settings()
+    if calibration is not None:
+        fitted = fit_layers(model, plan, calibration, settings, on_share=lambda share, what: on_stage(f"fitting {what}", share))
+        base, cores, fits = fitted.model, fitted.cores, fitted.layers
+    else:
+        base, cores, fits = model, decompose_graph(model, plan), ()
+    factored = factorize(base, plan, cores)
+    with tempfile.TemporaryDirectory() as folder:
+        dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
+        save_model(model, dense_path)
+        save_model(factored.model, path)
+        session = open_session(dense_path, settings=settings)
+        feeds: list[Mapping[str, np.ndarray]]
+        feeds = list(calibration.first(100).feeds) if calibration is not None else [random_inputs(session, 7, shapes=shapes)]
+        numerical = _numerical(base, plan, cores, path, feeds, Path(folder), settings)
+        made = factored.model
+        if refine is not None and calibration is not None:
+            made = refine(model, made, plan, calibration)
+            save_model(made, path)
+        on_stage("comparing", 0.5)
+        against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=settings)
+        on_stage("timing", 0.0)
+        times = bench(
+            [dense_path, path],
+            batch=batch,
+            seconds=seconds,
+            settings=settings,
+            shapes=shapes,
+            labels=["dense", "factored"],
+            on_round=lambda share: on_stage("timing", share),
+        )
+        sizes = [_size(p, batch, shapes, times.latencies[k].p50) for k, p in enumerate((dense_path, path))]
+        accuracy = None
+        if test is not None:
+            scores = [evaluate(p, test[0], test[1], settings=settings) for p in (dense_path, path)]
+            accuracy = compare_scores(*scores)
+    save_model(made, out)
+    ratio = times.ratios[0]
+    ratios = Times(
+        params=sizes[0].params / sizes[1].params,
+        macs=sizes[0].macs / sizes[1].macs,
+        flops=sizes[0].flops / sizes[1].flops,
+        bytes=sizes[0].bytes / sizes[1].bytes,
+        latency=ratio.value,
+        latency_low=ratio.low,
+        latency_high=ratio.high,
+    )
+    wanted = dict(targets or {})
+    return CompressReport(
+        dense=sizes[0],
+        factored=sizes[1],
+        ratios=ratios,
+        targets=wanted,
+        meets=all(_reached(ratios, name) >= value * 0.99 for name, value in wanted.items()),
+        predicted_latency=predicted,
+        approximation=against.worst,
+        top1_agreement=against.outputs[0].top1_agreement,
+        numerical=numerical,
+        accuracy=accuracy,
+        layers=factored.layers,
+        planned=planned,
+        fits=fits,
+        latency=times,
+    )
+
+
+def _numerical(
+    base: onnx.ModelProto,
+    plan: Plan,
+    cores: Mapping[str, list[np.ndarray]],
+    path: Path,
+    feeds: list[Mapping[str, np.ndarray]],
+    folder: Path,
+    settings: Settings,
+) -> float:
+    """Return the error of the rewriting itself; `GraphError` when it is more than rounding."""
+    joined = folder / "reconstructed.onnx"
+    save_model(reconstruct(base, plan, cores), joined)
+    found = parity(joined, path, inputs=feeds[:1], tolerance=None, settings=settings).worst
+    if not found <= _ROUNDING:
+        raise GraphError(
+            f"the factored graph differs from what its cores stand for by {found:.1e}, relative; at most {_ROUNDING:g} "
+            "was expected: leave layers out of the plan until it holds, and report the model"
+        )
+    return found
+
+
+def _size(path: Path, batch: int, shapes: Shapes | None, milliseconds: float) -> Size:
+    found = cost(path, batch, shapes)
+    return Size(params=found.params, macs=found.macs, flops=found.flops, bytes=found.bytes, milliseconds=milliseconds)
+
+
+def _reached(ratios: Times, name: str) -> float:
+    return float(getattr(ratios, name))

@@ -1,0 +1,389 @@
+"""The plan of a whole network: what each layer becomes, so that a target is met at the least loss of accuracy.
+
+Options on the target's rank grid → their measured times → their losses → one choice for all layers → the chosen network is
+built and timed against the dense one. Where it misses a latency target or passes it by far, the budget is changed by as much
+and chosen anew.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from tensorrail_exporter.calibration import Calibration
+from tensorrail_exporter.choice import Limit, choose
+from tensorrail_exporter.costs import dense_cost
+from tensorrail_exporter.errors import PlanError, TargetError
+from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.latency_table import LatencyTable
+from tensorrail_exporter.options import Option, option_for, options_of
+from tensorrail_exporter.plan import Plan
+from tensorrail_exporter.rewrite import factorize
+from tensorrail_exporter.sensitivity import Losses, losses_of
+from tensorrail_exporter.survey import DenseLayer, survey
+from tensorrail_runtime.cost import cost
+from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.latency import Ratio, bench
+from tensorrail_runtime.machine import Machine, channel_block, machine
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.session import Settings
+
+TARGETS = ("latency", "flops", "params", "bytes")
+
+_GAIN = 0.95  # of the dense time: a layer that would take more stays dense
+_NEAR, _BEYOND = 0.995, 1.03  # of a latency target: a measured speed-up between them is near enough
+_NUDGE = 1.005
+_TRIES = 3
+_GPU_GRID = 8
+_BLOCKS = (1, 4, 8, 16)
+
+OnStage = Callable[[str, float], None]
+"""Told what is being done and the share of it that is done."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how. `keep` are patterns of layers that stay dense; `gain` the most of its dense time, as a
+    share, that a rewritten layer may take (above 1: slower layers are allowed, for a target on size).
+    """
+
+    targets: Mapping[str, float]
+    batch: int = 1
+    formats: tuple[str, ...] = ("auto",)
+    grid: int = 0  # 0: the target's own
+    keep: tuple[str, ...] = ()
+    gain: float = _GAIN
+    seconds: float = 150.0  # of measuring layers
+    check_seconds: float = 10.0  # of timing the chosen network
+    cache: Path | None = None
+
+    def check(self) -> None:
+        """Raise `PlanError` for a target that is none."""
+        if not self.targets:
+            raise PlanError(f"no target came: expected one of {', '.join(f'{name}=2.0' for name in TARGETS)}")
+        for name, value in self.targets.items():
+            if name not in TARGETS:
+                raise PlanError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
+            if not 1.0 < value < 1e4:
+                raise PlanError(f"target {name}={value:g}: expected how many times less, a number above 1, such as 2.0")
+
+
+class PlannedLayer(Record):
+    """One layer of the plan; `reason` says why it stays dense. Milliseconds are predicted, of all its nodes together."""
+
+    layer: str
+    what: str
+    format: str | None
+    ranks: tuple[int, ...]
+    steps: str
+    dense_ms: float
+    ms: float
+    dense_macs: int
+    macs: int
+    dense_params: int
+    params: int
+    loss: float
+    reason: str = ""
+
+
+class Totals(Record):
+    """A whole network at the plan's batch size; FLOPs are 2 × MACs. Milliseconds: measured when dense, predicted when not."""
+
+    params: int
+    macs: int
+    bytes: int
+    ms: float
+
+
+class PlanReport(Record):
+    """How a plan was chosen, and what is expected of it; `measured` is the chosen network against the dense one."""
+
+    version: Literal[1] = 1
+    targets: dict[str, float]
+    provider: str
+    batch: int
+    grid: int
+    loss_from: str
+    dense: Totals
+    planned: Totals
+    rows: tuple[PlannedLayer, ...]
+    measured: Ratio | None
+    machine: Machine
+    plan: Plan
+
+    @property
+    def predicted(self) -> float:
+        """The speed-up that the latency table predicts."""
+        return self.dense.ms / self.planned.ms
+
+    @property
+    def prediction_error(self) -> float | None:
+        """Predicted time over measured time, less one."""
+        return None if self.measured is None else self.measured.value / self.predicted - 1
+
+    @property
+    def meets(self) -> bool:
+        """Whether the measured network meets a latency target; other targets hold by the choice itself."""
+        wanted = self.targets.get("latency")
+        return wanted is None or (self.measured is not None and self.measured.value >= wanted * _NEAR)
+
+
+def plan_network(
+    model: onnx.ModelProto,
+    search: Search,
+    *,
+    calibration: Calibration | None = None,
+    settings: Settings | None = None,
+    shapes: Shapes | None = None,
+    on_stage: OnStage = lambda _, __: None,
+) -> PlanReport:
+    """Return the plan that meets the targets at the least loss, and its report.
+
+    Raises `TargetError` when the targets cannot be met, `ModelError` when the model does not run as asked.
+    """
+    search.check()
+    settings = settings or Settings()
+    grid = search.grid or (channel_block() if settings.provider == "cpu" else _GPU_GRID)
+    layers = survey(model, search.batch, shapes)
+    wanted = {
+        layer: ()
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep)
+        else options_of(layer, search.formats, grid)
+        for layer in layers
+        if layer.output is not None and layer.inputs[layer.data] is not None
+    }
+    table = LatencyTable.open(settings, search.cache)
+    table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
+    faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
+    losses = losses_of(
+        model, faster, calibration, settings, on_share=lambda share, what: on_stage(f"sensitivity {what}", share)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.onnx"
+        save_model(model, dense)
+        made = cost(dense, search.batch, shapes)
+        whole = bench([dense], batch=search.batch, seconds=search.check_seconds / 3, settings=settings, shapes=shapes)
+        totals = Totals(params=made.params, macs=made.macs, bytes=made.bytes, ms=whole.latencies[0].p50)
+        aim = dict(search.targets)
+        tried: list[PlanReport] = []
+        for number in range(_TRIES):
+            report = _choose(search, aim, grid, wanted, faster, losses, table, totals, settings)
+            on_stage("timing the chosen network", number / _TRIES)
+            tried.append(_measured(report, model, dense, search, settings, shapes, Path(folder)))
+            found = tried[-1].measured
+            if found is None or "latency" not in aim or _NEAR <= found.value / search.targets["latency"] <= _BEYOND:
+                break
+            # The table is some per cent off: what was measured says how much tighter or looser the budget should be.
+            aim["latency"] *= search.targets["latency"] / found.value * _NUDGE
+            if aim["latency"] <= 1.0 or not _reachable(aim, faster, table, totals):
+                break
+        on_stage("timing the chosen network", 1.0)
+    meeting = [report for report in tried if report.meets]
+    if meeting:
+        return min(meeting, key=lambda report: sum(row.loss for row in report.rows))
+    return max(tried, key=lambda report: report.measured.value if report.measured else 0.0)
+
+
+def fastest_blocks(
+    model: onnx.ModelProto,
+    plan: Plan,
+    *,
+    settings: Settings | None = None,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+    seconds: float = 60.0,
+    cache: Path | None = None,
+    on_stage: OnStage = lambda _, __: None,
+) -> dict[str, int]:
+    """Return for every layer of a plan the block that its ranks run fastest at when zeros widen them to its multiples.
+
+    Blocks of 1 (no zeros), 4, 8 and 16 are timed on the target; a wider one must be 2 % faster to be taken.
+    """
+    settings = settings or Settings()
+    planned = {layer.name: layer for layer in plan.layers}
+    wanted = {
+        layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in reversed(_BLOCKS))}.values())
+        for layer in survey(model, batch, shapes)
+        if layer.name in planned and layer.output is not None and layer.inputs[layer.data] is not None
+    }
+    table = LatencyTable.open(settings, cache)
+    table.measure(wanted, settings, seconds=seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
+    return {
+        layer.name: min(options, key=lambda o: table.milliseconds(layer, o) * (1.0 if o.block == 1 else 1.02)).block
+        for layer, options in wanted.items()
+    }
+
+
+def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, gain: float) -> tuple[Option, ...]:
+    dense = table.milliseconds(layer)
+    return tuple(option for option in options if table.milliseconds(layer, option) <= gain * dense)
+
+
+def _macs(layer: DenseLayer, option: Option) -> int:
+    """Return the MACs of all the layer's nodes in this form, at the survey's batch size."""
+    return round(layer.macs * option.macs / max(1, dense_cost(layer.spec).macs))
+
+
+def _costs(name: str, layer: DenseLayer, options: Sequence[Option], table: LatencyTable) -> tuple[float, list[float]]:
+    """Return what the dense layer and each option cost toward a target."""
+    match name:
+        case "latency":
+            return layer.nodes * table.milliseconds(layer), [layer.nodes * table.milliseconds(layer, o) for o in options]
+        case "flops":
+            return float(layer.macs), [float(_macs(layer, o)) for o in options]
+        case "params":
+            return float(layer.params), [float(o.params) for o in options]
+        case _:
+            return float(layer.bytes), [float(o.params * layer.dtype.itemsize) for o in options]
+
+
+def _limits(
+    aim: Mapping[str, float],
+    faster: Mapping[DenseLayer, Sequence[Option]],
+    table: LatencyTable,
+    totals: Totals,
+) -> list[Limit]:
+    whole = _whole(totals)
+    limits = []
+    for name, times in aim.items():
+        pairs = [_costs(name, layer, options, table) for layer, options in faster.items()]
+        rest = whole[name] - sum(dense for dense, _ in pairs)
+        limits.append(Limit(name, [[dense, *others] for dense, others in pairs], whole[name] / times - rest))
+    return limits
+
+
+def _whole(totals: Totals) -> dict[str, float]:
+    return {"latency": totals.ms, "flops": float(totals.macs), "params": float(totals.params), "bytes": float(totals.bytes)}
+
+
+def _reachable(
+    aim: Mapping[str, float],
+    faster: Mapping[DenseLayer, Sequence[Option]],
+    table: LatencyTable,
+    totals: Totals,
+) -> bool:
+    return all(sum(min(one) for one in limit.costs) <= limit.most for limit in _limits(aim, faster, table, totals))
+
+
+def _choose(
+    search: Search,
+    aim: Mapping[str, float],
+    grid: int,
+    wanted: Mapping[DenseLayer, Sequence[Option]],
+    faster: Mapping[DenseLayer, Sequence[Option]],
+    losses: Losses,
+    table: LatencyTable,
+    totals: Totals,
+    settings: Settings,
+) -> PlanReport:
+    limits = _limits(aim, faster, table, totals)
+    for limit in limits:
+        least = sum(min(one) for one in limit.costs)
+        if least > limit.most:
+            whole = _whole(totals)[limit.name]
+            reach = whole / (whole - sum(one[0] for one in limit.costs) + least)
+            more = "" if "latency" in aim else ", or allow slower layers"
+            raise TargetError(
+                f"the target {limit.name}={search.targets[limit.name]:g} cannot be met: with every layer in its cheapest form "
+                f"that is faster here, {limit.name} falls {reach:.2f} times; ask for less{more}"
+            )
+    picks = choose([[0.0, *losses.values.get(layer.name, ())] for layer in faster], limits)
+    rows, plans = [], []
+    saved = {"ms": 0.0, "macs": 0, "params": 0, "bytes": 0}
+    for (layer, options), pick in zip(faster.items(), picks, strict=True):
+        option = options[pick - 1] if pick else None
+        dense_ms = layer.nodes * table.milliseconds(layer)
+        ms = dense_ms if option is None else layer.nodes * table.milliseconds(layer, option)
+        macs = layer.macs if option is None else _macs(layer, option)
+        params = layer.params if option is None else option.params
+        saved["ms"] += dense_ms - ms
+        saved["macs"] += layer.macs - macs
+        saved["params"] += layer.params - params
+        saved["bytes"] += (layer.params - params) * layer.dtype.itemsize
+        if option is not None:
+            plans.append(option.plan(layer.name))
+        rows.append(
+            PlannedLayer(
+                layer=layer.name,
+                what=layer.describe(),
+                format=option.format if option else None,
+                ranks=option.ranks if option else (),
+                steps=option.steps if option else "",
+                dense_ms=dense_ms,
+                ms=ms,
+                dense_macs=layer.macs,
+                macs=macs,
+                dense_params=layer.params,
+                params=params,
+                loss=losses.values[layer.name][pick - 1] if pick else 0.0,
+                reason="" if option else _reason(layer, wanted[layer], options, table, search),
+            )
+        )
+    return PlanReport(
+        targets=dict(search.targets),
+        provider=settings.provider,
+        batch=search.batch,
+        grid=grid,
+        loss_from=losses.source,
+        dense=totals,
+        planned=Totals(
+            params=totals.params - int(saved["params"]),
+            macs=totals.macs - int(saved["macs"]),
+            bytes=totals.bytes - int(saved["bytes"]),
+            ms=totals.ms - saved["ms"],
+        ),
+        rows=tuple(rows),
+        measured=None,
+        machine=machine(gpu=settings.provider != "cpu"),
+        plan=Plan(layers=tuple(plans)),
+    )
+
+
+def _reason(layer: DenseLayer, options: Sequence[Option], faster: Sequence[Option], table: LatencyTable, search: Search) -> str:
+    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep):
+        return "kept as asked"
+    if not options:
+        return "too narrow for a rank on the grid"
+    if not faster:
+        best = max(table.milliseconds(layer) / table.milliseconds(layer, option) for option in options)
+        return f"no form is faster: the best one {best:.2f}×"
+    return "its loss would buy more elsewhere"
+
+
+def _measured(
+    report: PlanReport,
+    model: onnx.ModelProto,
+    dense: Path,
+    search: Search,
+    settings: Settings,
+    shapes: Shapes | None,
+    folder: Path,
+) -> PlanReport:
+    """Return the report with the chosen network timed against the dense one; random cores run as long as any."""
+    if not report.plan.layers:
+        return report
+    path = folder / "chosen.onnx"
+    save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, path)
+    times = bench([dense, path], batch=search.batch, seconds=search.check_seconds, settings=settings, shapes=shapes)
+    return report.model_copy(update={"measured": times.ratios[0]})
+
+
+def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:
+    """Return cores of the plan's shapes with values of the size that keeps activations as they are: to time a plan."""
+    rng = np.random.default_rng(seed)
+    shapes = {layer.name: layer.spec.shape for layer in survey(model)}
+    found = {}
+    for layer in plan.layers:
+        if layer.name not in shapes:
+            raise PlanError(f"layer {layer.name}: not among the layers that can be rewritten: {', '.join(shapes)}")
+        sizes = layer.core_shapes(shapes[layer.name])
+        scale = (1 / np.prod([shapes[layer.name][1], *shapes[layer.name][2:]])) ** (0.5 / len(sizes))
+        found[layer.name] = [(rng.standard_normal(size, np.float32) * np.float32(scale)) for size in sizes]
+    return found

@@ -1,0 +1,116 @@
+"""From an ONNX file to a factored one: what is written, and what the report says of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from conftest import make_model
+from onnx import helper
+
+from tensorrail_exporter import GraphError, LayerPlan, Plan
+from tensorrail_exporter import compress as compressing
+from tensorrail_exporter.calibration import Calibration
+from tensorrail_exporter.compress import CompressReport, compress
+
+
+@pytest.fixture
+def network(rng):
+    """Two convolutions with a batch-norm between, pooling and a Gemm; inputs whose channels are correlated."""
+    weights = {
+        "a.weight": rng.standard_normal((32, 16, 3, 3)).astype(np.float32) / 12,
+        "scale": rng.random(32).astype(np.float32) + 0.5,
+        "shift": rng.standard_normal(32).astype(np.float32) / 4,
+        "mean": rng.standard_normal(32).astype(np.float32) / 4,
+        "var": rng.random(32).astype(np.float32) + 0.5,
+        "b.weight": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17,
+        "fc.weight": rng.standard_normal((10, 32)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("BatchNormalization", ["a", "scale", "shift", "mean", "var"], ["n"], "bn"),
+        helper.make_node("Relu", ["n"], ["ra"], "ra"),
+        helper.make_node("Conv", ["ra", "b.weight"], ["b"], "b", pads=[1] * 4),
+        helper.make_node("Relu", ["b"], ["rb"], "rb"),
+        helper.make_node("GlobalAveragePool", ["rb"], ["p"], "p"),
+        helper.make_node("Flatten", ["p"], ["f"], "f"),
+        helper.make_node("Gemm", ["f", "fc.weight"], ["y"], "fc", transB=1),
+    ]
+    return make_model(nodes, weights, {"x": ["batch", 16, 8, 8]}, {"y": ["batch", 10]})
+
+
+def images(seed, count=96):
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+    x = np.einsum("ck,nkhw->nchw", mixing, rng.standard_normal((count, 4, 8, 8)).astype(np.float32))
+    return x + 0.05 * rng.standard_normal(x.shape).astype(np.float32)
+
+
+PLAN = Plan(
+    layers=(
+        LayerPlan(name="a", format="tt", modes=(32, 9, 16), ranks=(1, 8, 4, 1)),
+        LayerPlan(name="b", format="svd", modes=(96, 96), ranks=(16,)),
+    )
+)
+
+
+def run(network, out, **options):
+    return compress(network, PLAN, out, seconds=0.05, **options)
+
+
+def test_calibration_makes_the_outputs_nearer(network, tmp_path):
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    plain = run(network, tmp_path / "plain.onnx")
+    fitted = run(network, tmp_path / "fitted.onnx", calibration=Calibration(feeds))
+    held = {"x": images(2)}
+    errors = []
+    from tensorrail_runtime.session import open_session
+    from tensorrail_runtime.session import run as run_session
+
+    onnx.save(network, tmp_path / "dense.onnx")
+    outputs = [run_session(open_session(tmp_path / f"{n}.onnx"), held)["y"] for n in ("dense", "plain", "fitted")]
+    errors = [np.linalg.norm(one - outputs[0]) for one in outputs[1:]]
+    assert errors[1] < 0.5 * errors[0]
+    assert fitted.approximation < plain.approximation
+    assert [fit.layer for fit in fitted.fits] == ["a", "b"]
+    assert all(fit.fitted < fit.plain for fit in fitted.fits)
+    assert plain.fits == ()
+
+
+def test_the_report_holds_what_was_measured(network, tmp_path):
+    x = images(3, 40)
+    labels = np.arange(40) % 10
+    report = run(network, tmp_path / "out.onnx", test=({"x": x}, labels), targets={"params": 1.5, "flops": 50.0})
+    assert report.ratios.flops == report.dense.flops / report.factored.flops
+    assert report.ratios.params > 1.5
+    assert not report.meets  # FLOPs do not fall 50 times
+    assert report.numerical < 1e-5
+    assert report.accuracy is not None
+    assert len(report.accuracy.reference.scores) == 40
+    assert report.latency.latencies[0].model == "dense"
+    assert report.ratios.latency_low <= report.ratios.latency <= report.ratios.latency_high
+    assert CompressReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, monkeypatch):
+    real = compressing.factorize
+
+    def wrong(model, plan, cores, **options):
+        return real(model, plan, {name: [core * 1.01 for core in found] for name, found in cores.items()}, **options)
+
+    monkeypatch.setattr(compressing, "factorize", wrong)
+    with pytest.raises(GraphError, match="differs from what its cores stand for"):
+        run(network, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_refinement_is_what_is_written(network, tmp_path):
+    def refine(dense, factored, plan, calibration):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(factored)
+        changed.producer_name = "refined"
+        return changed
+
+    feeds = ({"x": images(1)},)
+    run(network, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine)
+    assert onnx.load(tmp_path / "out.onnx").producer_name == "refined"

@@ -1,0 +1,142 @@
+"""Plans of whole networks, on times that are known: no test here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_model
+from onnx import helper
+
+from tensorrail_exporter import PlanError, factorize
+from tensorrail_exporter import planner as planning
+from tensorrail_exporter.latency_table import LatencyTable, Timed
+from tensorrail_exporter.latency_table import _key as key_of
+from tensorrail_exporter.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
+from tensorrail_runtime.latency import Ratio
+
+
+@pytest.fixture
+def network(rng):
+    """Three convolutions 64→64 in a row, and one 8→8 that no grid of 16 fits."""
+    weights = {f"c{k}.weight": (rng.standard_normal((64, 64, 3, 3)) / 24).astype(np.float32) for k in range(3)}
+    weights["narrow.weight"] = rng.standard_normal((8, 64, 1, 1)).astype(np.float32)
+    nodes = []
+    for k in range(3):
+        nodes.append(helper.make_node("Conv", [f"x{k}", f"c{k}.weight"], [f"y{k}"], f"c{k}", pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"y{k}"], [f"x{k + 1}"], f"r{k}"))
+    nodes.append(helper.make_node("Conv", ["x3", "narrow.weight"], ["out"], "narrow"))
+    return make_model(nodes, weights, {"x0": ["batch", 64, 12, 12]}, {"out": ["batch", 8, 12, 12]})
+
+
+@pytest.fixture
+def known_times(monkeypatch):
+    """Make every layer take a microsecond a thousand MACs, times a factor that a test may set by the steps' text."""
+    factors: dict[str, float] = {}
+
+    def measure(self, wanted, settings, *, seconds=0.0, on_share=None):
+        for layer, options in wanted.items():
+            for option in (None, *options):
+                macs = layer.macs if option is None else planning._macs(layer, option)
+                factor = next((f for text, f in factors.items() if option is not None and text in option.steps), 1.0)
+                entry = Timed(key=key_of(layer, option), layer=layer.name, form="", milliseconds=1e-6 * macs * factor)
+                self.times[entry.key] = entry
+
+    monkeypatch.setattr(LatencyTable, "measure", measure)
+    real = planning.bench
+
+    def bench(paths, **options):
+        run = real(paths, **{**options, "seconds": 0.01})
+        total = 1e-6 * (3 * 36864 + 512) * 144
+        latencies = tuple(one.model_copy(update={"p50": total}) for one in run.latencies)
+        value = factors.get("measured", 2.01)
+        ratios = tuple(Ratio(model=r.model, reference=r.reference, value=value, low=value, high=value) for r in run.ratios)
+        return run.model_copy(update={"latencies": latencies, "ratios": ratios})
+
+    monkeypatch.setattr(planning, "bench", bench)
+    return factors
+
+
+def search(tmp_path, **targets):
+    return Search(targets=targets, grid=16, cache=tmp_path)
+
+
+def test_a_plan_keeps_its_budget_and_says_why_a_layer_stays_dense(network, known_times, tmp_path):
+    report = plan_network(network, search(tmp_path, latency=2.0))
+    assert report.planned.ms <= report.dense.ms / 2.0 * (1 + 1e-9)
+    assert report.meets
+    reasons = {row.layer: row.reason for row in report.rows if row.format is None}
+    assert reasons["narrow"] == "too narrow for a rank on the grid"
+    assert PlanReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_what_is_promised_is_what_factorize_makes(network, known_times, tmp_path):
+    report = plan_network(network, search(tmp_path, flops=2.0))
+    made = factorize(network, report.plan, random_cores(network, report.plan))
+    rows = {row.layer: row for row in report.rows if row.format}
+    assert rows.keys() == {layer.layer for layer in made.layers}
+    for layer in made.layers:
+        assert layer.flops == 2 * rows[layer.layer].macs
+        assert layer.stored_params == rows[layer.layer].params
+        assert layer.steps == rows[layer.layer].steps
+    assert report.planned.macs <= report.dense.macs / 2.0
+
+
+def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
+    known_times["conv"] = 50.0  # whatever the form, it is slower
+    with pytest.raises(PlanError, match=r"latency=2 cannot be met: .* falls 1.00 times; ask for less"):
+        plan_network(network, search(tmp_path, latency=2.0))
+    with pytest.raises(PlanError, match="allow slower layers"):
+        plan_network(network, search(tmp_path, params=2.0))
+    allowed = Search(targets={"params": 2.0}, grid=16, cache=tmp_path, gain=float("inf"))
+    report = plan_network(network, allowed)
+    assert report.planned.params <= report.dense.params / 2.0
+
+
+def test_kept_layers_are_kept(network, known_times, tmp_path):
+    known_times["measured"] = 1.31
+    report = plan_network(network, Search(targets={"latency": 1.3}, grid=16, cache=tmp_path, keep=("c[01]",)))
+    assert [row.layer for row in report.rows if row.reason == "kept as asked"] == ["c0", "c1"]
+    assert {layer.name for layer in report.plan.layers} <= {"c2"}
+
+
+def test_several_targets_hold_together(network, known_times, tmp_path):
+    known_times["measured"] = 1.51
+    report = plan_network(network, search(tmp_path, latency=1.5, params=3.0))
+    assert report.planned.params <= report.dense.params / 3.0
+    assert report.planned.ms <= report.dense.ms / 1.5 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("measured", "meets"), [(1.8, False), (2.3, True)])
+def test_what_was_measured_moves_the_budget(network, known_times, tmp_path, measured, meets):
+    plain = plan_network(network, search(tmp_path, latency=2.0))
+    known_times["measured"] = measured  # whatever is chosen: slower, or faster, than the table says
+    moved = plan_network(network, search(tmp_path, latency=2.0))
+    assert moved.meets == meets
+    assert moved.measured.value == measured
+    if meets:  # too fast: a looser budget loses less
+        assert sum(row.loss for row in moved.rows) <= sum(row.loss for row in plain.rows)
+    else:
+        assert "latency" in moved.targets
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        ({}, "no target came"),
+        ({"speed": 2.0}, "unknown target 'speed': expected one of latency, flops, params, bytes"),
+        ({"latency": 0.5}, "expected how many times less"),
+        ({"latency": float("nan")}, "expected how many times less"),
+    ],
+)
+def test_targets_that_are_none(network, targets, reason):
+    with pytest.raises(PlanError, match=reason):
+        plan_network(network, Search(targets=targets))
+
+
+def test_zeros_are_added_where_that_is_faster(network, known_times, tmp_path):
+    from tensorrail_exporter import LayerPlan, Plan
+
+    plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
+    assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 1}  # fewer MACs are less time here
+    known_times["64→30"] = 3.0
+    assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 4}

@@ -1,0 +1,90 @@
+"""What options cost in accuracy: from weights, from inputs, from labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_model
+from onnx import helper
+
+from tensorrail_exporter.calibration import Calibration
+from tensorrail_exporter.options import options_of
+from tensorrail_exporter.sensitivity import losses_of, lost_shares
+from tensorrail_exporter.survey import survey
+
+
+@pytest.fixture
+def network(rng):
+    """Two 3×3 convolutions 32→32 and a Gemm 32→10."""
+    weights = {
+        "a.weight": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17,
+        "b.weight": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17,
+        "fc.weight": rng.standard_normal((10, 32)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["ra"], "ra"),
+        helper.make_node("Conv", ["ra", "b.weight"], ["b"], "b", pads=[1] * 4),
+        helper.make_node("Relu", ["b"], ["rb"], "rb"),
+        helper.make_node("GlobalAveragePool", ["rb"], ["p"], "p"),
+        helper.make_node("Flatten", ["p"], ["f"], "f"),
+        helper.make_node("Gemm", ["f", "fc.weight"], ["y"], "fc", transB=1),
+    ]
+    return make_model(nodes, weights, {"x": ["batch", 32, 8, 8]}, {"y": ["batch", 10]})
+
+
+def wanted(model):
+    return {layer: options_of(layer, ["auto"], 8) for layer in survey(model) if layer.spec.op == "conv"}
+
+
+def test_shares_are_exact_for_two_factors_and_a_bound_for_a_train(network):
+    for layer, options in wanted(network).items():
+        weight = np.random.default_rng(1).standard_normal(layer.spec.shape).astype(np.float32)
+        for option, share in zip(options, lost_shares(weight, options), strict=True):
+            plan = option.plan(layer.name)
+            cut = plan.reconstruct(plan.decompose(weight), weight.shape)
+            real = float(np.square(weight - cut).sum() / np.square(weight).sum())
+            if option.format == "svd":
+                assert share == pytest.approx(real, rel=1e-3, abs=1e-6)
+            else:
+                assert real <= share * (1 + 1e-3)
+                assert share <= 2 * real + 1e-6  # each of the two tails is at most the error
+
+
+def test_larger_ranks_cost_less(network):
+    losses = losses_of(network, wanted(network))
+    assert losses.source == "weights"
+    for layer, options in wanted(network).items():
+        by_rank = sorted(
+            (o.ranks, loss) for o, loss in zip(options, losses.values[layer.name], strict=True) if o.format == "svd"
+        )
+        by_modes = [
+            [loss for o, loss in zip(options, losses.values[layer.name], strict=True) if o.modes == m and o.format == "svd"]
+            for m in {o.modes for o in options}
+        ]
+        assert by_rank
+        assert all(one == sorted(one, reverse=True) for one in by_modes)
+
+
+def test_input_channels_that_hardly_occur_cost_little(network):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((64, 32, 8, 8)).astype(np.float32)
+    few = x.copy()
+    few[:, 4:] *= 0.01  # four channels carry all
+    options = wanted(network)
+    first = next(iter(options))
+    plain, narrow = (
+        losses_of(network, options, Calibration(tuple({"x": one[k : k + 16]} for k in range(0, 64, 16)))) for one in (x, few)
+    )
+    assert plain.source == narrow.source == "calibration"
+    place = next(k for k, o in enumerate(options[first]) if o.format == "svd" and o.modes[1] == 32 and o.ranks == (8,))
+    assert narrow.values[first.name][place] < 0.05 * plain.values[first.name][place]
+
+
+def test_labels_measure_the_cross_entropy(network):
+    rng = np.random.default_rng(4)
+    feeds = tuple({"x": rng.standard_normal((16, 32, 8, 8)).astype(np.float32)} for _ in range(4))
+    labels = rng.integers(0, 10, 64)
+    found = losses_of(network, wanted(network), Calibration(feeds, labels))
+    assert found.source == "labels"
+    assert all(value >= 0 for values in found.values.values() for value in values)

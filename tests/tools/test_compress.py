@@ -1,0 +1,91 @@
+"""`tensorrail plan` and `tensorrail compress`: what they write, print and end with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tensorrail_exporter import Plan
+from tensorrail_trainer.models import SmallResNet
+from tensorrail_trainer.torch_export import to_onnx
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("compress")
+    torch.manual_seed(0)
+    model = SmallResNet(3, 10, [32, 48], 1, 16).eval()
+    onnx.save(to_onnx(model, torch.randn(2, 3, 32, 32)), made / "dense.onnx")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 3, 32, 32)).astype(np.float32)
+    np.savez(made / "x.npz", image=x)
+    np.savez(made / "test.npz", image=x, labels=rng.integers(0, 10, 40))
+    return made
+
+
+def call(folder, *arguments):
+    command = [sys.executable, "-c", "from tensorrail.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+FAST = ("--seconds", "1", "--cache", "cache")
+
+
+def test_plan_then_compress_by_it(folder):
+    done = call(
+        folder, "plan", "dense.onnx", "--target", "params=1.5", "--allow-slower", "-o", "plan.json", "--json", "p.json", *FAST
+    )
+    assert done.returncode == 0, done.stderr
+    assert "predicted" in done.stdout
+    plan = Plan.load(folder / "plan.json")
+    record = json.loads((folder / "p.json").read_text())
+    assert record["dense"]["params"] / record["planned"]["params"] >= 1.5
+    assert [layer["name"] for layer in record["plan"]["layers"]] == [layer.name for layer in plan.layers]
+    done = call(
+        folder, "compress", "dense.onnx", "-o", "out.onnx", "--plan", "plan.json", "--calibration", "x.npz",
+        "--data", "test.npz", "--fit", "1", "--duration", "0.5", "--json", "c.json",
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr  # 1: not measured to be faster, which a network this small need not be
+    assert "top-1 accuracy" in done.stdout
+    record = json.loads((folder / "c.json").read_text())
+    assert record["ratios"]["params"] >= 1.4
+    assert (done.returncode == 0) == (record["ratios"]["latency_low"] > 1)
+    assert ("NOT measured to be faster" in done.stdout) == (done.returncode == 1)
+    onnx.checker.check_model(onnx.load(folder / "out.onnx"), full_check=True)
+
+
+def test_a_torch_module_can_be_planned(folder):
+    (folder / "mine.py").write_text(
+        "from tensorrail_trainer.models import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
+    )
+    done = call(folder, "plan", "mine:make", "--shape", "image=3,16,16", "--target", "params=1.2", "--allow-slower", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert "stages.0.0.conv1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("plan", "dense.onnx", "--target", "latency"), "a target is written as latency=2.0"),
+        (("plan", "dense.onnx", "--target", "speed=2"), "unknown target 'speed'"),
+        (("plan", "missing.onnx", "--target", "latency=2"), "missing.onnx: cannot be read"),
+        (("plan", "dense.onnx", "--target", "latency=2", "--format", "ttt"), "unknown format 'ttt'"),
+        (("plan", "nowhere:make", "--shape", "x=3,8,8", "--target", "latency=2"), "cannot be imported"),
+        (("compress", "dense.onnx", "-o", "o.onnx"), "compress needs --target"),
+        (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "none.json"), "none.json: cannot be read"),
+        (("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--calibration", "none.npz"), "none.npz"),
+        (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--data", "x.npz"), "needs an array `labels`"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, reason):
+    done = call(folder, *arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (folder / "o.onnx").exists()

@@ -1,0 +1,93 @@
+"""Cores fitted to activations: where a graph is cut, what is trained, and that it helps."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
+from tensorrail_exporter.calibration import Calibration
+from tensorrail_trainer.calibration_fit import FitSettings, cut_points, fit_blocks, trainable_names
+from tensorrail_trainer.resnets import resnet18
+from tensorrail_trainer.torch_export import to_onnx
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    model = resnet18(classes=10, stem="small", width=8)
+    with torch.no_grad():
+        model(torch.randn(64, 3, 32, 32))  # batch-norm statistics that are not the initial ones
+    return to_onnx(model.eval(), torch.randn(2, 3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return Plan(
+        layers=tuple(
+            LayerPlan(name=f"layer{stage}.1.conv{k}", format="tt", modes=(c, 9, c), ranks=(1, c // 2, c // 2, 1))
+            for stage, c in ((1, 8), (2, 16), (3, 32))
+            for k in (1, 2)
+        )
+    )
+
+
+def inputs(seed, count=64):
+    return np.random.default_rng(seed).standard_normal((count, 3, 32, 32)).astype(np.float32)
+
+
+def outputs(model, x):
+    import onnxruntime as ort
+
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
+
+
+def test_a_residual_network_is_cut_behind_its_blocks(dense):
+    cuts = set(cut_points(dense))
+    by_output = {name: node for node in dense.graph.node for name in node.output}
+    # Behind a block everything later needs one tensor; within a block the shortcut is needed as well.
+    adds = [node for node in dense.graph.node if node.op_type == "Add"]
+    assert len(adds) == 8
+    assert all(node.output[0] in cuts for node in adds)
+    within = [n.output[0] for n in dense.graph.node if n.op_type == "Conv" and n.input[1] == "layer1.1.conv1.weight"]
+    assert within
+    assert not set(within) & cuts
+    assert all(name in by_output for name in cuts)
+
+
+def test_what_is_trained_belongs_to_the_plan(dense, plan):
+    factored = factorize(dense, plan, decompose_graph(dense, plan)).model
+    names = trainable_names(factored, plan)
+    for layer in plan.layers:
+        assert {f"{layer.name}/{k}" for k in range(3)} <= set(names)
+        assert f"{layer.name.replace('conv', 'bn')}.weight" in names
+    assert not [name for name in names if name.startswith(("layer4", "conv1", "fc"))]
+
+
+def test_the_fit_brings_held_out_outputs_nearer_and_leaves_the_rest(dense, plan):
+    factored = factorize(dense, plan, decompose_graph(dense, plan)).model
+    feeds = tuple({"image": inputs(1, 128)[k : k + 32]} for k in range(0, 128, 32))
+    fit = fit_blocks(dense, factored, plan, Calibration(feeds), FitSettings(block_epochs=4, epochs=3))
+    held = inputs(2)
+    wanted, before, after = (outputs(one, held) for one in (dense, factored, fit.model))
+    assert np.linalg.norm(after - wanted) < 0.8 * np.linalg.norm(before - wanted)
+    assert all(block.after < block.before for block in fit.blocks)
+    onnx.checker.check_model(fit.model, full_check=True)
+    old, new = ({t.name: numpy_helper.to_array(t) for t in one.graph.initializer} for one in (factored, fit.model))
+    trained = set(trainable_names(factored, plan))
+    assert old.keys() == new.keys()
+    for name, value in old.items():
+        assert value.shape == new[name].shape
+        if name not in trained:
+            np.testing.assert_array_equal(value, new[name])
+
+
+def test_the_same_seed_gives_the_same_model(dense, plan):
+    factored = factorize(dense, plan, decompose_graph(dense, plan)).model
+    feeds = ({"image": inputs(1, 32)},)
+    short = FitSettings(block_epochs=1, epochs=1)
+    made = [fit_blocks(dense, factored, plan, Calibration(feeds), short).model.SerializeToString() for _ in range(2)]
+    assert made[0] == made[1]

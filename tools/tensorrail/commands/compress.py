@@ -1,0 +1,194 @@
+"""`tensorrail compress`: a faster model from nothing but an ONNX file."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tensorrail.options import Data, Json, Provider, Shape
+from tensorrail.show import console, stages, table
+from tensorrail.targets import (
+    Batch,
+    Cache,
+    CalibrationPath,
+    Formats,
+    Grid,
+    Keep,
+    Samples,
+    Seconds,
+    Slower,
+    Threads,
+    load_inputs,
+    read_targets,
+    show_plan,
+)
+
+if TYPE_CHECKING:
+    from tensorrail_exporter.compress import CompressReport, Refine
+
+Fit = Annotated[
+    int,
+    typer.Option(
+        "--fit",
+        min=-1,
+        metavar="EPOCHS",
+        help="Passes over the calibration inputs that fit the cores to the dense activations, in torch; 0: none, "
+        "-1: 12 for each block and 6 for all together where torch is installed.",
+    ),
+]
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The dense graph.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the faster model is written.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="latency=2.0", help="How many times less: latency, flops, params or bytes."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json in place of a target.")] = None,
+    calibration: CalibrationPath = None,
+    samples: Samples = 512,
+    fit: Fit = -1,
+    data: Data = None,
+    provider: Provider = "cpu",
+    threads: Threads = 0,
+    batch: Batch = 1,
+    shape: Shape = None,
+    format: Formats = None,  # noqa: A002 - the record's own word
+    grid: Grid = 0,
+    keep: Keep = None,
+    allow_slower: Slower = False,
+    seconds: Seconds = 150.0,
+    duration: Annotated[float, typer.Option(min=0.5, help="Seconds of the final comparison.")] = 10.0,
+    cache: Cache = None,
+    json: Json = None,
+) -> None:
+    """Plan, decompose, rewrite, check and time. Exit code 1 when the target or a speed-up above 1 was not measured."""
+    from tensorrail_exporter.compress import compress
+    from tensorrail_exporter.errors import PlanError, TargetError
+    from tensorrail_exporter.graph_io import load_model
+    from tensorrail_exporter.plan import Plan
+    from tensorrail_exporter.planner import Search, plan_network
+    from tensorrail_runtime.inputs import load_arrays, parse_shapes
+    from tensorrail_runtime.session import ModelError, Settings
+
+    if bool(target) == (plan is not None):
+        raise PlanError("compress needs --target latency=2.0 (or flops, params, bytes), or --plan plan.json, and not both")
+    settings, shapes = Settings(provider=provider, threads=threads), parse_shapes(shape or [])
+    targets = read_targets(target or [])
+    search = Search(
+        targets=targets,
+        batch=batch,
+        formats=tuple(format or ("auto",)),
+        grid=grid,
+        keep=tuple(keep or ()),
+        gain=float("inf") if allow_slower else 0.95,
+        seconds=seconds,
+        cache=cache,
+    )
+    if plan is None:
+        search.check()
+    elif not plan.exists():
+        raise PlanError(f"{plan}: cannot be read (no such file): expected a plan.json")
+    graph = load_model(model)
+    inputs = load_inputs(calibration, model, samples)
+    test = None
+    if data is not None:
+        arrays = load_arrays(data)
+        if "labels" not in arrays:
+            raise ModelError(f"{data}: --data needs an array `labels` beside the inputs, and holds {', '.join(arrays)}")
+        labels = arrays.pop("labels")
+        test = (arrays, labels)
+    refine = _refine(fit) if inputs is not None else None
+    with stages() as on_stage:
+        chosen = None
+        if plan is None:
+            chosen = plan_network(graph, search, calibration=inputs, settings=settings, shapes=shapes, on_stage=on_stage)
+        wanted = Plan.load(plan) if plan is not None else chosen.plan if chosen else None
+        if wanted is None or not wanted.layers:
+            if chosen is not None:
+                show_plan(chosen)
+            raise TargetError("every layer stays dense: nothing here is faster, and no model was written")
+        report = compress(
+            graph,
+            wanted,
+            out,
+            targets=targets,
+            planned=chosen.rows if chosen else (),
+            predicted=chosen.predicted if chosen else None,
+            calibration=inputs,
+            test=test,
+            refine=refine(on_stage) if refine else None,
+            settings=settings,
+            batch=batch,
+            shapes=shapes,
+            seconds=duration,
+            on_stage=on_stage,
+        )
+    if chosen is not None:
+        show_plan(chosen)
+    _show(out, report)
+    if json is not None:
+        report.save(json)
+    raise typer.Exit(0 if report.meets and report.faster else 1)
+
+
+def _refine(epochs: int):  # type: ignore[no-untyped-def] # a function that makes a Refine of a listener
+    """Return what makes the fit in torch; None when it is switched off, or torch is absent and it was not asked for."""
+    if epochs == 0:
+        return None
+    try:
+        from tensorrail_trainer.calibration_fit import FitSettings, fit_blocks
+    except ModuleNotFoundError:
+        if epochs > 0:
+            raise
+        return None
+    settings = FitSettings() if epochs < 0 else FitSettings(block_epochs=epochs, epochs=max(1, epochs // 2))
+
+    def make(on_stage) -> Refine:  # type: ignore[no-untyped-def]
+        listen = partial(_named, on_stage)
+        return lambda dense, factored, plan, inputs: fit_blocks(dense, factored, plan, inputs, settings, listen).model
+
+    return make
+
+
+def _named(on_stage, share: float, what: str) -> None:  # type: ignore[no-untyped-def]
+    on_stage(f"fitting to activations {what}", share)
+
+
+def _show(out: Path, report: CompressReport) -> None:
+    dense, factored, ratios = report.dense, report.factored, report.ratios
+    rows = [
+        ("parameters", f"{dense.params:,}", f"{factored.params:,}", f"÷ {ratios.params:.2f}"),
+        ("FLOPs (2 × MACs)", f"{dense.flops:,}", f"{factored.flops:,}", f"÷ {ratios.flops:.2f}"),
+        ("file, bytes", f"{dense.bytes:,}", f"{factored.bytes:,}", f"÷ {ratios.bytes:.2f}"),
+        (
+            f"latency p50, batch {report.latency.batch}",
+            f"{dense.milliseconds:.3f} ms",
+            f"{factored.milliseconds:.3f} ms",
+            f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
+        ),
+    ]
+    if report.accuracy is not None:
+        a, b = report.accuracy.reference, report.accuracy.candidate
+        rows.append(
+            (
+                "top-1 accuracy",
+                f"{100 * a.mean:.2f} %",
+                f"{100 * b.mean:.2f} %",
+                f"{100 * report.accuracy.difference:+.2f} points",
+            )
+        )
+    table(str(out), ("", "dense", "factored", ""), rows)
+    agreement = "" if report.top1_agreement is None else f", top-1 agrees on {100 * report.top1_agreement:.1f} %"
+    console.print(
+        f"outputs differ by {report.approximation:.2e} relative{agreement}; the rewriting itself by {report.numerical:.1e}"
+    )
+    if not report.faster:
+        console.print("NOT measured to be faster than the dense model")
+    if not report.meets:
+        wanted = ", ".join(f"{name}={value:g}" for name, value in report.targets.items())
+        console.print(f"the target {wanted} was NOT reached")

@@ -1,0 +1,88 @@
+"""`tensorrail plan`: which layers become which cores, so that a target is met at the least loss."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensorrail.options import Json, Provider, Shape
+from tensorrail.show import stages
+from tensorrail.targets import (
+    Batch,
+    Cache,
+    CalibrationPath,
+    Formats,
+    Grid,
+    Keep,
+    Samples,
+    Seconds,
+    Slower,
+    Target,
+    Threads,
+    load_inputs,
+    load_network,
+    read_targets,
+    show_plan,
+)
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL.onnx | module:factory", help="A dense graph, or a torch module.")],
+    target: Target,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where plan.json is written.")] = None,
+    calibration: CalibrationPath = None,
+    samples: Samples = 128,
+    provider: Provider = "cpu",
+    threads: Threads = 0,
+    batch: Batch = 1,
+    shape: Shape = None,
+    format: Formats = None,  # noqa: A002 - the record's own word
+    grid: Grid = 0,
+    keep: Keep = None,
+    allow_slower: Slower = False,
+    seconds: Seconds = 150.0,
+    cache: Cache = None,
+    json: Json = None,
+) -> None:
+    """Choose formats and ranks for a target, from times measured here. Exit code 1 when the measured speed-up falls short."""
+    from tensorrail_exporter.graph_io import save_model
+    from tensorrail_exporter.planner import Search, plan_network
+    from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.session import Settings
+
+    search = Search(
+        targets=read_targets(target),
+        batch=batch,
+        formats=tuple(format or ("auto",)),
+        grid=grid,
+        keep=tuple(keep or ()),
+        gain=float("inf") if allow_slower else 0.95,
+        seconds=seconds,
+        cache=cache,
+    )
+    search.check()
+    graph, path = load_network(model, shape)
+    with tempfile.TemporaryDirectory() as folder:
+        if path is None:
+            path = Path(folder) / "model.onnx"
+            save_model(graph, path)
+            shape = None
+        inputs = load_inputs(calibration, path, samples)
+        with stages() as on_stage:
+            report = plan_network(
+                graph,
+                search,
+                calibration=inputs,
+                settings=Settings(provider=provider, threads=threads),
+                shapes=parse_shapes(shape or []),
+                on_stage=on_stage,
+            )
+    show_plan(report)
+    if out is not None:
+        report.plan.save(out)
+    if json is not None:
+        report.save(json)
+    raise typer.Exit(0 if report.meets else 1)

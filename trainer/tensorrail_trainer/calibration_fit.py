@@ -1,0 +1,250 @@
+"""Cores fitted to the activations of the dense network, block by block, without labels.
+
+A graph is cut where a single tensor holds all that the rest needs: in a residual network behind every block. Each block of the
+factored graph is trained to give the dense block's output from the input that the fitted blocks before it really give, so that
+no block needs more memory or time than it has itself; a last pass over the whole graph fits all of them to the dense outputs
+together. The idea of fitting block by block to few unlabelled inputs is that of BRECQ (Li et al., ICLR 2021) for quantization.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from tensorrail_exporter.calibration import Calibration
+from tensorrail_exporter.plan import Plan
+from tensorrail_runtime.records import Record
+from tensorrail_trainer.onnx_module import OnnxModule
+
+_RATE = 0.01  # of a tensor's root mean square: Adam's first steps change values by that share
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Passes over the calibration inputs: `block_epochs` for every block alone, `epochs` for the whole graph."""
+
+    block_epochs: int = 12
+    epochs: int = 6
+    rate: float = _RATE
+    seed: int = 0
+
+
+class BlockFit(Record):
+    """One block: the share of the variance of its output that is lost, before and after the fit, on the calibration inputs."""
+
+    block: str
+    tensors: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class CalibrationFit:
+    """The factored graph with fitted values, and how well each block now keeps the dense activations."""
+
+    model: onnx.ModelProto
+    blocks: tuple[BlockFit, ...]
+
+
+def fit_blocks(
+    dense: onnx.ModelProto,
+    factored: onnx.ModelProto,
+    plan: Plan,
+    calibration: Calibration,
+    settings: FitSettings | None = None,
+    on_share: Callable[[float, str], None] = lambda _, __: None,
+) -> CalibrationFit:
+    """Return the factored graph with its cores, biases and batch-norms fitted to the dense graph's activations.
+
+    Raises `GraphError` for a graph with an operator that cannot be run in torch.
+    """
+    settings = settings or FitSettings()
+    trainable = trainable_names(factored, plan)
+    teacher, student = OnnxModule(dense), OnnxModule(factored, trainable)
+    feeds = {
+        name: torch.from_numpy(np.concatenate([feed[name] for feed in calibration.feeds])) for name in calibration.feeds[0]
+    }
+    feeds = {name: _last(value) for name, value in feeds.items()}
+    ends = [value.name for value in dense.graph.output]
+    cuts = [name for name in cut_points(dense) if name in cut_points(factored)]
+    spans = _spans(factored, [*cuts, *ends], set(trainable))
+    rows = []
+    given, wanted = dict(feeds), dict(feeds)
+    for number, (cut, names) in enumerate(spans):
+        target = _run(teacher, wanted, [cut])[cut]
+        if names and settings.block_epochs:
+            on_share(0.6 * number / len(spans), cut)
+            before = _lost(_run(student, given, [cut])[cut], target)
+            _train(student, given, {cut: target}, names, settings.block_epochs, settings)
+            out = _run(student, given, [cut])[cut]
+            rows.append(BlockFit(block=cut, tensors=len(names), before=before, after=_lost(out, target)))
+        else:
+            out = _run(student, given, [cut])[cut]
+        given, wanted = {cut: out}, {cut: target}
+    if settings.epochs:
+        on_share(0.6, "the whole graph")
+        targets = _run(teacher, feeds, [cut for cut, names in spans if names] + ends)
+        _train(
+            student,
+            feeds,
+            targets,
+            trainable,
+            settings.epochs,
+            settings,
+            on_share=lambda s: on_share(0.6 + 0.4 * s, "the whole graph"),
+        )
+    on_share(1.0, "")
+    return CalibrationFit(student.write_back(factored), tuple(rows))
+
+
+def trainable_names(factored: onnx.ModelProto, plan: Plan) -> list[str]:
+    """Return what a fit may change: cores, biases of rewritten layers, scale and shift of the norms behind them."""
+    initializers = {tensor.name for tensor in factored.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    layers = tuple(f"{layer.name}/" for layer in plan.layers)
+    found = []
+    touched: set[str] = set()
+    for node in factored.graph.node:
+        own = node.name.startswith(layers) or any(name.startswith(layers) for name in node.input if name in initializers)
+        if own:
+            found += [name for name in node.input[1:] if name in initializers]
+            touched.update(node.output)
+        elif node.op_type == "BatchNormalization" and node.input[0] in touched:
+            found += [name for name in node.input[1:3] if name in initializers]
+        elif node.op_type == "Add" and any(name in touched for name in node.input):
+            found += [name for name in node.input if name in initializers]
+    return list(dict.fromkeys(found))
+
+
+def cut_points(model: onnx.ModelProto) -> list[str]:
+    """Return, in order, the tensors behind which nothing computed earlier is needed any more."""
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    last: dict[str, int] = {}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            last[name] = index
+    for value in graph.output:
+        last[value.name] = len(graph.node)
+    live = {value.name for value in graph.input if value.name not in constants and value.name in last}
+    found: list[str] = []
+    derived = _constant_tensors(graph, constants)
+    for index, node in enumerate(graph.node):
+        live |= {name for name in node.output if last.get(name, -1) > index and name not in derived}
+        live -= {name for name in live if last[name] <= index}
+        if len(live) == 1 and index < len(graph.node) - 1:
+            (only,) = live
+            if only in node.output and (not found or found[-1] != only):
+                found.append(only)
+    return found
+
+
+def _constant_tensors(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
+    """Return the tensors that depend on no input."""
+    known = set(constants) | {""}
+    for node in graph.node:
+        if all(name in known for name in node.input):
+            known.update(node.output)
+    return known
+
+
+def _spans(factored: onnx.ModelProto, cuts: Sequence[str], trainable: set[str]) -> list[tuple[str, list[str]]]:
+    """Return the blocks: their last tensor and what is trained in them. One ends as late as it can before the next begins."""
+    spans: list[tuple[str, list[str]]] = []
+    names: list[str] = []
+    pending = ""
+    wanted = set(cuts)
+    ending = _ending(factored)
+    for node in factored.graph.node:
+        own = [name for name in node.input if name in trainable]
+        if own and pending:
+            spans.append((pending, list(dict.fromkeys(names))))
+            names, pending = [], ""
+        names += own
+        ready = [name for name in node.output if name in wanted]
+        if ready and names and (pending or not ending or node.op_type in ending):
+            pending = ready[0]
+    if pending:
+        spans.append((pending, list(dict.fromkeys(names))))
+    elif names:
+        spans.append((cuts[-1], list(dict.fromkeys(names))))
+    return spans
+
+
+def _ending(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the operators that end a block: where branches meet and are activated; none in a graph without branches."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    joins = any(node.op_type == "Add" and not any(name in constants for name in node.input) for node in model.graph.node)
+    return frozenset({"Relu", "Add", "Clip", "HardSwish"}) if joins else frozenset()
+
+
+def _train(
+    student: OnnxModule,
+    inputs: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    names: Iterable[str],
+    epochs: int,
+    settings: FitSettings,
+    on_share: Callable[[float], None] = lambda _: None,
+) -> None:
+    """Train some tensors to give the targets: the mean of their lost shares of variance is the loss."""
+    known = student.parameters_by_name()
+    chosen = [known[name] for name in names]
+    for parameter in known.values():
+        parameter.requires_grad_(False)
+    groups = []
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+        size = float(parameter.detach().square().mean().sqrt())
+        groups.append({"params": [parameter], "lr": settings.rate * max(size, 1e-3)})
+    base = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    spreads = {name: _spread(value) for name, value in targets.items()}
+    count = len(next(iter(inputs.values())))
+    generator = torch.Generator().manual_seed(settings.seed)
+    steps, step = epochs * max(1, count // _BATCH), 0
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, max(1, count - _BATCH + 1), _BATCH):
+            pick = order[start : start + _BATCH]
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            made = student({name: value[pick] for name, value in inputs.items()}, list(targets))
+            loss = torch.stack(
+                [(made[name] - value[pick]).square().mean() / spreads[name] for name, value in targets.items()]
+            ).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            on_share(step / steps)
+    for parameter in known.values():
+        parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _run(module: OnnxModule, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+    count = len(next(iter(inputs.values())))
+    parts = [
+        module({name: value[start : start + _BATCH] for name, value in inputs.items()}, list(outputs))
+        for start in range(0, count, _BATCH)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in outputs}
+
+
+def _spread(value: Tensor) -> Tensor:
+    return value.float().var(0, correction=0).mean().clamp_min(1e-12)
+
+
+def _lost(made: Tensor, target: Tensor) -> float:
+    return float((made - target).square().mean() / _spread(target))
+
+
+def _last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value

@@ -1,0 +1,193 @@
+r"""Second moments of the layers' inputs, gathered while a model trains, and the metric for weights that they make.
+
+When the weight of a linear layer changes from W to Z, its outputs on inputs :math:`x` of I channels change by
+
+.. math:: E‖(W - Z) x‖^2 = ‖(W - Z) S‖_F^2, \qquad S = E[xx^T]^{1/2} \quad (I, I).
+
+For a convolution the same holds for each tap of the kernel alone; that neighbouring positions are alike is left out, since
+a matrix that mixes taps would not keep the ranks of every format. S is scaled to :math:`\operatorname{tr} S^2 = I`, so
+that inputs without preferred direction make it the identity: the plain Frobenius norm.
+
+The closest weight of low rank in this metric is :math:`\operatorname{project}(WS) \, S^{-1}`. A regular matrix on the one
+mode of the inputs multiplies one core, so it keeps every rank. Over an input that is split into several modes it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.metric import roots
+from tensorrail_exporter.plan import LayerPlan, Plan
+from tensorrail_trainer.layers import DenseLayer
+
+_ROWS = 1024  # positions of a batch that are looked at: their product costs less than the layer's own forward
+_WINDOW = 100  # batches: the mean of all at first, of about so many last ones later, for the layers before go on training
+
+
+@dataclass(frozen=True)
+class Root:
+    """The symmetric square root S (I, I) of a second moment, tr S² = I, and its inverse: the metric of one layer."""
+
+    root: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor, like: Tensor) -> Root:
+        """Return the root of a second moment (I, I), with the type and on the device of the weight `like`."""
+        root, inverse = roots(second.cpu().numpy())
+        scale = math.sqrt((root * root).sum() / len(root))
+        return cls(*(torch.from_numpy(matrix).to(like) for matrix in (root / scale, inverse * scale)))
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return W·S of a weight (O, I, *K): its Frobenius norm is the weight's norm in this metric."""
+        return _on_axis(weight, 1, self.root)
+
+    def undo(self, weight: Tensor) -> Tensor:
+        """Return W·S⁻¹ of a weight (O, I, *K)."""
+        return _on_axis(weight, 1, self.inverse)
+
+    def decompose(self, plan: LayerPlan, weight: Tensor) -> list[Tensor]:
+        """Return the cores of W·S, the input's one multiplied by S⁻¹: the cores of a weight close to W in this metric."""
+        cores = plan.decompose(self.apply(weight).contiguous())
+        equation = format_of(plan.format).equation(tuple(weight.shape), plan.modes)
+        place = next(k for k, letters in enumerate(equation.cores) if equation.inputs in letters)
+        core, letters = cores[place], equation.cores[place]
+        sizes = dict(zip(equation.weight, equation.axes, strict=True))
+        # A core may have axes of size 1 without a letter, or letters that share an axis.
+        view = core if core.ndim == len(letters) else core.reshape([sizes.get(letter, -1) for letter in letters])
+        cores[place] = _on_axis(view, letters.index(equation.inputs), self.inverse).reshape(core.shape)
+        return cores
+
+
+class InputMoments:
+    """The running second moments of the inputs of planned layers, over the batches that the model trains on.
+
+    A hook on each layer looks at up to 1024 positions of each batch that passes while the layer is in training mode, so
+    that evaluation does not count. `close` removes the hooks; copies of the model have none that do anything.
+    Raises `PlanError` for a plan that `require_one_input` refuses.
+    """
+
+    def __init__(self, plan: Plan, layers: Mapping[str, DenseLayer]) -> None:
+        require_one_input(plan, layers)
+        self._layers = dict(layers)
+        self.second: dict[str, Tensor] = {}  # (I, I)
+        self.batches = dict.fromkeys(layers, 0)
+        self._hooks = [
+            dense.module.register_forward_pre_hook(_Hook(self, name), with_kwargs=True) for name, dense in layers.items()
+        ]
+
+    @torch.no_grad()
+    def add(self, name: str, x: Tensor) -> None:
+        """Take a batch of inputs of a layer into its mean: (B, I, *S) of a convolution, (…, I) of the others."""
+        rows = _rows(x, self._layers[name].spec.spatial)
+        if not len(rows):
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            second = rows.T @ rows / len(rows)
+        self.batches[name] += 1
+        share = max(1 / self.batches[name], 1 / _WINDOW)
+        self.second[name] = torch.lerp(self.second[name], second, share) if name in self.second else second
+
+    def roots(self) -> dict[str, Root]:
+        """Return the metric of every layer from the batches so far, the mean over all processes that train together.
+
+        `ValueError` names a layer that no batch has passed, or whose inputs were not finite.
+        """
+        return {name: Root.of(self._mean(name), dense.parameters[0]) for name, dense in self._layers.items()}
+
+    def close(self) -> None:
+        """Remove the hooks from the model; what was gathered stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments and the number of batches behind them."""
+        return {"second": dict(self.second), "batches": dict(self.batches)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over moments and numbers of batches."""
+        self.batches = dict(state["batches"])
+        self.second = {name: t.to(self._layers[name].parameters[0].device) for name, t in state["second"].items()}
+
+    def _mean(self, name: str) -> Tensor:
+        if name not in self.second:
+            raise ValueError(
+                f"layer {name}: no batch has passed its module in training mode, so that the metric of its inputs is not "
+                "known; train before the update, or use metric='weight' where the model reads the weight past its module"
+            )
+        second = self.second[name]
+        if distributed.is_available() and distributed.is_initialized():  # each process saw other batches
+            second = second.clone()
+            distributed.all_reduce(second)
+            second /= distributed.get_world_size()
+        if not torch.isfinite(second).all():
+            raise ValueError(f"layer {name}: its inputs were not finite in training; lower the learning rate or rho")
+        return second
+
+
+def require_one_input(plan: Plan, layers: Mapping[str, DenseLayer]) -> None:
+    """Raise `PlanError`, naming the layer, unless all inputs of every planned layer are one mode that a hook can see."""
+    for layer in plan.layers:
+        dense = layers[layer.name]
+        count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
+        if count != 1:
+            raise PlanError(
+                f"layer {layer.name}: modes {list(layer.modes)} split its inputs into {count}, and the metric of the "
+                f"activations does not act on one of them alone; several input modes need `metric: weight`, or give the "
+                f"{dense.spec.shape[1]} inputs as one mode"
+            )
+        if dense.spec.op == "recurrent" and not layer.name.endswith("weight_ih_l0"):
+            raise PlanError(
+                f"layer {layer.name}: its inputs stay inside the {type(dense.module).__name__}; only weight_ih_l0 may have "
+                "`metric: activation`, deeper layers need `metric: weight`, or a module of their own"
+            )
+
+
+class _Hook:
+    """Hands a layer's inputs on to the moments. Copied or pickled with the model it becomes one that does nothing."""
+
+    def __init__(self, moments: InputMoments | None = None, name: str = "") -> None:
+        self.moments, self.name = moments, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.moments is not None and module.training:
+            x = args[0] if args else kwargs["input"]
+            self.moments.add(self.name, x if isinstance(x, Tensor) else x.data)  # the rows of a PackedSequence
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _rows(x: Tensor, spatial: int) -> Tensor:
+    """Return up to `_ROWS` positions of a batch, (N, I), spread over all of it by steps of the golden section.
+
+    Which they are follows from the number of positions alone. The step shares no divisor with that number: a regular one
+    would meet the same columns of every image.
+    """
+    x = x.movedim(-1 - spatial, -1)
+    leading = x.shape[:-1]
+    count = math.prod(leading)
+    if count <= _ROWS:
+        return x.reshape(count, x.shape[-1])
+    step = round(count * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, count) != 1:
+        step += 1
+    picked = torch.arange(_ROWS, device=x.device) * step % count
+    return x[torch.unravel_index(picked, leading)]
+
+
+def _on_axis(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """Return a tensor with one axis multiplied by a symmetric matrix, in full precision."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        product: Tensor = torch.tensordot(tensor, matrix, dims=([axis], [0]))
+        return product.movedim(-1, axis)
