@@ -35,8 +35,8 @@ format: $(READY)
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-bench: $(READY)  ## interleaved latency of dense and factored layers on this machine's CPU
-	$(BIN)/python benchmarks/layers.py
+bench: $(READY)  ## planned networks against dense, published ranks and other tools, interleaved, on this machine's CPU
+	$(BIN)/python benchmarks/compress.py -o results/compress
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
 """Is the planned network faster than dense, than published ranks, and than other tools' exports? All in one interleaved run.
 
-    python benchmarks/compress.py [--batch 1 8] [--seconds 60] [--networks resnet18 …] [-o results/compress]
+    python benchmarks/compress.py [--batch 1] [--seconds 30] [--networks resnet18 …] [-o results/compress]
 
 ResNet-18 at 224²: dense; the published tensor-train ranks (Yin et al., CVPR 2021) as they are, and padded with zeros where that
 is measured to be faster; tensorly-torch's factorized Tucker and TT at about the same MACs (left out with a note when
@@ -23,7 +23,7 @@ from tensorrail_exporter import GraphError, PlanError, factorize
 from tensorrail_exporter.graph_io import save_model
 from tensorrail_exporter.planner import Search, fastest_blocks, plan_network, random_cores
 from tensorrail_runtime.cost import cost
-from tensorrail_runtime.latency import bench
+from tensorrail_runtime.latency import bench_fresh
 from tensorrail_runtime.machine import machine
 from tensorrail_runtime.placement import placement, time_shares
 from tensorrail_runtime.records import write_text
@@ -95,7 +95,7 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         if report is not None and report.plan.layers:
             paths[f"planned, latency={target:g}"] = folder / "planned.onnx"
             save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, folder / "planned.onnx")
-        run = bench(list(paths.values()), batch=batch, seconds=seconds, labels=list(paths))
+        run = bench_fresh(list(paths.values()), batch=batch, seconds=seconds, labels=list(paths))
         costs = [cost(path, batch) for path in paths.values()]
         lines = [
             f"### {name}, batch {batch}",
@@ -140,8 +140,8 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--batch", type=int, nargs="+", help="Default: 1, and for ResNet-18 also 8.")
+    parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--networks", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--cache", type=Path)
     parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md and FILE.json are written.")
@@ -150,14 +150,14 @@ def main() -> None:
     text = [
         "# Planned networks against dense, published ranks and tensorly-torch",
         "",
-        f"Command: `python benchmarks/compress.py --seconds {options.seconds:g}`. {where.processor}, {where.cores} cores, "
-        f"ONNX Runtime {where.onnxruntime}, CPU provider, default threads; all forms of a network in turns in one run; "
-        "random weights.",
+        f"Command: `make bench` (`python benchmarks/compress.py`, {options.seconds:g} s a row). {where.processor}, "
+        f"{where.cores} cores, ONNX Runtime {where.onnxruntime}, CPU provider, default threads; all forms of a network in "
+        "turns, in three fresh processes; random weights.",
         "",
     ]
     records = []
     for name in options.networks:
-        for batch in options.batch:
+        for batch in options.batch or ([1, 8] if name == "resnet18" else [1]):
             try:
                 lines, record = measure(name, batch, options.seconds, options.cache)
             except (GraphError, PlanError) as error:

@@ -16,11 +16,12 @@ from tensorrail_exporter.graph_io import save_model
 from tensorrail_exporter.layerwise import LayerFit, fit_layers
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.planner import PlannedLayer
+from tensorrail_exporter.precision import PrecisionReport
 from tensorrail_exporter.rewrite import LayerRewrite, decompose_graph, factorize, reconstruct
 from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import Shapes, random_inputs
-from tensorrail_runtime.latency import LatencyReport, bench
+from tensorrail_runtime.latency import LatencyReport, bench_fresh
 from tensorrail_runtime.parity import parity
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import Settings, open_session
@@ -71,6 +72,7 @@ class CompressReport(Record):
     planned: tuple[PlannedLayer, ...]
     fits: tuple[LayerFit, ...]
     latency: LatencyReport
+    reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, beside itself in fp32
 
     @property
     def faster(self) -> bool:
@@ -123,14 +125,13 @@ def compress(
         on_stage("comparing", 0.5)
         against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=settings)
         on_stage("timing", 0.0)
-        times = bench(
+        times = bench_fresh(
             [dense_path, path],
             batch=batch,
             seconds=seconds,
             settings=settings,
             shapes=shapes,
             labels=["dense", "factored"],
-            on_round=lambda share: on_stage("timing", share),
         )
         sizes = [_size(p, batch, shapes, times.latencies[k].p50) for k, p in enumerate((dense_path, path))]
         accuracy = None

@@ -10,32 +10,29 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnx
 from pydantic import Field, ValidationError
 
 from tensorrail_exporter.context import copies_of, dense_context, factored_context
+from tensorrail_exporter.costs import dense_cost
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import save_model
 from tensorrail_exporter.options import Option
 from tensorrail_exporter.survey import DenseLayer
-from tensorrail_runtime.latency import runner
+from tensorrail_runtime.latency import fresh_bursts
 from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import Record, first_problem, write_text
 from tensorrail_runtime.session import Settings
 
 DENSE = "dense"  # the form of a layer that stays as it is
 
-_VERSION = 1
+_VERSION = 2
 _TOGETHER = 6  # forms that are timed in turns with the dense one
-_BURST = 4  # runs in a row; the first one finds the caches and threads of another model and does not count
-_ROUNDS = 5
 
 
 class Target(Record):
@@ -192,60 +189,40 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Setting
     """Return the times of a layer, dense and in these forms, each in about `seconds`.
 
     Each form is timed in turns with the dense copies, and the ratio of each pair counts, so that what the machine does
-    meanwhile falls out; the dense layer's own time is that of all turns.
+    meanwhile falls out; the dense layer's own time is that of all turns. Every group of forms has a process of its own.
     """
     copies = copies_of(layer)
     with tempfile.TemporaryDirectory() as folder:
         many = dense_context(layer, copies)
-        dense = _open(many, Path(folder) / "dense.onnx", settings)
-        single = _open(dense_context(layer, 1), Path(folder) / "single.onnx", settings) if copies > 1 else None
+        dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
+        save_model(many, dense)
+        save_model(dense_context(layer, 1), single)
         groups = [options[k : k + _TOGETHER] for k in range(0, len(options), _TOGETHER)] or [()]
         ratios: list[float] = []
         base: list[float] = []
         alone = 0.0
         for number, group in enumerate(groups):
-            models = [factored_context(layer, many, option) for option in group]
-            runners = [dense, *(_open(m, Path(folder) / f"{k}.onnx", settings) for k, m in enumerate(models))]
-            if number == 0 and single is not None:
-                runners.append(single)
-            times = _bursts(runners, seconds * len(runners))
+            paths = [dense, *(Path(folder) / f"{k}.onnx" for k in range(len(group)))]
+            for path, option in zip(paths[1:], group, strict=True):
+                save_model(factored_context(layer, many, option), path)
+            if number == 0 and copies > 1:
+                paths.append(single)
+            times = fresh_bursts(paths, settings, seconds * len(paths))
             base += list(times[0])
             ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]
-            if number == 0 and single is not None:
+            if number == 0 and copies > 1:
                 alone = float(np.median(times[-1] / times[0]))
     whole = float(np.median(base))
     one = whole * (1 - alone) / (copies - 1) if copies > 1 else whole
     ends = whole - copies * one  # what does not depend on the number of copies
+    dense_macs = dense_cost(layer.spec).macs
     found = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(one, 1e-6))]
     for option, ratio in zip(options, ratios, strict=True):
-        each = max((whole * ratio - ends) / copies, 1e-6)
+        # A layer of microseconds may drown in noise: no form is taken to be more than twice as efficient as the dense layer.
+        least = 0.5 * found[0].milliseconds * option.macs / max(1, dense_macs)
+        each = max((whole * ratio - ends) / copies, least, 1e-6)
         found.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=each))
     return found
-
-
-def _open(model: onnx.ModelProto, path: Path, settings: Settings) -> Callable[[], object]:
-    save_model(model, path)
-    return runner(path, replace(settings, linger=False), io_binding=settings.provider != "cpu")[0]
-
-
-def _bursts(runners: Sequence[Callable[[], object]], seconds: float) -> np.ndarray:
-    """Return milliseconds (runners, rounds): in each round every runner runs a few times in a row, and its median counts."""
-    rounds: list[list[float]] = []
-    start = time.perf_counter()
-    order = list(range(len(runners)))
-    while len(rounds) < _ROUNDS or time.perf_counter() - start < seconds:
-        row = [0.0] * len(runners)
-        for index in order:
-            runners[index]()
-            samples = []
-            for _ in range(_BURST - 1):
-                begin = time.perf_counter()
-                runners[index]()
-                samples.append(1e3 * (time.perf_counter() - begin))
-            row[index] = float(np.median(samples))
-        rounds.append(row)
-        order.reverse()
-    return np.array(rounds[1:]).T
 
 
 def _form(option: Option) -> str:

@@ -84,6 +84,7 @@ def _alternate(
     gram = gram.astype(np.float32)
     wanted = target.reshape(target.shape[0], -1).astype(np.float32)
     outer = _outer(equation)
+    best, least = list(found), _energy(_product(equation, found, wanted.shape) - wanted, gram)
     before = math.inf
     for _ in range(sweeps):
         rows, within = wanted, equation
@@ -102,10 +103,12 @@ def _alternate(
         if basis is not None and outer is not None:
             found[outer] = (basis @ found[outer].reshape(basis.shape[1], -1)).reshape(cores[outer].shape)
         error = _energy(_product(equation, found, wanted.shape) - wanted, gram)
+        if error < least:  # rounding may undo a step where hardly anything is left to gain
+            best, least = list(found), error
         if before - error < _ENOUGH * before:
             break
         before = error
-    return found
+    return best
 
 
 def _outer(equation: Equation) -> int | None:

@@ -8,6 +8,7 @@ and chosen anew.
 from __future__ import annotations
 
 import fnmatch
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +22,17 @@ from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.choice import Limit, choose
 from tensorrail_exporter.costs import dense_cost
 from tensorrail_exporter.errors import PlanError, TargetError
-from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.graph_io import import_graph, save_model
 from tensorrail_exporter.latency_table import LatencyTable
 from tensorrail_exporter.options import Option, option_for, options_of
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import factorize
 from tensorrail_exporter.sensitivity import Losses, losses_of
+from tensorrail_exporter.sites import find, names_in
 from tensorrail_exporter.survey import DenseLayer, survey
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import Shapes
-from tensorrail_runtime.latency import Ratio, bench
+from tensorrail_runtime.latency import Ratio, bench_fresh
 from tensorrail_runtime.machine import Machine, channel_block, machine
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import Settings
@@ -59,6 +61,7 @@ class Search:
     formats: tuple[str, ...] = ("auto",)
     grid: int = 0  # 0: the target's own
     keep: tuple[str, ...] = ()
+    max_loss: float | None = None
     gain: float = _GAIN
     seconds: float = 150.0  # of measuring layers
     check_seconds: float = 10.0  # of timing the chosen network
@@ -66,8 +69,12 @@ class Search:
 
     def check(self) -> None:
         """Raise `PlanError` for a target that is none."""
-        if not self.targets:
-            raise PlanError(f"no target came: expected one of {', '.join(f'{name}=2.0' for name in TARGETS)}")
+        if self.max_loss is not None and not self.max_loss > 0:
+            raise PlanError(f"the largest loss is a positive number, and {self.max_loss:g} came")
+        if not self.targets and self.max_loss is None:
+            raise PlanError(
+                f"no target came: expected one of {', '.join(f'{name}=2.0' for name in TARGETS)}, or a largest loss"
+            )
         for name, value in self.targets.items():
             if name not in TARGETS:
                 raise PlanError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
@@ -169,7 +176,7 @@ def plan_network(
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         made = cost(dense, search.batch, shapes)
-        whole = bench([dense], batch=search.batch, seconds=search.check_seconds / 3, settings=settings, shapes=shapes)
+        whole = bench_fresh([dense], batch=search.batch, seconds=search.check_seconds / 3, settings=settings, shapes=shapes)
         totals = Totals(params=made.params, macs=made.macs, bytes=made.bytes, ms=whole.latencies[0].p50)
         aim = dict(search.targets)
         tried: list[PlanReport] = []
@@ -294,7 +301,12 @@ def _choose(
                 f"the target {limit.name}={search.targets[limit.name]:g} cannot be met: with every layer in its cheapest form "
                 f"that is faster here, {limit.name} falls {reach:.2f} times; ask for less{more}"
             )
-    picks = choose([[0.0, *losses.values.get(layer.name, ())] for layer in faster], limits)
+    lost = [[0.0, *losses.values.get(layer.name, ())] for layer in faster]
+    if search.max_loss is None:
+        picks = choose(lost, limits)
+    else:
+        pairs = [_costs("latency", layer, options, table) for layer, options in faster.items()]
+        picks = choose([[dense, *others] for dense, others in pairs], [*limits, Limit("loss", lost, search.max_loss)])
     rows, plans = [], []
     saved = {"ms": 0.0, "macs": 0, "params": 0, "bytes": 0}
     for (layer, options), pick in zip(faster.items(), picks, strict=True):
@@ -371,19 +383,20 @@ def _measured(
         return report
     path = folder / "chosen.onnx"
     save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, path)
-    times = bench([dense, path], batch=search.batch, seconds=search.check_seconds, settings=settings, shapes=shapes)
+    times = bench_fresh([dense, path], batch=search.batch, seconds=search.check_seconds, settings=settings, shapes=shapes)
     return report.model_copy(update={"measured": times.ratios[0]})
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:
     """Return cores of the plan's shapes with values of the size that keeps activations as they are: to time a plan."""
     rng = np.random.default_rng(seed)
-    shapes = {layer.name: layer.spec.shape for layer in survey(model)}
+    graph = import_graph(model)
+    names = names_in(graph)
     found = {}
     for layer in plan.layers:
-        if layer.name not in shapes:
-            raise PlanError(f"layer {layer.name}: not among the layers that can be rewritten: {', '.join(shapes)}")
-        sizes = layer.core_shapes(shapes[layer.name])
-        scale = (1 / np.prod([shapes[layer.name][1], *shapes[layer.name][2:]])) ** (0.5 / len(sizes))
+        rule, sites = find(graph, layer, names)
+        shape = rule.layer(sites[0].node).shape
+        sizes = layer.core_shapes(shape)
+        scale = (1 / math.prod(shape[1:])) ** (0.5 / len(sizes))
         found[layer.name] = [(rng.standard_normal(size, np.float32) * np.float32(scale)) for size in sizes]
     return found

@@ -44,6 +44,8 @@ def find(graph: gs.Graph, layer: LayerPlan, names: Names) -> tuple[Rule, list[Si
     called = [Site(inner, node, names) for inner, node in walk(graph) if layer.name in names_of(node)]
     # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
     sites = [site for site in called if layer.name == site.node.name or _has_weight(site.node)] or called
+    # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
+    sites = [site for site in sites if layer.name in _weight_names(site.node)] or sites
     if not sites:
         raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(graph)}")
     rules = {id(_RULE_OF.get(site.node.op)): _RULE_OF.get(site.node.op) for site in sites}
@@ -81,12 +83,16 @@ def rewritable(graph: gs.Graph) -> dict[str, gs.Node]:
 
 def names_of(node: gs.Node) -> list[str]:
     """Return the names by which a plan may call a node: its weight's, with and without `.weight`, and its own."""
+    return [*_weight_names(node), *([node.name] if node.name else [])]
+
+
+def _weight_names(node: gs.Node) -> list[str]:
     names = []
     if rule := _RULE_OF.get(node.op):
         weight = node.inputs[rule.weight_input(node)]
         origin = (weight.name,) if isinstance(weight, gs.Constant) else sources(weight)[:1]
         names = [name for whole in (*origin, weight.name) if whole for name in (whole.removesuffix(".weight"), whole)]
-    return [*names, *([node.name] if node.name else [])]
+    return names
 
 
 def _known(graph: gs.Graph) -> str:

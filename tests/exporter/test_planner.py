@@ -42,17 +42,17 @@ def known_times(monkeypatch):
                 self.times[entry.key] = entry
 
     monkeypatch.setattr(LatencyTable, "measure", measure)
-    real = planning.bench
+    real = planning.bench_fresh
 
     def bench(paths, **options):
-        run = real(paths, **{**options, "seconds": 0.01})
+        run = real(paths, **{**options, "seconds": 0.01, "processes": 1})
         total = 1e-6 * (3 * 36864 + 512) * 144
         latencies = tuple(one.model_copy(update={"p50": total}) for one in run.latencies)
         value = factors.get("measured", 2.01)
         ratios = tuple(Ratio(model=r.model, reference=r.reference, value=value, low=value, high=value) for r in run.ratios)
         return run.model_copy(update={"latencies": latencies, "ratios": ratios})
 
-    monkeypatch.setattr(planning, "bench", bench)
+    monkeypatch.setattr(planning, "bench_fresh", bench)
     return factors
 
 
@@ -97,6 +97,15 @@ def test_kept_layers_are_kept(network, known_times, tmp_path):
     report = plan_network(network, Search(targets={"latency": 1.3}, grid=16, cache=tmp_path, keep=("c[01]",)))
     assert [row.layer for row in report.rows if row.reason == "kept as asked"] == ["c0", "c1"]
     assert {layer.name for layer in report.plan.layers} <= {"c2"}
+
+
+def test_the_fastest_network_within_a_loss(network, known_times, tmp_path):
+    small, large = (plan_network(network, Search(targets={}, grid=16, cache=tmp_path, max_loss=loss)) for loss in (0.2, 1.0))
+    assert 0 < sum(row.loss for row in small.rows) <= 0.2
+    assert sum(row.loss for row in large.rows) <= 1.0
+    assert large.planned.ms < small.planned.ms < small.dense.ms
+    with pytest.raises(PlanError, match="the largest loss is a positive number"):
+        plan_network(network, Search(targets={}, max_loss=-1.0))
 
 
 def test_several_targets_hold_together(network, known_times, tmp_path):

@@ -49,7 +49,7 @@ def test_plan_then_compress_by_it(folder):
     assert [layer["name"] for layer in record["plan"]["layers"]] == [layer.name for layer in plan.layers]
     done = call(
         folder, "compress", "dense.onnx", "-o", "out.onnx", "--plan", "plan.json", "--calibration", "x.npz",
-        "--data", "test.npz", "--fit", "1", "--duration", "0.5", "--json", "c.json",
+        "--data", "test.npz", "--fit", "1", "--also", "int8", "--duration", "0.5", "--json", "c.json",
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr  # 1: not measured to be faster, which a network this small need not be
     assert "top-1 accuracy" in done.stdout
@@ -58,6 +58,8 @@ def test_plan_then_compress_by_it(folder):
     assert (done.returncode == 0) == (record["ratios"]["latency_low"] > 1)
     assert ("NOT measured to be faster" in done.stdout) == (done.returncode == 1)
     onnx.checker.check_model(onnx.load(folder / "out.onnx"), full_check=True)
+    assert [one["to"] for one in record["reduced"]] == ["int8"]
+    assert (folder / "out.int8.onnx").exists()
 
 
 def test_a_torch_module_can_be_planned(folder):
@@ -78,6 +80,8 @@ def test_a_torch_module_can_be_planned(folder):
         (("plan", "dense.onnx", "--target", "latency=2", "--format", "ttt"), "unknown format 'ttt'"),
         (("plan", "nowhere:make", "--shape", "x=3,8,8", "--target", "latency=2"), "cannot be imported"),
         (("compress", "dense.onnx", "-o", "o.onnx"), "compress needs --target"),
+        (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int4"), "--also takes fp16 or int8"),
+        (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int8"), "needs --calibration"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "none.json"), "none.json: cannot be read"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--calibration", "none.npz"), "none.npz"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--data", "x.npz"), "needs an array `labels`"),

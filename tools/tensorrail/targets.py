@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tensorrail_exporter.planner import PlanReport
 
 Target = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--target",
         metavar="latency=2.0",
@@ -26,6 +26,10 @@ Target = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size that times and FLOPs are of.")]
 Formats = Annotated[list[str] | None, typer.Option("--format", help="auto, or a format such as tt; may be given again.")]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option("--max-loss", help="The fastest network within this sum of losses (as the plan's table shows them)."),
+]
 Keep = Annotated[list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Layers that stay dense; `*` and `?` match.")]
 Slower = Annotated[
     bool, typer.Option("--allow-slower", help="For a target on size: rewrite layers that would not be 5 % faster, too.")

@@ -1,9 +1,10 @@
 """Cores fitted to the activations of the dense network, block by block, without labels.
 
 A graph is cut where a single tensor holds all that the rest needs: in a residual network behind every block. Each block of the
-factored graph is trained to give the dense block's output from the input that the fitted blocks before it really give, so that
-no block needs more memory or time than it has itself; a last pass over the whole graph fits all of them to the dense outputs
-together. The idea of fitting block by block to few unlabelled inputs is that of BRECQ (Li et al., ICLR 2021) for quantization.
+factored graph is trained to give the dense block's output from the input that the fitted blocks before it really give, so
+that no block needs more memory or time than it has itself. A last pass over the whole graph can fit all blocks together; it is
+off by default, since with 500 images it lost accuracy on others (results/calibration.md). The idea of fitting block by block to
+few unlabelled inputs is that of BRECQ (Li et al., ICLR 2021) for quantization.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class FitSettings:
     """Passes over the calibration inputs: `block_epochs` for every block alone, `epochs` for the whole graph."""
 
     block_epochs: int = 12
-    epochs: int = 6
+    epochs: int = 0
     rate: float = _RATE
     seed: int = 0
 

@@ -28,7 +28,7 @@ from tensorrail_exporter.metric import roots
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.layers import DenseLayer
 
-_ROWS = 1024  # positions of a batch that are looked at: their product costs less than the layer's own forward
+_ROWS = 1024  # positions of a batch that are looked at: 2·I² FLOPs each, where a convolution does 2·O·I·K at all of them
 _WINDOW = 100  # batches: the mean of all at first, of about so many last ones later, for the layers before go on training
 
 

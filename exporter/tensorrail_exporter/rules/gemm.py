@@ -88,5 +88,5 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
 
 def _scale(site: Site, tensor: gs.Tensor, factor: float, name: str, out: gs.Tensor) -> gs.Tensor:
     """Append `out = factor · tensor` and return `out`."""
-    site.append("Mul", f"{name}_mul", [tensor, site.constant(name, np.array(factor, out.dtype))], out)
+    site.append("Mul", f"{name}_mul", [tensor, site.constant(name, np.array(factor, out.dtype or tensor.dtype))], out)
     return out

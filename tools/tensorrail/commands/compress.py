@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from tensorrail.commands import quantize
 from tensorrail.options import Data, Json, Provider, Shape
 from tensorrail.show import console, stages, table
 from tensorrail.targets import (
@@ -17,9 +18,11 @@ from tensorrail.targets import (
     Formats,
     Grid,
     Keep,
+    MaxLoss,
     Samples,
     Seconds,
     Slower,
+    Target,
     Threads,
     load_inputs,
     read_targets,
@@ -27,7 +30,14 @@ from tensorrail.targets import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import onnx
+
+    from tensorrail_exporter.calibration import Calibration
     from tensorrail_exporter.compress import CompressReport, Refine
+    from tensorrail_exporter.plan import Plan
 
 Fit = Annotated[
     int,
@@ -36,7 +46,7 @@ Fit = Annotated[
         min=-1,
         metavar="EPOCHS",
         help="Passes over the calibration inputs that fit the cores to the dense activations, in torch; 0: none, "
-        "-1: 12 for each block and 6 for all together where torch is installed.",
+        "-1: 12 where torch is installed.",
     ),
 ]
 
@@ -44,14 +54,16 @@ Fit = Annotated[
 def command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The dense graph.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the faster model is written.")],
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", metavar="latency=2.0", help="How many times less: latency, flops, params or bytes."),
-    ] = None,
+    target: Target = None,
+    max_loss: MaxLoss = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json in place of a target.")] = None,
     calibration: CalibrationPath = None,
     samples: Samples = 512,
     fit: Fit = -1,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="fp16|int8", help="Write OUT in that precision as well, and show it beside fp32."),
+    ] = None,
     data: Data = None,
     provider: Provider = "cpu",
     threads: Threads = 0,
@@ -72,10 +84,12 @@ def command(
     from tensorrail_exporter.graph_io import load_model
     from tensorrail_exporter.plan import Plan
     from tensorrail_exporter.planner import Search, plan_network
-    from tensorrail_runtime.inputs import load_arrays, parse_shapes
-    from tensorrail_runtime.session import ModelError, Settings
+    from tensorrail_exporter.precision import reduced
+    from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.session import Settings
 
-    if bool(target) == (plan is not None):
+    _check_also(also or [], calibration)
+    if (bool(target) or max_loss is not None) == (plan is not None):
         raise PlanError("compress needs --target latency=2.0 (or flops, params, bytes), or --plan plan.json, and not both")
     settings, shapes = Settings(provider=provider, threads=threads), parse_shapes(shape or [])
     targets = read_targets(target or [])
@@ -85,6 +99,7 @@ def command(
         formats=tuple(format or ("auto",)),
         grid=grid,
         keep=tuple(keep or ()),
+        max_loss=max_loss,
         gain=float("inf") if allow_slower else 0.95,
         seconds=seconds,
         cache=cache,
@@ -95,22 +110,15 @@ def command(
         raise PlanError(f"{plan}: cannot be read (no such file): expected a plan.json")
     graph = load_model(model)
     inputs = load_inputs(calibration, model, samples)
-    test = None
-    if data is not None:
-        arrays = load_arrays(data)
-        if "labels" not in arrays:
-            raise ModelError(f"{data}: --data needs an array `labels` beside the inputs, and holds {', '.join(arrays)}")
-        labels = arrays.pop("labels")
-        test = (arrays, labels)
+    test = _labelled(data) if data is not None else None
     refine = _refine(fit) if inputs is not None else None
     with stages() as on_stage:
-        chosen = None
-        if plan is None:
+        if plan is not None:
+            chosen, wanted = None, Plan.load(plan)
+        else:
             chosen = plan_network(graph, search, calibration=inputs, settings=settings, shapes=shapes, on_stage=on_stage)
-        wanted = Plan.load(plan) if plan is not None else chosen.plan if chosen else None
-        if wanted is None or not wanted.layers:
-            if chosen is not None:
-                show_plan(chosen)
+            wanted = chosen.plan
+        if not wanted.layers:
             raise TargetError("every layer stays dense: nothing here is faster, and no model was written")
         report = compress(
             graph,
@@ -131,9 +139,45 @@ def command(
     if chosen is not None:
         show_plan(chosen)
     _show(out, report)
+    for precision in also or []:
+        small = reduced(
+            out,
+            out.with_suffix(f".{precision}.onnx"),
+            to=precision,  # type: ignore[arg-type] # checked above
+            calibration=inputs.feeds if inputs is not None else None,
+            data=test[0] if test else None,
+            labels=test[1] if test else None,
+            batch=batch,
+            seconds=duration,
+            settings=settings,
+        )
+        quantize.show(small)
+        report = report.model_copy(update={"reduced": (*report.reduced, small)})
     if json is not None:
         report.save(json)
     raise typer.Exit(0 if report.meets and report.faster else 1)
+
+
+def _check_also(also: Sequence[str], calibration: Path | None) -> None:
+    from tensorrail_exporter.errors import PlanError
+    from tensorrail_exporter.precision import Precision
+
+    unknown = [one for one in also if one not in get_args(Precision)]
+    if unknown:
+        raise PlanError(f"--also takes {' or '.join(get_args(Precision))}, and {unknown[0]!r} came")
+    if "int8" in also and calibration is None:
+        raise PlanError("--also int8 needs --calibration: the ranges of activations are measured on inputs")
+
+
+def _labelled(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    from tensorrail_runtime.inputs import load_arrays
+    from tensorrail_runtime.session import ModelError
+
+    arrays = load_arrays(path)
+    if "labels" not in arrays:
+        raise ModelError(f"{path}: --data needs an array `labels` beside the inputs, and holds {', '.join(arrays)}")
+    labels = arrays.pop("labels")
+    return arrays, labels
 
 
 def _refine(epochs: int):  # type: ignore[no-untyped-def] # a function that makes a Refine of a listener
@@ -141,16 +185,27 @@ def _refine(epochs: int):  # type: ignore[no-untyped-def] # a function that make
     if epochs == 0:
         return None
     try:
+        from tensorrail_exporter.errors import GraphError
         from tensorrail_trainer.calibration_fit import FitSettings, fit_blocks
     except ModuleNotFoundError:
         if epochs > 0:
             raise
         return None
-    settings = FitSettings() if epochs < 0 else FitSettings(block_epochs=epochs, epochs=max(1, epochs // 2))
+    settings = FitSettings() if epochs < 0 else FitSettings(block_epochs=epochs)
 
     def make(on_stage) -> Refine:  # type: ignore[no-untyped-def]
         listen = partial(_named, on_stage)
-        return lambda dense, factored, plan, inputs: fit_blocks(dense, factored, plan, inputs, settings, listen).model
+
+        def refine(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
+            try:
+                return fit_blocks(dense, factored, plan, inputs, settings, listen).model
+            except GraphError as error:
+                if epochs > 0:  # asked for
+                    raise
+                console.print(f"the fit to activations is left out: {error}")
+                return factored
+
+        return refine
 
     return make
 

@@ -17,6 +17,7 @@ from tensorrail.targets import (
     Formats,
     Grid,
     Keep,
+    MaxLoss,
     Samples,
     Seconds,
     Slower,
@@ -31,7 +32,8 @@ from tensorrail.targets import (
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL.onnx | module:factory", help="A dense graph, or a torch module.")],
-    target: Target,
+    target: Target = None,
+    max_loss: MaxLoss = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where plan.json is written.")] = None,
     calibration: CalibrationPath = None,
     samples: Samples = 128,
@@ -54,11 +56,12 @@ def command(
     from tensorrail_runtime.session import Settings
 
     search = Search(
-        targets=read_targets(target),
+        targets=read_targets(target or []),
         batch=batch,
         formats=tuple(format or ("auto",)),
         grid=grid,
         keep=tuple(keep or ()),
+        max_loss=max_loss,
         gain=float("inf") if allow_slower else 0.95,
         seconds=seconds,
         cache=cache,
