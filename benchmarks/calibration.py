@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("dense", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--flops", type=float, nargs="+", default=[2.3])
+    parser.add_argument("--flops", type=float, nargs="*", default=[2.3])
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--published")
     parser.add_argument("--cache", type=Path)
@@ -49,7 +49,8 @@ def main() -> None:
         "# Accuracy without training",
         "",
         "Command: `python benchmarks/calibration.py DENSE.onnx --calibration X.npz --test TEST.npz "
-        f"--samples {options.samples} --flops {' '.join(f'{one:g}' for one in options.flops)}`. {options.data} "
+        f"--samples {options.samples} --flops {' '.join(f'{one:g}' for one in options.flops)} "
+        f"--published {options.published}`. {options.data} "
         f"{inputs.count} unlabelled inputs, accuracy on {len(labels)} others.",
         "",
         "| plan | MACs ÷ | dense | every weight by itself | layer by layer | + 12 epochs a block | + 6 epochs of the whole |",

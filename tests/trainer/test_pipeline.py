@@ -123,7 +123,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
         ({"version": 2}, "version: input should be 1, and 2 came"),
         ({"data": {"name": "mnist"}}, "data.name: unknown data 'mnist'; expected one of digits"),
         ({"data": {"name": "digits", "args": {"scale": 2}}}, "data.args.scale: unknown argument"),
-        ({"model": {"name": "vgg"}}, "model.name: unknown model 'vgg'; expected one of lstm, mobilenet_v2, resnet18, resnet50, small_resnet, vit_tiny"),
+        (
+            {"model": {"name": "vgg"}},
+            "model.name: unknown model 'vgg'; expected one of lstm, mobilenet_v2, resnet18, resnet50, small_resnet, vit_tiny",
+        ),
         ({"model": {"name": "small_resnet"}}, "model.args: small_resnet cannot be made"),
         ({"plan": [{"layers": "nothing*", "ranks": 4}]}, "plan.0: no layer is named 'nothing"),
         ({"plan": [{"layers": "hidden", "ranks": [1, 99, 1]}]}, "plan.0: .*ranks .* cannot be: .* at most"),

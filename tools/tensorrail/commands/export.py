@@ -44,7 +44,7 @@ def command(
     from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize
 
     if block != "auto" and not (block.isdigit() and int(block)):
-        raise PlanError(f"--block is a number of 1 or more, or auto, and {block!r} came")
+        raise PlanError(f"--block pads ranks to multiples of a block of 1 or more, or auto, and {block!r} came")
     model, read = load_model(dense), Plan.load(plan)
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
     width = int(block) if block != "auto" else _fastest(model, read)
