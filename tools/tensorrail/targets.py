@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import onnx
 
     from tensorrail_exporter.calibration import Calibration
-    from tensorrail_exporter.planner import PlanReport
+    from tensorrail_exporter.planner import PlanReport, Search
 
 Target = Annotated[
     list[str] | None,
@@ -64,6 +65,34 @@ def read_targets(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise PlanError(f"a target is written as latency=2.0, and {text!r} came") from None
     return found
+
+
+def read_search(
+    targets: Mapping[str, float],
+    batch: int,
+    formats: Sequence[str] | None,
+    *,
+    grid: int,
+    keep: Sequence[str] | None,
+    max_loss: float | None,
+    slower: bool,
+    seconds: float,
+    cache: Path | None,
+) -> Search:
+    """Return what the options of `plan` and `compress` ask the planner for."""
+    from tensorrail_exporter.planner import Search
+
+    made = Search(
+        targets=targets,
+        batch=batch,
+        formats=tuple(formats or ("auto",)),
+        grid=grid,
+        keep=tuple(keep or ()),
+        max_loss=max_loss,
+        seconds=seconds,
+        cache=cache,
+    )
+    return replace(made, gain=float("inf")) if slower else made
 
 
 def load_inputs(path: Path | None, model: Path, samples: int) -> Calibration | None:

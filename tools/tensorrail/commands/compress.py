@@ -25,6 +25,7 @@ from tensorrail.targets import (
     Target,
     Threads,
     load_inputs,
+    read_search,
     read_targets,
     show_plan,
 )
@@ -83,7 +84,7 @@ def command(
     from tensorrail_exporter.errors import PlanError, TargetError
     from tensorrail_exporter.graph_io import load_model
     from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.planner import Search, plan_network
+    from tensorrail_exporter.planner import plan_network
     from tensorrail_exporter.precision import reduced
     from tensorrail_runtime.inputs import parse_shapes
     from tensorrail_runtime.session import Settings
@@ -93,16 +94,8 @@ def command(
         raise PlanError("compress needs --target latency=2.0 (or flops, params, bytes), or --plan plan.json, and not both")
     settings, shapes = Settings(provider=provider, threads=threads), parse_shapes(shape or [])
     targets = read_targets(target or [])
-    search = Search(
-        targets=targets,
-        batch=batch,
-        formats=tuple(format or ("auto",)),
-        grid=grid,
-        keep=tuple(keep or ()),
-        max_loss=max_loss,
-        gain=float("inf") if allow_slower else 0.95,
-        seconds=seconds,
-        cache=cache,
+    search = read_search(
+        targets, batch, format, grid=grid, keep=keep, max_loss=max_loss, slower=allow_slower, seconds=seconds, cache=cache
     )
     if plan is None:
         search.check()

@@ -25,6 +25,7 @@ from tensorrail.targets import (
     Threads,
     load_inputs,
     load_network,
+    read_search,
     read_targets,
     show_plan,
 )
@@ -51,18 +52,18 @@ def command(
 ) -> None:
     """Choose formats and ranks for a target, from times measured here. Exit code 1 when the measured speed-up falls short."""
     from tensorrail_exporter.graph_io import save_model
-    from tensorrail_exporter.planner import Search, plan_network
+    from tensorrail_exporter.planner import plan_network
     from tensorrail_runtime.inputs import parse_shapes
     from tensorrail_runtime.session import Settings
 
-    search = Search(
-        targets=read_targets(target or []),
-        batch=batch,
-        formats=tuple(format or ("auto",)),
+    search = read_search(
+        read_targets(target or []),
+        batch,
+        format,
         grid=grid,
-        keep=tuple(keep or ()),
+        keep=keep,
         max_loss=max_loss,
-        gain=float("inf") if allow_slower else 0.95,
+        slower=allow_slower,
         seconds=seconds,
         cache=cache,
     )
