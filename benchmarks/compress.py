@@ -22,10 +22,10 @@ import onnx
 from tensorrail_exporter import GraphError, PlanError, factorize
 from tensorrail_exporter.graph_io import save_model
 from tensorrail_exporter.planner import Search, fastest_blocks, plan_network, random_cores
+from tensorrail_exporter.verify import layer_times, slower_layers
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.latency import bench_fresh
 from tensorrail_runtime.machine import machine
-from tensorrail_runtime.placement import placement, time_shares
 from tensorrail_runtime.records import write_text
 
 TARGETS = {
@@ -68,16 +68,6 @@ def baselines(folder: Path, dense: Path, batch: int, cache: Path | None) -> tupl
         except (ImportError, RuntimeError, SystemExit) as error:
             notes.append(f"tensorly-torch {kind}: left out ({error})")
     return made, notes
-
-
-def slower_layers(report, dense: Path, path: Path, batch: int) -> list[str]:
-    """Return the rewritten layers that took longer than their dense selves, by the profiles of both networks."""
-    layers = [row.layer for row in report.rows if row.format]
-    placed = [placement(one, batch=batch) for one in (dense, path)]
-    total = [sum(node.microseconds for node in one.nodes) for one in placed]
-    factored = time_shares(path, placed[1], layers)
-    expected = {row.layer: row.dense_ms for row in report.rows}
-    return [name for name in layers if 1e-3 * factored[name] * total[1] > expected[name]]
 
 
 def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[list[str], dict]:
@@ -125,7 +115,7 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         if report is not None and report.plan.layers:
             predicted = report.predicted
             final = run.ratios[-1].value
-            slow = slower_layers(report, dense, folder / "planned.onnx", batch)
+            slow = slower_layers(layer_times(dense, folder / "planned.onnx", report.plan, batch=batch))
             lines += [
                 "",
                 f"Predicted {predicted:.2f}×: its time {100 * (final / predicted - 1):+.1f} % off the measured one. "

@@ -1,8 +1,8 @@
 """The plan of a whole network: what each layer becomes, so that a target is met at the least loss of accuracy.
 
 Options on the target's rank grid → their measured times → their losses → one choice for all layers → the chosen network is
-built and timed against the dense one. Where it misses a latency target or passes it by far, the budget is changed by as much
-and chosen anew.
+built, timed against the dense one and profiled. Where it misses a latency target or passes it by far, the budget is changed
+by as much; a form that the profile shows slower than its dense layer is no longer offered; and it is chosen anew.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fnmatch
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from tensorrail_exporter.rewrite import factorize
 from tensorrail_exporter.sensitivity import Losses, losses_of
 from tensorrail_exporter.sites import find, names_in
 from tensorrail_exporter.survey import DenseLayer, survey
+from tensorrail_exporter.verify import layer_times, slower_layers
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.latency import Ratio, bench_fresh
@@ -42,7 +43,7 @@ TARGETS = ("latency", "flops", "params", "bytes")
 _GAIN = 0.95  # of the dense time: a layer that would take more stays dense
 _NEAR, _BEYOND = 0.995, 1.03  # of a latency target: a measured speed-up between them is near enough
 _NUDGE = 1.005
-_TRIES = 3
+_TRIES = 5
 _GPU_GRID = 8
 _BLOCKS = (1, 4, 8, 16)
 
@@ -110,7 +111,11 @@ class Totals(Record):
 
 
 class PlanReport(Record):
-    """How a plan was chosen, and what is expected of it; `measured` is the chosen network against the dense one."""
+    """How a plan was chosen, and what is expected of it; `measured` is the chosen network against the dense one.
+
+    `slower` are the rewritten layers that its profile shows slower than dense: none, unless slower layers were allowed or no
+    other choice meets the targets.
+    """
 
     version: Literal[1] = 1
     targets: dict[str, float]
@@ -122,6 +127,7 @@ class PlanReport(Record):
     planned: Totals
     rows: tuple[PlannedLayer, ...]
     measured: Ratio | None
+    slower: tuple[str, ...] = ()
     machine: Machine
     plan: Plan
 
@@ -184,17 +190,20 @@ def plan_network(
             report = _choose(search, aim, grid, wanted, faster, losses, table, totals, settings)
             on_stage("timing the chosen network", number / _TRIES)
             tried.append(_measured(report, model, dense, search, settings, shapes, Path(folder)))
-            found = tried[-1].measured
-            if found is None or "latency" not in aim or _NEAR <= found.value / search.targets["latency"] <= _BEYOND:
+            found, slower = tried[-1].measured, tried[-1].slower if search.gain <= 1 else ()
+            near = found is None or "latency" not in aim or _NEAR <= found.value / search.targets["latency"] <= _BEYOND
+            if near and not slower:
                 break
-            # The table is some per cent off: what was measured says how much tighter or looser the budget should be.
-            aim["latency"] *= search.targets["latency"] / found.value * _NUDGE
-            if aim["latency"] <= 1.0 or not _reachable(aim, faster, table, totals):
+            if found is not None and not near:
+                # The table is some per cent off: what was measured says how much tighter or looser the budget should be.
+                aim["latency"] *= search.targets["latency"] / found.value * _NUDGE
+            faster, losses = _without(faster, losses, tried[-1], slower)
+            if min(aim.values(), default=2.0) <= 1.0 or not _reachable(aim, faster, table, totals):
                 break
         on_stage("timing the chosen network", 1.0)
     meeting = [report for report in tried if report.meets]
     if meeting:
-        return min(meeting, key=lambda report: sum(row.loss for row in report.rows))
+        return min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
     return max(tried, key=lambda report: report.measured.value if report.measured else 0.0)
 
 
@@ -231,6 +240,20 @@ def fastest_blocks(
 def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, gain: float) -> tuple[Option, ...]:
     dense = table.milliseconds(layer)
     return tuple(option for option in options if table.milliseconds(layer, option) <= gain * dense)
+
+
+def _without(
+    faster: Mapping[DenseLayer, tuple[Option, ...]], losses: Losses, report: PlanReport, slower: Sequence[str]
+) -> tuple[dict[DenseLayer, tuple[Option, ...]], Losses]:
+    """Return the options and their losses without the chosen forms of the layers that were slower with them."""
+    chosen = {row.layer: row.steps for row in report.rows if row.layer in slower}
+    left, values = {}, dict(losses.values)
+    for layer, options in faster.items():
+        stay = [k for k, option in enumerate(options) if option.steps != chosen.get(layer.name)]
+        left[layer] = tuple(options[k] for k in stay)
+        if options:
+            values[layer.name] = tuple(losses.values[layer.name][k] for k in stay)
+    return left, replace(losses, values=values)
 
 
 def _macs(layer: DenseLayer, option: Option) -> int:
@@ -365,6 +388,8 @@ def _reason(layer: DenseLayer, options: Sequence[Option], faster: Sequence[Optio
         return "too narrow for a rank on the grid"
     if not faster:
         best = max(table.milliseconds(layer) / table.milliseconds(layer, option) for option in options)
+        if best * search.gain >= 1:
+            return "slower in the network, by its profile"
         return f"no form is faster: the best one {best:.2f}×"
     return "its loss would buy more elsewhere"
 
@@ -378,13 +403,14 @@ def _measured(
     shapes: Shapes | None,
     folder: Path,
 ) -> PlanReport:
-    """Return the report with the chosen network timed against the dense one; random cores run as long as any."""
+    """Return the report with the chosen network timed and profiled beside the dense one; random cores run as long as any."""
     if not report.plan.layers:
         return report
     path = folder / "chosen.onnx"
     save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, path)
     times = bench_fresh([dense, path], batch=search.batch, seconds=search.check_seconds, settings=settings, shapes=shapes)
-    return report.model_copy(update={"measured": times.ratios[0]})
+    layers = layer_times(dense, path, report.plan, settings=settings, batch=search.batch, shapes=shapes)
+    return report.model_copy(update={"measured": times.ratios[0], "slower": slower_layers(layers)})
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:

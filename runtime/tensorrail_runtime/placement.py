@@ -83,11 +83,14 @@ def placement(
     return Placement(model=Path(path).name, provider=settings.provider, nodes=tuple(nodes))
 
 
-def time_shares(path: Path | str, placed: Placement, layers: Sequence[str]) -> dict[str, float]:
+def time_shares(
+    path: Path | str, placed: Placement, layers: Sequence[str], outputs: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Return the share of the time that the nodes of each layer took, by the layer's name; what is left is other nodes'.
 
-    A layer's nodes are named `<layer>/…`. ONNX Runtime names a fused node by the tensor it ends in, so the product that it
-    was fused from is found by walking up from there.
+    A layer's nodes are named `<layer>/…`; in a dense graph, where they are not, `outputs` says which layer gives a tensor.
+    ONNX Runtime names a fused node by the tensor it ends in, so the product that it was fused from is found by walking up
+    from there.
     """
     graph = onnx.load(path, load_external_data=False).graph
     nodes = {node.name: node for node in graph.node if node.name}
@@ -97,8 +100,11 @@ def time_shares(path: Path | str, placed: Placement, layers: Sequence[str]) -> d
         origin = nodes.get(one.name) or producers.get(one.name.removesuffix("_nchwc"))
         while origin is not None and _is_product(one.op) and not _is_product(origin.op_type):
             origin = producers.get(origin.input[0]) if origin.input else None
-        owner = next((layer for layer in layers if origin is not None and origin.name.startswith(f"{layer}/")), None)
-        if owner is not None:
+        if origin is None:
+            continue
+        owner = next((layer for layer in layers if origin.name.startswith(f"{layer}/")), None)
+        owner = owner or next((outputs[name] for name in origin.output if outputs and name in outputs), None)
+        if owner in shares:
             shares[owner] += one.share
     return shares
 

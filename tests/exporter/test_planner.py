@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from conftest import make_model
 from onnx import helper
 
-from tensorrail_exporter import PlanError, factorize
+from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter import planner as planning
 from tensorrail_exporter.latency_table import LatencyTable, Timed
 from tensorrail_exporter.latency_table import _key as key_of
 from tensorrail_exporter.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
+from tensorrail_exporter.verify import layer_times, slower_layers
 from tensorrail_runtime.latency import Ratio
 
 
@@ -52,7 +54,11 @@ def known_times(monkeypatch):
         ratios = tuple(Ratio(model=r.model, reference=r.reference, value=value, low=value, high=value) for r in run.ratios)
         return run.model_copy(update={"latencies": latencies, "ratios": ratios})
 
+    def profiled(dense, factored, plan, **_):
+        return {layer.name: (1.0, factors.get(f"profile {layer.name}", 0.5)) for layer in plan.layers}
+
     monkeypatch.setattr(planning, "bench_fresh", bench)
+    monkeypatch.setattr(planning, "layer_times", profiled)
     return factors
 
 
@@ -90,6 +96,28 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     allowed = Search(targets={"params": 2.0}, grid=16, cache=tmp_path, gain=float("inf"))
     report = plan_network(network, allowed)
     assert report.planned.params <= report.dense.params / 2.0
+
+
+def test_a_layer_slower_in_its_place_gets_another_form_or_stays_dense(network, known_times, tmp_path):
+    known_times["measured"] = 1.4
+    known_times["profile c1"] = 1.2  # the profile contradicts the table, whatever the form
+    report = plan_network(network, search(tmp_path, latency=1.4))
+    assert report.meets
+    assert report.slower == ()
+    assert "c1" not in {layer.name for layer in report.plan.layers}
+    allowed = plan_network(network, Search(targets={"params": 2.5}, grid=16, cache=tmp_path, gain=float("inf")))
+    assert allowed.slower == ("c1",)
+
+
+def test_times_of_layers_come_from_both_profiles(network, tmp_path):
+    plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 32, 32, 1)),))
+    onnx.save(network, tmp_path / "dense.onnx")
+    onnx.save(factorize(network, plan, random_cores(network, plan)).model, tmp_path / "factored.onnx")
+    ((name, (dense, factored)),) = layer_times(tmp_path / "dense.onnx", tmp_path / "factored.onnx", plan).items()
+    assert name == "c0"
+    assert dense > 0
+    assert factored > 0
+    assert slower_layers({"a": (1.0, 2.0), "b": (2.0, 1.0)}) == ("a",)
 
 
 def test_kept_layers_are_kept(network, known_times, tmp_path):
@@ -143,8 +171,6 @@ def test_targets_that_are_none(network, targets, reason):
 
 
 def test_zeros_are_added_where_that_is_faster(network, known_times, tmp_path):
-    from tensorrail_exporter import LayerPlan, Plan
-
     plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
     assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 1}  # fewer MACs are less time here
     known_times["64→30"] = 3.0

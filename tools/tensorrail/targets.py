@@ -135,6 +135,8 @@ def show_plan(report: PlanReport) -> None:
         f"measured: {found.value:.2f}× [{found.low:.2f}, {found.high:.2f}]; predicted time is "
         f"{100 * (report.prediction_error or 0.0):+.1f} % off"
     )
+    if report.slower:
+        console.print(f"slower than dense by the profile: {', '.join(report.slower)}")
     if found.low <= 1.0:
         console.print("the planned network was not measured to be faster")
 
