@@ -6,8 +6,12 @@ integer programme with one variable an option, solved exactly by HiGHS through s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -49,14 +53,29 @@ def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[
     matrix = vstack([once, *rows]) if rows else once
     low = np.concatenate([np.ones(len(counts)), np.full(len(rows), -np.inf)])
     high = np.concatenate([np.ones(len(counts)), np.ones(len(rows))])
-    found = milp(
-        flat / scale,
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
-    )
+    with _silent():
+        found = milp(
+            flat / scale,
+            constraints=LinearConstraint(matrix, low, high),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
+        )
     if found.x is None:
         raise TargetError(f"no choice of options meets {', '.join(limit.name for limit in limits)} together: ask for less")
     picks = np.split(found.x, np.cumsum(counts)[:-1])
     return tuple(int(np.argmax(pick)) for pick in picks)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep HiGHS's own debugging lines, which no option turns off, off the standard output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,8 +1,12 @@
-"""A verdict in the forms that CI systems read: JUnit XML, and the JSON of github-action-benchmark."""
+"""A verdict in the forms that CI systems read: JUnit XML, the JSON of github-action-benchmark, a summary and annotations.
+
+Names in a verdict come from the files that were checked, which may be a stranger's: each form escapes them.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from xml.etree import ElementTree as ET
 
 from tensorrail_runtime.regress import Verdict
@@ -41,3 +45,56 @@ def smaller_is_better(verdict: Verdict) -> str:
         },
     ]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+def markdown(verdict: Verdict) -> str:
+    """Return the verdict as GitHub's Markdown, for a job's summary: one row a finding."""
+    how = "in turns with the baseline's model" if verdict.interleaved else "against recorded times"
+    rows = [
+        f"| {' | '.join(map(_cell, (f.name, f.baseline, f.measured, f.limit)))} | {'yes' if f.holds else '**NO**'} |"
+        for f in verdict.findings
+    ]
+    lines = [
+        f"### {'✅' if verdict.holds else '❌'} {_cell(verdict.model)}: {'no regression' if verdict.holds else 'falls short'}",
+        "",
+        "| what | baseline | measured | limit | holds |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"p50 {verdict.p50_ms:.4f} ms, baseline {verdict.baseline_p50_ms:.4f} ms, measured {how} on {_cell(_where(verdict))}.",
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+def workflow_commands(verdict: Verdict) -> str:
+    """Return GitHub's workflow commands, one a line: an error a finding that falls short, a warning on times of another day."""
+    lines = [
+        _command("error", f"{f.name} of {verdict.model}", f"measured {f.measured}, baseline {f.baseline}, limit {f.limit}")
+        for f in verdict.findings
+        if not f.holds
+    ]
+    if not verdict.interleaved:
+        text = (
+            "held against recorded times: what has changed in the machine since counts as well; keep the baseline's model by it"
+        )
+        lines.append(_command("warning", f"latency of {verdict.model}", text))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _where(verdict: Verdict) -> str:
+    place = verdict.machine
+    return f"{place.processor}, {place.cores} cores, ONNX Runtime {place.onnxruntime}"
+
+
+def _cell(text: str) -> str:
+    """Return text that stays one cell of a table, and plain text: no line break, no Markdown, no HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&@])", r"\\\1", " ".join(text.split()))
+
+
+def _command(kind: str, title: str, message: str) -> str:
+    """Return one workflow command; a line break in it would begin another one."""
+
+    def escaped(text: str) -> str:
+        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    return f"::{kind} title={escaped(title).replace(':', '%3A').replace(',', '%2C')}::{escaped(message)}"

@@ -14,7 +14,6 @@ from tensorrail_runtime.report import Epoch, Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_HEAD = ("", "dense control", "factored", "")
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
@@ -26,7 +25,7 @@ _STYLE = (
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
     parts = [f"# {report.name}", f"{report.data}. Made by `{report.command}`.", "## Dense against factored"]
-    parts.append(_md_table(_HEAD, report.table()))
+    parts.append(_md_table(report.head(), report.table()))
     parts += ["## Three errors", _md_table(("error", "measured"), report.errors())]
     parts += [
         "## Targets",
@@ -42,7 +41,7 @@ def html(report: Report) -> str:
     """Return the report as one HTML page that loads nothing from elsewhere."""
     sections = [
         f"<h1>{escape(report.name)}</h1><p>{escape(report.data)}. Made by <code>{escape(report.command)}</code>.</p>",
-        "<h2>Dense against factored</h2>" + _html_table(_HEAD, report.table()),
+        "<h2>Dense against factored</h2>" + _html_table(report.head(), report.table()),
         "<h2>Three errors</h2>" + _html_table(("error", "measured"), report.errors()),
         "<h2>Targets</h2>" + _html_table(_CHECK_HEAD, _checks(report)),
         "<h2>Latency</h2>" + _svg(_latency_figure(report)),

@@ -15,7 +15,10 @@ from tensorrail_runtime.records import Record
 
 
 class Epoch(Record):
-    """One row of the training log. Accuracies in percent; residuals are (primal, dual) by layer."""
+    """One row of the training log. Accuracies in percent; residuals are (primal, dual) by layer.
+
+    `seconds` is the whole epoch with its evaluation, `projection_seconds` what ADMM's updates took of it.
+    """
 
     phase: str
     epoch: int
@@ -24,6 +27,8 @@ class Epoch(Record):
     train_accuracy: float
     test_accuracy: float
     seconds: float
+    projection_seconds: float = 0.0
+    rho: float | None = None
     residuals: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
 
@@ -32,6 +37,7 @@ class TrainingLog(Record):
 
     version: Literal[1] = 1
     epochs: tuple[Epoch, ...]
+    cut_accuracy: float | None = None  # percent, of the cores as they were cut, before fine-tuning
 
 
 class LayerRow(Record):
@@ -81,12 +87,13 @@ class Report(Record):
     data: str
     command: str
     placement: Placement  # of the factored model
-    models: tuple[Model, ...]  # dense control, dense form of the factored network, factored
+    models: tuple[Model, ...]  # what is compared with: dense control, network or form; the dense form; factored
     approximation: Parity
     numerical: Parity
     latency: tuple[LatencyReport, ...]
     layers: tuple[LayerRow, ...]
     training: tuple[Epoch, ...]
+    cut_accuracy: float | None = None  # percent, in torch, of the cores as they were cut, before fine-tuning
     checks: tuple[Check, ...]
 
     @property
@@ -98,9 +105,13 @@ class Report(Record):
         """Return the model of that label."""
         return next(model for model in self.models if model.label == label)
 
+    def head(self) -> tuple[str, str, str, str]:
+        """Return the head of the one table."""
+        return "", self.models[0].label, "factored", ""
+
     def table(self) -> list[tuple[str, str, str, str]]:
-        """Return the rows of the one table: what, dense control, factored, and how they compare."""
-        dense, factored = self.model("dense control"), self.model("factored")
+        """Return the rows of the one table: what, the dense network compared with, factored, and how they compare."""
+        dense, factored = self.models[0], self.model("factored")
         rows = [
             (
                 "test accuracy",
@@ -135,7 +146,7 @@ class Report(Record):
 
     def errors(self) -> list[tuple[str, str]]:
         """Return the three errors, each with what was compared."""
-        dense, factored = self.model("dense control").accuracy, self.model("factored").accuracy
+        dense, factored = self.models[0].accuracy, self.model("factored").accuracy
         return [
             (
                 "approximation (before fine-tuning: dense network against its weights cut to cores)",
@@ -143,7 +154,7 @@ class Report(Record):
             ),
             ("numerical (dense form against factored graph, same provider)", f"{self.numerical.worst:.2e} relative"),
             (
-                f"accuracy (factored against dense control, {factored.total} test samples)",
+                f"accuracy (factored against {self.models[0].label}, {factored.total} test samples)",
                 f"{factored.percent - dense.percent:+.2f} points",
             ),
         ]

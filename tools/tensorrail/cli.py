@@ -10,7 +10,21 @@ import sys
 
 import typer
 
-from tensorrail.commands import accuracy, bench, check, compress, export, inspect, plan, quantize, regress, run, train
+from tensorrail.commands import (
+    accuracy,
+    bench,
+    check,
+    compress,
+    export,
+    inspect,
+    package,
+    plan,
+    quantize,
+    regress,
+    run,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     help="Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress.",
@@ -18,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, train, plan, compress, export, quantize, check, accuracy, bench, inspect):
+for command in (run, train, plan, compress, export, quantize, check, accuracy, bench, inspect, package, serve):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(regress.app, name="regress")
 
@@ -27,7 +41,15 @@ _BAD_INPUT = {
     "tensorrail_exporter.errors": ("PlanError", "GraphError", "TargetError"),
     "tensorrail_trainer.recipe": ("RecipeError",),
     "tensorrail_trainer.loop": ("TrainingError",),
+    "tensorrail_trainer.checkpoints": ("CheckpointError",),
+    "tensorrail_trainer.data": ("DataError",),
+    "tensorrail_trainer.weights": ("WeightsError",),
     "tensorrail_runtime.session": ("ModelError",),
+}
+# The modules of the extras other than `train`.
+_EXTRAS = {
+    "export": ("onnx_graphsurgeon", "safetensors", "tensorly"),
+    "serve": ("fastapi", "prometheus_client", "ray", "starlette", "uvicorn"),
 }
 
 
@@ -42,8 +64,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("tensorrail_exporter", "tensorrail_trainer"):
             raise
-        extra = "export" if error.name in ("onnx_graphsurgeon", "safetensors", "tensorly") else "train"
-        _fail(f"this command needs {error.name}: pip install 'tensorrail[{extra}]'", 2)
+        missing = (error.name or "").partition(".")[0]
+        extra = next((name for name, modules in _EXTRAS.items() if missing in modules), "train")
+        _fail(f"this command needs {missing}: pip install 'tensorrail[{extra}]'", 2)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
     except Exception as error:

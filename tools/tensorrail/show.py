@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -58,9 +58,13 @@ def stages() -> Iterator[Callable[[str, float], None]]:
 
 
 @contextmanager
-def progress() -> Iterator[Listener]:
+def progress(shown: bool = True) -> Iterator[Listener]:
     """Show one bar a phase with epoch, loss, accuracy, residual and the time left; a line an epoch off a terminal."""
     from tensorrail_trainer.pipeline import Progress as Listener
+
+    if not shown:
+        yield Listener()
+        return
 
     columns = (TextColumn("{task.description:<9}"), BarColumn(24), TextColumn("{task.fields[text]}"))
     # Off a terminal a bar would be noise: there each epoch is a line.
@@ -91,7 +95,7 @@ def _line(row: Epoch, epochs: int, left: int) -> str:
     residual = max((primal for primal, _ in row.residuals.values()), default=None)
     dual = max((dual for _, dual in row.residuals.values()), default=0.0)
     residuals = "" if residual is None else f"  residuals primal {residual:.4f} dual {dual:.4f}"
-    remaining = time.strftime("%M:%S", time.gmtime(left * row.seconds))
+    remaining = timedelta(seconds=round(left * row.seconds))
     return (
         f"epoch {row.epoch}/{epochs}  loss {row.loss:.3f}  train {row.train_accuracy:.1f} %  "
         f"test {row.test_accuracy:.2f} %{residuals}  training left {remaining}"

@@ -30,18 +30,20 @@ training diverges, lower rho or the learning rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import project
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.layers import planned_layers, swap
 from tensorrail_trainer.moments import InputMoments, Root
+from tensorrail_trainer.processes import rank, shared_out, world
 
 Metric = Literal["weight", "activation"]
 """What distances between weights are measured in: the Frobenius norm, or that of the change of the layer's outputs."""
@@ -52,12 +54,13 @@ class Residual:
     """How far one layer is from its constraint after an update. Norms are those of ADMM's metric.
 
     `primal` is ‖W − Z‖ / ‖W‖, without unit. `dual` is ρ‖Z − Z_previous‖, in the unit of the loss's gradient
-    (for `metric="activation"` in the dual norm, ‖·S⁻¹‖).
+    (for `metric="activation"` in the dual norm, ‖·S⁻¹‖); `moved` is ‖Z − Z_previous‖ / ‖W‖, without unit.
     """
 
     layer: str
     primal: float
     dual: float
+    moved: float
 
 
 class ADMM:
@@ -83,6 +86,7 @@ class ADMM:
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
         self.roots: dict[str, Root] = {}  # S of every layer, of the last update; empty for the plain metric
         self._layers = planned_layers(model, plan)
+        self._gaps: dict[str, tuple[float, float, float]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖
         self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
         self._moments = InputMoments(plan, self._layers) if metric == "activation" else None
@@ -96,19 +100,82 @@ class ADMM:
     def update(self) -> tuple[Residual, ...]:
         """Do Z ← project(W + U) and U ← U + W − Z for every layer, and return the residuals.
 
-        For `metric="activation"` S is renewed first; `ValueError` names a layer that no batch has passed in training mode.
+        Where several processes train together (`torch.distributed`), each projects some of the layers and sends them to the
+        others. For `metric="activation"` S is renewed first; `ValueError` names a layer that no batch has passed in training
+        mode.
         """
         if self._moments is not None:
             self.roots = self._moments.roots()
-        return tuple(self._update(layer) for layer in self.plan.layers)
+        weights = {name: dense.weight().detach() for name, dense in self._layers.items()}
+        projected = self._projected({name: w + self.U[name] for name, w in weights.items()})
+        residuals = []
+        for name, w in weights.items():
+            z, before = projected[name], self.Z[name]
+            self.Z[name], self.U[name] = z, self.U[name] + w - z
+            residuals.append(self._residual(name, w, z, before))
+        return tuple(residuals)
 
-    def _update(self, layer: LayerPlan) -> Residual:
-        name = layer.name
-        w, before = self._layers[name].weight().detach(), self.Z[name]
-        z = self.Z[name] = self._project(layer, w + self.U[name])
-        self.U[name] = self.U[name] + w - z
+    @torch.no_grad()
+    def project_weights(self) -> tuple[Residual, ...]:
+        """Do W ← project(W) for every layer, in place, with Z = W and U = 0 (hard projection), and return the residuals.
+
+        `primal` is how far the weights were from their projections before.
+        """
+        weights = {name: dense.weight().detach().clone() for name, dense in self._layers.items()}
+        residuals = []
+        for name, z in self._projected(weights).items():
+            before, self.Z[name], self.U[name] = self.Z[name], z, torch.zeros_like(z)
+            parameters = self._layers[name].parameters
+            for parameter, part in zip(parameters, z.split([len(p) for p in parameters]), strict=True):
+                parameter.copy_(part)
+            residuals.append(self._residual(name, weights[name], z, before))
+        return tuple(residuals)
+
+    def set_rho(self, rho: float) -> None:
+        """Change the penalty's weight; U is rescaled, so that the multiplier ρU stays what it was (Boyd et al., 3.4.1)."""
+        if not rho > 0:
+            raise ValueError(f"rho is positive, and {rho} came")
+        if rho != self.rho:
+            self.U = {name: u * (self.rho / rho) for name, u in self.U.items()}
+            self.rho = rho
+
+    @torch.no_grad()
+    def balance(self, apart: float = 10.0, factor: float = 2.0) -> None:
+        """Multiply or divide rho by `factor` where the residuals of the last update are more than `apart` times apart.
+
+        Compared are the relative residuals over all layers, ‖W − Z‖ / max(‖W‖, ‖Z‖) and ‖Z − Z_previous‖ / ‖U‖
+        (Wohlberg 2017), which the scale of the weights does not change.
+        """
+        primal, dual = self._relative
+        if primal > apart * dual:
+            self.set_rho(self.rho * factor)
+        elif dual > apart * primal:
+            self.set_rho(self.rho / factor)
+
+    def _residual(self, name: str, w: Tensor, z: Tensor, before: Tensor) -> Residual:
         gap, moved, size = (torch.linalg.vector_norm(self._measured(name, part)) for part in (w - z, z - before, w))
-        return Residual(name, float(gap / size.clamp_min(torch.finfo(w.dtype).tiny)), float(self.rho * moved))
+        size = size.clamp_min(torch.finfo(w.dtype).tiny)
+        self._gaps[name] = (float(gap), float(moved), float(size))
+        return Residual(name, float(gap / size), float(self.rho * moved), float(moved / size))
+
+    @property
+    def _relative(self) -> tuple[float, float]:
+        gap, moved, size = (math.hypot(*(one[k] for one in self._gaps.values())) for k in range(3))
+        multipliers = math.hypot(*(float(torch.linalg.vector_norm(self._measured(n, u))) for n, u in self.U.items()))
+        return gap / max(size, 1e-30), moved / max(multipliers, 1e-30)
+
+    def _projected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return each tensor's projection; every process makes its share of them."""
+        owners = shared_out({name: tensor.numel() * min(tensor.shape) for name, tensor in tensors.items()})
+        found = {}
+        for layer in self.plan.layers:
+            tensor = tensors[layer.name]
+            own = owners[layer.name] == rank()
+            found[layer.name] = self._project(layer, tensor) if own else torch.empty_like(tensor).contiguous()
+        if world() > 1:
+            for name, owner in owners.items():
+                distributed.broadcast(found[name], owner)
+        return found
 
     def factorize(self, model: nn.Module | None = None) -> nn.Module:
         """Cut every planned weight into cores, swap the layers in place, and return the model.

@@ -14,6 +14,10 @@ from tensorrail_runtime.records import write_bytes
 _KEEP = 2
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written; one line with the file, the reason and what is still there."""
+
+
 class Checkpoints:
     """The checkpoints of a run folder. `damaged` collects the files that were refused while loading."""
 
@@ -22,10 +26,21 @@ class Checkpoints:
         self.damaged: list[Path] = []
 
     def save(self, phase: str, epoch: int, state: dict[str, Any]) -> None:
-        """Write the state after `epoch` epochs of a phase and remove all but the last two of that phase."""
+        """Write the state after `epoch` epochs of a phase and remove all but the last two of that phase.
+
+        Raises `CheckpointError` when the disk is full or the folder may not be written to; what was there stays.
+        """
         buffer = io.BytesIO()
         torch.save(state | {"phase": phase, "epoch": epoch}, buffer)
-        write_bytes(self.folder / f"{phase}-{epoch:04d}.pt", buffer.getvalue())
+        path = self.folder / f"{phase}-{epoch:04d}.pt"
+        try:
+            write_bytes(path, buffer.getvalue())
+        except OSError as error:
+            kept = [old.name for old in self._files(phase)[-1:]]
+            raise CheckpointError(
+                f"checkpoint {path} cannot be written ({error.strerror or error}); {kept[0] if kept else 'the phase before'} "
+                "is whole: make room, or the folder writable, and go on with --resume"
+            ) from None
         for old in self._files(phase)[:-_KEEP]:
             old.unlink(missing_ok=True)
 

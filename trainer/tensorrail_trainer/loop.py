@@ -1,31 +1,40 @@
 """The training loop of a phase: resumable at every epoch, the same result whether it was interrupted or not.
 
-Nothing is drawn from a state that an interruption would lose: the batches, shifts and any randomness of the model follow
-from the seed, the phase and the epoch alone.
+Nothing is drawn from a state that an interruption would lose: the batches, what is done to them and any randomness of the
+model follow from the seed, the phase and the epoch alone. Nor does it depend on how many processes share the work: each takes
+its part of the same global batches, batch-norm sees all of them, and gradients are averaged.
 """
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tensorrail_runtime.report import Epoch
-from tensorrail_trainer.admm import ADMM
+from tensorrail_trainer.admm import ADMM, Residual
 from tensorrail_trainer.checkpoints import Checkpoints
-from tensorrail_trainer.data import Dataset, batches
-from tensorrail_trainer.recipe import Recipe, Schedule
+from tensorrail_trainer.data import Dataset, Share, Split
+from tensorrail_trainer.data.splits import in_order, shuffled
+from tensorrail_trainer.layers import FactoredLayer
+from tensorrail_trainer.processes import rank, summed, sync_batch_norm, unsync_batch_norm, world
+from tensorrail_trainer.recipe import Recipe
+from tensorrail_trainer.recurrent import FactoredRecurrent
+from tensorrail_trainer.schedules import AdmmSchedule, Schedule, Training, penalty_weight, rate
 
 OnEpoch = Callable[[Epoch, int], None]
 """Called after every epoch with its row and the number of epochs of the phase."""
+
+_LOOK = 32  # steps between looks at the loss: each look waits for the device
 
 
 class TrainingError(RuntimeError):
@@ -34,13 +43,13 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Phase:
-    """One phase of a run: what is trained, by which schedule, and the rows of its epochs."""
+    """One phase of a run: what is trained, by which schedule, toward which teacher, and the rows of its epochs."""
 
     name: str
     model: nn.Module
     schedule: Schedule
     admm: ADMM | None = None
-    every: int = 1
+    teacher: nn.Module | None = None
     rows: list[Epoch] = field(default_factory=list)
 
 
@@ -49,112 +58,262 @@ def train(
 ) -> nn.Module:
     """Train a phase from its last checkpoint, or from the start, to its last epoch, and return the model.
 
-    Raises `TrainingError` when the loss is no longer finite.
+    With `ema` the model returned is the averaged one. Raises `TrainingError` when the loss is no longer finite.
     """
-    # torch types `memory_format` only for tensors, and documents it for modules as well.
-    phase.model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(_groups(phase), lr=phase.schedule.lr, momentum=0.9)
+    settings = recipe.train
+    _place(phase.model, accelerator.device)
+    optimizer = make_optimizer(phase.model, phase.schedule)
+    average = _average(phase.model, settings)
     state = store.latest(phase.name)
     if state is not None:
-        _restore(phase, optimizer, state)
-    model, optimizer = accelerator.prepare(phase.model, optimizer)
-    for epoch in range(state["epoch"] if state else 0, phase.schedule.epochs):
+        _restore(phase, optimizer, average, accelerator, state)
+    if world() > 1 and settings.sync_batch_norm:
+        sync_batch_norm(phase.model)
+    if settings.compile:
+        phase.model.compile()
+    if phase.teacher is not None:
+        _place(phase.teacher, accelerator.device)
+        phase.teacher.eval().requires_grad_(False)
+    model, prepared = accelerator.prepare(phase.model, optimizer)
+    first, done = (state["epoch"], state["done"]) if state else (0, False)
+    for epoch in range(first, 0 if done else phase.schedule.epochs):
         start = time.perf_counter()
-        loss, accuracy = _epoch(phase, model, optimizer, recipe, data, accelerator, epoch)
-        residuals = {}
-        if phase.admm is not None and (epoch + 1) % phase.every == 0:
-            residuals = {r.layer: (r.primal, r.dual) for r in phase.admm.update()}
+        job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch)
+        loss, accuracy = job.run()
+        residuals, closed = job.close()
         row = Epoch(
             phase=phase.name,
             epoch=epoch + 1,
             lr=rate(phase.schedule, epoch),
             loss=loss,
             train_accuracy=accuracy,
-            test_accuracy=evaluate(model, data.test_x, data.test_y),
+            test_accuracy=evaluate(phase.model if average is None else average.module, data.test, accelerator),
             seconds=time.perf_counter() - start,
-            residuals=residuals,
+            projection_seconds=job.projecting,
+            rho=phase.admm.rho if phase.admm else None,
+            residuals={r.layer: (r.primal, r.dual) for r in residuals},
         )
         phase.rows.append(row)
-        store.save(phase.name, epoch + 1, _state(phase, optimizer))
+        if accelerator.is_main_process:
+            store.save(phase.name, epoch + 1, _state(phase, optimizer, average, accelerator, closed))
+        accelerator.wait_for_everyone()
         on_epoch(row, phase.schedule.epochs)
-    unwrapped: nn.Module = accelerator.unwrap_model(model)
+        if closed:
+            break
     accelerator.free_memory()
-    return unwrapped
-
-
-def rate(schedule: Schedule, progress: float) -> float:
-    """Return the learning rate after `progress` epochs (a fraction counts): a cosine from `lr` to 0."""
-    return schedule.lr * (1 + math.cos(math.pi * progress / schedule.epochs)) / 2
+    unsync_batch_norm(phase.model)
+    if average is not None:
+        phase.model.load_state_dict(average.module.state_dict())
+    return phase.model
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, size: int = 256) -> float:
-    """Return the top-1 accuracy in percent."""
+def evaluate(model: nn.Module, split: Split, accelerator: Accelerator) -> float:
+    """Return the top-1 accuracy in percent, each process having answered its share."""
     model.eval()
-    hits = sum(int((model(_last(a)).argmax(1) == b).sum()) for a, b in zip(x.split(size), y.split(size), strict=True))
-    return 100 * hits / len(y)
-
-
-def _epoch(
-    phase: Phase,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    data: Dataset,
-    accelerator: Accelerator,
-    epoch: int,
-) -> tuple[float, float]:
-    """Train one epoch and return the mean loss (penalty included) and the accuracy on the batches as they came."""
-    settings = recipe.train
-    seed = zlib.crc32(f"{recipe.seed}/{phase.name}/{epoch}".encode())
-    torch.manual_seed(seed)
-    model.train()
-    steps = len(data.train_x) // settings.batch
-    total, hits, seen = torch.zeros(()), 0, 0
-    for step, (x, y) in enumerate(batches(data.train_x, data.train_y, settings.batch, seed, settings.shift)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(phase.schedule, epoch + step / steps)
+    hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    for x, y in split.batches(in_order(len(split)), Share(rank(), world())):
         with accelerator.autocast():
-            scores = model(_last(x))
-            loss = F.cross_entropy(scores, y, label_smoothing=settings.label_smoothing)
+            hits += (model(_last(x)).argmax(1) == y).sum()
+    return 100 * int(summed(hits)) / len(split)
+
+
+def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """Return the schedule's optimizer, weight decay on the kinds of parameters that it names and on no other."""
+    cores = _owned(module.cores for module in model.modules() if isinstance(module, FactoredLayer | FactoredRecurrent))
+    norms = _owned(module for module in model.modules() if hasattr(module, "eps"))
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if id(parameter) in cores:
+            kind = "cores"
+        elif id(parameter) in norms:
+            kind = "norms"
+        else:
+            kind = "weights" if parameter.dim() > 1 else "biases"
+        (decayed if kind in schedule.decay_on else rest).append(parameter)
+    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=schedule.lr, betas=(schedule.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.nesterov)
+
+
+def _owned(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+@dataclass
+class _Job:
+    """One epoch of a phase."""
+
+    phase: Phase
+    model: nn.Module  # as the accelerator wrapped it
+    optimizer: Any
+    average: AveragedModel | None
+    recipe: Recipe
+    data: Dataset
+    accelerator: Accelerator
+    epoch: int
+    projecting: float = 0.0  # seconds
+    residuals: tuple[Residual, ...] = ()
+
+    def run(self) -> tuple[float, float]:
+        """Train the epoch and return the mean loss (penalty included) and the accuracy on the batches as they came."""
+        phase, settings = self.phase, self.recipe.train
+        seed = zlib.crc32(f"{self.recipe.seed}/{phase.name}/{self.epoch}".encode())
+        torch.manual_seed(seed)
+        self.model.train()
+        picks = shuffled(len(self.data.train), settings.batch, seed)
+        if not picks:
+            raise TrainingError(
+                f"phase {phase.name}: {len(self.data.train)} training samples make no batch of {settings.batch}; lower "
+                "train.batch"
+            )
+        losses: list[Tensor] = []
+        hits = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        stream = self.data.train.batches(picks, Share(rank(), world()), settings.augment.made(), seed)
+        for step, (x, y) in enumerate(stream):
+            self._set_rates(step / len(picks))
+            loss, right = self._step(_last(x), y, np.random.default_rng([seed, step]))
+            losses.append(loss)
+            hits += torch.stack([right, torch.tensor(len(y), device=right.device)])
+            every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
+            if (step + 1) % _LOOK == 0 or (every and (step + 1) % every == 0) or step + 1 == len(picks):
+                self._look(losses, len(picks))
+            if every and (step + 1) % every == 0:
+                self._update()
+        right, seen = summed(hits).tolist()
+        return float(torch.stack(losses).mean()), 100 * right / seen
+
+    def close(self) -> tuple[tuple[Residual, ...], bool]:
+        """Do what ADMM does between epochs; return the last residuals and whether the phase is at its end."""
+        schedule = self.phase.schedule
+        last = self.epoch + 1 == schedule.epochs
+        if not isinstance(schedule, AdmmSchedule) or self.phase.admm is None:
+            return (), last
+        if last and schedule.hard:
+            self._update(hard=True)
+        elif schedule.every_steps is None and (self.epoch + 1) % schedule.every == 0:
+            self._update()
+        small = schedule.stop is not None and bool(self.residuals)
+        if small and max(max(r.primal, r.moved) for r in self.residuals) < (schedule.stop or 0.0):
+            if schedule.hard and not last:
+                self._update(hard=True)
+            return self.residuals, True
+        return self.residuals, last
+
+    def _step(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        phase, settings = self.phase, self.recipe.train
+        share = float(rng.beta(settings.mixup, settings.mixup)) if settings.mixup else 1.0
+        if share < 1.0:
+            x = torch.lerp(x.flip(0), x, share)
+        with self.accelerator.autocast():
+            scores = self.model(x)
+            loss = _cross_entropy(scores, y, share, settings.label_smoothing)
+            if phase.teacher is not None and settings.distill is not None:
+                with torch.no_grad():
+                    taught = phase.teacher(x)
+                weight, heat = settings.distill.weight, settings.distill.temperature
+                loss = (1 - weight) * loss + weight * _divergence(scores, taught, heat)
         if phase.admm is not None:
             loss = loss + phase.admm.penalty()
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"phase {phase.name}, epoch {epoch + 1}, step {step + 1}: the loss is {loss.item()} at learning rate "
-                f"{rate(phase.schedule, epoch + step / steps):.3g}; try a lower train.{phase.name}.lr"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        optimizer.step()
-        total, seen = total + loss.detach().cpu(), seen + len(y)
-        hits += int((scores.detach().argmax(1) == y).sum())
-    return float(total) / steps, 100 * hits / seen
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        if phase.schedule.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), phase.schedule.clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(phase.model)
+        return loss.detach(), (scores.detach().argmax(1) == y).sum()
+
+    def _set_rates(self, share: float) -> None:
+        schedule = self.phase.schedule
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(schedule, self.epoch + share)
+        if isinstance(schedule, AdmmSchedule) and self.phase.admm is not None and not schedule.balance:
+            self.phase.admm.set_rho(penalty_weight(schedule, self.epoch))
+
+    def _update(self, hard: bool = False) -> None:
+        admm, schedule = self.phase.admm, self.phase.schedule
+        if admm is None:
+            return
+        start = time.perf_counter()
+        self.residuals = admm.project_weights() if hard else admm.update()
+        if not hard and isinstance(schedule, AdmmSchedule) and schedule.balance:
+            admm.balance()
+        self.projecting += time.perf_counter() - start
+
+    def _look(self, losses: list[Tensor], steps: int) -> None:
+        """Raise `TrainingError` with the first step whose loss was not finite, if there was one since the last look."""
+        first = max(0, len(losses) - _LOOK)
+        values = summed(torch.stack(losses[first:])).tolist()  # not finite on one process: on all
+        for k, value in enumerate(values):
+            if not np.isfinite(value):
+                lr = rate(self.phase.schedule, self.epoch + (first + k) / steps)
+                raise TrainingError(
+                    f"phase {self.phase.name}, epoch {self.epoch + 1}, step {first + k + 1}: the loss is {value} at learning "
+                    f"rate {lr:.3g}; try a lower train.{self.phase.name}.lr, a warmup or a clip"
+                )
+
+
+def _cross_entropy(scores: Tensor, y: Tensor, share: float, smoothing: float) -> Tensor:
+    loss = F.cross_entropy(scores, y, label_smoothing=smoothing)
+    if share == 1.0:
+        return loss
+    return share * loss + (1 - share) * F.cross_entropy(scores, y.flip(0), label_smoothing=smoothing)
+
+
+def _divergence(scores: Tensor, taught: Tensor, heat: float) -> Tensor:
+    own, other = (F.log_softmax(one.float() / heat, 1) for one in (scores, taught))
+    return heat**2 * F.kl_div(own, other, reduction="batchmean", log_target=True)
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device; two-dimensional convolutions run many times faster on a CPU with the channels last."""
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # torch types `memory_format` only for tensors, and documents it for modules as well.
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    else:
+        model.to(device)
 
 
 def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _groups(phase: Phase) -> list[dict[str, Any]]:
-    """Return the parameters in two groups: weights and cores decay, biases and norms do not."""
-    decayed = [p for p in phase.model.parameters() if p.dim() > 1]
-    rest = [p for p in phase.model.parameters() if p.dim() <= 1]
-    return [{"params": decayed, "weight_decay": phase.schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def _average(model: nn.Module, settings: Training) -> AveragedModel | None:
+    if settings.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
 
 
-def _state(phase: Phase, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(
+    phase: Phase, optimizer: torch.optim.Optimizer, average: AveragedModel | None, accelerator: Accelerator, done: bool
+) -> dict[str, Any]:
     return {
+        "done": done,
         "model": phase.model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "average": average.state_dict() if average else None,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "admm": phase.admm.state_dict() if phase.admm else None,
         "rows": [row.model_dump(mode="json") for row in phase.rows],
     }
 
 
-def _restore(phase: Phase, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _restore(
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    accelerator: Accelerator,
+    state: dict[str, Any],
+) -> None:
     phase.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if average is not None:
+        average.load_state_dict(state["average"])
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
     if phase.admm is not None:
         phase.admm.load_state_dict(state["admm"])
     phase.rows[:] = [Epoch.model_validate(row) for row in state["rows"]]

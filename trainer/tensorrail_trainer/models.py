@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensorrail_runtime.accuracy import imported
+from tensorrail_runtime.session import ModelError
 from tensorrail_trainer.mobilenet import MobileNetV2
-from tensorrail_trainer.resnets import resnet18, resnet50
+from tensorrail_trainer.resnets import resnet18, resnet20, resnet32, resnet50, resnet56
+from tensorrail_trainer.vgg import vgg16_bn
 from tensorrail_trainer.vit import vit_tiny
 
 
@@ -64,26 +70,132 @@ class SmallResNet(nn.Module):
         return scores
 
 
-class LSTMClassifier(nn.Module):
-    """One LSTM layer over a sequence and a linear head on its last hidden state: (B, T, inputs) → (B, classes)."""
+class RecurrentClassifier(nn.Module):
+    """LSTM or GRU layers over a sequence and a linear head on their last hidden state: (B, T, inputs) → (B, classes).
 
-    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+    Of a bidirectional network the head sees both directions' last states, each after the whole sequence.
+    """
+
+    rnn: nn.LSTM | nn.GRU
+
+    def __init__(
+        self,
+        kind: type[nn.LSTM | nn.GRU],
+        inputs: int,
+        hidden: int,
+        classes: int,
+        layers: int,
+        bidirectional: bool,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(inputs, hidden, batch_first=True)
-        self.classifier = nn.Linear(hidden, classes)
+        self.rnn = kind(inputs, hidden, layers, batch_first=True, dropout=dropout, bidirectional=bidirectional)
+        self.classifier = nn.Linear(hidden * (2 if bidirectional else 1), classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores."""
-        _, (last, _) = self.rnn(x)
-        scores: Tensor = self.classifier(last[-1])
+        _, states = self.rnn(x)
+        last = states[0] if isinstance(states, tuple) else states  # (layers · directions, B, hidden)
+        seen = torch.cat([last[-2], last[-1]], 1) if self.rnn.bidirectional else last[-1]
+        scores: Tensor = self.classifier(seen)
         return scores
 
 
+class LSTMClassifier(RecurrentClassifier):
+    """An LSTM over a sequence and a linear head: (B, T, inputs) → (B, classes)."""
+
+    def __init__(
+        self, inputs: int, hidden: int, classes: int, layers: int = 1, bidirectional: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__(nn.LSTM, inputs, hidden, classes, layers, bidirectional, dropout)
+
+
+class GRUClassifier(RecurrentClassifier):
+    """A GRU over a sequence and a linear head: (B, T, inputs) → (B, classes)."""
+
+    def __init__(
+        self, inputs: int, hidden: int, classes: int, layers: int = 1, bidirectional: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__(nn.GRU, inputs, hidden, classes, layers, bidirectional, dropout)
+
+
+class NetworkError(ValueError):
+    """A network that no name stands for, or that cannot be made; one line with what was expected and what to try."""
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "gru": GRUClassifier,
     "lstm": LSTMClassifier,
     "mobilenet_v2": MobileNetV2,
     "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
     "resnet50": resnet50,
+    "resnet56": resnet56,
     "small_resnet": SmallResNet,
+    "vgg16_bn": vgg16_bn,
     "vit_tiny": vit_tiny,
 }
+
+
+def model_of(name: str) -> Callable[..., nn.Module]:
+    """Return what makes the network of that name: one of `MODELS`, `torchvision/NAME`, `timm/NAME` or `module:function`.
+
+    `NetworkError` when there is none, or the package is not installed. None of them loads weights from elsewhere.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    package, slash, leaf = name.partition("/")
+    if slash and package in _PACKAGES and leaf:
+        return _PACKAGES[package](leaf)
+    if ":" not in name:
+        others = ", ".join(f"{package}/NAME" for package in sorted(_PACKAGES))
+        raise NetworkError(f"unknown model {name!r}; expected one of {', '.join(sorted(MODELS))}, {others} or module:function")
+    try:
+        return imported(name, "model")
+    except ModelError as error:
+        raise NetworkError(str(error)) from None
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module]:
+    found = _package("torchvision", "torchvision.models", name)
+
+    def make(classes: int = 1000) -> nn.Module:
+        model: nn.Module = found.get_model(name, weights=None, num_classes=classes)
+        return model
+
+    return make
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    found = _package("timm", "timm", name)
+
+    def make(channels: int = 3, classes: int = 1000) -> nn.Module:
+        model: nn.Module = found.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
+        return model
+
+    return make
+
+
+def _package(package: str, module: str, name: str) -> Any:
+    """Return a module that has the network of that name; `NetworkError` when it is not there or made for another torch."""
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError:
+        raise NetworkError(f"{package}/{name} needs {package}: pip install {package}") from None
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        advice = f"install the one made for torch {torch.__version__}"
+        raise NetworkError(f"{package}/{name}: {package} cannot be imported ({reason}): {advice}") from None
+    known = found.list_models()
+    if name not in known:
+        raise NetworkError(f"{package} has no model {name!r}{_nearest(name, known)}")
+    return found
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, 3)
+    return f"; did you mean {', '.join(near)}?" if near else f"; it has {len(known)} others"
+
+
+_PACKAGES = {"timm": _timm, "torchvision": _torchvision}

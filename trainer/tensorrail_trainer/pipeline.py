@@ -3,7 +3,8 @@
 A run folder holds `recipe.yaml`, `checkpoints/`, `plan.json`, `cores.safetensors`, the graphs and the report:
 `dense.onnx` is the fine-tuned network in dense form (every planned weight is its cores' reconstruction), so that it, the
 plan and the cores are what `model.onnx` is made of; `control.onnx` is the dense network that was trained for as many
-epochs without any constraint: what one would ship otherwise, and what the factored network is compared with.
+epochs without any constraint: what one would ship otherwise, and what the factored network is compared with. Where a recipe
+has no control, `baseline.onnx` is the dense network before ADMM, if there was one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -23,7 +23,7 @@ from tensorrail_exporter.cores import save_cores
 from tensorrail_exporter.graph_io import save_model
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import Factored, factorize, reconstruct
-from tensorrail_runtime.accuracy import accuracy
+from tensorrail_runtime.accuracy import accuracy_of
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.latency import LatencyReport, bench
 from tensorrail_runtime.parity import Parity, parity
@@ -34,11 +34,13 @@ from tensorrail_runtime.report import Check, Epoch, LayerRow, Model, Report
 from tensorrail_trainer.admm import ADMM
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset
+from tensorrail_trainer.data.splits import arrays
 from tensorrail_trainer.layers import cores_of, swap, to_dense
-from tensorrail_trainer.loop import Phase, train
+from tensorrail_trainer.loop import Phase, evaluate, train
 from tensorrail_trainer.moments import Root
 from tensorrail_trainer.recipe import Recipe, RecipeError
 from tensorrail_trainer.torch_export import to_onnx
+from tensorrail_trainer.weights import save_weights
 
 _TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
 
@@ -55,16 +57,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """The networks that training leaves: at the end of ADMM, fine-tuned, and the dense control.
+    """The networks that training leaves: before the cut, fine-tuned, and the dense one to compare with.
 
-    `roots` is the metric that ADMM's network was cut in; empty for the plain one.
+    `uncut` is ADMM's network, or the dense one that was cut as it was. `roots` is the metric that it was cut in; empty for the
+    plain one. `cut_accuracy` is the test accuracy in percent right after the cut. `reference` says what `dense` is.
     """
 
     plan: Plan
-    admm: nn.Module
+    uncut: nn.Module
     factored: nn.Module
-    control: nn.Module
+    dense: nn.Module | None
+    reference: str
     rows: tuple[Epoch, ...]
+    cut_accuracy: float
     roots: Mapping[str, Root] = field(default_factory=dict)
 
 
@@ -91,65 +96,118 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     recipe.save(kept)
 
 
-def train_all(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Trained, Dataset]:
-    """Run the training phases, each from its last checkpoint, and write `plan.json` and `cores.safetensors`."""
-    accelerator = Accelerator()
-    store = Checkpoints(folder / "checkpoints")
-    data = recipe.make_data().to(accelerator.device)
-    known = {"channels": data.train_x.shape[1], "classes": data.classes}
-    settings = recipe.train
-    left = sum(s.epochs for s in (settings.dense, settings.admm, settings.finetune, recipe.control))
-    rows: list[Epoch] = []
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Return the device, processes and precision to train with: as `accelerate launch` set them, or this process alone.
 
-    def fit(phase: Phase) -> nn.Module:
-        nonlocal left
-        ahead = left - phase.schedule.epochs
-        model = train(phase, recipe, data, accelerator, store, lambda r, n: progress.epoch(r, n, ahead + n - r.epoch))
-        for path in store.damaged:
-            progress.note(f"refused the damaged checkpoint {path.name}; went on from the one before it")
-        store.damaged.clear()
-        rows.extend(phase.rows)
-        left = ahead
+    Raises `RecipeError` for a precision that the device cannot do.
+    """
+    precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    try:
+        return Accelerator(mixed_precision=precision)
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(f"train.precision: {precision} cannot be used here: {error}") from None
+
+
+def train_all(
+    recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator | None = None
+) -> tuple[Trained, Dataset]:
+    """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
+
+    With several processes all of them call this, and the first one writes.
+    """
+    job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
+    settings, device = recipe.train, job.accelerator.device
+    dense = recipe.make_model()
+    if settings.dense is not None:
+        dense = job.fit(Phase("dense", dense, settings.dense))
+        job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
+    kept = folder / "plan.json"
+    plan = Plan.load(kept) if kept.exists() else recipe.make_plan(dense)
+    job.accelerator.wait_for_everyone()
+    job.write(lambda: plan.save(kept))
+    start = job.copy_of(dense)
+    teacher = job.copy_of(dense) if settings.distill is not None else None
+    roots: Mapping[str, Root] = {}
+    if settings.admm is None:
+        uncut, cut = start, swap(job.copy_of(start), plan)
+    else:
+        admm = ADMM(start, plan, settings.admm.rho, settings.admm.metric)
+        uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
+        cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
+    cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator)
+    progress.note(f"cut into cores: test accuracy {cut_accuracy:.2f} %")
+    finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
+    job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
+    found: nn.Module | None = dense if settings.dense or recipe.model.weights else None
+    reference = "dense network"
+    if job.control is not None:
+        found = job.fit(Phase("control", job.copy_of(dense), job.control, teacher=teacher))
+        reference = "dense control"
+    return Trained(plan, uncut, finetuned, found, reference, tuple(job.rows), cut_accuracy, roots), job.data
+
+
+class _Training:
+    """What the phases of a run share: data, checkpoints, processes, and how many epochs are still to come."""
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
+        if recipe.train.batch % accelerator.num_processes:
+            raise RecipeError(f"train.batch: {recipe.train.batch} cannot be shared by {accelerator.num_processes} processes")
+        self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
+        self.store = Checkpoints(folder / "checkpoints")
+        self.data = recipe.make_data().to(accelerator.device)
+        settings = recipe.train
+        self.control = settings.control_schedule if settings.dense or recipe.model.weights else None
+        schedules = (settings.dense, settings.admm, settings.finetune, self.control)
+        self.left = sum(schedule.epochs for schedule in schedules if schedule is not None)
+        self.rows: list[Epoch] = []
+
+    def fit(self, phase: Phase) -> nn.Module:
+        """Train a phase to its end and return its model."""
+        self.left -= phase.schedule.epochs
+
+        def told(row: Epoch, epochs: int) -> None:
+            self.progress.epoch(row, epochs, self.left + epochs - row.epoch)
+
+        model = train(phase, self.recipe, self.data, self.accelerator, self.store, told)
+        for path in self.store.damaged:
+            self.progress.note(f"refused the damaged checkpoint {path.name}; went on from the one before it")
+        self.store.damaged.clear()
+        self.rows.extend(phase.rows)
         return model
 
-    def fresh() -> nn.Module:
-        torch.manual_seed(recipe.seed)
-        return recipe.make_model(known)
-
-    def copy_of(model: nn.Module, into: nn.Module) -> nn.Module:
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """Return a copy on the device that shares nothing with the model, hooks included."""
+        into = self.recipe.make_model(trained=False)
         into.load_state_dict(model.state_dict())
-        return into
+        return into.to(self.accelerator.device)
 
-    dense = fit(Phase("dense", fresh(), settings.dense))
-    plan = recipe.make_plan(dense)
-    plan.save(folder / "plan.json")
-    start = copy_of(dense, fresh()).to(accelerator.device)
-    admm = ADMM(start, plan, settings.admm.rho, settings.admm.metric)
-    trained = fit(Phase("admm", start, settings.admm, admm, settings.admm.every))
-    cut = admm.factorize(copy_of(trained, fresh()).to(accelerator.device))
-    finetuned = fit(Phase("finetune", cut, settings.finetune))
-    save_cores(folder / "cores.safetensors", _numpy(finetuned))
-    control = fit(Phase("control", copy_of(dense, fresh()).to(accelerator.device), recipe.control))
-    return Trained(plan, trained, finetuned, control, tuple(rows), admm.roots), data
+    def write(self, action: Callable[[], None]) -> None:
+        """Do something in the first process only."""
+        if self.accelerator.is_main_process:
+            action()
 
 
-def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> tuple[Factored, Path, Path]:
-    """Write `dense.onnx`, `control.onnx` and `model.onnx`; return the factored graph, and ADMM's network dense and cut.
+def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> tuple[Factored, dict[str, Path]]:
+    """Write `dense.onnx`, `model.onnx` and the network to compare with; return the factored graph, and paths by what they are.
 
-    The last two are written to `scratch`: they are only there to measure the approximation error.
+    `before cut` and `after cut` are written to `scratch`: they are only there to measure the approximation error.
     """
-    example = data.test_x[:2]
+    example = data.example()
     dense = to_onnx(to_dense(trained.factored), example)
     save_model(dense, folder / "dense.onnx")
-    save_model(to_onnx(trained.control, example), folder / "control.onnx")
+    paths = {"dense form": folder / "dense.onnx", "factored": folder / "model.onnx"}
+    if trained.dense is not None:
+        name = "control.onnx" if trained.reference == "dense control" else "baseline.onnx"
+        paths = {trained.reference: folder / name, **paths}
+        save_model(to_onnx(trained.dense, example), folder / name)
     factored = factorize(dense, trained.plan, _numpy(trained.factored))
     save_model(factored.model, folder / "model.onnx")
-    before, after = scratch / "before_cut.onnx", scratch / "after_cut.onnx"
-    graph = to_onnx(trained.admm, example)
-    save_model(graph, before)
-    cut = swap(to_dense(trained.admm), trained.plan, roots=trained.roots)
-    save_model(reconstruct(graph, trained.plan, _numpy(cut)), after)
-    return factored, before, after
+    paths |= {"before cut": scratch / "before_cut.onnx", "after cut": scratch / "after_cut.onnx"}
+    graph = to_onnx(trained.uncut, example)
+    save_model(graph, paths["before cut"])
+    cut = swap(to_dense(trained.uncut), trained.plan, roots=trained.roots)
+    save_model(reconstruct(graph, trained.plan, _numpy(cut)), paths["after cut"])
+    return factored, paths
 
 
 def run(
@@ -160,38 +218,45 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "tensorrail run",
-) -> Report:
-    """Do the whole job and return its report, which also lies in the folder as `report.json`, `.md` and `.html`."""
+) -> Report | None:
+    """Do the whole job and return its report, which also lies in the folder as `report.json`, `.md` and `.html`.
+
+    Of several processes the first one measures and reports; the others return None.
+    """
     progress = progress or Progress()
-    prepare(recipe, folder, resume=resume, overwrite=overwrite)
-    trained, data = train_all(recipe, folder, progress)
-    images, labels = data.test_x.cpu().numpy(), data.test_y.cpu().numpy()
-    feeds = [{"image": images[:1]}, {"image": images[1:33]}]
+    accelerator = make_accelerator(recipe)
+    if accelerator.is_main_process:
+        prepare(recipe, folder, resume=resume, overwrite=overwrite)
+    accelerator.wait_for_everyone()
+    trained, data = train_all(recipe, folder, progress, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    sample = data.example(33).numpy()
+    feeds = [{"image": sample[:1]}, {"image": sample[1:]}]
     with tempfile.TemporaryDirectory() as scratch:
         progress.note("exporting to ONNX")
-        factored, before, after = export_all(trained, data, folder, Path(scratch))
+        factored, paths = export_all(trained, data, folder, Path(scratch))
         progress.note("checking parity and accuracy in ONNX Runtime")
-        approximation = parity(before, after, inputs=feeds, tolerance=None)
+        approximation = parity(paths.pop("before cut"), paths.pop("after cut"), inputs=feeds, tolerance=None)
     target = recipe.targets
-    paths = {"dense control": "control.onnx", "dense form": "dense.onnx", "factored": "model.onnx"}
-    numerical = parity(folder / "dense.onnx", folder / "model.onnx", inputs=feeds, tolerance=target.numerical_error)
+    numerical = parity(paths["dense form"], paths["factored"], inputs=feeds, tolerance=target.numerical_error)
     models = tuple(
-        Model(label=label, cost=cost(folder / file), accuracy=accuracy(folder / file, images, labels))
-        for label, file in paths.items()
+        Model(label=label, cost=cost(path), accuracy=accuracy_of(path, arrays(data.test))) for label, path in paths.items()
     )
+    compared = (next(iter(paths)), "factored")
     latency = tuple(
         bench(
-            [folder / "control.onnx", folder / "model.onnx"],
+            [paths[label] for label in compared],
             batch=batch,
             seconds=recipe.bench.seconds,
             threads=recipe.bench.threads,
-            labels=("dense control", "factored"),
+            labels=compared,
             on_round=lambda share, batch=batch: progress.bench(batch, share),  # type: ignore[misc]
         )
         for batch in recipe.bench.batches
     )
-    placed = placement(folder / "model.onnx")
-    shares = time_shares(folder / "model.onnx", placed, [row.layer for row in factored.layers])
+    placed = placement(paths["factored"])
+    shares = time_shares(paths["factored"], placed, [row.layer for row in factored.layers])
     report = Report(
         name=recipe.name,
         data=data.source,
@@ -206,6 +271,7 @@ def run(
             for row in factored.layers
         ),
         training=trained.rows,
+        cut_accuracy=trained.cut_accuracy,
         checks=_checks(recipe, models, numerical, latency),
     )
     report.save(folder / "report.json")
@@ -223,7 +289,7 @@ def _checks(
     params = dense.cost.params / factored.cost.params
     checks = [
         Check(
-            name="accuracy against the dense control",
+            name=f"accuracy against the {dense.label}",
             target=f"≥ −{target.accuracy_drop} points",
             measured=f"{-drop:+.2f} points",
             holds=drop <= target.accuracy_drop,

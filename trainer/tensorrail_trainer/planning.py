@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from tensorrail_exporter.choice import Limit, choose
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats import Format, format_of, project
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.layers import dense_layer, dense_layers
+
+_RUNGS = 32
 
 
 def plan_layers(
@@ -53,3 +57,59 @@ def plan_layers(
 def join(plans: Sequence[tuple[LayerPlan, ...]]) -> Plan:
     """Return one plan of all; where two patterns name the same layer, the later one holds."""
     return Plan(layers=tuple({layer.name: layer for plan in plans for layer in plan}.values()))
+
+
+def plan_to_size(
+    model: nn.Module,
+    pattern: str,
+    times: float,
+    *,
+    format: str = "tt",  # noqa: A002 - the record's own word
+    modes: Sequence[int] | None = None,
+    merge: str = "auto",
+) -> tuple[LayerPlan, ...]:
+    """Return a plan for the layers of a pattern that makes the whole network's parameters `times` fewer.
+
+    Each layer is offered its dense form and a ladder of uniform rank bounds; the loss of one is the share of the weight's
+    squared norm that it cuts off, and the least sum of losses within the budget is chosen for all layers at once. The
+    model's weights should be trained ones: those of a fresh network are all alike. A layer may stay dense. `PlanError` when
+    the layers of the pattern cannot shrink that much.
+    """
+    form = format_of(format)
+    names = [name for name in dense_layers(model) if fnmatchcase(name, pattern)]
+    if not names:
+        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(dense_layers(model))}")
+    offers: list[list[LayerPlan | None]] = []
+    sizes: list[list[float]] = []
+    losses: list[list[float]] = []
+    for name in names:
+        weight = dense_layer(model, name).weight().detach().float().cpu().contiguous()
+        shape = tuple(weight.shape)
+        own = tuple(modes) if modes is not None else form.default_modes(shape)
+        offers.append([None])
+        sizes.append([float(weight.numel())])
+        losses.append([0.0])
+        for ranks in _ladder(form, shape, own):
+            size = sum(math.prod(core) for core in form.core_shapes(shape, own, ranks))
+            if size < weight.numel():
+                kept = project(format, weight, own, ranks)
+                offers[-1].append(LayerPlan(name=name, format=format, modes=own, ranks=ranks, merge=merge))
+                sizes[-1].append(float(size))
+                losses[-1].append(float((weight - kept).square().sum() / weight.square().sum().clamp_min(1e-30)))
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    rest = whole - sum(one[0] for one in sizes)
+    least = rest + sum(min(one) for one in sizes)
+    if least * times > whole:
+        raise PlanError(
+            f"parameters cannot be {times:g} times fewer: with all layers of {pattern!r} at rank 1 they are "
+            f"{whole / least:.2f} times fewer; ask for less, or name more layers"
+        )
+    picks = choose(losses, [Limit("params", sizes, whole / times - rest)])
+    return tuple(plan for offer, pick in zip(offers, picks, strict=True) if (plan := offer[pick]) is not None)
+
+
+def _ladder(form: Format, shape: tuple[int, ...], modes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the distinct ranks that rising bounds give, at most `_RUNGS` of them."""
+    largest = max(form.clamp(shape, modes, form.uniform(shape, modes, math.prod(shape))))
+    bounds = sorted({max(1, round(largest * k / _RUNGS)) for k in range(1, _RUNGS + 1)})
+    return list(dict.fromkeys(form.clamp(shape, modes, form.uniform(shape, modes, bound)) for bound in bounds))

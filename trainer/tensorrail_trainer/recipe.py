@@ -3,99 +3,96 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from torch import nn
 
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import FORMATS
-from tensorrail_exporter.plan import Plan
+from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_runtime.records import first_problem, write_text
-from tensorrail_trainer.admm import Metric
-from tensorrail_trainer.data import CHANNELS_AND_CLASSES, DATASETS, Dataset
+from tensorrail_trainer.data import DataError, Dataset, Source, source_of
 from tensorrail_trainer.layers import planned_layers
-from tensorrail_trainer.models import MODELS
+from tensorrail_trainer.models import NetworkError, model_of
 from tensorrail_trainer.moments import require_one_input
-from tensorrail_trainer.planning import join, plan_layers
+from tensorrail_trainer.planning import join, plan_layers, plan_to_size
+from tensorrail_trainer.published import published_plan
+from tensorrail_trainer.schedules import FROM_LIST, Count, Part, Positive, Training
+from tensorrail_trainer.weights import WeightsError, load_weights
+
+Integers = Annotated[tuple[int, ...], FROM_LIST]
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; one line with the file, the key, what was expected and what to try."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-# YAML has lists where the record has tuples; the numbers in them stay strict.
-_FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Integers = Annotated[tuple[int, ...], _FROM_LIST]
-Epochs = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Named(_Part):
+class Named(Part):
     """A data set or model by its name, and the arguments it takes."""
 
     name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
 
 
-class PlanRule(_Part):
-    """Layers by a pattern of names, and what becomes of them."""
+class NamedModel(Named):
+    """A model, and the file of trained weights that it starts from: safetensors, or a state dict of torch."""
+
+    weights: str | None = None
+
+
+class PlanRule(Part):
+    """Layers by a pattern of names, and what becomes of them.
+
+    Their ranks are given, or chosen from the dense network's trained weights: with `params: 2.3` those that make the whole
+    network's parameters 2.3 times fewer at the least truncation error, one choice over all layers of the pattern.
+    """
 
     layers: str
     format: str = "tt"
-    ranks: int | Integers
+    ranks: int | Integers | None = None
+    params: Annotated[float, Field(gt=1)] | None = None
     modes: Integers | None = None
     merge: str = "auto"
 
-
-class Schedule(_Part):
-    """One phase of SGD with momentum 0.9: the learning rate falls by a cosine from `lr` to 0 over the epochs."""
-
-    epochs: Epochs
-    lr: Positive
-    weight_decay: float = Field(default=1e-4, ge=0)
+    @model_validator(mode="after")
+    def _one_way(self) -> PlanRule:
+        if (self.ranks is None) == (self.params is None):
+            raise ValueError("expected either ranks or params")
+        return self
 
 
-class AdmmSchedule(Schedule):
-    """The ADMM phase: `rho` is the penalty's weight, Z and U are updated every `every` epochs.
+class PublishedRule(Part):
+    """The ranks published for a network (Yin et al., CVPR 2021), its 3×3 convolutions in three or five modes.
 
-    `metric` says how far a weight is from low rank: by itself (`weight`), or by what it does to the layer's inputs
-    (`activation`), which must be one mode then.
+    `only_3x3` leaves the 1×1 convolutions of the table dense.
     """
 
-    rho: Positive = 1e-3
-    every: Epochs = 1
-    metric: Metric = "weight"
+    published: str
+    modes: int = 3
+    only_3x3: bool = False
 
 
-class Training(_Part):
-    """The phases and what they share."""
-
-    batch: int = Field(default=128, ge=1)
-    label_smoothing: Fraction = 0.1
-    shift: int = Field(default=0, ge=0)
-    dense: Schedule
-    admm: AdmmSchedule
-    finetune: Schedule
-    control: Schedule | None = None  # default: as many epochs as admm and finetune together, at the ADMM phase's rate
+def _kind(rule: Any) -> str:
+    return "published" if isinstance(rule, PublishedRule) or (isinstance(rule, dict) and "published" in rule) else "rule"
 
 
-class Bench(_Part):
+# Told apart by their keys, so that a mistake in one is not reported as a lack in the other.
+Rule = Annotated[Annotated[PlanRule, Tag("rule")] | Annotated[PublishedRule, Tag("published")], Discriminator(_kind)]
+
+
+class Bench(Part):
     """Interleaved latency: batch sizes, seconds of measuring for each, and threads (0: ONNX Runtime's own choice)."""
 
-    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], _FROM_LIST] = (1, 32)
+    batches: Annotated[tuple[Count, ...], FROM_LIST] = (1, 32)
     seconds: Positive = 10.0
     threads: int = Field(default=0, ge=0)
 
 
-class Targets(_Part):
+class Targets(Part):
     """What the run must show; it ends with exit code 1 when it falls short."""
 
     accuracy_drop: float = 0.5  # points below the dense control, at most
@@ -104,15 +101,19 @@ class Targets(_Part):
     speedup: Positive = 1.3
 
 
-class Recipe(_Part):
-    """A whole run: data, model, plan, training, benchmark and targets."""
+class Recipe(Part):
+    """A whole run: data, model, plan, training, benchmark and targets.
+
+    Data and models are named as in `tensorrail_trainer.data.DATASETS` and `tensorrail_trainer.models.MODELS`, or are a user's
+    own as `module:factory`.
+    """
 
     version: Literal[1]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     data: Named
-    model: Named
-    plan: Annotated[tuple[PlanRule, ...], _FROM_LIST, Field(min_length=1)]
+    model: NamedModel
+    plan: Annotated[tuple[Rule, ...], FROM_LIST, Field(min_length=1)]
     train: Training
     bench: Bench = Bench()
     targets: Targets = Targets()
@@ -131,53 +132,54 @@ class Recipe(_Part):
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         try:
             recipe = cls.model_validate(raw)
-            recipe.make_plan(recipe.make_model(recipe.channels_and_classes()))
+            recipe.make_plan(recipe.make_model(trained=False))
         except ValidationError as error:
             raise RecipeError(f"{path}: {first_problem(error)}") from None
-        except (PlanError, RecipeError) as error:
+        except (PlanError, RecipeError, DataError, WeightsError) as error:
             raise RecipeError(f"{path}: {error}") from None
         return recipe
 
-    @property
-    def control(self) -> Schedule:
-        """The dense control: trained on from the baseline for as many epochs as ADMM and fine-tuning take."""
-        if self.train.control is not None:
-            return self.train.control
-        admm, finetune = self.train.admm, self.train.finetune
-        return Schedule(epochs=admm.epochs + finetune.epochs, lr=admm.lr, weight_decay=admm.weight_decay)
-
-    def channels_and_classes(self) -> dict[str, int]:
-        """Return what the data tell the model about its input and output."""
-        _lookup(DATASETS, self.data, "data")
-        channels, classes = CHANNELS_AND_CLASSES[self.data.name]
-        return {"channels": channels, "classes": classes}
-
     def make_data(self) -> Dataset:
-        """Return the data set, split by the recipe's seed."""
-        data: Dataset = _make(DATASETS, self.data, "data", {"seed": self.seed})
+        """Return the data set; one that is split by chance is split by the recipe's seed."""
+        make = self._source().make
+        data: Dataset = _call(make, make, self.data, "data", {"seed": self.seed})
         return data
 
-    def make_model(self, known: dict[str, int]) -> nn.Module:
-        """Return the dense model with fresh weights."""
-        model: nn.Module = _make(MODELS, self.model, "model", known)
+    def make_model(self, *, trained: bool = True) -> nn.Module:
+        """Return the dense model with fresh weights that the seed decides, or with those of the file that the recipe names."""
+        source = self._source()
+        known = dict(_call(source.known, source.make, self.data, "data", {}))
+        try:
+            make = model_of(self.model.name)
+        except NetworkError as error:
+            raise RecipeError(f"model.name: {error}") from None
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model = _call(make, make, self.model, "model", known)
+        if not isinstance(model, nn.Module):
+            raise RecipeError(
+                f"model.name: {self.model.name} made a {type(model).__name__}, and a torch.nn.Module was expected"
+            )
+        if trained and self.model.weights is not None:
+            load_weights(model, Path(self.model.weights))
         return model
+
+    def _source(self) -> Source:
+        try:
+            return source_of(self.data.name)
+        except DataError as error:
+            raise RecipeError(f"data.name: {error}") from None
 
     def make_plan(self, model: nn.Module) -> Plan:
         """Return the plan of this model; `RecipeError` names the rule, or the layer, that does not fit."""
         plans = []
         for index, rule in enumerate(self.plan):
-            if rule.format not in FORMATS:
-                raise RecipeError(
-                    f"plan.{index}.format: unknown format {rule.format!r}; expected one of {', '.join(sorted(FORMATS))}"
-                )
             try:
-                plans.append(
-                    plan_layers(model, rule.layers, format=rule.format, ranks=rule.ranks, modes=rule.modes, merge=rule.merge)
-                )
+                plans.append(_planned(model, rule))
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None
         plan = join(plans)
-        if self.train.admm.metric == "activation":
+        if self.train.admm is not None and self.train.admm.metric == "activation":
             try:
                 require_one_input(plan, planned_layers(model, plan))
             except PlanError as error:
@@ -189,24 +191,30 @@ class Recipe(_Part):
         write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False))
 
 
-def _lookup(registry: dict[str, Any], named: Named, key: str) -> Any:
-    """Return the factory of that name; `RecipeError` for an unknown name or argument."""
-    factory = registry.get(named.name)
-    if factory is None:
-        raise RecipeError(f"{key}.name: unknown {key} {named.name!r}; expected one of {', '.join(sorted(registry))}")
+def _planned(model: nn.Module, rule: PlanRule | PublishedRule) -> tuple[LayerPlan, ...]:
+    if isinstance(rule, PublishedRule):
+        layers = published_plan(rule.published, rule.modes).layers
+        found = tuple(layer for layer in layers if not rule.only_3x3 or 9 in layer.modes)
+        planned_layers(model, Plan(layers=found))
+        return found
+    if rule.params is not None:
+        return plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
+    ranks = rule.ranks if rule.ranks is not None else ()
+    return plan_layers(model, rule.layers, format=rule.format, ranks=ranks, modes=rule.modes, merge=rule.merge)
+
+
+def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[str, Any]) -> Any:
+    """Return what a function makes of the arguments that its factory takes; `RecipeError` for one that it does not take."""
     parameters = inspect.signature(factory).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in named.args:
-        if argument not in parameters:
-            raise RecipeError(f"{key}.args.{argument}: unknown argument; {named.name} takes {', '.join(parameters)}")
-    return factory
-
-
-def _make(registry: dict[str, Any], named: Named, key: str, known: dict[str, int]) -> Any:
-    factory = _lookup(registry, named, key)
-    parameters = inspect.signature(factory).parameters
+        if argument not in parameters and not anything:
+            raise RecipeError(f"{key}.args.{argument}: unknown argument; {named.name} takes {', '.join(parameters) or 'none'}")
     given = {name: value for name, value in known.items() if name in parameters} | named.args
     try:
-        inspect.signature(factory).bind(**given)
-        return factory(**given)
+        inspect.signature(function).bind(**given)
+        return function(**given)
+    except (DataError, RecipeError):
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{key}.args: {named.name} cannot be made with {given}: {error}") from None

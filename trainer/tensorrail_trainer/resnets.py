@@ -1,7 +1,9 @@
-"""Residual networks for large images, under torchvision's names, so that its published state dicts load as they are.
+"""Residual networks (He et al., CVPR 2016) under torchvision's names, so that its published state dicts load as they are.
 
-ResNet-18 and -50 of He et al. (CVPR 2016), the stride of a bottleneck in its 3×3 convolution. `stem="small"` replaces the
-7×7 convolution and the pooling by one 3×3 convolution of stride 2, for images of 32 to 64 pixels.
+ResNet-18 and -50 are for large images, the stride of a bottleneck in its 3×3 convolution. `stem="small"` replaces the 7×7
+convolution and the pooling by one 3×3 convolution of stride 2, for images of 32 to 64 pixels. ResNet-20, -32 and -56 are the
+paper's networks for CIFAR: 6n + 2 layers in three stages, and shortcuts without parameters (`shortcut="A"`) where the shape
+changes: every second pixel, and zeros for the channels that are new. `shortcut="B"` has 1×1 convolutions there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Stem = Literal["large", "small"]
+Shortcut = Literal["A", "B"]
 
 
 class BasicBlock(nn.Module):
@@ -20,20 +23,34 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, shortcut: Shortcut = "B") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = _shortcut(inputs, width, stride)
+        self.downsample = _shortcut(inputs, width, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         out: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
         return out
+
+
+class Subsample(nn.Module):
+    """Every `stride`-th pixel, and zeros for new channels on both sides: (B, I, H, W) → (B, O, H / stride, W / stride)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = (outputs - inputs) // 2
+        self.after = outputs - inputs - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the shortcut's output."""
+        return nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
 class Bottleneck(nn.Module):
@@ -95,15 +112,49 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _draw(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
+        scores: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return scores
+
+
+class CifarResNet(nn.Module):
+    """Three stages of `blocks` blocks each, of `width`, 2·width and 4·width channels: (B, channels, H, W) → (B, classes).
+
+    `ValueError` for a shortcut that is not known.
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(self, blocks: int, channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> None:
+        super().__init__()
+        if shortcut not in get_args(Shortcut):
+            raise ValueError(f"CifarResNet: unknown shortcut {shortcut!r}; expected one of {', '.join(get_args(Shortcut))}")
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        inputs = width
+        for stage in range(3):
+            planes = width << stage
+            sizes = [inputs, *[planes] * (blocks - 1)]
+            layers = [BasicBlock(size, planes, 2 if stage and k == 0 else 1, shortcut) for k, size in enumerate(sizes)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+            inputs = planes
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, classes)
+        _draw(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
         scores: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return scores
 
@@ -118,7 +169,31 @@ def resnet50(channels: int = 3, classes: int = 1000, stem: Stem = "large", width
     return ResNet(Bottleneck, (3, 4, 6, 3), channels, classes, stem, width)
 
 
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+def resnet20(channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> CifarResNet:
+    """Return the ResNet-20 for images of 32 pixels."""
+    return CifarResNet(3, channels, classes, shortcut, width)
+
+
+def resnet32(channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> CifarResNet:
+    """Return the ResNet-32 for images of 32 pixels."""
+    return CifarResNet(5, channels, classes, shortcut, width)
+
+
+def resnet56(channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> CifarResNet:
+    """Return the ResNet-56 for images of 32 pixels."""
+    return CifarResNet(9, channels, classes, shortcut, width)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut = "B") -> nn.Module | None:
     if stride == 1 and inputs == outputs:
         return None
+    if kind == "A":
+        return Subsample(inputs, outputs, stride)
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def _draw(model: nn.Module) -> None:
+    """Draw the weights of the convolutions as He et al. (ICCV 2015) do."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -65,6 +65,10 @@ def check(
     benchmark_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write customSmallerIsBetter JSON for github-action-benchmark.")
     ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a summary as Markdown.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what falls short as GitHub workflow commands (::error …).")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Hold a model against a baseline, or against another model on the spot. Exit code 1 with the reason in one line."""
@@ -87,7 +91,13 @@ def check(
     rows = [(f.name, f.baseline, f.measured, f.limit, "yes" if f.holds else "NO") for f in verdict.findings]
     how = "in turns with the baseline's model" if verdict.interleaved else "against recorded times"
     table(f"{model} against {baseline}, {how}", ("what", "baseline", "measured", "limit", "holds"), rows)
-    for path, text in ((junit, gate_output.junit), (benchmark_json, gate_output.smaller_is_better)):
+    written = (
+        (junit, gate_output.junit),
+        (benchmark_json, gate_output.smaller_is_better),
+        (markdown, gate_output.markdown),
+        (annotations, gate_output.workflow_commands),
+    )
+    for path, text in written:
         if path is not None:
             write_text(path, text(verdict))
     if json is not None:

@@ -21,7 +21,9 @@ def command(
     target = folder or Path("runs") / read.name
     with progress() as listener:
         report = run(read, target, resume=resume, overwrite=overwrite, progress=listener, command=f"tensorrail run {recipe}")
-    table(report.name, ("", "dense control", "factored", ""), report.table())
+    if report is None:  # one of several processes, and not the first
+        return
+    table(report.name, report.head(), report.table())
     table("three errors", ("error", "measured"), report.errors())
     rows = [(c.name, c.target, c.measured, "yes" if c.holds else "NO") for c in report.checks]
     table("targets", ("target", "asked", "measured", "holds"), rows)

@@ -9,23 +9,35 @@ from tensorrail.show import console, progress
 def command(
     recipe: RecipeFile, folder: Folder = None, resume: Resume = False, overwrite: Overwrite = False, json: Json = None
 ) -> None:
-    """Train only: dense, ADMM, cut, fine-tune, control; writes checkpoints, plan.json and cores.safetensors.
+    """Train only: dense, ADMM, cut, fine-tune, control; writes checkpoints, plan.json, cores and dense.safetensors.
 
-    `tensorrail run --resume` on the same folder goes on from there.
+    `tensorrail run --resume` on the same folder goes on from there. Several processes: `accelerate launch --num_processes N
+    -m tensorrail train RECIPE`.
     """
     from pathlib import Path
 
     from tensorrail_runtime.report import TrainingLog
-    from tensorrail_trainer.pipeline import prepare, train_all
+    from tensorrail_trainer.pipeline import make_accelerator, prepare, train_all
     from tensorrail_trainer.recipe import Recipe
 
     read = Recipe.load(recipe)
     target = folder or Path("runs") / read.name
-    prepare(read, target, resume=resume, overwrite=overwrite)
-    with progress() as listener:
-        trained, _ = train_all(read, target, listener)
+    accelerator = make_accelerator(read)
+    if accelerator.is_main_process:
+        prepare(read, target, resume=resume, overwrite=overwrite)
+    accelerator.wait_for_everyone()
+    with progress(shown=accelerator.is_main_process) as listener:
+        trained, _ = train_all(read, target, listener, accelerator)
+    if not accelerator.is_main_process:
+        return
     last = {row.phase: row for row in trained.rows}
     for phase, row in last.items():
         console.print(f"{phase:<9} {row.epoch} epochs, test accuracy {row.test_accuracy:.2f} %")
+    seconds = sum(row.seconds for row in trained.rows if row.phase == "admm")
+    if seconds:
+        projecting = sum(row.projection_seconds for row in trained.rows if row.phase == "admm")
+        console.print(f"projections took {100 * projecting / seconds:.1f} % of the ADMM phase")
+    log = TrainingLog(epochs=trained.rows, cut_accuracy=trained.cut_accuracy)
+    log.save(target / "training.json")
     if json is not None:
-        TrainingLog(epochs=trained.rows).save(json)
+        log.save(json)

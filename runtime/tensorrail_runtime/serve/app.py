@@ -1,0 +1,204 @@
+"""The HTTP side: Open Inference Protocol 2 as an ASGI application over anything that answers a feed.
+
+It reads and limits requests, counts them, and turns every error into `{"error": reason}`. It knows nothing of Ray: a `Backend`
+answers, in a replica or, in tests, right here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tensorrail_runtime.serve.batching import Answer, Feed
+from tensorrail_runtime.serve.errors import ProtocolError
+from tensorrail_runtime.serve.metrics import CONTENT_TYPE_LATEST, Metrics
+from tensorrail_runtime.serve.options import Limits
+from tensorrail_runtime.serve.request import InferRequest, parse_request
+from tensorrail_runtime.serve.response import VERSION, render_response
+from tensorrail_runtime.serve.shadow import Shadow
+from tensorrail_runtime.serve.signature import Signature
+
+_GONE = 499  # the client went away: nobody reads the answer, the metrics do
+_DISCARD = 4  # times the limit: so much of a body that is too long is still read, so that its sender gets to read why
+
+
+class Backend(Protocol):
+    """What answers requests."""
+
+    async def infer(self, feed: Feed) -> Answer:
+        """Return the answer to arrays that fit the model's inputs."""
+
+    async def ready(self) -> bool:
+        """Return whether a request would be answered now."""
+
+
+@dataclass
+class Service:
+    """One served model: what the application needs to know of it."""
+
+    name: str
+    signature: Signature
+    backend: Backend
+    metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
+    shadow: Shadow | None = None
+    server_version: str = ""
+    stopping: bool = False
+
+
+def create_app(service: Service) -> Starlette:
+    """Return the ASGI application that serves the model."""
+
+    async def live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(_: Request) -> Response:
+        answers = not service.stopping and await service.backend.ready()
+        return JSONResponse({"ready": answers}, 200 if answers else 503)
+
+    async def model_ready(request: Request) -> Response:
+        _check_model(service, request)
+        answers = not service.stopping and await service.backend.ready()
+        return JSONResponse({"name": service.name, "ready": answers}, 200 if answers else 503)
+
+    async def server(_: Request) -> Response:
+        return JSONResponse({"name": "tensorrail", "version": service.server_version, "extensions": ["binary_tensor_data"]})
+
+    async def model(request: Request) -> Response:
+        _check_model(service, request)
+        return JSONResponse(
+            {
+                "name": service.name,
+                "versions": [VERSION],
+                "platform": "onnx_onnxv1",
+                "inputs": [tensor.metadata() for tensor in service.signature.inputs],
+                "outputs": [tensor.metadata() for tensor in service.signature.outputs],
+            }
+        )
+
+    async def metrics(_: Request) -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def infer(request: Request) -> Response:
+        return await _infer(service, request)
+
+    models = [
+        (path + end, call, methods)
+        for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        for end, call, methods in (("", model, ["GET"]), ("/ready", model_ready, ["GET"]), ("/infer", infer, ["POST"]))
+    ]
+    routes = [
+        ("/v2/health/live", live, ["GET"]),
+        ("/v2/health/ready", ready, ["GET"]),
+        ("/v2", server, ["GET"]),
+        *models,
+        ("/metrics", metrics, ["GET"]),
+    ]
+    return Starlette(
+        routes=[Route(path, call, methods=methods) for path, call, methods in routes],
+        exception_handlers={ProtocolError: _refused, HTTPException: _http, Exception: _failed},
+    )
+
+
+async def _infer(service: Service, request: Request) -> Response:
+    """Answer one inference request within the limits, and count it whatever becomes of it."""
+    begin = time.perf_counter()
+    service.metrics.in_flight += 1
+    code = 500
+    try:
+        response = await _answer(service, request)
+        code = response.status_code
+    except ProtocolError as error:
+        code = error.status
+        raise
+    except ClientDisconnect:
+        code = _GONE
+        return Response(status_code=_GONE)
+    finally:
+        service.metrics.in_flight -= 1
+        service.metrics.answered(code, time.perf_counter() - begin)
+    return response
+
+
+async def _answer(service: Service, request: Request) -> Response:
+    _check_model(service, request)
+    if service.metrics.in_flight > service.limits.accepted:
+        raise ProtocolError(f"{service.limits.accepted} requests are being answered: try again", 503)
+    try:
+        async with asyncio.timeout(service.limits.seconds):
+            body = await _read(request, service.limits.body)
+            parsed = parse_request(body, request.headers.get("inference-header-content-length"))
+            _check_name(service, parsed)
+            feed = service.signature.feed(parsed)
+            answer = await service.backend.infer(feed)
+    except TimeoutError:
+        raise ProtocolError(f"no answer within {service.limits.seconds:g} s", 504) from None
+    service.metrics.ran(answer)
+    if answer.outputs is None:
+        raise ProtocolError(answer.reason, 400 if answer.invalid else 500)
+    content, headers = render_response(service.name, service.signature, parsed, answer.outputs)
+    shadow = service.shadow
+    task = BackgroundTask(shadow.sample, feed, answer.outputs) if shadow else None
+    return Response(content, headers=headers, background=task)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """Return the body, never holding more of it than `limit` bytes; `ProtocolError` 413 for a longer one."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ProtocolError(f"the body must come as it is, and Content-Encoding {encoding!r:.40} came", 415)
+    text = request.headers.get("content-length", "")
+    announced = int(text) if text.isdigit() else 0
+    refusal = ProtocolError(f"a request has at most {limit} bytes, and {announced or 'more'} came", 413)
+    if announced > limit * _DISCARD or (announced > limit and "expect" in request.headers):
+        raise refusal
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+        if size > limit * _DISCARD:
+            break
+    if size > limit:
+        raise refusal
+    return b"".join(parts)
+
+
+def _check_model(service: Service, request: Request) -> None:
+    name, version = request.path_params["model"], request.path_params.get("version", VERSION)
+    if name != service.name:
+        raise ProtocolError(f"unknown model {name!r:.80}: this server has {service.name!r}")
+    if version != VERSION:
+        raise ProtocolError(f"unknown version {version!r:.40} of {service.name!r}: there is version {VERSION}")
+
+
+def _check_name(service: Service, parsed: InferRequest) -> None:
+    if parsed.model_name is not None and parsed.model_name != service.name:
+        raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server has {service.name!r}")
+
+
+def _refused(_: Request, error: Exception) -> Response:
+    status = error.status if isinstance(error, ProtocolError) else 500
+    return JSONResponse({"error": str(error)}, status)
+
+
+def _http(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    reason = {404: f"there is no {request.url.path!r:.80} here", 405: f"{request.method} is not for {request.url.path!r:.80}"}
+    return JSONResponse({"error": reason.get(status, str(error))}, status)
+
+
+def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"the server failed ({type(error).__name__}); its log says more"}, 500)

@@ -1,0 +1,179 @@
+"""What Triton needs to know of a model, read from its session, and whether it holds: that requests may share a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError, Message
+
+from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.session import ModelError, run
+from tensorrail_runtime.triton_config import Serving, Signature, Tensor
+
+# The types that Triton's ONNX Runtime backend takes, by ONNX Runtime's names; bfloat16 is not one of them.
+_TYPES = {
+    "tensor(bool)": ("TYPE_BOOL", np.bool_),
+    "tensor(uint8)": ("TYPE_UINT8", np.uint8),
+    "tensor(uint16)": ("TYPE_UINT16", np.uint16),
+    "tensor(uint32)": ("TYPE_UINT32", np.uint32),
+    "tensor(uint64)": ("TYPE_UINT64", np.uint64),
+    "tensor(int8)": ("TYPE_INT8", np.int8),
+    "tensor(int16)": ("TYPE_INT16", np.int16),
+    "tensor(int32)": ("TYPE_INT32", np.int32),
+    "tensor(int64)": ("TYPE_INT64", np.int64),
+    "tensor(float16)": ("TYPE_FP16", np.float16),
+    "tensor(float)": ("TYPE_FP32", np.float32),
+    "tensor(double)": ("TYPE_FP64", np.float64),
+    "tensor(string)": ("TYPE_STRING", np.object_),
+}
+_DTYPES = dict(_TYPES.values())
+
+
+def external_files(path: Path) -> list[str]:
+    """Return where a model's external data lie, relative to its folder; `ModelError` for a place outside it, or a link."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
+    except DecodeError:
+        raise ModelError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
+    found: dict[str, None] = {}
+    for tensor in _tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            found |= {entry.value: None for entry in tensor.external_data if entry.key == "location"}
+    home = path.parent.resolve()
+    for location in found:
+        place = PurePosixPath(location)
+        if not location or place.is_absolute() or ".." in place.parts or (home / place).resolve() != home / place:
+            raise ModelError(f"{path}: its external data {location!r} leave the model's folder, or are a link: not copied")
+        if not (home / place).is_file():
+            raise ModelError(f"{path}: its external data {location!r} are not there: expected beside the model")
+    return list(found)
+
+
+def signature(path: Path, session: ort.InferenceSession) -> Signature:
+    """Return a model's inputs and outputs; `ModelError` names one that Triton's ONNX Runtime backend does not take."""
+    graph = onnx.load(path, load_external_data=False).graph
+    unranked = {
+        value.name
+        for value in (*graph.input, *graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    }
+
+    def read(entry: ort.NodeArg) -> Tensor:
+        if entry.type not in _TYPES:
+            raise ModelError(f"{path}: {entry.name!r} is a {entry.type}, which Triton's ONNX Runtime backend does not take")
+        if not entry.shape and entry.name in unranked:
+            raise ModelError(f"{path}: the graph gives no shape for {entry.name!r}: run onnx.shape_inference on it first")
+        shape = tuple(size if isinstance(size, int) else -1 for size in entry.shape)
+        if 0 in shape:
+            raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}; Triton takes axes of 1 or more")
+        return Tensor(entry.name, _TYPES[entry.type][0], shape)
+
+    if not session.get_inputs():
+        raise ModelError(f"{path}: takes no input, so there is nothing that a request could bring")
+    return Signature(tuple(map(read, session.get_inputs())), tuple(map(read, session.get_outputs())))
+
+
+def request_shapes(found: Signature, batched: bool, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return each input's axes in one request, the batch left out, from the graph and from `shapes`, which hold all axes.
+
+    `ModelError` for a shape that does not fit its input, and for an axis of any size without one.
+    """
+    names = [tensor.name for tensor in found.inputs]
+    unknown = [name for name in shapes if name not in names]
+    if unknown:
+        raise ModelError(f"a shape came for input {unknown[0]!r}, and the model's inputs are {', '.join(names) or 'none'}")
+    made = {}
+    for tensor in found.inputs:
+        given = tuple(shapes.get(tensor.name, tensor.shape))
+        if len(given) != len(tensor.shape) or any(a not in (-1, b) for a, b in zip(tensor.shape, given, strict=True)):
+            raise ModelError(f"input {tensor.name!r} has shape {list(tensor.shape)}, and {list(given)} came")
+        made[tensor.name] = given[1:] if batched else given
+        if -1 in made[tensor.name]:
+            raise ModelError(
+                f"input {tensor.name!r} has axes of any size, {list(tensor.shape)}: say what a request is like, "
+                f"--shape {tensor.name}={','.join(str(8 if size == -1 else size) for size in tensor.shape)}"
+            )
+    return made
+
+
+def check_warmup(
+    session: ort.InferenceSession, found: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batched: bool
+) -> None:
+    """Run one warm-up request here: one that fails would keep Triton from serving the model. `ModelError` says why it fails."""
+    rng = np.random.default_rng(0)
+    feed = {}
+    for tensor in found.inputs:
+        shape = (1, *requests[tensor.name]) if batched else requests[tensor.name]
+        feed[tensor.name] = _fill(tensor, shape, rng, "bytes" if serving.warmup_data == "random" else "zero")
+    try:
+        run(session, feed)
+    except ModelError as error:
+        raise ModelError(
+            f"a warm-up request of {serving.warmup_data} data fails, and Triton would not serve the model: {error}"
+        ) from None
+
+
+def check_batching(
+    path: Path,
+    session: ort.InferenceSession,
+    found: Signature,
+    requests: Mapping[str, tuple[int, ...]],
+    tolerance: float,
+) -> float:
+    """Hold a sample's answer in a batch of two against its answer alone; return the largest relative L2 difference.
+
+    Triton puts requests of different clients into one batch, so no answer may depend on its neighbour. `ModelError` when the
+    first axis of an output is not the batch, or an answer of floating-point numbers differs by more than `tolerance`.
+    """
+    rng = np.random.default_rng(0)
+    pair = {tensor.name: _fill(tensor, (2, *requests[tensor.name]), rng, "normal") for tensor in found.inputs}
+    together = run(session, pair)
+    alone = run(session, {name: array[:1] for name, array in pair.items()})
+    worst = 0.0
+    for name, both in together.items():
+        if len(both) != 2 or len(alone[name]) != 1:
+            raise ModelError(
+                f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, and "
+                f"Triton could not give each request its part; ask for --max-batch 0"
+            )
+        if not np.issubdtype(both.dtype, np.floating) or both.shape[1:] != alone[name].shape[1:]:
+            continue
+        a, b = (np.nan_to_num(array[0].astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone[name], both))
+        worst = max(worst, float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)))
+    if worst > tolerance:
+        raise ModelError(
+            f"{path}: an answer differs by {worst:.1e} with its neighbour in the batch, and {tolerance:g} is allowed: Triton "
+            f"batches requests that have nothing to do with each other; ask for --max-batch 0, or a larger --tolerance"
+        )
+    return worst
+
+
+def _fill(tensor: Tensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:
+    """Return an input: zeros, standard normal values (integers: 0 and 1), or for floats random bytes, as Triton makes them."""
+    dtype = np.dtype(_DTYPES[tensor.data_type])
+    floating = np.issubdtype(dtype, np.floating)
+    if tensor.data_type == "TYPE_STRING":
+        return np.full(shape, "", dtype)
+    if how == "normal":
+        return (rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)).astype(dtype)
+    if how == "zero" or not floating:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Return every tensor of a message, wherever it stands: initializers, attributes, bodies, functions."""
+    for kind, value in message.ListFields():
+        if kind.message_type is None:
+            continue
+        for part in [value] if isinstance(value, Message) else value:
+            if isinstance(part, onnx.TensorProto):
+                yield part
+            else:
+                yield from _tensors(part)

@@ -1,0 +1,86 @@
+"""`tensorrail serve` as far as it goes without a server: its help, and how it ends on bad input."""
+
+import socket
+import subprocess
+import sys
+
+import onnx
+import pytest
+from conftest import make_model
+from onnx import helper
+from typer.testing import CliRunner
+
+import tensorrail.cli
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            tensorrail.cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def test_help_says_where_it_listens_and_who_may_ask():
+    result = CliRunner().invoke(tensorrail.cli.app, ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert "127.0.0.1" in result.output
+    for option in (
+        "--address",
+        "--replicas",
+        "--max-batch",
+        "--batch-wait",
+        "--shadow",
+        "--fraction",
+        "--timeout",
+        "--max-mib",
+    ):
+        assert option in result.output
+
+
+@pytest.mark.parametrize("missing", ["ray", "uvicorn"])
+def test_without_the_extra_it_says_what_to_install(small_path, missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import tensorrail_runtime, tensorrail_runtime.serve.request, tensorrail_runtime.serve.batch_axis\n"
+        "from tensorrail.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "serve", small_path, "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"tensorrail: this command needs {missing}: pip install 'tensorrail[serve]'\n"
+
+
+def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
+    pytest.importorskip("ray.serve", reason="the extra `serve` is not installed")
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"garbage")
+    other = tmp_path / "other.onnx"
+    onnx.save(make_model([helper.make_node("Relu", ["x"], ["z"])], {}, {"x": ["n", 4]}, {"z": ["n", 4]}), other)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for arguments, reason in (
+            ((garbage,), "garbage.onnx: ONNX Runtime cannot load it"),
+            ((tmp_path / "none.onnx",), "none.onnx: ONNX Runtime cannot load it"),
+            ((small_path, "--name", "a/b"), "a model's name is letters, digits"),
+            ((small_path, "--fraction", 0), "the share of shadowed requests is above 0"),
+            ((small_path, "--provider", "quantum"), "unknown provider 'quantum': expected one of cpu"),
+            ((small_path, "--address", "ray://head:10001"), "expected `auto` or HOST:PORT of its head"),
+            ((small_path, "--shadow", garbage), "garbage.onnx: ONNX Runtime cannot load it"),
+            ((small_path, "--shadow", other), "cannot shadow the served model: the outputs are y (FP32), and z (FP32) came"),
+            (
+                (small_path, "--port", port),
+                f"127.0.0.1:{port} cannot be listened at (Address already in use): try another --port",
+            ),
+            ((small_path, "--host", "no.such.host.invalid"), "--host no.such.host.invalid: no address of this name"),
+        ):
+            code, out, err = cli("serve", *arguments)
+            assert (code, out) == (2, ""), reason
+            assert reason in err
+            assert err.count("\n") == 1

@@ -1,0 +1,200 @@
+"""What a recipe can ask of the training loop, each on a small network and made data."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from tensorrail_exporter import Plan
+from tensorrail_trainer import ADMM, loop, plan_layers
+from tensorrail_trainer.checkpoints import Checkpoints
+from tensorrail_trainer.data import Dataset, InMemory
+from tensorrail_trainer.loop import Phase, TrainingError, evaluate, train
+from tensorrail_trainer.recipe import Named, NamedModel, PlanRule, Recipe
+from tensorrail_trainer.schedules import AdmmSchedule, Distillation, Schedule, Training
+
+
+@pytest.fixture
+def data():
+    """Two classes of 8×8 images that differ by the sign of a pattern."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(192) % 2
+    pattern = torch.randn(3, 8, 8, generator=generator)
+    x = torch.randn(192, 3, 8, 8, generator=generator) + 0.5 * (2 * y[:, None, None, None] - 1) * pattern
+    return Dataset("made", 2, InMemory(x[:128], y[:128]), InMemory(x[128:], y[128:]))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(),
+        nn.Linear(1024, 2),
+    )  # fmt: skip
+
+
+def recipe(**training):
+    return Recipe(
+        version=1,
+        name="made",
+        data=Named(name="digits"),
+        model=NamedModel(name="small_resnet"),
+        plan=(PlanRule(layers="*", ranks=4),),
+        train=Training(**{"batch": 32, "finetune": Schedule(epochs=1, lr=0.01)} | training),
+    )
+
+
+def fit(tmp_path, data, phase, **training):
+    rows = []
+    model = train(
+        phase, recipe(**training), data, Accelerator(), Checkpoints(tmp_path), on_epoch=lambda row, _: rows.append(row)
+    )
+    return model, rows
+
+
+def admm_of(model, ranks=4, rho=0.05):
+    return ADMM(model, Plan(layers=plan_layers(model, "3", ranks=ranks)), rho)
+
+
+def test_a_phase_learns(tmp_path, data):
+    model, rows = fit(tmp_path, data, Phase("dense", network(), Schedule(epochs=4, lr=0.05, warmup=0.5)))
+    assert rows[-1].loss < rows[0].loss
+    assert rows[-1].test_accuracy > 90
+    assert evaluate(model, data.test, Accelerator()) == rows[-1].test_accuracy
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"mixup": 0.4}, {"ema": 0.9}, {"precision": "bf16"}, {"distill": Distillation()}, {"mixup": 0.2, "ema": 0.5}],
+    ids="+".join,
+)
+def test_an_interrupted_phase_ends_as_an_uninterrupted_one(tmp_path, data, training):
+    for folder in ("whole", "broken"):
+        (tmp_path / folder).mkdir()
+    schedule = AdmmSchedule(epochs=3, lr=0.05, rho=0.01, rho_end=0.1, every_steps=2, clip=1.0)
+
+    def phase():
+        model = network()
+        return Phase("admm", model, schedule, admm_of(model), copy.deepcopy(model) if "distill" in training else None)
+
+    whole, rows = fit(tmp_path / "whole", data, phase(), **training)
+
+    def stop(row, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(phase(), recipe(**training), data, Accelerator(), Checkpoints(tmp_path / "broken"), stop)
+    broken, rest = fit(tmp_path / "broken", data, phase(), **training)
+    assert [row.epoch for row in rest] == [2, 3]
+    assert [row.rho for row in rows] == pytest.approx([0.01, 0.1**1.5, 0.1])
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, broken.state_dict()[name]), name
+
+
+def test_the_average_is_what_is_evaluated_and_handed_on(tmp_path, data):
+    model, rows = fit(tmp_path, data, Phase("dense", network(), Schedule(epochs=2, lr=0.05)), ema=0.9)
+    state = Checkpoints(tmp_path).latest("dense")
+    assert torch.equal(state["average"]["module.0.weight"], model[0].weight)
+    assert not torch.equal(state["model"]["0.weight"], model[0].weight)
+    assert evaluate(model, data.test, Accelerator()) == rows[-1].test_accuracy
+
+
+def test_distillation_pulls_toward_the_teacher(tmp_path, data):
+    teacher, _ = fit(tmp_path, data, Phase("dense", network(), Schedule(epochs=4, lr=0.05)))
+    wrong = Dataset("made", 2, InMemory(data.train.x, 1 - data.train.y), data.test)  # labels say the opposite
+    phase = Phase("finetune", network(), Schedule(epochs=4, lr=0.05), teacher=teacher)
+    taught, _ = fit(tmp_path, wrong, phase, distill=Distillation(weight=1.0))
+    assert evaluate(taught, data.test, Accelerator()) > 90
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_mixup_mixes_the_labels_as_it_mixes_the_images():
+    scores, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    mixed = 0.3 * F.one_hot(y, 3) + 0.7 * F.one_hot(y.flip(0), 3)
+    expected = F.cross_entropy(scores, mixed.float(), label_smoothing=0.1)
+    torch.testing.assert_close(loop._cross_entropy(scores, y, 0.3, 0.1), expected)
+
+
+def test_the_divergence_is_that_of_hinton():
+    own, other = torch.randn(5, 4), torch.randn(5, 4)
+    p, q = (other / 3).softmax(1), (own / 3).softmax(1)
+    torch.testing.assert_close(loop._divergence(own, other, 3.0), 9 * (p * (p / q).log()).sum(1).mean())
+
+
+def test_admm_stops_when_both_residuals_are_small(tmp_path, data):
+    model = network()
+    schedule = AdmmSchedule(epochs=50, lr=1e-4, rho=1.0, stop=0.05)
+    admm = admm_of(model, ranks=16)  # at full rank nothing is cut off
+    _, rows = fit(tmp_path, data, Phase("admm", model, schedule, admm))
+    assert len(rows) < 50
+    assert all(primal < 0.05 for primal, _ in rows[-1].residuals.values())
+    again = network()
+    model, more = fit(tmp_path, data, Phase("admm", again, schedule, admm_of(again, ranks=16)))
+    assert more == []  # resumed, it is over
+
+
+def test_a_hard_projection_leaves_weights_of_low_rank(tmp_path, data):
+    model = network()
+    phase = Phase("admm", model, AdmmSchedule(epochs=2, lr=0.05, rho=0.05, hard=True), admm_of(model))
+    trained, _ = fit(tmp_path, data, phase)
+    spectrum = torch.linalg.svdvals(trained[3].weight.flatten(1))
+    assert spectrum[4] < 1e-5 * spectrum[0]
+    torch.testing.assert_close(trained[3].weight.detach(), phase.admm.Z["3"])
+    assert float(phase.admm.U["3"].abs().max()) == 0.0
+
+
+def test_a_changed_rho_keeps_the_multiplier():
+    model = network()
+    admm = admm_of(model)
+    admm.update()
+    before = admm.rho * admm.U["3"]
+    admm.set_rho(0.8)
+    torch.testing.assert_close(admm.rho * admm.U["3"], before)
+    with pytest.raises(ValueError, match="rho is positive, and 0 came"):
+        admm.set_rho(0)
+
+
+def test_rho_rises_where_the_primal_residual_lags_and_falls_where_the_dual_one_does():
+    model = network()
+    admm = admm_of(model, ranks=2)
+    with torch.no_grad():
+        for _ in range(30):  # the weights do not move: U outgrows, Z settles
+            admm.update()
+    admm.balance()
+    assert admm.rho == pytest.approx(0.1)
+    admm = admm_of(model, ranks=16)
+    with torch.no_grad():
+        model[3].weight.mul_(2)
+    admm.update()
+    admm.balance()
+    assert admm.rho == pytest.approx(0.025)
+
+
+def test_projections_are_timed_and_counted_by_steps(tmp_path, data, monkeypatch):
+    model = network()
+    admm = admm_of(model)
+    count = []
+    update = admm.update
+    monkeypatch.setattr(admm, "update", lambda: count.append(1) or update())
+    _, rows = fit(tmp_path, data, Phase("admm", model, AdmmSchedule(epochs=2, lr=0.01, every_steps=2), admm))
+    assert len(count) == 2 * (128 // 32 // 2)
+    assert all(0 < row.projection_seconds < row.seconds for row in rows)
+
+
+def test_a_loss_that_is_not_finite_names_its_first_step(tmp_path, data):
+    poisoned = data.train.x.clone()
+    poisoned[:] = torch.where(torch.arange(128)[:, None, None, None] == 5, float("nan"), poisoned)
+    broken = Dataset("made", 2, InMemory(poisoned, data.train.y), data.test)
+    with pytest.raises(TrainingError, match=r"phase dense, epoch 1, step [1-4]: the loss is nan at learning rate .* clip"):
+        fit(tmp_path, broken, Phase("dense", network(), Schedule(epochs=1, lr=0.01)))
+    assert Checkpoints(tmp_path).latest("dense") is None
+
+
+def test_fewer_samples_than_a_batch_are_refused(tmp_path, data):
+    few = Dataset("made", 2, InMemory(data.train.x[:8], data.train.y[:8]), data.test)
+    with pytest.raises(TrainingError, match="8 training samples make no batch of 32"):
+        fit(tmp_path, few, Phase("dense", network(), Schedule(epochs=1, lr=0.01)))

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch import nn
+
+from tensorrail_exporter import Plan, PlanError
+from tensorrail_exporter.formats import FORMATS
+from tensorrail_trainer import plan_layers
+from tensorrail_trainer.layers import swap
+from tensorrail_trainer.planning import plan_to_size
+
+
+@pytest.fixture
+def model():
+    """Two convolutions, the second one of low rank, and a small classifier."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32, 10))
+    with torch.no_grad():
+        made[1].weight.copy_((torch.randn(32, 2) @ torch.randn(2, 288)).reshape(32, 32, 3, 3))
+    return made
+
+
+def size(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if name != "ttm"])
+@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_the_network_is_as_small_as_asked_and_hardly_smaller(model, form, times):
+    whole = size(model)
+    plan = plan_to_size(model, "[01]", times, format=form)
+    small = size(swap(model, Plan(layers=plan)))
+    assert times <= whole / small < 1.35 * times
+
+
+def test_what_costs_least_is_cut_first(model):
+    (layer,) = plan_to_size(model, "[01]", 1.5, format="svd")
+    assert layer.name == "1"  # two of its singular values hold everything; the other one stays dense
+
+
+def test_what_cannot_be_is_refused(model):
+    with pytest.raises(PlanError, match=r"cannot be 500 times fewer: with all layers of '\[01\]' at rank 1 they are .* fewer"):
+        plan_to_size(model, "[01]", 500.0)
+    with pytest.raises(PlanError, match="no layer is named 'x'"):
+        plan_to_size(model, "x", 2.0)
+
+
+def test_given_ranks_are_as_before(model):
+    assert plan_layers(model, "0", ranks=4)[0].ranks == (1, 4, 4, 1)

@@ -1,0 +1,181 @@
+"""Two processes (gloo, on the CPU) against one: the same batches, statistics, gradients, projections, and results."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import distributed, multiprocessing, nn
+
+from tensorrail_exporter import Plan
+from tensorrail_trainer import ADMM, plan_layers
+from tensorrail_trainer.processes import SyncedBatchNorm, shared_out, sync_batch_norm, unsync_batch_norm
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, bias=False), nn.BatchNorm2d(12, affine=False)
+    )
+
+
+def step(model, x, admm):
+    loss = model(x).square().mean() + model(x).mean() + admm.penalty()
+    loss.backward()
+    return admm.update()
+
+
+def admm_of(model):
+    return ADMM(model, Plan(layers=(*plan_layers(model, "0", ranks=3), *plan_layers(model, "3", ranks=3))), rho=0.1)
+
+
+def work(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = sync_batch_norm(network())
+    admm = admm_of(model)
+    calls = []
+    project = admm._project
+    admm._project = lambda layer, tensor: calls.append(layer.name) or project(layer, tensor)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    residuals = step(wrapped, batch()[rank::2], admm)
+    torch.save(
+        {
+            "state": model.state_dict(),
+            "gradients": {name: p.grad for name, p in model.named_parameters()},
+            "Z": admm.Z,
+            "calls": calls,
+            "residuals": {r.layer: r.primal for r in residuals},
+        },
+        folder / f"{rank}.pt",
+    )
+    distributed.destroy_process_group()
+
+
+def batch():
+    return torch.randn(7, 3, 9, 9, generator=torch.Generator().manual_seed(1))  # four samples for one, three for the other
+
+
+def even():
+    return torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+def test_two_processes_compute_what_one_computes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "batch", even)
+    model = network()
+    admm = admm_of(model)
+    residuals = step(model, even(), admm)
+    multiprocessing.spawn(work_even, (free_port(), tmp_path), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for one in found:
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(one["state"][name], tensor, rtol=1e-5, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(one["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+        for name, z in admm.Z.items():
+            torch.testing.assert_close(one["Z"][name], z, rtol=1e-5, atol=1e-6)
+        assert one["residuals"] == pytest.approx({r.layer: r.primal for r in residuals}, rel=1e-5)
+    assert sorted(found[0]["calls"] + found[1]["calls"]) == ["0", "3"]  # each projected by one of them
+    assert found[0]["calls"]
+    assert found[1]["calls"]
+
+
+def work_even(rank, port, folder):
+    globals()["batch"] = even
+    work(rank, port, folder)
+
+
+def uneven(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = sync_batch_norm(network())
+    torch.save({"out": model(batch()[rank::2]).detach(), "state": model.state_dict()}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_batch_norm_takes_shares_of_unequal_size(tmp_path):
+    model = network()
+    expected = model(batch()).detach()
+    multiprocessing.spawn(uneven, (free_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found["out"], expected[rank::2], rtol=1e-4, atol=1e-5)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(found["state"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_synchronising_is_undone_and_does_nothing_alone():
+    model, x = network(), even()
+    plain, synced = copy.deepcopy(model), sync_batch_norm(copy.deepcopy(model))
+    assert sum(isinstance(module, SyncedBatchNorm) for module in synced.modules()) == 2
+    assert torch.equal(plain(x), synced(x))
+    assert not any(isinstance(module, SyncedBatchNorm) for module in unsync_batch_norm(synced).modules())
+
+
+def test_work_is_shared_out_by_its_cost(monkeypatch):
+    monkeypatch.setattr("tensorrail_trainer.processes.world", lambda: 2)
+    assert shared_out({"a": 10, "b": 9, "c": 2, "d": 1}) == {"a": 0, "b": 1, "c": 1, "d": 0}
+
+
+RECIPE = {
+    "version": 1,
+    "name": "small",
+    "data": {"name": "digits", "args": {"test_fraction": 0.8, "size": 16}},
+    "model": {"name": "small_resnet", "args": {"widths": [8], "blocks": 1, "hidden": 16}},
+    "plan": [{"layers": "stages.*.conv?", "ranks": 4}],
+    "train": {
+        "batch": 32,
+        "augment": {"shift": 1, "flip": True, "cutout": 3},
+        "dense": {"epochs": 1, "lr": 0.05},
+        "admm": {"epochs": 1, "lr": 0.05, "rho": 0.1},
+        "finetune": {"epochs": 1, "lr": 0.02},
+        "control": "none",
+    },
+}
+
+
+def test_a_recipe_launched_with_two_processes_ends_as_with_one(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        launch = [
+            "--cpu",
+            "--num_processes",
+            str(count),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
+        port = ["--main_process_port", str(free_port())]
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *launch, *port, "-m", "tensorrail", "train", "recipe.yaml",
+             "--folder", f"run{count}"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("finetune  epoch 1/1") == 1  # one of them speaks
+    for name in ("dense.safetensors", "cores.safetensors"):
+        one, two = (load_file(tmp_path / f"run{count}" / name) for count in (1, 2))
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")

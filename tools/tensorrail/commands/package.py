@@ -1,0 +1,109 @@
+"""`tensorrail package`: a model as a serving system takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tensorrail.options import Json, Provider, Shape
+from tensorrail.show import console, table
+
+if TYPE_CHECKING:
+    from tensorrail_runtime.triton import Packaged
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    triton: Annotated[Path, typer.Option("--triton", metavar="DIR", help="Triton's model repository; other models stay.")],
+    name: Annotated[str | None, typer.Option(help="The model's name in Triton; default the file's.")] = None,
+    dense: Annotated[
+        Path | None, typer.Option(metavar="DENSE.onnx", help="The dense model beside it: version 1, and MODEL version 2.")
+    ] = None,
+    separate: Annotated[bool, typer.Option("--separate", help="Two models, NAME and NAME-dense, not two versions.")] = False,
+    versions: Annotated[
+        str | None, typer.Option(metavar="latest|all|1,2", help="Versions that are served; default all that are written.")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=0, help="Largest batch, 0: none; default 8 where every first axis is dynamic.")
+    ] = None,
+    preferred: Annotated[
+        list[int] | None, typer.Option(min=1, help="A batch size that runs as soon as it is full; may be given again.")
+    ] = None,
+    max_delay: Annotated[int, typer.Option(min=0, help="Microseconds that a request waits for others.")] = 0,
+    no_dynamic_batching: Annotated[
+        bool, typer.Option("--no-dynamic-batching", help="Requests are not put together; clients may still send batches.")
+    ] = False,
+    instances: Annotated[int, typer.Option(min=1, help="Instances that run at the same time, on each GPU or on the CPU.")] = 1,
+    gpu: Annotated[list[int] | None, typer.Option(min=0, help="A GPU's number; default all. May be given again.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Intra-op threads of an instance; 0 is ONNX Runtime's own choice.")] = 0,
+    level: Annotated[str, typer.Option(metavar="none|basic|extended|all", help="Graph optimization level.")] = "all",
+    provider: Provider = "cpu",
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")] = False,
+    warmup: Annotated[int, typer.Option(min=0, help="Warm-up requests of each batch size before the model is ready.")] = 1,
+    warmup_data: Annotated[str, typer.Option(metavar="zero|random", help="What they hold; random is random bytes.")] = "zero",
+    shape: Shape = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest relative L2 difference of an answer in a batch from the same alone.")
+    ] = 1e-2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the Triton model of that name.")] = False,
+    json: Json = None,
+) -> None:
+    """Write a model into a Triton model repository: config.pbtxt from the graph, the model and its external data."""
+    from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.session import Settings
+    from tensorrail_runtime.triton import Serving, package
+
+    serving = Serving(
+        settings=Settings(provider=provider, threads=threads, level=level, tf32=tf32),
+        max_batch=max_batch,
+        dynamic_batching=not no_dynamic_batching,
+        preferred=tuple(preferred or ()),
+        delay=max_delay,
+        instances=instances,
+        gpus=tuple(gpu or ()),
+        warmup=warmup,
+        warmup_data=warmup_data,  # type: ignore[arg-type] # checked there, with the values that exist
+        versions=_versions(versions),  # type: ignore[arg-type] # likewise
+    )
+    written = package(
+        model,
+        triton,
+        name=name,
+        dense=dense,
+        separate=separate,
+        serving=serving,
+        shapes=parse_shapes(shape or []),
+        tolerance=tolerance,
+        overwrite=overwrite,
+    )
+    for one in written.models:
+        _show(one)
+    if json is not None:
+        written.save(json)
+
+
+def _show(made: Packaged) -> None:
+    sides = (("input", made.inputs), ("output", made.outputs))
+    rows = [
+        (name, side, made.types[name].removeprefix("TYPE_"), "×".join(map(str, dims)))
+        for side, tensors in sides
+        for name, dims in tensors.items()
+    ]
+    batch = f"batches up to {made.max_batch}" if made.max_batch else "no batching"
+    table(f"{made.folder}: {batch}", ("tensor", "", "type", "dims"), rows)
+    console.print("; ".join(f"version {version}: {path}" for version, path in made.versions.items()), soft_wrap=True)
+    if made.batch_difference is not None:
+        console.print(f"an answer in a batch of two lies {made.batch_difference:.1e} from the same alone, relative L2")
+
+
+def _versions(text: str | None) -> str | tuple[int, ...] | None:
+    from tensorrail_runtime.session import ModelError
+
+    if text in (None, "latest", "all"):
+        return text
+    parts = text.split(",") if text else []
+    if not parts or not all(part.strip().isdecimal() for part in parts):
+        raise ModelError(f"versions are latest, all, or numbers such as 1,2, and {text!r} came")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,86 @@
+"""`tensorrail serve`: a model over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tensorrail.options import Provider
+from tensorrail.show import console
+
+if TYPE_CHECKING:
+    from tensorrail_runtime.serve.launch import Started
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    name: Annotated[str | None, typer.Option(help="The model's name in URLs; default the file's stem.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback lets others send requests.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|HOST:PORT", help="A Ray cluster's head; default a Ray of its own, on loopback.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that run the model.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Samples that are run at once; 1: no batching.")] = 8,
+    wait: Annotated[
+        float, typer.Option("--batch-wait", min=0, max=60_000, help="Milliseconds that a batch which is not full waits.")
+    ] = 5.0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Intra-op threads a replica; 0: this machine's cores, shared out among the replicas.")
+    ] = 0,
+    provider: Provider = "cpu",
+    cpus: Annotated[float, typer.Option(min=0.01, help="CPUs that Ray reserves for a replica.")] = 1.0,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs likewise; default 1 on a GPU's provider.")] = None,
+    max_mib: Annotated[float, typer.Option("--max-mib", min=0.001, help="Largest request, in MiB.")] = 64.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request must be answered.")] = 30.0,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests accepted at a time; further ones get 503.")] = 256,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests have once it is told to stop.")] = 30.0,
+    shadow: Annotated[
+        Path | None,
+        typer.Option(metavar="DENSE.onnx", help="Answers a sample of the requests too; differences go to /metrics."),
+    ] = None,
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that the shadow gets.")] = 0.01,
+) -> None:
+    """Serve a model over HTTP (Open Inference Protocol 2) on Ray Serve until Ctrl-C or SIGTERM."""
+    from tensorrail_runtime.serve.launch import serve_model
+    from tensorrail_runtime.serve.options import MIB, Limits, ServeOptions
+
+    options = ServeOptions(
+        name=name or model.stem,
+        host=host,
+        port=port,
+        address=address,
+        replicas=replicas,
+        max_batch=max_batch,
+        wait=wait / 1000,
+        threads=threads,
+        provider=provider,
+        cpus=cpus,
+        gpus=(0.0 if provider == "cpu" else 1.0) if gpus is None else gpus,
+        limits=Limits(body=int(max_mib * MIB), seconds=timeout, accepted=max_requests),
+        shadow=shadow,
+        fraction=fraction,
+        grace=grace,
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # before it is ready; afterwards signals are the server's
+        serve_model(model, options, lambda started: _show(started, options.max_batch, wait))
+    console.print(f"{options.name}: stopped")
+
+
+def _show(started: Started, max_batch: int, wait: float) -> None:
+    lines = [
+        f"{started.name}: {started.model} at {started.url}/v2/models/{started.name}/infer, "
+        f"{started.replicas} × {started.threads} threads",
+        f"batches of up to {max_batch} {started.batching}, waiting at most {wait:g} ms"
+        if started.batched
+        else f"no batching: {started.batching}",
+        f"metrics at {started.url}/metrics; Ctrl-C or SIGTERM: what was accepted is answered first",
+    ]
+    if not started.loopback:
+        lines.append(f"warning: {started.host} is not loopback, and there is no authentication: whoever reaches it may ask")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.file.flush()

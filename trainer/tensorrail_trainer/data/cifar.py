@@ -1,0 +1,92 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in the folders they are published as.
+
+The files are Python pickles. They are read by an unpickler that knows NumPy arrays, plain containers and nothing else, so that
+a file from elsewhere cannot run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tensorrail_trainer.data.splits import Dataset, InMemory
+
+_ALLOWED = {
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
+_PIXELS = 3 * 32 * 32
+
+
+class DataError(ValueError):
+    """Data that cannot be read; one line with the file or folder, what was expected and what to try."""
+
+
+def cifar10(root: str = "data/cifar-10-batches-py") -> Dataset:
+    """Return CIFAR-10 from its published folder: five training files and a test file."""
+    folder = Path(root)
+    train = [_read(folder / f"data_batch_{k}", b"labels") for k in range(1, 6)]
+    return _dataset("CIFAR-10", folder, 10, train, [_read(folder / "test_batch", b"labels")])
+
+
+def cifar100(root: str = "data/cifar-100-python") -> Dataset:
+    """Return CIFAR-100, fine labels, from its published folder: `train` and `test`."""
+    folder = Path(root)
+    return _dataset(
+        "CIFAR-100", folder, 100, [_read(folder / "train", b"fine_labels")], [_read(folder / "test", b"fine_labels")]
+    )
+
+
+def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list[Any]) -> Dataset:
+    """Return both splits as bytes (N, 3, 32, 32), standardised by the training split's channels when they are given out."""
+    splits = []
+    for parts in (train, test):
+        x = torch.from_numpy(np.concatenate([images for images, _ in parts]))
+        y = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
+        splits.append((x, y))
+        if y.max() >= classes:
+            raise DataError(f"{folder}: has the label {int(y.max())}: expected 0 to {classes - 1}; is it another CIFAR?")
+    mean, deviation = _statistics(splits[0][0])
+    source = f"{name} ({folder.name}), {len(splits[0][1])} training and {len(splits[1][1])} test images"
+    return Dataset(source, classes, *(InMemory(x, y, mean, deviation) for x, y in splits))
+
+
+def _statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and deviation of each channel, (1, C, 1, 1), by counting bytes."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    values = torch.arange(256, dtype=torch.float64)
+    mean = counts @ values / counts.sum(1)
+    deviation = (counts @ values**2 / counts.sum(1) - mean**2).clamp_min(1e-12).sqrt()
+    return mean.float().reshape(1, -1, 1, 1), deviation.float().reshape(1, -1, 1, 1)
+
+
+def _read(path: Path, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            raw = _Reader(file, encoding="bytes").load()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): expected a file of the published CIFAR folder") from None
+    except Exception as error:  # noqa: BLE001 - a broken pickle raises whatever its bytes say
+        raise DataError(f"{path}: not a published CIFAR file ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(raw, dict) or not {b"data", labels} <= raw.keys():
+        raise DataError(f"{path}: not a published CIFAR file: expected the keys data and {labels.decode()}")
+    images, classes = raw[b"data"], np.asarray(raw[labels])
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (len(classes), _PIXELS):
+        raise DataError(f"{path}: not a published CIFAR file: expected data of shape ({len(classes)}, {_PIXELS}) of bytes")
+    if classes.dtype.kind != "i" or not len(classes) or classes.min() < 0:
+        raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
+    return images.reshape(-1, 3, 32, 32), classes.astype(np.int64)
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
+        return super().find_class(module, name)

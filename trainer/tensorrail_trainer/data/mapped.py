@@ -1,0 +1,124 @@
+"""Anybody's data set: a function `module:function` that returns torch's map-style data sets, or a `Dataset` of ours.
+
+    def load(root: str):
+        return train, test, 10
+
+`train[i]` is a tensor and a label. Instead of the third entry, the number of classes may be an attribute `classes` of `train`,
+a number or a list of names, as torchvision's data sets have it.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensorrail_trainer.data.cifar import DataError
+from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
+from tensorrail_trainer.data.splits import Augment, Dataset, Share
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A split made of a torch map-style data set, whose entries are values (…) and a whole number.
+
+    Whatever the data set draws from torch's, NumPy's or Python's generators follows from the batches' seed and the index,
+    and from 0 and the index where nothing is augmented: it cannot be told to leave its images as they are.
+    """
+
+    data: Any
+    classes: int
+    workers: int | None = 0
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        if not (hasattr(self.data, "__getitem__") and hasattr(self.data, "__len__")) or not len(self.data):
+            raise DataError(f"a {type(self.data).__name__} came: expected a data set with samples, __getitem__ and __len__")
+        workers_of(self.workers)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.data)
+
+    def batches(
+        self, picks: Sequence[Tensor], share: Share = ALONE, augment: Augment | None = None, seed: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield samples and labels; `DataError` names the sample that is not a tensor and a label below `classes`."""
+        own = 0 if augment is None else seed
+        for x, y in loaded(self.sample, picks, share, own, workers_of(self.workers), self.device):
+            yield x.float(), y
+
+    def to(self, device: torch.device) -> Mapped:
+        """Return the split, its batches on a device."""
+        return replace(self, device=device)
+
+    def sample(self, index: int, seed: int | None) -> tuple[Tensor, int]:
+        """Return one sample and its label, all generators set by the seed and then set back."""
+        where = f"sample {index} of {type(self.data).__name__}"
+        try:
+            values = _seeded(lambda: self.data[index], 0 if seed is None else seed)
+            x, label = values
+        except Exception as error:  # noqa: BLE001 - what another's code raises is not known
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{where}: cannot be had ({type(error).__name__}: {reason})") from None
+        if isinstance(x, np.ndarray):
+            x = torch.from_numpy(x)
+        if not isinstance(x, Tensor):
+            raise DataError(
+                f"{where}: is a {type(x).__name__}: expected a tensor; give the data set a transform that makes one"
+            )
+        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+            label = label.item()
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise DataError(f"{where}: its label is {label!r:.40}: expected a whole number")
+        if not 0 <= label < self.classes:
+            raise DataError(
+                f"{where}: its label is {label}: expected 0 to {self.classes - 1}, for there are {self.classes} classes"
+            )
+        return x, int(label)
+
+
+def dataset_of(function: Callable[..., Any], name: str) -> Callable[..., Dataset]:
+    """Return a function of the same arguments whose result is a `Dataset`, whatever `function` made of its data."""
+
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Dataset:
+        found = function(*args, **kwargs)
+        if isinstance(found, Dataset):
+            return found
+        if not isinstance(found, tuple | list) or len(found) not in (2, 3):
+            raise DataError(
+                f"{name}: returned a {type(found).__name__}: expected a Dataset, or (train, test) or (train, test, classes)"
+            )
+        classes = found[2] if len(found) == 3 else getattr(found[0], "classes", None)
+        if isinstance(classes, Sequence) and not isinstance(classes, str):
+            classes = len(classes)
+        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+            raise DataError(
+                f"{name}: the number of classes is {classes!r:.40}: expected a whole number or a list, as the third entry of "
+                "the result or as the attribute `classes` of the training data"
+            )
+        train, test = (Mapped(data, classes) for data in found[:2])
+        return Dataset(f"{name}, {len(train)} training and {len(test)} test samples", classes, train, test)
+
+    return make
+
+
+def _seeded(call: Callable[[], Any], seed: int) -> Any:
+    """Return what a call returns under generators that start from the seed; their states are put back."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - others' code draws from it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            return call()
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -1,0 +1,113 @@
+"""Generated videos in UCF11's shape: a shape that goes round, and the class is which shape it is and how it moves.
+
+Every motion is periodic and starts anywhere in its period, so that one frame says nothing about the sense of a rotation, and
+neither do all frames without their order: a clip that runs backwards is one of the opposite class. Colours, places, sizes,
+speeds, the background and noise are random and say nothing about the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tensorrail_trainer.data.cifar import DataError
+from tensorrail_trainer.data.splits import Dataset, InMemory
+
+SHAPES = ("disc", "ring", "cross", "bar")
+MOTIONS = ("clockwise", "counterclockwise", "across", "upright", "pulsing", "resting")
+
+
+def moving_shapes(
+    seed: int,
+    samples: int = 600,
+    test_samples: int = 300,
+    frames: int = 6,
+    size: Sequence[int] = (120, 160),
+    classes: int = 11,
+    noise: float = 0.1,
+) -> Dataset:
+    """Return generated clips as sequences of flattened images, (frames, height · width · 3), `size` height and width.
+
+    Class c is shape c mod 4 in motion c div 4. All frames are held as bytes, standardised when they are given out; `noise` is
+    the deviation of each value's noise, of 1. The seed alone decides everything; training and test clips are drawn alike.
+    """
+    height, width = _sizes(size, frames, classes)
+    if min(samples, test_samples) < classes or not 0 <= noise < 1:
+        raise DataError(
+            f"moving_shapes: samples={samples}, test_samples={test_samples}, noise={noise}: expected {classes} or more "
+            "of each, one a class, and a noise from 0 to below 1"
+        )
+    splits = []
+    found = np.zeros((2, 256), np.int64)  # how often each byte comes, by split
+    for split, count in enumerate((samples, test_samples)):
+        generator = np.random.default_rng((seed, split))
+        labels = generator.permutation(np.arange(count) % classes)
+        clips = np.empty((count, frames, height * width * 3), np.uint8)
+        for k, label in enumerate(labels):
+            clips[k] = _clip(int(label), frames, height, width, noise, generator).reshape(frames, -1)
+            found[split] += np.bincount(clips[k].ravel(), minlength=256)
+        splits.append((torch.from_numpy(clips), torch.from_numpy(labels)))
+    values, shares = np.arange(256), found[0] / found[0].sum()
+    mean = shares @ values
+    statistics = [torch.tensor(value, dtype=torch.float32) for value in (mean, np.sqrt(shares @ values**2 - mean**2))]
+    source = f"generated: {frames} frames of {width}×{height} of moving shapes, seed {seed}; {samples} training"
+    return Dataset(f"{source} and {test_samples} test clips", classes, *(InMemory(x, y, *statistics) for x, y in splits))
+
+
+def moving_shapes_known(size: Sequence[int] = (120, 160), classes: int = 11, **_: Any) -> Mapping[str, int]:
+    """Return what a model must know of `moving_shapes`."""
+    height, width = _sizes(size, 1, classes)
+    return {"inputs": 3 * height * width, "classes": classes}
+
+
+def _sizes(size: Sequence[int], frames: int, classes: int) -> tuple[int, int]:
+    most = len(SHAPES) * len(MOTIONS)
+    if len(size) != 2 or min(size) < 8 or frames < 1 or not 2 <= classes <= most:
+        raise DataError(
+            f"moving_shapes: size={list(size)}, frames={frames}, classes={classes}: expected [height, width] from 8, 1 or more "
+            f"frames and 2 to {most} classes"
+        )
+    return size[0], size[1]
+
+
+def _clip(label: int, frames: int, height: int, width: int, noise: float, generator: np.random.Generator) -> np.ndarray:
+    """Return one clip (frames, height, width, 3), bytes."""
+    shape, motion = SHAPES[label % len(SHAPES)], MOTIONS[label // len(SHAPES)]
+    turns = generator.uniform() + np.linspace(0, generator.uniform(0.5, 0.9), frames)  # half a period to most of one
+    reach, radius = generator.uniform(0.2, 0.3), generator.uniform(0.2, 0.28)  # of the image, and of its height
+    x, y = generator.uniform(-0.06, 0.06, 2)
+    background, colour = generator.uniform(0.05, 0.4, 3), generator.uniform(0.6, 0.95, 3)
+    cosine, sine, none = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns), np.zeros(frames)
+    right, down, larger = {
+        "clockwise": (cosine, sine, none),
+        "counterclockwise": (cosine, -sine, none),
+        "across": (cosine, none, none),
+        "upright": (none, sine, none),
+        "pulsing": (none, none, cosine),
+        "resting": (none, none, none),
+    }[motion]
+    columns, rows = (np.arange(width) + 0.5) / width - 0.5, (np.arange(height) + 0.5) / height - 0.5
+    radii = radius * (1 + 0.4 * larger)[:, None, None]
+    dx = np.abs(columns - (x + reach * right)[:, None])[:, None, :] * width / height / radii  # (frames, 1, W), in radii
+    dy = np.abs(rows - (y + reach * down)[:, None])[:, :, None] / radii  # (frames, H, 1)
+    clip = np.where(_inside(shape, dx, dy)[..., None], colour, background).astype(np.float32)
+    clip += np.float32(noise) * generator.standard_normal(clip.shape, dtype=np.float32)
+    return np.asarray((clip.clip(0, 1) * 255).astype(np.uint8))
+
+
+def _inside(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Return where the shape is, (frames, H, W), from the distances to its centre in radii."""
+    inside: np.ndarray
+    match shape:
+        case "disc":
+            inside = dx**2 + dy**2 < 1
+        case "ring":
+            inside = np.abs(dx**2 + dy**2 - 1) < 0.4
+        case "cross":
+            inside = (np.minimum(dx, dy) < 0.25) & (np.maximum(dx, dy) < 1)
+        case _:
+            inside = (dx < 1.3) & (dy < 0.35)
+    return inside

@@ -1,0 +1,137 @@
+"""Spoken digits, in the form in which the Free Spoken Digit Dataset (Jackson et al.) is published: one word a wav file.
+
+Files are named `{digit}_{speaker}_{index}.wav`; the recordings of index 0 to 4 are the test split, as the data set's authors
+have it. Features are taken over windows of 25 ms every 10 ms: the logarithm of the power in bands that are equally wide on the
+mel scale, m = 2595 log₁₀(1 + f / 700), or their cosine transform (Davis and Mermelstein 1980).
+"""
+
+from __future__ import annotations
+
+import re
+import wave
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from scipy.fft import dct
+
+from tensorrail_trainer.data.cifar import DataError
+from tensorrail_trainer.data.files import unreadable
+from tensorrail_trainer.data.splits import Dataset, InMemory
+
+Features = Literal["logmel", "mfcc"]
+
+_NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
+_TEST = 5  # recordings of each speaker and digit, the first ones
+_WINDOW, _HOP = 0.025, 0.010  # seconds
+_FLOOR = 1e-8  # of full scale: below the noise of 16 bits
+_SCALES: dict[int, tuple[np.dtype[Any], float, float]] = {  # by bytes a sample: what they are, silence, full scale
+    1: (np.dtype("u1"), 128.0, 128.0),
+    2: (np.dtype("<i2"), 0.0, 2.0**15),
+    4: (np.dtype("<i4"), 0.0, 2.0**31),
+}
+
+
+def speech(
+    root: str, features: Features = "logmel", bands: int = 40, coefficients: int = 13, frames: int = 64, stack: int = 1
+) -> Dataset:
+    """Return recordings of digits as features (frames, bands), or (frames, coefficients) for `mfcc`, float32.
+
+    With `stack` so many neighbouring windows are one step of the sequence: (frames / stack, stack · bands).
+
+    They are standardised by each feature's mean and deviation over the training split's windows. A longer recording is cut
+    off after `frames` windows; a shorter one has zeros before it, so that its last window is always its end.
+    """
+    if features not in get_args(Features):
+        raise DataError(f"speech: unknown features {features!r}; expected one of {', '.join(get_args(Features))}")
+    if min(bands, coefficients, frames) < 1 or (features == "mfcc" and coefficients > bands):
+        raise DataError(
+            f"speech: bands={bands}, coefficients={coefficients}, frames={frames}: expected 1 or more, bands the most"
+        )
+    if stack < 1 or frames % stack:
+        raise DataError(f"speech: stack={stack}: expected a divisor of frames={frames}")
+    folder = Path(root)
+    found: dict[bool, list[tuple[np.ndarray, int]]] = {False: [], True: []}
+    rates: dict[int, Path] = {}
+    for path in sorted(folder.glob("*.wav")):
+        named = _NAME.fullmatch(path.name)
+        if named is None:
+            raise DataError(f"{path}: expected a name such as 7_jackson_32.wav: digit, speaker, index")
+        sound, rate = _read(path, frames)
+        rates.setdefault(rate, path)
+        if len(rates) > 1:
+            raise DataError(f"{path}: has {rate} samples a second, and others have {next(iter(rates))}: bring all to one rate")
+        values = np.log(_power(sound, rate, bands) + _FLOOR)
+        if features == "mfcc":
+            values = dct(values, norm="ortho")[:, :coefficients]
+        found[int(named[3]) < _TEST].append((values[:frames], int(named[1])))
+    if not found[False] or not found[True]:
+        raise DataError(
+            f"{folder}: holds {len(found[False])} training and {len(found[True])} test recordings: expected files named "
+            f"{{digit}}_{{speaker}}_{{index}}.wav, those of index 0 to {_TEST - 1} for the test"
+        )
+    windows = np.concatenate([values for values, _ in found[False]])
+    mean, deviation = windows.mean(0), np.maximum(windows.std(0), 1e-6)
+    splits = []
+    for clips in found.values():
+        x = np.zeros((len(clips), frames, len(mean)), np.float32)
+        for k, (values, _) in enumerate(clips):
+            x[k, frames - len(values) :] = (values - mean) / deviation
+        x = x.reshape(len(clips), frames // stack, -1)
+        splits.append(InMemory(torch.from_numpy(x), torch.tensor([label for _, label in clips])))
+    shape = f"{frames // stack}×{stack * len(mean)}"
+    source = f"spoken digits ({folder.name}), {features} {shape}, {len(splits[0])} training and {len(splits[1])} test"
+    return Dataset(f"{source} recordings", 10, *splits)
+
+
+def speech_known(
+    features: Features = "logmel", bands: int = 40, coefficients: int = 13, stack: int = 1, **_: Any
+) -> Mapping[str, int]:
+    """Return what a model must know of `speech`."""
+    return {"inputs": stack * (coefficients if features == "mfcc" else bands), "classes": 10}
+
+
+def _read(path: Path, frames: int) -> tuple[np.ndarray, int]:
+    """Return the part of a recording that `frames` windows cover, (samples,) in −1 to 1, and its samples a second."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            rate, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
+            raw = file.readframes(int(rate * (_WINDOW + frames * _HOP)))
+        kind, zero, scale = _SCALES[width]
+        sound = np.frombuffer(raw, kind).reshape(-1, channels).mean(1)
+    except KeyError:
+        raise DataError(f"{path}: has {8 * width} bits a sample: expected 8, 16 or 32; convert it") from None
+    except Exception as error:  # noqa: BLE001 - a broken file raises whatever its bytes say
+        raise unreadable(path, error, "a wav file of plain samples") from None
+    if not len(sound) or rate * _HOP < 1:
+        raise DataError(f"{path}: {len(sound)} samples, {rate} a second: expected a recording")
+    return (sound - zero) / scale, rate
+
+
+def _power(sound: np.ndarray, rate: int, bands: int) -> np.ndarray:
+    """Return the power in each band and window, (windows, bands)."""
+    length, hop = int(rate * _WINDOW), int(rate * _HOP)
+    padded = np.pad(sound, (0, max(0, length - len(sound))))
+    window = np.hanning(length + 1)[:-1]
+    cut = np.lib.stride_tricks.sliding_window_view(padded, length)[::hop] * window
+    filters = _filters(rate, 1 << (2 * length - 1).bit_length(), bands)
+    spectrum = np.fft.rfft(cut, 2 * (filters.shape[1] - 1))
+    return np.asarray((np.abs(spectrum) ** 2 / (window**2).sum()) @ filters.T)
+
+
+@lru_cache(maxsize=4)
+def _filters(rate: int, points: int, bands: int) -> np.ndarray:
+    """Return triangles that are equally wide on the mel scale, each of sum 1: (bands, points / 2 + 1)."""
+    highest = 2595 * np.log10(1 + rate / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, highest, bands + 2) / 2595) - 1)
+    bins = np.linspace(0, rate / 2, points // 2 + 1)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    triangles = np.maximum(0, np.minimum(rising, falling))
+    sums = triangles.sum(1, keepdims=True)
+    if not sums.all():
+        raise DataError(f"speech: bands={bands} are too many for {rate} samples a second: some hold no frequency; try fewer")
+    return np.asarray(triangles / sums)

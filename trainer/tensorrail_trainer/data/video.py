@@ -1,0 +1,216 @@
+"""Folders of short videos in the layout of UCF11 and HMDB51, each clip as a few frames.
+
+A clip is a video file, or a folder of images in the order of their names, anywhere below the folder of its class. UCF11 and
+UCF101 number the recordings that clips were cut from, `v_<class>_<group>_<clip>`: clips of one group look alike, and a split
+through a group would test what was trained on (Liu, Luo and Shah, CVPR 2009).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tensorrail_trainer.data.cifar import DataError
+from tensorrail_trainer.data.files import Files, class_folders, unreadable
+from tensorrail_trainer.data.images import SUFFIXES, decoded
+from tensorrail_trainer.data.splits import Dataset
+
+_VIDEOS = frozenset({".avi", ".mpg", ".mpeg", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
+_CONTAINERS = "avi,mpeg,mpegvideo,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # none that reads other files
+_GROUP = re.compile(r"v_.*?_g?(\d+)(?:_c?\d+)?")
+_MEAN, _DEVIATION = 0.45 * 255, 0.225 * 255  # as is usual for videos
+_PIXELS = 89_478_485  # as of images
+_LAYOUT = "the layout <class>/…/<clip>.avi, or <class>/…/<clip>/<frame>.jpg"
+
+
+def video(
+    root: str,
+    seed: int,
+    frames: int = 6,
+    size: Sequence[int] = (120, 160),
+    test_groups: Sequence[int] | None = None,
+    test_fraction: float = 0.2,
+    memory: bool = True,
+    workers: int | None = None,
+) -> Dataset:
+    """Return clips as sequences of `frames` flattened images, (frames, height · width · 3) float32, `size` height and width.
+
+    Frames are those in the middle of as many equal parts of the clip. Where clips are numbered by group, those of
+    `test_groups` are the test split, by default a fifth of the groups that the seed picks; otherwise a fifth of each class's
+    clips. `memory` holds all frames as bytes; without it each clip is read again whenever it is needed. `DataError` when a
+    class has no clip to train with.
+    """
+    folder, (height, width) = Path(root), _sizes(frames, size, test_fraction)
+    classes = class_folders(folder, _LAYOUT)
+    clips = [(path, label) for label, name in enumerate(classes) for path in _clips(folder / name)]
+    paths, labels = [path for path, _ in clips], np.array([label for _, label in clips])
+    groups = _groups(folder, paths)
+    if groups is None and test_groups is not None:
+        raise DataError(
+            f"{folder}: test_groups needs clips named v_<class>_<group>, and {paths[0].name} has no group; leave it out"
+        )
+    tested = (
+        _by_class(labels, test_fraction, seed)
+        if groups is None
+        else _by_group(folder, groups, test_groups, test_fraction, seed)
+    )
+    untrained = set(range(len(classes))) - set(labels[~tested].tolist())
+    if untrained or not tested.any():
+        missing = f"no clip of {classes[min(untrained)]!r} to train with" if untrained else "no clip to test with"
+        raise DataError(f"{folder}: the split leaves {missing}: try other test_groups or another test_fraction")
+    mean, deviation = torch.tensor(_MEAN), torch.tensor(_DEVIATION)
+    splits = []
+    for chosen in (~tested, tested):
+        own = [path for path, take in zip(paths, chosen, strict=True) if take]
+        split = Files(own, torch.from_numpy(labels[chosen]), ClipReader(frames, height, width), mean, deviation, workers)
+        splits.append(split.held() if memory else split)
+    by = "clip" if groups is None else "group"
+    source = f"videos of {len(classes)} classes ({folder.name}), {frames} frames of {width}×{height}, split by {by}"
+    return Dataset(f"{source}; {len(splits[0])} training and {len(splits[1])} test clips", len(classes), *splits)
+
+
+def video_known(root: str, size: Sequence[int] = (120, 160), **_: Any) -> Mapping[str, int]:
+    """Return what a model must know of `video`, from the names of the folders."""
+    height, width = _sizes(1, size, 0.5)
+    return {"inputs": 3 * height * width, "classes": len(class_folders(Path(root), _LAYOUT))}
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Reads a clip, a video file or a folder of frames, as bytes (frames, height · width · 3)."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __call__(self, path: Path, _: int | None) -> Tensor:
+        """Return the clip; `DataError` in one line for one that cannot be read."""
+        if path.is_dir():
+            files = _frames(path)
+            images = (decoded(files[k]) for k in self._middles(len(files)))
+            drawn = [np.array(image.resize((self.width, self.height), Image.Resampling.BILINEAR)) for image in images]
+        else:
+            drawn = self._video(path)
+        return torch.from_numpy(np.stack(drawn)).reshape(self.frames, -1)
+
+    def _middles(self, count: int) -> list[int]:
+        """Return the frames in the middle of equal parts; in a clip of few frames some come more than once."""
+        return [int((k + 0.5) * count / self.frames) for k in range(self.frames)]
+
+    def _video(self, path: Path) -> list[np.ndarray]:
+        av = _av()
+        options = {"format_whitelist": _CONTAINERS}  # with _refuse: no file and no address but this one is opened
+        seen: dict[int, np.ndarray] = {}
+        try:
+            with path.open("rb") as file, av.open(file, options=options, io_open=_refuse) as container:
+                count = sum(1 for packet in container.demux(video=0) if packet.size)
+            wanted = self._middles(count)
+            with path.open("rb") as file, av.open(file, options=options, io_open=_refuse) as container:
+                for index, frame in enumerate(container.decode(video=0)):
+                    if index in wanted or index == 0:
+                        _require_size(path, frame.width, frame.height)
+                        seen[index] = frame.reformat(self.width, self.height, "rgb24", interpolation="AREA").to_ndarray()
+                    if index >= wanted[-1]:
+                        break
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a broken video raises whatever its bytes say
+            raise unreadable(path, error, "a video file") from None
+        if not seen:
+            raise DataError(f"{path}: holds no frames: expected a video file")
+        return [seen[max(k for k in seen if k <= index)] for index in wanted]  # a packet may be without a frame
+
+
+def _require_size(path: Path, width: int, height: int) -> None:
+    if width * height > _PIXELS:
+        raise DataError(f"{path}: has frames of {width}×{height}: expected {_PIXELS} pixels at most; make it smaller")
+
+
+def _sizes(frames: int, size: Sequence[int], test_fraction: float) -> tuple[int, int]:
+    if frames < 1 or len(size) != 2 or min(size) < 1 or not 0 < test_fraction < 1:
+        raise DataError(
+            f"video: frames={frames}, size={list(size)}, test_fraction={test_fraction}: expected 1 or more frames, "
+            "[height, width] and a share between 0 and 1"
+        )
+    return size[0], size[1]
+
+
+def _clips(folder: Path) -> list[Path]:
+    """Return the clips of a class: folders that hold images, and video files."""
+    found = []
+    for name, folders, files in os.walk(folder):
+        folders.sort()
+        suffixes = {Path(file).suffix.lower() for file in files if not file.startswith(".")}
+        if suffixes & SUFFIXES:
+            found.append(Path(name))
+        found += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in _VIDEOS and file[0] != "."]
+    if not found:
+        raise DataError(f"{folder}: holds no clips: expected {_LAYOUT}")
+    return found
+
+
+def _frames(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+
+
+def _groups(root: Path, paths: Sequence[Path]) -> list[int] | None:
+    """Return the group of every clip, or None where clips have none; `DataError` when only some have one."""
+    groups = [_group(path.relative_to(root)) for path in paths]
+    if all(group is None for group in groups):
+        return None
+    for path, group in zip(paths, groups, strict=True):
+        if group is None:
+            raise DataError(f"{path}: has no group, and other clips have: expected all, or none, named v_<class>_<group>")
+    return [group for group in groups if group is not None]
+
+
+def _group(path: Path) -> int | None:
+    """Return the group that a clip's path below the root names, outermost first."""
+    for part in (*path.parts[1:-1], path.stem):
+        named = _GROUP.fullmatch(part)
+        if named is not None:
+            return int(named[1])
+    return None
+
+
+def _by_group(root: Path, groups: Sequence[int], wanted: Sequence[int] | None, fraction: float, seed: int) -> np.ndarray:
+    known = sorted(set(groups))
+    if wanted is None:
+        count = max(1, round(fraction * len(known)))
+        wanted = np.random.default_rng(seed).permutation(known)[:count].tolist()
+    missing = [group for group in wanted if group not in known]
+    if missing:
+        raise DataError(f"{root}: test_groups: there is no group {missing[0]}; expected some of {', '.join(map(str, known))}")
+    return np.isin(groups, list(wanted))
+
+
+def _by_class(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    tested = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        (own,) = np.nonzero(labels == label)
+        tested[generator.permutation(own)[: round(fraction * len(own))]] = True
+    return tested
+
+
+def _av() -> Any:
+    try:
+        return import_module("av")
+    except ImportError:
+        raise DataError(
+            "reading video files needs PyAV: install it by pip install 'tensorrail[video]', or give folders of frames"
+        ) from None
+
+
+def _refuse(url: str, *_: Any) -> NoReturn:
+    raise DataError(f"it asks for another file ({url[:80]})")
