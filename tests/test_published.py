@@ -97,7 +97,7 @@ def test_weights_at_the_ranks_as_published(name, modes, ratio, networks):
     assert round(dense / factored, 2) == ratio
 
 
-@pytest.mark.parametrize(("name", "modes"), PUBLISHED)
+@pytest.mark.parametrize(("name", "modes"), [key for key in PUBLISHED if key[0] in DENSE_MACS])
 def test_plans_fit_their_networks(name, modes, networks):
     model, layers = networks[name]
     plan = published_plan(name, modes)
@@ -111,3 +111,22 @@ def test_plans_fit_their_networks(name, modes, networks):
 def test_a_network_without_published_ranks_is_refused():
     with pytest.raises(PlanError, match="no published ranks for 'vit_tiny' in 3 modes: expected one of resnet18 in 3"):
         published_plan("vit_tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "weights", "cores", "ratios"),
+    [("resnet32", 5, 461_872, 163_310, (2.82, 2.81)), ("resnet56", 3, 848_944, 270_120, (3.14, 3.13))],
+)
+def test_networks_for_small_images(name, modes, weights, cores, ratios):
+    """`ratios`: of the 3×3 layers alone, and of all weights; classifier, stem and batch-norm stay."""
+    model, plan = MODELS[name](), published_plan(name, modes)
+    layers = planned_layers(model, plan)
+    kernels = sum(dense.parameters[0].numel() for dense in layers.values())
+    assert sum(p.numel() for p in model.parameters() if p.dim() > 1) == weights
+    assert sum(layer.params(layers[layer.name].spec.shape) for layer in plan.layers) == cores
+    assert (round(kernels / cores, 2), round(weights / (weights - kernels + cores), 2)) == ratios
+
+
+def test_a_published_stage_is_larger_than_dense_and_is_kept_so():
+    layer = published_plan("resnet32", 5).layers[0]
+    assert layer.params((16, 16, 3, 3)) == 2816 > 16 * 16 * 9

@@ -1,5 +1,6 @@
 """Data sets that are read from files, generated, or made by anybody's function."""
 
+import pickle
 import random
 import struct
 import sys
@@ -183,6 +184,12 @@ def test_training_images_are_random_windows_that_the_seed_decides(folder):
     widths, heights = (columns[:, -1] - columns[:, 0]).abs() * 16 / 15, (rows[:, -1] - rows[:, 0]) * 16 / 15
     assert ((widths * heights > 0.07 * 20000) & (widths / heights > 0.7) & (widths / heights < 1.4)).all()
     assert len({round(float(width)) for width in widths}) > 4
+
+
+def test_a_split_travels_to_processes_that_are_not_forked(folder):
+    data = images(str(folder), size=8, workers=0).train
+    copy = pickle.loads(pickle.dumps(data))  # noqa: S301
+    assert torch.equal(copy.sample(3, 5)[0], data.sample(3, 5)[0])
 
 
 def test_what_a_model_must_know_of_images_is_known_from_the_folders(folder):
@@ -550,7 +557,7 @@ def test_a_small_lstm_learns_them_by_their_order():
     data = moving_shapes(0, samples=330, test_samples=110, size=[12, 16])
     model = LSTMClassifier(576, 64, 11)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for epoch in range(20):
+    for epoch in range(10):
         for x, y in data.train.batches(shuffled(330, 30, epoch)):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()

@@ -1,5 +1,7 @@
 """LSTM and GRU layers whose input weights are made of cores: in torch, in training, and in ONNX."""
 
+import copy
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -10,8 +12,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.formats import format_of
-from tensorrail_trainer import ADMM, cores_of, to_dense, to_onnx
+from tensorrail_trainer import ADMM, cores_of, plan_layers, to_dense, to_onnx
 from tensorrail_trainer.layers import dense_layer, swap
+from tensorrail_trainer.models import MODELS
 
 INPUT, HIDDEN, LAYERS = 12, 8, 2
 
@@ -176,3 +179,14 @@ def test_ucf11_video_classification_runs_at_the_published_size():
     x = torch.randn(6, 2, 57600) / 240
     close(model(x)[0], to_dense(model)(x)[0])
     assert np.isfinite(model(x)[0].numpy()).all()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_classifiers_that_recipes_name_run_in_cores(kind, bidirectional):
+    model = MODELS[kind](inputs=12, hidden=8, classes=3, layers=2, bidirectional=bidirectional).eval()
+    plan = Plan(layers=plan_layers(model, "rnn.weight_ih_l?", ranks=4))
+    cut = swap(copy.deepcopy(model), plan)
+    assert (cut.rnn.hidden_size, cut.rnn.num_layers, cut.rnn.bidirectional) == (8, 2, bidirectional)
+    x = torch.randn(2, 5, 12)
+    close(cut(x), to_dense(cut)(x))

@@ -30,7 +30,7 @@ SMALL = {
     "vgg16_bn": ("vgg16_bn", {"width": 4, "hidden": 16, "classes": 5}, (3, 224, 224)),
     "vgg16_bn, small": ("vgg16_bn", {"width": 4, "head": "small", "classes": 5}, (3, 32, 32)),
 }
-SLOW = {"gru, 2 layers", "resnet32", "resnet56", "vgg16_bn"}  # other depths and heads of what is tried anyway
+SLOW = {"gru, 2 layers", "lstm, 2 layers", "resnet32", "resnet56", "vgg16_bn"}  # other depths and heads of what is tried anyway
 KEYS = [pytest.param(key, marks=pytest.mark.slow if key in SLOW else ()) for key in SMALL]
 
 

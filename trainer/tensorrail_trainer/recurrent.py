@@ -38,6 +38,8 @@ class FactoredRecurrent(nn.Module):
             "dropout": dense.dropout,
             "bidirectional": dense.bidirectional,
         }
+        for name, value in self.options.items():  # a model's own code may ask for them, as it asks the dense module
+            setattr(self, name, value)
         self.kind = type(dense)
         self.plans: dict[str, LayerPlan] = {}
         self.specs: dict[str, LayerSpec] = {}
