@@ -1,9 +1,9 @@
 """What a graph costs on paper: parameters, MACs, FLOPs, bytes moved and kernels, from its shapes. FLOPs = 2 × MACs.
 
 Only products are counted: Conv, ConvTranspose, Gemm, MatMul, their quantized forms, and those of LSTM, GRU and RNN at every
-time step. Element-wise,
-pooling, normalising and data-moving operators have no MACs in this convention; any operator that is neither is listed in
-`uncounted`, never taken for zero in silence: bodies of If, Loop and Scan among them, which run an unknown number of times.
+time step. Element-wise, pooling, normalising and data-moving operators have no MACs in this convention; any operator that is
+neither is listed in `uncounted`, never taken for zero in silence: bodies of If, Loop and Scan among them, which run an unknown
+number of times.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
-from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.inputs import Shapes, random_inputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
 
@@ -163,6 +164,8 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
     known = _shapes(inferred.graph)
+    if any(name and name not in known for node in inferred.graph.node if node.op_type in _MACS for name in node.input):
+        known |= _seen_shapes(bound, batch, shapes)
     constants = {tensor.name: tensor for tensor in inferred.graph.initializer}
     layers, uncounted = [], set()
     for node in inferred.graph.node:
@@ -296,6 +299,28 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     return model
+
+
+def _seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a run of the model shows, where inference cannot follow how they are computed.
+
+    Nothing where the model does not run, or is too large to be handed over in memory.
+    """
+    shown = onnx.ModelProto()
+    shown.CopyFrom(bound)
+    given = {value.name for value in bound.graph.output}
+    names = [name for node in bound.graph.node for name in node.output if name and name not in given]
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        arrays = session.run(None, random_inputs(session, batch, shapes=shapes))
+    except Exception:  # noqa: BLE001 - what cannot be seen is reported by its node, where it is needed
+        return {}
+    found = {value.name: np.shape(array) for value, array in zip(session.get_outputs(), arrays, strict=True)}
+    return {name: tuple(shape) for name, shape in found.items()}
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.graph_io import save_model
+from tensorrail_runtime.cost import cost
 from tensorrail_trainer import ADMM, cores_of, plan_layers, to_dense, to_onnx
 from tensorrail_trainer.layers import dense_layer, swap
 from tensorrail_trainer.models import MODELS
@@ -190,3 +192,13 @@ def test_the_classifiers_that_recipes_name_run_in_cores(kind, bidirectional):
     assert (cut.rnn.hidden_size, cut.rnn.num_layers, cut.rnn.bidirectional) == (8, 2, bidirectional)
     x = torch.randn(2, 5, 12)
     close(cut(x), to_dense(cut)(x))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_the_cost_of_layers_both_ways_is_known(kind, tmp_path):
+    """torch computes the shape between such layers in the graph, where ONNX's inference does not follow."""
+    model = MODELS[kind](inputs=12, hidden=8, classes=3, layers=2, bidirectional=True).eval()
+    save_model(to_onnx(model, torch.zeros(2, 5, 12)), tmp_path / "net.onnx")
+    gates = {"lstm": 4, "gru": 3}[kind]
+    steps = 5 * 2 * gates * 8 * ((12 + 8) + (16 + 8))
+    assert cost(tmp_path / "net.onnx").macs == steps + 16 * 3

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
@@ -20,11 +22,13 @@ from tensorrail_runtime.serve.metrics import Metrics
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+_log = logging.getLogger("tensorrail.serve")
+
 # The replica, or the node with its answer, is gone: inference changes nothing, so it can be asked for again.
-_DIED = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
+_DIED = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, grpc.RpcError)
 _ATTEMPTS = 4  # in all: a request that ends every replica that takes it must not end them for ever
 _PAUSE = 0.05  # seconds before the second attempt, then twice as long each time
-_FRESH = 1.0  # seconds for which the number of running replicas is taken as known
+_FRESH = 1.0  # seconds for which the number of running replicas is taken as known, and a death as said
 
 
 class RayBackend:
@@ -36,6 +40,7 @@ class RayBackend:
         self._metrics = metrics
         self._asked = float("-inf")
         self._running = False
+        self._said = float("-inf")
 
     async def infer(self, feed: Feed) -> Answer:
         """Return the answer of a replica; `ProtocolError` 500 when several died with the request, 503 when there are none."""
@@ -46,7 +51,8 @@ class RayBackend:
             response = self._handle.infer.remote(dict(feed), bool(attempt))
             try:
                 answer: Answer = await response
-            except _DIED:
+            except _DIED as error:
+                self._say(error)
                 continue
             except DeploymentUnavailableError as error:
                 raise ProtocolError(f"no replica can be started: {str(error).partition(chr(10))[0]}", 503) from None
@@ -55,6 +61,12 @@ class RayBackend:
                 raise
             return answer
         raise ProtocolError(f"{_ATTEMPTS} replicas died, one after the other, while they had this request", 500)
+
+    def _say(self, error: Exception) -> None:
+        """Log that a replica died, once a second however many requests it had."""
+        if time.monotonic() - self._said > _FRESH:
+            self._said = time.monotonic()
+            _log.warning("a replica died, and its requests are sent to another (%s)", str(error).partition("\n")[0])
 
     async def ready(self) -> bool:
         """Return whether a replica runs."""

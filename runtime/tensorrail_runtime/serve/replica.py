@@ -62,7 +62,7 @@ class ShadowReplica:
 
 
 def _keep_to_loopback() -> None:
-    """Bind this replica's port for calls between deployments, which nothing here makes, to loopback where its node is there.
+    """Bind this replica's own port, at which it is called, to loopback where its node is there.
 
     Ray Serve binds it to all interfaces, wherever the node is; it is bound once the constructor has returned. A version of Ray
     that does so elsewhere shows in the tests.
