@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
-CODE := trainer exporter runtime tools tests benchmarks
+CODE := trainer exporter runtime tools tests benchmarks docs examples
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench docs clean
 .DEFAULT_GOAL := demo
 
 # torch goes in first and alone, by its exact pin, so that the build found for that very spelling is the one that is used.
@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"tensorrail needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev,docs]'
 	@touch $(READY)
 
 demo: $(READY)  ## train, compress, export, check, bench and report, on embedded data
@@ -37,6 +37,9 @@ format: $(READY)
 
 bench: $(READY)  ## planned networks against dense, published ranks and other tools, interleaved, on this machine's CPU
 	$(BIN)/python benchmarks/compress.py -o results/compress
+
+docs: $(READY)  ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

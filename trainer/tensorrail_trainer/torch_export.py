@@ -27,7 +27,8 @@ def to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.rules.common import _materialize_reshape_shape, _no_op
 
-    plain = copy.deepcopy(model).cpu().eval()
+    # Weights with their channels last would be written as strided views of themselves.
+    plain = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with _quiet():
         program = torch.onnx.export(
             plain,
