@@ -6,10 +6,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -322,14 +324,9 @@ def cluster(tmp_path):
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    options = (
-        "--head",
-        "--block",
-        "--num-cpus=2",
-        "--include-dashboard=false",
-        f"--port={port}",
-        "--node-ip-address=127.0.0.1",
-    )
+    folder = tempfile.mkdtemp(prefix="ray")  # short, for sockets lie there, and not where a user's own Ray is looked for
+    options = ("--head", "--block", "--num-cpus=2", "--include-dashboard=false", "--node-ip-address=127.0.0.1")
+    options += (f"--port={port}", f"--temp-dir={folder}")
     with (tmp_path / "ray.txt").open("w") as log:
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
@@ -348,6 +345,7 @@ def cluster(tmp_path):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     head.wait(DEADLINE)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_on_a_cluster_a_model_without_a_batch_axis(cluster, tmp_path):

@@ -187,11 +187,13 @@ def test_bodies_that_are_too_long_are_never_held(client, x):
     assert client.metric("requests_total", code="413") == 5
 
 
-def test_a_request_that_takes_too_long_ends_with_504(client, x):
+def test_a_request_that_takes_too_long_ends_with_504_or_408(client, x):
     client.service.limits = Limits(seconds=0.01)
     client.service.backend.hold = asyncio.Event().wait  # for ever
     status, text, _ = client.infer(request(x))
     assert (status, json.loads(text)["error"]) == (504, "no answer within 0.01 s")
+    status, text, _ = client.infer(b"", parts=[])  # a body that never comes
+    assert (status, json.loads(text)["error"]) == (408, "the request did not come within 0.01 s")
     assert client.metric("queue_length") == 0
 
 

@@ -1,5 +1,6 @@
 """`tensorrail serve` as far as it goes without a server: its help, and how it ends on bad input."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -22,7 +23,10 @@ def cli(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return ended.value.code, out, err
 
-    return call
+    before = dict(os.environ)  # the command sets what Ray reads
+    yield call
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_help_says_where_it_listens_and_who_may_ask():

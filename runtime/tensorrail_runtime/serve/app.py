@@ -133,6 +133,7 @@ async def _answer(service: Service, request: Request) -> Response:
     _check_model(service, request)
     if service.metrics.in_flight > service.limits.accepted:
         raise ProtocolError(f"{service.limits.accepted} requests are being answered: try again", 503)
+    body: bytes | None = None
     try:
         async with asyncio.timeout(service.limits.seconds):
             body = await _read(request, service.limits.body)
@@ -141,7 +142,9 @@ async def _answer(service: Service, request: Request) -> Response:
             feed = service.signature.feed(parsed)
             answer = await service.backend.infer(feed)
     except TimeoutError:
-        raise ProtocolError(f"no answer within {service.limits.seconds:g} s", 504) from None
+        within = f"within {service.limits.seconds:g} s"
+        late = (f"the request did not come {within}", 408) if body is None else (f"no answer {within}", 504)
+        raise ProtocolError(*late) from None
     service.metrics.ran(answer)
     if answer.outputs is None:
         raise ProtocolError(answer.reason, 400 if answer.invalid else 500)

@@ -79,3 +79,8 @@ class ServeOptions:
         ):
             if wrong:
                 raise ModelError(reason)
+
+
+def on_loopback(host: str) -> bool:
+    """Return whether a host's name or address is this machine's own."""
+    return host in ("localhost", "::1") or host.startswith("127.")

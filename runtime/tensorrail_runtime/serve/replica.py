@@ -27,7 +27,7 @@ class Replica:
         self._session = _open(model, settings)
         self._axes = axes
         self._max_batch = max_batch
-        self._runs = Gathering(self._run, max_batch)
+        self._runs = Gathering(self._run, max_batch if axes is not None else 1)
         # Batches that are closed while the model is busy wait in `Gathering`, so as many as may come are taken.
         together = serve.batch(max_batch_size=max_batch, batch_wait_timeout_s=wait, max_concurrent_batches=1_000_000)
         self._batch: Callable[[Feed], Awaitable[Answer]] = together(self._runs.answer)

@@ -31,9 +31,11 @@ async def run_server(
         access_log=False,
         lifespan="off",
         log_level="warning",
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, math.ceil(grace)),
         timeout_keep_alive=_KEEP_ALIVE,
+        ws="none",
     )
     server = Server(config, on_ready, on_stop)
     with server.signals():
