@@ -54,13 +54,22 @@ def roots(second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = _SWEEPS) -> list[np.ndarray]:
-    """Return the cores of a plan whose weight keeps the outputs of `target` (O, I, *K) on inputs of these moments."""
+    """Return the cores of a plan whose weight keeps the outputs of `target` (O, I, *K) on inputs of these moments.
+
+    They are never worse there than the plain decomposition: `cp` near full rank, whose start is itself a search, can end so.
+    """
+    plain = format_of(plan.format).decompose(target.astype(np.float32), plan.modes, plan.ranks)
+    found = _in_metric(plan, target, moments, plain, sweeps)
+    errors = [moments.error(plan.reconstruct(cores, target.shape), target) for cores in (found, plain)]
+    return found if errors[0] <= errors[1] else plain
+
+
+def _in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, plain: list[np.ndarray], sweeps: int) -> list[np.ndarray]:
     shape = target.shape
     form = format_of(plan.format)
     equation = form.equation(shape, plan.modes)
     if len(equation.inputs) != 1:  # several input modes: no square root acts on one of them alone
-        cores = form.decompose(target.astype(np.float32), plan.modes, plan.ranks)
-        return _alternate(equation, cores, target, moments.gram, sweeps)
+        return _alternate(equation, plain, target, moments.gram, sweeps)
     root, inverse = roots(moments.channels(shape[1]))
     white = np.moveaxis(np.tensordot(target, root, (1, 0)), -1, 1)
     cores = form.decompose(np.ascontiguousarray(white, np.float32), plan.modes, plan.ranks)

@@ -43,7 +43,7 @@ TARGETS = ("latency", "flops", "params", "bytes")
 _GAIN = 0.95  # of the dense time: a layer that would take more stays dense
 _NEAR, _BEYOND = 0.995, 1.03  # of a latency target: a measured speed-up between them is near enough
 _NUDGE = 1.005
-_TRIES = 5
+_TRIES = 4
 _GPU_GRID = 8
 _BLOCKS = (1, 4, 8, 16)
 

@@ -359,7 +359,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop):
     assert (whole[0] / "cores.safetensors").read_bytes() == (broken / "cores.safetensors").read_bytes()
     for name, root in whole[1].roots.items():
         assert torch.equal(root.root, trained.roots[name].root), name
-    assert not any(module._forward_pre_hooks for module in trained.admm.modules())
+    assert not any(module._forward_pre_hooks for module in trained.uncut.modules())
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,7 @@ def read_search(
         keep=tuple(keep or ()),
         max_loss=max_loss,
         seconds=seconds,
+        check_seconds=min(10.0, seconds),
         cache=cache,
     )
     return replace(made, gain=float("inf")) if slower else made

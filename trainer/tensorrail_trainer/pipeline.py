@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from tensorrail_exporter.cores import save_cores
@@ -102,6 +103,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Raises `RecipeError` for a precision that the device cannot do.
     """
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another one
     try:
         return Accelerator(mixed_precision=precision)
     except (ValueError, RuntimeError) as error:
