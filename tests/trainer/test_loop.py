@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from onnx import TensorProto
 from torch import nn
 from torch.nn import functional as F
 
 from tensorrail_exporter import Plan
-from tensorrail_trainer import ADMM, loop, plan_layers
+from tensorrail_trainer import ADMM, loop, plan_layers, to_onnx
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.loop import Phase, TrainingError, evaluate, train
@@ -93,6 +95,19 @@ def test_an_interrupted_phase_ends_as_an_uninterrupted_one(tmp_path, data, train
     assert [row.rho for row in rows] == pytest.approx([0.01, 0.1**1.5, 0.1])
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, broken.state_dict()[name]), name
+
+
+def test_a_model_trained_in_bf16_is_exported_in_fp32(tmp_path, data):
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16")
+    phase = Phase("dense", network(), Schedule(epochs=1, lr=0.01))
+    model = train(phase, recipe(precision="bf16"), data, accelerator, Checkpoints(tmp_path), lambda *_: None)
+    AcceleratorState._reset_state()
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    x = data.test.x[:4]
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+    assert {one.data_type for one in to_onnx(model, x).graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
 
 
 def test_the_average_is_what_is_evaluated_and_handed_on(tmp_path, data):

@@ -100,6 +100,7 @@ def train(
         on_epoch(row, phase.schedule.epochs)
         if closed:
             break
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else the model would compute in bf16 for ever, exported too
     accelerator.free_memory()
     unsync_batch_norm(phase.model)
     if average is not None:
