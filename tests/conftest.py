@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of several would wait for each other
@@ -23,6 +24,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Return exit code, stdout and stderr of the command line, run in this process."""
+    import tensorrail.cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            tensorrail.cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
 
 
 @pytest.fixture

@@ -11,26 +11,14 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError, Message
 
 from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.serve.datatypes import DATATYPES, ONNX
 from tensorrail_runtime.session import ModelError, run
 from tensorrail_runtime.triton_config import Serving, Signature, Tensor
 
-# The types that Triton's ONNX Runtime backend takes, by ONNX Runtime's names; bfloat16 is not one of them.
-_TYPES = {
-    "tensor(bool)": ("TYPE_BOOL", np.bool_),
-    "tensor(uint8)": ("TYPE_UINT8", np.uint8),
-    "tensor(uint16)": ("TYPE_UINT16", np.uint16),
-    "tensor(uint32)": ("TYPE_UINT32", np.uint32),
-    "tensor(uint64)": ("TYPE_UINT64", np.uint64),
-    "tensor(int8)": ("TYPE_INT8", np.int8),
-    "tensor(int16)": ("TYPE_INT16", np.int16),
-    "tensor(int32)": ("TYPE_INT32", np.int32),
-    "tensor(int64)": ("TYPE_INT64", np.int64),
-    "tensor(float16)": ("TYPE_FP16", np.float16),
-    "tensor(float)": ("TYPE_FP32", np.float32),
-    "tensor(double)": ("TYPE_FP64", np.float64),
-    "tensor(string)": ("TYPE_STRING", np.object_),
-}
-_DTYPES = dict(_TYPES.values())
+# The types that Triton's ONNX Runtime backend takes, by ONNX Runtime's names; bfloat16 is not one of them. The protocol that
+# Triton speaks has the same ones, and calls strings otherwise than the configuration does.
+_TYPES = {onnx_name: f"TYPE_{'STRING' if name == 'BYTES' else name}" for onnx_name, name in ONNX.items()}
+_DTYPES = {_TYPES[onnx_name]: DATATYPES[name] for onnx_name, name in ONNX.items()}
 
 
 def external_files(path: Path) -> list[str]:
@@ -72,7 +60,7 @@ def signature(path: Path, session: ort.InferenceSession) -> Signature:
         shape = tuple(size if isinstance(size, int) else -1 for size in entry.shape)
         if 0 in shape:
             raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}; Triton takes axes of 1 or more")
-        return Tensor(entry.name, _TYPES[entry.type][0], shape)
+        return Tensor(entry.name, _TYPES[entry.type], shape)
 
     if not session.get_inputs():
         raise ModelError(f"{path}: takes no input, so there is nothing that a request could bring")
@@ -156,7 +144,7 @@ def check_batching(
 
 def _fill(tensor: Tensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:
     """Return an input: zeros, standard normal values (integers: 0 and 1), or for floats random bytes, as Triton makes them."""
-    dtype = np.dtype(_DTYPES[tensor.data_type])
+    dtype = _DTYPES[tensor.data_type]
     floating = np.issubdtype(dtype, np.floating)
     if tensor.data_type == "TYPE_STRING":
         return np.full(shape, "", dtype)

@@ -17,21 +17,6 @@ ROOT = Path(__file__).parents[2]
 PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
 
 
-def call(monkeypatch, capsys, *arguments):
-    """Return exit code, stdout and stderr of the command line, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        tensorrail.cli.main()
-    out, err = capsys.readouterr()
-    code = ended.value.code
-    return (0 if code is None else code), out, err
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
 @pytest.fixture
 def plan_path(tmp_path):
     PLAN.save(tmp_path / "plan.json")

@@ -1,29 +1,11 @@
 """`tensorrail package`: options reach the configuration, one table and one record, bad input is one line."""
 
 import json
-import sys
 
 import numpy as np
 import onnx
-import pytest
 from conftest import make_model
 from onnx import helper
-
-import tensorrail.cli
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Return exit code, stdout and stderr of the command line, run in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            tensorrail.cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 def test_options_reach_the_configuration(cli, small_path, tmp_path):

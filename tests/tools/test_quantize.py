@@ -1,7 +1,6 @@
 """`tensorrail quantize`: one table, one record, one file written whole or not at all, and exit codes."""
 
 import json
-import sys
 
 import numpy as np
 import onnx
@@ -9,24 +8,9 @@ import pytest
 from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
-import tensorrail.cli
 from tensorrail_exporter.precision import PrecisionReport
 
 QUICK = ("--duration", 0.1)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Return exit code, stdout and stderr of the command line, run in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            tensorrail.cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -15,16 +15,10 @@ import tensorrail.cli
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tensorrail", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            tensorrail.cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    before = dict(os.environ)  # the command sets what Ray reads
-    yield call
+def cli(cli):
+    """Leave the environment, in which the command sets what Ray reads, as it was."""
+    before = dict(os.environ)
+    yield cli
     os.environ.clear()
     os.environ.update(before)
 

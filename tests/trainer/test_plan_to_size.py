@@ -4,7 +4,7 @@ from torch import nn
 
 from tensorrail_exporter import Plan, PlanError
 from tensorrail_exporter.formats import FORMATS
-from tensorrail_trainer import plan_layers
+from tensorrail_trainer import plan_layers, planning
 from tensorrail_trainer.layers import swap
 from tensorrail_trainer.planning import plan_to_size
 
@@ -35,6 +35,17 @@ def test_the_network_is_as_small_as_asked_and_hardly_smaller(model, form, times)
 def test_what_costs_least_is_cut_first(model):
     (layer,) = plan_to_size(model, "[01]", 1.5, format="svd")
     assert layer.name == "1"  # two of its singular values hold everything; the other one stays dense
+
+
+def test_ranks_of_fresh_weights_are_not_looked_for(model, monkeypatch):
+    def never(*_):
+        raise AssertionError("a fresh weight was decomposed")
+
+    monkeypatch.setattr(planning, "project", never)
+    plan = plan_to_size(model, "[01]", 3.0, trained=False)
+    assert plan
+    with pytest.raises(PlanError, match="cannot be 500 times fewer"):
+        plan_to_size(model, "[01]", 500.0, trained=False)
 
 
 def test_what_cannot_be_is_refused(model):

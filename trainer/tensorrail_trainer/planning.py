@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from tensorrail_exporter.choice import Limit, choose
 from tensorrail_exporter.errors import PlanError
@@ -67,13 +67,15 @@ def plan_to_size(
     format: str = "tt",  # noqa: A002 - the record's own word
     modes: Sequence[int] | None = None,
     merge: str = "auto",
+    trained: bool = True,
 ) -> tuple[LayerPlan, ...]:
     """Return a plan for the layers of a pattern that makes the whole network's parameters `times` fewer.
 
     Each layer is offered its dense form and a ladder of uniform rank bounds; the loss of one is the share of the weight's
     squared norm that it cuts off, and the least sum of losses within the budget is chosen for all layers at once. The
-    model's weights should be trained ones: those of a fresh network are all alike. A layer may stay dense. `PlanError` when
-    the layers of the pattern cannot shrink that much.
+    model's weights should be trained ones: those of a fresh network are all alike. Where they are not, `trained=False`
+    spares the decompositions and returns any plan of that size. A layer may stay dense. `PlanError` when the layers of the
+    pattern cannot shrink that much.
     """
     form = format_of(format)
     names = [name for name in dense_layers(model) if fnmatchcase(name, pattern)]
@@ -92,10 +94,9 @@ def plan_to_size(
         for ranks in _ladder(form, shape, own):
             size = sum(math.prod(core) for core in form.core_shapes(shape, own, ranks))
             if size < weight.numel():
-                kept = project(format, weight, own, ranks)
                 offers[-1].append(LayerPlan(name=name, format=format, modes=own, ranks=ranks, merge=merge))
                 sizes[-1].append(float(size))
-                losses[-1].append(float((weight - kept).square().sum() / weight.square().sum().clamp_min(1e-30)))
+                losses[-1].append(_cut_off(weight, format, own, ranks) if trained else 0.0)
     whole = sum(parameter.numel() for parameter in model.parameters())
     rest = whole - sum(one[0] for one in sizes)
     least = rest + sum(min(one) for one in sizes)
@@ -106,6 +107,12 @@ def plan_to_size(
         )
     picks = choose(losses, [Limit("params", sizes, whole / times - rest)])
     return tuple(plan for offer, pick in zip(offers, picks, strict=True) if (plan := offer[pick]) is not None)
+
+
+def _cut_off(weight: Tensor, format: str, modes: tuple[int, ...], ranks: tuple[int, ...]) -> float:  # noqa: A002
+    """Return the share of a weight's squared norm that its projection leaves out."""
+    lost = (weight - project(format, weight, modes, ranks)).square().sum()
+    return float(lost / weight.square().sum().clamp_min(1e-30))
 
 
 def _ladder(form: Format, shape: tuple[int, ...], modes: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -132,7 +132,7 @@ class Recipe(Part):
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         try:
             recipe = cls.model_validate(raw)
-            recipe.make_plan(recipe.make_model(trained=False))
+            recipe.make_plan(recipe.make_model(trained=False), trained=False)
         except ValidationError as error:
             raise RecipeError(f"{path}: {first_problem(error)}") from None
         except (PlanError, RecipeError, DataError, WeightsError) as error:
@@ -170,12 +170,15 @@ class Recipe(Part):
         except DataError as error:
             raise RecipeError(f"data.name: {error}") from None
 
-    def make_plan(self, model: nn.Module) -> Plan:
-        """Return the plan of this model; `RecipeError` names the rule, or the layer, that does not fit."""
+    def make_plan(self, model: nn.Module, *, trained: bool = True) -> Plan:
+        """Return the plan of this model; `RecipeError` names the rule, or the layer, that does not fit.
+
+        With `trained=False` the weights are fresh and ranks that would follow from them are not looked for.
+        """
         plans = []
         for index, rule in enumerate(self.plan):
             try:
-                plans.append(_planned(model, rule))
+                plans.append(_planned(model, rule, trained))
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None
         plan = join(plans)
@@ -191,14 +194,16 @@ class Recipe(Part):
         write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False))
 
 
-def _planned(model: nn.Module, rule: PlanRule | PublishedRule) -> tuple[LayerPlan, ...]:
+def _planned(model: nn.Module, rule: PlanRule | PublishedRule, trained: bool) -> tuple[LayerPlan, ...]:
     if isinstance(rule, PublishedRule):
         layers = published_plan(rule.published, rule.modes).layers
         found = tuple(layer for layer in layers if not rule.only_3x3 or 9 in layer.modes)
         planned_layers(model, Plan(layers=found))
         return found
     if rule.params is not None:
-        return plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
+        return plan_to_size(
+            model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, trained=trained
+        )
     ranks = rule.ranks if rule.ranks is not None else ()
     return plan_layers(model, rule.layers, format=rule.format, ranks=ranks, modes=rule.modes, merge=rule.merge)
 
