@@ -88,10 +88,10 @@ def _option(
     cores = [np.zeros(shape, np.float32) for shape in shapes]
     steps = form.contraction(cores, spec, modes, merge)
     cost = contraction_cost(steps, spec)
-    macs, params = cost.macs, cost.stored_bytes // 4
-    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None:  # an identity stands in for the input weight
+    macs = cost.macs
+    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None:  # the identity in its weight's place
         macs += math.prod(cost.steps[-1].shape) * spec.shape[0]
-        params += spec.shape[0] ** 2
+    params = cost.stored_bytes // 4
     return Option(name, modes, form.clamp(spec.shape, modes, ranks), merge, describe(steps), macs, params, block)
 
 

@@ -44,6 +44,7 @@ _NO_MACS = frozenset(
         "Erf",
         "Exp",
         "Expand",
+        "EyeLike",
         "Flatten",
         "Floor",
         "Gather",

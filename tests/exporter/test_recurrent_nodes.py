@@ -137,6 +137,30 @@ def test_only_the_input_weight_is_replaced(rng):
     assert factored.layers[0].op == "LSTM"
 
 
+@pytest.mark.parametrize("opset", [8, 14])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("op", sorted(GATES))
+def test_the_identity_behind_a_ttm_is_made_by_the_graph_and_not_stored(op, direction, opset, rng):
+    model = recurrent_model(op, direction, 4, 24, rng)
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", opset))
+    for node in model.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name != "layout"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    rows = GATES[op] * 4 * (2 if direction == "bidirectional" else 1)
+    plan = Plan(layers=(LayerPlan(name="w", format="ttm", modes=(rows // 2, 2, 6, 4), ranks=(1, 2, 1)),))
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores).model
+    stored = {t.name: int(np.prod(t.dims)) for t in factored.graph.initializer if t.data_type == TensorProto.FLOAT}
+    assert sum(stored.values()) == (rows**2 if opset < 9 else 0) + sum(core.size for core in cores["w"]) + sum(
+        int(np.prod(t.dims)) for t in model.graph.initializer if t.name in ("r", "b")
+    )
+    x = rng.standard_normal((5, 3, 24)).astype(np.float32)
+    for a, b in zip(run(factored, {"x": x}), run(reconstruct(model, plan, cores), {"x": x}), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_weights_that_are_slices_of_parameters_are_folded(rng):
     """As an exporter writes them that has not folded constants: torch's gates i f g o, put in ONNX's order i o f g."""
     hidden, inputs = 4, 6

@@ -211,6 +211,11 @@ CASES: dict[str, list[Case]] = {
     "Equal": COMPARED,
     "Erf": UNARY[:1],
     "Exp": UNARY,
+    "EyeLike": [
+        case(IMAGE[0, 0], dtype=int(TensorProto.FLOAT)),
+        case(IMAGE[0, 0], k=1, dtype=int(TensorProto.FLOAT)),
+        case(IMAGE[0, 0], k=-2, dtype=int(TensorProto.FLOAT)),
+    ],
     "Expand": [case(normal(3, 1), whole(2, 3, 4), stored=1), case(normal(2, 3, 1), whole(4)), case(TABLE, whole(1, 1))],
     "Flatten": [case(IMAGE), case(IMAGE, axis=0), case(IMAGE, axis=-1), case(IMAGE, axis=2, opset=9)],
     "GRU": [

@@ -169,6 +169,13 @@ def _constant_of_shape(node: Node, inputs: Inputs) -> Outputs:
     return (value.to(inputs[0].device).expand(node.integers(inputs, 0) or []),)
 
 
+def _eye_like(node: Node, inputs: Inputs) -> Outputs:
+    x = inputs[0]
+    rows, columns = x.shape
+    ones = torch.ones(rows, columns, dtype=DTYPES[node.get("dtype", 1)], device=x.device)
+    return (ones.triu(node.get("k", 0)).tril(node.get("k", 0)),)
+
+
 def _shape(node: Node, inputs: Inputs) -> Outputs:
     sizes = list(inputs[0].shape)[node.get("start", 0) : node.get("end")]
     return (torch.tensor(sizes, dtype=torch.int64, device=inputs[0].device),)
@@ -233,6 +240,7 @@ OPERATORS: dict[str, Operator] = {
     "Erf": _each(torch.erf),
     "Exp": _each(torch.exp),
     "Expand": _expand,
+    "EyeLike": _eye_like,
     "Flatten": _flatten,
     "GRU": layers.gru,
     "Gather": _gather,

@@ -21,8 +21,8 @@ from tensorrail_exporter.truncation import backend_of, permute, truncated_svd
 
 
 def merges(op: Op) -> tuple[str, ...]:
-    """Return `halves` (the first and the second half of the cores joined) and `none`."""
-    return ("halves", "none")
+    """Return `halves` (the first and the second half of the cores joined), `tail` (the second half alone) and `none`."""
+    return ("halves", "tail", "none")
 
 
 def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
@@ -99,9 +99,9 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     """Return one product a core, from the last one on: (…, i_k, r_k, o_{k+1}…) → (…, r_{k-1}, o_k, o_{k+1}…)."""
     require_merge(merge, merges(layer.op), "ttm")
     parts = parts_of(cores)
-    if merge == "halves" and len(parts) > 2:
-        half = len(parts) // 2
-        parts = [_joined(parts[:half]), _joined(parts[half:])]
+    half = len(parts) // 2
+    if merge != "none" and len(parts) > 2:
+        parts = [*([_joined(parts[:half])] if merge == "halves" else parts[:half]), _joined(parts[half:])]
     chain = Chain(layer)
     before, after = layer.shape[1], 1
     for part in reversed(parts):

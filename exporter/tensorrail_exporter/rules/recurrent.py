@@ -3,13 +3,14 @@
 The input projection W is contracted outside the time loop, for all steps and directions at once, down to the rank between
 input and output; the native operator then runs on that rank, with W = the output cores. Initial states, sequence lengths,
 recurrent weights, biases and peepholes are the node's own. A format without such a boundary (`ttm`) makes all gates'
-inputs outside the loop, and W is the identity.
+inputs outside the loop, and W is an identity that the graph makes.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper
 
 from tensorrail_exporter.contraction import LayerSpec, Step, split_at_boundary
 from tensorrail_exporter.rules.emit import Site
@@ -59,14 +60,49 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     node = site.node
     dtype = node.inputs[1].dtype
     inner, matrix, cores = split_at_boundary(steps)
-    if matrix is None:
-        matrix, name = np.eye(node.inputs[1].shape[0] * node.inputs[1].shape[1], dtype=dtype), f"{layer}/identity"
-    else:
-        name = f"{layer}/{'+'.join(map(str, cores))}"
     projected = site.variable(f"{layer}/projected", dtype)
     site.chain(node.inputs[0], projected, inner, layer, dtype)
     node.inputs[0] = projected
-    node.inputs[1] = site.constant(name, _as_onnx(node, matrix.astype(dtype)))
+    if matrix is None:
+        node.inputs[1] = _identity(site, f"{layer}/identity", dtype)
+    else:
+        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, matrix.astype(dtype)))
+
+
+def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
+    """Return the identity as the node's input weight.
+
+    The graph makes it rather than store it, from opset 9 on: a runtime folds it once, when it loads the graph. Made in
+    float32, which every runtime's EyeLike knows.
+    """
+    node = site.node
+    directions, rows, _ = node.inputs[1].shape
+    if site.graph.opset < 9:
+        return site.constant(name, _as_onnx(node, np.eye(directions * rows, dtype=dtype)))
+    order = np.argsort(_TORCH_FROM_ONNX[node.op])
+    size = directions * rows
+    shape, gates, whole = (
+        site.constant(f"{name}/{part}", np.array(sizes, np.int64))
+        for part, sizes in (
+            ("size", (size, size)),
+            ("gates", (directions, len(order), -1, size)),
+            ("whole", (directions, rows, size)),
+        )
+    )
+    chosen = site.constant(f"{name}/order", order.astype(np.int64))
+    made: gs.Tensor = shape
+    for op, inputs, attrs in (
+        ("ConstantOfShape", [], {}),
+        ("EyeLike", [], {"dtype": int(TensorProto.FLOAT)}),
+        ("Reshape", [gates], {}),
+        ("Gather", [chosen], {"axis": 1}),
+        ("Reshape", [whole], {}),
+        *([] if dtype == np.float32 else [("Cast", [], {"to": int(helper.np_dtype_to_tensor_dtype(dtype))})]),
+    ):
+        out = site.variable(f"{name}/{op.lower()}", dtype if op == "Cast" else np.dtype(np.float32))
+        site.append(op, f"{name}/{op.lower()}_node", [made, *inputs], out, attrs)
+        made = out
+    return made
 
 
 def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
