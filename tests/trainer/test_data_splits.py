@@ -105,6 +105,14 @@ def test_cutout_blanks_one_square_that_may_reach_over_the_border(size):
     assert len(areas) > 1
 
 
+def test_cutout_of_standardised_images_leaves_the_mean():
+    data = InMemory(split(1).x.repeat(50, 1, 1, 1), torch.zeros(50, dtype=torch.int64), torch.tensor(7.0), torch.tensor(2.0))
+    cut = one(data, [torch.arange(50)], augment=Augment(cutout=3))[0]
+    changed = (cut != (data.x.float() - 7) / 2).any(1)
+    assert changed.any()
+    assert (cut.permute(0, 2, 3, 1)[changed] == 0).all()
+
+
 def test_samples_that_are_no_images_stay_as_they_are():
     data = plain(torch.rand(6, 5, 4))
     assert torch.equal(one(data, in_order(6, 4), augment=ALL)[0], data.x)
@@ -199,6 +207,23 @@ def test_cifar_is_read_from_its_published_folder(classes, read, old, tmp_path, r
     x, _ = one(data.train, in_order(100))
     expected = (pixels - pixels.mean((0, 2, 3), keepdims=True)) / pixels.std((0, 2, 3), keepdims=True)
     np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "read"), [(10, cifar10), (100, cifar100)])
+def test_cifar_is_standardised_by_the_constants_given(classes, read, tmp_path, rng):
+    folder, made = write_cifar(tmp_path, classes, rng)
+    x, _ = one(read(str(folder), [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]).test, in_order(20))
+    pixels = made[-1][b"data"].reshape(-1, 3, 32, 32) / 255
+    expected = (pixels - np.array([0.5, 0.4, 0.3]).reshape(3, 1, 1)) / np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1)
+    np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
+    for constants, wrong in (
+        (([0.5, 0.4, 0.3], None), "std: expected one number a channel, of values from 0 to 1, and None came"),
+        (([0.5, 0.4], [0.2, 0.25, 0.3]), "mean: expected one number a channel"),
+        (([0.5, 0.4, "a"], [0.2, 0.25, 0.3]), "mean: expected one number a channel"),
+        (([0.5, 0.4, 0.3], [0.2, 0.25, 0]), "std: expected numbers above 0"),
+    ):
+        with pytest.raises(DataError, match=wrong):
+            read(str(folder), *constants)
 
 
 class Hostile:

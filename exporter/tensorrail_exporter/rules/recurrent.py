@@ -90,15 +90,17 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
         )
     )
     chosen = site.constant(f"{name}/order", order.astype(np.int64))
-    made: gs.Tensor = shape
-    for op, inputs, attrs in (
+    steps: list[tuple[str, list[gs.Tensor], dict[str, object]]] = [
         ("ConstantOfShape", [], {}),
         ("EyeLike", [], {"dtype": int(TensorProto.FLOAT)}),
         ("Reshape", [gates], {}),
         ("Gather", [chosen], {"axis": 1}),
         ("Reshape", [whole], {}),
-        *([] if dtype == np.float32 else [("Cast", [], {"to": int(helper.np_dtype_to_tensor_dtype(dtype))})]),
-    ):
+    ]
+    if dtype != np.float32:
+        steps.append(("Cast", [], {"to": int(helper.np_dtype_to_tensor_dtype(dtype))}))
+    made: gs.Tensor = shape
+    for op, inputs, attrs in steps:
         out = site.variable(f"{name}/{op.lower()}", dtype if op == "Cast" else np.dtype(np.float32))
         site.append(op, f"{name}/{op.lower()}_node", [made, *inputs], out, attrs)
         made = out

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tensorrail_runtime.accuracy import imported
 from tensorrail_runtime.session import ModelError
-from tensorrail_trainer.data.cifar import DataError as DataError
 from tensorrail_trainer.data.cifar import cifar10, cifar100
 from tensorrail_trainer.data.digits import digits
+from tensorrail_trainer.data.errors import DataError as DataError
 from tensorrail_trainer.data.files import Files as Files
 from tensorrail_trainer.data.images import images, images_known
 from tensorrail_trainer.data.mapped import Mapped as Mapped

@@ -7,12 +7,14 @@ a file from elsewhere cannot run code.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from tensorrail_trainer.data.errors import DataError
 from tensorrail_trainer.data.splits import Dataset, InMemory
 
 _ALLOWED = {
@@ -23,29 +25,45 @@ _ALLOWED = {
     ("_codecs", "encode"),
 }
 _PIXELS = 3 * 32 * 32
+_Constants = tuple[torch.Tensor, torch.Tensor]
 
 
-class DataError(ValueError):
-    """Data that cannot be read; one line with the file or folder, what was expected and what to try."""
+def cifar10(
+    root: str = "data/cifar-10-batches-py", mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Dataset:
+    """Return CIFAR-10 from its published folder: five training files and a test file.
 
-
-def cifar10(root: str = "data/cifar-10-batches-py") -> Dataset:
-    """Return CIFAR-10 from its published folder: five training files and a test file."""
+    Images are standardised by the mean and deviation of the training split's channels, or by the `mean` and `std` given, of
+    values from 0 to 1: weights from elsewhere want the constants that they were trained with.
+    """
     folder = Path(root)
     train = [_read(folder / f"data_batch_{k}", b"labels") for k in range(1, 6)]
-    return _dataset("CIFAR-10", folder, 10, train, [_read(folder / "test_batch", b"labels")])
+    return _dataset("CIFAR-10", folder, 10, train, [_read(folder / "test_batch", b"labels")], _given(mean, std))
 
 
-def cifar100(root: str = "data/cifar-100-python") -> Dataset:
-    """Return CIFAR-100, fine labels, from its published folder: `train` and `test`."""
+def cifar100(
+    root: str = "data/cifar-100-python", mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Dataset:
+    """Return CIFAR-100, fine labels, from its published folder, `train` and `test`; `mean` and `std` as for `cifar10`."""
     folder = Path(root)
-    return _dataset(
-        "CIFAR-100", folder, 100, [_read(folder / "train", b"fine_labels")], [_read(folder / "test", b"fine_labels")]
-    )
+    train, test = ([_read(folder / name, b"fine_labels")] for name in ("train", "test"))
+    return _dataset("CIFAR-100", folder, 100, train, test, _given(mean, std))
 
 
-def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list[Any]) -> Dataset:
-    """Return both splits as bytes (N, 3, 32, 32), standardised by the training split's channels when they are given out."""
+def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> _Constants | None:
+    if mean is None and std is None:
+        return None
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+            raise DataError(f"{name}: expected one number a channel, of values from 0 to 1, and {values} came")
+    if min(std or ()) <= 0:
+        raise DataError(f"std: expected numbers above 0, and {std} came")
+    made = [255 * torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1) for values in (mean, std)]
+    return made[0], made[1]
+
+
+def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list[Any], given: _Constants | None) -> Dataset:
+    """Return both splits as bytes (N, 3, 32, 32), standardised when they are given out."""
     splits = []
     for parts in (train, test):
         x = torch.from_numpy(np.concatenate([images for images, _ in parts]))
@@ -53,7 +71,7 @@ def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list
         splits.append((x, y))
         if y.max() >= classes:
             raise DataError(f"{folder}: has the label {int(y.max())}: expected 0 to {classes - 1}; is it another CIFAR?")
-    mean, deviation = _statistics(splits[0][0])
+    mean, deviation = given or _statistics(splits[0][0])
     source = f"{name} ({folder.name}), {len(splits[0][1])} training and {len(splits[1][1])} test images"
     return Dataset(source, classes, *(InMemory(x, y, mean, deviation) for x, y in splits))
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tensorrail_trainer.data.cifar import DataError
+from tensorrail_trainer.data.errors import DataError
 from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.splits import Dataset
 

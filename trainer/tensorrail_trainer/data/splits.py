@@ -22,7 +22,8 @@ _EVALUATED = 256  # samples at once
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training images: moved by up to `shift` pixels, mirrored, a square of `cutout` pixels blanked.
+    """What is done to training images: moved by up to `shift` pixels, mirrored, a square of `cutout` pixels blanked:
+    it becomes the mean colour of data that are standardised, and black in others.
 
     Sets that are read from files do what their own arguments say, and only take the seed.
     """
@@ -114,7 +115,7 @@ class InMemory:
             own = share.of(pick).to(self.x.device)
             image = self.x[own]
             if augment is not None and image.dim() == 4:
-                image = _augmented(image, augment, len(pick), share, generator)
+                image = _augmented(image, augment, len(pick), share, generator, self.mean)
             image = image.float()
             if self.mean is not None and self.deviation is not None:
                 image = (image - self.mean) / self.deviation
@@ -143,7 +144,9 @@ def arrays(split: Split, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarra
         yield x.cpu().numpy(), y.cpu().numpy()
 
 
-def _augmented(image: Tensor, augment: Augment, count: int, share: Share, generator: torch.Generator) -> Tensor:
+def _augmented(
+    image: Tensor, augment: Augment, count: int, share: Share, generator: torch.Generator, mean: Tensor | None
+) -> Tensor:
     """Return each image changed by its own numbers, which are drawn for the whole batch of all processes."""
     if augment.shift:
         offsets = torch.randint(0, 2 * augment.shift + 1, (count, 2), generator=generator)
@@ -153,7 +156,7 @@ def _augmented(image: Tensor, augment: Augment, count: int, share: Share, genera
         image = torch.where(share.of(mirrored).to(image.device)[:, None, None, None], image.flip(3), image)
     if augment.cutout:
         centres = torch.rand(count, 2, generator=generator)
-        image = _cut_out(image, augment.cutout, share.of(centres).to(image.device))
+        image = _cut_out(image, augment.cutout, share.of(centres).to(image.device), mean)
     return image
 
 
@@ -170,10 +173,11 @@ def _shifted(image: Tensor, augment: Augment, offsets: Tensor) -> Tensor:
     return padded[each, channel, rows, columns]
 
 
-def _cut_out(image: Tensor, size: int, centres: Tensor) -> Tensor:
+def _cut_out(image: Tensor, size: int, centres: Tensor, mean: Tensor | None) -> Tensor:
     """Return the images with a square blanked, its centre anywhere (DeVries and Taylor 2017)."""
     height, width = image.shape[2:]
     rows = torch.arange(height, device=image.device) - (centres[:, :1] * height).floor() + size // 2
     columns = torch.arange(width, device=image.device) - (centres[:, 1:] * width).floor() + size // 2
     inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    return image.masked_fill(inside[:, None], 0)
+    blank = torch.zeros(1, device=image.device) if mean is None else mean
+    return torch.where(inside[:, None], blank.to(image.dtype), image)
