@@ -21,7 +21,18 @@ from tensorrail_runtime.records import write_text
 from tensorrail_runtime.report import Epoch, Report, TrainingLog
 from tensorrail_trainer.recipe import Recipe
 
-HEAD = ("run", "network", "epochs", "last epoch, test", "parameters ÷", "FLOPs ÷", "speed-up, batch 1", "numerical error")
+HEAD = (
+    "run",
+    "network",
+    "epochs",
+    "last epoch, test",
+    "parameters ÷",
+    "FLOPs ÷",
+    "speed-up, batch 1",
+    "speed-up, largest batch",
+    "numerical error",
+)
+PHASES = ("dense", "admm", "finetune", "control")
 
 
 def seconds_of(rows: tuple[Epoch, ...]) -> float:
@@ -32,54 +43,84 @@ def last(rows: tuple[Epoch, ...], phase: str) -> Epoch | None:
     return next((row for row in reversed(rows) if row.phase == phase), None)
 
 
+def log_of(folder: Path) -> tuple[Epoch, ...]:
+    """Return the epochs of a run, those of its phases one after another."""
+    name = "report.json" if (folder / "report.json").exists() else "training.json"
+    raw = (folder / name).read_bytes()
+    return Report.model_validate_json(raw).training if name == "report.json" else TrainingLog.model_validate_json(raw).epochs
+
+
+def begun(recipe: Recipe, folder: Path, phase: str) -> tuple[Epoch, ...]:
+    """Return a phase of the run beside this one whose dense weights it starts from."""
+    if recipe.model.weights is None:
+        return ()
+    first = folder.parent / Path(recipe.model.weights).parent.name
+    known = (first / "report.json").exists() or (first / "training.json").exists()
+    return tuple(row for row in log_of(first) if row.phase == phase) if known else ()
+
+
 def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], str]:
-    """Return a run's rows of the table, its epochs, and a line about it."""
+    """Return a run's rows of the table, its epochs with those that it began with, and a line about it.
+
+    A run from another's dense network has that one's dense control, if it was trained for as many epochs.
+    """
     recipe = Recipe.load(folder / "recipe.yaml")
     report = Report.model_validate_json((folder / "report.json").read_bytes()) if (folder / "report.json").exists() else None
-    log = report or TrainingLog.model_validate_json((folder / "training.json").read_bytes())
-    epochs = report.training if report else log.epochs
+    own = log_of(folder)
+    before = begun(recipe, folder, "dense")
+    control = begun(recipe, folder, "control")
+    counts = {phase: sum(row.phase == phase for row in (*before, *own)) for phase in PHASES}
+    totals = {
+        "dense": counts["dense"],
+        "admm": counts["dense"] + counts["admm"],
+        "finetune": counts["dense"] + counts["admm"] + counts["finetune"],
+        "control": counts["dense"] + counts["control"],
+    }
     rows = []
-    done = 0
     names = {"dense": "dense", "admm": "ADMM, not yet cut", "finetune": "cores, fine-tuned", "control": "dense control"}
+    cut = (
+        report.cut_accuracy if report else TrainingLog.model_validate_json((folder / "training.json").read_bytes()).cut_accuracy
+    )
     for phase, name in names.items():
-        row = last(epochs, phase)
+        row = last(own, phase)
         if row is None:
             continue
-        before = last(epochs, "dense")
-        count = row.epoch + (before.epoch if before and phase in ("admm", "control") else 0)
-        if phase == "finetune":
-            count = sum(one.epoch for one in (before, last(epochs, "admm"), row) if one is not None)
-        done = max(done, count)
-        cells = ["–"] * 4
+        cells = ["–"] * 5
         if report is not None and phase == "finetune":
-            dense, own = report.models[0].cost, report.model("factored").cost
-            ratio = report.latency[0].ratios[0]
+            dense, factored = report.models[0].cost, report.model("factored").cost
+            ratios = [one.ratios[0] for one in (report.latency[0], report.latency[-1])]
+            speeds = [f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]" for ratio in ratios]
             cells = [
-                f"{dense.params / own.params:.2f}",
-                f"{dense.flops / own.flops:.2f}",
-                f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]",
+                f"{dense.params / factored.params:.2f}",
+                f"{dense.flops / factored.flops:.2f}",
+                speeds[0],
+                f"{speeds[1]} at {report.latency[-1].batch}" if len(report.latency) > 1 else "–",
                 f"{report.numerical.worst:.1e}",
             ]
-        if phase == "finetune" and log.cut_accuracy is not None:
-            rows.append((recipe.name, "cores, as cut", str(count - row.epoch), f"{log.cut_accuracy:.2f} %", *["–"] * 4))
-        rows.append((recipe.name, name, str(count), f"{row.test_accuracy:.2f} %", *cells))
-    admm = [row for row in epochs if row.phase == "admm"]
+        if phase == "finetune" and cut is not None and (before or last(own, "admm") or last(own, "dense")):
+            rows.append((recipe.name, "cores, as cut", str(totals["finetune"] - row.epoch), f"{cut:.2f} %", *["–"] * 5))
+        rows.append((recipe.name, name, str(totals[phase]), f"{row.test_accuracy:.2f} %", *cells))
+    admm = [row for row in own if row.phase == "admm"]
     share = (
         f", projections {100 * sum(r.projection_seconds for r in admm) / seconds_of(tuple(admm)):.1f} % of ADMM" if admm else ""
     )
-    weights = f", starting from `{Path(recipe.model.weights).parent.name}/`" if recipe.model.weights else ""
-    return rows, epochs, f"- `{recipe.name}`: seed {recipe.seed}{weights}, {seconds_of(epochs) / 60:.0f} min of training{share}"
+    weights = f", from the dense network of `{Path(recipe.model.weights).parent.name}`" if recipe.model.weights else ""
+    about = f"- `{recipe.name}`: seed {recipe.seed}{weights}, {seconds_of(own) / 60:.0f} min of training{share}"
+    same = len(before) + len(control) == totals["finetune"]
+    return rows, (*before, *own, *(control if same else ())), about
 
 
 def draw(runs: dict[str, tuple[Epoch, ...]], path: Path) -> None:
-    """Draw test accuracy over epochs, one line a phase, phases one after another."""
+    """Draw test accuracy over epochs, one line a phase, phases one after another; what runs share is drawn once."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
+    drawn: list[tuple[Epoch, ...]] = []
     for name, epochs in runs.items():
-        for phase in ("dense", "admm", "finetune", "control"):
-            rows = [row for row in epochs if row.phase == phase]
+        for phase in PHASES:
+            rows = tuple(row for row in epochs if row.phase == phase)
             starts = {"dense": (), "admm": ("dense",), "finetune": ("dense", "admm"), "control": ("dense",)}[phase]
-            start = sum(len([row for row in epochs if row.phase == before]) for before in starts)
-            if rows:
+            start = sum(row.phase in starts for row in epochs)
+            if rows and rows not in drawn:
+                drawn.append(rows)
                 axes.plot([start + row.epoch for row in rows], [row.test_accuracy for row in rows], label=f"{name}: {phase}")
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)

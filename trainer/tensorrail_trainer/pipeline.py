@@ -294,7 +294,7 @@ def _checks(
         Check(
             name=f"accuracy against the {dense.label}",
             target=f"≥ −{target.accuracy_drop} points",
-            measured=f"{-drop:+.2f} points",
+            measured=f"{0.0 - drop:+.2f} points",
             holds=drop <= target.accuracy_drop,
         ),
         Check(
