@@ -73,8 +73,13 @@ class ContractionCost:
     @property
     def seconds(self) -> float:
         """The model's time for one sample, for comparing contractions of the same layer with each other only."""
-        busy, moved = sum(step.busy_flops for step in self.steps), self.activation_bytes + self.stored_bytes
-        return busy * _SECONDS_A_FLOP + moved * _SECONDS_A_BYTE + self.kernels * _SECONDS_A_KERNEL
+        return self.seconds_of(1)
+
+    def seconds_of(self, batch: int) -> float:
+        """The model's time for a batch: constants are read, and kernels started, once."""
+        busy = sum(step.busy_flops for step in self.steps)
+        each = busy * _SECONDS_A_FLOP + self.activation_bytes * _SECONDS_A_BYTE
+        return batch * each + self.stored_bytes * _SECONDS_A_BYTE + self.kernels * _SECONDS_A_KERNEL
 
     def __str__(self) -> str:
         head = ("step", "output", "FLOPs", "activation bytes", "stored bytes", "kernels")

@@ -40,6 +40,7 @@ from tensorrail_exporter.truncation import backend_of, double, like, permute, tr
 
 _SWEEPS = 20
 _PROGRESS = 1e-3  # of the error: a sweep that gains less is the last one
+_DAMPING = 0.1  # of the squared error, where cores are as large as those of the one-shot ring
 _RIDGE = 1e-12  # of the Gram matrix's mean eigenvalue: keeps a rank-deficient core solvable
 
 
@@ -188,32 +189,55 @@ def error(tensor: Array, cores: Sequence[Array]) -> float:
 
 
 def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
-    """Return the cores after alternating least squares; the best sweep's, so never worse than the start."""
+    """Return the cores after damped alternating least squares; the best sweep's, so never worse than the start.
+
+    A ring is not closed: undamped, its cores grow without bound and cancel each other, and such cores neither train nor
+    bear fewer bits. So large cores cost as much as a share of the error that is left, which vanishes with it, and all have
+    one norm.
+    """
     best, least = cores, error(tensor, cores)
-    before = least
+    cores = balanced(cores)
+    size = sum(float(tl.norm(core)) ** 2 for core in cores) or 1.0
+    square = float(tl.norm(tensor)) ** 2
+    before, damping = least, _DAMPING
     for _ in range(_SWEEPS):
-        cores = list(cores)
-        for k in range(len(cores)):
-            cores[k] = _solve(tensor, cores, k)
-        now = error(tensor, cores)
-        if not now < least:
-            break
-        best, least = cores, now
+        tried = list(cores)
+        for k in range(len(tried)):
+            tried[k] = _solve(tensor, tried, k, damping * before**2 * square / size)
+        tried = balanced(tried)
+        now = error(tensor, tried)
+        if not now < before:
+            damping /= 10
+            if damping < _DAMPING / 1e3:
+                break
+            continue
+        cores = tried
+        if now < least:
+            best, least = cores, now
         if before - now <= _PROGRESS * before or now < _RIDGE**0.5:
             break
         before = now
     return best
 
 
-def _solve(tensor: Array, cores: Sequence[Array], k: int) -> Array:
-    """Return the core k that minimizes the error, the others held."""
+def balanced(cores: Sequence[Array]) -> list[Array]:
+    """Return the cores of the same ring with one Frobenius norm for all."""
+    norms = [float(tl.norm(core)) for core in cores]
+    if not all(norms):
+        return list(cores)
+    mean = math.exp(sum(map(math.log, norms)) / len(norms))
+    return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
+
+
+def _solve(tensor: Array, cores: Sequence[Array], k: int, damping: float) -> Array:
+    """Return the core k that minimizes the squared error plus `damping` times the core's squared norm, the others held."""
     d = len(cores)
     rest = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
     right, count, left = rest.shape
     rotated = permute(tensor, tuple((k + j) % d for j in range(d))).reshape(tensor.shape[k], count)
     design = permute(rest, (1, 2, 0)).reshape(count, left * right)
     gram = design.T @ design
-    ridge = _RIDGE * float(tl.trace(gram)) / (left * right) or 1.0
+    ridge = damping + (_RIDGE * float(tl.trace(gram)) / (left * right) or 1.0)
     gram = gram + ridge * tl.eye(left * right, **tl.context(gram))
     solved = tl.solve(gram, (rotated @ design).T)  # (left·right, n_k)
     return permute(solved.reshape(left, right, tensor.shape[k]), (0, 2, 1))
