@@ -134,6 +134,20 @@ def test_the_refined_ring_is_at_least_as_good_as_the_one_shot(shape, modes, rank
     assert refined < 0.99 * one_shot  # on noise, which no cut suits, there is always something to gain
 
 
+@pytest.mark.parametrize("rank", [4, 6, 7])
+@pytest.mark.parametrize("falling", [False, True])
+def test_a_rings_cores_have_one_norm_and_do_not_grow_to_cancel_each_other(rank, falling, rng):
+    tensor = rng.standard_normal((16, 144))
+    if falling:
+        u, _, v = np.linalg.svd(tensor, full_matrices=False)
+        tensor = (u * np.exp(-np.arange(16) / 4)) @ v
+    weight = np.moveaxis(tensor.reshape(16, 3, 3, 16), 3, 1)
+    cores = tr.decompose(weight, (16, 9, 16), (rank,) * 4)
+    norms = [np.linalg.norm(core) for core in cores]
+    np.testing.assert_allclose(norms, norms[0], rtol=1e-6)
+    assert np.prod(norms) < 40 * np.linalg.norm(weight)  # undamped: 400 to 700 times at ranks 6 and 7
+
+
 def test_cp_is_bounded_where_plain_least_squares_diverges(rng):
     # a⊗a⊗b + a⊗b⊗a + b⊗a⊗a has rank 3 and is a limit of rank-2 tensors with unbounded components (de Silva and Lim 2008).
     a, b = rng.standard_normal(9), rng.standard_normal(9)

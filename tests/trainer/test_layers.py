@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
+from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.formats import format_of
-from tensorrail_trainer import cores_of, to_dense, to_onnx
+from tensorrail_trainer import cores_of, layers, to_dense, to_onnx
 from tensorrail_trainer.layers import FactoredLayer, dense_layer, dense_layers, swap
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -30,7 +31,8 @@ def test_a_convolution_of_cores_equals_the_reconstructed_dense_one(data):
     dense = CONVOLUTIONS[nd](shape[1], shape[0], kernel, stride, padding, dilation, bias=data.draw(st.booleans()))
     model = swap(nn.Sequential(dense), Plan(layers=(plan,)))
     x = torch.randn(data.draw(st.integers(1, 3)), shape[1], *[8] * nd)
-    torch.testing.assert_close(model(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
+    for training in (False, True):  # core by core, and as is expected to train faster
+        torch.testing.assert_close(model.train(training)(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
 
 
 @given(data=st.data())
@@ -40,7 +42,36 @@ def test_a_linear_layer_of_cores_equals_the_reconstructed_dense_one(data):
     shape, plan = draw_plan(data, "0", data.draw(st.sampled_from(sorted(FORMATS))), op="linear")
     model = swap(nn.Sequential(nn.Linear(shape[1], shape[0], bias=data.draw(st.booleans()))), Plan(layers=(plan,)))
     x = torch.randn(*data.draw(st.sampled_from([(3,), (2, 3), ()])), shape[1])
-    torch.testing.assert_close(model(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
+    for training in (False, True):
+        torch.testing.assert_close(model.train(training)(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["conv1d", "conv2d", "conv3d", "linear", "linear on sequences"])
+@pytest.mark.parametrize("form_name", CONVOLVING)
+def test_both_ways_to_train_have_the_same_gradients(form_name, layer, monkeypatch):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[layer]
+    dense = make()
+    model = swap(nn.Sequential(dense), Plan(layers=(layer_plan("0", form_name, tuple(dense.weight.shape)),)))
+    x = torch.randn(3, *shape)
+    found = []
+    for pays in (False, True):
+        asked = []
+        monkeypatch.setattr(layers, "_dense_pays", lambda *a, pays=pays, asked=asked: asked.append(a) or pays)
+        model.zero_grad()
+        (model(x) * torch.linspace(-1, 1, model(x).numel()).reshape(model(x).shape)).sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        assert asked
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_only_a_contraction_that_is_short_trains_core_by_core():
+    spec = LayerSpec("conv", (64, 64, 3, 3), (1, 1), (1, 1, 1, 1), dilation=(1, 1))
+    train = LayerPlan(name="c", format="tt", modes=(64, 9, 64), ranks=(1, 16, 16, 1))
+    ring = LayerPlan(name="c", format="tr", modes=(64, 9, 64), ranks=(10, 10, 10, 10))
+    assert not layers._dense_pays(train, spec, (128, 64, 8, 8))
+    assert layers._dense_pays(ring, spec, (128, 64, 8, 8))
 
 
 def layer_plan(name, form_name, shape, rank=4):
