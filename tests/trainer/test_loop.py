@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tensorrail_exporter import Plan
 from tensorrail_trainer import ADMM, loop, plan_layers, to_onnx
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset, InMemory
+from tensorrail_trainer.layers import swap
 from tensorrail_trainer.loop import Phase, TrainingError, evaluate, train
 from tensorrail_trainer.recipe import Named, NamedModel, PlanRule, Recipe
 from tensorrail_trainer.schedules import AdmmSchedule, Distillation, Schedule, Training
@@ -108,6 +110,26 @@ def test_a_model_trained_in_bf16_is_exported_in_fp32(tmp_path, data):
     x = data.test.x[:4]
     assert torch.equal(model.eval()(x), plain.eval()(x))
     assert {one.data_type for one in to_onnx(model, x).graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler gives its own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_networks_of_cores_train_as_others_do(tmp_path, data):
+    torch.manual_seed(0)
+    made = network()
+    plan = Plan(
+        layers=(*plan_layers(made, "3", format="tr", ranks=4), *plan_layers(made, "5", format="tt", modes=(2, 32, 32), ranks=2))
+    )
+    found = []
+    for compiled in (False, True):
+        cores, folder = swap(network(), plan), tmp_path / str(compiled)
+        folder.mkdir()
+        model, rows = fit(folder, data, Phase("finetune", cores, Schedule(epochs=2, lr=0.01)), compile=compiled)
+        found.append((rows[-1].loss, [parameter.detach().clone() for parameter in model.parameters()]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
 
 
 def test_the_average_is_what_is_evaluated_and_handed_on(tmp_path, data):

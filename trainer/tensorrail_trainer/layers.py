@@ -82,8 +82,13 @@ class FactoredLayer(nn.Module):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache(maxsize=1024)
 def _dense_pays(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
+    return bool(_expected_faster(plan, spec, shape))
+
+
+@lru_cache(maxsize=1024)
+@torch.compiler.disable  # type: ignore[untyped-decorator] # else it would trace what is computed here
+def _expected_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
     """Return whether a training step is expected to be faster with the dense weight than core by core.
 
     Between the small kernels of a contraction torch moves and reorders activations. Measured on ResNet-20's layers, in
