@@ -45,7 +45,7 @@ _NEAR, _BEYOND = 0.995, 1.03  # of a latency target: a measured speed-up between
 _NUDGE = 1.005
 _TRIES = 4
 _GPU_GRID = 8
-_BLOCKS = (1, 4, 8, 16)
+BLOCKS = (1, 4, 8, 16)
 
 OnStage = Callable[[str, float], None]
 """Told what is being done and the share of it that is done."""
@@ -217,25 +217,31 @@ def fastest_blocks(
     shapes: Shapes | None = None,
     seconds: float = 60.0,
     cache: Path | None = None,
+    blocks: Sequence[int] = BLOCKS,
+    or_dense: bool = False,
     on_stage: OnStage = lambda _, __: None,
 ) -> dict[str, int]:
     """Return for every layer of a plan the block that its ranks run fastest at when zeros widen them to its multiples.
 
-    Blocks of 1 (no zeros), 4, 8 and 16 are timed on the target; a wider one must be 2 % faster to be taken.
+    The blocks (1: no zeros) are timed on the target; a wider one must be 2 % faster to be taken. With `or_dense` a layer
+    that runs faster with the dense weight of its cores than with any of them gets 0.
     """
     settings = settings or Settings()
     planned = {layer.name: layer for layer in plan.layers}
+    widest_first = sorted(blocks, reverse=True)  # of blocks that come to the same steps the narrowest one stays
     wanted = {
-        layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in reversed(_BLOCKS))}.values())
+        layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in widest_first)}.values())
         for layer in survey(model, batch, shapes)
         if layer.name in planned and layer.output is not None and layer.inputs[layer.data] is not None
     }
     table = LatencyTable.open(settings, cache)
     table.measure(wanted, settings, seconds=seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
-    return {
-        layer.name: min(options, key=lambda o: table.milliseconds(layer, o) * (1.0 if o.block == 1 else 1.02)).block
-        for layer, options in wanted.items()
-    }
+    chosen = {}
+    for layer, options in wanted.items():
+        best = min(options, key=lambda o: table.milliseconds(layer, o) * (1.0 if o.block == min(blocks) else 1.02))
+        slower = table.milliseconds(layer, best) > table.milliseconds(layer)
+        chosen[layer.name] = 0 if or_dense and slower else best.block
+    return chosen
 
 
 def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, gain: float) -> tuple[Option, ...]:

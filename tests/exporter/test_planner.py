@@ -175,3 +175,11 @@ def test_zeros_are_added_where_that_is_faster(network, known_times, tmp_path):
     assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 1}  # fewer MACs are less time here
     known_times["64→30"] = 3.0
     assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 4}
+
+
+def test_a_layer_that_no_block_makes_faster_is_dense_again(network, known_times, tmp_path):
+    plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
+    assert fastest_blocks(network, plan, cache=tmp_path, or_dense=True) == {"c0": 1}
+    known_times["→"] = 100.0
+    assert fastest_blocks(network, plan, cache=tmp_path / "slow", or_dense=True) == {"c0": 0}
+    assert fastest_blocks(network, plan, cache=tmp_path / "slow", blocks=(8,)) == {"c0": 8}

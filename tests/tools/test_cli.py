@@ -11,7 +11,7 @@ from onnx import helper
 from typer.testing import CliRunner
 
 import tensorrail.cli
-from tensorrail_exporter import LayerPlan, Plan
+from tensorrail_exporter import LayerPlan, Plan, planner
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
@@ -48,6 +48,34 @@ def test_export_check_inspect_and_bench_work_on_files(cli, small_path, plan_path
     assert "speed-up" in printed
     assert json.loads((tmp_path / "b.json").read_text())["rounds"] >= 20
     assert cli("bench", small_path, small_path, "--duration", 0.2, "--min-speedup", 100)[0] == 1
+
+
+def test_export_gives_slower_layers_the_dense_weight_of_their_cores(cli, small_path, tmp_path, monkeypatch):
+    fc = LayerPlan(name="fc", format="svd", modes=(10, 32), ranks=(3,))
+    plan, out, asked = tmp_path / "two.json", tmp_path / "model.onnx", {}
+    Plan(layers=(*PLAN.layers, fc)).save(plan)
+
+    def fastest_blocks(model, plan, **options):
+        asked.update(options)
+        return {"conv": 4, "fc": 0}
+
+    monkeypatch.setattr(planner, "fastest_blocks", fastest_blocks)
+    export = ("export", small_path, "--plan", plan, "-o", out)
+    code, printed, _ = cli(*export, "--dense-if-slower", "--batch", 3, "--json", tmp_path / "e.json")
+    assert code == 0
+    assert (asked["batch"], asked["blocks"], asked["or_dense"]) == (3, (1,), True)
+    assert "the dense weight, which is faster here" in " ".join(printed.split())
+    assert [layer["layer"] for layer in json.loads((tmp_path / "e.json").read_text())["layers"]] == ["conv"]
+    assert cli(*export[:4], "-o", tmp_path / "all.onnx")[0] == 0
+    assert cli("check", tmp_path / "all.onnx", out, "--tolerance", 1e-5)[0] == 0
+    gemm = next(node for node in onnx.load(out).graph.node if node.op_type == "Gemm")
+    assert any(t.name == gemm.input[1] and list(t.dims) == [10, 32] for t in onnx.load(out).graph.initializer)
+    out.unlink()
+    monkeypatch.setattr(planner, "fastest_blocks", lambda *_, **__: {"conv": 0, "fc": 0})
+    code, _, errors = cli(*export, "--dense-if-slower")
+    assert code == 2
+    assert "every planned layer is faster in dense form here, at batch 1" in errors
+    assert not out.exists()
 
 
 def test_check_apart_by_layer(cli, small_path, plan_path, tmp_path):

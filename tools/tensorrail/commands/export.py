@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tensorrail.options import Json
 from tensorrail.show import stages, table
-
-if TYPE_CHECKING:
-    import onnx
-
-    from tensorrail_exporter.plan import Plan
 
 
 def command(
@@ -34,6 +29,15 @@ def command(
     fold_batch_norm: Annotated[
         bool, typer.Option("--fold-batch-norm", help="Take a batch norm behind a convolution into its last core.")
     ] = False,
+    dense_if_slower: Annotated[
+        bool,
+        typer.Option(
+            "--dense-if-slower",
+            help="Time every planned layer, and give one that is faster in dense form the dense weight of its cores: the same "
+            "function in a larger file.",
+        ),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="The batch size that layers are timed with.")] = 1,
     json: Json = None,
 ) -> None:
     """Rewrite every planned layer of a dense graph to the contraction of its cores."""
@@ -41,26 +45,31 @@ def command(
     from tensorrail_exporter.errors import PlanError
     from tensorrail_exporter.graph_io import load_model, save_model
     from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize
+    from tensorrail_exporter.planner import BLOCKS, fastest_blocks
+    from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize, reconstruct
 
     if block != "auto" and not (block.isdigit() and int(block)):
         raise PlanError(f"--block pads ranks to multiples of a block of 1 or more, or auto, and {block!r} came")
     model, read = load_model(dense), Plan.load(plan)
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
-    width = int(block) if block != "auto" else _fastest(model, read)
-    factored = factorize(model, read, found, block=width, fold_batch_norm=fold_batch_norm)
+    widths = {layer.name: 1 if block == "auto" else int(block) for layer in read.layers}
+    if block == "auto" or dense_if_slower:
+        with stages() as on_stage:
+            blocks = BLOCKS if block == "auto" else (int(block),)
+            widths |= fastest_blocks(model, read, batch=batch, blocks=blocks, or_dense=dense_if_slower, on_stage=on_stage)
+    dense_again = Plan(layers=tuple(layer for layer in read.layers if not widths[layer.name]))
+    kept = Plan(layers=tuple(layer for layer in read.layers if widths[layer.name]))
+    if dense_again.layers:
+        if not kept.layers:
+            raise PlanError(f"every planned layer is faster in dense form here, at batch {batch}: plan on this machine instead")
+        model = reconstruct(model, dense_again, found)
+    factored = factorize(model, kept, found, block=widths, fold_batch_norm=fold_batch_norm)
     save_model(factored.model, out)
     rows = [
         (r.layer, r.op, r.format, r.steps, f"{r.dense_params:,}", f"{r.stored_params:,}", f"{r.weight_error:.1e}")
         for r in factored.layers
     ]
+    rows += [(one.name, "", one.format, "the dense weight, which is faster here", "", "", "") for one in dense_again.layers]
     table(str(out), ("layer", "op", "format", "runs as", "dense", "stored", "weight error"), rows)
     if json is not None:
         Rewrites(layers=factored.layers).save(json)
-
-
-def _fastest(model: onnx.ModelProto, plan: Plan) -> dict[str, int]:
-    from tensorrail_exporter.planner import fastest_blocks
-
-    with stages() as on_stage:
-        return fastest_blocks(model, plan, on_stage=on_stage)
