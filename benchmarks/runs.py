@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "tensorrail"  # the same picture for the same runs
 from matplotlib import pyplot as plt
 
 from tensorrail_runtime.records import write_text
@@ -43,11 +44,15 @@ def last(rows: tuple[Epoch, ...], phase: str) -> Epoch | None:
     return next((row for row in reversed(rows) if row.phase == phase), None)
 
 
-def log_of(folder: Path) -> tuple[Epoch, ...]:
-    """Return the epochs of a run, those of its phases one after another."""
-    name = "report.json" if (folder / "report.json").exists() else "training.json"
-    raw = (folder / name).read_bytes()
-    return Report.model_validate_json(raw).training if name == "report.json" else TrainingLog.model_validate_json(raw).epochs
+def log_of(folder: Path) -> Report | TrainingLog:
+    """Return what a run left: its report, or the log of one that was only trained."""
+    if (folder / "report.json").exists():
+        return Report.model_validate_json((folder / "report.json").read_bytes())
+    return TrainingLog.model_validate_json((folder / "training.json").read_bytes())
+
+
+def epochs_of(log: Report | TrainingLog) -> tuple[Epoch, ...]:
+    return log.training if isinstance(log, Report) else log.epochs
 
 
 def begun(recipe: Recipe, folder: Path, phase: str) -> tuple[Epoch, ...]:
@@ -56,7 +61,7 @@ def begun(recipe: Recipe, folder: Path, phase: str) -> tuple[Epoch, ...]:
         return ()
     first = folder.parent / Path(recipe.model.weights).parent.name
     known = (first / "report.json").exists() or (first / "training.json").exists()
-    return tuple(row for row in log_of(first) if row.phase == phase) if known else ()
+    return tuple(row for row in epochs_of(log_of(first)) if row.phase == phase) if known else ()
 
 
 def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], str]:
@@ -65,8 +70,8 @@ def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], st
     A run from another's dense network has that one's dense control, if it was trained for as many epochs.
     """
     recipe = Recipe.load(folder / "recipe.yaml")
-    report = Report.model_validate_json((folder / "report.json").read_bytes()) if (folder / "report.json").exists() else None
-    own = log_of(folder)
+    log = log_of(folder)
+    own = epochs_of(log)
     before = begun(recipe, folder, "dense")
     control = begun(recipe, folder, "control")
     counts = {phase: sum(row.phase == phase for row in (*before, *own)) for phase in PHASES}
@@ -78,27 +83,26 @@ def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], st
     }
     rows = []
     names = {"dense": "dense", "admm": "ADMM, not yet cut", "finetune": "cores, fine-tuned", "control": "dense control"}
-    cut = (
-        report.cut_accuracy if report else TrainingLog.model_validate_json((folder / "training.json").read_bytes()).cut_accuracy
-    )
     for phase, name in names.items():
         row = last(own, phase)
         if row is None:
             continue
         cells = ["–"] * 5
-        if report is not None and phase == "finetune":
-            dense, factored = report.models[0].cost, report.model("factored").cost
-            ratios = [one.ratios[0] for one in (report.latency[0], report.latency[-1])]
+        if isinstance(log, Report) and phase == "finetune":
+            dense, factored = log.models[0].cost, log.model("factored").cost
+            ratios = [one.ratios[0] for one in (log.latency[0], log.latency[-1])]
             speeds = [f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]" for ratio in ratios]
             cells = [
                 f"{dense.params / factored.params:.2f}",
                 f"{dense.flops / factored.flops:.2f}",
                 speeds[0],
-                f"{speeds[1]} at {report.latency[-1].batch}" if len(report.latency) > 1 else "–",
-                f"{report.numerical.worst:.1e}",
+                f"{speeds[1]} at {log.latency[-1].batch}" if len(log.latency) > 1 else "–",
+                f"{log.numerical.worst:.1e}",
             ]
-        if phase == "finetune" and cut is not None and (before or last(own, "admm") or last(own, "dense")):
-            rows.append((recipe.name, "cores, as cut", str(totals["finetune"] - row.epoch), f"{cut:.2f} %", *["–"] * 5))
+        if phase == "finetune" and log.cut_accuracy is not None and (before or last(own, "admm") or last(own, "dense")):
+            rows.append(
+                (recipe.name, "cores, as cut", str(totals["finetune"] - row.epoch), f"{log.cut_accuracy:.2f} %", *["–"] * 5)
+            )
         rows.append((recipe.name, name, str(totals[phase]), f"{row.test_accuracy:.2f} %", *cells))
     admm = [row for row in own if row.phase == "admm"]
     share = (
