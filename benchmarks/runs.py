@@ -15,12 +15,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "tensorrail"  # the same picture for the same runs
 from matplotlib import pyplot as plt
 
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.report import Epoch, Report, TrainingLog
 from tensorrail_trainer.recipe import Recipe
+
+matplotlib.rcParams["svg.hashsalt"] = "tensorrail"  # the same picture for the same runs
 
 HEAD = (
     "run",
