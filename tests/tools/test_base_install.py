@@ -140,7 +140,7 @@ def test_commands_of_the_runtime_work(base, small_path, tmp_path, rng):
     assert len(parts) == len(commands) + 1
     for k, (arguments, printed) in enumerate(commands):
         assert parts[k + 1].startswith("0\n"), (arguments, done.stderr)
-        assert printed in parts[k], arguments
+        assert printed in " ".join(parts[k].split()), arguments  # wherever a long path broke the line
     assert parts[-1] == "0\n[]\n"
 
 
