@@ -196,7 +196,7 @@ def _trained(axes: Any, runs: Sequence[TrainedRun]) -> None:
         axes.plot(run.speed, run.factored, "o", color=colour, markersize=6.5)
     axes.set(xlabel="measured speed-up, batch 1 (hollow: dense)", ylabel="test accuracy, %")
     axes.grid(True, linewidth=0.7)
-    axes.set_title("CIFAR-100, trained by ADMM, last epoch")
+    axes.set_title("CIFAR-100, with and without ADMM, last epoch")
     axes.legend(fontsize=9, frameon=False)
 
 
