@@ -34,7 +34,7 @@ HEAD = (
     "speed-up, largest batch",
     "numerical error",
 )
-PHASES = ("dense", "admm", "finetune", "control")
+BEFORE: dict[str, tuple[str, ...]] = {"dense": (), "admm": ("dense",), "finetune": ("dense", "admm"), "control": ("dense",)}
 
 
 def seconds_of(rows: tuple[Epoch, ...]) -> float:
@@ -56,13 +56,12 @@ def epochs_of(log: Report | TrainingLog) -> tuple[Epoch, ...]:
     return log.training if isinstance(log, Report) else log.epochs
 
 
-def begun(recipe: Recipe, folder: Path, phase: str) -> tuple[Epoch, ...]:
-    """Return a phase of the run beside this one whose dense weights it starts from."""
+def begun(recipe: Recipe, folder: Path) -> tuple[Epoch, ...]:
+    """Return the epochs of the run beside this one whose dense weights it starts from."""
     if recipe.model.weights is None:
         return ()
     first = folder.parent / Path(recipe.model.weights).parent.name
-    known = (first / "report.json").exists() or (first / "training.json").exists()
-    return tuple(row for row in epochs_of(log_of(first)) if row.phase == phase) if known else ()
+    return epochs_of(log_of(first)) if (first / "report.json").exists() or (first / "training.json").exists() else ()
 
 
 def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], str]:
@@ -73,15 +72,10 @@ def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], st
     recipe = Recipe.load(folder / "recipe.yaml")
     log = log_of(folder)
     own = epochs_of(log)
-    before = begun(recipe, folder, "dense")
-    control = begun(recipe, folder, "control")
-    counts = {phase: sum(row.phase == phase for row in (*before, *own)) for phase in PHASES}
-    totals = {
-        "dense": counts["dense"],
-        "admm": counts["dense"] + counts["admm"],
-        "finetune": counts["dense"] + counts["admm"] + counts["finetune"],
-        "control": counts["dense"] + counts["control"],
-    }
+    first = begun(recipe, folder)
+    before = tuple(row for row in first if row.phase == "dense")
+    control = tuple(row for row in first if row.phase == "control")
+    totals = {phase: sum(row.phase in (*others, phase) for row in (*before, *own)) for phase, others in BEFORE.items()}
     rows = []
     names = {"dense": "dense", "admm": "ADMM, not yet cut", "finetune": "cores, fine-tuned", "control": "dense control"}
     for phase, name in names.items():
@@ -100,10 +94,9 @@ def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], st
                 f"{speeds[1]} at {log.latency[-1].batch}" if len(log.latency) > 1 else "–",
                 f"{log.numerical.worst:.1e}",
             ]
-        if phase == "finetune" and log.cut_accuracy is not None and (before or last(own, "admm") or last(own, "dense")):
-            rows.append(
-                (recipe.name, "cores, as cut", str(totals["finetune"] - row.epoch), f"{log.cut_accuracy:.2f} %", *["–"] * 5)
-            )
+        cut_at = totals[phase] - row.epoch
+        if phase == "finetune" and log.cut_accuracy is not None and cut_at:  # fresh cores were never cut
+            rows.append((recipe.name, "cores, as cut", str(cut_at), f"{log.cut_accuracy:.2f} %", *["–"] * 5))
         rows.append((recipe.name, name, str(totals[phase]), f"{row.test_accuracy:.2f} %", *cells))
     admm = [row for row in own if row.phase == "admm"]
     share = (
@@ -120,10 +113,9 @@ def draw(runs: dict[str, tuple[Epoch, ...]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     drawn: list[tuple[Epoch, ...]] = []
     for name, epochs in runs.items():
-        for phase in PHASES:
+        for phase, others in BEFORE.items():
             rows = tuple(row for row in epochs if row.phase == phase)
-            starts = {"dense": (), "admm": ("dense",), "finetune": ("dense", "admm"), "control": ("dense",)}[phase]
-            start = sum(row.phase in starts for row in epochs)
+            start = sum(row.phase in others for row in epochs)
             if rows and rows not in drawn:
                 drawn.append(rows)
                 axes.plot([start + row.epoch for row in rows], [row.test_accuracy for row in rows], label=f"{name}: {phase}")

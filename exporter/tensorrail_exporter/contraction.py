@@ -175,6 +175,13 @@ class Chain:
         self._steps.append(Reshape(shape))
 
 
+def dense_step(weight: Array, layer: LayerSpec) -> Step:
+    """Return the layer itself as a step, with a weight (O, I, *K) or (O, I); of a recurrent one its input projection."""
+    if layer.op == "conv":
+        return Conv(weight, (), layer.stride, layer.pads, layer.dilation, 1, layer.auto_pad)
+    return MatMul(weight.T, ())
+
+
 def split_at_boundary(steps: tuple[Step, ...]) -> tuple[tuple[Step, ...], Array | None, tuple[int, ...]]:
     """Return a recurrent layer's steps up to the rank between input and output, the matrix (O, p) behind it, and its cores.
 

@@ -13,11 +13,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step, describe_step, split_at_boundary
+from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step, dense_step, describe_step, split_at_boundary
 from tensorrail_exporter.formats import format_of
 
 # One core of a server CPU, orders of magnitude: what one FLOP, one byte and one node take, in seconds.
-_SECONDS_A_FLOP = 1 / 50e9
+SECONDS_A_FLOP = 1 / 50e9
 _SECONDS_A_BYTE = 1 / 10e9
 _SECONDS_A_KERNEL = 4e-6
 _LANES = 16  # columns that a matrix product works on at once; fewer take as long
@@ -33,10 +33,10 @@ class StepCost:
     step: str
     shape: tuple[int, ...]  # of its output, the batch left out
     flops: int
+    busy_flops: int  # those and the idle lanes' of a product of few columns
     activation_bytes: int  # read and written
     stored_bytes: int
     kernels: int  # 0 for a Reshape, which moves nothing
-    busy_flops: int = 0  # those and the idle lanes' of a product of few columns
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ContractionCost:
     def seconds_of(self, batch: int) -> float:
         """The model's time for a batch: constants are read, and kernels started, once."""
         busy = sum(step.busy_flops for step in self.steps)
-        each = busy * _SECONDS_A_FLOP + self.activation_bytes * _SECONDS_A_BYTE
+        each = busy * SECONDS_A_FLOP + self.activation_bytes * _SECONDS_A_BYTE
         return batch * each + self.stored_bytes * _SECONDS_A_BYTE + self.kernels * _SECONDS_A_KERNEL
 
     def __str__(self) -> str:
@@ -117,10 +117,10 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
                 describe_step(step),
                 out[1:],
                 _flops(step, out),
+                _busy_flops(step, out),
                 4 * moved,
                 4 * weight,
                 0 if isinstance(step, Reshape) else 1,
-                _busy_flops(step, out),
             )
         )
         shape = out
@@ -129,10 +129,7 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
 
 def dense_cost(layer: LayerSpec) -> ContractionCost:
     """Return the cost of the dense layer itself for one sample; of a recurrent one, that of its input projection."""
-    if layer.op == "conv":
-        weight = np.broadcast_to(np.float32(0), layer.shape)
-        return contraction_cost((Conv(weight, (), layer.stride, layer.pads, layer.dilation, 1, layer.auto_pad),), layer)
-    return contraction_cost((MatMul(np.broadcast_to(np.float32(0), layer.shape[::-1]), ()),), layer)
+    return contraction_cost((dense_step(np.broadcast_to(np.float32(0), layer.shape), layer),), layer)
 
 
 @lru_cache(maxsize=512)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tensorrail_exporter.contraction import Conv, LayerSpec, Step, describe
-from tensorrail_exporter.costs import contraction_cost, dense_cost
+from tensorrail_exporter.contraction import LayerSpec, Step, dense_step, describe
+from tensorrail_exporter.costs import SECONDS_A_FLOP, contraction_cost, dense_cost
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.recurrent import FactoredRecurrent, input_weights
@@ -61,20 +60,14 @@ class FactoredLayer(nn.Module):
         if linear:
             x = x.reshape(-1, x.shape[-1])
         if self.training and torch.is_grad_enabled() and _dense_pays(self.plan, self.spec, tuple(x.shape)):
-            x = self._by_weight(x)
+            with torch.autocast(x.device.type, enabled=False):
+                steps: tuple[Step, ...] = (dense_step(self.dense_weight(), self.spec),)
         else:
-            x = run_steps(self.steps(), x)
+            steps = self.steps()
+        x = run_steps(steps, x)
         if linear:
             return (x if self.bias is None else x + self.bias).reshape(*leading, -1)
         return x if self.bias is None else x + self.bias.reshape(-1, *(1,) * self.spec.spatial)
-
-    def _by_weight(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self.dense_weight()
-        if self.spec.op == "linear":
-            return F.linear(x, weight)
-        spec = self.spec
-        return run_steps((Conv(weight, (), spec.stride, spec.pads, spec.dilation, 1, spec.auto_pad),), x)
 
     def extra_repr(self) -> str:
         """Return what is printed for the layer: its plan and the steps that run."""
@@ -97,7 +90,7 @@ def _expected_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -
     """
     spec = replace(spec, size=shape[2:])
     cores = [np.broadcast_to(np.float32(0), size) for size in plan.core_shapes(spec.shape)]
-    made = 2 * math.prod(spec.shape) * max(plan.ranks) / 50e9
+    made = 2 * math.prod(spec.shape) * max(plan.ranks) * SECONDS_A_FLOP
     dense = dense_cost(spec).seconds_of(shape[0]) + made
     return contraction_cost(plan.contraction(cores, spec), spec).seconds_of(shape[0]) > 0.6 * dense
 

@@ -189,35 +189,31 @@ def error(tensor: Array, cores: Sequence[Array]) -> float:
 
 
 def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
-    """Return the cores after damped alternating least squares; the best sweep's, so never worse than the start.
+    """Return the cores after damped alternating least squares; a sweep that gains nothing is dropped, so never worse.
 
-    A ring is not closed: undamped, its cores grow without bound and cancel each other, and such cores neither train nor
-    bear fewer bits. So large cores cost as much as a share of the error that is left, which vanishes with it, and all have
-    one norm.
+    The rings of given ranks are not a closed set: undamped, cores grow without bound and cancel each other, and such cores
+    do not train. So large cores cost a share of the error that is left, which vanishes with it, and all have one norm.
     """
-    best, least = cores, error(tensor, cores)
     cores = balanced(cores)
+    least, damping = error(tensor, cores), _DAMPING
     size = sum(float(tl.norm(core)) ** 2 for core in cores) or 1.0
     square = float(tl.norm(tensor)) ** 2
-    before, damping = least, _DAMPING
     for _ in range(_SWEEPS):
         tried = list(cores)
         for k in range(len(tried)):
-            tried[k] = _solve(tensor, tried, k, damping * before**2 * square / size)
+            tried[k] = _solve(tensor, tried, k, damping * least**2 * square / size)
         tried = balanced(tried)
         now = error(tensor, tried)
-        if not now < before:
+        if now < least:
+            gained = least - now > _PROGRESS * least
+            cores, least = tried, now
+            if not gained or now < _RIDGE**0.5:
+                break
+        else:
             damping /= 10
             if damping < _DAMPING / 1e3:
                 break
-            continue
-        cores = tried
-        if now < least:
-            best, least = cores, now
-        if before - now <= _PROGRESS * before or now < _RIDGE**0.5:
-            break
-        before = now
-    return best
+    return cores
 
 
 def balanced(cores: Sequence[Array]) -> list[Array]:

@@ -45,7 +45,6 @@ def command(
     from tensorrail_exporter.errors import PlanError
     from tensorrail_exporter.graph_io import load_model, save_model
     from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.planner import BLOCKS, fastest_blocks
     from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize, reconstruct
 
     if block != "auto" and not (block.isdigit() and int(block)):
@@ -54,6 +53,8 @@ def command(
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
     widths = {layer.name: 1 if block == "auto" else int(block) for layer in read.layers}
     if block == "auto" or dense_if_slower:
+        from tensorrail_exporter.planner import BLOCKS, fastest_blocks
+
         with stages() as on_stage:
             blocks = BLOCKS if block == "auto" else (int(block),)
             widths |= fastest_blocks(model, read, batch=batch, blocks=blocks, or_dense=dense_if_slower, on_stage=on_stage)

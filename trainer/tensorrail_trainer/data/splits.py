@@ -22,9 +22,9 @@ _EVALUATED = 256  # samples at once
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training images: moved by up to `shift` pixels, mirrored, a square of `cutout` pixels blanked:
-    it becomes the mean colour of data that are standardised, and black in others.
+    """What is done to training images: moved by up to `shift` pixels, mirrored, a square of `cutout` pixels blanked.
 
+    It becomes the mean colour of data that are standardised, and black in others.
     Sets that are read from files do what their own arguments say, and only take the seed.
     """
 
@@ -179,5 +179,4 @@ def _cut_out(image: Tensor, size: int, centres: Tensor, mean: Tensor | None) -> 
     rows = torch.arange(height, device=image.device) - (centres[:, :1] * height).floor() + size // 2
     columns = torch.arange(width, device=image.device) - (centres[:, 1:] * width).floor() + size // 2
     inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    blank = torch.zeros(1, device=image.device) if mean is None else mean
-    return torch.where(inside[:, None], blank.to(image.dtype), image)
+    return torch.where(inside[:, None], 0 if mean is None else mean.to(image.dtype), image)
