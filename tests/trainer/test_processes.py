@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 import torch
@@ -19,13 +21,26 @@ from tensorrail_exporter import Plan
 from tensorrail_trainer import ADMM, plan_layers
 from tensorrail_trainer.processes import SyncedBatchNorm, shared_out, sync_batch_norm, unsync_batch_norm
 
-ROOT = Path(__file__).parents[2]
+DEADLINE = 120  # seconds until processes that do not meet, or do not end, are a failure
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def joined(rank, folder):
+    """Be one of two: they meet by a file, so that no port can be lost to another program, and talk over loopback."""
+    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=DEADLINE)
+    )
+    yield
+    distributed.destroy_process_group()
 
 
 def network():
@@ -45,10 +60,12 @@ def admm_of(model):
     return ADMM(model, Plan(layers=(*plan_layers(model, "0", ranks=3), *plan_layers(model, "3", ranks=3))), rho=0.1)
 
 
-def work(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank, folder):
+    with joined(rank, folder):
+        step_of_one(rank, folder)
+
+
+def step_of_one(rank, folder):
     model = sync_batch_norm(network())
     admm = admm_of(model)
     calls = []
@@ -66,7 +83,6 @@ def work(rank, port, folder):
         },
         folder / f"{rank}.pt",
     )
-    distributed.destroy_process_group()
 
 
 def batch():
@@ -82,7 +98,7 @@ def test_two_processes_compute_what_one_computes(tmp_path, monkeypatch):
     model = network()
     admm = admm_of(model)
     residuals = step(model, even(), admm)
-    multiprocessing.spawn(work_even, (free_port(), tmp_path), nprocs=2)
+    multiprocessing.spawn(work_even, (tmp_path,), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for one in found:
         for name, tensor in model.state_dict().items():
@@ -97,23 +113,21 @@ def test_two_processes_compute_what_one_computes(tmp_path, monkeypatch):
     assert found[1]["calls"]
 
 
-def work_even(rank, port, folder):
+def work_even(rank, folder):
     globals()["batch"] = even
-    work(rank, port, folder)
+    work(rank, folder)
 
 
-def uneven(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = sync_batch_norm(network())
-    torch.save({"out": model(batch()[rank::2]).detach(), "state": model.state_dict()}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+def uneven(rank, folder):
+    with joined(rank, folder):
+        model = sync_batch_norm(network())
+        torch.save({"out": model(batch()[rank::2]).detach(), "state": model.state_dict()}, folder / f"{rank}.pt")
 
 
 def test_batch_norm_takes_shares_of_unequal_size(tmp_path):
     model = network()
     expected = model(batch()).detach()
-    multiprocessing.spawn(uneven, (free_port(), tmp_path), nprocs=2)
+    multiprocessing.spawn(uneven, (tmp_path,), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found["out"], expected[rank::2], rtol=1e-4, atol=1e-5)
@@ -151,9 +165,21 @@ RECIPE = {
 }
 
 
+def to_its_end(command, folder, environment):
+    """Return exit code, stdout and stderr; what the command has started ends with it, or their pipes would stay open."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            out, error = process.communicate(timeout=2 * DEADLINE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, out, error
+
+
 def test_a_recipe_launched_with_two_processes_ends_as_with_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     for count in (1, 2):
         launch = [
             "--cpu",
@@ -167,13 +193,11 @@ def test_a_recipe_launched_with_two_processes_ends_as_with_one(tmp_path):
             "no",
         ]
         port = ["--main_process_port", str(free_port())]
-        done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *launch, *port, "-m", "tensorrail", "train", "recipe.yaml",
-             "--folder", f"run{count}"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("finetune  epoch 1/1") == 1  # one of them speaks
+        training = ["-m", "tensorrail", "train", "recipe.yaml", "--folder", f"run{count}"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *port, *training]
+        code, out, error = to_its_end(command, tmp_path, environment)
+        assert code == 0, error
+        assert out.count("finetune  epoch 1/1") == 1  # one of them speaks
     for name in ("dense.safetensors", "cores.safetensors"):
         one, two = (load_file(tmp_path / f"run{count}" / name) for count in (1, 2))
         assert one.keys() == two.keys()

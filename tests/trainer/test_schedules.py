@@ -53,6 +53,8 @@ def test_the_control_trains_as_long_as_admm_and_fine_tuning():
     assert type(control) is Schedule
     assert Training(finetune=Schedule(epochs=3, lr=0.1), control="none").control_schedule is None
     assert Training(finetune=Schedule(epochs=3, lr=0.1)).control_schedule.epochs == 3
+    steady = Training(admm=admm.model_copy(update={"decay": "constant"}), finetune=Schedule(epochs=3, lr=0.1))
+    assert (steady.control_schedule.decay, steady.control_schedule.lr) == ("cosine", 0.3)  # the cores' rate falls as well
 
 
 @pytest.mark.parametrize("decay_on", [("weights", "cores"), ("weights",), ("cores", "norms", "biases")])

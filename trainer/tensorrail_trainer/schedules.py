@@ -116,7 +116,8 @@ class Training(Part):
 
     `dense` is left out when the model comes with trained weights, or when cores are to be trained from scratch; `admm`
     when the dense network is to be cut as it is. `control` is the dense network trained on for as many epochs as ADMM and
-    fine-tuning take, by the same recipe: `same`, a schedule of its own, or `none`.
+    fine-tuning take, by the same recipe: `same`, a schedule of its own, or `none`. With `same` a constant rate of ADMM, which
+    fine-tuning is to lower, falls by cosine.
     The teacher of `distill` is the dense network at the end of its phase; the control learns from it as well. `ema` averages
     the weights with this decay a step; the average is evaluated and handed on.
     """
@@ -144,6 +145,8 @@ class Training(Part):
             return None
         first = self.admm or self.finetune
         kept = first.model_dump(include=set(Schedule.model_fields), exclude={"epochs", "steps"})
+        if first.decay == "constant":  # nothing would follow that lets it settle, as fine-tuning does for the cores
+            kept["decay"] = "cosine"
         epochs = self.finetune.epochs + (self.admm.epochs if self.admm else 0)
         return Schedule(**kept, steps=first.steps, epochs=epochs)
 
