@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 CODE := trainer exporter runtime tools tests benchmarks docs examples
 
-.PHONY: demo test test-all lint format bench docs clean
+.PHONY: demo test test-all lint format bench bench-gpu docs clean
 .DEFAULT_GOAL := demo
 
 # torch goes in first and alone, by its exact pin, so that the build found for that very spelling is the one that is used.
@@ -37,6 +37,9 @@ format: $(READY)
 
 bench: $(READY)  ## planned networks against dense, published ranks and other tools, interleaved, on this machine's CPU
 	$(BIN)/python benchmarks/compress.py -o results/compress
+
+bench-gpu: $(READY)  ## the same on an NVIDIA GPU, with placement, parity, training and the gate; says what the machine lacks
+	$(BIN)/python benchmarks/gpu.py --resume -o results
 
 docs: $(READY)  ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

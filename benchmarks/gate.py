@@ -1,6 +1,7 @@
 """How often is the regression gate wrong? False alarms on equal models, and injected slow-downs that it finds.
 
-    python benchmarks/gate.py [--alarms 200] [--finds 100] [--processes 4] [--seconds 0.25] [--threads 1] [-o results/gate.md]
+    python benchmarks/gate.py [--alarms 200] [--finds 100] [--processes 4] [--seconds 0.25] [--threads 1] [--provider cpu]
+        [-o results/gate.md]
 
 The model is a chain of 40 equal matrix products, so that 2 more are 5 % more work of the same kind. A trial is one
 `tensorrail regress check A.onnx B.onnx`: fresh processes, both models in turns. False alarms are counted on two copies of the
@@ -24,7 +25,7 @@ from tensorrail_runtime.latency import bench
 from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.regress import Effort, Limits, Verdict, check
-from tensorrail_runtime.session import Settings
+from tensorrail_runtime.session import PROVIDERS, Settings
 
 LENGTH, EXTRA, SIZE, ROWS = 40, 2, 192, 64
 STEPS = (0.02, 0.03, 0.05, 0.08)
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     effort = Effort(processes=options.processes, seconds=options.seconds)
@@ -60,14 +62,16 @@ def main() -> None:
         onnx.save(chain(LENGTH), a)
         shutil.copy(a, same)
         onnx.save(chain(LENGTH + EXTRA), slower)
-        settings = Settings(threads=options.threads)
+        settings = Settings(provider=options.provider, threads=options.threads)
         truth = bench([a, slower], seconds=20, settings=settings)
         injected = 1 / truth.ratios[0].value - 1
         start = time.perf_counter()
         equal = _trials("equal", a, same, options.alarms, limits, effort, settings)
         found = _trials("slower", a, slower, options.finds, limits, effort, settings)
         each = (time.perf_counter() - start) / (len(equal) + len(found))
-    where = machine()
+    where = machine(gpu=options.provider != "cpu")
+    device = f"{where.processor}, {where.cores} cores" if where.gpu is None else where.gpu.name
+    provider = "" if options.provider == "cpu" else f" --provider {options.provider}"
     alarms, finds = ([not verdict.holds for verdict in side] for side in (equal, found))
     rows = [
         "| trials | of | alarms | share | median estimate | standard deviation |",
@@ -79,7 +83,7 @@ def main() -> None:
     text = (
         f"# The regression gate's errors\n\nCommand: `python benchmarks/gate.py --alarms {options.alarms} --finds "
         f"{options.finds} --threads {options.threads} --processes {options.processes} --seconds "
-        f"{options.seconds}`. {where.processor}, {where.cores} cores, ONNX Runtime {where.onnxruntime}; "
+        f"{options.seconds}{provider}`. {device}, ONNX Runtime {where.onnxruntime}; "
         f"{truth.latencies[0].p50:.3f} ms a run; {options.processes} to {4 * options.processes} fresh processes of "
         f"{options.seconds} s a trial, {each:.1f} s a trial.\n\n"
         f"{EXTRA} products more in {LENGTH} took {injected:+.2%} time (interval of the speed-up "

@@ -24,6 +24,7 @@ from tensorrail_trainer.published import published_plan as published_plan
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "resnet18": ({}, (3, 224, 224)),
     "resnet50": ({}, (3, 224, 224)),
+    "resnet20": ({"classes": 100}, (3, 32, 32)),  # CIFAR-100
     "mobilenet_v2": ({}, (3, 224, 224)),
     "vit_tiny": ({}, (3, 224, 224)),
     "lstm": ({"inputs": 57600, "hidden": 256, "classes": 11}, (6, 57600)),  # UCF11: six frames of 160×120×3

@@ -114,7 +114,7 @@ class PlanReport(Record):
     """How a plan was chosen, and what is expected of it; `measured` is the chosen network against the dense one.
 
     `slower` are the rewritten layers that its profile shows slower than dense: none, unless slower layers were allowed or no
-    other choice meets the targets.
+    other choice meets the targets. On a GPU nothing is profiled: the latency table alone says which layers are faster.
     """
 
     version: Literal[1] = 1
@@ -403,7 +403,10 @@ def _reason(layer: DenseLayer, options: Sequence[Option], faster: Sequence[Optio
 
 def _dense_ms(dense: Path, search: Search, settings: Settings, shapes: Shapes | None) -> float:
     seconds = search.check_seconds / 9
-    run = bench_fresh([dense], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, processes=1)
+    bound = settings.provider != "cpu"  # as in the latency table: copies to and from the device are not the network's
+    run = bench_fresh(
+        [dense], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=bound, processes=1
+    )
     return run.latencies[0].p50
 
 
@@ -416,14 +419,24 @@ def _measured(
     shapes: Shapes | None,
     folder: Path,
 ) -> PlanReport:
-    """Return the report with the chosen network timed and profiled beside the dense one; random cores run as long as any."""
+    """Return the report with the chosen network timed and profiled beside the dense one; random cores run as long as any.
+
+    Only the CPU provider is profiled: kernels of a GPU run on after their node has ended in the profile.
+    """
     if not report.plan.layers:
         return report
     path = folder / "chosen.onnx"
     save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, path)
-    times = bench_fresh([dense, path], batch=search.batch, seconds=search.check_seconds, settings=settings, shapes=shapes)
+    on_cpu = settings.provider == "cpu"
+    seconds = search.check_seconds
+    times = bench_fresh(
+        [dense, path], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=not on_cpu
+    )
+    report = report.model_copy(update={"measured": times.ratios[0]})
+    if not on_cpu:
+        return report
     layers = layer_times(dense, path, report.plan, settings=settings, batch=search.batch, shapes=shapes)
-    return report.model_copy(update={"measured": times.ratios[0], "slower": slower_layers(layers)})
+    return report.model_copy(update={"slower": slower_layers(layers)})
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:

@@ -325,7 +325,7 @@ def _warnings(
     if settings.provider == "cpu":
         return tuple(found)
     for path, latency in zip(paths, latencies, strict=True):
-        placed = placement(path, settings=replace(settings, cuda_graph=False), batch=batch, shapes=shapes)
+        placed = placement(path, settings=settings, batch=batch, shapes=shapes)
         each = 1e3 * latency.p50 / max(1, len(placed.nodes))
         if each < _LAUNCH and not settings.cuda_graph:
             found.append(f"{latency.model}: bound by launches, {each:.1f} µs a node; try --cuda-graph or a larger batch")

@@ -15,6 +15,7 @@ from tensorrail_exporter.latency_table import _key as key_of
 from tensorrail_exporter.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
 from tensorrail_exporter.verify import layer_times, slower_layers
 from tensorrail_runtime.latency import Ratio
+from tensorrail_runtime.session import Settings
 
 
 @pytest.fixture
@@ -183,3 +184,23 @@ def test_a_layer_that_no_block_makes_faster_is_dense_again(network, known_times,
     known_times["→"] = 100.0
     assert fastest_blocks(network, plan, cache=tmp_path / "slow", or_dense=True) == {"c0": 0}
     assert fastest_blocks(network, plan, cache=tmp_path / "slow", blocks=(8,)) == {"c0": 8}
+
+
+def test_on_a_gpu_copies_are_not_timed_and_no_profile_is_believed(network, known_times, monkeypatch, tmp_path):
+    asked = []
+    timed = planning.bench_fresh
+
+    def bench(paths, *, settings, io_binding, **options):
+        asked.append((settings.provider, io_binding))
+        return timed(paths, **options)  # on the CPU: there is no GPU here
+
+    def refuse(*_, **__):
+        raise AssertionError("a profile shows launches there, not kernels")
+
+    monkeypatch.setattr(planning, "bench_fresh", bench)
+    monkeypatch.setattr(planning, "layer_times", refuse)
+    search = Search(targets={"latency": 2.0}, grid=16, batch=1, cache=tmp_path)
+    report = plan_network(network, search, settings=Settings(provider="cuda"))
+    assert report.plan.layers
+    assert (report.slower, report.grid) == ((), 16)
+    assert set(asked) == {("cuda", True)}

@@ -67,7 +67,8 @@ def _placement(model: Path, provider: str, batch: int, shapes: dict[str, tuple[i
         for node in result.nodes
     ]
     counts = ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in result.providers.items())
-    table(f"{model}, batch {batch}: {counts}", ("node as it ran", "op", "provider", "µs", "share"), rows)
+    time = "µs" if provider == "cpu" else "µs to launch"
+    table(f"{model}, batch {batch}: {counts}", ("node as it ran", "op", "provider", time, "share"), rows)
     if json is not None:
         result.save(json)
     if result.elsewhere:
