@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from tensorrail_exporter import Plan
 from tensorrail_runtime.report import Report
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.loop import TrainingError
@@ -83,6 +84,19 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop):
         assert torch.equal(tensor, last[1]["model"][name]), name
 
 
+def test_a_plan_comes_from_a_file(tmp_path):
+    own = small(tmp_path)
+    plan = own.make_plan(own.make_model())
+    plan.save(tmp_path / "plan.json")
+    read = small(tmp_path, plan=[{"file": str(tmp_path / "plan.json")}])
+    assert read.make_plan(read.make_model()) == plan
+    read.save(tmp_path / "saved.yaml")
+    assert Recipe.load(tmp_path / "saved.yaml") == read
+    Plan(layers=(plan.layers[0].model_copy(update={"name": "other"}),)).save(tmp_path / "plan.json")
+    with pytest.raises(RecipeError, match="plan.0: layer other: not in the model"):
+        small(tmp_path, plan=[{"file": str(tmp_path / "plan.json")}])
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     store = Checkpoints(tmp_path)
     for epoch in (1, 2, 3):
@@ -128,6 +142,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
         ({"plan": [{"layers": "hidden"}]}, "plan.0.*expected either ranks or params"),
         ({"plan": [{"published": "resnet18", "layers": "x"}]}, "plan.0.published.layers: unknown key"),
         ({"plan": [{"published": "resnet18"}]}, "plan.0: layer .*: not in the model"),
+        ({"plan": [{"file": "none.json", "ranks": 3}]}, "plan.0.file.ranks: unknown key"),
+        ({"plan": [{"file": "none.json"}]}, "plan.0: none.json: cannot be read"),
         ({"plan": [{"layers": "hidden", "params": 500.0}]}, "plan.0: parameters cannot be 500 times fewer"),
         ({"model": {"name": "small_resnet"}}, "model.args: small_resnet cannot be made"),
         ({"plan": [{"layers": "nothing*", "ranks": 4}]}, "plan.0: no layer is named 'nothing"),

@@ -76,12 +76,23 @@ class PublishedRule(Part):
     only_3x3: bool = False
 
 
+class FileRule(Part):
+    """The layers of a `plan.json`, as `tensorrail plan` writes it: ranks chosen by measured time."""
+
+    file: str
+
+
 def _kind(rule: Any) -> str:
-    return "published" if isinstance(rule, PublishedRule) or (isinstance(rule, dict) and "published" in rule) else "rule"
+    if isinstance(rule, PublishedRule) or (isinstance(rule, dict) and "published" in rule):
+        return "published"
+    return "file" if isinstance(rule, FileRule) or (isinstance(rule, dict) and "file" in rule) else "rule"
 
 
 # Told apart by their keys, so that a mistake in one is not reported as a lack in the other.
-Rule = Annotated[Annotated[PlanRule, Tag("rule")] | Annotated[PublishedRule, Tag("published")], Discriminator(_kind)]
+Rule = Annotated[
+    Annotated[PlanRule, Tag("rule")] | Annotated[PublishedRule, Tag("published")] | Annotated[FileRule, Tag("file")],
+    Discriminator(_kind),
+]
 
 
 class Bench(Part):
@@ -194,7 +205,11 @@ class Recipe(Part):
         write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False))
 
 
-def _planned(model: nn.Module, rule: PlanRule | PublishedRule, trained: bool) -> tuple[LayerPlan, ...]:
+def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, trained: bool) -> tuple[LayerPlan, ...]:
+    if isinstance(rule, FileRule):
+        plan = Plan.load(rule.file)
+        planned_layers(model, plan)
+        return plan.layers
     if isinstance(rule, PublishedRule):
         layers = published_plan(rule.published, rule.modes).layers
         found = tuple(layer for layer in layers if not rule.only_3x3 or 9 in layer.modes)
