@@ -93,7 +93,7 @@ def test_a_plan_comes_from_a_file(tmp_path):
     read.save(tmp_path / "saved.yaml")
     assert Recipe.load(tmp_path / "saved.yaml") == read
     Plan(layers=(plan.layers[0].model_copy(update={"name": "other"}),)).save(tmp_path / "plan.json")
-    with pytest.raises(RecipeError, match="plan.0: layer other: not in the model"):
+    with pytest.raises(RecipeError, match=r"plan.0: layer other: not in the model"):
         small(tmp_path, plan=[{"file": str(tmp_path / "plan.json")}])
 
 
