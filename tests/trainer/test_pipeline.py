@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from tensorrail_exporter import Plan
+from tensorrail_exporter import Plan, planner
 from tensorrail_runtime.report import Report
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.loop import TrainingError
@@ -82,6 +82,31 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop):
     last = [Checkpoints(folder / "checkpoints").latest("control") for folder in (whole, broken)]
     for name, tensor in last[0]["model"].items():
         assert torch.equal(tensor, last[1]["model"][name]), name
+
+
+def test_a_run_that_ended_is_written_anew_in_its_fastest_form(tmp_path, monkeypatch):
+    training = SMALL["train"] | {"control": "none"}
+    plain = run(small(tmp_path, train=training), tmp_path / "run")
+    names = [row.layer for row in plain.layers]
+    asked, notes = {}, []
+
+    def fastest_blocks(model, plan, **options):
+        asked.update(options)
+        return {name: 0 if name == names[0] else 8 for name in names}
+
+    monkeypatch.setattr(planner, "fastest_blocks", fastest_blocks)
+    export = {"block": "auto", "dense_if_slower": True, "batch": 4}
+    told = Progress(note=notes.append, epoch=lambda *_: pytest.fail("it trained again"))
+    found = run(small(tmp_path, train=training, export=export), tmp_path / "run", resume=True, progress=told)
+    assert (asked["batch"], asked["blocks"], asked["or_dense"]) == (4, planner.BLOCKS, True)
+    assert [row.layer for row in found.layers] == names[1:]
+    assert f"dense, for no form of their cores is faster here: {names[0]}" in notes
+    assert found.numerical.worst < 1e-5
+    assert found.model("factored").cost.params > plain.model("factored").cost.params  # as it runs
+    monkeypatch.setattr(planner, "fastest_blocks", lambda *_, **__: dict.fromkeys(names, 0))
+    found = run(small(tmp_path, train=training, export=export), tmp_path / "run", resume=True, progress=told)
+    assert [row.layer for row in found.layers] == names
+    assert "every planned layer is faster in dense form here, at batch 4" in notes[-2]
 
 
 def test_a_plan_comes_from_a_file(tmp_path):

@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
 from tensorrail_exporter.cores import save_cores
+from tensorrail_exporter.errors import PlanError
+from tensorrail_exporter.fastest import factorize_fastest
 from tensorrail_exporter.graph_io import save_model
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import Factored, factorize, reconstruct
@@ -39,7 +42,7 @@ from tensorrail_trainer.data.splits import arrays
 from tensorrail_trainer.layers import cores_of, swap, to_dense
 from tensorrail_trainer.loop import Phase, evaluate, train
 from tensorrail_trainer.moments import Root
-from tensorrail_trainer.recipe import Recipe, RecipeError
+from tensorrail_trainer.recipe import Export, Recipe, RecipeError
 from tensorrail_trainer.torch_export import to_onnx
 from tensorrail_trainer.weights import save_weights
 
@@ -190,7 +193,9 @@ class _Training:
             action()
 
 
-def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> tuple[Factored, dict[str, Path]]:
+def export_all(
+    trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export | None = None, progress: Progress | None = None
+) -> tuple[Factored, dict[str, Path]]:
     """Write `dense.onnx`, `model.onnx` and the network to compare with; return the factored graph, and paths by what they are.
 
     `before cut` and `after cut` are written to `scratch`: they are only there to measure the approximation error.
@@ -203,7 +208,7 @@ def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> 
         name = "control.onnx" if trained.reference == "dense control" else "baseline.onnx"
         paths = {trained.reference: folder / name, **paths}
         save_model(to_onnx(trained.dense, example), folder / name)
-    factored = factorize(dense, trained.plan, _numpy(trained.factored))
+    factored = _in_form(dense, trained, form or Export(), progress or Progress())
     save_model(factored.model, folder / "model.onnx")
     paths |= {"before cut": scratch / "before_cut.onnx", "after cut": scratch / "after_cut.onnx"}
     graph = to_onnx(trained.uncut, example)
@@ -211,6 +216,20 @@ def export_all(trained: Trained, data: Dataset, folder: Path, scratch: Path) -> 
     cut = swap(to_dense(trained.uncut), trained.plan, roots=trained.roots)
     save_model(reconstruct(graph, trained.plan, _numpy(cut)), paths["after cut"])
     return factored, paths
+
+
+def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: Progress) -> Factored:
+    cores = _numpy(trained.factored)
+    try:
+        factored, slower = factorize_fastest(
+            dense, trained.plan, cores, block=form.block, or_dense=form.dense_if_slower, batch=form.batch
+        )
+    except PlanError as error:  # the trained cores are worth a graph and a report all the same
+        progress.note(str(error))
+        return factorize(dense, trained.plan, cores)
+    if slower.layers:
+        progress.note(f"dense, for no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}")
+    return factored
 
 
 def run(
@@ -238,7 +257,7 @@ def run(
     feeds = [{"image": sample[:1]}, {"image": sample[1:]}]
     with tempfile.TemporaryDirectory() as scratch:
         progress.note("exporting to ONNX")
-        factored, paths = export_all(trained, data, folder, Path(scratch))
+        factored, paths = export_all(trained, data, folder, Path(scratch), recipe.export, progress)
         progress.note("checking parity and accuracy in ONNX Runtime")
         approximation = parity(paths.pop("before cut"), paths.pop("after cut"), inputs=feeds, tolerance=None)
     target = recipe.targets

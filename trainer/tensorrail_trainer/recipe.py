@@ -95,6 +95,17 @@ Rule = Annotated[
 ]
 
 
+class Export(Part):
+    """In which form the cores run: ranks widened by zeros to multiples of a block, or, with `auto`, of the one that is fastest
+    here, layer by layer; with `dense_if_slower` a layer that no form of its cores makes faster has their dense weight. Both
+    are timed at this batch size and leave every output as it is.
+    """
+
+    block: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    dense_if_slower: bool = False
+    batch: Count = 1
+
+
 class Bench(Part):
     """Interleaved latency: batch sizes, seconds of measuring for each, and threads (0: ONNX Runtime's own choice)."""
 
@@ -126,6 +137,7 @@ class Recipe(Part):
     model: NamedModel
     plan: Annotated[tuple[Rule, ...], FROM_LIST, Field(min_length=1)]
     train: Training
+    export: Export = Export()
     bench: Bench = Bench()
     targets: Targets = Targets()
 

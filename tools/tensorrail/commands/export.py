@@ -43,28 +43,26 @@ def command(
     """Rewrite every planned layer of a dense graph to the contraction of its cores."""
     from tensorrail_exporter.cores import load_cores
     from tensorrail_exporter.errors import PlanError
+    from tensorrail_exporter.fastest import factorize_fastest
     from tensorrail_exporter.graph_io import load_model, save_model
     from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.rewrite import Rewrites, decompose_graph, factorize, reconstruct
+    from tensorrail_exporter.rewrite import Rewrites, decompose_graph
 
     if block != "auto" and not (block.isdigit() and int(block)):
         raise PlanError(f"--block pads ranks to multiples of a block of 1 or more, or auto, and {block!r} came")
     model, read = load_model(dense), Plan.load(plan)
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
-    widths = {layer.name: 1 if block == "auto" else int(block) for layer in read.layers}
-    if block == "auto" or dense_if_slower:
-        from tensorrail_exporter.planner import BLOCKS, fastest_blocks
-
-        with stages() as on_stage:
-            blocks = BLOCKS if block == "auto" else (int(block),)
-            widths |= fastest_blocks(model, read, batch=batch, blocks=blocks, or_dense=dense_if_slower, on_stage=on_stage)
-    dense_again = Plan(layers=tuple(layer for layer in read.layers if not widths[layer.name]))
-    kept = Plan(layers=tuple(layer for layer in read.layers if widths[layer.name]))
-    if dense_again.layers:
-        if not kept.layers:
-            raise PlanError(f"every planned layer is faster in dense form here, at batch {batch}: plan on this machine instead")
-        model = reconstruct(model, dense_again, found)
-    factored = factorize(model, kept, found, block=widths, fold_batch_norm=fold_batch_norm)
+    with stages() as on_stage:
+        factored, dense_again = factorize_fastest(
+            model,
+            read,
+            found,
+            block="auto" if block == "auto" else int(block),
+            or_dense=dense_if_slower,
+            fold_batch_norm=fold_batch_norm,
+            batch=batch,
+            on_stage=on_stage,
+        )
     save_model(factored.model, out)
     rows = [
         (r.layer, r.op, r.format, r.steps, f"{r.dense_params:,}", f"{r.stored_params:,}", f"{r.weight_error:.1e}")
