@@ -131,10 +131,18 @@ def _entry(settings: Settings) -> str | tuple[str, dict[str, str]]:
 
 
 def _preload() -> None:
-    """Load CUDA's libraries from where pip puts them, when ONNX Runtime can and they are there; it prints what it misses."""
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
+    """Load CUDA's libraries from where pip puts them, when ONNX Runtime can and they are there; it prints what it misses.
+
+    By itself it looks beside its own package alone; torch, which brings them, may be installed in another folder.
+    """
+    if not hasattr(ort, "preload_dlls"):
+        return
+    own = Path(ort.__file__).resolve().parents[1]
+    others = [path for path in map(Path, sys.path) if (path / "nvidia").is_dir() and path.resolve() != own]
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+        for libraries in (found for path in others for found in sorted((path / "nvidia").glob("*/lib"))):
+            ort.preload_dlls(directory=str(libraries.resolve()))
 
 
 @contextlib.contextmanager

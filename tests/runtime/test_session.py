@@ -1,5 +1,7 @@
 """Sessions run where they were asked to, inputs fit, and the profile says where every node was."""
 
+import contextlib
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -26,6 +28,19 @@ def test_a_silent_fallback_is_an_error_with_onnx_runtimes_reason(small_path, cap
     assert any(word in reason for word in ("libcu", "CUDA", "cuda", "driver")), reason
     assert "\n" not in reason
     assert capfd.readouterr().err == ""  # the reason is in the error, not beside it
+
+
+def test_libraries_of_cuda_are_found_wherever_they_are_installed(small_path, tmp_path, monkeypatch):
+    libraries = tmp_path / "nvidia" / "cudnn" / "lib"
+    libraries.mkdir(parents=True)
+    asked = []
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda directory=None: asked.append(directory), raising=False)
+    with contextlib.suppress(ModelError):  # there may be no GPU here
+        open_session(small_path, provider="cuda")
+    assert asked[0] is None
+    assert str(libraries) in asked
 
 
 @pytest.mark.gpu
