@@ -420,8 +420,12 @@ def main() -> None:
     parts: dict[str, Callable[[Bench, str], None]] = {"plan": plan, "placement": place, "latency": latency}
     for name in options.networks:
         for section, part in parts.items():
-            if section in options.sections:
+            if section not in options.sections:
+                continue
+            try:
                 part(bench, name)
+            except (ModelError, GraphError, PlanError) as error:  # one network less, and the others go on
+                bench.note(f"{name}, {section}: {error}")
     for section, whole in {"gate": gate, "training": train}.items():
         if section in options.sections:
             whole(bench)

@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py
 
-Reads `results/compress.json`, `results/calibration.md` and, once they are there, `results/cifar100.md` with
-`results/cifar100/*.json` (`benchmarks/runs.py`). Writes `docs/assets/speed-accuracy.svg`, and the table between two comments of
+Reads `results/compress.json`, `results/calibration.md` and, once they are there, `results/cifar100*.md` with their logs
+(`benchmarks/runs.py`). Writes `docs/assets/speed-accuracy.svg`, and the table between two comments of
 `docs/performance.md`. A panel whose results are not there is left out; no figure comes from anywhere else.
 """
 
@@ -133,10 +133,9 @@ def main() -> None:
     said += [
         f"{row.network}, batch {row.batch}, {row.form}: {row.speed:.2f}× at {row.macs:.2f} times fewer MACs" for row in rows
     ]
-    if (results / "cifar100.md").exists():
-        runs = trained_runs(results / "cifar100.md", results / "cifar100")
-        if runs:
-            panels.append((3.4, _trained, runs))
+    runs = [run for page in sorted(results.glob("cifar100*.md")) for run in trained_runs(page, page.with_suffix(""))]
+    if runs:
+        panels.append((3.4, _trained, runs))
         said += [f"{run.run}: {run.factored:.2f} % at {run.speed:.2f}×, dense {run.dense:.2f} %" for run in runs]
     if (results / "calibration.md").exists():
         plans = without_training(results / "calibration.md")
