@@ -39,7 +39,7 @@ import numpy as np
 import onnx
 import torch
 import yaml
-from gpu_page import markdown
+from gpu_page import Log, markdown
 from roofline import Peaks, bound_ms, peaks
 
 from tensorrail_exporter import GraphError, Plan, PlanError, factorize
@@ -71,8 +71,6 @@ GRIDS = {"resnet18": (8, 16, 32, 64)}  # the others: the GPU's own
 SMALL = 2  # the batch of placement and parity
 ENDED = "ended"
 EPOCHS = {"dense": 2, "admm": 2, "finetune": 1}
-
-Log = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -244,8 +242,9 @@ def place(bench: Bench, name: str) -> None:
         made = bench.plans(name).get(label)
         reference = path.with_stem(f"{path.stem}-reference")
         save_model(model if made is None else reconstruct(model, made, random_cores(model, made)), reference)
-        feed = random_inputs(open_session(reference), SMALL)
-        expected = run(open_session(reference), feed)
+        session = open_session(reference)
+        feed = random_inputs(session, SMALL)
+        expected = run(session, feed)
         reference.unlink()
         row: Log = {"network": name, "form": label, "nodes": len(placed.nodes), "providers": placed.providers}
         row |= {"elsewhere": [f"{node.name} ({node.op})" for node in placed.elsewhere]}

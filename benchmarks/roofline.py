@@ -10,6 +10,7 @@ launches. Source: Williams, Waterman, Patterson, "Roofline", Communications of t
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ def peaks(device: str) -> Peaks:
     side, size = SIDES[device], MIB[device] * 2**20
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * size / _seconds(lambda: target.copy_(source), device)
     flops = {}
-    before = torch.backends.cuda.matmul.allow_tf32
+    before, threads = torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # as ONNX Runtime does, whatever OMP_NUM_THREADS says
     try:
+        bandwidth = 2 * size / _seconds(lambda: target.copy_(source), device)
         for name, dtype, tf32 in (
             ("fp32", torch.float32, False),
             ("tf32", torch.float32, True),
@@ -52,6 +54,7 @@ def peaks(device: str) -> Peaks:
             flops[name] = 2 * side**3 / _seconds(lambda a=a, b=b: a @ b, device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_num_threads(threads)
     return Peaks(bandwidth, flops)
 
 

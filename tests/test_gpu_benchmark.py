@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tensorrail_runtime.cost import GraphCost, NodeCost
@@ -53,7 +54,9 @@ def test_where_there_is_no_gpu_it_says_why_and_writes_nothing(gpu, monkeypatch, 
     assert gpu.lacking("cpu") is None
 
 
-def test_a_dry_run_measures_every_form_and_goes_on_where_it_was(benched, tmp_path):
+def test_a_dry_run_measures_every_form_and_goes_on_where_it_was(benched, gpu, monkeypatch, tmp_path):
+    card = gpu.Peaks(bandwidth=1e15, flops={"fp32": 1e15})  # known: what this machine gives just now may be less than it gave
+    monkeypatch.setattr(gpu, "peaks", lambda device: {"cpu": card}[device])
     with_a_plan(tmp_path / "out")
     asked = ["--networks", "resnet20", "--batches", 2, "--seconds", 0.2, "--resume", "--sections", "placement", "latency"]
     record, page = benched(*asked)
@@ -96,6 +99,15 @@ def test_recipes_are_trained_and_epochs_of_data_that_is_not_there_are_not(benche
     assert 0 < row["projection"] < 1
     assert f"| small | {row['dense']:.1f} s | {row['admm']:.1f} s |" in page
     assert benched(*asked)[0]["training"] == [row]
+
+
+def test_peaks_leave_the_threads_as_they_were(gpu):
+    roofline = importlib.import_module("roofline")
+    before = torch.get_num_threads()
+    found = roofline.peaks("cpu")
+    assert torch.get_num_threads() == before
+    assert found.bandwidth > 0
+    assert found.flops.keys() == {"fp32"}
 
 
 def test_a_bound_is_the_more_of_arithmetic_and_traffic(gpu):

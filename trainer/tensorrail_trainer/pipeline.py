@@ -194,7 +194,7 @@ class _Training:
 
 
 def export_all(
-    trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export | None = None, progress: Progress | None = None
+    trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export, progress: Progress
 ) -> tuple[Factored, dict[str, Path]]:
     """Write `dense.onnx`, `model.onnx` and the network to compare with; return the factored graph, and paths by what they are.
 
@@ -208,7 +208,7 @@ def export_all(
         name = "control.onnx" if trained.reference == "dense control" else "baseline.onnx"
         paths = {trained.reference: folder / name, **paths}
         save_model(to_onnx(trained.dense, example), folder / name)
-    factored = _in_form(dense, trained, form or Export(), progress or Progress())
+    factored = _in_form(dense, trained, form, progress)
     save_model(factored.model, folder / "model.onnx")
     paths |= {"before cut": scratch / "before_cut.onnx", "after cut": scratch / "after_cut.onnx"}
     graph = to_onnx(trained.uncut, example)
