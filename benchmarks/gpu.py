@@ -25,12 +25,13 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from roofline import Peaks, bound_ms, peaks
 from tensorrail_exporter import GraphError, Plan, PlanError, factorize
 from tensorrail_exporter.fp16 import to_fp16
 from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.latency_table import DENSE, LatencyTable, Timed
 from tensorrail_exporter.planner import Search, plan_network, random_cores
 from tensorrail_exporter.rewrite import reconstruct
 from tensorrail_runtime.cost import cost
@@ -55,7 +57,7 @@ from tensorrail_runtime.parity import Tolerances, compare
 from tensorrail_runtime.placement import placement
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.report import TrainingLog
-from tensorrail_runtime.session import ModelError, Settings, open_session, run
+from tensorrail_runtime.session import SEARCHES, ModelError, Settings, open_session, run
 from tensorrail_trainer.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +93,7 @@ class Mode:
         return Settings(provider=provider, tf32=self.precision == "tf32", nhwc=self.nhwc, cuda_graph=self.graph)
 
 
-PLANNED = Mode("tf32")  # what plans are made for
+PLANNED = Mode("tf32", nhwc=True)  # what plans are made for
 
 
 def modes(provider: str) -> tuple[Mode, ...]:
@@ -114,12 +116,14 @@ class Bench:
         word = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") if self.provider != "cpu" else "dry-run"
         self.stem: Path = options.out / f"gpu-{word.removeprefix('nvidia-')}"
         self.log: Log = {"version": 1, "machine": where.model_dump(mode="json"), "provider": self.provider, "notes": []}
+        self.log["commands"] = []
         self.log |= {section: [] for section in SECTIONS}
         for folder in (options.out, options.folder):
             folder.mkdir(parents=True, exist_ok=True)
         before = self.stem.with_suffix(".json")
         if options.resume and before.exists():
             self.log |= json.loads(before.read_text())
+        self.log["commands"].append(shlex.join(sys.argv[1:]))
         self._card: Peaks | None = None
 
     @property
@@ -156,10 +160,19 @@ class Bench:
             self.log["peaks"] = asdict(self._card)
         return self._card
 
+    def modes(self) -> tuple[Mode, ...]:
+        """Return the modes to time: those asked for, in the order in which they were, or all."""
+        known = self.known()
+        return tuple(known[name] for name in self.options.modes or known)
+
+    def known(self) -> dict[str, Mode]:
+        """Return every mode of the provider by its name."""
+        return {mode.name: mode for mode in modes(self.provider)}
+
     def write(self) -> None:
         """Write the record and its page, each whole or not at all."""
         write_text(self.stem.with_suffix(".json"), json.dumps(self.log, indent=1) + "\n")
-        write_text(self.stem.with_suffix(".md"), markdown(self.log, self.options.seconds))
+        write_text(self.stem.with_suffix(".md"), markdown(self.log))
 
     def dense(self, name: str) -> Path:
         """Return the path of a network's dense form, written when it is not there."""
@@ -198,17 +211,21 @@ class Bench:
 
 def plan(bench: Bench, name: str) -> None:
     """Make the plans of a network, one a rank grid."""
-    settings = (PLANNED if bench.provider != "cpu" else Mode()).settings(bench.provider)
+    mode = bench.known()[bench.options.plan_mode] if bench.provider != "cpu" else Mode()
+    settings = mode.settings(bench.provider)
+    settings = replace(settings, conv_search=bench.options.search)
     for grid in bench.options.grids or GRIDS.get(name, (8,)):
         if bench.late or bench.has("plan", network=name, grid=grid):
             continue
         row: Log = {"network": name, "grid": grid, "batch": bench.options.plan_batch, "plan": None, "refused": []}
+        row["mode"] = mode.name
         start = time.monotonic()
         for target in TARGETS[name]:
             search = Search(
                 targets={"flops": target},
                 batch=bench.options.plan_batch,
                 grid=grid,
+                formats=tuple(bench.options.formats),
                 seconds=bench.options.plan_seconds,
                 check_seconds=3 * bench.options.seconds,
                 cache=bench.options.cache,
@@ -229,7 +246,22 @@ def plan(bench: Bench, name: str) -> None:
                 "formats": sorted({layer.format for layer in report.plan.layers}),
             }
             break
+        bench.log["layers"] = fastest(LatencyTable.open(settings, bench.options.cache), mode.name)
         bench.add("plan", row | {"seconds": time.monotonic() - start})
+
+
+def fastest(table: LatencyTable, mode: str) -> list[Log]:
+    """Return every layer that was timed: how long it takes dense, and in its fastest form."""
+    layers: dict[str, list[Timed]] = {}
+    for one in table.times.values():
+        layers.setdefault(one.layer, []).append(one)
+    rows = []
+    for layer, times in layers.items():
+        dense = next(one for one in times if one.form == DENSE)
+        best = min((one for one in times if one.form != DENSE), key=lambda one: one.milliseconds, default=None)
+        row: Log = {"layer": layer, "mode": mode, "dense": dense.milliseconds, "forms": len(times) - 1}
+        rows.append(row | ({} if best is None else {"form": best.form, "ms": best.milliseconds}))
+    return rows
 
 
 def place(bench: Bench, name: str) -> None:
@@ -264,7 +296,7 @@ def worst(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> floa
 def latency(bench: Bench, name: str) -> None:
     """Time all forms of a network in turns, in every mode and at every batch size."""
     for batch in bench.options.batches:
-        for mode in modes(bench.provider):
+        for mode in bench.modes():
             if bench.has("latency", network=name, batch=batch, mode=mode.name):
                 continue
             if bench.late:
@@ -285,7 +317,7 @@ def _time(bench: Bench, name: str, batch: int, mode: Mode) -> None:
         settings=mode.settings(bench.provider),
         io_binding=bench.provider != "cpu",
         labels=list(paths),
-        processes=2,
+        processes=bench.options.processes,
     )
     card = bench.card()
     costs = [cost(path, batch) for path in plain.values()]
@@ -398,6 +430,12 @@ def main() -> None:
     parser.add_argument(
         "--grids", type=int, nargs="+", help="Rank grids to plan on; default: 8, for ResNet-18 also 16, 32, 64."
     )
+    names = [mode.name for mode in (*modes("cuda"), *modes("cpu"))]
+    parser.add_argument("--modes", nargs="+", choices=names, metavar="MODE", help=f"Default: all of {'; '.join(names[:-2])}.")
+    parser.add_argument("--plan-mode", default=PLANNED.name, choices=names, metavar="MODE", help="What plans are made for.")
+    parser.add_argument("--processes", type=int, default=2, help="Fresh ones, for each time.")
+    parser.add_argument("--search", default=SEARCHES[0], choices=SEARCHES, help="cuDNN's algorithms while plans are made.")
+    parser.add_argument("--formats", nargs="+", default=["auto"], help="That plans may have.")
     parser.add_argument("--seconds", type=float, default=1.0, help="Of timing a model in a mode.")
     parser.add_argument("--plan-batch", type=int, default=64)
     parser.add_argument("--plan-seconds", type=float, default=60.0, help="Of timing the layers of one plan.")

@@ -9,7 +9,7 @@ Log = dict[str, Any]
 PARITY = {"fp32": 1e-4}  # the largest relative L2 difference; those of the other precisions are reported
 
 
-def markdown(log: Log, seconds: float) -> str:
+def markdown(log: Log) -> str:
     """Return the page of what was measured."""
     found = log["machine"]
     device = "a dry run on the CPU" if log["provider"] == "cpu" else found["gpu"]["name"]
@@ -18,19 +18,32 @@ def markdown(log: Log, seconds: float) -> str:
         [
             f"# On a GPU: {device}",
             "",
-            f"Command: `make bench-gpu` (`python benchmarks/gpu.py`, {seconds:g} s a model and mode). "
             f"{found['processor']}{driver}, ONNX Runtime {found['onnxruntime']}. Random weights; all forms of a network in "
-            "turns, in two fresh processes, inputs and outputs on the device.",
+            "turns, in fresh processes, inputs and outputs on the device. Commands, one after the other:",
+            "",
+            *(f"- `python benchmarks/gpu.py {arguments}`" for arguments in log["commands"]),
             *_peaks_lines(log.get("peaks")),
             *_table(
                 "Plans",
-                "network, rank grid|FLOPs ÷ asked|layers|formats|predicted|measured|took",
+                "network, rank grid|for|FLOPs ÷ asked|layers|formats|predicted|measured|took",
                 (
-                    f"{row['network']}, {row['grid']}|{row['target']:g}|{row['layers']} of {row['of']}"
-                    f"|{', '.join(row['formats'])}|{row['predicted']:.2f}×|{_times(row['measured'])}|{row['seconds']:.0f} s"
-                    if "target" in row
-                    else f"{row['network']}, {row['grid']}|none could be met|–|–|–|–|{row['seconds']:.0f} s"
+                    f"{row['network']}, {row['grid']}|{row['mode']}, batch {row['batch']}|"
+                    + (
+                        f"{row['target']:g}|{row['layers']} of {row['of']}|{', '.join(row['formats'])}|{row['predicted']:.2f}×"
+                        f"|{_times(row['measured'])}|{row['seconds']:.0f} s"
+                        if "target" in row
+                        else f"none could be met|–|–|–|–|{row['seconds']:.0f} s"
+                    )
                     for row in log["plan"]
+                ),
+            ),
+            *_table(
+                "Layers, one at a time",
+                "layer|for|forms timed|dense|the fastest form|takes|speed-up",
+                (
+                    f"{row['layer']}|{row['mode']}|{row['forms']}|{row['dense']:.3f} ms|"
+                    + (f"{row['form']}|{row['ms']:.3f} ms|{row['dense'] / row['ms']:.2f}×" if "form" in row else "–|–|–")
+                    for row in log.get("layers", [])
                 ),
             ),
             *_table(

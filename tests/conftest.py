@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of s
 
 import numpy as np
 import onnx
+import onnxruntime.transformers  # noqa: F401 - puts its folder on sys.path, once: a test that restores the path would lose it
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 

@@ -39,7 +39,15 @@ def with_a_plan(folder):
     """Leave a record in which ResNet-20 has a plan already: making one takes long."""
     folder.mkdir()
     row = {"network": "resnet20", "grid": 16, "plan": PLAN, "refused": [], "target": 1.1, "layers": 1, "of": 20}
-    row |= {"batch": 2, "predicted": 1.05, "measured": None, "merges": ["sides"], "formats": ["svd"], "seconds": 1.0}
+    row |= {
+        "batch": 2,
+        "predicted": 1.05,
+        "measured": None,
+        "mode": "fp32, NCHW",
+        "merges": ["sides"],
+        "formats": ["svd"],
+        "seconds": 1.0,
+    }
     (folder / "gpu-dry-run.json").write_text(json.dumps({"plan": [row]}))
 
 

@@ -32,7 +32,7 @@ from tensorrail_runtime.session import Settings
 DENSE = "dense"  # the form of a layer that stays as it is
 
 _VERSION = 2
-_TOGETHER = 6  # forms that are timed in turns with the dense one
+_TOGETHER = 6  # forms that are timed in turns with the dense one; on a GPU all are, for no cache of a core is disputed there
 
 
 class Target(Record):
@@ -48,6 +48,7 @@ class Target(Record):
     nhwc: bool
     cuda_graph: bool
     arena: bool
+    conv_search: str
 
     @classmethod
     def here(cls, settings: Settings) -> Target:
@@ -65,6 +66,7 @@ class Target(Record):
             nhwc=settings.nhwc,
             cuda_graph=settings.cuda_graph,
             arena=settings.arena,
+            conv_search=settings.conv_search,
         )
 
 
@@ -197,7 +199,8 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Setting
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
         save_model(many, dense)
         save_model(dense_context(layer, 1), single)
-        groups = [options[k : k + _TOGETHER] for k in range(0, len(options), _TOGETHER)] or [()]
+        together = _TOGETHER if settings.provider == "cpu" else max(1, len(options))
+        groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
         base: list[float] = []
         alone = 0.0

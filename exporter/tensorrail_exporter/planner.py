@@ -175,9 +175,8 @@ def plan_network(
     table = LatencyTable.open(settings, search.cache)
     table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
     faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
-    losses = losses_of(
-        model, faster, calibration, settings, on_share=lambda share, what: on_stage(f"sensitivity {what}", share)
-    )
+    exact = replace(settings, tf32=False, cuda_graph=False)  # what a form costs in accuracy is its own doing alone
+    losses = losses_of(model, faster, calibration, exact, on_share=lambda share, what: on_stage(f"sensitivity {what}", share))
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
@@ -449,6 +448,8 @@ def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str,
         rule, sites = find(graph, layer, names)
         shape = rule.layer(sites[0].node).shape
         sizes = layer.core_shapes(shape)
-        scale = (1 / math.prod(shape[1:])) ** (0.5 / len(sizes))
+        ranks = layer.ranks[1:] if layer.format == "tr" else layer.ranks  # a ring's first one comes again as its last
+        terms = math.prod(shape[1:]) * math.prod(ranks)  # of the sums: over the inputs, and over the ranks in a weight
+        scale = terms ** (-0.5 / len(sizes))
         found[layer.name] = [(rng.standard_normal(size, np.float32) * np.float32(scale)) for size in sizes]
     return found

@@ -237,8 +237,9 @@ def runner(
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)
     feed = random_inputs(session, batch, seed, shapes)
-    # Run once beside it: it reports inputs that do not fit in one line, and shows the outputs' shapes.
-    example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if io_binding else session, feed)
+    # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
+    # would capture that run, which is made beside it.
+    example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
     return (bound(session, feed, example, settings) if io_binding else plain(session, feed)), load
 
 

@@ -26,6 +26,7 @@ LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+SEARCHES = ("exhaustive", "heuristic", "default")
 
 
 class ModelError(ValueError):
@@ -36,9 +37,11 @@ class ModelError(ValueError):
 class Settings:
     """How a session runs. TF32 is off unless asked for: it changes results in the fourth digit.
 
-    `threads` is the number of intra-op threads, 0 for ONNX Runtime's own choice. `cuda_graph` and `nhwc` are of the CUDA
-    provider; `arena` is the CPU's memory pool. With `linger` off, threads stop waiting for work as soon as a run has ended:
-    where several sessions take turns, the waiting threads of one would otherwise take cores from the next.
+    `threads` is the number of intra-op threads, 0 for ONNX Runtime's own choice. `cuda_graph`, `nhwc` and `conv_search` are of
+    the CUDA provider; the last says how it chooses cuDNN's algorithm for a convolution: by trying all (`exhaustive`, ONNX
+    Runtime's own choice), by cuDNN's `heuristic`, or its `default` one. `arena` is the CPU's memory pool. With `linger` off,
+    threads stop waiting for work as soon as a run has ended: where several sessions take turns, the waiting threads of one
+    would otherwise take cores from the next.
     """
 
     provider: str = "cpu"
@@ -47,6 +50,7 @@ class Settings:
     tf32: bool = False
     cuda_graph: bool = False
     nhwc: bool = False
+    conv_search: str = SEARCHES[0]
     arena: bool = True
     linger: bool = True
 
@@ -56,6 +60,8 @@ class Settings:
             raise ModelError(f"unknown provider {self.provider!r}: expected one of {', '.join(PROVIDERS)}")
         if self.level not in LEVELS:
             raise ModelError(f"unknown graph optimization level {self.level!r}: expected one of {', '.join(LEVELS)}")
+        if self.conv_search not in SEARCHES:
+            raise ModelError(f"unknown search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
         if self.threads < 0:
             raise ModelError(f"threads are 0 (ONNX Runtime's own choice) or more, and {self.threads} came")
         if self.provider == "cpu" and (self.cuda_graph or self.nhwc or self.tf32):
@@ -124,7 +130,8 @@ def _entry(settings: Settings) -> str | tuple[str, dict[str, str]]:
     flags = {"use_tf32": settings.tf32, "enable_cuda_graph": settings.cuda_graph, "prefer_nhwc": settings.nhwc}
     match settings.provider:
         case "cuda":
-            return PROVIDERS["cuda"], {key: str(int(value)) for key, value in flags.items()}
+            options = {key: str(int(value)) for key, value in flags.items()}
+            return PROVIDERS["cuda"], options | {"cudnn_conv_algo_search": settings.conv_search.upper()}
         case "tensorrt":
             return PROVIDERS["tensorrt"], {"trt_cuda_graph_enable": str(int(settings.cuda_graph))}
     return PROVIDERS[settings.provider]

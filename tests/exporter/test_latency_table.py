@@ -144,6 +144,7 @@ def test_every_property_of_a_target_changes_the_file(monkeypatch, tmp_path):
         replace(CPU, provider="cuda", tf32=True),
         replace(CPU, provider="cuda", nhwc=True),
         replace(CPU, provider="cuda", cuda_graph=True),
+        replace(CPU, provider="cuda", conv_search="heuristic"),
     ]
     paths = {LatencyTable.open(one, tmp_path).path for one in settings}
     assert len(paths) == len(settings)

@@ -204,3 +204,14 @@ def test_on_a_gpu_copies_are_not_timed_and_no_profile_is_believed(network, known
     assert report.plan.layers
     assert (report.slower, report.grid) == ((), 16)
     assert set(asked) == {("cuda", True)}
+
+
+@pytest.mark.parametrize(
+    ("form", "ranks"), [("tt", (1, 24, 40, 1)), ("tucker", (24, 40)), ("svd", (32,)), ("cp", (48,)), ("tr", (4, 6, 5, 4))]
+)
+def test_random_cores_keep_activations_as_they_are(form, ranks, network):
+    modes = {"svd": (64 * 3, 64 * 3)}.get(form, (64, 9, 64))
+    layer = LayerPlan(name="c1", format=form, modes=modes, ranks=ranks)
+    (cores,) = random_cores(network, Plan(layers=(layer,))).values()
+    weight = layer.reconstruct(cores, (64, 64, 3, 3))
+    assert float(weight.std()) * (64 * 9) ** 0.5 == pytest.approx(1.0, rel=0.25)

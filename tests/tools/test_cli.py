@@ -214,3 +214,12 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(cli, monkeypatch, tmp_path):
     assert code == 130
     assert err.count("\n") == 1
     assert "--resume" in err
+
+
+@pytest.mark.parametrize("command", ["bench", "plan", "compress"])
+@pytest.mark.parametrize("option", ["--tf32", "--nhwc", "--cuda-graph"])
+def test_options_of_a_gpu_are_refused_on_a_cpu(cli, small_path, tmp_path, command, option):
+    more = {"bench": ["--io-binding"], "plan": ["--target", "latency=2"], "compress": ["--target", "latency=2", "-o", "x.onnx"]}
+    code, _, err = cli(command, small_path, option, *more[command])
+    assert code == 2
+    assert "CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'" in " ".join(err.split())

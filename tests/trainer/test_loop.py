@@ -17,6 +17,7 @@ from tensorrail_exporter import Plan
 from tensorrail_trainer import ADMM, loop, plan_layers, to_onnx
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset, InMemory
+from tensorrail_trainer.graphed import Replay
 from tensorrail_trainer.layers import swap
 from tensorrail_trainer.loop import Phase, TrainingError, evaluate, train
 from tensorrail_trainer.recipe import Named, NamedModel, PlanRule, Recipe
@@ -97,6 +98,79 @@ def test_an_interrupted_phase_ends_as_an_uninterrupted_one(tmp_path, data, train
     assert [row.rho for row in rows] == pytest.approx([0.01, 0.1**1.5, 0.1])
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, broken.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_that_is_replayed_reads_every_change_where_it_lies(tmp_path, data, optimizer, monkeypatch):
+    """A stand-in for a CUDA graph: what the fourth step read and wrote, by its addresses, is read and written ever after."""
+    schedule = AdmmSchedule(epochs=3, lr=0.05, rho=0.01, rho_end=0.1, every_steps=2, clip=1.0, optimizer=optimizer)
+    addresses = []
+
+    class Replayed(Replay):
+        def __call__(self, step, x, y):
+            job = step.__self__
+            read = [*job.phase.admm._wanted.values(), job.phase.admm._half_rho, *job.phase.model.parameters()]
+            read += [group["lr"] for group in job.optimizer.param_groups]
+            addresses.append([tensor.data_ptr() for tensor in read])
+            return step(x, y)
+
+    def replay(settings, optimizer, device):
+        if not settings.cuda_graph:
+            return None
+        for group in optimizer.param_groups:
+            group.update(lr=torch.tensor(group["lr"]), fused=True, foreach=False)
+        return Replayed()
+
+    monkeypatch.setattr(loop, "_replay", replay)
+    found = []
+    for asked in (False, True):
+        model, folder = network(), tmp_path / str(asked)
+        folder.mkdir()
+        trained, rows = fit(folder, data, Phase("admm", model, schedule, admm_of(model)), cuda_graph=asked)
+        found.append((trained.state_dict(), [row.loss for row in rows]))
+    assert len(addresses) == 12
+    assert all(row == addresses[0] for row in addresses)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    for name in ("1.weight", "3.weight", "5.weight"):  # no bias before a batch-norm: rounding alone, which AdamW scales up
+        torch.testing.assert_close(found[0][0][name], found[1][0][name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_on_a_gpu_a_graph_trains_as_launches_one_by_one_do(tmp_path, data):
+    schedule = AdmmSchedule(epochs=3, lr=0.05, rho=0.01, rho_end=0.1, every_steps=2, clip=1.0)
+    found = []
+    for asked in (False, True):
+        model, folder = network().cuda(), tmp_path / str(asked)
+        folder.mkdir()
+        phase = Phase("admm", model, schedule, admm_of(model))
+        found.append(fit(folder, data.to(torch.device("cuda")), phase, cuda_graph=asked)[1])
+    assert [row.loss for row in found[0]] == pytest.approx([row.loss for row in found[1]], rel=1e-3)
+
+
+def test_a_checkpoint_of_a_graph_goes_on_without_one(tmp_path, data, monkeypatch):
+    schedule = Schedule(epochs=2, lr=0.01, optimizer="adamw")
+    made = loop.make_optimizer
+
+    def elsewhere(model, schedule):
+        optimizer = made(model, schedule)
+        for group in optimizer.param_groups:  # as on a GPU
+            group.update(lr=torch.tensor(group["lr"]), fused=True, foreach=False)
+        return optimizer
+
+    def stop(row, _):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "make_optimizer", elsewhere)
+    with pytest.raises(KeyboardInterrupt):
+        train(Phase("dense", network(), schedule), recipe(), data, Accelerator(), Checkpoints(tmp_path), stop)
+    monkeypatch.undo()
+    state = Checkpoints(tmp_path).latest("dense")
+    for group in state["optimizer"]["param_groups"]:
+        group["capturable"] = True  # which AdamW refuses on a CPU
+    Checkpoints(tmp_path).save("dense", 1, state)
+    _, rows = fit(tmp_path, data, Phase("dense", network(), schedule))
+    assert [row.epoch for row in rows] == [2]
 
 
 def test_a_model_trained_in_bf16_is_exported_in_fp32(tmp_path, data):

@@ -10,6 +10,7 @@ from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.loop import TrainingError
 from tensorrail_trainer.pipeline import Progress, prepare, run, train_all
 from tensorrail_trainer.recipe import Recipe, RecipeError
+from tensorrail_trainer.weights import WeightsError
 
 SMALL = {
     "version": 1,
@@ -178,6 +179,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
         ({"plan": [{"layers": "hidden", "ranks": 2, "format": "xx"}]}, "plan.0: unknown format 'xx': expected one of"),
         ({"train": SMALL["train"] | {"dense": {"epochs": 0, "lr": 1.0}}}, "train.dense.epochs: .*greater than or equal to 1"),
         ({"plan": [{"layers": "hidden", "ranks": 2, "merge": "all"}]}, "unknown merge 'all'"),
+        ({"train": SMALL["train"] | {"cuda_graph": True, "mixup": 0.2}}, "train: .*mixup does not do the same"),
+        ({"train": SMALL["train"] | {"cuda_graph": True, "precision": "fp16"}}, "train: .*precision: fp16 does not"),
+        ({"train": SMALL["train"] | {"distill": {"teacher": {"name": "vgg"}}}}, "train.distill.teacher.weights: expected the"),
+        (
+            {"train": SMALL["train"] | {"distill": {"teacher": {"name": "vgg", "weights": "a"}}}},
+            "train.distill.teacher.name: unknown model 'vgg'",
+        ),
     ],
 )
 def test_a_bad_recipe_is_one_line_with_its_key(tmp_path, change, reason):
@@ -185,6 +193,28 @@ def test_a_bad_recipe_is_one_line_with_its_key(tmp_path, change, reason):
         Recipe.load(write(tmp_path, **change))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_a_network_that_was_trained_before_teaches(tmp_path):
+    def trained(name, **changes):
+        recipe = small(tmp_path, **changes)
+        prepare(recipe, tmp_path / name)
+        return train_all(recipe, tmp_path / name, Progress())[0]
+
+    wider = {"name": "small_resnet", "args": {"widths": [24], "blocks": 1, "hidden": 16}}
+    trained("wider", model=wider, plan=[{"layers": "hidden", "ranks": 2}])
+    weights = tmp_path / "wider" / "dense.safetensors"
+    distill = {"weight": 1.0, "teacher": wider | {"weights": str(weights)}}
+    taught = trained("taught", train=SMALL["train"] | {"distill": distill})
+    alone = trained("alone", train=SMALL["train"] | {"distill": {"weight": 1.0}})
+    dense, admm = (
+        [row.loss for one in (taught, alone) for row in one.rows if row.phase == phase] for phase in ("dense", "admm")
+    )
+    assert dense[:2] == dense[2:]  # it teaches what comes after
+    assert admm[:2] != admm[2:]
+    weights.unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        small(tmp_path, train=SMALL["train"] | {"distill": distill}).make_teacher()
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path):

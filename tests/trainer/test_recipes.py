@@ -53,6 +53,8 @@ def known(name, classes):
 def shortened(recipe):
     """Return the recipe with two steps a phase."""
     changes = {"batch": 2, "compile": False}
+    if recipe.train.distill is not None:
+        changes["distill"] = recipe.train.distill.model_copy(update={"teacher": None})  # its weights are another run's
     for phase in ("dense", "admm", "finetune"):
         schedule = getattr(recipe.train, phase)
         if schedule is not None:

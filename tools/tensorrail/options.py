@@ -9,6 +9,9 @@ import typer
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record behind the table as JSON.")]
 Provider = Annotated[str, typer.Option(help="ONNX Runtime execution provider: cpu, cuda or tensorrt.")]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")]
+Nhwc = Annotated[bool, typer.Option("--nhwc", help="Let CUDA's convolutions run with the channels last.")]
+CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Time launches as one CUDA graph, as for fixed shapes.")]
 Shape = Annotated[
     list[str] | None, typer.Option("--shape", metavar="NAME=1,3,224,224", help="An input's shape; may be given again.")
 ]

@@ -48,6 +48,8 @@ from tensorrail_trainer.processes import rank, shared_out, world
 Metric = Literal["weight", "activation"]
 """What distances between weights are measured in: the Frobenius norm, or that of the change of the layer's outputs."""
 
+_SMALL = 2**20  # values; the SVDs of a weight of no more are faster on the CPU than on a GPU, the copies included
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -90,11 +92,12 @@ class ADMM:
         self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
         self._moments = InputMoments(plan, self._layers) if metric == "activation" else None
+        self._place()
 
     def penalty(self) -> Tensor:
         """Return ρ/2 Σ‖W − Z + U‖², a scalar on the weights' device, to be added to the loss of each step."""
-        gaps = {name: dense.weight() - self.Z[name] + self.U[name] for name, dense in self._layers.items()}
-        return self.rho / 2 * torch.stack([self._measured(name, gap).square().sum() for name, gap in gaps.items()]).sum()
+        gaps = {name: dense.weight() - self._wanted[name] for name, dense in self._layers.items()}
+        return self._half_rho * torch.stack([self._measured(name, gap).square().sum() for name, gap in gaps.items()]).sum()
 
     @torch.no_grad()
     def update(self) -> tuple[Residual, ...]:
@@ -113,6 +116,7 @@ class ADMM:
             z, before = projected[name], self.Z[name]
             self.Z[name], self.U[name] = z, self.U[name] + w - z
             residuals.append(self._residual(name, w, z, before))
+        self._changed()
         return tuple(residuals)
 
     @torch.no_grad()
@@ -129,6 +133,7 @@ class ADMM:
             for parameter, part in zip(parameters, z.split([len(p) for p in parameters]), strict=True):
                 parameter.copy_(part)
             residuals.append(self._residual(name, weights[name], z, before))
+        self._changed()
         return tuple(residuals)
 
     def set_rho(self, rho: float) -> None:
@@ -138,6 +143,7 @@ class ADMM:
         if rho != self.rho:
             self.U = {name: u * (self.rho / rho) for name, u in self.U.items()}
             self.rho = rho
+            self._changed()
 
     @torch.no_grad()
     def balance(self, apart: float = 10.0, factor: float = 2.0) -> None:
@@ -221,12 +227,27 @@ class ADMM:
                 name: Root(*(root[key].to(self.Z[name].device) for key in ("root", "inverse")))
                 for name, root in state["roots"].items()
             }
+        self._place()
+
+    @torch.no_grad()
+    def _place(self) -> None:
+        """Make what the penalty reads. It stays there in memory: a CUDA graph of a training step sees every change."""
+        self._wanted = {name: z - self.U[name] for name, z in self.Z.items()}
+        self._half_rho = next(iter(self.Z.values())).new_tensor(self.rho / 2)
+
+    @torch.no_grad()
+    def _changed(self) -> None:
+        self._half_rho.fill_(self.rho / 2)
+        for name, wanted in self._wanted.items():
+            torch.sub(self.Z[name], self.U[name], out=wanted)
 
     @torch.no_grad()
     def _project(self, layer: LayerPlan, tensor: Tensor) -> Tensor:
         # A contiguous copy: channels-last weights keep their own strides, the projection its own.
         measured = self._measured(layer.name, tensor).contiguous()
-        projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor.dtype)
+        if measured.is_cuda and measured.numel() <= _SMALL:
+            measured = measured.cpu()
+        projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
         root = self.roots.get(layer.name)
         return (root.undo(projected) if root else projected).contiguous()
 

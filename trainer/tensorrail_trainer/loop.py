@@ -25,6 +25,7 @@ from tensorrail_trainer.admm import ADMM, Residual
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset, Share, Split
 from tensorrail_trainer.data.splits import in_order, shuffled
+from tensorrail_trainer.graphed import IMPLEMENTATION, Replay, on_device
 from tensorrail_trainer.layers import FactoredLayer
 from tensorrail_trainer.processes import rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipe import Recipe
@@ -34,6 +35,7 @@ from tensorrail_trainer.schedules import AdmmSchedule, Schedule, Training, penal
 OnEpoch = Callable[[Epoch, int], None]
 """Called after every epoch with its row and the number of epochs of the phase."""
 
+_ON_GPU = 1024  # samples evaluated at once
 _LOOK = 32  # steps between looks at the loss: each look waits for the device
 
 
@@ -75,10 +77,11 @@ def train(
         _place(phase.teacher, accelerator.device)
         phase.teacher.eval().requires_grad_(False)
     model, prepared = accelerator.prepare(phase.model, optimizer)
+    replay = _replay(settings, optimizer, accelerator.device)
     first, done = (state["epoch"], state["done"]) if state else (0, False)
     for epoch in range(first, 0 if done else phase.schedule.epochs):
         start = time.perf_counter()
-        job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch)
+        job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch, replay)
         loss, accuracy = job.run()
         residuals, closed = job.close()
         row = Epoch(
@@ -113,7 +116,8 @@ def evaluate(model: nn.Module, split: Split, accelerator: Accelerator) -> float:
     """Return the top-1 accuracy in percent, each process having answered its share."""
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    for x, y in split.batches(in_order(len(split)), Share(rank(), world())):
+    size = {"size": _ON_GPU} if accelerator.device.type == "cuda" else {}
+    for x, y in split.batches(in_order(len(split), **size), Share(rank(), world())):
         with accelerator.autocast():
             hits += (model(_last(x)).argmax(1) == y).sum()
     return 100 * int(summed(hits)) / len(split)
@@ -155,6 +159,7 @@ class _Job:
     data: Dataset
     accelerator: Accelerator
     epoch: int
+    replay: Replay | None = None
     projecting: float = 0.0  # seconds
     residuals: tuple[Residual, ...] = ()
 
@@ -171,19 +176,21 @@ class _Job:
                 "train.batch"
             )
         losses: list[Tensor] = []
-        hits = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        seen = 0
         stream = self.data.train.batches(picks, Share(rank(), world()), settings.augment.made(), seed)
         for step, (x, y) in enumerate(stream):
             self._set_rates(step / len(picks))
             loss, right = self._step(_last(x), y, np.random.default_rng([seed, step]))
             losses.append(loss)
-            hits += torch.stack([right, torch.tensor(len(y), device=right.device)])
+            hits += right
+            seen += len(y)
             every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
             if (step + 1) % _LOOK == 0 or (every and (step + 1) % every == 0) or step + 1 == len(picks):
                 self._look(losses, len(picks))
             if every and (step + 1) % every == 0:
                 self._update()
-        right, seen = summed(hits).tolist()
+        right, seen = summed(torch.stack([hits, hits.new_tensor(seen)])).tolist()
         return float(torch.stack(losses).mean()), 100 * right / seen
 
     def close(self) -> tuple[tuple[Residual, ...], bool]:
@@ -204,8 +211,26 @@ class _Job:
         return self.residuals, last
 
     def _step(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        settings = self.recipe.train
+        if self.replay is None:
+            share = float(rng.beta(settings.mixup, settings.mixup)) if settings.mixup else 1.0
+            found = self._work(x, y, share)
+        else:
+            try:
+                loss, right = self.replay(self._work, x, y)
+                found = loss, right
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph "
+                    f"({str(error).partition(chr(10))[0]}); leave train.cuda_graph out"
+                ) from None
+        if self.average is not None:
+            self.average.update_parameters(self.phase.model)
+        return found
+
+    def _work(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Do one step of the optimizer; return the loss and how many answers were right, both on the device."""
         phase, settings = self.phase, self.recipe.train
-        share = float(rng.beta(settings.mixup, settings.mixup)) if settings.mixup else 1.0
         if share < 1.0:
             x = torch.lerp(x.flip(0), x, share)
         with self.accelerator.autocast():
@@ -223,14 +248,16 @@ class _Job:
         if phase.schedule.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), phase.schedule.clip)
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(phase.model)
         return loss.detach(), (scores.detach().argmax(1) == y).sum()
 
     def _set_rates(self, share: float) -> None:
         schedule = self.phase.schedule
+        now = rate(schedule, self.epoch + share)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(schedule, self.epoch + share)
+            if self.replay is None:
+                group["lr"] = now
+            else:
+                group["lr"].fill_(now)  # where the graph reads it
         if isinstance(schedule, AdmmSchedule) and self.phase.admm is not None and not schedule.balance:
             self.phase.admm.set_rho(penalty_weight(schedule, self.epoch))
 
@@ -282,6 +309,13 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
+def _replay(settings: Training, optimizer: torch.optim.Optimizer, device: torch.device) -> Replay | None:
+    if not settings.cuda_graph or device.type != "cuda":
+        return None
+    on_device(optimizer, device)
+    return Replay()
+
+
 def _average(model: nn.Module, settings: Training) -> AveragedModel | None:
     if settings.ema is None:
         return None
@@ -310,7 +344,10 @@ def _restore(
     state: dict[str, Any],
 ) -> None:
     phase.model.load_state_dict(state["model"])
+    chosen = [{key: group[key] for key in IMPLEMENTATION if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, kept in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(kept)  # of this device, and not of the one that wrote the checkpoint
     if average is not None:
         average.load_state_dict(state["average"])
     if accelerator.scaler and state["scaler"]:

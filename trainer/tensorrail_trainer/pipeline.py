@@ -132,7 +132,9 @@ def train_all(
     job.accelerator.wait_for_everyone()
     job.write(lambda: plan.save(kept))
     start = job.copy_of(dense)
-    teacher = job.copy_of(dense) if settings.distill is not None else None
+    teacher = recipe.make_teacher()
+    if teacher is None and settings.distill is not None:
+        teacher = job.copy_of(dense)
     roots: Mapping[str, Root] = {}
     if settings.admm is None:
         uncut, cut = start, swap(job.copy_of(start), plan)

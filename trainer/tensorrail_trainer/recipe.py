@@ -21,7 +21,7 @@ from tensorrail_trainer.models import NetworkError, model_of
 from tensorrail_trainer.moments import require_one_input
 from tensorrail_trainer.planning import join, plan_layers, plan_to_size
 from tensorrail_trainer.published import published_plan
-from tensorrail_trainer.schedules import FROM_LIST, Count, Part, Positive, Training
+from tensorrail_trainer.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Training
 from tensorrail_trainer.weights import WeightsError, load_weights
 
 Integers = Annotated[tuple[int, ...], FROM_LIST]
@@ -29,19 +29,6 @@ Integers = Annotated[tuple[int, ...], FROM_LIST]
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; one line with the file, the key, what was expected and what to try."""
-
-
-class Named(Part):
-    """A data set or model by its name, and the arguments it takes."""
-
-    name: str
-    args: dict[str, Any] = Field(default_factory=dict)
-
-
-class NamedModel(Named):
-    """A model, and the file of trained weights that it starts from: safetensors, or a state dict of torch."""
-
-    weights: str | None = None
 
 
 class PlanRule(Part):
@@ -156,6 +143,7 @@ class Recipe(Part):
         try:
             recipe = cls.model_validate(raw)
             recipe.make_plan(recipe.make_model(trained=False), trained=False)
+            recipe.make_teacher(trained=False)
         except ValidationError as error:
             raise RecipeError(f"{path}: {first_problem(error)}") from None
         except (PlanError, RecipeError, DataError, WeightsError) as error:
@@ -170,21 +158,31 @@ class Recipe(Part):
 
     def make_model(self, *, trained: bool = True) -> nn.Module:
         """Return the dense model with fresh weights that the seed decides, or with those of the file that the recipe names."""
+        return self._made(self.model, "model", trained)
+
+    def make_teacher(self, *, trained: bool = True) -> nn.Module | None:
+        """Return the network that `train.distill` names as a teacher, or None where it names none."""
+        named = None if self.train.distill is None else self.train.distill.teacher
+        if named is None:
+            return None
+        if named.weights is None:
+            raise RecipeError("train.distill.teacher.weights: expected the file of its trained weights")
+        return self._made(named, "train.distill.teacher", trained)
+
+    def _made(self, named: NamedModel, key: str, trained: bool) -> nn.Module:
         source = self._source()
         known = dict(_call(source.known, source.make, self.data, "data", {}))
         try:
-            make = model_of(self.model.name)
+            make = model_of(named.name)
         except NetworkError as error:
-            raise RecipeError(f"model.name: {error}") from None
+            raise RecipeError(f"{key}.name: {error}") from None
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            model = _call(make, make, self.model, "model", known)
+            model = _call(make, make, named, key, known)
         if not isinstance(model, nn.Module):
-            raise RecipeError(
-                f"model.name: {self.model.name} made a {type(model).__name__}, and a torch.nn.Module was expected"
-            )
-        if trained and self.model.weights is not None:
-            load_weights(model, Path(self.model.weights))
+            raise RecipeError(f"{key}.name: {named.name} made a {type(model).__name__}, and a torch.nn.Module was expected")
+        if trained and named.weights is not None:
+            load_weights(model, Path(named.weights))
         return model
 
     def _source(self) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -24,6 +24,19 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decayed = Literal["weights", "cores", "norms", "biases"]
+
+
+class Named(Part):
+    """A data set or model by its name, and the arguments it takes."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class NamedModel(Named):
+    """A model, and the file of trained weights that it starts from: safetensors, or a state dict of torch."""
+
+    weights: str | None = None
 
 
 class Steps(Part):
@@ -92,10 +105,14 @@ class AdmmSchedule(Schedule):
 
 
 class Distillation(Part):
-    """The loss is (1 − weight) · that on the labels + weight · T² · KL of softened class scores (Hinton et al. 2015)."""
+    """The loss is (1 − weight) · that on the labels + weight · T² · KL of softened class scores (Hinton et al. 2015).
+
+    The teacher is the dense network at the end of its phase, or another one that is trained already.
+    """
 
     weight: Fraction = 0.5
     temperature: Positive = 4.0
+    teacher: NamedModel | None = None
 
 
 class Augmentation(Part):
@@ -118,7 +135,7 @@ class Training(Part):
     when the dense network is to be cut as it is. `control` is the dense network trained on for as many epochs as ADMM and
     fine-tuning take, by the same recipe: `same`, a schedule of its own, or `none`. With `same` a constant rate of ADMM, which
     fine-tuning is to lower, falls by cosine.
-    The teacher of `distill` is the dense network at the end of its phase; the control learns from it as well. `ema` averages
+    The control learns from the teacher of `distill` as well. `ema` averages
     the weights with this decay a step; the average is evaluated and handed on.
     """
 
@@ -130,11 +147,24 @@ class Training(Part):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    cuda_graph: bool = False  # replay each step as one launch; for small networks on a GPU, changes nothing on a CPU
     sync_batch_norm: bool = True  # over all processes, so that their number does not change the result
     dense: Schedule | None = None
     admm: AdmmSchedule | None = None
     finetune: Schedule
     control: Schedule | Literal["same", "none"] = "same"
+
+    @model_validator(mode="after")
+    def _captured(self) -> Training:
+        if self.cuda_graph:
+            for name, there in {
+                "mixup": self.mixup > 0,
+                "precision: fp16": self.precision == "fp16",
+                "admm.metric: activation": self.admm is not None and self.admm.metric == "activation",
+            }.items():
+                if there:
+                    raise ValueError(f"cuda_graph replays the same work every step, and {name} does not do the same; drop one")
+        return self
 
     @property
     def control_schedule(self) -> Schedule | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensorrail.options import Json, Provider, Shape
+from tensorrail.options import Json, Nhwc, Provider, Shape, Tf32
 from tensorrail.show import bar, console, table
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def command(
         bool, typer.Option("--io-binding", help="Keep inputs and outputs on the device; with transfers is shown beside it.")
     ] = False,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay a CUDA graph; needs --io-binding.")] = False,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")] = False,
+    tf32: Tf32 = False,
+    nhwc: Nhwc = False,
     memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")] = False,
     min_speedup: Annotated[
         float | None, typer.Option(help="Exit with 1 unless every other model's interval lies above this.")
@@ -40,7 +41,7 @@ def command(
     from tensorrail_runtime.session import Settings
 
     shapes = parse_shapes(shape or [])
-    settings = Settings(provider=provider, threads=threads, tf32=tf32, cuda_graph=cuda_graph)
+    settings = Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
     reports = []
     for binding in [True, False] if io_binding and not cuda_graph else [io_binding]:
         with bar("measuring in turns") as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from tensorrail.commands import quantize
-from tensorrail.options import Data, Json, Provider, Shape
+from tensorrail.options import CudaGraph, Data, Json, Nhwc, Provider, Shape, Tf32
 from tensorrail.show import console, stages, table
 from tensorrail.targets import (
     Batch,
@@ -67,6 +68,9 @@ def command(
     ] = None,
     data: Data = None,
     provider: Provider = "cpu",
+    tf32: Tf32 = False,
+    nhwc: Nhwc = False,
+    cuda_graph: CudaGraph = False,
     threads: Threads = 0,
     batch: Batch = 1,
     shape: Shape = None,
@@ -92,7 +96,8 @@ def command(
     _check_also(also or [], calibration)
     if (bool(target) or max_loss is not None) == (plan is not None):
         raise PlanError("compress needs --target latency=2.0 (or flops, params, bytes), or --plan plan.json, and not both")
-    settings, shapes = Settings(provider=provider, threads=threads), parse_shapes(shape or [])
+    settings = Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
+    shapes = parse_shapes(shape or [])
     targets = read_targets(target or [])
     search = read_search(
         targets, batch, format, grid=grid, keep=keep, max_loss=max_loss, slower=allow_slower, seconds=seconds, cache=cache
@@ -142,7 +147,7 @@ def command(
             labels=test[1] if test else None,
             batch=batch,
             seconds=duration,
-            settings=settings,
+            settings=replace(settings, tf32=False, cuda_graph=False),
         )
         quantize.show(small)
         report = report.model_copy(update={"reduced": (*report.reduced, small)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensorrail.options import Json, Provider, Shape
+from tensorrail.options import Json, Nhwc, Provider, Shape, Tf32
 from tensorrail.show import console, table
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def command(
     threads: Annotated[int, typer.Option(min=0, help="Intra-op threads of an instance; 0 is ONNX Runtime's own choice.")] = 0,
     level: Annotated[str, typer.Option(metavar="none|basic|extended|all", help="Graph optimization level.")] = "all",
     provider: Provider = "cpu",
-    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")] = False,
+    tf32: Tf32 = False,
+    nhwc: Nhwc = False,
     warmup: Annotated[int, typer.Option(min=0, help="Warm-up requests of each batch size before the model is ready.")] = 1,
     warmup_data: Annotated[str, typer.Option(metavar="zero|random", help="What they hold; random is random bytes.")] = "zero",
     shape: Shape = None,
@@ -56,7 +57,7 @@ def command(
     from tensorrail_runtime.triton import Serving, package
 
     serving = Serving(
-        settings=Settings(provider=provider, threads=threads, level=level, tf32=tf32),
+        settings=Settings(provider=provider, threads=threads, level=level, tf32=tf32, nhwc=nhwc),
         max_batch=max_batch,
         dynamic_batching=not no_dynamic_batching,
         preferred=tuple(preferred or ()),

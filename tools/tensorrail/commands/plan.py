@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tensorrail.options import Json, Provider, Shape
+from tensorrail.options import CudaGraph, Json, Nhwc, Provider, Shape, Tf32
 from tensorrail.show import stages
 from tensorrail.targets import (
     Batch,
@@ -39,6 +39,9 @@ def command(
     calibration: CalibrationPath = None,
     samples: Samples = 128,
     provider: Provider = "cpu",
+    tf32: Tf32 = False,
+    nhwc: Nhwc = False,
+    cuda_graph: CudaGraph = False,
     threads: Threads = 0,
     batch: Batch = 1,
     shape: Shape = None,
@@ -80,7 +83,7 @@ def command(
                 graph,
                 search,
                 calibration=inputs,
-                settings=Settings(provider=provider, threads=threads),
+                settings=Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph),
                 shapes=parse_shapes(shape or []),
                 on_stage=on_stage,
             )

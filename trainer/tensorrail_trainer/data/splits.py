@@ -112,7 +112,7 @@ class InMemory:
         """Yield samples and labels, images changed on their own device by a few gathers for the whole batch."""
         generator = torch.Generator().manual_seed(seed)
         for pick in picks:
-            own = share.of(pick).to(self.x.device)
+            own = _sent(share.of(pick), self.x.device)
             image = self.x[own]
             if augment is not None and image.dim() == 4:
                 image = _augmented(image, augment, len(pick), share, generator, self.mean)
@@ -144,19 +144,24 @@ def arrays(split: Split, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarra
         yield x.cpu().numpy(), y.cpu().numpy()
 
 
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a GPU is not waited for, and works on meanwhile."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _augmented(
     image: Tensor, augment: Augment, count: int, share: Share, generator: torch.Generator, mean: Tensor | None
 ) -> Tensor:
     """Return each image changed by its own numbers, which are drawn for the whole batch of all processes."""
     if augment.shift:
         offsets = torch.randint(0, 2 * augment.shift + 1, (count, 2), generator=generator)
-        image = _shifted(image, augment, share.of(offsets).to(image.device))
+        image = _shifted(image, augment, _sent(share.of(offsets), image.device))
     if augment.flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
-        image = torch.where(share.of(mirrored).to(image.device)[:, None, None, None], image.flip(3), image)
+        image = torch.where(_sent(share.of(mirrored), image.device)[:, None, None, None], image.flip(3), image)
     if augment.cutout:
         centres = torch.rand(count, 2, generator=generator)
-        image = _cut_out(image, augment.cutout, share.of(centres).to(image.device), mean)
+        image = _cut_out(image, augment.cutout, _sent(share.of(centres), image.device), mean)
     return image
 
 
