@@ -43,12 +43,14 @@ import yaml
 from gpu_page import Log, markdown
 from roofline import Peaks, bound_ms, peaks
 
-from tensorrail_exporter import GraphError, Plan, PlanError, factorize
+from tensorrail_exporter import FORMATS, GraphError, Plan, PlanError, factorize
 from tensorrail_exporter.fp16 import to_fp16
 from tensorrail_exporter.graph_io import save_model
-from tensorrail_exporter.latency_table import DENSE, LatencyTable, Timed
+from tensorrail_exporter.latency_table import LatencyTable
+from tensorrail_exporter.options import options_of
 from tensorrail_exporter.planner import Search, plan_network, random_cores
 from tensorrail_exporter.rewrite import reconstruct
+from tensorrail_exporter.survey import survey
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import random_inputs
 from tensorrail_runtime.latency import bench_fresh
@@ -116,7 +118,7 @@ class Bench:
         word = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") if self.provider != "cpu" else "dry-run"
         self.stem: Path = options.out / f"gpu-{word.removeprefix('nvidia-')}"
         self.log: Log = {"version": 1, "machine": where.model_dump(mode="json"), "provider": self.provider, "notes": []}
-        self.log["commands"] = []
+        self.log |= {"commands": [], "layers": []}
         self.log |= {section: [] for section in SECTIONS}
         for folder in (options.out, options.folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -215,15 +217,15 @@ def plan(bench: Bench, name: str) -> None:
     settings = mode.settings(bench.provider)
     settings = replace(settings, conv_search=bench.options.search)
     for grid in bench.options.grids or GRIDS.get(name, (8,)):
-        if bench.late or bench.has("plan", network=name, grid=grid):
+        batch = bench.options.plan_batch
+        if bench.late or bench.has("plan", network=name, grid=grid, batch=batch, mode=mode.name):
             continue
-        row: Log = {"network": name, "grid": grid, "batch": bench.options.plan_batch, "plan": None, "refused": []}
-        row["mode"] = mode.name
+        row: Log = {"network": name, "grid": grid, "batch": batch, "mode": mode.name, "plan": None, "refused": []}
         start = time.monotonic()
         for target in TARGETS[name]:
             search = Search(
                 targets={"flops": target},
-                batch=bench.options.plan_batch,
+                batch=batch,
                 grid=grid,
                 formats=tuple(bench.options.formats),
                 seconds=bench.options.plan_seconds,
@@ -246,22 +248,24 @@ def plan(bench: Bench, name: str) -> None:
                 "formats": sorted({layer.format for layer in report.plan.layers}),
             }
             break
-        bench.log["layers"] = fastest(LatencyTable.open(settings, bench.options.cache), mode.name)
+        for layer in fastest(bench, name, grid, settings):
+            bench.add("layers", {"network": name, "grid": grid, "batch": batch, "mode": mode.name} | layer)
         bench.add("plan", row | {"seconds": time.monotonic() - start})
 
 
-def fastest(table: LatencyTable, mode: str) -> list[Log]:
-    """Return every layer that was timed: how long it takes dense, and in its fastest form."""
-    layers: dict[str, list[Timed]] = {}
-    for one in table.times.values():
-        layers.setdefault(one.layer, []).append(one)
-    rows = []
-    for layer, times in layers.items():
-        dense = next(one for one in times if one.form == DENSE)
-        best = min((one for one in times if one.form != DENSE), key=lambda one: one.milliseconds, default=None)
-        row: Log = {"layer": layer, "mode": mode, "dense": dense.milliseconds, "forms": len(times) - 1}
-        rows.append(row | ({} if best is None else {"form": best.form, "ms": best.milliseconds}))
-    return rows
+def fastest(bench: Bench, name: str, grid: int, settings: Settings) -> list[Log]:
+    """Return every layer of a network that was timed: how long it takes dense, and in its fastest form."""
+    table = LatencyTable.open(settings, bench.options.cache)
+    rows: dict[str, Log] = {}
+    for layer in survey(onnx.load(bench.dense(name)), bench.options.plan_batch):
+        options = options_of(layer, bench.options.formats, grid)
+        known = layer.output is not None and layer.inputs[layer.data] is not None
+        if layer.describe() in rows or not known or table.missing(layer, options):
+            continue
+        row: Log = {"layer": layer.describe(), "forms": len(options), "dense": table.milliseconds(layer)}
+        best = min(options, key=lambda option: table.milliseconds(layer, option), default=None)
+        rows[layer.describe()] = row | ({} if best is None else {"form": best.steps, "ms": table.milliseconds(layer, best)})
+    return list(rows.values())
 
 
 def place(bench: Bench, name: str) -> None:
@@ -282,8 +286,12 @@ def place(bench: Bench, name: str) -> None:
         row |= {"elsewhere": [f"{node.name} ({node.op})" for node in placed.elsewhere]}
         for precision in dict.fromkeys(mode.precision for mode in modes(bench.provider)):
             file = bench.forms(name, precision)[label]
-            found = run(open_session(file, settings=Mode(precision).settings(bench.provider)), feed)
-            row[precision] = worst(expected, found)
+            try:
+                row[precision] = worst(
+                    expected, run(open_session(file, settings=Mode(precision).settings(bench.provider)), feed)
+                )
+            except ModelError as error:  # as where fp16 overflows
+                bench.note(f"{name}, {label}, {precision}: not compared, {error}")
         bench.add("placement", row)
 
 
@@ -432,10 +440,16 @@ def main() -> None:
     )
     names = [mode.name for mode in (*modes("cuda"), *modes("cpu"))]
     parser.add_argument("--modes", nargs="+", choices=names, metavar="MODE", help=f"Default: all of {'; '.join(names[:-2])}.")
-    parser.add_argument("--plan-mode", default=PLANNED.name, choices=names, metavar="MODE", help="What plans are made for.")
+    parser.add_argument(
+        "--plan-mode",
+        default=PLANNED.name,
+        choices=[name for name in names if "fp16" not in name],
+        metavar="MODE",
+        help="What plans are made for.",
+    )
     parser.add_argument("--processes", type=int, default=2, help="Fresh ones, for each time.")
     parser.add_argument("--search", default=SEARCHES[0], choices=SEARCHES, help="cuDNN's algorithms while plans are made.")
-    parser.add_argument("--formats", nargs="+", default=["auto"], help="That plans may have.")
+    parser.add_argument("--formats", nargs="+", default=["auto"], choices=["auto", *FORMATS], help="That plans may have.")
     parser.add_argument("--seconds", type=float, default=1.0, help="Of timing a model in a mode.")
     parser.add_argument("--plan-batch", type=int, default=64)
     parser.add_argument("--plan-seconds", type=float, default=60.0, help="Of timing the layers of one plan.")
@@ -449,6 +463,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("-o", "--out", type=Path, default=Path("results"))
     options = parser.parse_args()
+    known = [mode.name for mode in modes(options.provider)]
+    if not set(options.modes or ()) <= set(known):
+        parser.error(f"--modes: provider {options.provider} has {'; '.join(known)}")
     reason = lacking(options.provider)
     if reason is not None:
         print(f"skipped: {reason}")

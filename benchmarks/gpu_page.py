@@ -39,9 +39,10 @@ def markdown(log: Log) -> str:
             ),
             *_table(
                 "Layers, one at a time",
-                "layer|for|forms timed|dense|the fastest form|takes|speed-up",
+                "network, rank grid|for|layer|forms timed|dense|the fastest form|takes|speed-up",
                 (
-                    f"{row['layer']}|{row['mode']}|{row['forms']}|{row['dense']:.3f} ms|"
+                    f"{row['network']}, {row['grid']}|{row['mode']}, batch {row['batch']}|{row['layer']}|{row['forms']}"
+                    f"|{row['dense']:.3f} ms|"
                     + (f"{row['form']}|{row['ms']:.3f} ms|{row['dense'] / row['ms']:.2f}×" if "form" in row else "–|–|–")
                     for row in log.get("layers", [])
                 ),

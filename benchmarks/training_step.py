@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
 from tensorrail_trainer.graphed import Replay, on_device
-from tensorrail_trainer.models import model_of
+from tensorrail_trainer.models import MODELS
 
+Log = dict[str, Any]
 WARMUP = 20
 BATCHES = 4  # that take turns
 
@@ -30,7 +31,7 @@ BATCHES = 4  # that take turns
 def timed(name: str, size: int, steps: int, *, graph: bool) -> tuple[float, list[float]]:
     """Return the milliseconds of a step, and every tenth loss."""
     torch.manual_seed(0)
-    model = model_of(name)(classes=100).cuda().to(memory_format=torch.channels_last).train()
+    model = MODELS[name](classes=100).cuda().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     if graph:
         on_device(optimizer, torch.device("cuda"))
@@ -62,19 +63,21 @@ def timed(name: str, size: int, steps: int, *, graph: bool) -> tuple[float, list
     return 1e3 * (time.perf_counter() - begin) / steps, [float(loss) for loss in losses[::10]]
 
 
-def page(log: dict[str, object], rows: list[dict[str, object]]) -> str:
+def page(log: Log) -> str:
     """Return the page of what was measured."""
     lines = [
-        f"| {row['batch']} | {row['eager']:.2f} ms | {row['graph']:.2f} ms | {row['eager'] / row['graph']:.2f}× "  # type: ignore[operator]
+        f"| {row['batch']} | {row['eager']:.2f} ms | {row['graph']:.2f} ms | {row['eager'] / row['graph']:.2f}× "
         f"| {'yes' if row['equal'] else 'no'} |"
-        for row in rows
+        for row in log["rows"]
     ]
+    batches = " ".join(str(row["batch"]) for row in log["rows"])
     return "\n".join(
         [
             "# A training step as one CUDA graph",
             "",
-            f"Command: `python benchmarks/training_step.py --model {log['model']} --steps {log['steps']}`. {log['gpu']}, torch "
-            f"{log['torch']}; mean of {log['steps']} steps after {WARMUP}: what `cuda_graph: true` does in a recipe.",
+            f"Command: `python benchmarks/training_step.py --model {log['model']} --batches {batches} --steps {log['steps']}`. "
+            f"{log['gpu']}, torch {log['torch']}; mean of {log['steps']} steps after {WARMUP}, one measurement each. What "
+            "`cuda_graph: true` does in a recipe: the graph, and SGD's fused kernels in place of those that torch chooses.",
             "",
             "| batch | launched one by one | as one graph | faster | same losses |",
             "|---|---|---|---|---|",
@@ -86,23 +89,27 @@ def page(log: dict[str, object], rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--model", default="resnet20", choices=[name for name in MODELS if name.startswith("resnet")])
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("-o", "--out", type=Path, default=Path("results/training-step"))
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("skipped: torch has no GPU here")
-    rows: list[dict[str, object]] = []
+        print("skipped: torch has no GPU here")
+        return
+    if options.steps < 1:
+        parser.error(f"--steps: expected 1 or more, and {options.steps} came")
+    rows: list[Log] = []
     for size in options.batches:
         found = {graph: timed(options.model, size, options.steps, graph=graph) for graph in (False, True)}
         (eager, plain), (replayed, graphed) = found[False], found[True]
         rows.append({"batch": size, "eager": eager, "graph": replayed, "equal": plain == graphed})
     gpu = machine(gpu=True).gpu
-    log = {"model": options.model, "steps": options.steps, "torch": torch.__version__, "gpu": gpu.name if gpu else "a GPU"}
-    write_text(options.out.with_suffix(".json"), json.dumps(log | {"rows": rows}, indent=1) + "\n")
-    write_text(options.out.with_suffix(".md"), page(log, rows))
-    print(page(log, rows))
+    log: Log = {"model": options.model, "steps": options.steps, "torch": torch.__version__, "gpu": gpu.name if gpu else "a GPU"}
+    log["rows"] = rows
+    write_text(options.out.with_suffix(".json"), json.dumps(log, indent=1) + "\n")
+    write_text(options.out.with_suffix(".md"), page(log))
+    print(page(log))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,7 +104,7 @@ def compress(
     not compute what its cores stand for: nothing is written then.
     """
     settings = settings or Settings()
-    exact = replace(settings, tf32=False, cuda_graph=False)  # for outputs; times are taken as asked
+    exact = settings.exact
     if calibration is not None:
         fitted = fit_layers(model, plan, calibration, exact, on_share=lambda share, what: on_stage(f"fitting {what}", share))
         base, cores, fits = fitted.model, fitted.cores, fitted.layers

@@ -32,7 +32,8 @@ from tensorrail_runtime.session import Settings
 DENSE = "dense"  # the form of a layer that stays as it is
 
 _VERSION = 2
-_TOGETHER = 6  # forms that are timed in turns with the dense one; on a GPU all are, for no cache of a core is disputed there
+_TOGETHER = 6  # forms that are timed in turns with the dense one
+_ON_GPU = 12  # the same on a GPU, where a process takes seconds to begin; each form has workspaces in its memory
 
 
 class Target(Record):
@@ -199,7 +200,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Setting
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
         save_model(many, dense)
         save_model(dense_context(layer, 1), single)
-        together = _TOGETHER if settings.provider == "cpu" else max(1, len(options))
+        together = _TOGETHER if settings.provider == "cpu" else _ON_GPU
         groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
         base: list[float] = []

@@ -175,8 +175,9 @@ def plan_network(
     table = LatencyTable.open(settings, search.cache)
     table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
     faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
-    exact = replace(settings, tf32=False, cuda_graph=False)  # what a form costs in accuracy is its own doing alone
-    losses = losses_of(model, faster, calibration, exact, on_share=lambda share, what: on_stage(f"sensitivity {what}", share))
+    losses = losses_of(
+        model, faster, calibration, settings.exact, on_share=lambda share, what: on_stage(f"sensitivity {what}", share)
+    )
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)

@@ -101,13 +101,14 @@ def reduced(
     layers' ranges. Otherwise `GraphError` for what cannot be converted, `ModelError` for what cannot be run or scored.
     """
     model, out, settings = Path(model), Path(out), settings or Settings()
+    exact = settings.exact
     _check_request(model, out, to, method, data, labels)
-    session = open_session(model, settings=settings)
+    session = open_session(model, settings=exact)
     given = None if calibration is None else list(calibration)
     feeds = given if given is not None else [random_inputs(session, size, seed) for size in _RANDOM_BATCHES]
     scores = None
     if data is not None and labels is not None:  # before anything is written: it shows whether the data fit
-        scores = evaluate(model, data, labels, metric=metric, settings=settings)
+        scores = evaluate(model, data, labels, metric=metric, settings=exact)
     single = load_model(model)
     if to == "fp16":
         small = to_fp16(single, keep=keep)
@@ -115,12 +116,19 @@ def reduced(
     else:
         small = to_int8(single, given or (), method=method or "minmax", keep=keep)
     save_model(small, out)
-    same = parity(model, out, inputs=feeds, tolerance=TOLERANCES[to] if tolerance is None else tolerance, settings=settings)
+    same = parity(model, out, inputs=feeds, tolerance=TOLERANCES[to] if tolerance is None else tolerance, settings=exact)
     accuracy = None
     if scores is not None and data is not None and labels is not None:
-        accuracy = compare_scores(scores, evaluate(out, data, labels, metric=metric, settings=settings))
+        accuracy = compare_scores(scores, evaluate(out, data, labels, metric=metric, settings=exact))
     latency = bench(
-        [model, out], batch=batch, seconds=seconds, settings=settings, seed=seed, labels=["fp32", to], on_round=on_round
+        [model, out],
+        batch=batch,
+        seconds=seconds,
+        settings=settings,
+        io_binding=settings.provider != "cpu",
+        seed=seed,
+        labels=["fp32", to],
+        on_round=on_round,
     )
     return PrecisionReport(
         model=model.name,

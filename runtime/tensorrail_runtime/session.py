@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,11 @@ class Settings:
     arena: bool = True
     linger: bool = True
 
+    @property
+    def exact(self) -> Settings:
+        """The same for outputs that are compared: without TF32, and without a graph, which takes one shape alone."""
+        return replace(self, tf32=False, cuda_graph=False)
+
     def check(self) -> None:
         """Raise `ModelError` for a provider or level that is unknown, or an option that the provider does not have."""
         if self.provider not in PROVIDERS:
@@ -66,6 +71,8 @@ class Settings:
             raise ModelError(f"threads are 0 (ONNX Runtime's own choice) or more, and {self.threads} came")
         if self.provider == "cpu" and (self.cuda_graph or self.nhwc or self.tf32):
             raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
+        if self.provider != "cuda" and self.conv_search != SEARCHES[0]:
+            raise ModelError(f"a {self.conv_search} search is of the CUDA provider: ask for provider 'cuda'")
 
 
 def open_session(

@@ -136,15 +136,17 @@ def test_a_step_that_is_replayed_reads_every_change_where_it_lies(tmp_path, data
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-def test_on_a_gpu_a_graph_trains_as_launches_one_by_one_do(tmp_path, data):
-    schedule = AdmmSchedule(epochs=3, lr=0.05, rho=0.01, rho_end=0.1, every_steps=2, clip=1.0)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU here")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("training", [{}, {"ema": 0.9}, {"distill": Distillation()}], ids="+".join)
+def test_on_a_gpu_a_graph_trains_as_launches_one_by_one_do(tmp_path, data, optimizer, training):
+    schedule = AdmmSchedule(epochs=3, lr=0.02, rho=0.01, rho_end=0.1, every_steps=2, clip=1.0, optimizer=optimizer)
     found = []
     for asked in (False, True):
         model, folder = network().cuda(), tmp_path / str(asked)
         folder.mkdir()
-        phase = Phase("admm", model, schedule, admm_of(model))
-        found.append(fit(folder, data.to(torch.device("cuda")), phase, cuda_graph=asked)[1])
+        phase = Phase("admm", model, schedule, admm_of(model), copy.deepcopy(model) if "distill" in training else None)
+        found.append(fit(folder, data.to(torch.device("cuda")), phase, cuda_graph=asked, **training)[1])
     assert [row.loss for row in found[0]] == pytest.approx([row.loss for row in found[1]], rel=1e-3)
 
 

@@ -48,7 +48,7 @@ from tensorrail_trainer.processes import rank, shared_out, world
 Metric = Literal["weight", "activation"]
 """What distances between weights are measured in: the Frobenius norm, or that of the change of the layer's outputs."""
 
-_SMALL = 2**20  # values; the SVDs of a weight of no more are faster on the CPU than on a GPU, the copies included
+_SMALL = 2**20  # values of a weight that a GPU leaves to the CPU: small SVDs are slow there (PyTorch issue 41306)
 
 
 @dataclass(frozen=True)

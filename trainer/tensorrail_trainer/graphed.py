@@ -17,14 +17,16 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 IMPLEMENTATION = ("foreach", "fused", "capturable")
 """The keys of an optimizer's groups that say how it computes, and not what."""
 
+
+class CaptureError(RuntimeError):
+    """A step that cannot be captured as a graph: something in it waits for the GPU, or is not where it was."""
+
+
 _AS_IT_IS = 3  # steps before the capture: the first ones allocate, and choose kernels
 
 
 class Replay:
-    """Runs a step on batch after batch: the first three as they come, then as a graph of what the fourth would launch.
-
-    Raises `RuntimeError` where the step cannot be captured.
-    """
+    """Runs a step on batch after batch: the first three as they come, then as a graph of what the fourth would launch."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -33,15 +35,22 @@ class Replay:
         self._found: tuple[Tensor, ...] = ()
 
     def __call__(self, step: Step, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Do the step on samples x (B, …) and labels y (B,), of the same shapes every time, and return what it returns."""
+        """Do the step on samples x (B, …) and labels y (B,), of the same shapes every time, and return what it returns.
+
+        Raises `CaptureError` where the step cannot be captured.
+        """
         self._steps += 1
         if self._steps <= _AS_IT_IS:
             return _aside(step, x, y)
         if self._graph is None or self._batch is None:
             self._batch = x.clone(), y.clone()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._found = step(*self._batch)
+            try:
+                # Of this thread alone: others pin memory for batches that are read from files.
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._found = step(*self._batch)
+            except RuntimeError as error:
+                raise CaptureError(str(error).partition("\n")[0]) from error
         for held, new in zip(self._batch, (x, y), strict=True):
             held.copy_(new)
         self._graph.replay()

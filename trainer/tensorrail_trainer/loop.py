@@ -24,8 +24,8 @@ from tensorrail_runtime.report import Epoch
 from tensorrail_trainer.admm import ADMM, Residual
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset, Share, Split
-from tensorrail_trainer.data.splits import in_order, shuffled
-from tensorrail_trainer.graphed import IMPLEMENTATION, Replay, on_device
+from tensorrail_trainer.data.splits import EVALUATED, InMemory, in_order, shuffled
+from tensorrail_trainer.graphed import IMPLEMENTATION, CaptureError, Replay, on_device
 from tensorrail_trainer.layers import FactoredLayer
 from tensorrail_trainer.processes import rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipe import Recipe
@@ -35,7 +35,7 @@ from tensorrail_trainer.schedules import AdmmSchedule, Schedule, Training, penal
 OnEpoch = Callable[[Epoch, int], None]
 """Called after every epoch with its row and the number of epochs of the phase."""
 
-_ON_GPU = 1024  # samples evaluated at once
+_ON_GPU = 1024  # samples evaluated at once, of those that lie there
 _LOOK = 32  # steps between looks at the loss: each look waits for the device
 
 
@@ -116,8 +116,8 @@ def evaluate(model: nn.Module, split: Split, accelerator: Accelerator) -> float:
     """Return the top-1 accuracy in percent, each process having answered its share."""
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    size = {"size": _ON_GPU} if accelerator.device.type == "cuda" else {}
-    for x, y in split.batches(in_order(len(split), **size), Share(rank(), world())):
+    size = _ON_GPU if accelerator.device.type == "cuda" and isinstance(split, InMemory) else EVALUATED
+    for x, y in split.batches(in_order(len(split), size), Share(rank(), world())):
         with accelerator.autocast():
             hits += (model(_last(x)).argmax(1) == y).sum()
     return 100 * int(summed(hits)) / len(split)
@@ -218,12 +218,12 @@ class _Job:
         else:
             try:
                 loss, right = self.replay(self._work, x, y)
-                found = loss, right
-            except RuntimeError as error:
+            except CaptureError as error:
                 raise TrainingError(
-                    f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph "
-                    f"({str(error).partition(chr(10))[0]}); leave train.cuda_graph out"
+                    f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph ({error}); "
+                    "leave train.cuda_graph out and go on with --resume"
                 ) from None
+            found = loss, right
         if self.average is not None:
             self.average.update_parameters(self.phase.model)
         return found

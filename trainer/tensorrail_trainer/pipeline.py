@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -90,7 +91,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
         if not resume:
             raise RecipeError(f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew")
         before = Recipe.load(kept)
-        changed = [key for key in _TRAINED_BY if getattr(before, key) != getattr(recipe, key)]
+        changed = [key for key in _TRAINED_BY if _deciding(before, key) != _deciding(recipe, key)]
         if changed:
             raise RecipeError(
                 f"{folder} was trained by a recipe with another {', '.join(changed)}: give the run another name, "
@@ -98,6 +99,11 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
             )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     recipe.save(kept)
+
+
+def _deciding(recipe: Recipe, key: str) -> Any:
+    """Return the part of a recipe's key that decides what is trained; how its kernels are launched does not."""
+    return recipe.train.model_copy(update={"cuda_graph": False}) if key == "train" else getattr(recipe, key)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -123,7 +129,7 @@ def train_all(
     """
     job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
     settings, device = recipe.train, job.accelerator.device
-    dense = recipe.make_model()
+    dense, teacher = recipe.make_model(), recipe.make_teacher()
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
@@ -132,7 +138,6 @@ def train_all(
     job.accelerator.wait_for_everyone()
     job.write(lambda: plan.save(kept))
     start = job.copy_of(dense)
-    teacher = recipe.make_teacher()
     if teacher is None and settings.distill is not None:
         teacher = job.copy_of(dense)
     roots: Mapping[str, Root] = {}
@@ -160,6 +165,10 @@ class _Training:
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
         if recipe.train.batch % accelerator.num_processes:
             raise RecipeError(f"train.batch: {recipe.train.batch} cannot be shared by {accelerator.num_processes} processes")
+        if recipe.train.cuda_graph and accelerator.num_processes > 1:
+            raise RecipeError(
+                f"train.cuda_graph: of one process alone, and there are {accelerator.num_processes}; leave it out"
+            )
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
         self.store = Checkpoints(folder / "checkpoints")
         self.data = recipe.make_data().to(accelerator.device)

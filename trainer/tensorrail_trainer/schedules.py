@@ -134,9 +134,9 @@ class Training(Part):
     `dense` is left out when the model comes with trained weights, or when cores are to be trained from scratch; `admm`
     when the dense network is to be cut as it is. `control` is the dense network trained on for as many epochs as ADMM and
     fine-tuning take, by the same recipe: `same`, a schedule of its own, or `none`. With `same` a constant rate of ADMM, which
-    fine-tuning is to lower, falls by cosine.
-    The control learns from the teacher of `distill` as well. `ema` averages
-    the weights with this decay a step; the average is evaluated and handed on.
+    fine-tuning is to lower, falls by cosine. The control learns from the teacher of `distill` as well. `ema` averages the
+    weights with this decay a step; the average is evaluated and handed on. `cuda_graph` wants one process, every step the
+    same: no mixup, no fp16, no metric of the activations.
     """
 
     batch: Count = 128

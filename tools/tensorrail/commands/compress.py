@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -147,7 +146,7 @@ def command(
             labels=test[1] if test else None,
             batch=batch,
             seconds=duration,
-            settings=replace(settings, tf32=False, cuda_graph=False),
+            settings=settings,
         )
         quantize.show(small)
         report = report.model_copy(update={"reduced": (*report.reduced, small)})

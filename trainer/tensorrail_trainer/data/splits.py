@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 Border = Literal["edge", "zero", "reflect"]
 _BORDERS = {"edge": "replicate", "zero": "constant", "reflect": "reflect"}
-_EVALUATED = 256  # samples at once
+EVALUATED = 256  # samples at once
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def shuffled(count: int, size: int, seed: int) -> list[Tensor]:
     return list(order[: count - count % size].split(size)) if count >= size else []
 
 
-def in_order(count: int, size: int = _EVALUATED) -> list[Tensor]:
+def in_order(count: int, size: int = EVALUATED) -> list[Tensor]:
     """Return picks of all indices in their order, the last one shorter."""
     return list(torch.arange(count).split(size))
 
