@@ -96,7 +96,7 @@ def without_training(path: Path) -> dict[str, dict[str, float]]:
 
 
 def trained_runs(page: Path, logs: Path) -> list[TrainedRun]:
-    """Return the runs of `results/cifar100` that have a dense reference and a measured speed-up."""
+    """Return the runs of `results/cifar100` that have a dense control, trained for as many epochs, and a measured speed-up."""
     speeds = {
         row["run"]: float(found[1])
         for row in _table(page.read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def trained_runs(page: Path, logs: Path) -> list[TrainedRun]:
     runs = []
     for path in sorted(logs.glob("*.json")):
         last = {row.phase: row.test_accuracy for row in TrainingLog.model_validate_json(path.read_bytes()).epochs}
-        reference = last.get("control", last.get("dense"))
+        reference = last.get("control")
         if path.stem in speeds and reference is not None and "finetune" in last:
             runs.append(TrainedRun(path.stem, reference, last["finetune"], speeds[path.stem]))
     return runs

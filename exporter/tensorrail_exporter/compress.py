@@ -104,6 +104,7 @@ def compress(
     not compute what its cores stand for: nothing is written then.
     """
     settings = settings or Settings()
+    settings.check()
     exact = settings.exact
     if calibration is not None:
         fitted = fit_layers(model, plan, calibration, exact, on_share=lambda share, what: on_stage(f"fitting {what}", share))

@@ -163,6 +163,7 @@ def plan_network(
     """
     search.check()
     settings = settings or Settings()
+    settings.check()
     grid = search.grid or (channel_block() if settings.provider == "cpu" else _GPU_GRID)
     layers = survey(model, search.batch, shapes)
     wanted = {

@@ -101,6 +101,7 @@ def reduced(
     layers' ranges. Otherwise `GraphError` for what cannot be converted, `ModelError` for what cannot be run or scored.
     """
     model, out, settings = Path(model), Path(out), settings or Settings()
+    settings.check()
     exact = settings.exact
     _check_request(model, out, to, method, data, labels)
     session = open_session(model, settings=exact)

@@ -64,6 +64,8 @@ def on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         group.update(fused=True, foreach=False)
         if "capturable" in group:
             group["capturable"] = True
+    for state in optimizer.state.values():  # AdamW counts its steps on the CPU, unless they are captured
+        state.update({key: state[key].to(device) for key in ("step",) if key in state})
 
 
 def _aside(step: Step, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
