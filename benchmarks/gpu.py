@@ -214,10 +214,9 @@ class Bench:
 def plan(bench: Bench, name: str) -> None:
     """Make the plans of a network, one a rank grid."""
     mode = bench.known()[bench.options.plan_mode] if bench.provider != "cpu" else Mode()
-    settings = mode.settings(bench.provider)
-    settings = replace(settings, conv_search=bench.options.search)
+    settings = replace(mode.settings(bench.provider), conv_search=bench.options.search)
+    batch = bench.options.plan_batch
     for grid in bench.options.grids or GRIDS.get(name, (8,)):
-        batch = bench.options.plan_batch
         if bench.late or bench.has("plan", network=name, grid=grid, batch=batch, mode=mode.name):
             continue
         row: Log = {"network": name, "grid": grid, "batch": batch, "mode": mode.name, "plan": None, "refused": []}

@@ -132,7 +132,7 @@ def compress(
             batch=batch,
             seconds=seconds,
             settings=settings,
-            io_binding=settings.provider != "cpu",
+            io_binding=settings.on_gpu,
             shapes=shapes,
             labels=["dense", "factored"],
         )

@@ -54,7 +54,7 @@ class Target(Record):
     @classmethod
     def here(cls, settings: Settings) -> Target:
         """Return this machine under these settings."""
-        found = machine(gpu=settings.provider != "cpu")
+        found = machine(gpu=settings.on_gpu)
         gpu = "" if found.gpu is None else f"{found.gpu.name}, driver {found.gpu.driver}"
         return cls(
             provider=settings.provider,
@@ -200,7 +200,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Setting
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
         save_model(many, dense)
         save_model(dense_context(layer, 1), single)
-        together = _TOGETHER if settings.provider == "cpu" else _ON_GPU
+        together = _ON_GPU if settings.on_gpu else _TOGETHER
         groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
         base: list[float] = []

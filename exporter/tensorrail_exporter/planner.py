@@ -164,7 +164,7 @@ def plan_network(
     search.check()
     settings = settings or Settings()
     settings.check()
-    grid = search.grid or (channel_block() if settings.provider == "cpu" else _GPU_GRID)
+    grid = search.grid or (_GPU_GRID if settings.on_gpu else channel_block())
     layers = survey(model, search.batch, shapes)
     wanted = {
         layer: ()
@@ -384,7 +384,7 @@ def _choose(
         ),
         rows=tuple(rows),
         measured=None,
-        machine=machine(gpu=settings.provider != "cpu"),
+        machine=machine(gpu=settings.on_gpu),
         plan=Plan(layers=tuple(plans)),
     )
 
@@ -404,9 +404,9 @@ def _reason(layer: DenseLayer, options: Sequence[Option], faster: Sequence[Optio
 
 def _dense_ms(dense: Path, search: Search, settings: Settings, shapes: Shapes | None) -> float:
     seconds = search.check_seconds / 9
-    bound = settings.provider != "cpu"  # as in the latency table: copies to and from the device are not the network's
+    binding = settings.on_gpu
     run = bench_fresh(
-        [dense], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=bound, processes=1
+        [dense], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=binding, processes=1
     )
     return run.latencies[0].p50
 
@@ -428,13 +428,12 @@ def _measured(
         return report
     path = folder / "chosen.onnx"
     save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, path)
-    on_cpu = settings.provider == "cpu"
-    seconds = search.check_seconds
+    seconds, binding = search.check_seconds, settings.on_gpu
     times = bench_fresh(
-        [dense, path], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=not on_cpu
+        [dense, path], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=binding
     )
     report = report.model_copy(update={"measured": times.ratios[0]})
-    if not on_cpu:
+    if settings.on_gpu:
         return report
     layers = layer_times(dense, path, report.plan, settings=settings, batch=search.batch, shapes=shapes)
     return report.model_copy(update={"slower": slower_layers(layers)})

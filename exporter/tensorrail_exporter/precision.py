@@ -126,7 +126,7 @@ def reduced(
         batch=batch,
         seconds=seconds,
         settings=settings,
-        io_binding=settings.provider != "cpu",
+        io_binding=settings.on_gpu,
         seed=seed,
         labels=["fp32", to],
         on_round=on_round,

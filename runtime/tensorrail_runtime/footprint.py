@@ -36,7 +36,7 @@ def measure(request: dict[str, object]) -> str:
     from tensorrail_runtime.session import open_session, run
 
     settings = Settings(**request["settings"])  # type: ignore[arg-type] # made by `asdict` above
-    on_gpu = settings.provider != "cpu"
+    on_gpu = settings.on_gpu
     before, gpu_before = _peak_mib(), gpu_memory_used() if on_gpu else None
     start = time.perf_counter()
     session = open_session(str(request["path"]), settings=settings)

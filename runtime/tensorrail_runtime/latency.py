@@ -127,7 +127,7 @@ def bench(
         provider=settings.provider,
         threads=settings.threads,
         rounds=len(times[0]),
-        machine=machine(gpu=settings.provider != "cpu"),
+        machine=machine(gpu=settings.on_gpu),
         latencies=latencies,
         ratios=tuple(ratio(latencies[0], other, seed) for other in latencies[1:]),
         transfers=not io_binding,
@@ -202,7 +202,7 @@ def _bench_request(request: dict[str, Any]) -> str:
 
 def _bursts_request(request: dict[str, Any]) -> str:
     settings = replace(Settings(**request["settings"]), linger=False)
-    runners = [runner(path, settings, io_binding=settings.provider != "cpu")[0] for path in request["paths"]]
+    runners = [runner(path, settings, io_binding=settings.on_gpu)[0] for path in request["paths"]]
     rounds: list[list[float]] = []
     start, order = time.perf_counter(), list(range(len(runners)))
     while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
@@ -271,7 +271,7 @@ def bound(
 
     `example` holds outputs of the right shapes and types: a CUDA graph replays into the same addresses, made once.
     """
-    device = "cpu" if settings.provider == "cpu" else "cuda"
+    device = "cuda" if settings.on_gpu else "cpu"
     binding = session.io_binding()
     inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in feed.items()}
     outputs = {
@@ -324,7 +324,7 @@ def _warnings(
         for latency in latencies
         if latency.variation > _UNSTABLE
     ]
-    if settings.provider == "cpu":
+    if not settings.on_gpu:
         return tuple(found)
     for path, latency in zip(paths, latencies, strict=True):
         placed = placement(path, settings=settings, batch=batch, shapes=shapes)

@@ -55,6 +55,11 @@ class Settings:
     linger: bool = True
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU: what is timed then has its inputs and outputs there, for copies are not the network's."""
+        return self.provider != "cpu"
+
+    @property
     def exact(self) -> Settings:
         """The same for outputs that are compared: without TF32, and without a graph, which takes one shape alone."""
         return replace(self, tf32=False, cuda_graph=False)
@@ -69,7 +74,7 @@ class Settings:
             raise ModelError(f"unknown search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
         if self.threads < 0:
             raise ModelError(f"threads are 0 (ONNX Runtime's own choice) or more, and {self.threads} came")
-        if self.provider == "cpu" and (self.cuda_graph or self.nhwc or self.tf32):
+        if not self.on_gpu and (self.cuda_graph or self.nhwc or self.tf32):
             raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
         if self.provider != "cuda" and self.conv_search != SEARCHES[0]:
             raise ModelError(f"a {self.conv_search} search is of the CUDA provider: ask for provider 'cuda'")
@@ -108,8 +113,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    with _native_errors(quiet=settings.provider == "cpu") as said:
-        if settings.provider != "cpu":
+    with _native_errors(quiet=not settings.on_gpu) as said:
+        if settings.on_gpu:
             _preload()
         try:
             session = ort.InferenceSession(str(path), options, providers=[_entry(settings)], enable_fallback=0)

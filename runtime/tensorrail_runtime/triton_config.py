@@ -79,7 +79,7 @@ class Serving:
         self.settings.check()
         if self.settings.cuda_graph:
             raise ModelError("CUDA graphs need inputs that stay in one place, which Triton's do not: leave cuda_graph out")
-        if self.gpus and self.settings.provider == "cpu":
+        if self.gpus and not self.settings.on_gpu:
             raise ModelError(f"GPUs {list(self.gpus)} came for provider 'cpu', which has none: ask for cuda or tensorrt")
         if self.instances < 1:
             raise ModelError(f"instances are 1 or more, and {self.instances} came")
@@ -197,7 +197,7 @@ def _policy(serving: Serving, written: Sequence[int]) -> Message:
 
 def _group(serving: Serving) -> Message:
     made: dict[str, Value] = {"count": serving.instances}
-    if serving.settings.provider == "cpu":
+    if not serving.settings.on_gpu:
         return made | {"kind": Name("KIND_CPU")}
     return made | {"kind": Name("KIND_GPU")} | ({"gpus": sorted(set(serving.gpus))} if serving.gpus else {})
 
@@ -209,7 +209,7 @@ def _optimization(settings: Settings) -> Message:
     accelerators: list[Message] = []
     if settings.provider == "tensorrt":
         accelerators.append({"name": "tensorrt", "parameters": _entries({"precision_mode": "FP32"})})
-    if settings.provider != "cpu":
+    if settings.on_gpu:
         # TF32 is on in ONNX Runtime's CUDA provider unless it is told otherwise; here it is told what was measured.
         flags = {"use_tf32": str(int(settings.tf32)), **({"prefer_nhwc": "1"} if settings.nhwc else {})}
         accelerators.append({"name": "cuda", "parameters": _entries(flags)})

@@ -17,12 +17,11 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 IMPLEMENTATION = ("foreach", "fused", "capturable")
 """The keys of an optimizer's groups that say how it computes, and not what."""
 
+_AS_IT_IS = 3  # steps before the capture: the first ones allocate, and choose kernels
+
 
 class CaptureError(RuntimeError):
     """A step that cannot be captured as a graph: something in it waits for the GPU, or is not where it was."""
-
-
-_AS_IT_IS = 3  # steps before the capture: the first ones allocate, and choose kernels
 
 
 class Replay:
@@ -65,7 +64,8 @@ def on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         if "capturable" in group:
             group["capturable"] = True
     for state in optimizer.state.values():  # AdamW counts its steps on the CPU, unless they are captured
-        state.update({key: state[key].to(device) for key in ("step",) if key in state})
+        if "step" in state:
+            state["step"] = state["step"].to(device)
 
 
 def _aside(step: Step, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
