@@ -421,6 +421,79 @@ def test_clips_without_groups_are_split_by_class_and_seed(tmp_path):
     refused(lambda: video(str(tmp_path), 0, test_groups=[1]), r"test_groups needs clips named v_<class>_<group>")
 
 
+@pytest.fixture
+def hmdb(tmp_path):
+    """Two classes of five clips, one a file of a video and the others folders of frames, with the lists of two splits."""
+    lists = tmp_path / "testTrainMulti_7030_splits"
+    lists.mkdir()
+    for one_class in ("brush_hair", "cartwheel"):
+        names = [f"Film_(1)_{one_class}_f_cm_np1.5_ba_med_{k}" for k in range(5)]
+        for k, name in enumerate(names[:4]):
+            save_clip(tmp_path / "hmdb51" / one_class / name, [10 * k])
+        (tmp_path / "hmdb51" / one_class / f"{names[4]}.avi").write_bytes(b"")
+        for number, marks in ((1, "11202"), (2, "21102")):
+            lines = [f"{name}.avi {mark} " for name, mark in zip(names, marks, strict=True)]
+            (lists / f"{one_class}_test_split{number}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "hmdb51", lists
+
+
+def listed(root, lists, **arguments):
+    return video(
+        str(root), 0, **({"frames": 1, "size": [6, 8], "memory": False, "workers": 0, "lists": str(lists)} | arguments)
+    )
+
+
+def test_the_published_lists_of_hmdb51_say_what_is_trained_on_tested_and_left_out(hmdb):
+    for number, train, test in ((1, "01", "24"), (2, "12", "04")):
+        data = listed(*hmdb, split=number)
+        for paths, expected in ((data.train.paths, train), (data.test.paths, test)):
+            assert sorted(path.name.removesuffix(".avi")[-1] for path in paths) == sorted(expected * 2)
+        assert data.train.y.tolist() == data.test.y.tolist() == [0, 0, 1, 1]
+        assert f"split by its list {number}; 4 training and 4 test clips" in data.source
+
+
+def test_the_published_lists_of_ucf101_say_what_is_trained_on_and_tested(tmp_path):
+    lines = {"train": [], "test": []}
+    for label, one_class in enumerate(("Biking", "Dive"), 1):
+        for group in (1, 2, 3):
+            name = f"v_{one_class}_g{group:02}_c01"
+            save_clip(tmp_path / "ucf101" / one_class / name, [1])
+            kind = "test" if group == 2 else "train"
+            lines[kind].append(f"{one_class}/{name}.avi" + (f" {label}" if kind == "train" else ""))
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    for kind, rows in lines.items():
+        (lists / f"{kind}list01.txt").write_text("\r\n".join(rows))
+    data = listed(tmp_path / "ucf101", lists)
+    assert [path.name for path in data.test.paths] == ["v_Biking_g02_c01", "v_Dive_g02_c01"]
+    assert len(data.train.paths) == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "reason"),
+    [
+        (
+            lambda root, lists: None,
+            {"split": 3},
+            r"holds no lists of split 3: expected <class>_test_split3.txt \(HMDB51\), or train",
+        ),
+        (lambda root, lists: None, {"test_groups": [1]}, r"both lists and test_groups"),
+        (lambda root, lists: save_clip(root / "cartwheel" / "new", [1]), {}, r"new: is in no list of split 1"),
+        (
+            lambda root, lists: next((root / "cartwheel").glob("*.avi")).unlink(),
+            {},
+            r"1 clips of split 1 are not there, cartwheel/Film_\(1\)_cartwheel_f_cm_np1.5_ba_med_4 is the first",
+        ),
+        (lambda root, lists: (lists / "cartwheel_test_split1.txt").write_text("a.avi 7"), {}, r"'a.avi 7' is not of HMDB51"),
+        (lambda root, lists: (lists / "cartwheel_test_split1.txt").write_bytes(b"\xff"), {}, r"split1.txt: cannot be read"),
+        (lambda root, lists: (lists / "testlist01.txt").write_text("a.avi"), {}, r"'a.avi' is not of UCF101"),
+    ],
+)
+def test_lists_of_other_clips_are_refused(spoil, arguments, reason, hmdb):
+    spoil(*hmdb)
+    refused(lambda: listed(*hmdb, **arguments), reason)
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "reason"),
     [

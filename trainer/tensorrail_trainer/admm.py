@@ -110,12 +110,11 @@ class ADMM:
         if self._moments is not None:
             self.roots = self._moments.roots()
         weights = {name: dense.weight().detach() for name, dense in self._layers.items()}
-        projected = self._projected({name: w + self.U[name] for name, w in weights.items()})
+        points = {name: w + self.U[name] for name, w in weights.items()}
         residuals = []
-        for name, w in weights.items():
-            z, before = projected[name], self.Z[name]
-            self.Z[name], self.U[name] = z, self.U[name] + w - z
-            residuals.append(self._residual(name, w, z, before))
+        for name, z in self._projected(points).items():
+            before, self.Z[name], self.U[name] = self.Z[name], z, points[name].sub_(z)
+            residuals.append(self._residual(name, weights[name], z, before))
         self._changed()
         return tuple(residuals)
 
@@ -159,8 +158,11 @@ class ADMM:
             self.set_rho(self.rho / factor)
 
     def _residual(self, name: str, w: Tensor, z: Tensor, before: Tensor) -> Residual:
-        gap, moved, size = (torch.linalg.vector_norm(self._measured(name, part)) for part in (w - z, z - before, w))
-        size = size.clamp_min(torch.finfo(w.dtype).tiny)
+        size = torch.linalg.vector_norm(self._measured(name, w)).clamp_min(torch.finfo(w.dtype).tiny)
+        between = w - z
+        gap = torch.linalg.vector_norm(self._measured(name, between))
+        torch.sub(z, before, out=between)  # in place: a recurrent layer's weight can be hundreds of megabytes
+        moved = torch.linalg.vector_norm(self._measured(name, between))
         self._gaps[name] = (float(gap), float(moved), float(size))
         return Residual(name, float(gap / size), float(self.rho * moved), float(moved / size))
 

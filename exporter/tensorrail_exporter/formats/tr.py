@@ -83,10 +83,11 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     validate(shape, modes, ranks)
     ring = clamp(shape, modes, ranks)
     with backend_of(weight):
-        tensor = double(unfold(weight, modes))
-        start = one_shot(tensor, ring)
-        refined = start if len(modes) == 2 else _refine(tensor, start)
-        return [like(weight, core) for core in refined]
+        tensor = unfold(weight, modes)
+        if len(modes) == 2:
+            return one_shot(tensor, ring)
+        tensor = double(tensor)
+        return [like(weight, core) for core in _refine(tensor, one_shot(tensor, ring))]
 
 
 def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:

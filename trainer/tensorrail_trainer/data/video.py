@@ -1,4 +1,4 @@
-"""Folders of short videos in the layout of UCF11 and HMDB51, each clip as a few frames.
+"""Folders of short videos in the layout of UCF11, UCF101 and HMDB51, each clip as a few frames.
 
 A clip is a video file, or a folder of images in the order of their names, anywhere below the folder of its class. UCF11 and
 UCF101 number the recordings that clips were cut from, `v_<class>_<group>_<clip>`: clips of one group look alike, and a split
@@ -8,7 +8,6 @@ through a group would test what was trained on (Liu, Luo and Shah, CVPR 2009).
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,14 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tensorrail_trainer.data.clip_splits import TEST, TRAIN, VIDEOS, by_class, by_group, by_list, groups_of
 from tensorrail_trainer.data.errors import DataError
 from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.images import SUFFIXES, decoded
 from tensorrail_trainer.data.splits import Dataset
 
-_VIDEOS = frozenset({".avi", ".mpg", ".mpeg", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 _CONTAINERS = "avi,mpeg,mpegvideo,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # none that reads other files
-_GROUP = re.compile(r"v_.*?_g?(\d+)(?:_c?\d+)?")
 _MEAN, _DEVIATION = 0.45 * 255, 0.225 * 255  # as is usual for videos
 _PIXELS = 89_478_485  # as of images
 _LAYOUT = "the layout <class>/…/<clip>.avi, or <class>/…/<clip>/<frame>.jpg"
@@ -40,12 +38,15 @@ def video(
     size: Sequence[int] = (120, 160),
     test_groups: Sequence[int] | None = None,
     test_fraction: float = 0.2,
+    lists: str | None = None,
+    split: int = 1,
     memory: bool = True,
     workers: int | None = None,
 ) -> Dataset:
     """Return clips as sequences of `frames` flattened images, (frames, height · width · 3) float32, `size` height and width.
 
-    Frames are those in the middle of as many equal parts of the clip. Where clips are numbered by group, those of
+    Frames are those in the middle of as many equal parts of the clip. `lists` is the folder of the published lists of HMDB51
+    or UCF101, and `split` says which of their splits is taken. Without them: where clips are numbered by group, those of
     `test_groups` are the test split, by default a fifth of the groups that the seed picks; otherwise a fifth of each class's
     clips. `memory` holds all frames as bytes; without it each clip is read again whenever it is needed. `DataError` when a
     class has no clip to train with.
@@ -54,27 +55,17 @@ def video(
     classes = class_folders(folder, _LAYOUT)
     clips = [(path, label) for label, name in enumerate(classes) for path in _clips(folder / name)]
     paths, labels = [path for path, _ in clips], np.array([label for _, label in clips])
-    groups = _groups(folder, paths)
-    if groups is None and test_groups is not None:
-        raise DataError(
-            f"{folder}: test_groups needs clips named v_<class>_<group>, and {paths[0].name} has no group; leave it out"
-        )
-    tested = (
-        _by_class(labels, test_fraction, seed)
-        if groups is None
-        else _by_group(folder, groups, test_groups, test_fraction, seed)
-    )
-    untrained = set(range(len(classes))) - set(labels[~tested].tolist())
-    if untrained or not tested.any():
+    marks, by = _marks(folder, paths, labels, seed, test_groups, test_fraction, lists, split)
+    untrained = set(range(len(classes))) - set(labels[marks == TRAIN].tolist())
+    if untrained or TEST not in marks:
         missing = f"no clip of {classes[min(untrained)]!r} to train with" if untrained else "no clip to test with"
-        raise DataError(f"{folder}: the split leaves {missing}: try other test_groups or another test_fraction")
+        raise DataError(f"{folder}: the split leaves {missing}: try other lists, test_groups or another test_fraction")
     mean, deviation = torch.tensor(_MEAN), torch.tensor(_DEVIATION)
     splits = []
-    for chosen in (~tested, tested):
+    for chosen in (marks == TRAIN, marks == TEST):
         own = [path for path, take in zip(paths, chosen, strict=True) if take]
-        split = Files(own, torch.from_numpy(labels[chosen]), ClipReader(frames, height, width), mean, deviation, workers)
-        splits.append(split.held() if memory else split)
-    by = "clip" if groups is None else "group"
+        files = Files(own, torch.from_numpy(labels[chosen]), ClipReader(frames, height, width), mean, deviation, workers)
+        splits.append(files.held() if memory else files)
     source = f"videos of {len(classes)} classes ({folder.name}), {frames} frames of {width}×{height}, split by {by}"
     return Dataset(f"{source}; {len(splits[0])} training and {len(splits[1])} test clips", len(classes), *splits)
 
@@ -145,6 +136,31 @@ def _sizes(frames: int, size: Sequence[int], test_fraction: float) -> tuple[int,
     return size[0], size[1]
 
 
+def _marks(
+    folder: Path,
+    paths: Sequence[Path],
+    labels: np.ndarray,
+    seed: int,
+    test_groups: Sequence[int] | None,
+    test_fraction: float,
+    lists: str | None,
+    split: int,
+) -> tuple[np.ndarray, str]:
+    """Return which split each clip is of, and in words what the clips were split by."""
+    if lists is not None:
+        if test_groups is not None:
+            raise DataError(f"{folder}: both lists and test_groups say which clips to test with: leave one out")
+        return by_list(folder, paths, Path(lists), split), f"its list {split}"
+    groups = groups_of(folder, paths)
+    if groups is not None:
+        return by_group(folder, groups, test_groups, test_fraction, seed), "group"
+    if test_groups is not None:
+        raise DataError(
+            f"{folder}: test_groups needs clips named v_<class>_<group>, and {paths[0].name} has no group; leave it out"
+        )
+    return by_class(labels, test_fraction, seed), "clip"
+
+
 def _clips(folder: Path) -> list[Path]:
     """Return the clips of a class: folders that hold images, and video files."""
     found = []
@@ -153,7 +169,7 @@ def _clips(folder: Path) -> list[Path]:
         suffixes = {Path(file).suffix.lower() for file in files if not file.startswith(".")}
         if suffixes & SUFFIXES:
             found.append(Path(name))
-        found += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in _VIDEOS and file[0] != "."]
+        found += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in VIDEOS and file[0] != "."]
     if not found:
         raise DataError(f"{folder}: holds no clips: expected {_LAYOUT}")
     return found
@@ -161,46 +177,6 @@ def _clips(folder: Path) -> list[Path]:
 
 def _frames(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-
-
-def _groups(root: Path, paths: Sequence[Path]) -> list[int] | None:
-    """Return the group of every clip, or None where clips have none; `DataError` when only some have one."""
-    groups = [_group(path.relative_to(root)) for path in paths]
-    if all(group is None for group in groups):
-        return None
-    for path, group in zip(paths, groups, strict=True):
-        if group is None:
-            raise DataError(f"{path}: has no group, and other clips have: expected all, or none, named v_<class>_<group>")
-    return [group for group in groups if group is not None]
-
-
-def _group(path: Path) -> int | None:
-    """Return the group that a clip's path below the root names, outermost first."""
-    for part in (*path.parts[1:-1], path.stem):
-        named = _GROUP.fullmatch(part)
-        if named is not None:
-            return int(named[1])
-    return None
-
-
-def _by_group(root: Path, groups: Sequence[int], wanted: Sequence[int] | None, fraction: float, seed: int) -> np.ndarray:
-    known = sorted(set(groups))
-    if wanted is None:
-        count = max(1, round(fraction * len(known)))
-        wanted = np.random.default_rng(seed).permutation(known)[:count].tolist()
-    missing = [group for group in wanted if group not in known]
-    if missing:
-        raise DataError(f"{root}: test_groups: there is no group {missing[0]}; expected some of {', '.join(map(str, known))}")
-    return np.isin(groups, list(wanted))
-
-
-def _by_class(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    tested = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        (own,) = np.nonzero(labels == label)
-        tested[generator.permutation(own)[: round(fraction * len(own))]] = True
-    return tested
 
 
 def _av() -> Any:
