@@ -142,3 +142,23 @@ def test_layers_that_cannot_be_factored_say_why(module, reason):
 
 def test_residuals_are_floats_that_json_can_hold():
     assert all(np.isfinite([r.primal, r.dual]).all() for r in ADMM(small_net(), PLAN).update())
+
+
+def test_a_target_that_cuts_nothing_off_stays_when_the_weight_trains():
+    model = nn.Sequential(nn.Linear(8, 6))
+    admm = ADMM(model, Plan(layers=(LayerPlan(name="0", format="ttm", modes=(6, 8), ranks=(1, 1)),)))
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    torch.testing.assert_close(admm.Z["0"], before)
+    assert admm.update()[0].moved > 0.1
+    torch.testing.assert_close(admm.Z["0"], before + 1)
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = small_net()
+    admm = ADMM(model, PLAN)
+    with torch.no_grad():
+        model[3].weight[0, 0] = float("nan")
+    with pytest.raises(PlanError, match="layer 3: its weight cannot be projected"):
+        admm.update()

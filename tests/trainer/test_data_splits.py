@@ -250,11 +250,38 @@ def test_a_hostile_pickle_runs_nothing(classes, read, name, tmp_path, rng):
 
 
 @pytest.mark.parametrize(
+    ("where", "hostile"),
+    [
+        (b"labels", [Hostile(np.ndarray, (1,), "O", b"A" * 8)]),  # an object at an address that the file chose
+        (b"labels", Hostile(np.ndarray, (20,), "i8")),
+        (b"data", np.array([{}], object)),
+        (b"data", np.zeros(20, [("a", "i4"), ("b", "O")])),
+    ],
+)
+def test_a_file_does_not_choose_where_its_arrays_lie(where, hostile, tmp_path, rng):
+    folder, made = write_cifar(tmp_path, 10, rng)
+    publish(folder / "test_batch", made[-1] | {where: hostile}, old=False)
+    with pytest.raises(DataError, match=r"test_batch: not a published CIFAR file"):
+        cifar10(str(folder))
+
+
+def test_labels_may_be_an_array(tmp_path, rng):
+    folder, made = write_cifar(tmp_path, 10, rng)
+    publish(folder / "test_batch", made[-1] | {b"labels": np.array(made[-1][b"labels"], ">i4")}, old=False)
+    assert cifar10(str(folder)).test.y.tolist() == made[-1][b"labels"]
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({b"data": np.zeros((20, 3071), np.uint8)}, r"expected data of shape \(20, 3072\) of bytes"),
         ({b"data": np.zeros((19, 3072), np.uint8)}, r"expected data of shape \(20, 3072\) of bytes"),
-        ({b"data": np.zeros((20, 3072), np.float32)}, r"expected data of shape \(20, 3072\) of bytes"),
+        ({b"data": np.zeros((20, 3072), np.int16)}, r"expected data of shape \(20, 3072\) of bytes"),
+        ({b"data": np.zeros((20, 3072), np.float32)}, r"holds an array of 'f4', which no CIFAR file needs"),
+        ({b"data": b"bytes"}, r"expected data of shape \(20, 3072\) of bytes"),
+        ({b"labels": [[0] * 20] * 20}, "expected whole numbers from 0 as labels"),
+        ({b"labels": np.zeros((20, 1), np.int64)}, "expected whole numbers from 0 as labels"),
+        ({b"labels": []}, r"expected data of shape \(0, 3072\) of bytes"),
         ({b"data": [0] * 20}, r"expected data of shape \(20, 3072\) of bytes"),
         ({b"labels": [-1] * 20}, "expected whole numbers from 0 as labels"),
         ({b"labels": [0.5] * 20}, "expected whole numbers from 0 as labels"),

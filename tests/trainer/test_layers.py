@@ -1,5 +1,7 @@
 """Convolutions and linear layers made of cores: what they compute, that they train, and that their export is equal."""
 
+import copy
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.formats import format_of
-from tensorrail_trainer import cores_of, layers, to_dense, to_onnx
+from tensorrail_trainer import cores_of, layers, plan_layers, to_dense, to_onnx
 from tensorrail_trainer.layers import FactoredLayer, dense_layer, dense_layers, swap
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -172,3 +174,60 @@ def test_the_swapped_layer_keeps_its_type_and_mode():
     assert not model[0].training
     assert "svd, modes=[8, 8], ranks=[4]" in repr(model)
     assert np.isfinite(model(torch.randn(8, dtype=torch.float64)).detach().numpy()).all()
+
+
+def norm_by_parametrization(layer):
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+def norm_by_hook(layer):
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("norm", [norm_by_parametrization, norm_by_hook])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(8, 8, 3)])
+def test_a_weight_that_is_computed_from_others_is_refused(norm, layer):
+    model = nn.Sequential(norm(copy.deepcopy(layer)))
+    with pytest.raises(PlanError, match="layer 0: its weight is computed from others"):
+        dense_layer(model, "0")
+
+
+def test_a_weight_under_two_names_is_refused():
+    layer = nn.Linear(8, 8)
+    plan = Plan(layers=(layer_plan("0", "svd", (8, 8)),))
+    with pytest.raises(PlanError, match=r"layer 0: its weight is shared, as 0.weight and 1.weight"):
+        swap(nn.Sequential(layer, layer), plan)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(PlanError, match=r"layer 0: its weight is shared, as 0.weight and 1.weight"):
+        swap(tied, plan)
+    assert type(tied[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["self_attn.out_proj", "linear1", "linear2"])
+def test_modules_that_read_a_layers_weight_past_it_find_that_of_its_cores(name):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    shape = tuple(model.get_submodule(name).weight.shape)
+    cut = swap(model, Plan(layers=(layer_plan(name, "svd", shape),)))
+    for training in (True, False):
+        with torch.no_grad():
+            torch.testing.assert_close(cut.train(training)(x), to_dense(cut)(x))
+    cut.train()(x).square().sum().backward()
+    assert all(core.grad is not None and core.grad.any() for core in cut.get_submodule(name).cores)
+
+
+@pytest.mark.parametrize("form_name", sorted(FORMATS))
+def test_an_empty_batch_comes_out_empty(form_name):
+    model = nn.ModuleDict({"linear": nn.Linear(16, 8), "rnn": nn.LSTM(16, 4), "conv": nn.Conv2d(16, 8, 3)})
+    names = ["linear", "rnn.weight_ih_l0", *(["conv"] if form_name not in MATRIX_ONLY else [])]
+    plan = Plan(layers=tuple(layer for name in names for layer in plan_layers(model, name, ranks=2, format=form_name)))
+    swap(model, plan)
+    for training in (True, False):
+        model.train(training)
+        assert model["linear"](torch.zeros(0, 16)).shape == (0, 8)
+        assert model["linear"](torch.zeros(0, 3, 16)).shape == (0, 3, 8)
+        assert model["rnn"](torch.zeros(5, 0, 16))[0].shape == (5, 0, 4)
+        assert model["conv"](torch.zeros(0, 16, 6, 6)).shape == (0, 8, 4, 4)

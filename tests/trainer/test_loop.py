@@ -49,7 +49,9 @@ def recipe(**training):
         data=Named(name="digits"),
         model=NamedModel(name="small_resnet"),
         plan=(PlanRule(layers="*", ranks=4),),
-        train=Training(**{"batch": 32, "finetune": Schedule(epochs=1, lr=0.01)} | training),
+        train=Training(
+            **{"batch": 32, "dense": Schedule(epochs=1, lr=0.01), "finetune": Schedule(epochs=1, lr=0.01)} | training
+        ),
     )
 
 
@@ -260,6 +262,16 @@ def test_a_hard_projection_leaves_weights_of_low_rank(tmp_path, data):
     assert float(phase.admm.U["3"].abs().max()) == 0.0
 
 
+def test_a_hard_projection_is_of_the_average_that_is_handed_on(tmp_path, data):
+    model = network()
+    phase = Phase("admm", model, AdmmSchedule(epochs=2, lr=0.05, rho=0.05, hard=True), admm_of(model))
+    trained, rows = fit(tmp_path, data, phase, ema=0.9)
+    spectrum = torch.linalg.svdvals(trained[3].weight.detach().flatten(1))
+    assert spectrum[4] < 1e-5 * spectrum[0]
+    assert evaluate(trained, data.test, Accelerator()) == rows[-1].test_accuracy
+    assert not torch.equal(trained[3].weight, phase.admm.Z["3"])
+
+
 def test_a_changed_rho_keeps_the_multiplier():
     model = network()
     admm = admm_of(model)
@@ -305,6 +317,17 @@ def test_a_loss_that_is_not_finite_names_its_first_step(tmp_path, data):
     with pytest.raises(TrainingError, match=r"phase dense, epoch 1, step [1-4]: the loss is nan at learning rate .* clip"):
         fit(tmp_path, broken, Phase("dense", network(), Schedule(epochs=1, lr=0.01)))
     assert Checkpoints(tmp_path).latest("dense") is None
+
+
+@pytest.mark.parametrize("kind", [Schedule, AdmmSchedule])
+def test_a_last_step_that_diverges_is_noticed_before_the_checkpoint(kind, tmp_path, data):
+    model = network()
+    admm = admm_of(model) if kind is AdmmSchedule else None
+    one_batch = Dataset("made", 2, InMemory(data.train.x[:32], data.train.y[:32]), data.test)  # one step
+    phase = Phase("admm" if admm else "dense", model, kind(epochs=1, lr=3e38, weight_decay=1e4), admm)
+    with pytest.raises(TrainingError, match=r"epoch 1, step 1: the weights are no longer finite at learning rate 3e\+38"):
+        fit(tmp_path, one_batch, phase)
+    assert Checkpoints(tmp_path).latest(phase.name) is None
 
 
 def test_fewer_samples_than_a_batch_are_refused(tmp_path, data):

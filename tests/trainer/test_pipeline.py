@@ -6,7 +6,7 @@ import yaml
 
 from tensorrail_exporter import Plan, planner
 from tensorrail_runtime.report import Report
-from tensorrail_trainer.checkpoints import Checkpoints
+from tensorrail_trainer.checkpoints import CheckpointError, Checkpoints
 from tensorrail_trainer.loop import TrainingError
 from tensorrail_trainer.pipeline import Progress, prepare, run, train_all
 from tensorrail_trainer.recipe import Recipe, RecipeError
@@ -124,14 +124,39 @@ def test_a_plan_comes_from_a_file(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
-    store = Checkpoints(tmp_path)
+    notes = []
+    store = Checkpoints(tmp_path, notes.append)
     for epoch in (1, 2, 3):
         store.save("dense", epoch, {"value": torch.tensor(epoch)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-0002.pt", "dense-0003.pt"]
     newest = tmp_path / "dense-0003.pt"
     newest.write_bytes(newest.read_bytes()[:100])
     assert store.latest("dense")["epoch"] == 2
-    assert store.damaged == [newest]
+    assert notes == ["refused the damaged checkpoint dense-0003.pt; going on from epoch 2"]
+    (tmp_path / "dense-0002.pt").write_bytes(b"")
+    assert store.latest("dense") is None
+    assert notes[1] == "refused the damaged checkpoint dense-0003.pt, dense-0002.pt; phase dense starts anew"
+
+
+def test_a_checkpoint_whose_numbers_changed_on_the_disk_is_refused(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save("dense", 1, {"value": torch.ones(4096)})
+    path = tmp_path / "dense-0001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # torch reads this without a word
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["value"], torch.ones(4096))
+    assert store.latest("dense") is None
+
+
+def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
+    recipe = small(tmp_path)
+    prepare(recipe, tmp_path / "run")
+    store = Checkpoints(tmp_path / "run" / "checkpoints")
+    for state in ({}, {"model": {}, "optimizer": {}, "rows": [], "done": False}):
+        store.save("dense", 1, state)
+        with pytest.raises(CheckpointError, match=r"phase dense, epoch 1, is of another network or program .*; remove it"):
+            train_all(recipe, tmp_path / "run", Progress())
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
@@ -141,9 +166,72 @@ def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
     with pytest.raises(RecipeError, match="another seed"):
         prepare(small(tmp_path, seed=3), tmp_path / "run", resume=True)
     prepare(small(tmp_path, targets={"speedup": 1.1}), tmp_path / "run", resume=True)
-    (tmp_path / "run" / "plan.json").write_text("old")
-    prepare(small(tmp_path, seed=3), tmp_path / "run", overwrite=True)
-    assert not (tmp_path / "run" / "plan.json").exists()
+    run_ = tmp_path / "run"
+    (run_ / "plan.json").write_text("old")
+    (run_ / "notes.txt").write_text("mine")
+    (run_ / "checkpoints" / ".dense-0001.pt.0123abcd.part").write_text("half")
+    Checkpoints(run_ / "checkpoints").save("dense", 1, {})
+    prepare(small(tmp_path, seed=3), run_, overwrite=True)
+    assert not (run_ / "plan.json").exists()
+    assert list((run_ / "checkpoints").iterdir()) == []
+    assert (run_ / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    own = write(tmp_path)  # tmp_path/recipe.yaml, as in a project of one's own
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(
+            RecipeError, match=r"recipe.yaml is there, and no run that it is of: give the run a folder of its own"
+        ):
+            prepare(Recipe.load(own), tmp_path, **how)
+    assert own.read_text() == yaml.safe_dump(SMALL)
+    for name in ("model.onnx", "checkpoints/dense-0002.pt"):
+        other = tmp_path / name.replace("/", "_") / name
+        other.parent.mkdir(parents=True)
+        other.write_text("mine")
+        with pytest.raises(RecipeError, match=r"is there, and no recipe that it was made by"):
+            prepare(Recipe.load(own), tmp_path / name.replace("/", "_"))
+        assert other.read_text() == "mine"
+
+
+def linear_attention(**_):
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(256, 10)
+
+        def forward(self, x):
+            return self.out(x.flatten(1)) if type(self.out) is torch.nn.Linear else self.out.in_features
+
+    return Attention()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"model": {"name": "small_resnet", "args": SMALL["model"]["args"] | {"classes": 5}}},
+            r"model: gives \[2, 5\] for two samples: .*classes: 10",
+        ),
+        (
+            {"model": {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 3}}},
+            r"model: the network cannot take samples of shape \[1, 16, 16\]: RuntimeError: .*channels",
+        ),
+        (
+            {"train": SMALL["train"] | {"augment": {"shift": 16, "border": "reflect"}}},
+            r"train.augment: cannot be done to these data: .*[Pp]adding",
+        ),
+        (
+            {"model": {"name": f"{__name__}:linear_attention"}, "plan": [{"layers": "out", "ranks": 4}]},
+            r"plan: made of cores, the network cannot take samples .*AttributeError: .*in_features",
+        ),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_trained(change, reason, tmp_path):
+    recipe = small(tmp_path, **change)
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=reason):
+        train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
@@ -157,6 +245,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
     ("change", "reason"),
     [
         ({"extra": 1}, "extra: unknown key"),
+        ({"seed": 2**63}, "seed: input should be less than"),
+        (
+            {"train": SMALL["train"] | {"dense": {"epochs": 1, "lr": 0.1, "momentum": 1.0}}},
+            "momentum: input should be less than 1",
+        ),
+        (
+            {"train": {"finetune": {"epochs": 1, "lr": 0.1}, "distill": {"weight": 0.9}}},
+            "train.distill: there is nobody to learn from",
+        ),
+        ({"model": {"name": "small_resnet", "args": {"widths": [], "blocks": 1, "hidden": 16}}}, "small_resnet cannot be made"),
+        ({"model": {"name": "vit_tiny", "args": {"patch": 0}}}, "vit_tiny cannot be made with"),
         ({"seed": "one"}, "seed: input should be a valid integer, and 'one' came"),
         ({"version": 2}, "version: input should be 1, and 2 came"),
         (
@@ -239,3 +338,19 @@ def test_a_report_is_plain_json(tmp_path):
     raw = json.loads((tmp_path / "run" / "report.json").read_text())
     assert raw["version"] == 1
     assert len(raw["latency"][0]["latencies"][0]["samples"]) == raw["latency"][0]["rounds"]
+
+
+def test_a_number_without_a_point_is_a_number(tmp_path):
+    path = write(tmp_path)
+    text = path.read_text()
+    path.write_text(text.replace("lr: 0.05", "lr: 5e-2").replace("rho: 0.1", "rho: 1E-1"))
+    assert path.read_text() != text
+    assert Recipe.load(path) == small(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["version: 1\nname: 2020-13-45", "[" * 3000, "a: [", "{"])
+def test_what_is_no_yaml_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"r.yaml: not valid YAML: .") as found:
+        Recipe.load(tmp_path / "r.yaml")
+    assert "\n" not in str(found.value)

@@ -19,7 +19,7 @@ from torch import distributed, multiprocessing, nn
 
 from tensorrail_exporter import Plan
 from tensorrail_trainer import ADMM, plan_layers
-from tensorrail_trainer.processes import SyncedBatchNorm, shared_out, sync_batch_norm, unsync_batch_norm
+from tensorrail_trainer.processes import shared_out, sync_batch_norm, unsync_batch_norm
 
 DEADLINE = 120  # seconds until processes that do not meet, or do not end, are a failure
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -138,9 +138,82 @@ def test_batch_norm_takes_shares_of_unequal_size(tmp_path):
 def test_synchronising_is_undone_and_does_nothing_alone():
     model, x = network(), even()
     plain, synced = copy.deepcopy(model), sync_batch_norm(copy.deepcopy(model))
-    assert sum(isinstance(module, SyncedBatchNorm) for module in synced.modules()) == 2
+    assert [type(module).__name__ for module in synced.modules()].count("SyncedBatchNorm2d") == 2
     assert torch.equal(plain(x), synced(x))
-    assert not any(isinstance(module, SyncedBatchNorm) for module in unsync_batch_norm(synced).modules())
+    assert [type(module) for module in unsync_batch_norm(synced).modules()] == [type(module) for module in plain.modules()]
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    pass
+
+
+def test_batch_norm_of_an_unknown_class_is_named_and_torchs_own_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), OwnBatchNorm(8))
+    with pytest.raises(ValueError, match=r"layer 1: OwnBatchNorm cannot share its statistics .* sync_batch_norm: false"):
+        sync_batch_norm(model)
+    assert type(sync_batch_norm(nn.SyncBatchNorm(8))) is nn.SyncBatchNorm
+
+
+NORMS = {
+    "1": lambda: (nn.BatchNorm1d(3), torch.randn(7, 3, generator=torch.Generator().manual_seed(1))),
+    "1 over a length": lambda: (nn.BatchNorm1d(3), torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(1))),
+    "3": lambda: (nn.BatchNorm3d(3), torch.randn(7, 3, 2, 4, 5, generator=torch.Generator().manual_seed(1))),
+}
+
+
+def normalised(rank, folder):
+    with joined(rank, folder):
+        found = {}
+        for name, made in NORMS.items():
+            norm, x = made()
+            sync_batch_norm(norm)
+            found[name] = (norm(x[rank::2]).detach(), norm.running_var)
+        torch.save(found, folder / f"{rank}.pt")
+
+
+def test_batch_norm_of_one_and_of_three_dimensions_is_shared_as_well(tmp_path):
+    multiprocessing.spawn(normalised, (tmp_path,), nprocs=2)
+    for name, made in NORMS.items():
+        norm, x = made()
+        expected = norm(x).detach()
+        for rank in range(2):
+            out, variance = torch.load(tmp_path / f"{rank}.pt")[name]
+            torch.testing.assert_close(
+                out, expected[rank::2], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+            torch.testing.assert_close(variance, norm.running_var)
+
+
+def metric_of_two(rank, folder):
+    """Three batches, with and without an interruption after the second: each process sees other inputs."""
+    with joined(rank, folder):
+        found = []
+        for interrupted in (False, True):
+            model = nn.Sequential(nn.Linear(6, 4))
+            torch.manual_seed(0)
+            nn.init.normal_(model[0].weight)
+            admm = ADMM(model, Plan(layers=plan_layers(model, "0", ranks=2)), rho=0.1, metric="activation")
+            for step in range(3):
+                generator = torch.Generator().manual_seed(10 * rank + step)
+                model(torch.randn(8, 6, generator=generator) * (1 + rank) * torch.arange(1, 7))
+                admm.synchronize()
+                if interrupted and step == 1:
+                    state = [admm.state_dict()]
+                    distributed.broadcast_object_list(state, 0)  # what the first process saved
+                    admm.close()
+                    admm = ADMM(model, Plan(layers=plan_layers(model, "0", ranks=2)), rho=0.1, metric="activation")
+                    admm.load_state_dict(state[0])
+            admm.update()
+            found.append({"Z": admm.Z["0"], "root": admm.roots["0"].root})
+        torch.save(found, folder / f"{rank}.pt")
+
+
+def test_the_metric_of_two_processes_is_resumed_exactly(tmp_path):
+    multiprocessing.spawn(metric_of_two, (tmp_path,), nprocs=2)
+    found = [one for rank in range(2) for one in torch.load(tmp_path / f"{rank}.pt")]
+    for other in found[1:]:
+        assert torch.equal(other["Z"], found[0]["Z"])
+        assert torch.equal(other["root"], found[0]["root"])
 
 
 def test_work_is_shared_out_by_its_cost(monkeypatch):

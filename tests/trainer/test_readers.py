@@ -157,6 +157,20 @@ def test_a_test_image_is_the_middle_of_one_drawn_to_256_of_224(folder, rng):
     np.testing.assert_allclose(x[0].numpy(), standardised(pixels[16:240, 88:312]).transpose(2, 0, 1), atol=1e-5)
 
 
+def test_of_a_long_image_only_the_middle_is_drawn(folder, monkeypatch):
+    drawn, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *more: drawn.append(size) or resize(self, size, *more))
+    pixels = np.zeros((2, 4000, 3), np.uint8)
+    pixels[:, 1990:2010] = 255
+    save_image(folder / "val" / "ant" / "0.png", pixels)
+    save_image(folder / "val" / "ant" / "1.png", pixels.transpose(1, 0, 2))
+    x, _ = one(images(str(folder), workers=0).test, [torch.tensor([0, 1])])
+    np.testing.assert_allclose(
+        x.numpy(), np.broadcast_to(standardised(np.full(3, 255)).reshape(1, 3, 1, 1), x.shape), atol=1e-5
+    )
+    assert drawn == [(8 * 256, 256), (256, 8 * 256)]
+
+
 def test_a_grey_image_and_one_with_transparency_have_three_channels(folder):
     save_image(folder / "val" / "ant" / "0.png", np.full((40, 40), 9, np.uint8))
     save_image(folder / "val" / "ant" / "1.png", np.full((40, 40, 4), 9, np.uint8))
@@ -319,6 +333,10 @@ def test_other_samples_of_the_same_sound_have_the_same_features(width, channels,
         (lambda f: (f / "1_ann_3.wav").write_bytes(b"RIFF no wav"), r"1_ann_3\.wav: cannot be read .*expected a wav file"),
         (lambda f: (f / "1_ann_3.wav").write_bytes(b""), r"1_ann_3\.wav: cannot be read .*expected a wav file"),
         (lambda f: save_wav(f / "1_ann_3.wav", np.zeros(0)), r"1_ann_3\.wav: 0 samples, 8000 a second: expected a recording"),
+        (
+            lambda f: save_wav(f / "1_ann_3.wav", np.zeros(9), 2**31 - 1),
+            r"2147483647 a second: expected a recording, up to 400000",
+        ),
         (lambda f: save_wav(f / "1_ann_3.wav", tone(300), width=3), r"has 24 bits a sample: expected 8, 16 or 32"),
         (lambda f: save_wav(f / "4_ann_9.wav", tone(300), rate=16000), r"4_ann_9\.wav: has 16000 .* others have 8000"),
         (lambda f: save_wav(f / "seven.wav", tone(300)), r"seven\.wav: expected a name such as 7_jackson_32\.wav"),

@@ -284,6 +284,13 @@ def test_what_is_no_file_of_weights_is_refused(content, reason, tmp_path):
     refused(nn.Linear(2, 2), tmp_path / "w", reason)
 
 
+def test_a_state_dict_that_holds_itself_is_refused(tmp_path):
+    own = {}
+    own["state_dict"] = own
+    torch.save(own, tmp_path / "w")
+    refused(nn.Linear(2, 2), tmp_path / "w", "entry 'state_dict' is a dict: expected a state dict of tensors")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

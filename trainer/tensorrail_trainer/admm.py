@@ -35,6 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -104,7 +105,7 @@ class ADMM:
         """Do Z ← project(W + U) and U ← U + W − Z for every layer, and return the residuals.
 
         Where several processes train together (`torch.distributed`), each projects some of the layers and sends them to the
-        others. For `metric="activation"` S is renewed first; `ValueError` names a layer that no batch has passed in training
+        others. For `metric="activation"` S is renewed first; `PlanError` names a layer that no batch has passed in training
         mode.
         """
         if self._moments is not None:
@@ -128,12 +129,25 @@ class ADMM:
         residuals = []
         for name, z in self._projected(weights).items():
             before, self.Z[name], self.U[name] = self.Z[name], z, torch.zeros_like(z)
-            parameters = self._layers[name].parameters
-            for parameter, part in zip(parameters, z.split([len(p) for p in parameters]), strict=True):
-                parameter.copy_(part)
+            self._layers[name].put(z)
             residuals.append(self._residual(name, weights[name], z, before))
         self._changed()
         return tuple(residuals)
+
+    @torch.no_grad()
+    def project_copy(self, model: nn.Module) -> None:
+        """Do W ← project(W) for every planned layer of another copy of the model, such as its average; Z and U stay."""
+        layers = planned_layers(model, self.plan)
+        for name, z in self._projected({name: dense.weight().detach() for name, dense in layers.items()}).items():
+            layers[name].put(z)
+
+    def synchronize(self) -> None:
+        """Give every process that trains along the same state, to be saved by one: all call it, between steps.
+
+        Without it the moments of `metric="activation"` are those of this process's batches until the next update.
+        """
+        if self._moments is not None:
+            self._moments.synchronize()
 
     def set_rho(self, rho: float) -> None:
         """Change the penalty's weight; U is rescaled, so that the multiplier ρU stays what it was (Boyd et al., 3.4.1)."""
@@ -249,9 +263,14 @@ class ADMM:
         measured = self._measured(layer.name, tensor).contiguous()
         if measured.is_cuda and measured.numel() <= _SMALL:
             measured = measured.cpu()
-        projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
+        try:
+            projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
+            raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}): is it finite?") from None
         root = self.roots.get(layer.name)
-        return (root.undo(projected) if root else projected).contiguous()
+        projected = (root.undo(projected) if root else projected).contiguous()
+        # Where nothing is cut off it may be the very weight, which trains on.
+        return projected.clone() if projected.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() else projected
 
     def _measured(self, name: str, tensor: Tensor) -> Tensor:
         """Return what a tensor's Frobenius norm is taken of: itself, or its product with S."""

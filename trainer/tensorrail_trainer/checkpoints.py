@@ -1,9 +1,13 @@
-"""Checkpoints: one file an epoch and phase, the last two kept, written whole, read without running code."""
+"""Checkpoints: one file an epoch and phase, the last two kept, written whole, read without running code.
+
+torch writes them as zip files with a checksum for each tensor, which it does not compare itself when it reads.
+"""
 
 from __future__ import annotations
 
 import io
-import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,10 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. `damaged` collects the files that were refused while loading."""
+    """The checkpoints of a run folder. `note` is told, in a line, of files that were refused while loading."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.damaged: list[Path] = []
+    def __init__(self, folder: Path, note: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.note = folder, note
 
     def save(self, phase: str, epoch: int, state: dict[str, Any]) -> None:
         """Write the state after `epoch` epochs of a phase and remove all but the last two of that phase.
@@ -46,16 +49,30 @@ class Checkpoints:
 
     def latest(self, phase: str) -> dict[str, Any] | None:
         """Return the newest state of a phase that can be read, or None when there is none."""
+        refused: list[str] = []
+        found = None
         for path in reversed(self._files(phase)):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError):
-                self.damaged.append(path)
-                continue
-            if isinstance(state, dict) and state.get("phase") == phase:
-                return state
-            self.damaged.append(path)
-        return None
+            found = _read(path, phase)
+            if found is not None:
+                break
+            refused.append(path.name)
+        if refused:
+            instead = f"going on from epoch {found['epoch']}" if found else f"phase {phase} starts anew"
+            self.note(f"refused the damaged checkpoint {', '.join(refused)}; {instead}")
+        return found
 
     def _files(self, phase: str) -> list[Path]:
         return sorted(self.folder.glob(f"{phase}-[0-9][0-9][0-9][0-9].pt"))
+
+
+def _read(path: Path, phase: str) -> dict[str, Any] | None:
+    """Return the state in a file, or None when it is damaged or no state of this phase."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            if parts.testzip() is not None:
+                return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 - a damaged file raises whatever its bytes say
+        return None
+    whole = isinstance(state, dict) and state.get("phase") == phase and isinstance(state.get("epoch"), int)
+    return state if whole else None

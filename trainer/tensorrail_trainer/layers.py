@@ -53,6 +53,11 @@ class FactoredLayer(nn.Module):
         """Return the dense weight that the cores stand for, (O, I, *K) or (O, I)."""
         return cast(Tensor, self.plan.reconstruct(list(self.cores), self.spec.shape))
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for modules that read it past `forward`, as torch's attention does of its `out_proj`."""
+        return self.dense_weight()
+
     def forward(self, x: Tensor) -> Tensor:
         """Contract `x` with the cores and add the bias."""
         linear = self.spec.op == "linear"
@@ -66,7 +71,7 @@ class FactoredLayer(nn.Module):
             steps = self.steps()
         x = run_steps(steps, x)
         if linear:
-            return (x if self.bias is None else x + self.bias).reshape(*leading, -1)
+            return (x if self.bias is None else x + self.bias).reshape(*leading, self.spec.shape[0])
         return x if self.bias is None else x + self.bias.reshape(-1, *(1,) * self.spec.spatial)
 
     def extra_repr(self) -> str:
@@ -106,6 +111,12 @@ class DenseLayer:
     def weight(self) -> Tensor:
         """Return the weight (O, I, *K) or (O, I), differentiable with respect to the parameters."""
         return self.parameters[0] if len(self.parameters) == 1 else torch.cat(self.parameters)
+
+    @torch.no_grad()
+    def put(self, weight: Tensor) -> None:
+        """Write a weight (O, I, *K) or (O, I) into the parameters, in place."""
+        for parameter, part in zip(self.parameters, weight.split([len(p) for p in self.parameters]), strict=True):
+            parameter.copy_(part)
 
 
 def dense_layers(model: nn.Module) -> tuple[str, ...]:
@@ -155,7 +166,17 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
             raise PlanError(
                 f"layer {name}: is a {type(module).__name__}; expected a Conv1d, Conv2d, Conv3d, Linear, LSTM or GRU layer"
             )
-    return DenseLayer(module, spec, (cast(nn.Parameter, module.weight),))
+    return DenseLayer(module, spec, (_own_weight(module, name),))
+
+
+def _own_weight(module: nn.Module, name: str) -> nn.Parameter:
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        raise PlanError(
+            f"layer {name}: its weight is computed from others (weight_norm, or another parametrization); make it a parameter "
+            "first: torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    return weight
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseLayer]:
@@ -165,7 +186,22 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseLayer]:
         dense = dense_layer(model, layer.name)
         layer.check(dense.spec.shape)
         found[layer.name] = dense
+    _require_own_weights(model, found)
     return found
+
+
+def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseLayer]) -> None:
+    """Raise `PlanError` for a weight that the model has under another name as well: there it would stay dense."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for layer, dense in layers.items():
+        for parameter in dense.parameters:
+            if len(names[id(parameter)]) > 1:
+                raise PlanError(
+                    f"layer {layer}: its weight is shared, as {' and '.join(names[id(parameter)])}, and only one of them would "
+                    "become cores; leave it out of the plan, or give each a weight of its own"
+                )
 
 
 def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tensorrail_runtime.report import Epoch
 from tensorrail_trainer.admm import ADMM, Residual
-from tensorrail_trainer.checkpoints import Checkpoints
+from tensorrail_trainer.checkpoints import CheckpointError, Checkpoints
 from tensorrail_trainer.data import Dataset, Share, Split
 from tensorrail_trainer.data.splits import EVALUATED, InMemory, in_order, shuffled
 from tensorrail_trainer.graphed import IMPLEMENTATION, CaptureError, Replay, on_device
@@ -68,9 +68,19 @@ def train(
     average = _average(phase.model, settings)
     state = store.latest(phase.name)
     if state is not None:
-        _restore(phase, optimizer, average, accelerator, state)
+        try:
+            _restore(phase, optimizer, average, accelerator, state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = " ".join(str(error).split())[:160] or type(error).__name__
+            raise CheckpointError(
+                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, is of another network or "
+                f"program ({what}); remove it, or start anew with --overwrite"
+            ) from None
     if world() > 1 and settings.sync_batch_norm:
-        sync_batch_norm(phase.model)
+        try:
+            sync_batch_norm(phase.model)
+        except ValueError as error:
+            raise TrainingError(f"phase {phase.name}: {error}") from None
     if settings.compile:
         phase.model.compile()
     if phase.teacher is not None:
@@ -97,6 +107,8 @@ def train(
             residuals={r.layer: (r.primal, r.dual) for r in residuals},
         )
         phase.rows.append(row)
+        if phase.admm is not None:
+            phase.admm.synchronize()
         if accelerator.is_main_process:
             store.save(phase.name, epoch + 1, _state(phase, optimizer, average, accelerator, closed))
         accelerator.wait_for_everyone()
@@ -190,8 +202,9 @@ class _Job:
                 self._look(losses, len(picks))
             if every and (step + 1) % every == 0:
                 self._update()
+        self._require_finite(len(picks))
         right, seen = summed(torch.stack([hits, hits.new_tensor(seen)])).tolist()
-        return float(torch.stack(losses).mean()), 100 * right / seen
+        return float(summed(torch.stack(losses).mean())) / world(), 100 * right / seen
 
     def close(self) -> tuple[tuple[Residual, ...], bool]:
         """Do what ADMM does between epochs; return the last residuals and whether the phase is at its end."""
@@ -267,6 +280,8 @@ class _Job:
             return
         start = time.perf_counter()
         self.residuals = admm.project_weights() if hard else admm.update()
+        if hard and self.average is not None:  # which is what the phase hands on
+            admm.project_copy(self.average.module)
         if not hard and isinstance(schedule, AdmmSchedule) and schedule.balance:
             admm.balance()
         self.projecting += time.perf_counter() - start
@@ -277,11 +292,22 @@ class _Job:
         values = summed(torch.stack(losses[first:])).tolist()  # not finite on one process: on all
         for k, value in enumerate(values):
             if not np.isfinite(value):
-                lr = rate(self.phase.schedule, self.epoch + (first + k) / steps)
-                raise TrainingError(
-                    f"phase {self.phase.name}, epoch {self.epoch + 1}, step {first + k + 1}: the loss is {value} at learning "
-                    f"rate {lr:.3g}; try a lower train.{self.phase.name}.lr, a warmup or a clip"
-                )
+                raise self._diverged(f"the loss is {value}", first + k, steps)
+
+    def _require_finite(self, steps: int) -> None:
+        """Raise `TrainingError` when the last step, whose loss nobody sees, left weights that are not finite."""
+        with torch.no_grad():
+            finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.phase.model.parameters()]).all()
+        if not finite:
+            raise self._diverged("the weights are no longer finite", steps - 1, steps)
+
+    def _diverged(self, what: str, step: int, steps: int) -> TrainingError:
+        lr, name = rate(self.phase.schedule, self.epoch + step / steps), self.phase.name
+        keep = "" if name == "dense" else "; a dense network that is trained goes on as the model.weights of another run"
+        return TrainingError(
+            f"phase {name}, epoch {self.epoch + 1}, step {step + 1}: {what} at learning rate {lr:.3g}; try a lower "
+            f"train.{name}.lr, a warmup or a clip{keep}"
+        )
 
 
 def _cross_entropy(scores: Tensor, y: Tensor, share: float, smoothing: float) -> Tensor:

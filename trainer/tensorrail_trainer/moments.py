@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.metric import roots
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.layers import DenseLayer
+from tensorrail_trainer.processes import summed, world
 
 _ROWS = 1024  # positions of a batch that are looked at: 2·I² FLOPs each, where a convolution does 2·O·I·K at all of them
 _WINDOW = 100  # batches: the mean of all at first, of about so many last ones later, for the layers before go on training
@@ -100,9 +101,29 @@ class InputMoments:
     def roots(self) -> dict[str, Root]:
         """Return the metric of every layer from the batches so far, the mean over all processes that train together.
 
-        `ValueError` names a layer that no batch has passed, or whose inputs were not finite.
+        `PlanError` names a layer that no batch has passed, or whose inputs were not finite.
         """
-        return {name: Root.of(self._mean(name), dense.parameters[0]) for name, dense in self._layers.items()}
+        self.synchronize()
+        return {name: Root.of(self._known(name), dense.parameters[0]) for name, dense in self._layers.items()}
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Make the moments of every process the mean over those that train together, each of which saw other batches."""
+        if world() == 1:
+            return
+        for name, dense in self._layers.items():
+            weight = dense.parameters[0]
+            second = self.second.get(name)
+            if second is None:
+                inputs = dense.spec.shape[1]
+                second = torch.zeros(
+                    inputs, inputs, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
+                )
+            batches = second.new_tensor([self.batches[name], float(self.batches[name] > 0)], dtype=torch.float64)
+            total, count = summed(second), summed(batches)
+            if count[1]:  # a process may have had no share of the batches yet
+                self.second[name] = total / float(count[1])
+                self.batches[name] = round(float(count[0] / count[1]))
 
     def close(self) -> None:
         """Remove the hooks from the model; what was gathered stays."""
@@ -119,19 +140,15 @@ class InputMoments:
         self.batches = dict(state["batches"])
         self.second = {name: t.to(self._layers[name].parameters[0].device) for name, t in state["second"].items()}
 
-    def _mean(self, name: str) -> Tensor:
+    def _known(self, name: str) -> Tensor:
         if name not in self.second:
-            raise ValueError(
+            raise PlanError(
                 f"layer {name}: no batch has passed its module in training mode, so that the metric of its inputs is not "
                 "known; train before the update, or use metric='weight' where the model reads the weight past its module"
             )
         second = self.second[name]
-        if distributed.is_available() and distributed.is_initialized():  # each process saw other batches
-            second = second.clone()
-            distributed.all_reduce(second)
-            second /= distributed.get_world_size()
         if not torch.isfinite(second).all():
-            raise ValueError(f"layer {name}: its inputs were not finite in training; lower the learning rate or rho")
+            raise PlanError(f"layer {name}: its inputs were not finite in training; lower the learning rate or rho")
         return second
 
 

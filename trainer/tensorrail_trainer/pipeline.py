@@ -9,7 +9,6 @@ has no control, `baseline.onnx` is the dense network before ADMM, if there was o
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
@@ -40,13 +40,17 @@ from tensorrail_trainer.admm import ADMM
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import arrays
-from tensorrail_trainer.layers import cores_of, swap, to_dense
+from tensorrail_trainer.layers import cores_of, planned_layers, swap, to_dense
 from tensorrail_trainer.loop import Phase, evaluate, train
 from tensorrail_trainer.moments import Root
 from tensorrail_trainer.recipe import Export, Recipe, RecipeError
 from tensorrail_trainer.torch_export import to_onnx
 from tensorrail_trainer.weights import save_weights
 
+_WRITTEN = (
+    *("plan.json", "cores.safetensors", "dense.safetensors", "training.json", "report.json", "report.md", "report.html"),
+    *(f"{graph}.onnx{data}" for graph in ("dense", "model", "control", "baseline") for data in ("", ".data")),
+)
 _TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
 
 
@@ -81,13 +85,23 @@ class Trained:
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Make the run folder, or check that the one that is there may be gone on with.
 
-    Raises `RecipeError` when a run is there and neither `resume` nor `overwrite` is asked for, or when it was trained by
-    another recipe.
+    `overwrite` removes what a run writes and nothing else. Raises `RecipeError` when a run is there and neither `resume` nor
+    `overwrite` is asked for, when it was trained by another recipe, or when there are files of those names and no run.
     """
-    kept = folder / "recipe.yaml"
-    if overwrite and kept.exists():
-        shutil.rmtree(folder)
-    if kept.exists():
+    kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
+    if kept.exists() and not checkpoints.is_dir():
+        raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
+    written = (*checkpoints.glob("*-[0-9][0-9][0-9][0-9].pt"), *(folder / name for name in _WRITTEN))
+    for left in (part for file in written for part in file.parent.glob(f".{file.name}.*.part")):
+        left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    if overwrite and checkpoints.is_dir():
+        for file in (*written, kept):
+            file.unlink(missing_ok=True)
+    if not kept.exists():
+        there = next((file for file in written if file.exists()), None)
+        if there is not None:
+            raise RecipeError(f"{there} is there, and no recipe that it was made by: give the run an empty folder")
+    else:
         if not resume:
             raise RecipeError(f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew")
         before = Recipe.load(kept)
@@ -97,7 +111,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
                 f"{folder} was trained by a recipe with another {', '.join(changed)}: give the run another name, "
                 "or start it anew with --overwrite"
             )
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
     recipe.save(kept)
 
 
@@ -130,6 +144,7 @@ def train_all(
     job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
     settings, device = recipe.train, job.accelerator.device
     dense, teacher = recipe.make_model(), recipe.make_teacher()
+    _try_out(recipe, job.data, teacher, device)
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
@@ -159,6 +174,37 @@ def train_all(
     return Trained(plan, uncut, finetuned, found, reference, tuple(job.rows), cut_accuracy, roots), job.data
 
 
+def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> None:
+    """Put two samples through every network of the run; `RecipeError` for what would not work, before anything is trained."""
+    try:
+        x, _ = next(data.train.batches([torch.arange(2) % len(data.train)], augment=recipe.train.augment.made()))
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"train.augment: cannot be done to these data: {error}") from None
+    dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
+    plan = recipe.make_plan(cut, trained=False)
+    shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
+    cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
+    networks = {"model": dense, "plan": swap(cut, plan, cores), "train.distill.teacher": teacher}
+    for key, network in networks.items():
+        if network is None:
+            continue
+        try:
+            with torch.no_grad():
+                scores = network.to(device).eval()(x)
+        except Exception as error:  # noqa: BLE001 - whatever a network does not like
+            what = "made of cores, the network" if key == "plan" else "the network"
+            reason = " ".join(str(error).split())[:200]
+            raise RecipeError(
+                f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}: {type(error).__name__}: {reason}"
+            ) from None
+        shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != 2 or scores.shape[1] < data.classes:
+            raise RecipeError(
+                f"{key}: gives {shape} for two samples: expected scores of {data.classes} classes, [2, {data.classes}]; "
+                f"try args: {{classes: {data.classes}}}"
+            )
+
+
 class _Training:
     """What the phases of a run share: data, checkpoints, processes, and how many epochs are still to come."""
 
@@ -170,7 +216,7 @@ class _Training:
                 f"train.cuda_graph: of one process alone, and there are {accelerator.num_processes}; leave it out"
             )
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
-        self.store = Checkpoints(folder / "checkpoints")
+        self.store = Checkpoints(folder / "checkpoints", progress.note)
         self.data = recipe.make_data().to(accelerator.device)
         settings = recipe.train
         self.control = settings.control_schedule if settings.dense or recipe.model.weights else None
@@ -186,9 +232,6 @@ class _Training:
             self.progress.epoch(row, epochs, self.left + epochs - row.epoch)
 
         model = train(phase, self.recipe, self.data, self.accelerator, self.store, told)
-        for path in self.store.damaged:
-            self.progress.note(f"refused the damaged checkpoint {path.name}; went on from the one before it")
-        self.store.damaged.clear()
         self.rows.extend(phase.rows)
         return model
 

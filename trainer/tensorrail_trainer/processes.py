@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def world() -> int:
@@ -32,14 +33,14 @@ def shared_out(costs: Mapping[str, int]) -> dict[str, int]:
     return owners
 
 
-class SyncedBatchNorm(nn.BatchNorm2d):
+class _Synced(_BatchNorm):
     """Batch-norm whose mean and variance are those of the batches of all processes, on any device.
 
-    The shares of the batch may differ in size. In evaluation, and in one process, it is `nn.BatchNorm2d`.
+    The shares of the batch may differ in size. In evaluation, and in one process, it is the plain one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
+        """Map (B, C, *S) to the same shape."""
         if not self.training or world() == 1:
             return super().forward(x)
         from torch.distributed.nn.functional import all_reduce  # differentiable: the gradient is summed as well
@@ -47,19 +48,21 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
             count = torch.full((1,), wide.numel() / wide.shape[1], device=x.device)
-            sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
+            axes = (0, *range(2, wide.dim()))
+            wide_shape = (-1, *(1,) * (wide.dim() - 2))
+            sums = all_reduce(torch.cat([wide.sum(axes), count]))
             total = sums[-1]
             mean = sums[:-1] / total
             # A second pass: the difference of two large sums would lose the variance in rounding.
-            centred = wide - mean[:, None, None]
-            variance = all_reduce(centred.square().sum((0, 2, 3))) / total
+            centred = wide - mean.reshape(wide_shape)
+            variance = all_reduce(centred.square().sum(axes)) / total
             self._track(mean.detach(), variance.detach() * (total.detach() / (total.detach() - 1)))
             scale = torch.rsqrt(variance + self.eps)
             if self.affine:
                 scale = scale * self.weight
-            y = centred * scale[:, None, None]
+            y = centred * scale.reshape(wide_shape)
             if self.affine:
-                y = y + self.bias[:, None, None]
+                y = y + self.bias.reshape(wide_shape)
         out: Tensor = y.to(x.dtype)
         return out
 
@@ -73,19 +76,48 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance, share)
 
 
+class SyncedBatchNorm1d(_Synced, nn.BatchNorm1d):
+    """Of (B, C) or (B, C, L)."""
+
+
+class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
+    """Of (B, C, H, W)."""
+
+
+class SyncedBatchNorm3d(_Synced, nn.BatchNorm3d):
+    """Of (B, C, D, H, W)."""
+
+
+_SYNCED: dict[type, type] = {
+    nn.BatchNorm1d: SyncedBatchNorm1d,
+    nn.BatchNorm2d: SyncedBatchNorm2d,
+    nn.BatchNorm3d: SyncedBatchNorm3d,
+}
+_PLAIN = {synced: plain for plain, synced in _SYNCED.items()}
+
+
 def sync_batch_norm(model: nn.Module) -> nn.Module:
-    """Give every `nn.BatchNorm2d` of a model the statistics of all processes, in place; parameters and names stay."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm
+    """Give every batch-norm of a model the statistics of all processes, in place; parameters and names stay.
+
+    torch's own `SyncBatchNorm` stays as it is. `ValueError` names a layer of another class: what it does with its statistics
+    is not known here.
+    """
+    for name, module in model.named_modules():
+        if type(module) in _SYNCED:
+            module.__class__ = _SYNCED[type(module)]
+        elif isinstance(module, _BatchNorm) and not isinstance(module, _Synced | nn.SyncBatchNorm):
+            raise ValueError(
+                f"layer {name}: {type(module).__name__} cannot share its statistics between processes; set "
+                "sync_batch_norm: false, or use torch's own batch-norm"
+            )
     return model
 
 
 def unsync_batch_norm(model: nn.Module) -> nn.Module:
     """Undo `sync_batch_norm`, in place."""
     for module in model.modules():
-        if type(module) is SyncedBatchNorm:
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment] # mypy knows no class above its own
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
     return model
 
 

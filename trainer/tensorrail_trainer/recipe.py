@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,15 @@ Integers = Annotated[tuple[int, ...], FROM_LIST]
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; one line with the file, the key, what was expected and what to try."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-2 as text, for it has no point; here it is the number that YAML 1.2 takes it for."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class PlanRule(Part):
@@ -119,7 +129,7 @@ class Recipe(Part):
 
     version: Literal[1]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     data: Named
     model: NamedModel
     plan: Annotated[tuple[Rule, ...], FROM_LIST, Field(min_length=1)]
@@ -127,6 +137,16 @@ class Recipe(Part):
     export: Export = Export()
     bench: Bench = Bench()
     targets: Targets = Targets()
+
+    @model_validator(mode="after")
+    def _taught(self) -> Recipe:
+        distill = self.train.distill
+        if distill is not None and distill.teacher is None and self.train.dense is None and self.model.weights is None:
+            raise ValueError(
+                "train.distill: there is nobody to learn from, for the dense network is not trained; name a teacher, give "
+                "model.weights or a dense phase"
+            )
+        return self
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
@@ -137,8 +157,8 @@ class Recipe(Part):
             reason = getattr(error, "strerror", None) or "not a text file"
             raise RecipeError(f"{path}: cannot be read ({reason}): expected a YAML recipe") from None
         try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         try:
             recipe = cls.model_validate(raw)
@@ -246,5 +266,8 @@ def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[st
         return function(**given)
     except (DataError, RecipeError):
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{key}.args: {named.name} cannot be made with {given}: {error}") from None
+    except Exception as error:
+        if ":" in named.name and not isinstance(error, TypeError | ValueError | RuntimeError):
+            raise  # of somebody's own function, who wants to see where
+        what = str(error) or type(error).__name__
+        raise RecipeError(f"{key}.args: {named.name} cannot be made with {given}: {what}") from None

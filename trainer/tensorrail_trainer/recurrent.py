@@ -142,7 +142,7 @@ class FactoredRecurrent(nn.Module):
         rows = run_steps(steps, x.reshape(-1, x.shape[-1]))
         if matrix is None:
             matrix = torch.eye(self.specs[leaf].shape[0], dtype=x.dtype, device=x.device)
-        return rows.reshape(*x.shape[:-1], -1), list(cast(Tensor, matrix).contiguous().chunk(self.directions))
+        return rows.reshape(*x.shape[:-1], rows.shape[-1]), list(cast(Tensor, matrix).contiguous().chunk(self.directions))
 
     def _cores(self, leaf: str) -> list[Tensor]:
         return list(cast(nn.ParameterList, self.cores[leaf]))

@@ -56,7 +56,7 @@ class Schedule(Part):
     epochs: Count
     lr: Positive
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: Fraction = 0.9  # of SGD; AdamW's first
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD; AdamW's first
     nesterov: bool = False
     weight_decay: NotNegative = 1e-4
     decay_on: Annotated[tuple[Decayed, ...], FROM_LIST] = ("weights", "cores")

@@ -23,6 +23,7 @@ from tensorrail_trainer.resnets import CifarResNet
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"  # of batch-norm: not there before torch 0.4.1, and read by training alone
+_WRAPPED = 4  # state dicts in one another, at most: a file may hold itself
 _SHOWN = 3  # names in an error
 
 
@@ -79,7 +80,9 @@ def _read(path: Path) -> Any:
 
 def _bare(path: Path, found: Any, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the state dict itself, out of a checkpoint and without the prefixes of wrapped networks."""
-    while isinstance(found, Mapping):
+    for _ in range(_WRAPPED):
+        if not isinstance(found, Mapping):
+            break
         inside = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
         if inside is None:
             break

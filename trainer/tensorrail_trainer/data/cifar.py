@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in the folders they are published as.
 
-The files are Python pickles. They are read by an unpickler that knows NumPy arrays, plain containers and nothing else, so that
-a file from elsewhere cannot run code.
+The files are Python pickles. They are read by an unpickler that knows plain containers, and stand-ins for NumPy's arrays that
+take in a shape, a type of numbers and bytes: a file from elsewhere neither runs code nor says where in memory anything lies.
 """
 
 from __future__ import annotations
@@ -17,13 +17,6 @@ import torch
 from tensorrail_trainer.data.errors import DataError
 from tensorrail_trainer.data.splits import Dataset, InMemory
 
-_ALLOWED = {
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
 _PIXELS = 3 * 32 * 32
 _Constants = tuple[torch.Tensor, torch.Tensor]
 
@@ -95,16 +88,70 @@ def _read(path: Path, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path}: not a published CIFAR file ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(raw, dict) or not {b"data", labels} <= raw.keys():
         raise DataError(f"{path}: not a published CIFAR file: expected the keys data and {labels.decode()}")
-    images, classes = raw[b"data"], np.asarray(raw[labels])
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (len(classes), _PIXELS):
+    images, classes = (_values(raw[key]) for key in (b"data", labels))
+    if classes is None or classes.ndim != 1:
+        raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
+    if images is None or images.dtype != np.uint8 or images.shape != (len(classes), _PIXELS):
         raise DataError(f"{path}: not a published CIFAR file: expected data of shape ({len(classes)}, {_PIXELS}) of bytes")
-    if classes.dtype.kind != "i" or not len(classes) or classes.min() < 0:
+    if not len(classes) or classes.min() < 0:
         raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
     return images.reshape(-1, 3, 32, 32), classes.astype(np.int64)
 
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
-        return super().find_class(module, name)
+        try:
+            return _STAND_INS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs") from None
+
+
+class _Numbers:
+    """What stands for a `numpy.dtype` in a file: whole numbers of 1 to 8 bytes."""
+
+    def __init__(self, code: Any) -> None:
+        text = code.decode("ascii") if isinstance(code, bytes) else str(code)
+        if text not in _NUMBERS:
+            raise pickle.UnpicklingError(f"it holds an array of {text[:20]!r}, which no CIFAR file needs")
+        self.dtype = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(">" if state[1] in (">", b">") else "<")
+
+
+class _Array:
+    """What stands for a `numpy.ndarray` in a file: its numbers, copied out of the bytes."""
+
+    values: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, numbers, fortran, raw = state
+        if type(numbers) is not _Numbers or type(raw) is not bytes:
+            raise pickle.UnpicklingError("it holds an array without its bytes")
+        self.values = np.frombuffer(raw, numbers.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _encoded(text: Any, encoding: Any) -> bytes:
+    if encoding not in ("latin1", b"latin1") or type(text) is not str:
+        raise pickle.UnpicklingError("it holds text that is no array's bytes")
+    return text.encode("latin1")
+
+
+def _values(found: Any) -> np.ndarray | None:
+    """Return the numbers of an array or of a list of whole numbers; None for anything else."""
+    if type(found) is _Array:
+        return found.values
+    if type(found) is list and all(type(one) is int and abs(one) < 2**31 for one in found):
+        return np.array(found, np.int64)
+    return None
+
+
+_NUMBERS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
+# Functions, and the name alone of the class that `_reconstruct` is told: a file can call them, and alter none of their kind.
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): lambda code, *_: _Numbers(code),
+    ("numpy", "ndarray"): "numpy.ndarray",
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("_codecs", "encode"): _encoded,
+}

@@ -30,6 +30,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no others are tried: some of Pillow
 _PIXELS = 89_478_485  # Pillow's own limit, from which on it only warns
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LAYOUT = "the layout <split>/<class>/<image>.jpg"
+_LONGEST = 8  # times the shorter side
 _TRIES = 10  # windows that may fall outside the image before the middle is taken
 
 
@@ -109,6 +110,10 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _middle(image: Image.Image, size: int) -> Image.Image:
     """Return the middle (size, size) of the image drawn to 256/224 of the size along its shorter side."""
+    longest = _LONGEST * min(image.size)
+    if max(image.size) > longest:  # else drawn at up to millions of pixels of which a square is kept
+        left, top = (max(0, side - longest) // 2 for side in image.size)
+        image = image.crop((left, top, min(image.width, left + longest), min(image.height, top + longest)))
     short = round(size * 256 / 224)
     scale = short / min(image.size)
     width, height = (max(short, int(side * scale)) for side in image.size)

@@ -27,6 +27,7 @@ Features = Literal["logmel", "mfcc"]
 _NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
 _TEST = 5  # recordings of each speaker and digit, the first ones
 _WINDOW, _HOP = 0.025, 0.010  # seconds
+_RATES = 400_000  # samples a second, at most: the filters take memory by the rate that a file claims
 _FLOOR = 1e-8  # of full scale: below the noise of 16 bits
 _SCALES: dict[int, tuple[np.dtype[Any], float, float]] = {  # by bytes a sample: what they are, silence, full scale
     1: (np.dtype("u1"), 128.0, 128.0),
@@ -106,8 +107,8 @@ def _read(path: Path, frames: int) -> tuple[np.ndarray, int]:
         raise DataError(f"{path}: has {8 * width} bits a sample: expected 8, 16 or 32; convert it") from None
     except Exception as error:  # noqa: BLE001 - a broken file raises whatever its bytes say
         raise unreadable(path, error, "a wav file of plain samples") from None
-    if not len(sound) or rate * _HOP < 1:
-        raise DataError(f"{path}: {len(sound)} samples, {rate} a second: expected a recording")
+    if not len(sound) or not 1 / _HOP <= rate <= _RATES:
+        raise DataError(f"{path}: {len(sound)} samples, {rate} a second: expected a recording, up to {_RATES} a second")
     return (sound - zero) / scale, rate
 
 
