@@ -183,7 +183,7 @@ def main() -> None:
         "",
         f"Command: {command} ({options.seconds:g} s a row). {where.processor}, "
         f"{where.cores} cores, ONNX Runtime {where.onnxruntime}, CPU provider, default threads; all forms of a network in "
-        "turns, in three fresh processes; random weights.",
+        "turns, in five fresh processes; random weights.",
         "",
     ]
     records = []

@@ -446,7 +446,7 @@ def main() -> None:
         metavar="MODE",
         help="What plans are made for.",
     )
-    parser.add_argument("--processes", type=int, default=2, help="Fresh ones, for each time.")
+    parser.add_argument("--processes", type=int, default=3, help="Fresh ones, for each time.")
     parser.add_argument("--search", default=SEARCHES[0], choices=SEARCHES, help="cuDNN's algorithms while plans are made.")
     parser.add_argument("--formats", nargs="+", default=["auto"], choices=["auto", *FORMATS], help="That plans may have.")
     parser.add_argument("--seconds", type=float, default=1.0, help="Of timing a model in a mode.")

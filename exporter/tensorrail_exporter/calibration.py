@@ -79,7 +79,8 @@ def load_calibration(
 ) -> Calibration:
     """Return the inputs of an npz file or a folder, in batches; at most `most` samples, evenly spread.
 
-    Raises `ModelError` for data that do not fit the model's inputs, that hold none, or that hold NaN or infinite values.
+    Raises `ModelError` for data that do not fit the model's inputs, that hold none, or that hold NaN or infinite values, and
+    for labels that are not integers from 0, one a sample.
     """
     path = Path(path)
     session = open_session(model)
@@ -100,6 +101,10 @@ def load_calibration(
     total = next(iter(lengths.values()))
     if labels is not None and labels.shape[:1] != (total,):
         raise ModelError(f"{path}: {total} samples and labels of shape {labels.shape} came; expected one label a sample")
+    if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
+        raise ModelError(f"{path}: labels are integers, one a sample, and {labels.dtype} of shape {labels.shape} came")
+    if labels is not None and (labels < 0).any():
+        raise ModelError(f"{path}: labels are numbers of classes from 0 on, and {labels.min()} is among them")
     fixed = next((entry.shape[0] for entry in entries.values() if isinstance(entry.shape[0], int)), 1)
     most = max(fixed, most - most % fixed)  # whole batches of a model that takes no other
     if total > most:

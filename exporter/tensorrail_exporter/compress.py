@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ import onnx
 
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.errors import GraphError
-from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.graph_io import import_graph, save_model
 from tensorrail_exporter.layerwise import LayerFit, fit_layers
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.planner import PlannedLayer
 from tensorrail_exporter.precision import PrecisionReport
 from tensorrail_exporter.rewrite import LayerRewrite, decompose_graph, factorize, reconstruct
+from tensorrail_exporter.sites import find, names_in
 from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import Shapes, random_inputs
@@ -29,7 +31,8 @@ from tensorrail_runtime.session import Settings, open_session
 Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.ModelProto]
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
 
-_ROUNDING = 1e-4  # relative: what may differ between reconstructed weights and their cores
+_ROUNDING = 1e-4  # relative: what may differ between reconstructed weights and their cores in float32
+_ROUNDINGS = 8  # in a layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
 
 
 class Size(Record):
@@ -184,12 +187,26 @@ def _numerical(
     joined = folder / "reconstructed.onnx"
     save_model(reconstruct(base, plan, cores), joined)
     found = parity(joined, path, inputs=feeds[:1], tolerance=None, settings=settings).worst
-    if not found <= _ROUNDING:
+    most = _rounding(base, plan)
+    if not found <= most:
         raise GraphError(
-            f"the factored graph differs from what its cores stand for by {found:.1e}, relative; at most {_ROUNDING:g} "
+            f"the factored graph differs from what its cores stand for by {found:.1e}, relative; at most {most:.1g} "
             "was expected: leave layers out of the plan until it holds, and report the model"
         )
     return found
+
+
+def _rounding(model: onnx.ModelProto, plan: Plan) -> float:
+    """Return the relative difference that rounding may make in the coarsest type of the planned weights.
+
+    The roundings of a layer, each at most the unit roundoff u (2⁻¹¹ in float16), are taken to add up, those of different layers
+    to be independent: 8 · u · √layers.
+    """
+    graph = import_graph(model)
+    names = names_in(graph)
+    found = [find(graph, layer, names) for layer in plan.layers]
+    unit = max(float(np.finfo(rule.weight(sites[0].node).dtype).eps) / 2 for rule, sites in found)
+    return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(found)))
 
 
 def _size(path: Path, batch: int, shapes: Shapes | None, milliseconds: float) -> Size:

@@ -6,9 +6,16 @@ gate order. Only the weights that a plan names are folded; the rest of the graph
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
+
+from tensorrail_exporter.errors import GraphError
+from tensorrail_exporter.graph_io import inferred_shapes
+
+_LARGEST = 2**29  # values that one of the nodes may make: 2 GiB in float32
 
 _FOLDABLE = frozenset(
     {
@@ -45,7 +52,10 @@ def sources(tensor: gs.Tensor) -> tuple[str, ...]:
 
 
 def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
-    """Return the constant that a tensor's nodes compute; None when something of it is not constant."""
+    """Return the constant that a tensor's nodes compute; None when something of it is not constant.
+
+    `GraphError` when they cannot be computed, or would take more than 2 GiB.
+    """
     if isinstance(tensor, gs.Constant):
         return tensor
     found = _ancestors(tensor)
@@ -55,7 +65,16 @@ def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
     model = gs.export_onnx(graph, do_type_check=False)
     for output in model.graph.output:
         output.ClearField("type")
-    (values,) = ReferenceEvaluator(model).run(None, {})
+    shapes = inferred_shapes(model, data_prop=True)
+    sizes = {made: math.prod(axis for axis in shape if isinstance(axis, int)) for made, shape in shapes.items()}
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    if sizes.get(largest, 0) > _LARGEST:
+        raise GraphError(f"its weight {tensor.name!r} is not computed: {largest!r} would hold {sizes[largest]:,} values")
+    try:
+        (values,) = ReferenceEvaluator(model).run(None, {})
+    except Exception as error:  # noqa: BLE001 - what NumPy raises for nodes that do not fit their constants, of many classes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise GraphError(f"its weight {tensor.name!r} cannot be computed from constants ({reason})") from None
     return gs.Constant(name, np.ascontiguousarray(values))
 
 

@@ -26,7 +26,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     """
     path = Path(path)
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, format="protobuf")  # whatever the name ends in
         onnx.checker.check_model(str(path))
     except OSError as error:
         raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
@@ -79,11 +79,39 @@ def size_of(model: onnx.ModelProto) -> int:
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
     """Return the graph for rewriting, with the shapes that can be inferred; the argument is not changed."""
     graph = gs.import_onnx(model)
-    shapes = _inferred(model)
+    shapes = inferred_shapes(model)
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in shapes:
             tensor.shape = shapes[tensor.name]
     return graph
+
+
+def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[str, list[int | str]]:
+    """Return the shapes that onnx infers, from a copy of the model without the values of its weights.
+
+    `data_prop` follows the values of computed shapes as well.
+    """
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    for part in ("node", "input", "output", "value_info"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    light.graph.name = "shapes"
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return {}  # a rule that needs a shape says so
+    shapes: dict[str, list[int | str]] = {}
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
+        kind = value.type.tensor_type
+        if value.type.HasField("tensor_type") and kind.HasField("shape"):
+            shapes[value.name] = [a.dim_value if a.HasField("dim_value") else a.dim_param for a in kind.shape.dim]
+    return shapes
 
 
 def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
@@ -155,31 +183,6 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
     for body in _bodies(graph):
         yield from _tensors(body)
-
-
-def _inferred(model: onnx.ModelProto) -> dict[str, list[int | str]]:
-    """Return the shapes that onnx infers, from a copy of the model without the values of its weights."""
-    light = onnx.ModelProto(ir_version=model.ir_version)
-    light.opset_import.extend(model.opset_import)
-    light.functions.extend(model.functions)
-    for part in ("node", "input", "output", "value_info"):
-        getattr(light.graph, part).extend(getattr(model.graph, part))
-    light.graph.name = "shapes"
-    for tensor in model.graph.initializer:
-        if len(tensor.raw_data) <= _SMALL:
-            light.graph.initializer.append(tensor)
-        else:
-            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    try:
-        inferred = onnx.shape_inference.infer_shapes(light)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return {}  # a rule that needs a shape says so
-    shapes: dict[str, list[int | str]] = {}
-    for value in (*inferred.graph.value_info, *inferred.graph.output):
-        kind = value.type.tensor_type
-        if value.type.HasField("tensor_type") and kind.HasField("shape"):
-            shapes[value.name] = [a.dim_value if a.HasField("dim_value") else a.dim_param for a in kind.shape.dim]
-    return shapes
 
 
 def _with_external_data(model: onnx.ModelProto, part: Path, location: str) -> onnx.ModelProto:

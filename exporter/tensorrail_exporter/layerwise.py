@@ -19,7 +19,7 @@ from tensorrail_exporter.calibration import Calibration, Sampler, Statistics, fi
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import export_graph, import_graph
 from tensorrail_exporter.plan import LayerPlan, Plan
-from tensorrail_exporter.rewrite import decompose_graph, reconstruct
+from tensorrail_exporter.rewrite import check_finite, decompose_graph, reconstruct
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.sites import find, names_in, walk
 from tensorrail_exporter.survey import DenseLayer, dense_layer
@@ -105,13 +105,14 @@ def fit_layers(
 
 
 def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, np.ndarray]:
-    """Return the weights (O, I, *K) of layers, float32."""
+    """Return the weights (O, I, *K) of layers, float32; `GraphError` for one that holds NaN or infinite values."""
     graph = import_graph(model)
     names = names_in(graph)
     found = {}
     for layer in layers:
         rule, sites = find(graph, layer, names)
         found[layer.name] = np.array(rule.weight(sites[0].node), np.float32)
+        check_finite(layer.name, found[layer.name])
     return found
 
 

@@ -24,14 +24,15 @@ from tensorrail_exporter.costs import dense_cost
 from tensorrail_exporter.errors import PlanError, TargetError
 from tensorrail_exporter.graph_io import import_graph, save_model
 from tensorrail_exporter.latency_table import LatencyTable
+from tensorrail_exporter.layerwise import dense_weights
 from tensorrail_exporter.options import Option, option_for, options_of
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import factorize
-from tensorrail_exporter.sensitivity import Losses, losses_of
+from tensorrail_exporter.sensitivity import Losses, check_labels, losses_of
 from tensorrail_exporter.sites import find, names_in
 from tensorrail_exporter.survey import DenseLayer, survey
 from tensorrail_exporter.verify import layer_times, slower_layers
-from tensorrail_runtime.cost import cost
+from tensorrail_runtime.cost import GraphCost, cost
 from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.latency import Ratio, bench_fresh
 from tensorrail_runtime.machine import Machine, channel_block, machine
@@ -159,13 +160,16 @@ def plan_network(
 ) -> PlanReport:
     """Return the plan that meets the targets at the least loss, and its report.
 
-    Raises `TargetError` when the targets cannot be met, `ModelError` when the model does not run as asked.
+    Raises `TargetError` when the targets cannot be met, `ModelError` when the model does not run as asked; and before anything
+    is measured `PlanError` for a target on what the model has none of and for layers to keep that are not there, `GraphError`
+    for weights that are not finite and labels that are no classes of the model.
     """
     search.check()
     settings = settings or Settings()
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else channel_block())
     layers = survey(model, search.batch, shapes)
+    _check_keep(search.keep, layers)
     wanted = {
         layer: ()
         if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep)
@@ -173,6 +177,10 @@ def plan_network(
         for layer in layers
         if layer.output is not None and layer.inputs[layer.data] is not None
     }
+    dense_weights(model, [options[0].plan(layer.name) for layer, options in wanted.items() if options])  # are they finite?
+    if calibration is not None and calibration.labels is not None and calibration.count:
+        check_labels(model, calibration, settings.exact)
+    made = _counted(model, search, shapes)
     table = LatencyTable.open(settings, search.cache)
     table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
     faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
@@ -182,7 +190,6 @@ def plan_network(
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
-        made = cost(dense, search.batch, shapes)
         # The least of several: what else runs on the machine for a moment only ever makes a time longer.
         whole = min(_dense_ms(dense, search, settings, shapes) for _ in range(3))
         totals = Totals(params=made.params, macs=made.macs, bytes=made.bytes, ms=whole)
@@ -243,6 +250,26 @@ def fastest_blocks(
         slower = table.milliseconds(layer, best) > table.milliseconds(layer)
         chosen[layer.name] = 0 if or_dense and slower else best.block
     return chosen
+
+
+def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:
+    names = [layer.name for layer in layers]
+    for pattern in keep:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            known = ", ".join(names) or "none"
+            raise PlanError(f"layer {pattern}: to be kept dense, and no layer that could be factored has that name: {known}")
+
+
+def _counted(model: onnx.ModelProto, search: Search, shapes: Shapes | None) -> GraphCost:
+    """Return what the dense model costs; `PlanError` for a target on what it has none of."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "dense.onnx")
+        made = cost(Path(folder) / "dense.onnx", search.batch, shapes)
+    whole = {"params": made.params, "flops": made.macs, "bytes": made.bytes}
+    for name in search.targets:
+        if whole.get(name) == 0:
+            raise PlanError(f"target {name}={search.targets[name]:g}: the model has 0 {name}, and nothing to divide")
+    return made
 
 
 def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, gain: float) -> tuple[Option, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,8 +19,9 @@ from tensorrail_exporter.int8 import to_int8 as to_int8
 from tensorrail_exporter.ranges import LayerRange, layer_ranges, require_finite
 from tensorrail_exporter.weighted import constants_of, weighted, with_names
 from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
-from tensorrail_runtime.inputs import random_inputs
+from tensorrail_runtime.inputs import Shapes, random_inputs
 from tensorrail_runtime.latency import LatencyReport, Ratio, bench
+from tensorrail_runtime.model_files import bytes_of
 from tensorrail_runtime.parity import Parity, parity
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError, Settings, open_session
@@ -88,17 +90,19 @@ def reduced(
     keep: Sequence[str] = (),
     tolerance: float | None = None,
     batch: int = 1,
+    shapes: Shapes | None = None,
     seconds: float = 10.0,
     settings: Settings | None = None,
     seed: int = 0,
     on_round: Callable[[float], None] = lambda _: None,
 ) -> PrecisionReport:
-    """Write the model in reduced precision to `out`, whole or not at all, and measure both.
+    """Measure the model in reduced precision beside fp32, and write it to `out`, whole or not at all.
 
     `calibration` holds inputs, batch by batch: int8 needs them, fp16 is only compared on them, or else on random ones.
     `data` and `labels` are for the accuracy and are not calibrated on. `tolerance` is of the relative L2 difference of every
-    output, by default that of `TOLERANCES`. Nothing is written when fp16 overflows on the inputs: `RangeError`, with the
-    layers' ranges. Otherwise `GraphError` for what cannot be converted, `ModelError` for what cannot be run or scored.
+    output, by default that of `TOLERANCES`. Dynamic axes of random inputs, those of the latency among them, are set by
+    `shapes`, or else to `batch`. Nothing is written when fp16 overflows on the inputs: `RangeError`, with the layers' ranges;
+    nor otherwise: `GraphError` for what cannot be converted, `ModelError` for what cannot be run or scored.
     """
     model, out, settings = Path(model), Path(out), settings or Settings()
     settings.check()
@@ -106,7 +110,8 @@ def reduced(
     _check_request(model, out, to, method, data, labels)
     session = open_session(model, settings=exact)
     given = None if calibration is None else list(calibration)
-    feeds = given if given is not None else [random_inputs(session, size, seed) for size in _RANDOM_BATCHES]
+    sizes = _RANDOM_BATCHES[:1] if shapes else _RANDOM_BATCHES  # a shape that is given has its own batch
+    feeds = given if given is not None else [random_inputs(session, size, seed, shapes) for size in sizes]
     scores = None
     if data is not None and labels is not None:  # before anything is written: it shows whether the data fit
         scores = evaluate(model, data, labels, metric=metric, settings=exact)
@@ -116,37 +121,45 @@ def reduced(
         require_finite(single, small, feeds)
     else:
         small = to_int8(single, given or (), method=method or "minmax", keep=keep)
-    save_model(small, out)
-    same = parity(model, out, inputs=feeds, tolerance=TOLERANCES[to] if tolerance is None else tolerance, settings=exact)
-    accuracy = None
-    if scores is not None and data is not None and labels is not None:
-        accuracy = compare_scores(scores, evaluate(out, data, labels, metric=metric, settings=exact))
-    latency = bench(
-        [model, out],
-        batch=batch,
-        seconds=seconds,
-        settings=settings,
-        io_binding=settings.on_gpu,
-        seed=seed,
-        labels=["fp32", to],
-        on_round=on_round,
-    )
-    return PrecisionReport(
-        model=model.name,
-        reduced=out.name,
-        to=to,
-        method=(method or "minmax") if to == "int8" else None,
-        keep=tuple(keep),
-        fp32=_left_fp32(single, small, keep),
-        bytes_before=_bytes(model),
-        bytes_after=_bytes(out),
-        inputs="random" if given is None else "given",
-        samples=sum(same.batches),
-        parity=same,
-        accuracy=accuracy,
-        latency=latency,
-        ranges=() if same.holds else layer_ranges(single, feeds, to=to),
-    )
+    left = _left_fp32(single, small, keep)
+    # Measured in a folder beside `out`, under its own name, which the names of external data are made of; then moved.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        made = Path(folder) / out.name
+        save_model(small, made)
+        same = parity(model, made, inputs=feeds, tolerance=TOLERANCES[to] if tolerance is None else tolerance, settings=exact)
+        accuracy = None
+        if scores is not None and data is not None and labels is not None:
+            accuracy = compare_scores(scores, evaluate(made, data, labels, metric=metric, settings=exact))
+        latency = bench(
+            [model, made],
+            batch=batch,
+            seconds=seconds,
+            settings=settings,
+            io_binding=settings.on_gpu,
+            shapes=shapes,
+            seed=seed,
+            labels=["fp32", to],
+            on_round=on_round,
+        )
+        report = PrecisionReport(
+            model=model.name,
+            reduced=out.name,
+            to=to,
+            method=(method or "minmax") if to == "int8" else None,
+            keep=tuple(keep),
+            fp32=left,
+            bytes_before=bytes_of(model),
+            bytes_after=bytes_of(made),
+            inputs="random" if given is None else "given",
+            samples=sum(same.batches),
+            parity=same,
+            accuracy=accuracy,
+            latency=latency,
+            ranges=() if same.holds else layer_ranges(single, feeds, to=to),
+        )
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):  # the graph last, when its data are there
+            file.replace(out.parent / file.name)
+    return report
 
 
 def _check_request(
@@ -178,10 +191,3 @@ def _left_fp32(model: onnx.ModelProto, small: onnx.ModelProto, keep: Sequence[st
             asked = any(k in (known.layer, known.weight, known.node.name) or known.node.name.startswith(f"{k}/") for k in keep)
             found.setdefault(known.layer, Unreduced(layer=known.layer, op=layer.node.op_type, kept=asked))
     return tuple(found.values())
-
-
-def _bytes(path: Path) -> int:
-    """Return the size of a model's file and of the external data beside it."""
-    light = onnx.load(path, load_external_data=False)
-    locations = {entry.value for t in light.graph.initializer for entry in t.external_data if entry.key == "location"}
-    return sum(file.stat().st_size for file in (path, *(path.parent / location for location in locations)))

@@ -23,7 +23,10 @@ from tensorrail_runtime.records import Record
 
 
 class LayerRewrite(Record):
-    """What was done to one layer. Parameters count the weight alone, without bias; FLOPs are 2 × MACs of one sample."""
+    """What was done to one layer. Parameters count the weight alone, without bias; FLOPs are 2 × MACs of one sample.
+
+    Of nodes that share the weight and differ in stride or dilation, steps and FLOPs are the first one's.
+    """
 
     layer: str
     op: str
@@ -84,13 +87,15 @@ def factorize(
         weight = rule.weight(sites[0].node)
         width = block if isinstance(block, int) else block.get(layer.name, 1)
         merged = layer.model_copy(update={"merge": layer.merge_for(spec)})
-        steps = merged.contraction(pad_ranks(layer, cores[layer.name], spec.shape, width), spec)
+        padded = pad_ranks(layer, cores[layer.name], spec.shape, width)
+        # Nodes that share a weight may differ in stride, dilation or the axes of their input.
+        steps = [merged.contraction(padded, rule.layer(site.node)) for site in sites]
         folded = []
-        for site in sites:
-            own = _with_batch_norm(site, steps) if fold_batch_norm else steps
-            folded.append(own is not steps)
-            rule.rewrite(site, own, layer.name)
-        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps, block=width, batch_norm=all(folded)))
+        for site, own in zip(sites, steps, strict=True):
+            normed = _with_batch_norm(site, own) if fold_batch_norm else own
+            folded.append(normed is not own)
+            rule.rewrite(site, normed, layer.name)
+        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps[0], block=width, batch_norm=all(folded)))
     factored = export_graph(graph, model)
     check_model(factored)
     return Factored(factored, tuple(rewrites))
@@ -137,10 +142,15 @@ def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.nda
         layer.check(rule.layer(sites[0].node).shape)
         weight = rule.weight(sites[0].node)
         wide = weight if weight.dtype == np.float64 else weight.astype(np.float32)
-        if not np.isfinite(wide).all():
-            raise GraphError(f"layer {layer.name}: its weight holds NaN or infinite values and cannot be decomposed")
+        check_finite(layer.name, wide)
         cores[layer.name] = layer.decompose(wide)
     return cores
+
+
+def check_finite(layer: str, weight: np.ndarray) -> None:
+    """Raise `GraphError` for a weight that cannot be decomposed."""
+    if not np.isfinite(weight).all():
+        raise GraphError(f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed")
 
 
 def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -16,6 +16,7 @@ import onnx
 from scipy.special import log_softmax
 
 from tensorrail_exporter.calibration import Calibration, Sampler, fits, run_to
+from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.layerwise import dense_weights
 from tensorrail_exporter.metric import roots
@@ -73,6 +74,12 @@ def losses_of(
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
 
 
+def check_labels(model: onnx.ModelProto, calibration: Calibration, settings: Settings) -> None:
+    """Raise `GraphError` unless the labels are classes of the model's first output, as its first batch shows them."""
+    (scores,) = run_to(model, [model.graph.output[0].name], settings)(calibration.feeds[0])
+    _require_classes(calibration.labels, scores)
+
+
 def on_inputs(weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Return a weight (O, I, *K) with its input channels multiplied by a symmetric matrix (I, I)."""
     made = np.moveaxis(np.tensordot(weight, matrix.astype(np.float32), (1, 0)), -1, 1)
@@ -125,6 +132,7 @@ class _Probe:
         self.model, self.calibration, self.settings = model, calibration, settings
         self.names = [output.name for output in model.graph.output]
         self.dense = self._outputs(model)
+        _require_classes(calibration.labels, self.dense[0])
 
     def effect(self, layer: LayerPlan, weight: np.ndarray) -> float:
         """Return the loss of the network with this layer's weight alone replaced: see `_distance`."""
@@ -139,7 +147,7 @@ class _Probe:
         labels = self.calibration.labels
         if labels is not None and self.dense[0].ndim == 2:
             rows = np.arange(len(labels))
-            before, after = (log_softmax(one[0], 1)[rows, labels.astype(int)] for one in (self.dense, changed))
+            before, after = (log_softmax(one[0], 1)[rows, labels] for one in (self.dense, changed))
             return max(float(before.mean() - after.mean()), 0.0) + 1e-3 * self._relative(changed)
         return self._relative(changed)
 
@@ -150,6 +158,18 @@ class _Probe:
             spread = float(np.square(before - before.mean(0)).sum())
             shares.append(float(np.square(before - after).sum()) / max(spread, 1e-12))
         return float(np.mean(shares))
+
+
+def _require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
+    if labels is None or scores.ndim != 2:
+        return
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise GraphError(f"labels are integers, one a sample, and an array of {labels.dtype} {list(labels.shape)} came")
+    classes = scores.shape[1]
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise GraphError(
+            f"the model has {classes} classes: expected labels 0 to {classes - 1}, and {labels.min()} to {labels.max()} came"
+        )
 
 
 def _channel_roots(

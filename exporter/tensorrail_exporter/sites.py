@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -13,6 +14,7 @@ from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rules.emit import Names, Site
 
+_Answer = TypeVar("_Answer")
 _RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
 
 
@@ -39,51 +41,124 @@ def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
 def find(graph: gs.Graph, layer: LayerPlan, names: Names) -> tuple[Rule, list[Site]]:
     """Return the rule and the nodes of a planned layer, their weights folded; more than one node when they share a weight.
 
-    `GraphError` when the layer is not there, or says why it stays dense.
+    `GraphError` when the layer is not there or its name stands for several weights, or says why it stays dense.
     """
-    called = [Site(inner, node, names) for inner, node in walk(graph) if layer.name in names_of(node)]
-    # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
-    sites = [site for site in called if layer.name == site.node.name or _has_weight(site.node)] or called
-    # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
-    sites = [site for site in sites if layer.name in _weight_names(site.node)] or sites
+    named = _named(graph, names)
+    sites = _called(named.get(layer.name, []), layer.name)
     if not sites:
         raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(graph)}")
-    rules = {id(_RULE_OF.get(site.node.op)): _RULE_OF.get(site.node.op) for site in sites}
-    rule = next(iter(rules.values()))
-    if len(rules) > 1 or rule is None:
-        op = next((site.node.op for site in sites if site.node.op not in _RULE_OF), None)
+    op = next((site.node.op for site in sites if site.node.op not in _RULE_OF), None)
+    if op is not None:
         if op in STAY_DENSE:
             raise GraphError(f"layer {layer.name}: cannot be rewritten: {STAY_DENSE[op]}")
         ops = ", ".join(sorted({site.node.op for site in sites}))
         raise GraphError(f"layer {layer.name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
+    groups = _by_weight(sites)
+    if len(groups) > 1:
+        own = ", ".join(filter(None, (_own_name(group[0], named) for group in groups)))
+        raise GraphError(
+            f"layer {layer.name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its own: "
+            f"{own or 'none has one: give the nodes names'}"
+        )
     for site in sites:
-        _fold(site, rule, graph.opset, layer)
+        rule = _RULE_OF[site.node.op]
+        _fold(site, rule, layer)
         if why := _why_not(site.node, rule):
             raise GraphError(f"layer {layer.name}: cannot be rewritten: {why}")
     return rule, sites
 
 
 def rewritable(graph: gs.Graph) -> dict[str, gs.Node]:
-    """Return the nodes that a plan may name, each under the name that one would choose for it."""
+    """Return the nodes that a plan may name, each under the name that one would choose for it.
+
+    Where a name stands for several weights, such as the parts of a matrix that is split, each comes under one of its own.
+    """
+    named = _named(graph, Names(set()))
     found: dict[str, gs.Node] = {}
     for inner, node in walk(graph):
-        rule = _RULE_OF.get(node.op)
-        if rule is None or node.domain not in (None, "", "ai.onnx"):
-            continue
-        weight = node.inputs[rule.weight_input(node)]
-        constant = folded(weight, inner.opset, "weight")
-        if constant is not None and names_of(node):
-            trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs))
-            trial.inputs[rule.weight_input(node)] = constant
-            if _why_not(trial, rule) is None:
-                found.setdefault(names_of(node)[0], node)
-            trial.inputs.clear()
+        site = Site(inner, node, Names(set()))
+        if node.domain in (None, "", "ai.onnx") and _on_folded(site, lambda *_: True) and (name := _own_name(site, named)):
+            found.setdefault(name, node)
     return found
 
 
 def names_of(node: gs.Node) -> list[str]:
     """Return the names by which a plan may call a node: its weight's, with and without `.weight`, and its own."""
     return [*_weight_names(node), *([node.name] if node.name else [])]
+
+
+def _named(graph: gs.Graph, names: Names) -> dict[str, list[Site]]:
+    """Return for every name the nodes that bear it, or that take or make a tensor of it; those rewritten already left out."""
+    found: dict[str, list[Site]] = {}
+    for inner, node in walk(graph):
+        for name in dict.fromkeys((*names_of(node), *_output_names(node))) if node.outputs else ():
+            found.setdefault(name, []).append(Site(inner, node, names))
+    return found
+
+
+def _called(sites: Sequence[Site], name: str) -> list[Site]:
+    """Return the nodes that a name stands for: by their weight's name, else by their own, else by their output's."""
+    called = [site for site in sites if name in names_of(site.node)]
+    # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
+    found = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
+    # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
+    found = [site for site in found if name in _weight_names(site.node)] or found
+    return found or [site for site in sites if _has_weight(site.node)]
+
+
+def _own_name(site: Site, named: Mapping[str, Sequence[Site]]) -> str | None:
+    """Return the first name of a node that stands for its weight alone."""
+    for name in (*names_of(site.node), *_output_names(site.node)):
+        sites = _called(named[name], name)
+        if any(one.node is site.node for one in sites) and len(_by_weight(sites)) == 1:
+            return name
+    return None
+
+
+def _by_weight(sites: list[Site]) -> list[list[Site]]:
+    """Return the nodes by the weight (O, I, *K) that they compute with; all together when one of them cannot be rewritten."""
+    if len(sites) == 1:
+        return [sites]
+    groups: list[tuple[str, np.ndarray, list[Site]]] = []
+    for site in sites:
+        weight = _weight(site)
+        if weight is None:
+            return [sites]
+        for op, present, group in groups:
+            if _RULE_OF[op] is _RULE_OF[site.node.op] and np.array_equal(present, weight, equal_nan=True):
+                group.append(site)
+                break
+        else:
+            groups.append((site.node.op, weight, [site]))
+    return [group for _, _, group in groups]
+
+
+def _weight(site: Site) -> np.ndarray | None:
+    """Return a node's weight (O, I, *K), folded where it is computed; None when it stays dense. The node is not changed."""
+    return _on_folded(site, lambda rule, node: rule.weight(node))
+
+
+def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer | None:
+    """Return what `ask` says of a copy of the node whose weight is folded; None when the node stays dense."""
+    node, rule = site.node, _RULE_OF.get(site.node.op)
+    if rule is None:
+        return None
+    index = rule.weight_input(node)
+    try:
+        constant = folded(node.inputs[index], site.graph.opset, "weight")
+    except GraphError:
+        return None
+    if constant is None:
+        return None
+    trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs))
+    trial.inputs[index] = constant
+    answer = None if _why_not(trial, rule) else ask(rule, trial)
+    trial.inputs.clear()
+    return answer
+
+
+def _output_names(node: gs.Node) -> list[str]:
+    return [tensor.name for tensor in node.outputs if tensor.name] if node.op in _RULE_OF else []
 
 
 def _weight_names(node: gs.Node) -> list[str]:
@@ -107,11 +182,14 @@ def _has_weight(node: gs.Node) -> bool:
     return is_constant(weight)
 
 
-def _fold(site: Site, rule: Rule, opset: int, layer: LayerPlan) -> None:
+def _fold(site: Site, rule: Rule, layer: LayerPlan) -> None:
     index = rule.weight_input(site.node)
     weight = site.node.inputs[index]
     if not isinstance(weight, gs.Constant):
-        constant = folded(weight, opset, site.names.unique(f"{layer.name}/folded"))
+        try:
+            constant = folded(weight, site.graph.opset, site.names.unique(f"{layer.name}/folded"))
+        except GraphError as error:
+            raise GraphError(f"layer {layer.name}: {error}") from None
         if constant is not None:
             site.node.inputs[index] = constant
 

@@ -15,10 +15,11 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
-from tensorrail_runtime.inputs import batches_of
+from tensorrail_runtime.inputs import batches_of, samples_of
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.session import ModelError, Settings, open_session, run
+from tensorrail_runtime.session import ModelError, Settings, open_session, require_tensors, run
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
 """Takes a batch's outputs by name and its labels, and returns one score a sample: right or wrong, or any number."""
@@ -75,9 +76,11 @@ class Comparison(Record):
 
 def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch: int = 64, provider: str = "cpu") -> Accuracy:
     """Return the top-1 accuracy of a model with one input (N, …) and class scores (N, classes) as its first output."""
-    if not len(images) or len(images) != len(labels):
-        raise ModelError(f"accuracy needs as many images as labels, and {len(images)} and {len(labels)} came")
-    name = open_session(path, provider=provider).get_inputs()[0].name
+    if not np.size(images) or np.shape(images)[:1] != np.shape(labels)[:1]:
+        raise ModelError(
+            f"accuracy needs as many images as labels, and arrays of shape {np.shape(images)} and {np.shape(labels)} came"
+        )
+    name = _first_input(path, open_session(path, provider=provider))
     found = evaluate(path, {name: images}, labels, batch=batch, settings=Settings(provider=provider))
     return Accuracy(correct=int(sum(found.scores)), total=len(labels))
 
@@ -85,7 +88,7 @@ def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch:
 def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, provider: str = "cpu") -> Accuracy:
     """Return the top-1 accuracy of a model as `accuracy` does, on batches (B, …), (B,) that come one after another."""
     session = open_session(path, provider=provider)
-    name, correct, total = session.get_inputs()[0].name, 0, 0
+    name, correct, total = _first_input(path, session), 0, 0
     for images, labels in batches:
         scores = next(iter(run(session, {name: images}).values()))
         if np.isnan(scores).any():
@@ -110,13 +113,16 @@ def evaluate(
     """Run the model on all samples, batch by batch, and score each; `on_batch` is told the share that is done."""
     scorer = metric_of(metric)
     session = open_session(path, settings=settings)
+    require_tensors(path, session)
     feeds = batches_of(session, arrays, batch)
-    count = sum(len(next(iter(feed.values()))) for feed in feeds)
-    if not count or count != len(labels):
-        raise ModelError(f"accuracy needs as many labels as samples, and {len(labels)} labels and {count} samples came")
+    count = sum(map(samples_of, feeds))
+    if not count or np.shape(labels)[:1] != (count,):
+        raise ModelError(
+            f"accuracy needs as many labels as samples, and labels of shape {np.shape(labels)} and {count} samples came"
+        )
     scores: list[float] = []
     for feed in feeds:
-        size = len(next(iter(feed.values())))
+        size = samples_of(feed)
         outputs = run(session, feed)
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
@@ -124,6 +130,8 @@ def evaluate(
         found = np.asarray(scorer(outputs, labels[len(scores) : len(scores) + size]), np.float64)
         if found.shape != (size,):
             raise ModelError(f"metric {metric}: expected one score for each of {size} samples, and shape {found.shape} came")
+        if np.isnan(found).any():
+            raise ModelError(f"metric {metric}: scored a sample as NaN, which can be held to nothing")
         scores += found.tolist()
         on_batch(len(scores) / count)
     return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
@@ -170,6 +178,13 @@ def metric_of(name: str) -> Metric:
         return lambda outputs, labels: _top(next(iter(outputs.values())), labels, int(name[3:]))
     found: Metric = imported(name, "metric", "top1, top5 or module:function")
     return found
+
+
+def _first_input(path: Path | str, session: ort.InferenceSession) -> str:
+    entries = session.get_inputs()
+    if not entries:
+        raise ModelError(f"{path}: takes no input: there is nothing that images could be given to")
+    return str(entries[0].name)
 
 
 def imported(name: str, what: str, expected: str = "module:function") -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import onnx
 import onnxruntime as ort
 
 from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.model_files import bytes_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
 
@@ -132,8 +133,8 @@ class GraphCost(Record):
 
     model: str
     batch: int
-    params: int  # values in floating-point initializers, each counted once
-    bytes: int  # of the file on disk
+    params: int  # values in floating-point constants, each counted once
+    bytes: int  # of the files on disk, external data included
     macs: int
     activation_bytes: int  # read and written by all nodes, constants left out, nothing fused
     kernels: int  # nodes that compute, nothing fused
@@ -167,7 +168,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     known = _shapes(inferred.graph)
     if any(name and name not in known for node in inferred.graph.node if node.op_type in _MACS for name in node.input):
         known |= _seen_shapes(bound, batch, shapes)
-    constants = {tensor.name: tensor for tensor in inferred.graph.initializer}
+    constants = _constants(inferred.graph)
     layers, uncounted = [], set()
     for node in inferred.graph.node:
         if node.op_type in _MACS:
@@ -180,7 +181,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
         model=path.name,
         batch=batch,
         params=sum(math.prod(t.dims) for t in constants.values() if t.data_type in floating),
-        bytes=path.stat().st_size,
+        bytes=bytes_of(path),
         macs=sum(layer.macs for layer in layers),
         activation_bytes=moved,
         kernels=sum(node.op_type not in _NO_KERNEL for node in inferred.graph.node),
@@ -189,6 +190,16 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
         layers=tuple(layers),
         uncounted=tuple(sorted(uncounted)),
     )
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Return initializers and the tensors of Constant nodes by name."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                constants[node.output[0]] = attribute.t
+    return constants
 
 
 def _node(
@@ -281,7 +292,10 @@ _MACS = {
 
 
 def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
-    """Set every dynamic axis of the inputs and forget the shapes that were stored for others."""
+    """Set every dynamic axis of the inputs and forget the shapes that were stored for others.
+
+    An axis that is stored as −1 is dynamic too, as ONNX Runtime takes it.
+    """
     del model.graph.value_info[:]
     names = {tensor.name for tensor in model.graph.initializer}
     free = [value for value in model.graph.input if value.name not in names]
@@ -293,7 +307,7 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
         if len(wanted) != len(axes):
             raise ModelError(f"input {value.name!r} has {len(axes)} axes, and the shape {list(wanted)} came")
         for axis, size in zip(axes, wanted, strict=True):
-            if not axis.HasField("dim_value"):
+            if not axis.HasField("dim_value") or axis.dim_value < 0:
                 axis.dim_value = size
             elif value.name in shapes and axis.dim_value != size:
                 raise ModelError(f"input {value.name!r} has an axis of {axis.dim_value}, and the shape {list(wanted)} came")
@@ -328,6 +342,8 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         axes = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(axis.HasField("dim_value") for axis in axes):
+        if value.type.tensor_type.HasField("shape") and all(
+            axis.HasField("dim_value") and axis.dim_value >= 0 for axis in axes
+        ):
             shapes[value.name] = tuple(int(np.int64(axis.dim_value)) for axis in axes)
     return shapes

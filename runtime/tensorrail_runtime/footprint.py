@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from tensorrail_runtime.inputs import Shapes, random_inputs
 from tensorrail_runtime.process import fresh
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import Settings
@@ -23,15 +24,22 @@ class Footprint(Record):
     gpu_mib: int | None  # None on the CPU
 
 
-def footprint(path: Path | str, *, settings: Settings | None = None, batch: int = 1) -> Footprint:
-    """Open the model in a fresh process, run it three times, and return what that took."""
-    request = {"path": str(path), "batch": batch, "settings": asdict(settings or Settings())}
+def footprint(path: Path | str, *, settings: Settings | None = None, batch: int = 1, shapes: Shapes | None = None) -> Footprint:
+    """Open the model in a fresh process, run it three times, and return what that took.
+
+    Dynamic axes are set by `shapes`, or else to `batch`.
+    """
+    request = {
+        "path": str(path),
+        "batch": batch,
+        "settings": asdict(settings or Settings()),
+        "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
+    }
     return Footprint.model_validate_json(fresh("tensorrail_runtime.footprint:measure", request))
 
 
 def measure(request: dict[str, object]) -> str:
     """Measure in this process, and return the record as JSON."""
-    from tensorrail_runtime.inputs import random_inputs
     from tensorrail_runtime.machine import gpu_memory_used
     from tensorrail_runtime.session import open_session, run
 
@@ -41,7 +49,7 @@ def measure(request: dict[str, object]) -> str:
     start = time.perf_counter()
     session = open_session(str(request["path"]), settings=settings)
     load_ms = 1e3 * (time.perf_counter() - start)
-    feed = random_inputs(session, int(str(request["batch"])))
+    feed = random_inputs(session, int(str(request["batch"])), shapes=request["shapes"])  # type: ignore[arg-type] # likewise
     for _ in range(_RUNS):
         run(session, feed)
     after, gpu_after = _peak_mib(), gpu_memory_used() if on_gpu else None

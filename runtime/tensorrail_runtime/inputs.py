@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +25,8 @@ _TYPES = {
     "tensor(bool)": np.bool_,
 }
 
+_MOST = 2**29  # values that are drawn for one run: 2 GiB as float32
+
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -32,18 +36,25 @@ def random_inputs(
     """Return inputs of the model's own types: standard normal, or integers 0 and 1.
 
     `shapes` gives an input's shape; where it does not, dynamic axes are `batch`. `ModelError` for a shape of an input that
-    is not there or has other axes, and for types that cannot be drawn.
+    is not there or has other axes, for types that cannot be drawn, and for more than 2²⁹ values, which take the memory of
+    the machine.
     """
     entries = {entry.name: entry for entry in session.get_inputs()}
     for name in shapes or {}:
         if name not in entries:
             raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(entries) or 'none'}")
     rng = np.random.default_rng(seed)
-    feed = {}
+    feed: dict[str, np.ndarray] = {}
+    left = _MOST
     for name, entry in entries.items():
         if entry.type not in _TYPES:
             raise ModelError(f"input {name!r} is a {entry.type}: give its values, they cannot be drawn at random")
         shape = _shape(entry, batch, (shapes or {}).get(name))
+        left -= math.prod(shape)
+        if left < 0:
+            raise ModelError(
+                f"input {name!r} of shape {shape} is too large: {_MOST:,} random values are drawn for a run at most"
+            )
         dtype = np.dtype(_TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
         feed[name] = (rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)).astype(dtype)
@@ -74,16 +85,20 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
     """Return the arrays of an npz file, nothing of it unpickled; `ModelError` when it is not one, or is empty."""
+    arrays: dict[str, np.ndarray] = {}
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+        with Path(path).open("rb") as file:
+            single = _is_array(file)
+            if not single:
+                with zipfile.ZipFile(file) as members:
+                    arrays = {one.filename.removesuffix(".npy"): _array(members, one) for one in members.infolist()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an npz file") from None
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ModelError(f"{path}: not an npz file of plain arrays ({str(error).partition(chr(10))[0]})") from None
-    if isinstance(loaded, np.ndarray):
+    except Exception as error:  # noqa: BLE001 - zipfile, its decompressors and NumPy raise a dozen unrelated classes
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path}: not an npz file of plain arrays ({reason})") from None
+    if single:
         raise ModelError(f"{path}: a single array came; expected an npz file with one array a name")
-    loaded.close()
     if not arrays or any(not array.size for array in arrays.values()):
         raise ModelError(f"{path}: holds no data")
     return arrays
@@ -92,21 +107,52 @@ def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
 def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], batch: int) -> list[dict[str, np.ndarray]]:
     """Return the arrays that are the model's inputs, cut along their first axis into batches of `batch` or fewer.
 
-    A model with a batch axis of fixed size gets batches of that size. `ModelError` names an input without an array, and
-    arrays of unequal length.
+    A model with a batch axis of fixed size gets batches of that size; an array without axes, a scalar, goes into each batch.
+    `ModelError` names an input without an array, and arrays of unequal length.
     """
     entries = session.get_inputs()
+    if not entries:
+        raise ModelError("the model has no inputs: there is nothing that the data could be given to")
     missing = [entry.name for entry in entries if entry.name not in arrays]
     if missing:
         raise ModelError(f"no array for input {missing[0]!r}; the data holds {', '.join(arrays) or 'nothing'}")
     feeds = {entry.name: arrays[entry.name] for entry in entries}
-    lengths = {name: len(array) if array.ndim else 1 for name, array in feeds.items()}
+    lengths = {name: len(array) for name, array in feeds.items() if array.ndim}
     if len(set(lengths.values())) > 1:
         raise ModelError(f"the arrays of the inputs differ in length: {lengths}")
-    total = next(iter(lengths.values()))
+    total = next(iter(lengths.values()), 1)
     fixed = next((entry.shape[0] for entry in entries if entry.shape and isinstance(entry.shape[0], int)), None)
     if fixed is not None:
-        if total % fixed:
+        if not fixed or total % fixed:
             raise ModelError(f"the model takes batches of {fixed}, and {total} samples came: give a multiple")
         batch = fixed
-    return [{name: array[start : start + batch] for name, array in feeds.items()} for start in range(0, total, batch)]
+    return [
+        {name: array[start : start + batch] if array.ndim else array for name, array in feeds.items()}
+        for start in range(0, total, batch)
+    ]
+
+
+def samples_of(feed: Mapping[str, np.ndarray]) -> int:
+    """Return how many samples a batch holds: 1 where no input has an axis."""
+    return next((len(array) for array in feed.values() if array.ndim), 1)
+
+
+def _array(members: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Return one array of an npz file; its header may not claim more than the member holds, and nothing is unpickled."""
+    with members.open(member) as stream:
+        if not _is_array(stream):
+            raise ValueError(f"{member.filename} holds no array")
+    with members.open(member) as stream:
+        old = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        held = member.file_size - stream.tell()
+    if math.prod(shape) * dtype.itemsize > held:
+        raise ValueError(f"{member.filename} says that it has shape {shape}, and holds {held:,} bytes")
+    with members.open(member) as stream:
+        found: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return found
+
+
+def _is_array(stream: IO[bytes]) -> bool:
+    return stream.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX

@@ -63,7 +63,7 @@ class Latency(Record):
 
 
 class Ratio(Record):
-    """How many times faster a model is than the first: median of paired ratios, 95 % bootstrap interval."""
+    """How many times faster a model is than the first, with its 95 % interval."""
 
     model: str
     reference: str
@@ -104,7 +104,8 @@ def bench(
 ) -> LatencyReport:
     """Time the models in turns, A B A B, for about `seconds`, at least 20 rounds after `warmup` seconds of the same.
 
-    Every second round goes through the models backwards, so that none always follows the same other. With `io_binding`
+    Each round begins one model later, so that every model comes as often after itself, and after each other, as every other
+    model does: what a model finds in the caches is shared out evenly. With `io_binding`
     inputs and outputs stay on the device and are not part of the times; CUDA graphs need it. `on_round` is told the share
     of the time that has passed. Raises `ModelError` for fewer than one model, and for inputs that do not fit.
     """
@@ -129,7 +130,7 @@ def bench(
         rounds=len(times[0]),
         machine=machine(gpu=settings.on_gpu),
         latencies=latencies,
-        ratios=tuple(ratio(latencies[0], other, seed) for other in latencies[1:]),
+        ratios=tuple(ratio(latencies[0], other, seed, cycle=len(paths)) for other in latencies[1:]),
         transfers=not io_binding,
         cuda_graph=settings.cuda_graph,
         warnings=_warnings(paths, latencies, settings, batch, shapes),
@@ -145,28 +146,34 @@ def bench_fresh(
     io_binding: bool = False,
     shapes: Shapes | None = None,
     labels: Sequence[str] | None = None,
-    processes: int = 3,
+    processes: int = 5,
 ) -> LatencyReport:
     """Return what `bench` returns when it runs in processes of its own, `seconds` in all, the samples of all together.
 
     The same models ran up to 1.3 times slower in a process that had decomposed weights before than in a fresh one, and not
     all by the same factor; fresh processes differ as well, by some per cent. So a comparison that is to hold where a model is
-    served is made in several fresh ones.
+    served is made in several fresh ones, each of which loads another model first. Each process's ratio is one estimate: their
+    geometric mean counts, and the interval is Student's over processes, however many rounds each of them ran.
     """
-    request = {
-        "paths": [str(Path(path).resolve()) for path in paths],
-        "settings": asdict(settings or Settings()),
-        "options": {
-            "batch": batch,
-            "seconds": seconds / processes,
-            "io_binding": io_binding,
-            "shapes": {name: list(shape) for name, shape in (shapes or {}).items()} or None,
-            "labels": list(labels) if labels else _distinct(paths),
-        },
-    }
-    runs = [
-        LatencyReport.model_validate_json(fresh("tensorrail_runtime.latency:_bench_request", request)) for _ in range(processes)
-    ]
+    names = list(labels) if labels else _distinct(paths)
+    files = [str(Path(path).resolve()) for path in paths]
+    runs = []
+    for number in range(processes):
+        first = number % len(paths)
+        request = {
+            "paths": files[first:] + files[:first],
+            "settings": asdict(settings or Settings()),
+            "options": {
+                "batch": batch,
+                "seconds": seconds / processes,
+                "io_binding": io_binding,
+                "shapes": {name: list(shape) for name, shape in (shapes or {}).items()} or None,
+                "labels": names[first:] + names[:first],
+            },
+        }
+        run = LatencyReport.model_validate_json(fresh("tensorrail_runtime.latency:_bench_request", request))
+        back = len(paths) - first
+        runs.append(run.model_copy(update={"latencies": run.latencies[back:] + run.latencies[:back]}))
     latencies = tuple(
         Latency.of(
             same[0].model,
@@ -180,7 +187,7 @@ def bench_fresh(
         update={
             "rounds": sum(run.rounds for run in runs),
             "latencies": latencies,
-            "ratios": tuple(ratio(latencies[0], other) for other in latencies[1:]),
+            "ratios": tuple(_over_processes(runs, index) for index in range(1, len(paths))),
             "warnings": tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
         }
     )
@@ -246,15 +253,18 @@ def runner(
 def turns(
     runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
 ) -> list[list[float]]:
-    """Run all in turns for about `seconds` and `least` rounds or more; milliseconds, one list each."""
+    """Run all in turns for about `seconds` and `least` rounds or more; milliseconds, one list each.
+
+    As many rounds as there are models, each beginning with another one, are a cycle, and only whole cycles are run.
+    """
     times: list[list[float]] = [[] for _ in runners]
     start, order = time.perf_counter(), list(range(len(runners)))
-    while len(times[0]) < least or time.perf_counter() - start < seconds:
+    while len(times[0]) < least or time.perf_counter() - start < seconds or len(times[0]) % len(runners):
         for index in order:
             begin = time.perf_counter()
             runners[index]()
             times[index].append(1e3 * (time.perf_counter() - begin))
-        order.reverse()
+        order = [*order[1:], order[0]]
         on_round(min(1.0, (time.perf_counter() - start) / seconds) if seconds else 1.0)
     return times
 
@@ -290,13 +300,14 @@ def bound(
     return replay
 
 
-def ratio(reference: Latency, other: Latency, seed: int = 0) -> Ratio:
-    """Return the speed-up of `other`: the median over rounds of reference time / its time, with a bootstrap interval.
+def ratio(reference: Latency, other: Latency, seed: int = 0, cycle: int = 1) -> Ratio:
+    """Return the speed-up of `other`: the median over cycles of reference time / its time, with a bootstrap interval.
 
-    Each round's pair was taken back to back. Neighbouring rounds share what the machine does beside, so blocks of rounds
-    are resampled, not single ones.
+    `cycle` rounds are added up before they are divided: of single rounds, those where a model has just run and finds its
+    weights in the caches differ from the others by more than what is asked for, and the median would lie between the two.
+    Neighbouring cycles share what the machine does beside, so blocks of them are resampled, not single ones.
     """
-    paired = np.array(reference.samples) / np.array(other.samples)
+    paired = _paired(reference, other, cycle)
     count = len(paired)
     block = max(1, int(np.sqrt(count)))
     rng = np.random.default_rng(seed)
@@ -304,6 +315,25 @@ def ratio(reference: Latency, other: Latency, seed: int = 0) -> Ratio:
     picks = (starts[:, :, None] + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
     low, high = np.percentile(np.median(paired[picks], axis=1), [2.5, 97.5])
     return Ratio(model=other.model, reference=reference.model, value=float(np.median(paired)), low=float(low), high=float(high))
+
+
+def _paired(reference: Latency, other: Latency, cycle: int) -> np.ndarray:
+    sums = [np.array(one.samples).reshape(-1, cycle).sum(1) for one in (reference, other)]
+    return np.asarray(sums[0] / sums[1])
+
+
+def _over_processes(runs: Sequence[LatencyReport], index: int) -> Ratio:
+    """Return the speed-up of the model of that index over the first: the geometric mean of the processes' medians."""
+    first, other = (runs[0].latencies[k] for k in (0, index))
+    cycle = len(runs[0].latencies)
+    if len(runs) == 1:
+        return ratio(first, other, cycle=cycle)
+    from scipy import stats  # half a second to import, which every fresh process would pay
+
+    found = np.log([np.median(_paired(run.latencies[0], run.latencies[index], cycle)) for run in runs])
+    half = float(stats.t.ppf(0.975, len(runs) - 1) * found.std(ddof=1) / np.sqrt(len(runs)))
+    value, low, high = (float(np.exp(found.mean() + shift)) for shift in (0.0, -half, half))
+    return Ratio(model=other.model, reference=first.model, value=value, low=low, high=high)
 
 
 def _distinct(paths: Sequence[Path | str]) -> list[str]:

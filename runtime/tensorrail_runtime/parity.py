@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.inputs import Shapes, random_inputs, samples_of
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.session import ModelError, Settings, open_session, run
+from tensorrail_runtime.session import ModelError, Settings, open_session, require_tensors, run
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def parity(
 
     Without `inputs`, random ones are drawn at each of the batch sizes. `tolerance` is of the relative L2 difference,
     `tolerances` says it by output and element. Raises `ModelError` for models whose inputs or outputs differ, and for
-    outputs that are not finite.
+    outputs that are no tensors or not finite.
     """
     held = tolerances or Tolerances(tolerance)
     settings = settings or Settings(provider=provider)
     first, second = (open_session(path, settings=settings) for path in (reference, candidate))
     _require_same_signature(first, second)
+    require_tensors(reference, first)
     held.check([entry.name for entry in first.get_outputs()])
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch, seed, shapes) for batch in batches]
     if not feeds:
@@ -108,11 +109,10 @@ def parity(
     ran = [[run(session, feed) for feed in feeds] for session in (first, second)]
     names = [entry.name for entry in first.get_outputs()]
     outputs = [compare(name, [outs[name] for outs in ran[0]], [outs[name] for outs in ran[1]], held) for name in names]
-    arrays = [next(iter(feed.values())) for feed in feeds]
     return Parity(
         reference=Path(reference).name,
         candidate=Path(candidate).name,
-        batches=tuple(array.shape[0] if array.ndim else 1 for array in arrays),
+        batches=tuple(samples_of(feed) for feed in feeds),
         tolerance=held.relative_l2,
         outputs=tuple(outputs),
     )
@@ -170,7 +170,7 @@ def _worst(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[tuple[int,
 
 
 def _agreement(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float | None:
-    if a[0].ndim != 2 or a[0].shape[1] < 2:
+    if a[0].ndim != 2 or a[0].shape[1] < 2 or not any(map(np.size, a)):
         return None
     same = [x.argmax(1) == y.argmax(1) for x, y in zip(a, b, strict=True)]
     return float(np.mean(np.concatenate(same)))

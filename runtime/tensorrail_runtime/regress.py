@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -28,10 +28,11 @@ from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import random_inputs
 from tensorrail_runtime.latency import LatencyReport, bench
 from tensorrail_runtime.machine import Machine, machine
+from tensorrail_runtime.model_files import sha256_of
 from tensorrail_runtime.placement import placement
 from tensorrail_runtime.process import fresh
 from tensorrail_runtime.records import Record, first_problem
-from tensorrail_runtime.session import ModelError, Settings, open_session, run
+from tensorrail_runtime.session import ModelError, Settings, open_session, require_tensors, run
 
 _BLOCKS = 8  # medians taken of each process
 _KEPT = 1024  # output values kept for parity
@@ -41,10 +42,14 @@ _PRECISION = 10  # the slow-down to be found, over the standard error that is go
 _MOST = 4  # times the processes asked for, on a noisy machine
 
 
+Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=_BLOCKS)]
+"""Milliseconds of one process."""
+
+
 class Facts(Record):
     """What does not vary between runs of one model. `outputs` are its first values on random inputs of seed 0."""
 
-    sha256: str
+    sha256: str  # of its files, external data included
     flops: int
     params: int
     bytes: int
@@ -53,6 +58,7 @@ class Facts(Record):
     outputs: dict[str, tuple[float, ...]]
     score: float | None = None  # mean of the metric, where data came
     metric: str = ""
+    data: str = ""  # the SHA-256 of the data that were scored
 
 
 class Baseline(Record):
@@ -65,7 +71,7 @@ class Baseline(Record):
     batch: int
     machine: Machine
     facts: Facts
-    processes: tuple[tuple[float, ...], ...]  # milliseconds, one list a process
+    processes: Annotated[tuple[Times, ...], Field(min_length=1)]
 
     @classmethod
     def load(cls, path: Path | str) -> Baseline:
@@ -77,6 +83,29 @@ class Baseline(Record):
         except (ValidationError, UnicodeDecodeError) as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else "not a text file"
             raise ModelError(f"{path}: not a baseline: {problem}") from None
+
+    def require(self, *, provider: str | None = None, threads: int | None = None, batch: int | None = None) -> None:
+        """Raise `ModelError` where something else is asked for than was recorded, which is what a model is measured with."""
+        for name, asked in (("provider", provider), ("threads", threads), ("batch", batch)):
+            own = getattr(self, name)
+            if asked not in (None, own):
+                raise ModelError(
+                    f"the baseline of {self.model} was recorded with {name} {own}, and --{name} {asked} came: "
+                    "leave it out, or record the baseline anew"
+                )
+
+    def require_data(self, data: Data | None) -> None:
+        """Raise `ModelError` for data that the baseline's score cannot be compared on, and where only one side has a score."""
+        facts, what = self.facts, f"the baseline of {self.model}"
+        if data is None:
+            if facts.score is not None:
+                raise ModelError(f"{what} holds a score ({facts.metric}): give the data that it was recorded with, --data FILE")
+        elif facts.score is None:
+            raise ModelError(f"{what} holds no score to compare with: record it with --data, or leave --data out here")
+        elif data[2] != facts.metric:
+            raise ModelError(f"{what} holds a score by {facts.metric}, and {data[2]} came: give --metric {facts.metric}")
+        elif facts.data and facts.data != _sha256_of(data):
+            raise ModelError(f"{what} holds a score on other data than came: give the same, or record the baseline anew")
 
 
 class Limits(Record):
@@ -172,24 +201,30 @@ def check(
     limits: Limits | None = None,
     effort: Effort | None = None,
     settings: Settings | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     data: Data | None = None,
     on_process: Callable[[float], None] = lambda _: None,
 ) -> Verdict:
     """Hold a model against a baseline file, or against another model on the spot (`reference` ends in .onnx).
 
-    With a baseline, provider, threads and batch are the recorded ones. Raises `ModelError` for files that are neither.
+    With a baseline, provider, threads and batch are the recorded ones; a batch is 1 otherwise. Raises `ModelError` for files
+    that are neither, for another provider, thread count or batch than the recorded one, and for a score that only one side
+    has or that is of another metric or other data.
     """
     limits, effort = limits or Limits(), effort or Effort()
     other: Path | None = None
     recorded: Baseline | None = None
     if isinstance(reference, Baseline) or Path(reference).suffix != ".onnx":
         recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
+        if settings is not None:
+            recorded.require(provider=settings.provider, threads=settings.threads)
+        recorded.require(batch=batch)
+        recorded.require_data(data)
         settings, batch = Settings(provider=recorded.provider, threads=recorded.threads), recorded.batch
         other = None if isinstance(reference, Baseline) else _at_hand(recorded, Path(reference))
         before = recorded.facts
     else:
-        settings, other = settings or Settings(), Path(reference)
+        settings, batch, other = settings or Settings(), batch or 1, Path(reference)
         before = facts_of(other, settings, batch, data)
     after = facts_of(path, settings, batch, data)
     paths = [path] if other is None else [other, path]
@@ -250,9 +285,10 @@ def compare_times(
 
 
 def facts_of(path: Path | str, settings: Settings, batch: int, data: Data | None = None) -> Facts:
-    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are not finite."""
+    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are no tensors or not finite."""
     found = cost(path, batch)
     session = open_session(path, settings=settings)
+    require_tensors(path, session)
     outputs = {}
     for name, values in run(session, random_inputs(session, batch)).items():
         kept = np.asarray(values).ravel()[:_KEPT].astype(np.float64)
@@ -264,7 +300,7 @@ def facts_of(path: Path | str, settings: Settings, batch: int, data: Data | None
     if data is not None:
         score = evaluate(path, data[0], data[1], metric=data[2], settings=settings).mean
     return Facts(
-        sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        sha256=sha256_of(Path(path)),
         flops=found.flops,
         params=found.params,
         bytes=found.bytes,
@@ -273,6 +309,7 @@ def facts_of(path: Path | str, settings: Settings, batch: int, data: Data | None
         outputs=outputs,
         score=score,
         metric=data[2] if data is not None else "",
+        data=_sha256_of(data) if data is not None else "",
     )
 
 
@@ -324,9 +361,18 @@ def _blocks(times: Sequence[float]) -> np.ndarray:
 def _at_hand(baseline: Baseline, file: Path) -> Path | None:
     """Return the baseline's own model when it still lies where it was recorded, unchanged."""
     path = file.parent / baseline.model
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != baseline.facts.sha256:
+    try:
+        return path if path.is_file() and sha256_of(path) == baseline.facts.sha256 else None
+    except ModelError:  # its external data are gone
         return None
-    return path
+
+
+def _sha256_of(data: Data) -> str:
+    found = hashlib.sha256()
+    for name, array in [*sorted(data[0].items()), ("labels", data[1])]:
+        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def _hard(before: Facts, after: Facts, limits: Limits) -> list[Finding]:

@@ -102,7 +102,8 @@ def open_session(
             f"provider {settings.provider!r} is not in this ONNX Runtime, which has {ort.get_available_providers()}"
         )
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # On the CPU all that it logs is in its exceptions too; on a GPU the reason of a fallback stands in the log alone.
+    options.log_severity_level = 3 if settings.on_gpu else 4
     options.intra_op_num_threads = settings.threads
     options.graph_optimization_level = LEVELS[settings.level]
     options.enable_cpu_mem_arena = settings.arena
@@ -136,6 +137,13 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
         raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({_first_line(error)})") from None
+
+
+def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:
+    """Raise `ModelError` for an output that is no tensor, such as a sequence: nothing can be compared or scored there."""
+    for entry in session.get_outputs():
+        if not entry.type.startswith("tensor("):
+            raise ModelError(f"{path}: output {entry.name!r} is a {entry.type}: only tensors can be compared or scored")
 
 
 def _entry(settings: Settings) -> str | tuple[str, dict[str, str]]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.model_files import external_files
 from tensorrail_runtime.records import Record, write_text
 from tensorrail_runtime.session import ModelError, Settings, open_session
 from tensorrail_runtime.triton_config import MODEL_FILE, Serving, Signature, config, text
-from tensorrail_runtime.triton_model import check_batching, check_warmup, external_files, request_shapes, signature
+from tensorrail_runtime.triton_model import check_batching, check_warmup, request_shapes, signature
 
 __all__ = ["Package", "Packaged", "Serving", "package"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError, Message
 
 from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.serve.datatypes import DATATYPES, ONNX
@@ -19,28 +18,6 @@ from tensorrail_runtime.triton_config import Serving, Signature, Tensor
 # Triton speaks has the same ones, and calls strings otherwise than the configuration does.
 _TYPES = {onnx_name: f"TYPE_{'STRING' if name == 'BYTES' else name}" for onnx_name, name in ONNX.items()}
 _DTYPES = {_TYPES[onnx_name]: DATATYPES[name] for onnx_name, name in ONNX.items()}
-
-
-def external_files(path: Path) -> list[str]:
-    """Return where a model's external data lie, relative to its folder; `ModelError` for a place outside it, or a link."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
-    except DecodeError:
-        raise ModelError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
-    found: dict[str, None] = {}
-    for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            found |= {entry.value: None for entry in tensor.external_data if entry.key == "location"}
-    home = path.parent.resolve()
-    for location in found:
-        place = PurePosixPath(location)
-        if not location or place.is_absolute() or ".." in place.parts or (home / place).resolve() != home / place:
-            raise ModelError(f"{path}: its external data {location!r} leave the model's folder, or are a link: not copied")
-        if not (home / place).is_file():
-            raise ModelError(f"{path}: its external data {location!r} are not there: expected beside the model")
-    return list(found)
 
 
 def signature(path: Path, session: ort.InferenceSession) -> Signature:
@@ -153,15 +130,3 @@ def _fill(tensor: Tensor, shape: Sequence[int], rng: np.random.Generator, how: s
     if how == "zero" or not floating:
         return np.zeros(shape, dtype)
     return np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
-
-
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Return every tensor of a message, wherever it stands: initializers, attributes, bodies, functions."""
-    for kind, value in message.ListFields():
-        if kind.message_type is None:
-            continue
-        for part in [value] if isinstance(value, Message) else value:
-            if isinstance(part, onnx.TensorProto):
-                yield part
-            else:
-                yield from _tensors(part)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tensorrail_exporter import GraphError, LayerPlan, Plan
 from tensorrail_exporter import compress as compressing
@@ -102,6 +102,26 @@ def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, monkeypatch
     with pytest.raises(GraphError, match="differs from what its cores stand for"):
         run(network, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def half_precision(rng):
+    """One Gemm 64→64 whose input, weight and output are float16."""
+    half = numpy_helper.from_array((rng.standard_normal((64, 64)) / 8).astype(np.float16), "c.weight")
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["n", 64]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Gemm", ["x", "c.weight"], ["y"], transB=1)], "g", ends[:1], ends[1:], [half])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_float16_model_may_differ_by_its_own_rounding_and_no_more(tmp_path, rng, monkeypatch):
+    plan = Plan(layers=(LayerPlan(name="c", format="svd", modes=(64, 64), ranks=(32,)),))
+    report = compress(half_precision(rng), plan, tmp_path / "out.onnx", seconds=0.05)
+    assert 1e-4 < report.numerical < 8 * 2**-11  # eight unit roundoffs
+    real = compressing.factorize
+    wrong = lambda model, plan, cores: real(model, plan, {"c": [core * 1.01 for core in cores["c"]]})  # noqa: E731
+    monkeypatch.setattr(compressing, "factorize", wrong)
+    with pytest.raises(GraphError, match=r"differs from what its cores stand for by .*; at most 0\.004 was expected"):
+        compress(half_precision(rng), plan, tmp_path / "wrong.onnx", seconds=0.05)
+    assert not (tmp_path / "wrong.onnx").exists()
 
 
 def test_a_refinement_is_what_is_written(network, tmp_path):

@@ -60,3 +60,13 @@ def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(GraphError, match=r"m\.onnx: "):
         load_model(path)
+
+
+@pytest.mark.parametrize("ending", ["json", "onnxtxt", "textproto", "bin"])
+def test_a_model_is_read_whatever_its_file_is_called(small_model, tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    path.write_bytes(small_model.SerializeToString())
+    assert load_model(path) == small_model
+    path.write_text('{"a": 1}')
+    with pytest.raises(GraphError, match=rf"m\.{ending}: not an ONNX model"):
+        load_model(path)

@@ -237,6 +237,24 @@ def test_int8_folds_a_weight_behind_a_reshape_and_a_transpose(rng, tmp_path):
     assert difference(model, int8, feeds, tmp_path) < INT8
 
 
+def test_int8_of_a_layer_that_only_the_body_of_an_if_reads(rng, tmp_path):
+    def body(op):
+        made = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 8])
+        return helper.make_graph([helper.make_node(op, ["h"], ["out"], op)], op, [], [made])
+
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], "layer"),
+        helper.make_node("ReduceMax", ["x"], ["top"], "top", keepdims=0),
+        helper.make_node("Greater", ["top", "zero"], ["some"], "some"),
+        helper.make_node("If", ["some"], ["y"], "either", then_branch=body("Tanh"), else_branch=body("Neg")),
+    ]
+    weights = {"w": rng.standard_normal((16, 8)).astype(np.float32), "zero": np.float32(0)}
+    model = make_model(nodes, weights, {"x": ["n", 16]}, {"y": ["n", 8]})
+    feeds = feeds_of(rng, (16,))
+    for feed in (feeds, [{"x": -np.abs(one["x"])} for one in feeds]):
+        assert difference(model, to_int8(model, feeds), feed, tmp_path) < INT8
+
+
 def test_int8_by_seven_bits_where_products_saturate_and_by_one_scale_where_asked(small_model, rng, monkeypatch):
     feeds = feeds_of(rng)
     assert np.abs(initializers(to_int8(small_model, feeds, reduce_range=True))["conv.weight_quantized"]).max() <= 64

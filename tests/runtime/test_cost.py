@@ -1,8 +1,9 @@
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import make_model
-from onnx import helper
+from onnx import helper, numpy_helper
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,3 +109,32 @@ def test_what_is_no_model_is_refused(tmp_path):
         cost(tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="cannot be read"):
         cost(tmp_path / "none.onnx")
+
+
+def test_weights_in_constant_nodes_are_parameters_too(small_model, small_path, tmp_path):
+    stored = cost(small_path)
+    made = [
+        helper.make_node("Constant", [], [tensor.name], value=numpy_helper.from_array(numpy_helper.to_array(tensor)))
+        for tensor in small_model.graph.initializer
+    ]
+    nodes = [*made, *small_model.graph.node]
+    model = make_model(nodes, {}, {"x": ["batch", 16, 8, 8]}, {"y": ["batch", 10]})
+    found = cost(save(model, tmp_path))
+    assert (found.params, found.layers) == (stored.params, stored.layers)
+    assert found.activation_bytes == stored.activation_bytes
+
+
+def test_an_axis_of_minus_one_is_dynamic(tmp_path):
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], "n")
+    model = make_model([node], {"w": np.ones((8, 4), np.float32)}, {"x": ["n", 8]}, {"y": ["n", 4]})
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    path = save(model, tmp_path)
+    assert cost(path, 3).flops == 2 * 3 * 8 * 4
+    assert cost(path, shapes={"x": (5, 8)}).flops == 2 * 5 * 8 * 4
+
+
+def test_bytes_are_those_of_external_data_as_well(small_model, tmp_path):
+    path = tmp_path / "apart.onnx"
+    onnx.save(small_model, path, save_as_external_data=True, location="apart.data", size_threshold=0)
+    assert cost(path).bytes == path.stat().st_size + (tmp_path / "apart.data").stat().st_size

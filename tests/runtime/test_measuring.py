@@ -1,11 +1,16 @@
+import itertools
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from conftest import make_model
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Settings, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
-from tensorrail_runtime.latency import Latency, ratio
+from tensorrail_runtime import latency as timing
+from tensorrail_runtime.latency import Latency, LatencyReport, bench_fresh, ratio, turns
+from tensorrail_runtime.machine import machine
 
 
 def changed(path, name, change):
@@ -95,6 +100,51 @@ def test_the_interval_of_a_ratio_covers_the_truth(rng):
     assert all(1.8 < r.value < 2.2 for r in found)
 
 
+def test_a_model_that_finds_its_weights_in_the_caches_is_no_faster_than_its_copy(rng):
+    """Two copies, A B B A: the one that comes right after itself takes half of the time."""
+    noise = np.exp(0.02 * rng.standard_normal((2, 400)))
+    warm = np.arange(400) % 2 == 0
+    a, b = (Latency.of(name, one) for name, one in zip("ab", noise * np.where([warm, ~warm], 1.0, 2.0), strict=True))
+    assert ratio(a, b, cycle=2).value == pytest.approx(1.0, abs=0.005)
+    assert ratio(a, b, cycle=2).low > 0.99
+    slower = Latency.of("b", 1.5 * np.array(b.samples))
+    assert ratio(slower, a, cycle=2).value == pytest.approx(1.5, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_model_comes_as_often_after_itself_and_after_the_others(count):
+    ran = []
+    times = turns([lambda k=k: ran.append(k) for k in range(count)], 0.0, 20)
+    assert len(times[0]) >= 20
+    assert len(times[0]) % count == 0
+    after = np.zeros((count, count), int)
+    for before, now in itertools.pairwise([*ran, ran[0]]):  # as if it began again
+        after[before, now] += 1
+    for shift in range(count):  # the same for all models, but for their names
+        assert len({after[k, (k + shift) % count] for k in range(count)}) == 1
+
+
+def test_the_interval_over_processes_covers_what_they_differ_by(rng, monkeypatch):
+    """Processes that differ by a per cent, a thousand rounds each: a bootstrap over rounds covers half of them."""
+    asked, here = [], machine()
+
+    def process(_, request):
+        asked.append(request["paths"])
+        own, names = np.exp(0.01 * rng.standard_normal()), request["options"]["labels"]
+        scales = {"dense": 2.0 * own, "factored": 1.0}
+        found = tuple(Latency.of(name, scales[name] * np.exp(0.02 * rng.standard_normal(1000))) for name in names)
+        report = LatencyReport(batch=1, provider="cpu", threads=0, rounds=1000, machine=here, latencies=found, ratios=())
+        return report.model_dump_json()
+
+    monkeypatch.setattr(timing, "fresh", process)
+    found = [bench_fresh(["dense.onnx", "factored.onnx"], labels=["dense", "factored"]) for _ in range(100)]
+    covered = sum(one.ratios[0].low <= 2.0 <= one.ratios[0].high for one in found)
+    assert covered >= 88  # 95 % nominal; fewer would come up once in some 500 times
+    assert all([row.model for row in one.latencies] == ["dense", "factored"] for one in found)
+    assert all(one.latencies[0].p50 > 1.5 * one.latencies[1].p50 for one in found)
+    assert {Path(paths[0]).name for paths in asked[:5]} == {"dense.onnx", "factored.onnx"}  # either is loaded first
+
+
 def test_bound_inputs_and_outputs_are_timed_alike(small_path):
     result = bench([small_path, small_path], seconds=0.1, io_binding=True, batch=2)
     assert not result.transfers
@@ -158,7 +208,10 @@ def test_two_models_are_compared_on_the_same_samples(small_path, rng):
 
 def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monkeypatch):
     (tmp_path / "own_metric.py").write_text("def margin(outputs, labels):\n    return outputs['y'].max(1) - labels\n")
-    (tmp_path / "bad_metric.py").write_text("def one(outputs, labels):\n    return 1.0\n")
+    (tmp_path / "bad_metric.py").write_text(
+        "import numpy as np\n\n\ndef one(outputs, labels):\n    return 1.0\n\n\n"
+        "def nan(outputs, labels):\n    return np.full(len(labels), np.nan)\n"
+    )
     monkeypatch.chdir(tmp_path)
     x = {"x": rng.standard_normal((20, 16, 8, 8)).astype(np.float32)}
     a = evaluate(small_path, x, np.zeros(20), metric="own_metric:margin")
@@ -171,8 +224,63 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         ("none_such:f", "cannot be imported"),
         ("own_metric:none", "cannot be imported"),
         ("bad_metric:one", "one score for each of 20 samples"),
+        ("bad_metric:nan", "scored a sample as NaN"),
     ):
         with pytest.raises(ModelError, match=reason):
             evaluate(small_path, x, np.zeros(20), metric=metric)
     with pytest.raises(ModelError, match="integer labels"):
         evaluate(small_path, x, np.zeros(20))
+
+
+def test_models_without_inputs_are_compared_and_other_outputs_than_tensors_are_refused(small_model, tmp_path):
+    alone, several = tmp_path / "alone.onnx", tmp_path / "several.onnx"
+    weights = {"w": np.ones((3, 4), np.float32)}
+    onnx.save(make_model([helper.make_node("Relu", ["w"], ["y"])], weights, {}, {"y": [3, 4]}), alone)
+    result = parity(alone, alone)
+    assert result.holds
+    assert result.batches == (1, 1)
+    with pytest.raises(ModelError, match="the model has no inputs"):
+        evaluate(alone, {"x": np.ones((2, 4))}, np.zeros(2, np.int64))
+    with pytest.raises(ModelError, match="takes no input"):
+        accuracy(alone, np.ones((2, 4)), np.zeros(2, np.int64))
+    graph = helper.make_graph(
+        [helper.make_node("SplitToSequence", ["x"], ["y"], axis=1)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), several)
+    for call in (
+        lambda: parity(several, several),
+        lambda: evaluate(several, {"x": np.ones((2, 4), np.float32)}, np.zeros(2, np.int64)),
+    ):
+        with pytest.raises(ModelError, match=r"output 'y' is a seq\(tensor\(float\)\): only tensors"):
+            call()
+
+
+@pytest.mark.filterwarnings("error")
+def test_outputs_without_elements_are_compared_in_silence(tmp_path):
+    onnx.save(make_model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [0, 8]}, {"y": [0, 8]}), tmp_path / "zero.onnx")
+    assert parity(tmp_path / "zero.onnx", tmp_path / "zero.onnx").outputs[0].top1_agreement is None
+    with pytest.raises(ModelError, match="batches of 0, and 3 samples came"):
+        evaluate(tmp_path / "zero.onnx", {"x": np.ones((3, 8), np.float32)}, np.zeros(3, np.int64))
+
+
+def test_labels_without_an_axis_are_refused(small_path):
+    x = np.zeros((1, 16, 8, 8), np.float32)
+    with pytest.raises(ModelError, match=r"labels of shape \(\) and 1 samples"):
+        evaluate(small_path, {"x": x}, np.array(1))
+    with pytest.raises(ModelError, match="as many images as labels"):
+        accuracy(small_path, x, np.array(1))
+
+
+def test_a_scalar_input_goes_into_every_batch(tmp_path, rng):
+    path = tmp_path / "scaled.onnx"
+    onnx.save(make_model([helper.make_node("Mul", ["s", "x"], ["y"])], {}, {"s": [], "x": ["n", 3]}, {"y": ["n", 3]}), path)
+    x = rng.standard_normal((5, 3)).astype(np.float32)
+    found = evaluate(path, {"s": np.array(2, np.float32), "x": x}, x.argmin(1), batch=2)
+    assert found.scores == (0.0,) * 5
+    negative = np.array(-2, np.float32)
+    assert evaluate(path, {"s": negative, "x": x}, x.argmin(1), batch=2).scores == (1.0,) * 5
+    feed = {"s": negative, "x": x}
+    assert parity(path, path, inputs=[feed]).batches == (5,)

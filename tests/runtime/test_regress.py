@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tensorrail_runtime import ModelError
+from tensorrail_runtime import ModelError, Settings, open_session
 from tensorrail_runtime.gate_output import junit, smaller_is_better
 from tensorrail_runtime.regress import Baseline, Effort, Limits, check, compare_times, record
 
@@ -107,8 +107,6 @@ def test_a_larger_model_and_a_slower_one_fall_short(small_path, rng):
 
 def test_accuracy_is_a_hard_limit(small_path, tmp_path, rng):
     x = rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
-    from tensorrail_runtime import open_session
-
     labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
     data = ({"x": x}, labels, "top1")
     record(small_path, tmp_path / "b.json", effort=QUICK, data=data)
@@ -116,6 +114,51 @@ def test_accuracy_is_a_hard_limit(small_path, tmp_path, rng):
     limits = LENIENT.model_copy(update={"tolerance": None})
     verdict = check(tmp_path / "b.json", other, limits=limits, effort=QUICK, data=data)
     assert "accuracy (top1)" in verdict.reason
+
+
+def test_a_score_that_cannot_be_compared_is_refused(baseline, small_path, tmp_path, rng):
+    x = rng.standard_normal((12, 16, 8, 8)).astype(np.float32)
+    labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
+    data, scored = ({"x": x}, labels, "top1"), tmp_path / "scored.json"
+    record(small_path, scored, effort=QUICK, data=data)
+    for file, came, reason in (
+        (baseline, data, r"dense.onnx holds no score to compare with: record it with --data"),
+        (scored, None, r"holds a score \(top1\): give the data that it was recorded with"),
+        (scored, ({"x": x}, labels, "top5"), "a score by top1, and top5 came"),
+        (scored, ({"x": x[:6]}, labels[:6], "top1"), "on other data than came"),
+        (scored, ({"x": x}, (labels + 1) % 10, "top1"), "on other data than came"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            check(file, small_path, limits=LENIENT, effort=QUICK, data=came)
+    verdict = check(scored, small_path, limits=LENIENT, effort=QUICK, data=data)
+    assert "accuracy (top1)" in {finding.name for finding in verdict.findings}
+    before = json.loads(scored.read_text())  # as it was recorded before the data's hash was
+    del before["facts"]["data"]
+    scored.write_text(json.dumps(before))
+    assert check(scored, small_path, limits=LENIENT, effort=QUICK, data=data).holds
+
+
+def test_a_baseline_is_checked_as_it_was_recorded(baseline, small_path):
+    for asked, reason in (
+        ({"settings": Settings(threads=1)}, "recorded with threads 0, and --threads 1 came"),
+        ({"settings": Settings(provider="cuda")}, "recorded with provider cpu, and --provider cuda came"),
+        ({"batch": 2}, "recorded with batch 1, and --batch 2 came"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            check(baseline, small_path, limits=LENIENT, effort=QUICK, **asked)
+    assert check(baseline, small_path, limits=LENIENT, effort=QUICK, settings=Settings(), batch=1).holds
+
+
+def test_weights_beside_the_file_are_held_to_the_limits_and_are_part_of_the_model(small_path, tmp_path):
+    path, data = tmp_path / "apart.onnx", tmp_path / "apart.data"
+    onnx.save(onnx.load(small_path), path, save_as_external_data=True, location=data.name, size_threshold=0)
+    made = record(path, tmp_path / "apart.json", effort=QUICK)
+    assert made.facts.bytes == path.stat().st_size + data.stat().st_size
+    assert check(tmp_path / "apart.json", path, limits=LENIENT, effort=QUICK).interleaved
+    data.write_bytes(b"\0" * data.stat().st_size)  # another model, by the same .onnx
+    assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, effort=QUICK).interleaved
+    data.unlink()
+    assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, effort=QUICK).interleaved
 
 
 def test_ci_formats_say_what_was_found(baseline, small_path):
@@ -137,6 +180,15 @@ def test_a_file_that_is_no_baseline_is_refused(tmp_path, small_path, content):
         check(tmp_path / "b.json", small_path)
     with pytest.raises(ModelError, match="expected a baseline"):
         check(tmp_path / "none.json", small_path)
+
+
+@pytest.mark.parametrize("processes", [[], [[]], [[1.0] * 20, [0.0] * 20], [[1.0] * 19 + [float("nan")]]])
+def test_a_baseline_without_times_is_refused(baseline, small_path, processes):
+    content = json.loads(baseline.read_text())
+    content["processes"] = processes
+    baseline.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="not a baseline: processes"):
+        check(baseline, small_path)
 
 
 def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, baseline, small_path):

@@ -1,6 +1,8 @@
 """Sessions run where they were asked to, inputs fit, and the profile says where every node was."""
 
 import contextlib
+import struct
+import zipfile
 
 import numpy as np
 import onnx
@@ -152,10 +154,86 @@ def test_data_files_are_plain_arrays(tmp_path, small_path, rng):
         batches_of(open_session(small_path), {"labels": np.arange(5)}, 2)
 
 
+def npy(shape, descr="<f4", data=b""):
+    head = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode() + data
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("readme.txt", b"hi", "readme.txt holds no array"),
+        ("folder/", b"", "folder/ holds no array"),
+        ("x.npy", npy((10**7, 10**7)), r"says that it has shape \(10000000, 10000000\), and holds 0 bytes"),
+        ("x.npy", npy((2, 2), data=b"\0" * 12), "says that it has shape"),
+        ("x.npy", npy((0, 10**30)), r"not an npz file of plain arrays \("),
+        ("x.npy", npy((-1, 4), data=b"\0" * 16), r"not an npz file of plain arrays \("),
+        ("x.npy", npy((1,), "<x9"), r"not an npz file of plain arrays \("),
+        ("x.npy", npy("(" * 9), r"not an npz file of plain arrays \("),
+        ("x.npy", b"\x93NUMPY\x09\x00", r"not an npz file of plain arrays \("),
+    ],
+)
+def test_members_that_are_no_arrays_or_claim_more_than_they_hold_are_refused(name, content, reason, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        file.writestr(name, content)
+    with pytest.raises(ModelError, match=reason):
+        load_arrays(tmp_path / "x.npz")
+
+
+def test_a_corrupted_stream_is_refused(tmp_path, rng):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=rng.standard_normal((300, 8)))
+    content = path.read_bytes()
+    entry = content.index(b"PK\x01\x02")  # flags 8 bytes behind it, the compression's method 10
+    for start, garbage in ((100, b"\xff" * 300), (entry + 8, b"\x01"), (entry + 10, b"\x62")):
+        path.write_bytes(content[:start] + garbage + content[start + len(garbage) :])
+        with pytest.raises(ModelError, match="not an npz file of plain arrays"):
+            load_arrays(path)
+
+
+def test_arrays_of_every_plain_type_are_read_as_they_were_written(tmp_path, rng):
+    arrays = {
+        "a": np.asfortranarray(rng.standard_normal((3, 4)).astype(np.float16)),
+        "b": np.arange(5),
+        "c": np.array(3.0),
+        "d": np.array([True]),
+    }
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", **arrays)
+        found = load_arrays(tmp_path / "x.npz")
+        assert list(found) == list(arrays)
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_inputs_that_would_take_the_machines_memory_are_refused(tmp_path):
+    shape = [10**7, 10**7]
+    onnx.save(make_model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": shape}, {"y": shape}), tmp_path / "huge.onnx")
+    for call in (
+        lambda: parity(tmp_path / "huge.onnx", tmp_path / "huge.onnx"),
+        lambda: bench([tmp_path / "huge.onnx"]),
+        lambda: placement(tmp_path / "huge.onnx"),
+    ):
+        with pytest.raises(ModelError, match=r"input 'x' of shape \[10000000, 10000000\] is too large"):
+            call()
+
+
+def test_what_does_not_run_is_said_once(small_path, tmp_path, capfd):
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    model = make_model([node], {"w": np.ones((2, 3, 3, 3), np.float32)}, {"x": ["n", 3, "h", "w_"]}, {"y": ["n", 2, "p", "q"]})
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="cannot run the model on these inputs"):
+        bench([tmp_path / "m.onnx"])
+    assert capfd.readouterr().err == ""
+
+
 def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):
     found = footprint(small_path)
     assert found.load_ms > 0
     assert found.host_peak_mib is not None
     assert found.gpu_mib is None
+    with pytest.raises(ModelError, match=r"has shape \['batch', 16, 8, 8\], and \[2, 16, 8, 9\] came"):
+        footprint(small_path, shapes={"x": (2, 16, 8, 9)})
     with pytest.raises(ModelError, match=r"none\.onnx: ONNX Runtime cannot load it"):
         footprint(tmp_path / "none.onnx")

@@ -133,6 +133,10 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
     cores.write_bytes(b"\x00" * 4)
     truncated = tmp_path / "truncated.onnx"
     truncated.write_bytes(small_path.read_bytes()[:-100])
+    data, baseline = tmp_path / "data.npz", tmp_path / "baseline.json"
+    np.savez(data, x=np.zeros((4, 16, 8, 8), np.float32), labels=np.zeros(4, np.int64))
+    quick = ("--processes", 2, "--seconds", 0.05)
+    assert cli("regress", "record", small_path, "-o", baseline, "--threads", 1, "--batch", 3, *quick)[0] == 0
     computed = tmp_path / "computed.onnx"
     nodes = [helper.make_node("Relu", ["w"], ["v"]), helper.make_node("Conv", ["x", "v"], ["y"], "conv")]
     onnx.save(make_model(nodes, {}, {"x": ["n", 16, 8, 8], "w": [32, 16, 3, 3]}, {"y": ["n", 32, 6, 6]}), computed)
@@ -168,6 +172,24 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("check", small_path, small_path, "--rtol", "x"), "a tolerance is written as"),
         (("check", small_path, small_path, "--layers"), "give --plan"),
         (("accuracy", small_path, "--data", garbage), "not an npz file"),
+        (
+            ("accuracy", small_path, "--data", data, "--max-drop", 0),
+            "--max-drop holds B's score against A's: give a second model",
+        ),
+        (("bench", small_path, "--min-speedup", 2), "--min-speedup holds the other models against the first"),
+        (("check", small_path, small_path, "--plan", plan_path), "--plan is for --layers"),
+        (("check", small_path, small_path, "--cores", cores), "--cores is for --layers"),
+        (("check", small_path, small_path, "--data", data, "--shape", "x=2,16,8,8"), "--shape is for random inputs"),
+        (("check", small_path, small_path, "--data", data, "--batch", 1, "--batch", 2), "--data is run at one"),
+        (("check", small_path, small_path, "--shape", "x=2,16,8,8", "--batch", 1, "--batch", 2), "--shape is run at one"),
+        (("inspect", small_path, "--provider", "cuda"), "--provider is for --placement"),
+        (("regress", "record", small_path, "-o", out, "--metric", "top5"), "--metric scores labelled data: give --data"),
+        (("regress", "check", small_path, small_path, "--metric", "top5"), "--metric scores labelled data: give --data"),
+        (("regress", "check", small_path, small_path, "--max-drop", 0), "--max-drop holds the accuracy on labelled data"),
+        (("regress", "check", baseline, small_path, "--provider", "cuda"), "with provider cpu, and --provider cuda came"),
+        (("regress", "check", baseline, small_path, "--threads", 2), "with threads 1, and --threads 2 came"),
+        (("regress", "check", baseline, small_path, "--batch", 2), "with batch 3, and --batch 2 came"),
+        (("regress", "check", baseline, small_path, "--data", data, "--max-drop", 0), "holds no score to compare with"),
         (("regress", "check", cores, small_path), "not a baseline"),
         (("regress", "check", small_path, small_path, "--max-slowdown", "fast"), "written as 5% or 0.05"),
     ]
@@ -223,3 +245,12 @@ def test_options_of_a_gpu_are_refused_on_a_cpu(cli, small_path, tmp_path, comman
     code, _, err = cli(command, small_path, option, *more[command])
     assert code == 2
     assert "CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'" in " ".join(err.split())
+
+
+def test_memory_is_taken_at_the_shape_given(cli, tmp_path, rng):
+    path, weights = tmp_path / "m.onnx", {"w": rng.standard_normal((4, 3, 3, 3)).astype(np.float32)}
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    onnx.save(make_model([node], weights, {"x": ["n", 3, "h", "v"]}, {"y": ["n", 4, "p", "q"]}), path)
+    code, printed, _ = cli("bench", path, "--duration", 0.1, "--memory", "--shape", "x=1,3,8,8")
+    assert code == 0
+    assert "peak host MiB" in printed

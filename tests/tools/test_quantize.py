@@ -88,6 +88,34 @@ def test_out_of_tolerance_ends_with_1_and_the_ranges(cli, small_path, data, tmp_
     assert "still fp32: conv (Conv, kept)" in printed
 
 
+@pytest.mark.parametrize("to", ["fp16", "int8"])
+def test_what_cannot_be_measured_is_not_written_and_a_shape_helps(to, cli, tmp_path, rng):
+    path, data, out = tmp_path / "m.onnx", tmp_path / "x.npz", tmp_path / "o.onnx"
+    weights = {"w": rng.standard_normal((4, 3, 3, 3)).astype(np.float32)}
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
+    onnx.save(make_model([node], weights, {"x": ["n", 3, "h", "v"]}, {"y": ["n", 4, "p", "q"]}), path)
+    np.savez(data, x=rng.standard_normal((4, 3, 8, 8)).astype(np.float32))
+    arguments = ("quantize", path, "--to", to, "-o", out, "--calibration", data, *QUICK)
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert "cannot run the model on these inputs" in err
+    assert not list(tmp_path.glob("*o.onnx*"))
+    assert cli(*arguments, "--shape", "x=1,3,8,8")[0] == 0
+    assert [file.name for file in tmp_path.glob("*o.onnx*")] == ["o.onnx"]
+    if to == "fp16":  # without calibration the random inputs have that shape too
+        assert cli(*(one for one in arguments if one not in ("--calibration", data)), "--shape", "x=1,3,8,8")[0] == 0
+
+
+def test_external_data_move_with_the_model(cli, small_path, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorrail_exporter.graph_io._LARGEST_FILE", 0)
+    monkeypatch.setattr("tensorrail_exporter.graph_io._SMALL", 0)
+    out, record = tmp_path / "o.onnx", tmp_path / "r.json"
+    assert cli("quantize", small_path, "--to", "fp16", "-o", out, *QUICK, "--json", record)[0] == 0
+    assert sorted(file.name for file in tmp_path.glob("*o.onnx*")) == ["o.onnx", "o.onnx.data"]
+    assert json.loads(record.read_text())["bytes_after"] == sum(file.stat().st_size for file in tmp_path.glob("o.onnx*"))
+    assert "float16" in types(out)
+
+
 def test_overflow_shows_the_ranges_and_the_keep_that_helps(cli, large_path, tmp_path):
     out = tmp_path / "o.onnx"
     code, printed, err = cli("quantize", large_path, "--to", "fp16", "-o", out, *QUICK)
@@ -120,6 +148,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, data, tmp_path, 
         ((small_path, "--to", "int8", "--calibration", data, "--method", "mean"), "unknown calibration method 'mean'"),
         ((small_path, "--to", "int8", "--calibration", other), "no array for input 'x'"),
         ((small_path, "--to", "int8", "--calibration", garbage), "not an npz file"),
+        ((small_path, "--to", "fp16", "--metric", "top5"), "--metric scores labelled data: give --data FILE.npz as well"),
         ((small_path, "--to", "fp16", "--data", unlabelled), "holds no array 'labels'"),
         ((small_path, "--to", "fp16", "--keep", "nowhere"), "layer nowhere: to be kept in fp32, and not in the graph"),
         ((small_path, "--to", "fp16", "--provider", "tpu"), "unknown provider 'tpu'"),

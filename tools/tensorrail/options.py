@@ -19,7 +19,10 @@ Data = Annotated[
     Path | None,
     typer.Option("--data", metavar="FILE.npz", help="Arrays by input name, and `labels` where a metric needs them."),
 ]
-Metric = Annotated[str, typer.Option("--metric", help="top1, top5, or module:function of (outputs, labels) → scores.")]
+Metric = Annotated[
+    str | None,
+    typer.Option("--metric", help="top1 (where none is given), top5, or module:function of (outputs, labels) → scores."),
+]
 Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; default runs/<the recipe's name>.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch of an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start anew.")]

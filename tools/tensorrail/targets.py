@@ -125,8 +125,8 @@ def show_plan(report: PlanReport) -> None:
     table(f"plan for {report.provider}, batch {report.batch}; losses from {report.loss_from}", head, rows)
     dense, planned = report.dense, report.planned
     console.print(
-        f"predicted: {dense.ms:.2f} → {planned.ms:.2f} ms ({report.predicted:.2f}×), FLOPs ÷ {dense.macs / planned.macs:.2f}, "
-        f"parameters ÷ {dense.params / planned.params:.2f}"
+        f"predicted: {dense.ms:.2f} → {planned.ms:.2f} ms ({report.predicted:.2f}×), "
+        f"FLOPs ÷ {_ratio(dense.macs, planned.macs)}, parameters ÷ {_ratio(dense.params, planned.params)}"
     )
     if report.measured is None:
         console.print("nothing to rewrite: every layer stays dense")
@@ -140,6 +140,10 @@ def show_plan(report: PlanReport) -> None:
         console.print(f"slower than dense by the profile: {', '.join(report.slower)}")
     if found.low <= 1.0:
         console.print("the planned network was not measured to be faster")
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"{before / after:.2f}" if after else "1.00"  # of a network without any
 
 
 def load_network(model: str, shapes: Sequence[str] | None) -> tuple[onnx.ModelProto, Path | None]:

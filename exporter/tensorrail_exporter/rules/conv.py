@@ -21,6 +21,8 @@ def why_not(node: gs.Node) -> str | None:
     weight = node.inputs[1]
     if not isinstance(weight, gs.Constant):
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
+    if len(weight.shape) < 3:
+        return f"its weight has shape {list(weight.shape)}, and a kernel is (outputs, inputs, *size)"
     group = node.attrs.get("group", 1)
     if group != 1:
         kind = "depthwise" if weight.shape[1] == 1 else "grouped"

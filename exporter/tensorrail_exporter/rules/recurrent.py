@@ -31,6 +31,9 @@ def why_not(node: gs.Node) -> str | None:
     weight = node.inputs[1]
     if not isinstance(weight, gs.Constant):
         return f"its input weight {weight.name!r} is computed in the graph, not a constant"
+    directions, gates = _directions(node), len(_TORCH_FROM_ONNX[node.op])
+    if len(weight.shape) != 3 or weight.shape[0] != directions or weight.shape[1] % gates:
+        return f"its input weight has shape {list(weight.shape)}, and {node.op} takes ({directions}, {gates} · hidden, inputs)"
     return None
 
 
@@ -107,9 +110,13 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
     return made
 
 
+def _directions(node: gs.Node) -> int:
+    return 2 if node.attrs.get("direction", "forward") in ("bidirectional", b"bidirectional") else 1
+
+
 def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
     """Return (directions, gates · hidden, p) in ONNX's gate order."""
     order = np.argsort(_TORCH_FROM_ONNX[node.op])
-    directions = 2 if node.attrs.get("direction", "forward") in ("bidirectional", b"bidirectional") else 1
+    directions = _directions(node)
     gates = weight.reshape(directions, len(order), -1, weight.shape[1])[:, order]
     return np.ascontiguousarray(gates.reshape(directions, -1, weight.shape[1]))

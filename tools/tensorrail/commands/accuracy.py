@@ -16,7 +16,7 @@ def command(
     candidate: Annotated[Path | None, typer.Argument(metavar="B.onnx")] = None,
     *,
     data: Annotated[Path, typer.Option(metavar="FILE.npz", help="Arrays by input name, and `labels`.")],
-    metric: Metric = "top1",
+    metric: Metric = None,
     batch: Annotated[int, typer.Option(min=1)] = 64,
     provider: Provider = "cpu",
     max_drop: Annotated[
@@ -29,7 +29,9 @@ def command(
     from tensorrail_runtime.inputs import load_arrays
     from tensorrail_runtime.session import ModelError, Settings
 
-    arrays = load_arrays(data)
+    if max_drop is not None and candidate is None:
+        raise ModelError("--max-drop holds B's score against A's: give a second model")
+    metric, arrays = metric or "top1", load_arrays(data)
     if "labels" not in arrays:
         raise ModelError(f"{data}: holds no array 'labels'; it has {', '.join(arrays)}")
     labels = arrays.pop("labels")
@@ -51,6 +53,6 @@ def command(
     )
     if json is not None:
         paired.save(json)
-    if max_drop is not None and -paired.difference > max_drop:
+    if max_drop is not None and not -paired.difference <= max_drop:
         console.print(f"falls short: lower by more than {max_drop:g}")
         raise typer.Exit(1)

@@ -40,6 +40,15 @@ def command(
     from tensorrail_runtime.parity import Tolerances, parity
     from tensorrail_runtime.session import ModelError, Settings, open_session
 
+    if layers and plan is None:
+        raise ModelError("--layers compares at the planned layers: give --plan")
+    for option, given in (("--plan", plan), ("--cores", cores)):
+        if given is not None and not layers:
+            raise ModelError(f"{option} is for --layers, which compares at the planned layers: give --layers as well")
+    if data is not None and shape:
+        raise ModelError("--shape is for random inputs, and --data has shapes of its own: give one of them")
+    if len(batch or ()) > 1 and (shape or data is not None):
+        raise ModelError(f"several --batch came, and {'--shape' if shape else '--data'} is run at one: give --batch once")
     settings = Settings(provider=provider)
     session = open_session(reference, settings=settings)
     sizes = tuple(batch or (1, 7))
@@ -49,8 +58,6 @@ def command(
         feeds = [random_inputs(session, sizes[0], shapes=parse_shapes(shape))]
     else:
         feeds = [random_inputs(session, size) for size in sizes]
-    if layers and plan is None:
-        raise ModelError("--layers compares at the planned layers: give --plan")
     held = Tolerances(tolerance, _limits(rtol), _limits(atol))
     result = parity(reference, candidate, inputs=feeds, tolerances=held, settings=settings)
     rows = [

@@ -52,7 +52,12 @@ Fit = Annotated[
 ]
 
 
+_OF_THE_PLAN = ("format", "grid", "keep", "allow_slower", "seconds", "cache")
+"""Options that say how a plan is found: nothing where one came."""
+
+
 def command(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The dense graph.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the faster model is written.")],
     target: Target = None,
@@ -95,6 +100,7 @@ def command(
     _check_also(also or [], calibration)
     if (bool(target) or max_loss is not None) == (plan is not None):
         raise PlanError("compress needs --target latency=2.0 (or flops, params, bytes), or --plan plan.json, and not both")
+    _check_given(context, plan, calibration)
     settings = Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
     shapes = parse_shapes(shape or [])
     targets = read_targets(target or [])
@@ -145,6 +151,7 @@ def command(
             data=test[0] if test else None,
             labels=test[1] if test else None,
             batch=batch,
+            shapes=shapes,
             seconds=duration,
             settings=settings,
         )
@@ -164,6 +171,20 @@ def _check_also(also: Sequence[str], calibration: Path | None) -> None:
         raise PlanError(f"--also takes {' or '.join(get_args(Precision))}, and {unknown[0]!r} came")
     if "int8" in also and calibration is None:
         raise PlanError("--also int8 needs --calibration: the ranges of activations are measured on inputs")
+
+
+def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None) -> None:
+    """Raise `PlanError` for an option that the user gave and that would have no effect."""
+    from tensorrail_exporter.errors import PlanError
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    for name in _OF_THE_PLAN if plan is not None else ():
+        if name in given:
+            raise PlanError(f"--{name.replace('_', '-')} says how a plan is found, and one came: leave it out, or --plan")
+    for name in ("fit", "samples") if calibration is None else ():
+        if name in given and context.params[name]:
+            raise PlanError(f"--{name} is of calibration inputs, and none came: give --calibration, or leave it out")
 
 
 def _labelled(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -23,8 +23,11 @@ def command(
 ) -> None:
     """Print the layers with their shapes, parameters and FLOPs (2 × MACs), and their shares of the whole."""
     from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.session import ModelError
 
     shapes = parse_shapes(shape or [])
+    if provider != "cpu" and not placement:
+        raise ModelError("--provider is for --placement, which runs the model: give --placement as well")
     if placement:
         _placement(model, provider, batch, shapes, json)
         return

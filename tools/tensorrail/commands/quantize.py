@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensorrail.options import Data, Json, Metric, Provider
+from tensorrail.options import Data, Json, Metric, Provider, Shape
 from tensorrail.show import bar, console, table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def command(
         typer.Option(metavar="FILE.npz", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
     ] = None,
     data: Data = None,
-    metric: Metric = "top1",
+    metric: Metric = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A layer or node that stays fp32; may be given again.")
     ] = None,
@@ -40,6 +40,7 @@ def command(
         float | None, typer.Option(min=0, help="Largest relative L2 difference of any output; default 0.01 fp16, 0.1 int8.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the latency.")] = 1,
+    shape: Shape = None,
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds of measuring, both models together.")] = 10.0,
     provider: Provider = "cpu",
     json: Json = None,
@@ -47,11 +48,13 @@ def command(
     """Convert a model to fp16 or int8 and show parity, accuracy and latency. Exit code 1 when out of tolerance."""
     from tensorrail_exporter.precision import reduced
     from tensorrail_exporter.ranges import RangeError
-    from tensorrail_runtime.inputs import batches_of, load_arrays
+    from tensorrail_runtime.inputs import batches_of, load_arrays, parse_shapes
     from tensorrail_runtime.session import ModelError, Settings, open_session
 
     if to == "int8" and calibration is None:
         raise ModelError("int8 needs typical inputs for the ranges of the activations: --calibration FILE.npz, 100 or more")
+    if metric is not None and data is None:
+        raise ModelError("--metric scores labelled data: give --data FILE.npz as well")
     settings = Settings(provider=provider)
     feeds = None
     if calibration is not None:
@@ -69,11 +72,12 @@ def command(
                 calibration=feeds,
                 data=arrays,
                 labels=labels,
-                metric=metric,
+                metric=metric or "top1",
                 method=method,  # type: ignore[arg-type] # likewise
                 keep=keep or (),
                 tolerance=tolerance,
                 batch=batch,
+                shapes=parse_shapes(shape or []),
                 seconds=duration,
                 settings=settings,
                 on_round=advance,

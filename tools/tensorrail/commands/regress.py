@@ -30,7 +30,7 @@ def record(
     processes: Processes = 6,
     seconds: Seconds = 1.0,
     data: Data = None,
-    metric: Metric = "top1",
+    metric: Metric = None,
 ) -> None:
     """Measure a model and write its baseline."""
     from tensorrail_runtime import regress
@@ -53,14 +53,18 @@ def check(
     max_slowdown: Annotated[str, typer.Option(help="The slow-down to be found; half of it raises the alarm.")] = "5%",
     retrained: Annotated[bool, typer.Option("--retrained", help="Do not compare outputs: the weights are others.")] = False,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative L2 difference of the outputs.")] = 1e-3,
-    max_drop: Annotated[float, typer.Option(min=0, help="How much lower the metric's mean may be, as a share.")] = 0.005,
-    batch: Annotated[int, typer.Option(min=1, help="For two models; a baseline has its own.")] = 1,
-    threads: Annotated[int, typer.Option(min=0, help="For two models; a baseline has its own.")] = 0,
-    provider: Provider = "cpu",
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, help="How much lower the metric's mean may be, as a share; 0.005 with --data.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="For two models (1); a baseline has its own.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="For two models (0); a baseline has its own.")] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="For two models: cpu (where none is given), cuda or tensorrt; a baseline has its own.")
+    ] = None,
     processes: Processes = 6,
     seconds: Seconds = 1.0,
     data: Data = None,
-    metric: Metric = "top1",
+    metric: Metric = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML.")] = None,
     benchmark_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write customSmallerIsBetter JSON for github-action-benchmark.")
@@ -74,16 +78,25 @@ def check(
     """Hold a model against a baseline, or against another model on the spot. Exit code 1 with the reason in one line."""
     from tensorrail_runtime import gate_output, regress
     from tensorrail_runtime.records import write_text
-    from tensorrail_runtime.session import Settings
+    from tensorrail_runtime.session import ModelError, Settings
 
-    limits = regress.Limits(max_slowdown=_share(max_slowdown), score=max_drop, tolerance=None if retrained else tolerance)
+    if max_drop is not None and data is None:
+        raise ModelError("--max-drop holds the accuracy on labelled data: give --data FILE.npz as well")
+    limits = regress.Limits(max_slowdown=_share(max_slowdown), tolerance=None if retrained else tolerance)
+    if max_drop is not None:
+        limits = limits.model_copy(update={"score": max_drop})
+    settings = None
+    if baseline.suffix == ".onnx":
+        settings = Settings(provider=provider or "cpu", threads=threads or 0)
+    else:
+        regress.Baseline.load(baseline).require(provider=provider, threads=threads)
     with bar("processes") as advance:
         verdict = regress.check(
             baseline,
             model,
             limits=limits,
             effort=regress.Effort(processes=processes, seconds=seconds),
-            settings=Settings(provider=provider, threads=threads),
+            settings=settings,
             batch=batch,
             data=_load(data, metric),
             on_process=advance,
@@ -118,13 +131,15 @@ def _share(text: str) -> float:
     return value
 
 
-def _load(data: Path | None, metric: str) -> Loaded | None:
+def _load(data: Path | None, metric: str | None) -> Loaded | None:
     from tensorrail_runtime.inputs import load_arrays
     from tensorrail_runtime.session import ModelError
 
     if data is None:
+        if metric is not None:
+            raise ModelError("--metric scores labelled data: give --data FILE.npz as well")
         return None
     arrays = load_arrays(data)
     if "labels" not in arrays:
         raise ModelError(f"{data}: holds no array 'labels'; it has {', '.join(arrays)}")
-    return {name: array for name, array in arrays.items() if name != "labels"}, arrays["labels"], metric
+    return {name: array for name, array in arrays.items() if name != "labels"}, arrays["labels"], metric or "top1"
