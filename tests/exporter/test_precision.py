@@ -243,7 +243,8 @@ def test_int8_of_a_layer_that_only_the_body_of_an_if_reads(rng, tmp_path):
         return helper.make_graph([helper.make_node(op, ["h"], ["out"], op)], op, [], [made])
 
     nodes = [
-        helper.make_node("Gemm", ["x", "w"], ["h"], "layer"),
+        helper.make_node("Tanh", ["x"], ["t"], "before"),
+        helper.make_node("Gemm", ["t", "w"], ["h"], "layer"),
         helper.make_node("ReduceMax", ["x"], ["top"], "top", keepdims=0),
         helper.make_node("Greater", ["top", "zero"], ["some"], "some"),
         helper.make_node("If", ["some"], ["y"], "either", then_branch=body("Tanh"), else_branch=body("Neg")),
