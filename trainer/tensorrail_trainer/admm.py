@@ -32,11 +32,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, distributed, nn
 
 from tensorrail_exporter.errors import PlanError
@@ -49,7 +52,14 @@ from tensorrail_trainer.processes import rank, shared_out, world
 Metric = Literal["weight", "activation"]
 """What distances between weights are measured in: the Frobenius norm, or that of the change of the layer's outputs."""
 
-_SMALL = 2**20  # values of a weight that a GPU leaves to the CPU: small SVDs are slow there (PyTorch issue 41306)
+# Values of a weight that a GPU leaves to the CPU, where small SVDs are faster (PyTorch issue 41306), and a CPU to one thread:
+# torch's own wait for their next work after every step, and NumPy's beside them took several times as long as one alone.
+_SMALL = 2**20
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()  # which looks for them in the process: once
 
 
 @dataclass(frozen=True)
@@ -261,10 +271,12 @@ class ADMM:
     def _project(self, layer: LayerPlan, tensor: Tensor) -> Tensor:
         # A contiguous copy: channels-last weights keep their own strides, the projection its own.
         measured = self._measured(layer.name, tensor).contiguous()
-        if measured.is_cuda and measured.numel() <= _SMALL:
+        small = measured.numel() <= _SMALL
+        if measured.is_cuda and small:
             measured = measured.cpu()
         try:
-            projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
+            with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
+                projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
             raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}): is it finite?") from None
         root = self.roots.get(layer.name)
