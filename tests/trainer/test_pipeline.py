@@ -169,7 +169,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
     run_ = tmp_path / "run"
     (run_ / "plan.json").write_text("old")
     (run_ / "notes.txt").write_text("mine")
-    (run_ / "checkpoints" / ".dense-0001.pt.0123abcd.part").write_text("half")
+    (run_ / "checkpoints" / ".dense-0003.pt.0123abcd.part").write_text("half")
     Checkpoints(run_ / "checkpoints").save("dense", 1, {})
     prepare(small(tmp_path, seed=3), run_, overwrite=True)
     assert not (run_ / "plan.json").exists()

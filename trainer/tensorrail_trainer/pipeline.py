@@ -92,8 +92,6 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     if kept.exists() and not checkpoints.is_dir():
         raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
     written = (*checkpoints.glob("*-[0-9][0-9][0-9][0-9].pt"), *(folder / name for name in _WRITTEN))
-    for left in (part for file in written for part in file.parent.glob(f".{file.name}.*.part")):
-        left.unlink(missing_ok=True)  # of a process that was killed while it wrote
     if overwrite and checkpoints.is_dir():
         for file in (*written, kept):
             file.unlink(missing_ok=True)
@@ -112,6 +110,9 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
                 "or start it anew with --overwrite"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
+    for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9].pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
+        for left in folder.glob(pattern):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     recipe.save(kept)
 
 
