@@ -24,7 +24,8 @@ import onnxruntime as ort
 
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph, save_model, size_of
-from tensorrail_exporter.weighted import check_fp32, constants_of, kept_nodes, weighted, with_names
+from tensorrail_exporter.weighted import check_fp32, kept_nodes, weighted, with_names
+from tensorrail_runtime.cost import constants_of
 from tensorrail_runtime.session import open_session, run
 
 Method = Literal["minmax", "entropy", "percentile"]

@@ -180,16 +180,16 @@ def plan_network(
     dense_weights(model, [options[0].plan(layer.name) for layer, options in wanted.items() if options])  # are they finite?
     if calibration is not None and calibration.labels is not None and calibration.count:
         check_labels(model, calibration, settings.exact)
-    made = _counted(model, search, shapes)
-    table = LatencyTable.open(settings, search.cache)
-    table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
-    faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
-    losses = losses_of(
-        model, faster, calibration, settings.exact, on_share=lambda share, what: on_stage(f"sensitivity {what}", share)
-    )
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
+        made = _counted(dense, search, shapes)
+        table = LatencyTable.open(settings, search.cache)
+        table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
+        faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
+        losses = losses_of(
+            model, faster, calibration, settings.exact, on_share=lambda share, what: on_stage(f"sensitivity {what}", share)
+        )
         # The least of several: what else runs on the machine for a moment only ever makes a time longer.
         whole = min(_dense_ms(dense, search, settings, shapes) for _ in range(3))
         totals = Totals(params=made.params, macs=made.macs, bytes=made.bytes, ms=whole)
@@ -260,11 +260,9 @@ def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:
             raise PlanError(f"layer {pattern}: to be kept dense, and no layer that could be factored has that name: {known}")
 
 
-def _counted(model: onnx.ModelProto, search: Search, shapes: Shapes | None) -> GraphCost:
+def _counted(dense: Path, search: Search, shapes: Shapes | None) -> GraphCost:
     """Return what the dense model costs; `PlanError` for a target on what it has none of."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder) / "dense.onnx")
-        made = cost(Path(folder) / "dense.onnx", search.batch, shapes)
+    made = cost(dense, search.batch, shapes)
     whole = {"params": made.params, "flops": made.macs, "bytes": made.bytes}
     for name in search.targets:
         if whole.get(name) == 0:

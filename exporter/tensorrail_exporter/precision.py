@@ -17,8 +17,9 @@ from tensorrail_exporter.int8 import METHODS as METHODS
 from tensorrail_exporter.int8 import Method as Method
 from tensorrail_exporter.int8 import to_int8 as to_int8
 from tensorrail_exporter.ranges import LayerRange, layer_ranges, require_finite
-from tensorrail_exporter.weighted import constants_of, weighted, with_names
+from tensorrail_exporter.weighted import weighted, with_names
 from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
+from tensorrail_runtime.cost import constants_of
 from tensorrail_runtime.inputs import Shapes, random_inputs
 from tensorrail_runtime.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.model_files import bytes_of

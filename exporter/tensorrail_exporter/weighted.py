@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from tensorrail_exporter.errors import GraphError
+from tensorrail_runtime.cost import constants_of
 
 _WEIGHTS = {
     "Conv": (1,),
@@ -52,18 +53,6 @@ def weighted(model: onnx.ModelProto) -> tuple[Weighted, ...]:
             values = numpy_helper.to_array(constants[name])
             found.append(Weighted(_layer(node, name), node, place, name, values, _axis(node, place, values.ndim)))
     return tuple(found)
-
-
-def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Return initializers and the tensors of Constant nodes by name."""
-    made = {
-        node.output[0]: attribute.t
-        for node in graph.node
-        if node.op_type == "Constant"
-        for attribute in node.attribute
-        if attribute.name == "value"
-    }
-    return {**{tensor.name: tensor for tensor in graph.initializer}, **made}
 
 
 def kept_nodes(model: onnx.ModelProto, keep: Sequence[str]) -> frozenset[str]:

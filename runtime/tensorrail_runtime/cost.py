@@ -168,7 +168,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     known = _shapes(inferred.graph)
     if any(name and name not in known for node in inferred.graph.node if node.op_type in _MACS for name in node.input):
         known |= _seen_shapes(bound, batch, shapes)
-    constants = _constants(inferred.graph)
+    constants = constants_of(inferred.graph)
     layers, uncounted = [], set()
     for node in inferred.graph.node:
         if node.op_type in _MACS:
@@ -192,7 +192,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     )
 
 
-def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Return initializers and the tensors of Constant nodes by name."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
