@@ -114,7 +114,7 @@ def compress(
         base, cores, fits = fitted.model, fitted.cores, fitted.layers
     else:
         base, cores, fits = model, decompose_graph(model, plan), ()
-    factored = factorize(base, plan, cores)
+    factored = factorize(base, plan, cores, scan=not settings.on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
         save_model(model, dense_path)

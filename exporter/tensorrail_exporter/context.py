@@ -10,11 +10,13 @@ holds no more of them than there.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tensorrail_exporter.contraction import runs_in_scan
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import export_graph, import_graph
 from tensorrail_exporter.options import Option
@@ -66,10 +68,10 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
     for node in [node for node in graph.nodes if node.name.startswith("copy")]:
         plan = option.plan(node.name)
         rule, sites = find(graph, plan, names)
-        spec = rule.layer(sites[0].node)
+        spec = replace(rule.layer(sites[0].node), scan=layer.spec.scan)
         cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape)]
         steps = plan.contraction(pad_ranks(plan, cores, spec.shape, option.block), spec)
-        rule.rewrite(sites[0], steps, plan.name)
+        rule.rewrite(replace(sites[0], scan=runs_in_scan(steps, spec)), steps, plan.name)
     return export_graph(graph, dense)
 
 

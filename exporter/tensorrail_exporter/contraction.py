@@ -15,11 +15,14 @@ after into the first spatial axis; in a linear layer they become axes of a batch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 Array: TypeAlias = Any
 """A `numpy.ndarray` or a `torch.Tensor`; the functions here use only what both have."""
+
+SCAN_FROM = 1024  # gates
 
 Op = Literal["conv", "linear", "recurrent"]
 
@@ -41,6 +44,7 @@ class LayerSpec:
     auto_pad: str = "NOTSET"
     lead: int = 1
     size: tuple[int, ...] = ()  # of the input between batch and features, or behind the channels; 0 or none: not known
+    scan: bool = False  # of a recurrent layer: whether its loop can be written as a Scan, and may be
 
     @property
     def spatial(self) -> int:
@@ -182,15 +186,24 @@ def dense_step(weight: Array, layer: LayerSpec) -> Step:
     return MatMul(weight.T, ())
 
 
-def split_at_boundary(steps: tuple[Step, ...]) -> tuple[tuple[Step, ...], Array | None, tuple[int, ...]]:
+def split_at_boundary(steps: Sequence[Step]) -> tuple[tuple[Step, ...], Array | None, tuple[int, ...]]:
     """Return a recurrent layer's steps up to the rank between input and output, the matrix (O, p) behind it, and its cores.
 
     Without such a boundary all steps come back, and None for the matrix: the steps make the O features themselves.
     """
     last = steps[-1]
     if len(steps) > 1 and isinstance(last, MatMul) and last.side == "right":
-        return steps[:-1], last.weight.T, last.cores
-    return steps, None, ()
+        return tuple(steps[:-1]), last.weight.T, last.cores
+    return tuple(steps), None, ()
+
+
+def runs_in_scan(steps: Sequence[Step], layer: LayerSpec) -> bool:
+    """Return whether a recurrent layer's loop is written as a Scan: its steps make the gates' inputs, and these are many.
+
+    ONNX's own node would multiply them by an identity. From `SCAN_FROM` gates on (all directions together) the Scan was faster
+    on CPUs at every length and batch size that was measured (results/loops.md).
+    """
+    return layer.scan and layer.shape[0] >= SCAN_FROM and split_at_boundary(steps)[1] is None
 
 
 def resolve(shape: tuple[int, ...], current: tuple[int, ...]) -> tuple[int, ...]:
@@ -198,9 +211,10 @@ def resolve(shape: tuple[int, ...], current: tuple[int, ...]) -> tuple[int, ...]
     return tuple(current[axis] if size == 0 else size for axis, size in enumerate(shape))
 
 
-def describe(steps: tuple[Step, ...]) -> str:
+def describe(steps: Sequence[Step], layer: LayerSpec) -> str:
     """Return one line that says what runs, such as `conv 64→16, conv 3×3 16→16, conv 16→64`."""
-    return ", ".join(text for text in map(describe_step, steps) if text)
+    loop = ("scan",) if runs_in_scan(steps, layer) else ()
+    return ", ".join(text for text in (*map(describe_step, steps), *loop) if text)
 
 
 def describe_step(step: Step) -> str:

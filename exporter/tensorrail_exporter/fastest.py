@@ -23,6 +23,7 @@ def factorize_fastest(
     block: int | Literal["auto"] = "auto",
     or_dense: bool = False,
     fold_batch_norm: bool = False,
+    scan: bool = True,
     settings: Settings | None = None,
     batch: int = 1,
     cache: Path | None = None,
@@ -32,7 +33,8 @@ def factorize_fastest(
 
     `block` is what ranks are widened to multiples of, by zeros: a number, or `auto` for the fastest of 1, 4, 8 and 16, layer by
     layer. `or_dense` gives a layer that no form of its cores makes faster their dense weight: the same function in a larger
-    file. `PlanError` where every planned layer would; else as `rewrite.factorize` and `fastest_blocks`.
+    file. On a GPU there is no `scan`. `PlanError` where every planned layer would; else as `rewrite.factorize` and
+    `fastest_blocks`.
     """
     widths = {layer.name: 1 if block == "auto" else block for layer in plan.layers}
     if block == "auto" or or_dense:
@@ -48,4 +50,5 @@ def factorize_fastest(
         if not kept.layers:
             raise PlanError(f"every planned layer is faster in dense form here, at batch {batch}: plan on this machine instead")
         model = reconstruct(model, slower, cores)
-    return factorize(model, kept, cores, block=widths, fold_batch_norm=fold_batch_norm), slower
+    scan = scan and not (settings is not None and settings.on_gpu)
+    return factorize(model, kept, cores, block=widths, fold_batch_norm=fold_batch_norm, scan=scan), slower

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
 from tensorrail_exporter.errors import GraphError
+from tensorrail_runtime.model_files import bodies, descendants
 from tensorrail_runtime.records import write_bytes
 
 _LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, with room for all that is not a tensor's data
@@ -134,10 +135,10 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
 
 def _hoist(graph: onnx.GraphProto) -> None:
     """Keep one copy of an initializer that graphsurgeon has written to several bodies, in the graph around them all."""
-    for body in _bodies(graph):
+    for body in bodies(graph):
         _hoist(body)
     holders: dict[str, list[onnx.GraphProto]] = {}
-    for holder in (graph, *_descendants(graph)):
+    for holder in (graph, *descendants(graph)):
         for tensor in holder.initializer:
             holders.setdefault(tensor.name, []).append(holder)
     for name, found in holders.items():
@@ -165,24 +166,10 @@ def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> 
     graph.input.extend(present.get(value.name, value) for value in kept)
 
 
-def _descendants(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    for body in _bodies(graph):
-        yield body
-        yield from _descendants(body)
-
-
-def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield attribute.g
-            yield from attribute.graphs
-
-
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
-    for body in _bodies(graph):
-        yield from _tensors(body)
+    for body in descendants(graph):
+        yield from body.initializer
 
 
 def _with_external_data(model: onnx.ModelProto, part: Path, location: str) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from tensorrail_exporter.contraction import LayerSpec, describe, split_at_boundary
+from tensorrail_exporter.contraction import LayerSpec, describe, runs_in_scan, split_at_boundary
 from tensorrail_exporter.costs import contraction_cost, dense_cost
 from tensorrail_exporter.formats import FORMATS, format_of
 from tensorrail_exporter.plan import LayerPlan
@@ -89,10 +89,10 @@ def _option(
     steps = form.contraction(cores, spec, modes, merge)
     cost = contraction_cost(steps, spec)
     macs = cost.macs
-    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None:  # the identity in its weight's place
+    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None and not runs_in_scan(steps, spec):  # an identity runs
         macs += math.prod(cost.steps[-1].shape) * spec.shape[0]
     params = cost.stored_bytes // 4
-    return Option(name, modes, form.clamp(spec.shape, modes, ranks), merge, describe(steps), macs, params, block)
+    return Option(name, modes, form.clamp(spec.shape, modes, ranks), merge, describe(steps, spec), macs, params, block)
 
 
 def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:

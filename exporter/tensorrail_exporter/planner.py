@@ -168,7 +168,7 @@ def plan_network(
     settings = settings or Settings()
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else channel_block())
-    layers = survey(model, search.batch, shapes)
+    layers = survey(model, search.batch, shapes, scan=not settings.on_gpu)
     _check_keep(search.keep, layers)
     wanted = {
         layer: ()
@@ -239,7 +239,7 @@ def fastest_blocks(
     widest_first = sorted(blocks, reverse=True)  # of blocks that come to the same steps the narrowest one stays
     wanted = {
         layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in widest_first)}.values())
-        for layer in survey(model, batch, shapes)
+        for layer in survey(model, batch, shapes, scan=not settings.on_gpu)
         if layer.name in planned and layer.output is not None and layer.inputs[layer.data] is not None
     }
     table = LatencyTable.open(settings, cache)
@@ -452,7 +452,8 @@ def _measured(
     if not report.plan.layers:
         return report
     path = folder / "chosen.onnx"
-    save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, path)
+    cores = random_cores(model, report.plan)
+    save_model(factorize(model, report.plan, cores, scan=not settings.on_gpu).model, path)
     seconds, binding = search.check_seconds, settings.on_gpu
     times = bench_fresh(
         [dense, path], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=binding

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Step, describe
+from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Step, describe, runs_in_scan
 from tensorrail_exporter.cores import Cores, check_cores
 from tensorrail_exporter.costs import contraction_cost
 from tensorrail_exporter.errors import GraphError
@@ -17,6 +17,7 @@ from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph
 from tensorrail_exporter.padding import pad_ranks
 from tensorrail_exporter.plan import LayerPlan, Plan
+from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.sites import find, names_in
 from tensorrail_runtime.records import Record
@@ -64,13 +65,19 @@ class Factored:
 
 
 def factorize(
-    model: onnx.ModelProto, plan: Plan, cores: Cores, *, block: int | Mapping[str, int] = 1, fold_batch_norm: bool = False
+    model: onnx.ModelProto,
+    plan: Plan,
+    cores: Cores,
+    *,
+    block: int | Mapping[str, int] = 1,
+    fold_batch_norm: bool = False,
+    scan: bool = True,
 ) -> Factored:
     """Return the graph with every planned layer rewritten to the contraction of its cores.
 
     `block` widens the ranks that run with zeros to its multiples, one for all or one a layer, which changes no output.
     `fold_batch_norm` takes a batch-norm that alone follows a rewritten convolution into the last core; otherwise every
-    trained core stays as it is.
+    trained core stays as it is. `scan` allows a recurrent layer without a boundary to run as a Scan, which is slow on a GPU.
     Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
     or cores that do not fit. The argument is not changed.
     """
@@ -79,7 +86,8 @@ def factorize(
     rewrites = []
     for layer in plan.layers:
         rule, sites = find(graph, layer, names)
-        spec = rule.layer(sites[0].node)
+        specs = [_layer(rule, site, scan) for site in sites]
+        spec = specs[0]
         layer.check(spec.shape)
         if layer.name not in cores:
             raise GraphError(f"layer {layer.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
@@ -89,12 +97,12 @@ def factorize(
         merged = layer.model_copy(update={"merge": layer.merge_for(spec)})
         padded = pad_ranks(layer, cores[layer.name], spec.shape, width)
         # Nodes that share a weight may differ in stride, dilation or the axes of their input.
-        steps = [merged.contraction(padded, rule.layer(site.node)) for site in sites]
+        steps = [merged.contraction(padded, one) for one in specs]
         folded = []
-        for site, own in zip(sites, steps, strict=True):
+        for site, one, own in zip(sites, specs, steps, strict=True):
             normed = _with_batch_norm(site, own) if fold_batch_norm else own
             folded.append(normed is not own)
-            rule.rewrite(site, normed, layer.name)
+            rule.rewrite(replace(site, scan=runs_in_scan(own, one)), normed, layer.name)
         rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps[0], block=width, batch_norm=all(folded)))
     factored = export_graph(graph, model)
     check_model(factored)
@@ -153,6 +161,11 @@ def check_finite(layer: str, weight: np.ndarray) -> None:
         raise GraphError(f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed")
 
 
+def _layer(rule: Rule, site: Site, scan: bool) -> LayerSpec:
+    found = rule.layer(site.node)
+    return found if scan else replace(found, scan=False)
+
+
 def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """Take the batch-norm behind a convolution into its last step and its bias; the steps themselves when there is none."""
     node, last = site.node, steps[-1]
@@ -208,7 +221,7 @@ def _record(
         merge=layer.merge,
         merged=tuple(step.cores for step in constants),
         batch_norm=batch_norm,
-        steps=describe(steps),
+        steps=describe(steps, spec),
         kernels=cost.kernels,
         flops=cost.flops,
         activation_bytes=cost.activation_bytes,

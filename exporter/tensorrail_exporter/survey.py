@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -70,11 +70,14 @@ class DenseLayer:
         }
 
 
-def survey(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None) -> tuple[DenseLayer, ...]:
+def survey(
+    model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None, *, scan: bool = True
+) -> tuple[DenseLayer, ...]:
     """Return the layers of a graph that a plan may name, in the graph's order, at one batch size.
 
-    Dynamic axes are `shapes`' or else `batch`. A layer that `find` refuses, such as one whose weight a grouped convolution
-    uses as well, is left out. Raises `ModelError` for a shape of an input that is not there.
+    Dynamic axes are `shapes`' or else `batch`. Without `scan` no layer's loop may become a Scan, as for a GPU. A layer that
+    `find` refuses, such as one whose weight a grouped convolution uses as well, is left out. Raises `ModelError` for a shape of
+    an input that is not there.
     """
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
@@ -87,7 +90,7 @@ def survey(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None)
         except GraphError:
             continue
         found.append(dense_layer(name, graph, rule, sites))
-    return tuple(found)
+    return tuple(found if scan else (replace(one, spec=replace(one.spec, scan=False)) for one in found))
 
 
 def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -> DenseLayer:

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from tensorrail_exporter.errors import GraphError
 from tensorrail_runtime.cost import constants_of
+from tensorrail_runtime.model_files import descendants
 
 _WEIGHTS = {
     "Conv": (1,),
@@ -122,8 +123,5 @@ def _axis(node: onnx.NodeProto, place: int, rank: int) -> int:
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                yield from _all_nodes(body)
+    for part in (graph, *descendants(graph)):
+        yield from part.node

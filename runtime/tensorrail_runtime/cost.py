@@ -1,14 +1,16 @@
 """What a graph costs on paper: parameters, MACs, FLOPs, bytes moved and kernels, from its shapes. FLOPs = 2 × MACs.
 
-Only products are counted: Conv, ConvTranspose, Gemm, MatMul, their quantized forms, and those of LSTM, GRU and RNN at every
-time step. Element-wise, pooling, normalising and data-moving operators have no MACs in this convention; any operator that is
-neither is listed in `uncounted`, never taken for zero in silence: bodies of If, Loop and Scan among them, which run an unknown
-number of times.
+Only products are counted: Conv, ConvTranspose, Gemm, MatMul, their quantized forms, and those of LSTM, GRU, RNN and the body of
+a Scan at every time step. Element-wise, pooling, normalising and data-moving operators have no MACs in this convention; any
+operator that is neither is listed in `uncounted`, never taken for zero in silence: If and Loop among them, whose bodies run an
+unknown number of times.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import onnx
 import onnxruntime as ort
 
 from tensorrail_runtime.inputs import Shapes, random_inputs
-from tensorrail_runtime.model_files import bytes_of
+from tensorrail_runtime.model_files import bytes_of, descendants
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
 
@@ -107,6 +109,8 @@ _NO_MACS = frozenset(
 )
 
 
+_SCAN_OPSET = 9  # before it a Scan has a batch axis of its own
+
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 """Nodes that compute nothing: views of what is there, and what ONNX Runtime folds away."""
 
@@ -133,12 +137,12 @@ class GraphCost(Record):
 
     model: str
     batch: int
-    params: int  # values in floating-point constants, each counted once
+    params: int  # values in floating-point constants, those of bodies included, each counted once
     bytes: int  # of the files on disk, external data included
     macs: int
     activation_bytes: int  # read and written by all nodes, constants left out, nothing fused
-    kernels: int  # nodes that compute, nothing fused
-    nodes: int
+    kernels: int  # nodes that compute, nothing fused, those of a Scan's body at every step
+    nodes: int  # those of bodies included, once
     unshaped: int  # tensors whose size is not known, left out of activation_bytes
     layers: tuple[NodeCost, ...]
     uncounted: tuple[str, ...]
@@ -168,25 +172,35 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     known = _shapes(inferred.graph)
     if any(name and name not in known for node in inferred.graph.node if node.op_type in _MACS for name in node.input):
         known |= _seen_shapes(bound, batch, shapes)
-    constants = constants_of(inferred.graph)
-    layers, uncounted = [], set()
-    for node in inferred.graph.node:
-        if node.op_type in _MACS:
-            layers.append(_node(node, known, constants, path))
-        elif node.op_type not in _NO_MACS:
-            uncounted.add(node.op_type)
-    moved, unshaped = _activations(inferred.graph, known)
+    layers: list[NodeCost] = []
+    uncounted: set[str] = set()
+    unshaped: set[str] = set()
+    moved = kernels = 0
+    for scope in _scopes(_Scope.of(inferred.graph, known), inferred):
+        for node in scope.graph.node:
+            if node.op_type in _MACS:
+                layers.append(_node(node, scope, path))
+            elif node.op_type == "Scan" and _trips(node, scope, inferred):
+                continue  # its body has a scope of its own
+            elif node.op_type not in _NO_MACS:
+                uncounted.add(node.op_type)
+            if node.op_type not in _NO_KERNEL:
+                kernels += scope.times
+                sizes = {name: scope.size_of(name) for name in {*node.input, *node.output} - scope.constants.keys() - {""}}
+                moved += scope.times * sum(size or 0 for size in sizes.values())
+                unshaped |= {name for name, size in sizes.items() if size is None}
     floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+    graphs = [inferred.graph, *descendants(inferred.graph)]
     return GraphCost(
         model=path.name,
         batch=batch,
-        params=sum(math.prod(t.dims) for t in constants.values() if t.data_type in floating),
+        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in floating),
         bytes=bytes_of(path),
         macs=sum(layer.macs for layer in layers),
         activation_bytes=moved,
-        kernels=sum(node.op_type not in _NO_KERNEL for node in inferred.graph.node),
-        unshaped=unshaped,
-        nodes=len(inferred.graph.node),
+        kernels=kernels,
+        unshaped=len(unshaped),
+        nodes=sum(len(graph.node) for graph in graphs),
         layers=tuple(layers),
         uncounted=tuple(sorted(uncounted)),
     )
@@ -202,25 +216,84 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return constants
 
 
-def _node(
-    node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: dict[str, onnx.TensorProto], path: Path
-) -> NodeCost:
+@dataclass(frozen=True)
+class _Scope:
+    """A graph or a Scan's body, how often it runs, and what is known of the tensors that are seen there."""
+
+    graph: onnx.GraphProto
+    times: int
+    shapes: dict[str, tuple[int, ...]]
+    itemsizes: dict[str, int]
+    constants: dict[str, onnx.TensorProto | None]  # None: one that is no tensor
+
+    @classmethod
+    def of(
+        cls, graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]], around: _Scope | None = None, times: int = 1
+    ) -> _Scope:
+        values = [*graph.input, *graph.value_info, *graph.output]
+        other = {name: None for node in graph.node if node.op_type == "Constant" for name in node.output}
+        return cls(
+            graph=graph,
+            times=times * (around.times if around else 1),
+            shapes={**(around.shapes if around else {}), **shapes},
+            itemsizes={**(around.itemsizes if around else {}), **{value.name: _itemsize(value) for value in values}},
+            constants={**(around.constants if around else {}), **other, **constants_of(graph)},
+        )
+
+    def size_of(self, name: str) -> int | None:
+        """Return the bytes of a tensor; None where its shape or type is not known."""
+        known = name in self.shapes and name in self.itemsizes
+        return math.prod(self.shapes[name]) * self.itemsizes[name] if known else None
+
+
+def _scopes(scope: _Scope, model: onnx.ModelProto) -> Iterator[_Scope]:
+    """Yield a scope, and within it the bodies of all Scans whose number of steps is known."""
+    yield scope
+    for node in scope.graph.node:
+        if node.op_type == "Scan" and (trips := _trips(node, scope, model)):
+            body = next(attribute.g for attribute in node.attribute if attribute.name == "body")
+            yield from _scopes(_Scope.of(body, _shapes(body), scope, trips), model)
+
+
+def _trips(node: onnx.NodeProto, scope: _Scope, model: onnx.ModelProto) -> int:
+    """Return how many steps a Scan takes; 0 where that, or a shape that its body's products need, is not known."""
+    if next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx")) < _SCAN_OPSET:
+        return 0
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    count = attributes["num_scan_inputs"].i if "num_scan_inputs" in attributes else 0
+    if "body" not in attributes or not 0 < count <= len(node.input):
+        return 0
+    axis = attributes["scan_input_axes"].ints[0] if "scan_input_axes" in attributes else 0
+    scanned = scope.shapes.get(node.input[-count], ())
+    body = _Scope.of(attributes["body"].g, _shapes(attributes["body"].g), scope)
+    products = [inner for inner in body.graph.node if inner.op_type in _MACS]
+    if not -len(scanned) <= axis < len(scanned) or any(n not in body.shapes for inner in products for n in _needed(inner)):
+        return 0
+    return scanned[axis]
+
+
+def _needed(node: onnx.NodeProto) -> list[str]:
+    """Return the tensors whose shapes say how much a product multiplies."""
     operands = [node.input[index] for index in _OPERANDS.get(node.op_type, (0, 1))]
-    needed = [*operands, *node.output[:1]] if node.output[0] else operands
+    return [*operands, *node.output[:1]] if node.output[0] else operands
+
+
+def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
+    needed, shapes = _needed(node), scope.shapes
     for name in needed:
         if name not in shapes:
             raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
     a, b, *rest = (shapes[name] for name in needed)
-    out = rest[0] if rest else ()
-    weight = next((name for name in operands if name in constants), "")
+    operands = needed[:2]
+    stored = {name: tensor for name, tensor in scope.constants.items() if tensor is not None}
     return NodeCost(
         name=node.name,
         op=node.op_type,
-        weight=weight,
+        weight=next((name for name in operands if name in stored), ""),
         input=a,
-        output=out,
-        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants),
-        macs=_MACS[node.op_type](node, a, b, out),
+        output=rest[0] if rest else (),
+        params=sum(math.prod(stored[name].dims) for name in _weights(node, operands) if name in stored),
+        macs=scope.times * _MACS[node.op_type](node, a, b, rest[0] if rest else ()),
     )
 
 
@@ -250,23 +323,6 @@ def _recurrent(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out
 def _weights(node: onnx.NodeProto, operands: list[str]) -> list[str]:
     """Return the operands that may be weights: both of a product, W and R of a recurrent layer."""
     return list(node.input[1:3]) if node.op_type in ("LSTM", "GRU", "RNN") else operands
-
-
-def _activations(graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return the bytes that all nodes read and write, constants left out, and the number of tensors of unknown size."""
-    sizes = {value.name: _itemsize(value) for value in [*graph.input, *graph.value_info, *graph.output]}
-    constants = {tensor.name for tensor in graph.initializer}
-    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
-    moved, unknown = 0, set()
-    for node in graph.node:
-        if node.op_type in _NO_KERNEL:
-            continue
-        for name in {*node.input, *node.output} - constants - {""}:
-            if name in shapes and name in sizes:
-                moved += math.prod(shapes[name]) * sizes[name]
-            else:
-                unknown.add(name)
-    return moved, len(unknown)
 
 
 def _itemsize(value: onnx.ValueInfoProto) -> int:

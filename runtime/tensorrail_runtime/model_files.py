@@ -1,4 +1,4 @@
-"""The files that make up a model: the graph's own, and the external data beside it."""
+"""The files that make up a model, the graph's own and the external data beside it, and the graphs within a graph."""
 
 from __future__ import annotations
 
@@ -49,6 +49,22 @@ def sha256_of(path: Path) -> str:
             while block := stream.read(2**20):
                 found.update(block)
     return found.hexdigest()
+
+
+def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield the bodies of a graph's If, Loop and Scan nodes."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield attribute.g
+            yield from attribute.graphs
+
+
+def descendants(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield the bodies of a graph's nodes, and the bodies within them."""
+    for body in bodies(graph):
+        yield body
+        yield from descendants(body)
 
 
 def _files(path: Path) -> list[Path]:

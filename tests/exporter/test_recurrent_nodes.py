@@ -1,5 +1,7 @@
 """LSTM and GRU nodes as ONNX defines them: directions, states, lengths, layouts; and weights that are still slices."""
 
+from unittest import mock
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -7,9 +9,11 @@ from cases import cases, draw_plan, random_cores
 from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
+from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, contraction, decompose_graph, factorize, reconstruct
+from tensorrail_exporter.fp16 import to_fp16
+from tensorrail_exporter.int8 import to_int8
 
 GATES = {"LSTM": 4, "GRU": 3}
 
@@ -137,19 +141,30 @@ def test_only_the_input_weight_is_replaced(rng):
     assert factored.layers[0].op == "LSTM"
 
 
-@pytest.mark.parametrize("opset", [8, 14])
-@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-@pytest.mark.parametrize("op", sorted(GATES))
-def test_the_identity_behind_a_ttm_is_made_by_the_graph_and_not_stored(op, direction, opset, rng):
-    model = recurrent_model(op, direction, 4, 24, rng)
+def with_opset(model, opset):
+    """Set the opset, and take away the attribute `layout`, which came with opset 14."""
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", opset))
     for node in model.graph.node:
         kept = [attribute for attribute in node.attribute if attribute.name != "layout"]
         del node.attribute[:]
         node.attribute.extend(kept)
+    return model
+
+
+def paired(op, direction, hidden, inputs):
+    """Return a plan in the format without a boundary between input and output."""
+    gates = GATES[op] * (2 if direction == "bidirectional" else 1)
+    return Plan(layers=(LayerPlan(name="w", format="ttm", modes=(gates, hidden, inputs // 4, 4), ranks=(1, 2, 1)),))
+
+
+@pytest.mark.parametrize("opset", [8, 14])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("op", sorted(GATES))
+def test_the_identity_behind_a_ttm_is_made_by_the_graph_and_not_stored(op, direction, opset, rng):
+    model = with_opset(recurrent_model(op, direction, 4, 24, rng), opset)
     rows = GATES[op] * 4 * (2 if direction == "bidirectional" else 1)
-    plan = Plan(layers=(LayerPlan(name="w", format="ttm", modes=(rows // 2, 2, 6, 4), ranks=(1, 2, 1)),))
+    plan = paired(op, direction, 4, 24)
     cores = decompose_graph(model, plan)
     factored = factorize(model, plan, cores).model
     stored = {t.name: int(np.prod(t.dims)) for t in factored.graph.initializer if t.data_type == TensorProto.FLOAT}
@@ -161,14 +176,179 @@ def test_the_identity_behind_a_ttm_is_made_by_the_graph_and_not_stored(op, direc
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@given(data=st.data())
+@cases(40, 300)
+def test_a_scan_equals_the_node_in_whose_place_it_stands(data):
+    op = data.draw(st.sampled_from(sorted(GATES)))
+    direction = data.draw(st.sampled_from(["forward", "reverse", "bidirectional"]))
+    many = 2 if direction == "bidirectional" else 1
+    hidden, steps = data.draw(st.integers(2, 5), "hidden"), data.draw(st.integers(1, 4), "steps")
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    options = {"linear_before_reset": data.draw(st.integers(0, 1))} if op == "GRU" else {}
+    if data.draw(st.booleans(), "activations"):
+        options["activations"] = ["Sigmoid", "Tanh", *(["Tanh"] if op == "LSTM" else [])] * many
+    bias, state, cell = (data.draw(st.booleans(), name) for name in ("bias", "initial state", "last state"))
+    model = recurrent_model(op, direction, hidden, 8, rng, bias=bias, state=state, cell=cell, **options)
+    model = with_opset(model, data.draw(st.sampled_from([9, 12, 13, 20])))
+    plan = paired(op, direction, hidden, 8)
+    cores = decompose_graph(model, plan)
+    with mock.patch.object(contraction, "SCAN_FROM", 1):
+        factored = factorize(model, plan, cores)
+    assert op not in {node.op_type for node in factored.model.graph.node}
+    assert factored.layers[0].steps.endswith(", scan")
+    dense = reconstruct(model, plan, cores)
+    for batch in (1, 3):
+        feeds = {"x": rng.standard_normal((steps, batch, 8)).astype(np.float32)}
+        if state:
+            names = ("h", "c") if op == "LSTM" else ("h",)
+            feeds |= {name: rng.standard_normal((many, batch, hidden)).astype(np.float32) for name in names}
+        for a, b in zip(run(factored.model, feeds), run(dense, feeds), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", sorted(GATES))
+def test_wide_layers_run_as_a_scan_unless_it_is_not_wanted_or_they_have_a_boundary(op, rng):
+    def ops(hidden, plan, **options):
+        model = recurrent_model(op, "forward", hidden, 24, rng)
+        factored = factorize(model, plan, decompose_graph(model, plan), **options)
+        return {node.op_type for node in factored.model.graph.node}, factored.layers[0].steps
+
+    narrow, wide = contraction.SCAN_FROM // GATES[op] - 1, -(-contraction.SCAN_FROM // GATES[op])
+    assert "Scan" in ops(wide, paired(op, "forward", wide, 24))[0]
+    for hidden, plan, options in (
+        (narrow, paired(op, "forward", narrow, 24), {}),
+        (wide, paired(op, "forward", wide, 24), {"scan": False}),
+        (wide, Plan(layers=(LayerPlan(name="w", format="tt", modes=(GATES[op] * wide, 24), ranks=(1, 4, 1)),)), {}),
+    ):
+        found, steps = ops(hidden, plan, **options)
+        assert op in found
+        assert "Scan" not in found
+        assert "scan" not in steps
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "attrs"),
+    [
+        ("LSTM", {"lengths": True}, {}),
+        ("GRU", {}, {"clip": 1.0}),
+        ("GRU", {}, {"activations": ["Sigmoid", "Relu"]}),
+        ("LSTM", {}, {"activations": ["Sigmoid", "Tanh", "Sigmoid"]}),
+        ("LSTM", {}, {"input_forget": 1}),
+    ],
+)
+def test_what_a_scan_does_not_do_stays_the_node(op, options, attrs, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model(op, "forward", 4, 24, rng, **options, **attrs)
+    plan = paired(op, "forward", 4, 24)
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores)
+    assert op in {node.op_type for node in factored.model.graph.node}
+    assert "scan" not in factored.layers[0].steps
+    feeds = {"x": rng.standard_normal((5, 3, 24)).astype(np.float32)}
+    if "lengths" in options:
+        feeds["lengths_f"] = np.array([5, 2, 1], np.float32)
+    for a, b in zip(run(factored.model, feeds), run(reconstruct(model, plan, cores), feeds), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_scan_keeps_peepholes_out(rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model("LSTM", "forward", 4, 24, rng)
+    (node,) = model.graph.node
+    node.input.extend([""] * (7 - len(node.input)) + ["p"])
+    model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal((1, 12)).astype(np.float32), "p"))
+    plan = paired("LSTM", "forward", 4, 24)
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores).model
+    assert "LSTM" in {node.op_type for node in factored.graph.node}
+    feeds = {"x": rng.standard_normal((5, 3, 24)).astype(np.float32)}
+    np.testing.assert_allclose(run(factored, feeds)[0], run(reconstruct(model, plan, cores), feeds)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(1,), (2,), (1, 2), (0, 2)])
+def test_a_scan_gives_only_the_outputs_that_are_used(wanted, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model("LSTM", "bidirectional", 4, 24, rng)
+    names = [name if place in wanted else "" for place, name in enumerate(("y", "h_last", "c_last"))]
+    del model.graph.node[0].output[:]
+    model.graph.node[0].output.extend(names)
+    axes = {"y": ["t", 2, "n", 4], "h_last": [2, "n", 4], "c_last": [2, "n", 4]}
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, axes[name]) for name in names if name)
+    plan = paired("LSTM", "bidirectional", 4, 24)
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores).model
+    feeds = {"x": rng.standard_normal((5, 3, 24)).astype(np.float32)}
+    for a, b in zip(run(factored, feeds), run(reconstruct(model, plan, cores), feeds), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    (scan, _) = [node for node in factored.graph.node if node.op_type == "Scan"]
+    assert len(scan.output) == 2 + (0 in wanted)
+
+
+@pytest.mark.parametrize("smaller", [to_fp16, lambda model: to_int8(model, [{"x": np.ones((5, 3, 24), np.float32)}])])
+def test_a_scan_survives_narrower_types(smaller, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model("LSTM", "bidirectional", 4, 24, rng)
+    plan = paired("LSTM", "bidirectional", 4, 24)
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    feeds = {"x": np.ones((5, 3, 24), np.float32)}
+    (made,), (exact,) = run(smaller(factored), feeds), run(factored, feeds)
+    assert made.shape == exact.shape
+    assert np.linalg.norm(made - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def batch_first(rng, *, perm=(1, 0, 2), used_again=False):
+    """Return a GRU behind a Transpose, as torch writes one with `batch_first`."""
+    inner = recurrent_model("GRU", "forward", 4, 24, rng)
+    turned = helper.make_node("Transpose", ["x_first"], ["x"], "first", perm=list(perm))
+    nodes, outputs = [turned, *inner.graph.node], {"y": ["t", 1, "n", 4]}
+    if used_again:
+        nodes.append(helper.make_node("ReduceMax", ["x"], ["largest"], "largest", keepdims=0))
+        outputs["largest"] = []
+    axes = ["n", "t"] if tuple(perm) == (1, 0, 2) else ["t", "n"]
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in inner.graph.initializer}
+    return make_model(nodes, weights, {"x_first": [*axes, 24]}, outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "moved"),
+    [
+        ({}, "tt", True),
+        ({}, "ttm", True),
+        ({"used_again": True}, "tt", False),
+        ({"perm": (0, 1, 2)}, "tt", False),
+    ],
+)
+def test_a_transpose_of_batch_and_time_moves_behind_the_projection(options, form, moved, rng):
+    model = batch_first(rng, **options)
+    tt = Plan(layers=(LayerPlan(name="w", format="tt", modes=(12, 24), ranks=(1, 3, 1)),))
+    plan = tt if form == "tt" else paired("GRU", "forward", 4, 24)
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores).model
+    (turn,) = [node for node in factored.graph.node if node.op_type == "Transpose"]
+    assert (turn.input[0] != "x_first") == moved
+    feeds = {"x_first": rng.standard_normal((3, 5, 24)).astype(np.float32)}
+    for a, b in zip(run(factored, feeds), run(reconstruct(model, plan, cores), feeds), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_transpose_stays_where_the_gates_are_more_than_the_inputs(rng):
+    wide = recurrent_model("GRU", "forward", 16, 24, rng)
+    turned = helper.make_node("Transpose", ["x_first"], ["x"], "first", perm=[1, 0, 2])
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in wide.graph.initializer}
+    model = make_model([turned, *wide.graph.node], weights, {"x_first": ["n", "t", 24]}, {"y": ["t", 1, "n", 16]})
+    plan = paired("GRU", "forward", 16, 24)  # 48 gates
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    (turn,) = [node for node in factored.graph.node if node.op_type == "Transpose"]
+    assert turn.input[0] == "x_first"
+
+
 def test_weights_that_are_slices_of_parameters_are_folded(rng):
     """As an exporter writes them that has not folded constants: torch's gates i f g o, put in ONNX's order i o f g."""
     hidden, inputs = 4, 6
     model = recurrent_model("LSTM", "forward", hidden, inputs, rng)
     (node,) = model.graph.node
     parameter = rng.standard_normal((4 * hidden, inputs)).astype(np.float32)
-    from onnx import numpy_helper
-
     kept = [tensor for tensor in model.graph.initializer if tensor.name != "w"]
     del model.graph.initializer[:]
     model.graph.initializer.extend([*kept, numpy_helper.from_array(parameter, "rnn.weight_ih_l0")])

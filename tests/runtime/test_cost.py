@@ -74,6 +74,42 @@ def test_recurrent_layers_count_every_step_and_direction(kind, gates, tmp_path):
     assert result.params == 2 * gates * hidden * (inputs + hidden)
 
 
+def scan(scanned):
+    """Return a node h ← tanh(h·R + x) over the first axis of a tensor, its weight in the body."""
+    inner = [
+        helper.make_node("MatMul", ["h", "r"], ["product"], "product"),
+        helper.make_node("Add", ["product", "x_t"], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["next"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("h", "x_t", "next")]
+    body = helper.make_graph(inner, "body", ends[:2], ends[2:], [numpy_helper.from_array(np.eye(4, dtype=np.float32), "r")])
+    return helper.make_node("Scan", ["first", scanned], ["y"], "scan", body=body, num_scan_inputs=1)
+
+
+def test_the_body_of_a_scan_counts_at_every_step(tmp_path):
+    model = make_model([scan("x")], {}, {"first": ["n", 4], "x": ["t", "n", 4]}, {"y": ["n", 4]})
+    result = cost(save(model, tmp_path), shapes={"first": (3, 4), "x": (7, 3, 4)})
+    assert result.uncounted == ()
+    assert (result.params, result.macs) == (16, 7 * 3 * 4 * 4)
+    assert (result.kernels, result.nodes) == (7 * 3, 4)
+    assert result.activation_bytes == 7 * 4 * 12 * (2 + 3 + 2)  # MatMul, Add, Tanh: tensors of 3×4, read and written
+    (product,) = result.layers
+    assert (product.name, product.weight, product.params, product.input) == ("product", "r", 16, (3, 4))
+
+
+def test_a_scan_of_unknown_length_is_named_and_its_constants_count(tmp_path):
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["places"]),  # (4, N): as many as there are values that are not zero
+        helper.make_node("Transpose", ["places"], ["turned"], perm=[1, 0]),
+        helper.make_node("Cast", ["turned"], ["steps"], to=onnx.TensorProto.FLOAT),
+        scan("steps"),
+    ]
+    model = make_model(nodes, {}, {"first": [4], "x": [2, 2, 2, 2]}, {"y": [4]})
+    result = cost(save(model, tmp_path))
+    assert "Scan" in result.uncounted
+    assert (result.params, result.macs) == (16, 0)
+
+
 def test_quantized_products_count_like_others(tmp_path):
     weights = {
         "w": np.ones((6, 4, 3, 3), np.int8),

@@ -76,7 +76,8 @@ class FactoredLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what is printed for the layer: its plan and the steps that run."""
-        return f"{self.plan.format}, modes={list(self.plan.modes)}, ranks={list(self.plan.ranks)}: {describe(self.steps())}"
+        steps = describe(self.steps(), self.spec)
+        return f"{self.plan.format}, modes={list(self.plan.modes)}, ranks={list(self.plan.ranks)}: {steps}"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -34,13 +34,14 @@ class Site:
     graph: gs.Graph
     node: gs.Node
     names: Names
+    scan: bool = False  # whether the node's loop is to be written as a Scan
 
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
         """Return the initializer of that name and value; nodes with the same cores (tied weights) share one."""
         present = self.names.constants.get(name)
         if present is not None and np.array_equal(present.values, values):
             return present
-        made = gs.Constant(self.names.unique(name), np.ascontiguousarray(values))
+        made = gs.Constant(self.names.unique(name), np.asarray(values, order="C"))
         self.names.constants.setdefault(name, made)
         return made
 

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from tensorrail_exporter.contraction import LayerSpec, Step, split_at_boundary
+from tensorrail_exporter.rules import scan
 from tensorrail_exporter.rules.emit import Site
 
 OPS: tuple[str, ...] = ("LSTM", "GRU")
@@ -42,7 +43,7 @@ def layer(node: gs.Node) -> LayerSpec:
     directions, rows, inputs = node.inputs[1].shape
     axes = node.inputs[0].shape
     time = axes[0] if axes and isinstance(axes[0], int) and axes[0] > 0 and not node.attrs.get("layout", 0) else 0
-    return LayerSpec("recurrent", (directions * rows, inputs), lead=2, size=(time,))
+    return LayerSpec("recurrent", (directions * rows, inputs), lead=2, size=(time,), scan=scan.takes(node))
 
 
 def weight(node: gs.Node) -> np.ndarray:
@@ -59,17 +60,40 @@ def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the input's steps before the node and give it the output cores as its input weight."""
+    """Write the input's steps before the node and give it the output cores as its input weight, or a Scan in its place."""
     node = site.node
     dtype = node.inputs[1].dtype
+    directions, rows, inputs = node.inputs[1].shape
     inner, matrix, cores = split_at_boundary(steps)
+    width = directions * rows if matrix is None else matrix.shape[1]
+    turn = _turn(site) if width < inputs else None
     projected = site.variable(f"{layer}/projected", dtype)
-    site.chain(node.inputs[0], projected, inner, layer, dtype)
-    node.inputs[0] = projected
-    if matrix is None:
-        node.inputs[1] = _identity(site, f"{layer}/identity", dtype)
-    else:
+    site.chain(node.inputs[0] if turn is None else turn.inputs[0], projected, inner, layer, dtype)
+    if turn is not None:
+        turned = site.variable(f"{layer}/turned", dtype)
+        site.append("Transpose", f"{layer}/turn", [projected], turned, dict(turn.attrs))
+        projected = turned
+    if matrix is not None:
+        node.inputs[0] = projected
         node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, matrix.astype(dtype)))
+    elif site.scan and site.graph.opset >= scan.OPSET:
+        scan.rewrite(site, projected, _TORCH_FROM_ONNX[node.op], layer)
+    else:
+        node.inputs[0] = projected
+        node.inputs[1] = _identity(site, f"{layer}/identity", dtype)
+
+
+def _turn(site: Site) -> gs.Node | None:
+    """Return the Transpose of batch and time that makes the node's input for it alone, or None.
+
+    The projection does not mind their order, and its few features are turned in less time than the many of the input.
+    """
+    (source,) = site.node.inputs[:1]
+    maker = source.inputs[0] if len(source.inputs) == 1 else None
+    alone = len(source.outputs) == 1 and not any(source is out for out in site.graph.outputs)
+    if maker is None or maker.op != "Transpose" or list(maker.attrs.get("perm", ())) != [1, 0, 2] or not alone:
+        return None
+    return maker if any(maker is node for node in site.graph.nodes) else None
 
 
 def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:

@@ -37,6 +37,10 @@ def command(
             "function in a larger file.",
         ),
     ] = False,
+    scan: Annotated[
+        bool,
+        typer.Option(help="Let a wide LSTM or GRU in the format ttm run as a Scan: faster on a CPU, slow on a GPU."),
+    ] = True,
     batch: Annotated[int, typer.Option(min=1, help="The batch size that layers are timed with.")] = 1,
     json: Json = None,
 ) -> None:
@@ -60,6 +64,7 @@ def command(
             block="auto" if block == "auto" else int(block),
             or_dense=dense_if_slower,
             fold_batch_norm=fold_batch_norm,
+            scan=scan,
             batch=batch,
             on_stage=on_stage,
         )
