@@ -40,6 +40,7 @@ from tensorrail_trainer.admm import ADMM
 from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import arrays
+from tensorrail_trainer.denormals import flushed
 from tensorrail_trainer.layers import cores_of, planned_layers, swap, to_dense
 from tensorrail_trainer.loop import Phase, evaluate, train
 from tensorrail_trainer.moments import Root
@@ -135,12 +136,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError(f"train.precision: {precision} cannot be used here: {error}") from None
 
 
+@flushed()
 def train_all(
     recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator | None = None
 ) -> tuple[Trained, Dataset]:
     """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
 
-    With several processes all of them call this, and the first one writes.
+    With several processes all of them call this, and the first one writes. On a CPU, denormal numbers count as 0.
     """
     job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
     settings, device = recipe.train, job.accelerator.device

@@ -1,0 +1,36 @@
+"""Denormal numbers count as 0 while a recipe trains, in every thread that torch computes with, and as themselves after it."""
+
+import subprocess
+import sys
+
+import torch
+
+from tensorrail_trainer.denormals import flushed
+
+THREADS = """
+import torch
+from tensorrail_trainer.denormals import flushed
+torch.set_num_threads(2)
+with flushed():
+    small = torch.full((10**7,), 1.2e-38)  # enough for every thread to have its part
+    print(int((small * 0.5).count_nonzero()))
+"""
+
+
+def half():
+    return float(torch.tensor(1.2e-38) * 0.5)
+
+
+def test_they_are_flushed_inside_and_not_after():
+    assert half() > 0
+    with flushed():
+        assert half() == 0
+        with flushed():
+            pass
+        assert half() == 0
+    assert half() > 0
+
+
+def test_every_thread_flushes_them():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
