@@ -185,6 +185,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("inspect", small_path, "--provider", "cuda"), "--provider is for --placement"),
         (("regress", "record", small_path, "-o", out, "--metric", "top5"), "--metric scores labelled data: give --data"),
         (("regress", "check", small_path, small_path, "--metric", "top5"), "--metric scores labelled data: give --data"),
+        (("regress", "check", small_path, small_path, "--retrained", "--tolerance", 1), "--retrained compares no outputs"),
         (("regress", "check", small_path, small_path, "--max-drop", 0), "--max-drop holds the accuracy on labelled data"),
         (("regress", "check", baseline, small_path, "--provider", "cuda"), "with provider cpu, and --provider cuda came"),
         (("regress", "check", baseline, small_path, "--threads", 2), "with threads 1, and --threads 2 came"),

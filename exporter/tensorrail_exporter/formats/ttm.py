@@ -73,7 +73,14 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
 
 def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
     """Return the dense weight (O, I) of the cores."""
-    return _joined(parts_of(cores)).core.reshape(tuple(shape))
+    parts = parts_of(cores)
+    half = len(parts) // 2
+    right = _joined(parts[half:]).core[..., 0]  # (r, o″, i″)
+    if not half:
+        return right.reshape(tuple(shape))
+    left = _joined(parts[:half]).core[0]  # (o′, i′, r)
+    # A product for each pair of outputs (o′, o″): it puts all values where they belong, without a copy of the whole weight.
+    return (left[:, None] @ permute(right, (1, 0, 2))[None]).reshape(tuple(shape))
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:

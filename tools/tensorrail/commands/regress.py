@@ -52,7 +52,9 @@ def check(
     model: Model,
     max_slowdown: Annotated[str, typer.Option(help="The slow-down to be found; half of it raises the alarm.")] = "5%",
     retrained: Annotated[bool, typer.Option("--retrained", help="Do not compare outputs: the weights are others.")] = False,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative L2 difference of the outputs.")] = 1e-3,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Largest relative L2 difference of the outputs; 0.001 where none is given.")
+    ] = None,
     max_drop: Annotated[
         float | None, typer.Option(min=0, help="How much lower the metric's mean may be, as a share; 0.005 with --data.")
     ] = None,
@@ -82,7 +84,11 @@ def check(
 
     if max_drop is not None and data is None:
         raise ModelError("--max-drop holds the accuracy on labelled data: give --data FILE.npz as well")
-    limits = regress.Limits(max_slowdown=_share(max_slowdown), tolerance=None if retrained else tolerance)
+    if retrained and tolerance is not None:
+        raise ModelError("--retrained compares no outputs, and --tolerance says how far they may differ: give one of them")
+    limits = regress.Limits(max_slowdown=_share(max_slowdown))
+    if retrained or tolerance is not None:
+        limits = limits.model_copy(update={"tolerance": tolerance})
     if max_drop is not None:
         limits = limits.model_copy(update={"score": max_drop})
     settings = None
