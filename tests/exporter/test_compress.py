@@ -92,13 +92,19 @@ def test_the_report_holds_what_was_measured(network, tmp_path):
     assert CompressReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, monkeypatch):
+@pytest.fixture
+def wrong(monkeypatch):
+    """Return a function from which on graphs are written with other cores than came."""
     real = compressing.factorize
 
-    def wrong(model, plan, cores, **options):
+    def factorize(model, plan, cores, **options):
         return real(model, plan, {name: [core * 1.01 for core in found] for name, found in cores.items()}, **options)
 
-    monkeypatch.setattr(compressing, "factorize", wrong)
+    return lambda: monkeypatch.setattr(compressing, "factorize", factorize)
+
+
+def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, wrong):
+    wrong()
     with pytest.raises(GraphError, match="differs from what its cores stand for"):
         run(network, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
@@ -112,13 +118,11 @@ def half_precision(rng):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def test_a_float16_model_may_differ_by_its_own_rounding_and_no_more(tmp_path, rng, monkeypatch):
+def test_a_float16_model_may_differ_by_its_own_rounding_and_no_more(tmp_path, rng, wrong):
     plan = Plan(layers=(LayerPlan(name="c", format="svd", modes=(64, 64), ranks=(32,)),))
     report = compress(half_precision(rng), plan, tmp_path / "out.onnx", seconds=0.05)
     assert 1e-4 < report.numerical < 8 * 2**-11  # eight unit roundoffs
-    real = compressing.factorize
-    wrong = lambda model, plan, cores: real(model, plan, {"c": [core * 1.01 for core in cores["c"]]})  # noqa: E731
-    monkeypatch.setattr(compressing, "factorize", wrong)
+    wrong()
     with pytest.raises(GraphError, match=r"differs from what its cores stand for by .*; at most 0\.004 was expected"):
         compress(half_precision(rng), plan, tmp_path / "wrong.onnx", seconds=0.05)
     assert not (tmp_path / "wrong.onnx").exists()
