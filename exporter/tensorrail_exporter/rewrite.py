@@ -77,7 +77,7 @@ def factorize(
 
     `block` widens the ranks that run with zeros to its multiples, one for all or one a layer, which changes no output.
     `fold_batch_norm` takes a batch-norm that alone follows a rewritten convolution into the last core; otherwise every
-    trained core stays as it is. `scan` allows a recurrent layer without a boundary to run as a Scan, which is slow on a GPU.
+    trained core stays as it is. `scan` allows a recurrent layer without a boundary to run as a Scan, which is for CPUs.
     Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
     or cores that do not fit. The argument is not changed.
     """

@@ -257,7 +257,7 @@ def _scopes(scope: _Scope, model: onnx.ModelProto) -> Iterator[_Scope]:
 
 def _trips(node: onnx.NodeProto, scope: _Scope, model: onnx.ModelProto) -> int:
     """Return how many steps a Scan takes; 0 where that, or a shape that its body's products need, is not known."""
-    if next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx")) < _SCAN_OPSET:
+    if next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0) < _SCAN_OPSET:
         return 0
     attributes = {attribute.name: attribute for attribute in node.attribute}
     count = attributes["num_scan_inputs"].i if "num_scan_inputs" in attributes else 0
@@ -285,7 +285,7 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
             raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
     a, b, *rest = (shapes[name] for name in needed)
     operands = needed[:2]
-    stored = {name: tensor for name, tensor in scope.constants.items() if tensor is not None}
+    stored = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
     return NodeCost(
         name=node.name,
         op=node.op_type,

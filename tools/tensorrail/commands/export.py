@@ -39,7 +39,7 @@ def command(
     ] = False,
     scan: Annotated[
         bool,
-        typer.Option(help="Let a wide LSTM or GRU in the format ttm run as a Scan: faster on a CPU, slow on a GPU."),
+        typer.Option(help="Let a wide LSTM or GRU in the format ttm run as a Scan: faster on a CPU; not for a GPU."),
     ] = True,
     batch: Annotated[int, typer.Option(min=1, help="The batch size that layers are timed with.")] = 1,
     json: Json = None,
