@@ -86,7 +86,7 @@ def main() -> None:
             "",
             f"`python benchmarks/loops.py`, {machine().processor}, CPU provider. {about}",
             "",
-            "| layer | hidden units | gates | steps | batch | LSTM or GRU on an identity | Scan | Scan is faster by |",
+            "| layer | hidden units | gates · units | steps | batch | LSTM or GRU on an identity | Scan | Scan is faster by |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
             "",

@@ -18,7 +18,7 @@ from tensorrail_exporter.layerwise import LayerFit, fit_layers
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.planner import PlannedLayer
 from tensorrail_exporter.precision import PrecisionReport
-from tensorrail_exporter.rewrite import LayerRewrite, decompose_graph, factorize, reconstruct
+from tensorrail_exporter.rewrite import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.sites import find, names_in
 from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
 from tensorrail_runtime.cost import cost
@@ -125,7 +125,7 @@ def compress(
         numerical = _numerical(base, plan, cores, path, feeds, Path(folder), exact)
         made = factored.model
         if refine is not None and calibration is not None:
-            made = refine(model, made, plan, calibration)
+            made = _refined(refine, model, base, plan, cores, factored, calibration)
             save_model(made, path)
         on_stage("comparing", 0.5)
         against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=exact)
@@ -172,6 +172,35 @@ def compress(
         fits=fits,
         latency=times,
     )
+
+
+def _refined(
+    refine: Refine,
+    model: onnx.ModelProto,
+    base: onnx.ModelProto,
+    plan: Plan,
+    cores: Mapping[str, list[np.ndarray]],
+    factored: Factored,
+    calibration: Calibration,
+) -> onnx.ModelProto:
+    """Return the factored graph with refined values; where a layer is a Scan, which no fit runs, they are found without it.
+
+    A fit that changes what is not stored in the graph of Scans is kept as the graph without them.
+    """
+    if not any(layer.scan for layer in factored.layers):
+        return refine(model, factored.model, plan, calibration)
+    nodes = factorize(base, plan, cores, scan=False).model
+    fitted = refine(model, nodes, plan, calibration)
+    before = {tensor.name: tensor for tensor in nodes.graph.initializer}
+    changed = {tensor.name: tensor for tensor in fitted.graph.initializer if tensor != before.get(tensor.name)}
+    made = onnx.ModelProto()
+    made.CopyFrom(factored.model)
+    places = {tensor.name: tensor for tensor in made.graph.initializer}
+    if not changed.keys() <= places.keys():
+        return fitted
+    for name, tensor in changed.items():
+        places[name].CopyFrom(tensor)
+    return made
 
 
 def _numerical(

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 Array: TypeAlias = Any
 """A `numpy.ndarray` or a `torch.Tensor`; the functions here use only what both have."""
 
-SCAN_FROM = 1024  # gates
+SCAN_FROM = 1024  # rows of the input weight: directions · gates · hidden units
 
 Op = Literal["conv", "linear", "recurrent"]
 
@@ -200,8 +200,8 @@ def split_at_boundary(steps: Sequence[Step]) -> tuple[tuple[Step, ...], Array | 
 def runs_in_scan(steps: Sequence[Step], layer: LayerSpec) -> bool:
     """Return whether a recurrent layer's loop is written as a Scan: its steps make the gates' inputs, and these are many.
 
-    ONNX's own node would multiply them by an identity. From `SCAN_FROM` gates on (all directions together) the Scan was faster
-    on CPUs at every length and batch size that was measured (results/loops.md).
+    ONNX's own node would multiply them by an identity. From `SCAN_FROM` on the Scan was nowhere slower on the CPU that
+    results/loops.md was measured on.
     """
     return layer.scan and layer.shape[0] >= SCAN_FROM and split_at_boundary(steps)[1] is None
 

@@ -13,17 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tensorrail_exporter.contraction import (
-    Conv,
-    LayerSpec,
-    MatMul,
-    Reshape,
-    Step,
-    dense_step,
-    describe_step,
-    runs_in_scan,
-    split_at_boundary,
-)
+from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step, dense_step, describe_step, split_at_boundary
 from tensorrail_exporter.formats import format_of
 
 # One core of a server CPU, orders of magnitude: what one FLOP, one byte and one node take, in seconds.
@@ -151,8 +141,8 @@ def cheapest_merge(name: str, modes: tuple[int, ...], core_shapes: tuple[tuple[i
     def seconds(merge: str) -> float:
         steps = form.contraction(cores, layer, modes, merge)
         cost = contraction_cost(steps, layer).seconds
-        if layer.op == "recurrent" and split_at_boundary(steps)[1] is None and not runs_in_scan(steps, layer):
-            cost += layer.shape[0] ** 2 * 4 * _SECONDS_A_BYTE  # an identity stands in for the input weight
+        if layer.op == "recurrent" and split_at_boundary(steps)[1] is None:
+            cost += layer.shape[0] ** 2 * 4 * _SECONDS_A_BYTE  # an identity for the input weight; a Scan takes about as long
         return cost
 
     return min(form.merges(layer.op), key=seconds)

@@ -36,13 +36,22 @@ def factorize_fastest(
     file. On a GPU there is no `scan`. `PlanError` where every planned layer would; else as `rewrite.factorize` and
     `fastest_blocks`.
     """
+    scan = scan and not (settings is not None and settings.on_gpu)
     widths = {layer.name: 1 if block == "auto" else block for layer in plan.layers}
     if block == "auto" or or_dense:
         from tensorrail_exporter.planner import BLOCKS, fastest_blocks  # only where something is timed: it is slow to load
 
         blocks = BLOCKS if block == "auto" else (block,)
         widths |= fastest_blocks(
-            model, plan, settings=settings, batch=batch, cache=cache, blocks=blocks, or_dense=or_dense, on_stage=on_stage
+            model,
+            plan,
+            settings=settings,
+            batch=batch,
+            cache=cache,
+            blocks=blocks,
+            or_dense=or_dense,
+            scan=scan,
+            on_stage=on_stage,
         )
     slower = Plan(layers=tuple(layer for layer in plan.layers if not widths[layer.name]))
     kept = Plan(layers=tuple(layer for layer in plan.layers if widths[layer.name]))
@@ -50,5 +59,4 @@ def factorize_fastest(
         if not kept.layers:
             raise PlanError(f"every planned layer is faster in dense form here, at batch {batch}: plan on this machine instead")
         model = reconstruct(model, slower, cores)
-    scan = scan and not (settings is not None and settings.on_gpu)
     return factorize(model, kept, cores, block=widths, fold_batch_norm=fold_batch_norm, scan=scan), slower

@@ -72,7 +72,7 @@ def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
     found = {}
     for layer in plan.layers:
         _, sites = find(graph, layer, names)
-        found[layer.name] = sites[0].node.outputs[0].name
+        found[layer.name] = next(tensor.name for tensor in sites[0].node.outputs if not tensor.is_empty())
     return dict(sorted(found.items(), key=lambda item: order.get(item[1], len(order))))
 
 

@@ -227,19 +227,20 @@ def fastest_blocks(
     cache: Path | None = None,
     blocks: Sequence[int] = BLOCKS,
     or_dense: bool = False,
+    scan: bool = True,
     on_stage: OnStage = lambda _, __: None,
 ) -> dict[str, int]:
     """Return for every layer of a plan the block that its ranks run fastest at when zeros widen them to its multiples.
 
     The blocks (1: no zeros) are timed on the target; a wider one must be 2 % faster to be taken. With `or_dense` a layer
-    that runs faster with the dense weight of its cores than with any of them gets 0.
+    that runs faster with the dense weight of its cores than with any of them gets 0. `scan` is that of `rewrite.factorize`.
     """
     settings = settings or Settings()
     planned = {layer.name: layer for layer in plan.layers}
     widest_first = sorted(blocks, reverse=True)  # of blocks that come to the same steps the narrowest one stays
     wanted = {
         layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in widest_first)}.values())
-        for layer in survey(model, batch, shapes, scan=not settings.on_gpu)
+        for layer in survey(model, batch, shapes, scan=scan and not settings.on_gpu)
         if layer.name in planned and layer.output is not None and layer.inputs[layer.data] is not None
     }
     table = LatencyTable.open(settings, cache)

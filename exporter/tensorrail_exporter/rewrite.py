@@ -19,6 +19,7 @@ from tensorrail_exporter.padding import pad_ranks
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
+from tensorrail_exporter.rules.scan import holds_scan
 from tensorrail_exporter.sites import find, names_in
 from tensorrail_runtime.records import Record
 
@@ -40,6 +41,7 @@ class LayerRewrite(Record):
     merge: str
     merged: tuple[tuple[int, ...], ...]  # which cores each stored constant holds; one index: the trained core, exactly
     batch_norm: bool  # whether the batch-norm behind it was folded into the last constant
+    scan: bool = False  # whether its loop was written as a Scan
     steps: str
     kernels: int
     flops: int
@@ -86,7 +88,7 @@ def factorize(
     rewrites = []
     for layer in plan.layers:
         rule, sites = find(graph, layer, names)
-        specs = [_layer(rule, site, scan) for site in sites]
+        specs = [_layer(rule, site, scan and holds_scan(model)) for site in sites]
         spec = specs[0]
         layer.check(spec.shape)
         if layer.name not in cores:
@@ -221,6 +223,7 @@ def _record(
         merge=layer.merge,
         merged=tuple(step.cores for step in constants),
         batch_norm=batch_norm,
+        scan=runs_in_scan(steps, spec),
         steps=describe(steps, spec),
         kernels=cost.kernels,
         flops=cost.flops,

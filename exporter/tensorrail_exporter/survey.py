@@ -16,6 +16,7 @@ from tensorrail_exporter.graph_io import import_graph
 from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
+from tensorrail_exporter.rules.scan import holds_scan
 from tensorrail_exporter.sites import find, names_in, rewritable
 from tensorrail_runtime.cost import bind_shapes
 from tensorrail_runtime.inputs import Shapes
@@ -90,7 +91,7 @@ def survey(
         except GraphError:
             continue
         found.append(dense_layer(name, graph, rule, sites))
-    return tuple(found if scan else (replace(one, spec=replace(one.spec, scan=False)) for one in found))
+    return tuple(found if scan and holds_scan(model) else (replace(one, spec=replace(one.spec, scan=False)) for one in found))
 
 
 def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -> DenseLayer:

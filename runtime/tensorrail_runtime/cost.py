@@ -141,7 +141,7 @@ class GraphCost(Record):
     bytes: int  # of the files on disk, external data included
     macs: int
     activation_bytes: int  # read and written by all nodes, constants left out, nothing fused
-    kernels: int  # nodes that compute, nothing fused, those of a Scan's body at every step
+    kernels: int  # nodes that compute, nothing fused, those of a Scan's body at every step if their number is known
     nodes: int  # those of bodies included, once
     unshaped: int  # tensors whose size is not known, left out of activation_bytes
     layers: tuple[NodeCost, ...]
@@ -170,8 +170,20 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
     known = _shapes(inferred.graph)
-    if any(name and name not in known for node in inferred.graph.node if node.op_type in _MACS for name in node.input):
-        known |= _seen_shapes(bound, batch, shapes)
+    asked = [node for node in inferred.graph.node if node.op_type in _MACS or node.op_type == "Scan"]
+    if any(name and name not in known for node in asked for name in node.input):
+        seen = _seen_shapes(bound, batch, shapes)
+        inferred = _with_shapes(inferred, seen)
+        known = _shapes(inferred.graph) | seen
+    try:
+        return _counted(inferred, known, path, batch)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: holds a node that is none of ONNX's: its inputs, outputs or weights do not fit ({error})"
+        ) from None
+
+
+def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path: Path, batch: int) -> GraphCost:
     layers: list[NodeCost] = []
     uncounted: set[str] = set()
     unshaped: set[str] = set()
@@ -180,7 +192,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
         for node in scope.graph.node:
             if node.op_type in _MACS:
                 layers.append(_node(node, scope, path))
-            elif node.op_type == "Scan" and _trips(node, scope, inferred):
+            elif _trips(node, scope, inferred):
                 continue  # its body has a scope of its own
             elif node.op_type not in _NO_MACS:
                 uncounted.add(node.op_type)
@@ -250,13 +262,15 @@ def _scopes(scope: _Scope, model: onnx.ModelProto) -> Iterator[_Scope]:
     """Yield a scope, and within it the bodies of all Scans whose number of steps is known."""
     yield scope
     for node in scope.graph.node:
-        if node.op_type == "Scan" and (trips := _trips(node, scope, model)):
+        if trips := _trips(node, scope, model):
             body = next(attribute.g for attribute in node.attribute if attribute.name == "body")
             yield from _scopes(_Scope.of(body, _shapes(body), scope, trips), model)
 
 
 def _trips(node: onnx.NodeProto, scope: _Scope, model: onnx.ModelProto) -> int:
     """Return how many steps a Scan takes; 0 where that, or a shape that its body's products need, is not known."""
+    if node.op_type != "Scan" or node.domain not in ("", "ai.onnx"):
+        return 0
     if next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0) < _SCAN_OPSET:
         return 0
     attributes = {attribute.name: attribute for attribute in node.attribute}
@@ -370,6 +384,18 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     return model
+
+
+def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """Return the model with these shapes where the types of tensors are known, and inferred anew: for the bodies within it."""
+    for value in model.graph.value_info:
+        if value.name in shapes and value.type.tensor_type.elem_type:
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return model
 
 
 def _seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model
 from onnx import helper, numpy_helper
 
-from tensorrail_exporter import GraphError, LayerPlan, Plan
+from tensorrail_exporter import GraphError, LayerPlan, Plan, contraction
 from tensorrail_exporter import compress as compressing
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.compress import CompressReport, compress
@@ -138,3 +138,33 @@ def test_a_refinement_is_what_is_written(network, tmp_path):
     feeds = ({"x": images(1)},)
     run(network, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine)
     assert onnx.load(tmp_path / "out.onnx").producer_name == "refined"
+
+
+def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    weights = {
+        "w": rng.standard_normal((1, 16, 24)).astype(np.float32) / 5,
+        "r": rng.standard_normal((1, 16, 4)).astype(np.float32) / 2,
+    }
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "rnn", hidden_size=4)
+    model = make_model([node], weights, {"x": [5, "n", 24]}, {"y": [5, 1, "n", 4]})
+    plan = Plan(layers=(LayerPlan(name="w", format="ttm", modes=(4, 4, 6, 4), ranks=(1, 2, 1)),))
+    seen = []
+
+    def refine(dense, factored, plan, calibration):
+        seen.append({node.op_type for node in factored.graph.node})
+        changed = onnx.ModelProto()
+        changed.CopyFrom(factored)
+        (core,) = [tensor for tensor in changed.graph.initializer if tensor.name == "w/0"]
+        core.CopyFrom(numpy_helper.from_array(np.zeros(core.dims, np.float32), core.name))
+        return changed
+
+    feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},)
+    compress(model, plan, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine, seconds=0.05)
+    (ops,) = seen
+    assert "LSTM" in ops
+    assert "Scan" not in ops
+    written = onnx.load(tmp_path / "out.onnx").graph
+    assert "Scan" in {node.op_type for node in written.node}
+    (core,) = [tensor for tensor in written.initializer if tensor.name == "w/0"]
+    assert not numpy_helper.to_array(core).any()

@@ -1,5 +1,7 @@
 """LSTM and GRU nodes as ONNX defines them: directions, states, lengths, layouts; and weights that are still slices."""
 
+import contextlib
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, contraction, decompose_graph, factorize, reconstruct
+from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.fp16 import to_fp16
 from tensorrail_exporter.int8 import to_int8
+from tensorrail_exporter.rules import scan
 
 GATES = {"LSTM": 4, "GRU": 3}
 
@@ -251,6 +255,74 @@ def test_what_a_scan_does_not_do_stays_the_node(op, options, attrs, rng, monkeyp
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("old", "change"),
+    [
+        ("opset 8", lambda model: with_opset(model, 8)),
+        ("IR version 3", lambda model: setattr(with_opset(model, 9), "ir_version", 3)),
+    ],
+)
+def test_old_files_hold_no_scan(old, change, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model("GRU", "forward", 4, 24, rng)
+    change(model)
+    if model.ir_version < 4:
+        known = {value.name for value in model.graph.input}
+        model.graph.input.extend(
+            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer if t.name not in known
+        )
+    plan = paired("GRU", "forward", 4, 24)
+    cores = decompose_graph(model, plan)
+    factored = factorize(model, plan, cores)
+    assert "GRU" in {node.op_type for node in factored.model.graph.node}
+    assert not factored.layers[0].scan
+    assert "scan" not in factored.layers[0].steps
+    feeds = {"x": rng.standard_normal((5, 3, 24)).astype(np.float32)}
+    np.testing.assert_allclose(run(factored.model, feeds)[0], run(reconstruct(model, plan, cores), feeds)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("r", (16, 4)), ("r", (1, 15, 4)), ("b", (1, 16)), ("b", (32,))])
+def test_weights_of_other_shapes_are_left_to_the_node(name, shape, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model("LSTM", "forward", 4, 24, rng)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    plan = paired("LSTM", "forward", 4, 24)
+    with contextlib.suppress(GraphError):  # which says that the graph does not pass onnx's checker
+        factored = factorize(model, plan, decompose_graph(model, plan))
+        assert "LSTM" in {node.op_type for node in factored.model.graph.node}
+
+
+def test_a_computed_weight_of_another_shape_is_refused_by_name(rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    model = recurrent_model("LSTM", "forward", 4, 24, rng)
+    (node,) = model.graph.node
+    for tensor in model.graph.initializer:
+        if tensor.name == "r":
+            tensor.CopyFrom(numpy_helper.from_array(np.ones((1, 16, 5), np.float32), "r"))
+    node.input[2] = "made"
+    kept = [helper.make_node("Identity", ["r"], ["made"]), node]
+    body = list(kept)
+    del model.graph.node[:]
+    model.graph.node.extend(body)
+    plan = paired("LSTM", "forward", 4, 24)
+    cores = decompose_graph(model, plan)
+    monkeypatch.setattr(scan, "_is", lambda *_: True)  # as where its shape cannot be inferred
+    with pytest.raises(GraphError, match=r"layer w: 'made' is of shape \[1, 16, 5\]: expected a constant of shape \[1, 16, 4"):
+        factorize(model, plan, cores)
+
+
+@pytest.mark.parametrize("form", ["tucker", "tt", "cp"])
+def test_a_scan_changes_no_choice_of_merge(form):
+    spec = LayerSpec("recurrent", (1024, 1024), lead=2, size=(50,))
+    for rank in (4, 8, 16):
+        modes = (32, 32, 16, 64)
+        kind = FORMATS[form]
+        ranks = kind.clamp(spec.shape, modes, kind.uniform(spec.shape, modes, rank))
+        plan = LayerPlan(name="w", format=form, modes=modes, ranks=ranks)
+        assert plan.merge_for(replace(spec, scan=True)) == plan.merge_for(spec)
+
+
 def test_a_scan_keeps_peepholes_out(rng, monkeypatch):
     monkeypatch.setattr(contraction, "SCAN_FROM", 1)
     model = recurrent_model("LSTM", "forward", 4, 24, rng)
@@ -281,8 +353,8 @@ def test_a_scan_gives_only_the_outputs_that_are_used(wanted, rng, monkeypatch):
     feeds = {"x": rng.standard_normal((5, 3, 24)).astype(np.float32)}
     for a, b in zip(run(factored, feeds), run(reconstruct(model, plan, cores), feeds), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    (scan, _) = [node for node in factored.graph.node if node.op_type == "Scan"]
-    assert len(scan.output) == 2 + (0 in wanted)
+    (first, _) = [node for node in factored.graph.node if node.op_type == "Scan"]
+    assert len(first.output) == 2 + (0 in wanted)
 
 
 @pytest.mark.parametrize("smaller", [to_fp16, lambda model: to_int8(model, [{"x": np.ones((5, 3, 24), np.float32)}])])

@@ -97,7 +97,7 @@ def test_the_body_of_a_scan_counts_at_every_step(tmp_path):
     assert (product.name, product.weight, product.params, product.input) == ("product", "r", 16, (3, 4))
 
 
-def test_a_scan_of_unknown_length_is_named_and_its_constants_count(tmp_path):
+def test_a_scan_whose_length_only_a_run_shows_counts_that_often(tmp_path):
     nodes = [
         helper.make_node("NonZero", ["x"], ["places"]),  # (4, N): as many as there are values that are not zero
         helper.make_node("Transpose", ["places"], ["turned"], perm=[1, 0]),
@@ -106,8 +106,28 @@ def test_a_scan_of_unknown_length_is_named_and_its_constants_count(tmp_path):
     ]
     model = make_model(nodes, {}, {"first": [4], "x": [2, 2, 2, 2]}, {"y": [4]})
     result = cost(save(model, tmp_path))
-    assert "Scan" in result.uncounted
+    assert result.uncounted == ("NonZero",)
+    assert (result.params, result.macs) == (16, 16 * 16)
+
+
+def foreign(node, inputs):
+    """Return a model of one node of another domain, which onnx's checker knows nothing of."""
+    node.domain = "x.y"
+    free = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 4])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("x.y", 1)]
+    return helper.make_model(helper.make_graph([node], "g", free, [out]), opset_imports=opsets, ir_version=9)
+
+
+def test_a_foreign_scan_is_named_and_its_constants_count(tmp_path):
+    result = cost(save(foreign(scan("x"), {"first": [1, 4], "x": [7, 1, 4]}), tmp_path))
+    assert result.uncounted == ("Scan",)
     assert (result.params, result.macs) == (16, 0)
+
+
+def test_a_node_without_its_inputs_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="holds a node that is none of ONNX's"):
+        cost(save(foreign(helper.make_node("MatMul", ["x"], ["y"]), {"x": [2, 2]}), tmp_path))
 
 
 def test_quantized_products_count_like_others(tmp_path):

@@ -1,4 +1,4 @@
-"""Denormal numbers count as 0 while a recipe trains, in every thread that torch computes with, and as themselves after it."""
+"""Denormal numbers count as 0 while a recipe trains, in every thread that torch computes with."""
 
 import subprocess
 import sys
@@ -29,6 +29,20 @@ def test_they_are_flushed_inside_and_not_after():
             pass
         assert half() == 0
     assert half() > 0
+
+
+def test_other_defaults_of_torch_do_not_mislead_it():
+    for kind in (torch.float64, torch.float16):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(kind)
+        try:
+            with flushed():
+                with flushed():
+                    pass
+                assert float(torch.tensor(1.2e-38, dtype=torch.float32) * 0.5) == 0
+            assert float(torch.tensor(1.2e-38, dtype=torch.float32) * 0.5) > 0
+        finally:
+            torch.set_default_dtype(before)
 
 
 def test_every_thread_flushes_them():

@@ -121,8 +121,7 @@ class ADMM:
         if self._moments is not None:
             self.roots = self._moments.roots()
         weights = {name: dense.weight().detach() for name, dense in self._layers.items()}
-        # In place, as below: a recurrent layer's weight can be hundreds of megabytes, and new memory is slow.
-        points = {name: self.U[name].add_(w) for name, w in weights.items()}
+        points = {name: w + self.U[name] for name, w in weights.items()}
         residuals = []
         for name, z in self._projected(points).items():
             before, self.Z[name], self.U[name] = self.Z[name], z, points[name].sub_(z)
@@ -186,7 +185,8 @@ class ADMM:
         size = torch.linalg.vector_norm(self._measured(name, w)).clamp_min(torch.finfo(w.dtype).tiny)
         between = w - z
         gap = torch.linalg.vector_norm(self._measured(name, between))
-        moved = torch.linalg.vector_norm(self._measured(name, torch.sub(z, before, out=between)))
+        torch.sub(z, before, out=between)  # in place: a recurrent layer's weight can be hundreds of megabytes
+        moved = torch.linalg.vector_norm(self._measured(name, between))
         self._gaps[name] = (float(gap), float(moved), float(size))
         return Residual(name, float(gap / size), float(self.rho * moved), float(moved / size))
 
@@ -246,7 +246,7 @@ class ADMM:
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
             device = dense.parameters[0].device  # the state may come from another one
-            self.Z[name], self.U[name] = (state[key][name].to(device, copy=True) for key in ("Z", "U"))
+            self.Z[name], self.U[name] = state["Z"][name].to(device), state["U"][name].to(device)
         if self._moments is not None:
             self._moments.load_state_dict(state["moments"])
             self.roots = {

@@ -16,8 +16,8 @@ import torch
 def flushed() -> Iterator[None]:
     """Count numbers below the smallest normal float as 0 on the CPU, as far as it can do that.
 
-    This holds for the calling thread and for threads that begin meanwhile: those that torch computes with begin at its first
-    large operation, so that this comes before it.
+    This holds for the calling thread, and for good in threads that begin meanwhile: those that torch computes with begin at its
+    first large operation, so that this comes before it.
     """
     before = _are_flushed()
     torch.set_flush_denormal(True)
@@ -28,4 +28,5 @@ def flushed() -> Iterator[None]:
 
 
 def _are_flushed() -> bool:
-    return float(torch.tensor(torch.finfo(torch.float32).tiny) / 2) == 0.0
+    smallest = torch.tensor(torch.finfo(torch.float32).tiny, dtype=torch.float32, device="cpu")
+    return float(smallest / 2) == 0.0

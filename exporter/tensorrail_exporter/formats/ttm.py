@@ -75,11 +75,13 @@ def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[in
     """Return the dense weight (O, I) of the cores."""
     parts = parts_of(cores)
     half = len(parts) // 2
-    right = _joined(parts[half:]).core[..., 0]  # (r, o″, i″)
-    if not half:
-        return right.reshape(tuple(shape))
-    left = _joined(parts[:half]).core[0]  # (o′, i′, r)
-    # A product for each pair of outputs (o′, o″): it puts all values where they belong, without a copy of the whole weight.
+    rank = parts[half].core.shape[0]
+    before, behind = (math.prod(part.core.shape[2] for part in some) for some in (parts[:half], parts[half:]))
+    if not half or rank * (before + behind) > before * behind:
+        return _joined(parts).core.reshape(tuple(shape))
+    left, right = _joined(parts[:half]).core[0], _joined(parts[half:]).core[..., 0]  # (o′, i′, r), (r, o″, i″)
+    # A product for each pair of outputs (o′, o″) puts every value where it belongs. torch copies the factors for each of them,
+    # which here are smaller than the product.
     return (left[:, None] @ permute(right, (1, 0, 2))[None]).reshape(tuple(shape))
 
 

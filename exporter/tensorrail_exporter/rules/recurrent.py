@@ -76,7 +76,7 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     if matrix is not None:
         node.inputs[0] = projected
         node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, matrix.astype(dtype)))
-    elif site.scan and site.graph.opset >= scan.OPSET:
+    elif site.scan:
         scan.rewrite(site, projected, _TORCH_FROM_ONNX[node.op], layer)
     else:
         node.inputs[0] = projected
@@ -91,9 +91,10 @@ def _turn(site: Site) -> gs.Node | None:
     (source,) = site.node.inputs[:1]
     maker = source.inputs[0] if len(source.inputs) == 1 else None
     alone = len(source.outputs) == 1 and not any(source is out for out in site.graph.outputs)
-    if maker is None or maker.op != "Transpose" or list(maker.attrs.get("perm", ())) != [1, 0, 2] or not alone:
+    if maker is None or maker.op != "Transpose" or maker.domain not in (None, "", "ai.onnx") or not alone:
         return None
-    return maker if any(maker is node for node in site.graph.nodes) else None
+    turns = list(maker.attrs.get("perm", ())) == [1, 0, 2]
+    return maker if turns and any(maker is node for node in site.graph.nodes) else None
 
 
 def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:

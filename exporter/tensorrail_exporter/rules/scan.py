@@ -11,17 +11,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
+from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.fold import folded, is_constant
 from tensorrail_exporter.rules.emit import Site
 
-OPSET = 9
-"""The first in which Scan has no batch axis of its own."""
+_OPSET = 9  # the first in which a Scan has no batch axis of its own
+_IR_VERSION = 4  # the first in which an initializer need not be an input, which a body's cannot be
 
 _KNOWN = {"activations", "direction", "hidden_size", "input_forget", "layout", "linear_before_reset", "output_sequence"}
+_GATES = {"LSTM": 4, "GRU": 3}
 _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"]}
 _R, _B, _LENGTHS, _H, _C, _PEEPHOLES = range(2, 8)  # places among the node's inputs
+
+
+def holds_scan(model: onnx.ModelProto) -> bool:
+    """Return whether a Scan can be written into a file of this opset and IR version."""
+    opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
+    return opset >= _OPSET and model.ir_version >= _IR_VERSION
 
 
 def takes(node: gs.Node) -> bool:
@@ -32,11 +41,13 @@ def takes(node: gs.Node) -> bool:
     given = [place for place in range(len(node.inputs)) if not node.inputs[place].is_empty()]
     return (
         plain
+        and _R in given
+        and _text(attrs.get("direction", "forward")) in ("forward", "reverse", "bidirectional")
         and not attrs.get("layout", 0)
         and not attrs.get("input_forget", 0)
         and _LENGTHS not in given
         and _PEEPHOLES not in given
-        and all(is_constant(node.inputs[place]) for place in (_R, _B) if place in given)
+        and all(_is(node.inputs[place], shape) for place, shape in _shapes(node).items() if place in given)
     )
 
 
@@ -47,12 +58,11 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
     """
     node = site.node
     writer = _Writer(site, layer, np.dtype(node.inputs[1].dtype))
-    recurrent = _values(site, _R, order, f"{layer}/recurrent")
-    if recurrent is None:
-        raise AssertionError(f"{layer}: its recurrent weight is computed in the graph, and `takes` did not see it")
-    directions, rows, hidden = recurrent.shape
-    biases = _values(site, _B, [*order, *(len(order) + gate for gate in order)], f"{layer}/bias")
-    biases = np.zeros((directions, 2 * rows)) if biases is None else biases
+    directions, rows, hidden = _shapes(node)[_R]
+    recurrent = _values(site, _R, order, layer)
+    biases = np.zeros((directions, 2 * rows))
+    if len(node.inputs) > _B and not node.inputs[_B].is_empty():
+        biases = _values(site, _B, [*order, *(len(order) + gate for gate in order)], layer)
     outer, inner = biases[:, :rows].copy(), biases[:, rows:].copy()
     within = 2 * hidden if node.op == "GRU" and node.attrs.get("linear_before_reset", 0) else rows
     outer[:, :within] += inner[:, :within]  # what stays inside is gated together with its product
@@ -190,14 +200,27 @@ class _Writer:
         return self.one("Unsqueeze", [tensor, self.integers(f"axis{axis}", [axis])])
 
 
-def _values(site: Site, place: int, order: Sequence[int], name: str) -> np.ndarray | None:
-    """Return a constant input (directions, gates · H, …) with its gates in this order; None where there is none."""
-    inputs = site.node.inputs
-    if len(inputs) <= place or inputs[place].is_empty():
-        return None
-    made = folded(inputs[place], site.graph.opset, name)
-    if made is None:
-        return None
+def _shapes(node: gs.Node) -> dict[int, tuple[int, ...]]:
+    """Return the shapes that R and B have beside the node's input weight (directions, gates · H, I)."""
+    directions, rows, _ = node.inputs[1].shape
+    return {_R: (directions, rows, rows // _GATES[node.op]), _B: (directions, 2 * rows)}
+
+
+def _is(tensor: gs.Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is made of constants and, as far as is known, has this shape."""
+    return is_constant(tensor) and (tensor.shape is None or tuple(tensor.shape) == shape)
+
+
+def _values(site: Site, place: int, order: Sequence[int], layer: str) -> np.ndarray:
+    """Return R or B of the node with its gates (directions, gates · H, …) in this order; `GraphError` for a wrong shape."""
+    tensor, shape = site.node.inputs[place], _shapes(site.node)[place]
+    try:
+        made = folded(tensor, site.graph.opset, f"{layer}/{tensor.name}")
+    except GraphError as error:
+        raise GraphError(f"layer {layer}: {error}") from None
+    if made is None or tuple(made.shape) != shape:
+        found = "computed in the graph" if made is None else f"of shape {list(made.shape)}"
+        raise GraphError(f"layer {layer}: {tensor.name!r} is {found}: expected a constant of shape {list(shape)}")
     values = np.asarray(made.values)
     gates = values.reshape(len(values), len(order), -1, *values.shape[2:])[:, list(order)]
     return np.asarray(gates.reshape(values.shape))

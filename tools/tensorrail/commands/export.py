@@ -39,7 +39,7 @@ def command(
     ] = False,
     scan: Annotated[
         bool,
-        typer.Option(help="Let a wide LSTM or GRU in the format ttm run as a Scan: faster on a CPU; not for a GPU."),
+        typer.Option(help="Let a wide LSTM or GRU without a rank between input and output run as a Scan: for a CPU."),
     ] = True,
     batch: Annotated[int, typer.Option(min=1, help="The batch size that layers are timed with.")] = 1,
     json: Json = None,
