@@ -26,6 +26,7 @@ from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph, save_model, size_of
 from tensorrail_exporter.weighted import check_fp32, kept_nodes, weighted, with_names
 from tensorrail_runtime.cost import constants_of
+from tensorrail_runtime.model_files import bodies
 from tensorrail_runtime.session import open_session, run
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -244,7 +245,7 @@ def _saturates() -> bool:
 
 def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
     """Give the result the original's metadata, the opsets that it uses alone, and the full check."""
-    if any(attribute.HasField("g") or attribute.graphs for node in quantized.graph.node for attribute in node.attribute):
+    if any(True for _ in bodies(quantized.graph)):
         # The library's own sorting overlooks what only the body of an If, Loop or Scan reads.
         quantized = export_graph(import_graph(quantized), quantized)
     used = {node.domain or "" for node in quantized.graph.node} | {function.domain for function in quantized.functions}

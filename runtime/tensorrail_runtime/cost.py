@@ -9,7 +9,6 @@ unknown number of times.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import onnx
 import onnxruntime as ort
 
 from tensorrail_runtime.inputs import Shapes, random_inputs
-from tensorrail_runtime.model_files import bytes_of, descendants
+from tensorrail_runtime.model_files import bytes_of, descendants, opset_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
 
@@ -188,12 +187,15 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
     uncounted: set[str] = set()
     unshaped: set[str] = set()
     moved = kernels = 0
-    for scope in _scopes(_Scope.of(inferred.graph, known), inferred):
+    opset = opset_of(inferred)
+    scopes = [_Scope.of(inferred.graph, known)]
+    for scope in scopes:
         for node in scope.graph.node:
             if node.op_type in _MACS:
                 layers.append(_node(node, scope, path))
-            elif _trips(node, scope, inferred):
-                continue  # its body has a scope of its own
+            elif node.op_type == "Scan" and (body := _body(node, scope, opset)) is not None:
+                scopes.append(body)  # and counted in its turn
+                continue
             elif node.op_type not in _NO_MACS:
                 uncounted.add(node.op_type)
             if node.op_type not in _NO_KERNEL:
@@ -258,32 +260,21 @@ class _Scope:
         return math.prod(self.shapes[name]) * self.itemsizes[name] if known else None
 
 
-def _scopes(scope: _Scope, model: onnx.ModelProto) -> Iterator[_Scope]:
-    """Yield a scope, and within it the bodies of all Scans whose number of steps is known."""
-    yield scope
-    for node in scope.graph.node:
-        if trips := _trips(node, scope, model):
-            body = next(attribute.g for attribute in node.attribute if attribute.name == "body")
-            yield from _scopes(_Scope.of(body, _shapes(body), scope, trips), model)
-
-
-def _trips(node: onnx.NodeProto, scope: _Scope, model: onnx.ModelProto) -> int:
-    """Return how many steps a Scan takes; 0 where that, or a shape that its body's products need, is not known."""
-    if node.op_type != "Scan" or node.domain not in ("", "ai.onnx"):
-        return 0
-    if next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0) < _SCAN_OPSET:
-        return 0
+def _body(node: onnx.NodeProto, scope: _Scope, opset: int) -> _Scope | None:
+    """Return a Scan's body; None where its number of steps, or a shape that its products need, is not known."""
     attributes = {attribute.name: attribute for attribute in node.attribute}
     count = attributes["num_scan_inputs"].i if "num_scan_inputs" in attributes else 0
-    if "body" not in attributes or not 0 < count <= len(node.input):
-        return 0
+    known = node.domain in ("", "ai.onnx") and opset >= _SCAN_OPSET and "body" in attributes and 0 < count <= len(node.input)
+    if not known:
+        return None
     axis = attributes["scan_input_axes"].ints[0] if "scan_input_axes" in attributes else 0
     scanned = scope.shapes.get(node.input[-count], ())
-    body = _Scope.of(attributes["body"].g, _shapes(attributes["body"].g), scope)
-    products = [inner for inner in body.graph.node if inner.op_type in _MACS]
-    if not -len(scanned) <= axis < len(scanned) or any(n not in body.shapes for inner in products for n in _needed(inner)):
-        return 0
-    return scanned[axis]
+    if not -len(scanned) <= axis < len(scanned) or not scanned[axis]:
+        return None
+    graph = attributes["body"].g
+    body = _Scope.of(graph, _shapes(graph), scope, scanned[axis])
+    products = [inner for inner in graph.node if inner.op_type in _MACS]
+    return body if all(name in body.shapes for inner in products for name in _needed(inner)) else None
 
 
 def _needed(node: onnx.NodeProto) -> list[str]:

@@ -51,6 +51,11 @@ def sha256_of(path: Path) -> str:
     return found.hexdigest()
 
 
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the version of ONNX's own operators that a model is written in; 0 where it names none."""
+    return next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
+
+
 def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """Yield the bodies of a graph's If, Loop and Scan nodes."""
     for node in graph.node:

@@ -59,12 +59,23 @@ def recurrent_model(
     return make_model([node], weights, free, outputs)
 
 
+def draw_node(data):
+    """Draw an operator, its direction and how many directions that are."""
+    op = data.draw(st.sampled_from(sorted(GATES)))
+    direction = data.draw(st.sampled_from(["forward", "reverse", "bidirectional"]))
+    return op, direction, 2 if direction == "bidirectional" else 1
+
+
+def states(op, many, batch, hidden, rng):
+    """Return initial states by the names that `recurrent_model` gives them."""
+    names = ("h", "c") if op == "LSTM" else ("h",)
+    return {name: rng.standard_normal((many, batch, hidden)).astype(np.float32) for name in names}
+
+
 @given(data=st.data())
 @cases(40, 300)
 def test_any_recurrent_node_equals_its_reconstruction(data):
-    op = data.draw(st.sampled_from(sorted(GATES)))
-    direction = data.draw(st.sampled_from(["forward", "reverse", "bidirectional"]))
-    many = 2 if direction == "bidirectional" else 1
+    op, direction, many = draw_node(data)
     shape, plan = draw_plan(data, "w", data.draw(st.sampled_from(sorted(FORMATS))), op="recurrent")
     hidden = shape[0]
     shape = (many * GATES[op] * hidden, shape[1])
@@ -91,8 +102,7 @@ def test_any_recurrent_node_equals_its_reconstruction(data):
         if lengths:
             feeds["lengths_f"] = np.array([4, 1, 5][:batch], np.float32)
         if state:
-            names = ("h", "c") if op == "LSTM" else ("h",)
-            feeds |= {name: rng.standard_normal((many, batch, hidden)).astype(np.float32) for name in names}
+            feeds |= states(op, many, batch, hidden, rng)
         for a, b in zip(run(factored, feeds), run(dense, feeds), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
@@ -107,7 +117,7 @@ def test_full_rank_keeps_the_outputs(op, form_name, rng):
     plan = Plan(layers=(LayerPlan(name="rnn", format=form_name, modes=modes, ranks=ranks),))
     factored = factorize(model, plan, decompose_graph(model, plan))
     feeds = {"x": rng.standard_normal((5, 2, 6)).astype(np.float32)}
-    feeds |= {name: rng.standard_normal((2, 2, 4)).astype(np.float32) for name in (("h", "c") if op == "LSTM" else ("h",))}
+    feeds |= states(op, 2, 2, 4, rng)
     if factored.layers[0].weight_error < 1e-5:  # cp stops where alternating least squares does
         for a, b in zip(run(factored.model, feeds), run(model, feeds), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
@@ -183,9 +193,7 @@ def test_the_identity_behind_a_ttm_is_made_by_the_graph_and_not_stored(op, direc
 @given(data=st.data())
 @cases(40, 300)
 def test_a_scan_equals_the_node_in_whose_place_it_stands(data):
-    op = data.draw(st.sampled_from(sorted(GATES)))
-    direction = data.draw(st.sampled_from(["forward", "reverse", "bidirectional"]))
-    many = 2 if direction == "bidirectional" else 1
+    op, direction, many = draw_node(data)
     hidden, steps = data.draw(st.integers(2, 5), "hidden"), data.draw(st.integers(1, 4), "steps")
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     options = {"linear_before_reset": data.draw(st.integers(0, 1))} if op == "GRU" else {}
@@ -204,8 +212,7 @@ def test_a_scan_equals_the_node_in_whose_place_it_stands(data):
     for batch in (1, 3):
         feeds = {"x": rng.standard_normal((steps, batch, 8)).astype(np.float32)}
         if state:
-            names = ("h", "c") if op == "LSTM" else ("h",)
-            feeds |= {name: rng.standard_normal((many, batch, hidden)).astype(np.float32) for name in names}
+            feeds |= states(op, many, batch, hidden, rng)
         for a, b in zip(run(factored.model, feeds), run(dense, feeds), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from tensorrail_exporter.errors import GraphError
+from tensorrail_runtime.model_files import opset_of
 from tensorrail_trainer.onnx_limits import why_not
 from tensorrail_trainer.onnx_node import Node, read_node, read_tensor
 from tensorrail_trainer.onnx_operators import OPERATORS
@@ -153,7 +154,7 @@ class _Call:
 
 def _read_nodes(model: onnx.ModelProto, tensors: dict[str, Tensor], trained: set[str]) -> list[Node]:
     """Return all nodes, checked; tensors of Constant nodes are added to those that are stored."""
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    opset = opset_of(model) or 1
     constants = {name: tensor for name, tensor in tensors.items() if name not in trained}
     made = {value.name for value in model.graph.input} | tensors.keys()
     used = {name for proto in model.graph.node for name in proto.input} | {value.name for value in model.graph.output}

@@ -32,7 +32,7 @@ def why_not(node: gs.Node) -> str | None:
     weight = node.inputs[1]
     if not isinstance(weight, gs.Constant):
         return f"its input weight {weight.name!r} is computed in the graph, not a constant"
-    directions, gates = _directions(node), len(_TORCH_FROM_ONNX[node.op])
+    directions, gates = len(scan.directions(node)), len(_TORCH_FROM_ONNX[node.op])
     if len(weight.shape) != 3 or weight.shape[0] != directions or weight.shape[1] % gates:
         return f"its input weight has shape {list(weight.shape)}, and {node.op} takes ({directions}, {gates} · hidden, inputs)"
     return None
@@ -49,9 +49,7 @@ def layer(node: gs.Node) -> LayerSpec:
 def weight(node: gs.Node) -> np.ndarray:
     """Return the weight (directions · gates · hidden, I), the gates in torch's order."""
     values = np.asarray(node.inputs[1].values)
-    order = _TORCH_FROM_ONNX[node.op]
-    gates = values.reshape(values.shape[0], len(order), -1, values.shape[2])[:, list(order)]
-    return np.asarray(gates.reshape(-1, values.shape[2]))
+    return scan.in_order(values, _TORCH_FROM_ONNX[node.op]).reshape(-1, values.shape[2])
 
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
@@ -135,13 +133,7 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
     return made
 
 
-def _directions(node: gs.Node) -> int:
-    return 2 if node.attrs.get("direction", "forward") in ("bidirectional", b"bidirectional") else 1
-
-
 def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
     """Return (directions, gates · hidden, p) in ONNX's gate order."""
-    order = np.argsort(_TORCH_FROM_ONNX[node.op])
-    directions = _directions(node)
-    gates = weight.reshape(directions, len(order), -1, weight.shape[1])[:, order]
-    return np.ascontiguousarray(gates.reshape(directions, -1, weight.shape[1]))
+    by_direction = weight.reshape(len(scan.directions(node)), -1, weight.shape[1])
+    return np.ascontiguousarray(scan.in_order(by_direction, np.argsort(_TORCH_FROM_ONNX[node.op])))

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.fold import folded, is_constant
 from tensorrail_exporter.rules.emit import Site
+from tensorrail_runtime.model_files import opset_of
 
 _OPSET = 9  # the first in which a Scan has no batch axis of its own
 _IR_VERSION = 4  # the first in which an initializer need not be an input, which a body's cannot be
@@ -29,15 +30,14 @@ _R, _B, _LENGTHS, _H, _C, _PEEPHOLES = range(2, 8)  # places among the node's in
 
 def holds_scan(model: onnx.ModelProto) -> bool:
     """Return whether a Scan can be written into a file of this opset and IR version."""
-    opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
-    return opset >= _OPSET and model.ir_version >= _IR_VERSION
+    return opset_of(model) >= _OPSET and model.ir_version >= _IR_VERSION
 
 
 def takes(node: gs.Node) -> bool:
     """Return whether the node is a plain one: time first, constant weights, no lengths, peepholes, clip or own activations."""
     attrs = node.attrs
     own = [_text(name) for name in attrs.get("activations", ())]
-    plain = set(attrs) <= _KNOWN and own in ([], _ACTIVATIONS[node.op] * len(_directions(node)))
+    plain = set(attrs) <= _KNOWN and own in ([], _ACTIVATIONS[node.op] * len(directions(node)))
     given = [place for place in range(len(node.inputs)) if not node.inputs[place].is_empty()]
     return (
         plain
@@ -51,6 +51,18 @@ def takes(node: gs.Node) -> bool:
     )
 
 
+def in_order(values: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return values (directions, gates · H, …) with the gates of each direction in this order."""
+    gates = values.reshape(len(values), len(order), -1, *values.shape[2:])[:, list(order)]
+    return np.asarray(gates.reshape(values.shape))
+
+
+def directions(node: gs.Node) -> tuple[str, ...]:
+    """Return the node's directions, one or two of `forward` and `reverse`."""
+    name = _text(node.attrs.get("direction", "forward"))
+    return ("forward", "reverse") if name == "bidirectional" else (name,)
+
+
 def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> None:
     """Run the node's recurrence on its gates' inputs (T, B, directions · gates · H), in torch's order.
 
@@ -58,9 +70,9 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
     """
     node = site.node
     writer = _Writer(site, layer, np.dtype(node.inputs[1].dtype))
-    directions, rows, hidden = _shapes(node)[_R]
+    count, rows, hidden = _shapes(node)[_R]
     recurrent = _values(site, _R, order, layer)
-    biases = np.zeros((directions, 2 * rows))
+    biases = np.zeros((count, 2 * rows))
     if len(node.inputs) > _B and not node.inputs[_B].is_empty():
         biases = _values(site, _B, [*order, *(len(order) + gate for gate in order)], layer)
     outer, inner = biases[:, :rows].copy(), biases[:, rows:].copy()
@@ -70,7 +82,7 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
     if outer.any():
         gates = writer.one("Add", [gates, writer.constant("bias", outer.reshape(-1))])
     found = []
-    for k, (name, part) in enumerate(zip(_directions(node), writer.split(gates, [rows] * directions, axis=2), strict=True)):
+    for k, (name, part) in enumerate(zip(directions(node), writer.split(gates, [rows] * count, axis=2), strict=True)):
         states = [writer.state(place, k, gates, hidden) for place in ((_H, _C) if node.op == "LSTM" else (_H,))]
         found.append(_scan(writer, node, part, states, recurrent[k].T, inner[k], backwards=name == "reverse"))
     outputs = list(node.outputs)
@@ -202,8 +214,8 @@ class _Writer:
 
 def _shapes(node: gs.Node) -> dict[int, tuple[int, ...]]:
     """Return the shapes that R and B have beside the node's input weight (directions, gates · H, I)."""
-    directions, rows, _ = node.inputs[1].shape
-    return {_R: (directions, rows, rows // _GATES[node.op]), _B: (directions, 2 * rows)}
+    count, rows, _ = node.inputs[1].shape
+    return {_R: (count, rows, rows // _GATES[node.op]), _B: (count, 2 * rows)}
 
 
 def _is(tensor: gs.Tensor, shape: tuple[int, ...]) -> bool:
@@ -221,14 +233,7 @@ def _values(site: Site, place: int, order: Sequence[int], layer: str) -> np.ndar
     if made is None or tuple(made.shape) != shape:
         found = "computed in the graph" if made is None else f"of shape {list(made.shape)}"
         raise GraphError(f"layer {layer}: {tensor.name!r} is {found}: expected a constant of shape {list(shape)}")
-    values = np.asarray(made.values)
-    gates = values.reshape(len(values), len(order), -1, *values.shape[2:])[:, list(order)]
-    return np.asarray(gates.reshape(values.shape))
-
-
-def _directions(node: gs.Node) -> tuple[str, ...]:
-    name = _text(node.attrs.get("direction", "forward"))
-    return ("forward", "reverse") if name == "bidirectional" else (name,)
+    return in_order(np.asarray(made.values), order)
 
 
 def _text(value: object) -> str:
