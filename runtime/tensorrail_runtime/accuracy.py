@@ -190,14 +190,14 @@ def _first_input(path: Path | str, session: ort.InferenceSession) -> str:
 def imported(name: str, what: str, expected: str = "module:function") -> Callable[..., Any]:
     """Return the function of `module:function`, looked for in the current folder too; `ModelError` when there is none."""
     module, _, function = name.partition(":")
-    if not function:
+    if not module or not function:
         raise ModelError(f"unknown {what} {name!r}: expected {expected}")
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does
         sys.path.insert(0, here)
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{what} {name!r} cannot be imported ({error})") from None
     if not callable(found):
         raise ModelError(f"{what} {name!r} is not a function")
@@ -210,5 +210,5 @@ def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
             f"top{count} scores an output of shape (samples, {count} or more classes) against integer labels, and shape "
             f"{scores.shape} and {labels.dtype} labels came"
         )
-    best = scores.argmax(1)[:, None] if count == 1 else np.argpartition(-scores, count - 1, axis=1)[:, :count]
+    best = scores.argmax(1)[:, None] if count == 1 else np.argpartition(scores, -count, axis=1)[:, -count:]
     return np.asarray((best == labels[:, None]).any(1))

@@ -1,9 +1,8 @@
 """What a graph costs on paper: parameters, MACs, FLOPs, bytes moved and kernels, from its shapes. FLOPs = 2 × MACs.
 
-Only products are counted: Conv, ConvTranspose, Gemm, MatMul, their quantized forms, and those of LSTM, GRU, RNN and the body of
-a Scan at every time step. Element-wise, pooling, normalising and data-moving operators have no MACs in this convention; any
-operator that is neither is listed in `uncounted`, never taken for zero in silence: If and Loop among them, whose bodies run an
-unknown number of times.
+Only products are counted: Conv, ConvTranspose, Einsum, Gemm, MatMul, their quantized forms, and those of LSTM, GRU, RNN and the
+body of a Scan at every time step. Any operator that `operators` knows neither to multiply nor not to is listed in `uncounted`,
+never taken for zero in silence: If and Loop among them, whose bodies run an unknown number of times.
 """
 
 from __future__ import annotations
@@ -16,97 +15,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.model_files import bytes_of, descendants, opset_of
+from tensorrail_runtime.operators import DOMAINS, MACS, NO_MACS, operands_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
-
-_NO_MACS = frozenset(
-    {
-        "Abs",
-        "Add",
-        "And",
-        "ArgMax",
-        "ArgMin",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "CastLike",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Cos",
-        "DequantizeLinear",
-        "Div",
-        "Dropout",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "EyeLike",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "Gelu",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "Greater",
-        "GroupNormalization",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Less",
-        "Log",
-        "LogSoftmax",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pad",
-        "Pow",
-        "PRelu",
-        "QuantizeLinear",
-        "Range",
-        "Reciprocal",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "RMSNormalization",
-        "Round",
-        "Selu",
-        "Shape",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tanh",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    }
-)
-
 
 _SCAN_OPSET = 9  # before it a Scan has a batch axis of its own
 
@@ -159,7 +72,8 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     """
     path = Path(path)
     try:
-        model = onnx.load(path)
+        model = _loaded(path)
+        samples = _samples(model, batch, shapes or {})
         bound = bind_shapes(model, batch, shapes or {})
         inferred = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
     except ModelError:
@@ -169,17 +83,26 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
     known = _shapes(inferred.graph)
-    asked = [node for node in inferred.graph.node if node.op_type in _MACS or node.op_type == "Scan"]
+    asked = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
     if any(name and name not in known for node in asked for name in node.input):
         seen = _seen_shapes(bound, batch, shapes)
         inferred = _with_shapes(inferred, seen)
         known = _shapes(inferred.graph) | seen
     try:
-        return _counted(inferred, known, path, batch)
+        return _counted(inferred, known, path, samples)
+    except ModelError:
+        raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path}: holds a node that is none of ONNX's: its inputs, outputs or weights do not fit ({error})"
         ) from None
+
+
+def _loaded(path: Path) -> onnx.ModelProto:
+    model = onnx.load(path)
+    if not model.graph.node:
+        raise ModelError(f"{path}: holds no node: expected an ONNX model")
+    return model
 
 
 def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path: Path, batch: int) -> GraphCost:
@@ -191,12 +114,14 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
     scopes = [_Scope.of(inferred.graph, known)]
     for scope in scopes:
         for node in scope.graph.node:
-            if node.op_type in _MACS:
+            if node.domain not in DOMAINS:
+                uncounted.add(f"{node.domain}:{node.op_type}")
+            elif node.op_type in MACS:
                 layers.append(_node(node, scope, path))
             elif node.op_type == "Scan" and (body := _body(node, scope, opset)) is not None:
                 scopes.append(body)  # and counted in its turn
                 continue
-            elif node.op_type not in _NO_MACS:
+            elif node.op_type not in NO_MACS:
                 uncounted.add(node.op_type)
             if node.op_type not in _NO_KERNEL:
                 kernels += scope.times
@@ -273,56 +198,27 @@ def _body(node: onnx.NodeProto, scope: _Scope, opset: int) -> _Scope | None:
         return None
     graph = attributes["body"].g
     body = _Scope.of(graph, _shapes(graph), scope, scanned[axis])
-    products = [inner for inner in graph.node if inner.op_type in _MACS]
-    return body if all(name in body.shapes for inner in products for name in _needed(inner)) else None
-
-
-def _needed(node: onnx.NodeProto) -> list[str]:
-    """Return the tensors whose shapes say how much a product multiplies."""
-    operands = [node.input[index] for index in _OPERANDS.get(node.op_type, (0, 1))]
-    return [*operands, *node.output[:1]] if node.output[0] else operands
+    products = [inner for inner in graph.node if inner.domain in DOMAINS and inner.op_type in MACS]
+    needed = (name for inner in products for name in (*operands_of(inner), inner.output[0]) if name)
+    return body if all(name in body.shapes for name in needed) else None
 
 
 def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
-    needed, shapes = _needed(node), scope.shapes
-    for name in needed:
-        if name not in shapes:
+    operands, shapes = operands_of(node), scope.shapes
+    for name in (*operands, node.output[0]):
+        if name and name not in shapes:
             raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
-    a, b, *rest = (shapes[name] for name in needed)
-    operands = needed[:2]
+    sizes, out = [shapes[name] for name in operands], shapes.get(node.output[0], ())
     stored = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
     return NodeCost(
         name=node.name,
         op=node.op_type,
         weight=next((name for name in operands if name in stored), ""),
-        input=a,
-        output=rest[0] if rest else (),
+        input=sizes[0],
+        output=out,
         params=sum(math.prod(stored[name].dims) for name in _weights(node, operands) if name in stored),
-        macs=scope.times * _MACS[node.op_type](node, a, b, rest[0] if rest else ()),
+        macs=scope.times * MACS[node.op_type](node, sizes, out),
     )
-
-
-def _conv(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> int:
-    return math.prod(out) * math.prod(b[1:])  # weight (O, I / group, *K)
-
-
-def _conv_transpose(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> int:
-    return math.prod(a) * math.prod(b[1:])  # weight (I, O / group, *K), every input value meets it once
-
-
-def _gemm(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> int:
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return math.prod(out) * a[0 if transposed else 1]
-
-
-def _matmul(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> int:
-    return math.prod(out) * a[-1]
-
-
-def _recurrent(node: onnx.NodeProto, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> int:
-    directions, rows, inputs = b  # X (T, B, I), W (directions, gates · H, I), R (directions, gates · H, H)
-    hidden = rows // {"LSTM": 4, "GRU": 3, "RNN": 1}[node.op_type]
-    return a[0] * a[1] * directions * rows * (inputs + hidden)
 
 
 def _weights(node: onnx.NodeProto, operands: list[str]) -> list[str]:
@@ -335,21 +231,15 @@ def _itemsize(value: onnx.ValueInfoProto) -> int:
     return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize) if kind else 4
 
 
-_OPERANDS = {"QLinearConv": (0, 3), "QLinearMatMul": (0, 3)}  # the two factors, where they are not the first two inputs
-
-_MACS = {
-    "Conv": _conv,
-    "ConvInteger": _conv,
-    "ConvTranspose": _conv_transpose,
-    "Gemm": _gemm,
-    "GRU": _recurrent,
-    "LSTM": _recurrent,
-    "MatMul": _matmul,
-    "MatMulInteger": _matmul,
-    "QLinearConv": _conv,
-    "QLinearMatMul": _matmul,
-    "RNN": _recurrent,
-}
+def _samples(model: onnx.ModelProto, batch: int, shapes: Shapes) -> int:
+    """Return the samples of a run, as `inputs.batch_of` tells them."""
+    names = {tensor.name for tensor in model.graph.initializer}
+    free = [value for value in model.graph.input if value.name not in names]
+    axes = [
+        [a.dim_value if a.HasField("dim_value") and a.dim_value >= 0 else None for a in v.type.tensor_type.shape.dim]
+        for v in free
+    ]
+    return batch_of(axes, batch, [shapes.get(value.name) for value in free])
 
 
 def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
@@ -373,7 +263,8 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
             elif value.name in shapes and axis.dim_value != size:
                 raise ModelError(f"input {value.name!r} has an axis of {axis.dim_value}, and the shape {list(wanted)} came")
     for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
     return model
 
 

@@ -11,6 +11,8 @@ from xml.etree import ElementTree as ET
 
 from tensorrail_runtime.regress import Verdict
 
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
 
 def junit(verdict: Verdict) -> str:
     """Return one test suite with a test case a finding."""
@@ -27,6 +29,9 @@ def junit(verdict: Verdict) -> str:
             ET.SubElement(case, "failure", message=text).text = text
     root = ET.Element("testsuites")
     root.append(suite)
+    for element in root.iter():  # XML has no way to write control characters
+        element.attrib.update({key: _NOT_XML.sub("\ufffd", value) for key, value in element.attrib.items()})
+        element.text = _NOT_XML.sub("\ufffd", element.text) if element.text else element.text
     ET.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 

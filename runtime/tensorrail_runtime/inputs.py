@@ -61,6 +61,29 @@ def random_inputs(
     return feed
 
 
+def batch_of(inputs: Sequence[Sequence[object]], batch: int = 1, shapes: Sequence[Sequence[int] | None] = ()) -> int:
+    """Return how many samples a run holds when the dynamic axes of the inputs are `batch`, or where given of `shapes`.
+
+    An axis that is no number is dynamic. The batch is the first axis of the first input that has one, or the second where
+    time comes first: that is, where only the second is dynamic. Raises `ModelError` for a batch above 1 that no axis takes.
+    """
+    given = [*shapes, *[None] * (len(inputs) - len(shapes))]
+    free = any(
+        wanted is None and not isinstance(size, int) for axes, wanted in zip(inputs, given, strict=True) for size in axes
+    )
+    axes, wanted = next(((axes, wanted) for axes, wanted in zip(inputs, given, strict=True) if axes), ((), None))
+    if wanted is None and any(not isinstance(size, int) for size in axes[:2]):
+        return batch
+    sizes = [size for size in (axes if wanted is None else wanted)[:2] if isinstance(size, int)]
+    own = sizes[0] if sizes else 1
+    if free or batch in (1, own):
+        return own
+    if wanted is not None and batch in sizes:
+        return batch
+    said = "--shape" if wanted is not None else "the model"
+    raise ModelError(f"batch {batch} came, and {said} has batches of {own}: no axis is left that could be {batch}")
+
+
 def _shape(entry: ort.NodeArg, batch: int, wanted: Sequence[int] | None) -> list[int]:
     own = [size if isinstance(size, int) else batch for size in entry.shape]
     if wanted is None:
@@ -77,7 +100,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition("=")
         parts = [part.strip() for part in sizes.replace("x", ",").split(",")]
-        if not name or not all(part.isdigit() and int(part) > 0 for part in parts):
+        if not name or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
             raise ModelError(f"a shape is written as name=1,3,224,224, and {text!r} came")
         shapes[name] = tuple(int(part) for part in parts)
     return shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.machine import Machine, machine
 from tensorrail_runtime.process import fresh
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError, Settings, open_session, run
 
 _MIN_ROUNDS = 20
+_MIN_CYCLES = 6  # the fewest values whose smallest and largest hold the median in 95 % of cases
+_FEW = 40  # cycles, below which blocks of them are too few to be drawn from
 _RESAMPLES = 2000
 _BURST = 4
 _BURST_ROUNDS = 5
@@ -73,7 +76,10 @@ class Ratio(Record):
 
 
 class LatencyReport(Record):
-    """One interleaved run. `transfers` says whether inputs and outputs were copied between host and device in the times."""
+    """One interleaved run; `batch` are the samples of each run.
+
+    `transfers` says whether inputs and outputs were copied between host and device in the times.
+    """
 
     batch: int
     provider: str
@@ -102,7 +108,7 @@ def bench(
     labels: Sequence[str] | None = None,
     on_round: Callable[[float], None] = lambda _: None,
 ) -> LatencyReport:
-    """Time the models in turns, A B A B, for about `seconds`, at least 20 rounds after `warmup` seconds of the same.
+    """Time the models in turns, A B A B, for about `seconds`, at least 20 rounds and 6 cycles of them after `warmup` seconds.
 
     Each round begins one model later, so that every model comes as often after itself, and after each other, as every other
     model does: what a model finds in the caches is shared out evenly. With `io_binding`
@@ -114,17 +120,21 @@ def bench(
     settings = replace(settings or Settings(provider=provider, threads=threads), linger=False)
     if settings.cuda_graph and not io_binding:
         raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
-    runners, loads = [], []
+    runners, loads, samples = [], [], []
     for path in paths:
-        run_once, load = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
+        run_once, load, held = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
         runners.append(run_once)
         loads.append(load)
-    turns(runners, warmup, 3, lambda _: None)
-    times = turns(runners, seconds, _MIN_ROUNDS, on_round)
+        samples.append(held)
     names = list(labels) if labels else _distinct(paths)
-    latencies = tuple(Latency.of(*one) for one in zip(names, times, [batch] * len(names), loads, strict=True))
+    if len(set(samples)) > 1:
+        found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
+        raise ModelError(f"the models take batches of different sizes ({found}): their times cannot be compared")
+    turns(runners, warmup, 3, lambda _: None)
+    times = turns(runners, seconds, max(_MIN_ROUNDS, _MIN_CYCLES * len(runners)), on_round)
+    latencies = tuple(Latency.of(*one) for one in zip(names, times, samples, loads, strict=True))
     return LatencyReport(
-        batch=batch,
+        batch=samples[0],
         provider=settings.provider,
         threads=settings.threads,
         rounds=len(times[0]),
@@ -178,7 +188,7 @@ def bench_fresh(
         Latency.of(
             same[0].model,
             [sample for one in same for sample in one.samples],
-            batch,
+            runs[0].batch,
             float(np.median([one.load_ms for one in same])),
         )
         for same in zip(*(run.latencies for run in runs), strict=True)
@@ -235,8 +245,8 @@ def runner(
     batch: int = 1,
     shapes: Shapes | None = None,
     seed: int = 0,
-) -> tuple[Callable[[], object], float]:
-    """Return a function that runs a model once on random inputs, and the milliseconds that opening it took.
+) -> tuple[Callable[[], object], float, int]:
+    """Return a function that runs a model once on random inputs, the milliseconds that opening took, and the samples of a run.
 
     `ModelError` in one line for inputs that do not fit.
     """
@@ -244,10 +254,12 @@ def runner(
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)
     feed = random_inputs(session, batch, seed, shapes)
+    entries = session.get_inputs()
+    samples = batch_of([entry.shape for entry in entries], batch, [(shapes or {}).get(entry.name) for entry in entries])
     # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
     # would capture that run, which is made beside it.
     example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
-    return (bound(session, feed, example, settings) if io_binding else plain(session, feed)), load
+    return (bound(session, feed, example, settings) if io_binding else plain(session, feed)), load, samples
 
 
 def turns(
@@ -305,20 +317,44 @@ def ratio(reference: Latency, other: Latency, seed: int = 0, cycle: int = 1) -> 
 
     `cycle` rounds are added up before they are divided: of single rounds, those where a model has just run and finds its
     weights in the caches differ from the others by more than what is asked for, and the median would lie between the two.
-    Neighbouring cycles share what the machine does beside, so blocks of them are resampled, not single ones.
+    Neighbouring cycles share what the machine does beside, so blocks of them are resampled, not single ones. Of fewer than 40
+    cycles the interval is the exact one between two of the sorted ratios, which needs six.
     """
     paired = _paired(reference, other, cycle)
-    count = len(paired)
+    count, value = len(paired), float(np.median(paired))
+    if count < _FEW:
+        low, high = _order_interval(paired)
+        return Ratio(model=other.model, reference=reference.model, value=value, low=low, high=high)
     block = max(1, int(np.sqrt(count)))
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, count - block + 1, (_RESAMPLES, -(-count // block)))
     picks = (starts[:, :, None] + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
     low, high = np.percentile(np.median(paired[picks], axis=1), [2.5, 97.5])
-    return Ratio(model=other.model, reference=reference.model, value=float(np.median(paired)), low=float(low), high=float(high))
+    return Ratio(model=other.model, reference=reference.model, value=value, low=float(low), high=float(high))
+
+
+def _order_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the narrowest interval between the k-th smallest and k-th largest value that holds the median in 95 % of cases.
+
+    As many of n values lie below the median as heads fall in n throws, so k is the binomial's.
+    """
+    ranked, count = np.sort(values), len(values)
+    beyond, rank = 0.0, 0
+    while beyond + math.comb(count, rank) / 2**count <= 0.025:
+        beyond += math.comb(count, rank) / 2**count
+        rank += 1
+    first = max(0, rank - 1)
+    return float(ranked[first]), float(ranked[-1 - first])
+
+
+def cycles(samples: Sequence[float], cycle: int) -> np.ndarray:
+    """Return the sums of every `cycle` samples, what is left over at the end left out."""
+    times = np.asarray(samples, np.float64)
+    return np.asarray(times[: len(times) // cycle * cycle].reshape(-1, cycle).sum(1))
 
 
 def _paired(reference: Latency, other: Latency, cycle: int) -> np.ndarray:
-    sums = [np.array(one.samples).reshape(-1, cycle).sum(1) for one in (reference, other)]
+    sums = [cycles(one.samples, cycle) for one in (reference, other)]
     return np.asarray(sums[0] / sums[1])
 
 

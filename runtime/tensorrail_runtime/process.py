@@ -20,8 +20,11 @@ _START = (
 
 
 def fresh(function: str, request: object) -> str:
-    """Return what `module:function` of this package returns for a JSON value; its `ModelError` is raised here."""
-    command = [sys.executable, "-c", _START, function]
+    """Return what `module:function` of this package returns for a JSON value; its `ModelError` is raised here.
+
+    Nothing is imported from the current folder, which may hold a stranger's files.
+    """
+    command = [sys.executable, "-P", "-c", _START, function]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)  # noqa: S603 - ours
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -33,7 +33,7 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
 
         try:
             if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":
-                taken = ("settings", "batch", "effort", "data")
+                taken = ("settings", "batch", "shapes", "effort", "data")
                 regress.record(model, baseline, **{name: value for name, value in options.items() if name in taken})
                 return None
             verdict = regress.check(baseline, model, **options)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+_STREAM = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
 class Record(BaseModel):
@@ -20,8 +23,16 @@ class Record(BaseModel):
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that no half-written file is ever seen under `path`."""
+    """Write a file under a temporary name and rename it, so that no half-written file is ever seen under `path`.
+
+    A pipe or a device, such as /dev/stdout, gets the bytes themselves.
+    """
     path = Path(path)
+    if _STREAM.fullmatch(str(path)) or (path.exists() and not path.is_file() and not path.is_dir()):
+        with path.open("ab") as stream:  # a pipe or a device is written to: a file in its place would take it away
+            stream.write(data)
+        return
+    path = path.resolve()  # a link stays one
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:

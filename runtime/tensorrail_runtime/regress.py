@@ -13,9 +13,8 @@ the difference, so it favours neither answer. `benchmarks/gate.py` measures how 
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,19 +22,18 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from tensorrail_runtime.accuracy import evaluate
-from tensorrail_runtime.cost import cost
-from tensorrail_runtime.inputs import random_inputs
-from tensorrail_runtime.latency import LatencyReport, bench
+from tensorrail_runtime.facts import Data, Facts, Finding, Limits, facts_of, held, sha256_of_data
+from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.latency import LatencyReport, bench, cycles
 from tensorrail_runtime.machine import Machine, machine
 from tensorrail_runtime.model_files import sha256_of
-from tensorrail_runtime.placement import placement
 from tensorrail_runtime.process import fresh
 from tensorrail_runtime.records import Record, first_problem
-from tensorrail_runtime.session import ModelError, Settings, open_session, require_tensors, run
+from tensorrail_runtime.session import ModelError, Settings
+
+__all__ = ["Baseline", "Data", "Effort", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
 
 _BLOCKS = 8  # medians taken of each process
-_KEPT = 1024  # output values kept for parity
 _ALPHA = 0.01
 _RESAMPLES = 2000
 _PRECISION = 10  # the slow-down to be found, over the standard error that is good enough
@@ -46,29 +44,15 @@ Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
 """Milliseconds of one process."""
 
 
-class Facts(Record):
-    """What does not vary between runs of one model. `outputs` are its first values on random inputs of seed 0."""
-
-    sha256: str  # of its files, external data included
-    flops: int
-    params: int
-    bytes: int
-    nodes: int
-    placement: dict[str, int]  # nodes by provider, as ONNX Runtime ran them
-    outputs: dict[str, tuple[float, ...]]
-    score: float | None = None  # mean of the metric, where data came
-    metric: str = ""
-    data: str = ""  # the SHA-256 of the data that were scored
-
-
 class Baseline(Record):
     """A model's facts and times, to hold later ones against."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: str  # relative to the baseline's own folder
     provider: str
-    threads: int
-    batch: int
+    threads: int = Field(ge=0)
+    batch: int = Field(ge=1)
+    shapes: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]  # of inputs, as asked for
     machine: Machine
     facts: Facts
     processes: Annotated[tuple[Times, ...], Field(min_length=1)]
@@ -82,10 +66,23 @@ class Baseline(Record):
             raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected a baseline") from None
         except (ValidationError, UnicodeDecodeError) as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else "not a text file"
+            if isinstance(error, ValidationError) and error.errors()[0]["loc"] == ("version",):
+                problem += ": recorded by another version of tensorrail, record it anew"
             raise ModelError(f"{path}: not a baseline: {problem}") from None
 
-    def require(self, *, provider: str | None = None, threads: int | None = None, batch: int | None = None) -> None:
+    def require(
+        self,
+        *,
+        provider: str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+        shapes: Shapes | None = None,
+    ) -> None:
         """Raise `ModelError` where something else is asked for than was recorded, which is what a model is measured with."""
+        if shapes and {name: tuple(shape) for name, shape in shapes.items()} != self.shapes:
+            raise ModelError(
+                f"the baseline of {self.model} was recorded with other shapes, {_shown(self.shapes)}: leave --shape out"
+            )
         for name, asked in (("provider", provider), ("threads", threads), ("batch", batch)):
             own = getattr(self, name)
             if asked not in (None, own):
@@ -104,30 +101,8 @@ class Baseline(Record):
             raise ModelError(f"{what} holds no score to compare with: record it with --data, or leave --data out here")
         elif data[2] != facts.metric:
             raise ModelError(f"{what} holds a score by {facts.metric}, and {data[2]} came: give --metric {facts.metric}")
-        elif facts.data and facts.data != _sha256_of(data):
+        elif facts.data and facts.data != sha256_of_data(data):
             raise ModelError(f"{what} holds a score on other data than came: give the same, or record the baseline anew")
-
-
-class Limits(Record):
-    """What a model is held to. `max_slowdown` is the slow-down to be found: an alarm is raised from half of it on."""
-
-    max_slowdown: float = Field(default=0.05, gt=0)
-    flops: float = Field(default=0.0, ge=0)  # how much more is allowed, as a share
-    params: float = Field(default=0.0, ge=0)
-    bytes: float = Field(default=0.01, ge=0)  # names and metadata move a few
-    nodes: float = Field(default=0.0, ge=0)
-    score: float = Field(default=0.005, ge=0)  # how much lower the metric's mean may be
-    tolerance: float | None = 1e-3  # relative L2 difference of the outputs; None for a model that was trained again
-
-
-class Finding(Record):
-    """One thing that was held to a limit."""
-
-    name: str
-    baseline: str
-    measured: str
-    limit: str
-    holds: bool
 
 
 class Verdict(Record):
@@ -163,29 +138,27 @@ class Effort(Record):
     seconds: float = Field(default=1.0, gt=0)
 
 
-Data = tuple[Mapping[str, np.ndarray], np.ndarray, str]
-"""Input arrays, labels and the metric."""
-
-
 def record(
     path: Path | str,
     out: Path | str,
     *,
     settings: Settings | None = None,
     batch: int = 1,
+    shapes: Shapes | None = None,
     effort: Effort | None = None,
     data: Data | None = None,
     on_process: Callable[[float], None] = lambda _: None,
 ) -> Baseline:
-    """Measure a model and write its baseline to `out`."""
-    settings = settings or Settings()
-    facts = facts_of(path, settings, batch, data)
-    runs = _measure([path], settings, batch, effort or Effort(), on_process)
+    """Measure a model and write its baseline to `out`; `shapes` are of inputs whose dynamic axes are not all the batch."""
+    settings, shapes = settings or Settings(), shapes or {}
+    facts = facts_of(path, settings, batch, data, shapes)
+    runs = _measure([path], settings, batch, shapes, effort or Effort(), on_process)
     baseline = Baseline(
         model=Path(os.path.relpath(path, Path(out).parent)).as_posix(),
         provider=settings.provider,
         threads=settings.threads,
-        batch=batch,
+        batch=runs[0].batch,
+        shapes={name: tuple(shape) for name, shape in shapes.items()},
         machine=runs[0].machine,
         facts=facts,
         processes=tuple(report.latencies[0].samples for report in runs),
@@ -202,14 +175,15 @@ def check(
     effort: Effort | None = None,
     settings: Settings | None = None,
     batch: int | None = None,
+    shapes: Shapes | None = None,
     data: Data | None = None,
     on_process: Callable[[float], None] = lambda _: None,
 ) -> Verdict:
     """Hold a model against a baseline file, or against another model on the spot (`reference` ends in .onnx).
 
-    With a baseline, provider, threads and batch are the recorded ones; a batch is 1 otherwise. Raises `ModelError` for files
-    that are neither, for another provider, thread count or batch than the recorded one, and for a score that only one side
-    has or that is of another metric or other data.
+    With a baseline, provider, threads, batch and shapes are the recorded ones; a batch is 1 otherwise. Raises `ModelError` for
+    files that are neither, for another provider, thread count, batch or shape than the recorded one, and for a score that
+    only one side has or that is of another metric or other data.
     """
     limits, effort = limits or Limits(), effort or Effort()
     other: Path | None = None
@@ -218,17 +192,18 @@ def check(
         recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
         if settings is not None:
             recorded.require(provider=settings.provider, threads=settings.threads)
-        recorded.require(batch=batch)
+        recorded.require(batch=batch, shapes=shapes)
         recorded.require_data(data)
-        settings, batch = Settings(provider=recorded.provider, threads=recorded.threads), recorded.batch
+        settings = Settings(provider=recorded.provider, threads=recorded.threads)
+        batch, shapes = recorded.batch, recorded.shapes
         other = None if isinstance(reference, Baseline) else _at_hand(recorded, Path(reference))
         before = recorded.facts
     else:
         settings, batch, other = settings or Settings(), batch or 1, Path(reference)
-        before = facts_of(other, settings, batch, data)
-    after = facts_of(path, settings, batch, data)
+        before = facts_of(other, settings, batch, data, shapes)
+    after = facts_of(path, settings, batch, data, shapes)
     paths = [path] if other is None else [other, path]
-    runs = _measure(paths, settings, batch, effort, on_process, limits.max_slowdown / _PRECISION)
+    runs = _measure(paths, settings, batch, shapes or {}, effort, on_process, limits.max_slowdown / _PRECISION)
     new = [run.latencies[-1].samples for run in runs]
     if other is not None:
         old: Sequence[Sequence[float]] = [run.latencies[0].samples for run in runs]
@@ -252,7 +227,7 @@ def check(
         p_value=p,
         p50_ms=float(np.median(np.concatenate(new))),
         baseline_p50_ms=float(np.median(np.concatenate(old))),
-        findings=(slower, *_hard(before, after, limits)),
+        findings=(slower, *held(before, after, limits, settings.provider)),
         machine=machine(),
     )
 
@@ -263,13 +238,15 @@ def compare_times(
     """Return the slow-down of `new` over `old` as a share, its 95 % interval, and the one-sided p-value of none.
 
     One list of times a process. `paired` processes ran both in turns: there each process's ratio is its own estimate, and
-    its blocks are divided by its old median, so that what is common to both falls out.
+    its blocks are divided by its old median, so that what is common to both falls out; and a cycle of two rounds is one time,
+    since a model runs after itself in one of them and after the other in the next.
     """
     from scipy import stats
 
-    medians = [np.array([np.median(times) for times in side]) for side in (old, new)]
-    unit = medians[0] if paired else np.full(max(map(len, (old, new))), np.median(medians[0]))
-    blocks = [np.concatenate([_blocks(times) / unit[k] for k, times in enumerate(side)]) for side in (old, new)]
+    sides = [[cycles(times, 2 if paired else 1) for times in side] for side in (old, new)]
+    medians = [np.array([np.median(times) for times in side]) for side in sides]
+    unit = medians[0] if paired else np.full(max(map(len, sides)), np.median(medians[0]))
+    blocks = [np.concatenate([_blocks(times) / unit[k] for k, times in enumerate(side)]) for side in sides]
     p = float(stats.mannwhitneyu(blocks[1], blocks[0], alternative="greater").pvalue)
     rng = np.random.default_rng(0)
     if paired:
@@ -284,40 +261,11 @@ def compare_times(
     return value, float(low), float(high), p
 
 
-def facts_of(path: Path | str, settings: Settings, batch: int, data: Data | None = None) -> Facts:
-    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are no tensors or not finite."""
-    found = cost(path, batch)
-    session = open_session(path, settings=settings)
-    require_tensors(path, session)
-    outputs = {}
-    for name, values in run(session, random_inputs(session, batch)).items():
-        kept = np.asarray(values).ravel()[:_KEPT].astype(np.float64)
-        if not np.isfinite(kept).all():
-            raise ModelError(f"{path}: output {name!r} holds NaN or infinite values")
-        outputs[name] = tuple(kept.tolist())
-    placed = placement(path, settings=settings, batch=batch)
-    score = None
-    if data is not None:
-        score = evaluate(path, data[0], data[1], metric=data[2], settings=settings).mean
-    return Facts(
-        sha256=sha256_of(Path(path)),
-        flops=found.flops,
-        params=found.params,
-        bytes=found.bytes,
-        nodes=found.nodes,
-        placement=placed.providers,
-        outputs=outputs,
-        score=score,
-        metric=data[2] if data is not None else "",
-        data=_sha256_of(data) if data is not None else "",
-    )
-
-
 def time_here(request: dict[str, object]) -> str:
     """Time the models of a request in this process, in turns, and return the report as JSON."""
     settings = Settings(**request["settings"])  # type: ignore[arg-type] # made by `asdict` in `_measure`
-    paths, batch, seconds = request["paths"], request["batch"], request["seconds"]
-    report = bench(paths, settings=settings, batch=batch, seconds=seconds, warmup=0.1)  # type: ignore[arg-type]
+    paths, batch, shapes, seconds = (request[name] for name in ("paths", "batch", "shapes", "seconds"))
+    report = bench(paths, settings=settings, batch=batch, shapes=shapes, seconds=seconds, warmup=0.1)  # type: ignore[arg-type]
     return report.model_dump_json()
 
 
@@ -325,6 +273,7 @@ def _measure(
     paths: Sequence[Path | str],
     settings: Settings,
     batch: int,
+    shapes: Shapes,
     effort: Effort,
     on_process: Callable[[float], None],
     precision: float | None = None,
@@ -339,7 +288,13 @@ def _measure(
         number = len(reports)
         # every second process loads the other one first: the first model loaded has the better place in memory
         order = list(paths) if number % 2 == 0 else list(reversed(paths))
-        request = {"paths": [str(p) for p in order], "settings": asdict(settings), "batch": batch, "seconds": effort.seconds}
+        request = {
+            "paths": [str(p) for p in order],
+            "settings": asdict(settings),
+            "batch": batch,
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "seconds": effort.seconds,
+        }
         report = LatencyReport.model_validate_json(fresh("tensorrail_runtime.regress:time_here", request))
         reports.append(report.model_copy(update={"latencies": report.latencies[:: 1 if order == list(paths) else -1]}))
         on_process(min(1.0, len(reports) / effort.processes))
@@ -348,14 +303,15 @@ def _measure(
 
 def _standard_error(reports: Sequence[LatencyReport]) -> float:
     """Return the standard error of the median over processes, of the models' ratio or of the one model's relative time."""
-    times = np.array([[np.median(latency.samples) for latency in report.latencies] for report in reports])
+    models = len(reports[0].latencies)
+    times = np.array([[np.median(cycles(latency.samples, models)) for latency in report.latencies] for report in reports])
     values = times[:, -1] / (times[:, 0] if times.shape[1] > 1 else np.median(times))
     deviation = 1.4826 * np.median(np.abs(values - np.median(values)))  # of a normal distribution with that median deviation
     return float(1.2533 * deviation / np.sqrt(len(values)))
 
 
-def _blocks(times: Sequence[float]) -> np.ndarray:
-    return np.array([np.median(block) for block in np.array_split(np.asarray(times), _BLOCKS)])
+def _blocks(times: np.ndarray) -> np.ndarray:
+    return np.array([np.median(block) for block in np.array_split(times, _BLOCKS)])
 
 
 def _at_hand(baseline: Baseline, file: Path) -> Path | None:
@@ -367,55 +323,5 @@ def _at_hand(baseline: Baseline, file: Path) -> Path | None:
         return None
 
 
-def _sha256_of(data: Data) -> str:
-    found = hashlib.sha256()
-    for name, array in [*sorted(data[0].items()), ("labels", data[1])]:
-        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
-
-
-def _hard(before: Facts, after: Facts, limits: Limits) -> list[Finding]:
-    findings = []
-    for name, share in (("flops", limits.flops), ("params", limits.params), ("bytes", limits.bytes), ("nodes", limits.nodes)):
-        old, new = getattr(before, name), getattr(after, name)
-        findings.append(
-            Finding(name=name, baseline=f"{old:,}", measured=f"{new:,}", limit=f"{share:+.1%}", holds=new <= old * (1 + share))
-        )
-    moved = {name: count for name, count in after.placement.items() if name not in before.placement}
-    findings.append(
-        Finding(
-            name="placement",
-            baseline=_counts(before.placement),
-            measured=_counts(after.placement),
-            limit="no other provider",
-            holds=not moved,
-        )
-    )
-    if limits.tolerance is not None:
-        findings.append(_same_outputs(before, after, limits.tolerance))
-    if before.score is not None and after.score is not None:
-        findings.append(
-            Finding(
-                name=f"accuracy ({after.metric})",
-                baseline=f"{before.score:.4f}",
-                measured=f"{after.score:.4f}",
-                limit=f"−{limits.score:g}",
-                holds=after.score >= before.score - limits.score,
-            )
-        )
-    return findings
-
-
-def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
-    measured, holds = "other outputs", False
-    if {n: len(v) for n, v in before.outputs.items()} == {n: len(v) for n, v in after.outputs.items()}:
-        pairs = [(np.array(values), np.array(after.outputs[name])) for name, values in before.outputs.items()]
-        worst = max(float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)) for a, b in pairs)
-        measured, holds = f"{worst:.1e} apart", worst <= tolerance
-    names = ", ".join(before.outputs)
-    return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
-
-
-def _counts(placement: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in placement.items())
+def _shown(shapes: Shapes) -> str:
+    return ", ".join(f"{name}={','.join(map(str, shape))}" for name, shape in shapes.items()) or "none"

@@ -26,6 +26,7 @@ LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+MOST_THREADS = 4096
 SEARCHES = ("exhaustive", "heuristic", "default")
 
 
@@ -72,8 +73,8 @@ class Settings:
             raise ModelError(f"unknown graph optimization level {self.level!r}: expected one of {', '.join(LEVELS)}")
         if self.conv_search not in SEARCHES:
             raise ModelError(f"unknown search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
-        if self.threads < 0:
-            raise ModelError(f"threads are 0 (ONNX Runtime's own choice) or more, and {self.threads} came")
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ModelError(f"threads are 0 (ONNX Runtime's own choice) to {MOST_THREADS}, and {self.threads} came")
         if not self.on_gpu and (self.cuda_graph or self.nhwc or self.tf32):
             raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
         if self.provider != "cuda" and self.conv_search != SEARCHES[0]:

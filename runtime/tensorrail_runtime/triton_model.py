@@ -91,32 +91,46 @@ def check_batching(
     requests: Mapping[str, tuple[int, ...]],
     tolerance: float,
 ) -> float:
-    """Hold a sample's answer in a batch of two against its answer alone; return the largest relative L2 difference.
+    """Hold both answers of a batch of two against the same alone; return the largest difference.
 
-    Triton puts requests of different clients into one batch, so no answer may depend on its neighbour. `ModelError` when the
-    first axis of an output is not the batch, or an answer of floating-point numbers differs by more than `tolerance`.
+    Triton puts requests of different clients into one batch, so no answer may depend on its neighbour. It is the relative L2
+    difference of floating-point numbers, and the share of others that differ. `ModelError` when the first axis of an output is
+    not the batch, an answer has another shape alone, or differs by more than `tolerance`.
     """
     rng = np.random.default_rng(0)
     pair = {tensor.name: _fill(tensor, (2, *requests[tensor.name]), rng, "normal") for tensor in found.inputs}
     together = run(session, pair)
-    alone = run(session, {name: array[:1] for name, array in pair.items()})
+    alone = [run(session, {name: array[k : k + 1] for name, array in pair.items()}) for k in (0, 1)]
     worst = 0.0
     for name, both in together.items():
-        if len(both) != 2 or len(alone[name]) != 1:
+        if any(np.ndim(array) == 0 for array in (both, *(one[name] for one in alone))) or [
+            len(both),
+            *(len(one[name]) for one in alone),
+        ] != [2, 1, 1]:
             raise ModelError(
                 f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, and "
                 f"Triton could not give each request its part; ask for --max-batch 0"
             )
-        if not np.issubdtype(both.dtype, np.floating) or both.shape[1:] != alone[name].shape[1:]:
-            continue
-        a, b = (np.nan_to_num(array[0].astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone[name], both))
-        worst = max(worst, float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)))
+        for k, one in enumerate(alone):
+            if both.shape[1:] != one[name].shape[1:]:
+                raise ModelError(
+                    f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and {list(one[name].shape[1:])} "
+                    f"alone: an answer depends on its neighbour; ask for --max-batch 0"
+                )
+            worst = max(worst, _apart(one[name][0], both[k]))
     if worst > tolerance:
         raise ModelError(
             f"{path}: an answer differs by {worst:.1e} with its neighbour in the batch, and {tolerance:g} is allowed: Triton "
             f"batches requests that have nothing to do with each other; ask for --max-batch 0, or a larger --tolerance"
         )
     return worst
+
+
+def _apart(alone: np.ndarray, batched: np.ndarray) -> float:
+    if not np.issubdtype(batched.dtype, np.floating):
+        return float(np.mean(alone != batched)) if batched.size else 0.0
+    a, b = (np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone, batched))
+    return float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0))
 
 
 def _fill(tensor: Tensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:

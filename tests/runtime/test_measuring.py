@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Settings, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
 from tensorrail_runtime import latency as timing
+from tensorrail_runtime.accuracy import metric_of
+from tensorrail_runtime.inputs import batch_of
 from tensorrail_runtime.latency import Latency, LatencyReport, bench_fresh, ratio, turns
 from tensorrail_runtime.machine import machine
 
@@ -143,6 +145,64 @@ def test_the_interval_over_processes_covers_what_they_differ_by(rng, monkeypatch
     assert all([row.model for row in one.latencies] == ["dense", "factored"] for one in found)
     assert all(one.latencies[0].p50 > 1.5 * one.latencies[1].p50 for one in found)
     assert {Path(paths[0]).name for paths in asked[:5]} == {"dense.onnx", "factored.onnx"}  # either is loaded first
+
+
+@pytest.mark.parametrize("count", [6, 10, 20, 30])
+def test_the_interval_of_few_cycles_holds_the_truth_in_95_of_100_cases(count, rng):
+    held = 0
+    for _ in range(400):
+        a, b = (np.exp(0.1 * rng.standard_normal(2 * count)) for _ in range(2))
+        found = ratio(Latency.of("a", a), Latency.of("b", b), cycle=2)
+        held += found.low <= 1.0 <= found.high
+    assert held / 400 >= 0.93  # 95 %, less twice the standard deviation of 400 trials
+
+
+def test_many_models_run_for_as_many_cycles_as_an_interval_needs():
+    times = turns([lambda: None] * 7, 0.0, max(timing._MIN_ROUNDS, timing._MIN_CYCLES * 7))
+    assert len(times[0]) >= 6 * 7
+
+
+@pytest.mark.parametrize(
+    ("axes", "shapes", "batch", "samples"),
+    [
+        ([["n", 3]], [], 5, 5),
+        ([[4, 3]], [], 1, 4),
+        ([[4, 3]], [], 4, 4),
+        ([["n", 3]], [(6, 3)], 1, 6),
+        ([[28, "n", 3]], [], 5, 5),  # time first
+        ([["t", "n", 3]], [(28, 7, 3)], 7, 7),
+        ([[1, 3, "h", "w"]], [], 224, 1),  # the size of an image is no batch
+        ([[], ["n"]], [], 3, 3),
+        ([], [], 1, 1),
+    ],
+)
+def test_the_batch_is_what_a_run_holds(axes, shapes, batch, samples):
+    assert batch_of(axes, batch, shapes) == samples
+
+
+def test_a_batch_that_no_axis_takes_is_refused(small_path, tmp_path, rng):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "n")
+    weights = {"w": rng.standard_normal((4, 5)).astype(np.float32)}
+    for size in (1, 3):
+        onnx.save(make_model([node], weights, {"x": [size, 4]}, {"y": [size, 5]}), tmp_path / f"{size}.onnx")
+    with pytest.raises(ModelError, match="batch 1000 came, and the model has batches of 3"):
+        bench([tmp_path / "3.onnx"], batch=1000, seconds=0.01)
+    with pytest.raises(ModelError, match=r"batches of different sizes \(1.onnx 1, 3.onnx 3\)"):
+        bench([tmp_path / "1.onnx", tmp_path / "3.onnx"], seconds=0.01)
+    report = bench([tmp_path / "3.onnx"], seconds=0.01)
+    assert report.batch == 3
+    assert report.latencies[0].throughput == pytest.approx(3e3 / report.latencies[0].p50)
+    wide = bench([small_path], shapes={"x": (6, 16, 8, 8)}, seconds=0.01)
+    assert (wide.batch, wide.latencies[0].throughput) == (6, pytest.approx(6e3 / wide.latencies[0].p50))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int64, np.float32])
+def test_the_five_largest_of_any_type_count(kind):
+    scores = np.array([[0, 1, 2, 3, 4, 5, 100]]).astype(kind)
+    if kind == np.int8:
+        scores[0, 0] = -128
+    for label, right in ((6, True), (2, True), (1, False), (0, False)):
+        assert metric_of("top5")({"y": scores}, np.array([label]))[0] == right
 
 
 def test_bound_inputs_and_outputs_are_timed_alike(small_path):

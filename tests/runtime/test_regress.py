@@ -6,9 +6,11 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import onnx
 import pytest
+from conftest import make_model
 from onnx import numpy_helper
 
-from tensorrail_runtime import ModelError, Settings, open_session
+from tensorrail_runtime import ModelError, Settings, open_session, random_inputs
+from tensorrail_runtime.facts import facts_of, held, sketch
 from tensorrail_runtime.gate_output import junit, smaller_is_better
 from tensorrail_runtime.regress import Baseline, Effort, Limits, check, compare_times, record
 
@@ -66,7 +68,16 @@ def test_a_model_holds_against_its_own_baseline(baseline, small_path):
     assert verdict.interleaved
     assert verdict.holds
     assert verdict.reason == "dense.onnx: no regression"
-    assert [f.name for f in verdict.findings] == ["latency", "flops", "params", "bytes", "nodes", "placement", "parity"]
+    assert [f.name for f in verdict.findings] == [
+        "latency",
+        "flops",
+        "params",
+        "bytes",
+        "nodes",
+        "placement",
+        "interface",
+        "parity",
+    ]
 
 
 def test_without_its_model_a_baseline_still_has_its_times(baseline, small_path):
@@ -165,7 +176,7 @@ def test_ci_formats_say_what_was_found(baseline, small_path):
     other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
     verdict = check(baseline, other, limits=LENIENT, effort=QUICK)
     suite = ET.fromstring(junit(verdict)).find("testsuite")  # noqa: S314 - our own text
-    assert (suite.get("tests"), suite.get("failures")) == ("7", "1")
+    assert (suite.get("tests"), suite.get("failures")) == ("8", "1")
     (failure,) = suite.iter("failure")
     assert "apart" in failure.get("message")
     rows = json.loads(smaller_is_better(verdict))
@@ -173,7 +184,7 @@ def test_ci_formats_say_what_was_found(baseline, small_path):
     assert rows[0]["value"] == verdict.p50_ms
 
 
-@pytest.mark.parametrize("content", ["{", '{"version": 2}', "[]"])
+@pytest.mark.parametrize("content", ["{", '{"version": 1}', "[]"])
 def test_a_file_that_is_no_baseline_is_refused(tmp_path, small_path, content):
     (tmp_path / "b.json").write_text(content)
     with pytest.raises(ModelError, match=r"b\.json: not a baseline"):
@@ -189,6 +200,116 @@ def test_a_baseline_without_times_is_refused(baseline, small_path, processes):
     baseline.write_text(json.dumps(content))
     with pytest.raises(ModelError, match="not a baseline: processes"):
         check(baseline, small_path)
+
+
+def product(path, weight, inputs=("x",), outputs=("y",), axes=("n", 4)):
+    """Write a model of one product."""
+    node = onnx.helper.make_node("MatMul", [inputs[0], "w"], [outputs[0]], "n")
+    model = make_model([node], {"w": weight}, {inputs[0]: list(axes)}, {outputs[0]: [axes[0], weight.shape[1]]})
+    onnx.save(model, path)
+    return path
+
+
+def found(before, after, provider="cpu", limits=None):
+    return {one.name: one for one in held(before, after, limits or Limits(), provider)}
+
+
+def test_every_value_of_a_large_output_is_held_to_the_baseline(tmp_path, rng):
+    weight = rng.standard_normal((4, 5000)).astype(np.float32)
+    before = facts_of(product(tmp_path / "a.onnx", weight), Settings())
+    other = weight.copy()
+    other[:, 4999] += 50.0
+    after = facts_of(product(tmp_path / "b.onnx", other), Settings())
+    x = open_session(tmp_path / "a.onnx")
+    true = {name: x_.run(None, random_inputs(x))[0] for name, x_ in (("a", x), ("b", open_session(tmp_path / "b.onnx")))}
+    apart = np.linalg.norm(true["b"] - true["a"]) / np.linalg.norm(true["a"])
+    parity = found(before, after)["parity"]
+    assert not parity.holds
+    assert float(parity.measured.split()[0]) == pytest.approx(apart, rel=0.1)  # the sketch's own error: √(1/1024), thrice
+
+
+def test_a_sketch_has_the_norm_of_what_it_was_made_of(rng):
+    values = rng.standard_normal((300, 411))
+    assert np.linalg.norm(sketch(values)) == pytest.approx(np.linalg.norm(values), rel=0.1)
+    np.testing.assert_array_equal(sketch(values[:1]), values[0])  # few enough to be kept
+    big = np.ones(2**20 + 5)  # more than one chunk
+    np.testing.assert_allclose(sketch(big) + sketch(-big), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"inputs": ("z",)}, "z(float) ?×4 → y(float) 1×8"),
+        ({"outputs": ("z",)}, "x(float) ?×4 → z(float) 1×8"),
+        ({"axes": (1, 4)}, "x(float) 1×4 → y(float) 1×8"),  # a batch of 1 alone
+    ],
+)
+def test_another_interface_falls_short(change, said, tmp_path):
+    weight = np.ones((4, 8), np.float32)
+    before = facts_of(product(tmp_path / "a.onnx", weight), Settings())
+    after = facts_of(product(tmp_path / "b.onnx", weight, **change), Settings())
+    interface = found(before, after)["interface"]
+    assert not interface.holds
+    assert interface.measured.replace(" (", "(") == said
+    narrower = facts_of(product(tmp_path / "c.onnx", weight[:, :7]), Settings())
+    assert not found(before, narrower, limits=Limits(tolerance=None))["interface"].holds
+    if "axes" in change:  # more batches than before are no harm
+        assert found(after, before)["interface"].holds
+
+
+def test_nodes_that_move_to_another_provider_and_products_that_cannot_be_counted_fall_short(small_path):
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    facts = facts_of(small_path, Settings()).model_copy(update={"placement": {cuda: 50, cpu: 2}})
+    for placement, holds in (({cuda: 52}, True), ({cuda: 49, cpu: 2}, True), ({cuda: 2, cpu: 50}, False)):
+        moved = facts.model_copy(update={"placement": placement})
+        assert found(facts, moved, "cuda")["placement"].holds == holds
+    hidden = facts.model_copy(update={"flops": 0, "uncounted": ("Det",)})
+    flops = found(facts, hidden)["flops"]
+    assert (flops.holds, flops.measured) == (False, "0, and Det that cannot be counted")
+
+
+def test_a_model_of_several_dynamic_axes_is_gated_at_the_shape_given(tmp_path):
+    weight = np.ones((4, 8), np.float32)
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "n")
+    onnx.save(make_model([node], {"w": weight}, {"x": ["n", "t", 4]}, {"y": ["n", "t", 8]}), tmp_path / "m.onnx")
+    made = record(tmp_path / "m.onnx", tmp_path / "b.json", effort=QUICK, shapes={"x": (2, 50, 4)})
+    assert (made.batch, made.facts.flops) == (2, 2 * 2 * 50 * 4 * 8)
+    assert check(tmp_path / "b.json", tmp_path / "m.onnx", limits=LENIENT, effort=QUICK).holds
+    with pytest.raises(ModelError, match="recorded with other shapes, x=2,50,4: leave --shape out"):
+        check(tmp_path / "b.json", tmp_path / "m.onnx", shapes={"x": (2, 60, 4)})
+
+
+def test_outputs_that_are_no_numbers_are_refused(tmp_path):
+    node = onnx.helper.make_node("Cast", ["x"], ["y"], to=onnx.TensorProto.STRING)
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.STRING, [1])],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9), tmp_path / "s.onnx"
+    )
+    with pytest.raises(ModelError, match=r"output 'y' is a tensor\(string\): only numbers can be compared"):
+        facts_of(tmp_path / "s.onnx", Settings())
+
+
+def test_runs_after_oneself_and_after_the_other_count_alike(rng):
+    """Warm runs of 1 ms and cold ones of 2 ms: the median of single rounds lies on either side of the gap by chance."""
+    kinds = np.tile([1.0, 2.0], 100)
+    for slower, true in (([1.05, 1.05], 0.05), ([1.2, 1.0], 0.2 / 3)):
+        old = [kinds * np.exp(0.01 * rng.standard_normal(200)) for _ in range(6)]
+        new = [kinds * np.tile(slower, 100) * np.exp(0.01 * rng.standard_normal(200)) for _ in range(6)]
+        value, _, _, p = compare_times(old, new, paired=True)
+        assert value == pytest.approx(true, abs=0.005)
+        assert p < 0.01
+
+
+def test_names_that_xml_cannot_write_are_replaced(baseline, small_path):
+    verdict = check(baseline, small_path, limits=LENIENT, effort=QUICK)
+    strange = verdict.findings[-1].model_copy(update={"name": "y\x01\x1b<&"})
+    suite = ET.fromstring(junit(verdict.model_copy(update={"findings": (strange,)}))).find("testsuite")  # noqa: S314 - our own
+    assert suite.find("testcase").get("name") == "y\ufffd\ufffd<&"
 
 
 def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, baseline, small_path):

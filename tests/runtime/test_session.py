@@ -1,8 +1,10 @@
 """Sessions run where they were asked to, inputs fit, and the profile says where every node was."""
 
 import contextlib
+import os
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ from onnx import TensorProto, helper
 
 from tensorrail_runtime import ModelError, Settings, bench, footprint, open_session, parity, placement, random_inputs
 from tensorrail_runtime.inputs import batches_of, load_arrays, parse_shapes
+from tensorrail_runtime.records import write_text
 
 HAS_PROVIDER = "CUDAExecutionProvider" in ort.get_available_providers()
 
@@ -226,6 +229,34 @@ def test_what_does_not_run_is_said_once(small_path, tmp_path, capfd):
     with pytest.raises(ModelError, match="cannot run the model on these inputs"):
         bench([tmp_path / "m.onnx"])
     assert capfd.readouterr().err == ""
+
+
+def test_a_fresh_process_imports_nothing_of_the_current_folder(small_path, tmp_path, monkeypatch):
+    (tmp_path / "statistics.py").write_text("raise SystemExit(3)\n")
+    path = small_path.resolve()
+    monkeypatch.chdir(tmp_path)
+    assert footprint(path).load_ms > 0
+
+
+def test_a_footprint_is_not_that_of_the_process_that_asks(small_path):
+    held = np.ones(2**26)  # 512 MiB here
+    found = footprint(small_path)
+    assert held[0]
+    assert found.host_peak_mib is None or 0 < found.host_peak_mib < 256
+
+
+def test_a_pipe_is_written_to_and_a_link_stays_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_text(tmp_path / "pipe", "all of it")
+        assert read.result(timeout=30) == "all of it"
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "after"
 
 
 def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):

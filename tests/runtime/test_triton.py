@@ -310,6 +310,16 @@ def test_an_answer_that_depends_on_its_neighbour_is_refused(kind, tmp_path, repo
     assert list(parsed(repository / "mixing").input[0].dims) == [-1, 3]
 
 
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.INT64])
+def test_an_answer_that_depends_on_those_before_it_is_refused(kind, tmp_path, repository):
+    """A sum along the first axis, as a network that takes time first: the first answer is right, the second one is not."""
+    nodes = [helper.make_node("CumSum", ["x", "axis"], ["y"])]
+    weights = {"axis": np.int64(0)}
+    path = save(tmp_path / "causal.onnx", nodes, {"x": ["n", 3]}, {"y": ["n", 3]}, weights, {"x": kind, "y": kind})
+    with pytest.raises(ModelError, match=r"causal\.onnx: an answer differs by .* with its neighbour in the batch"):
+        package(path, repository)
+
+
 def test_an_output_whose_first_axis_is_not_the_batch_is_refused(tmp_path, repository):
     weights = {"shape": np.array([-1, 1], np.int64)}
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]

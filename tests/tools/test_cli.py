@@ -192,6 +192,10 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("regress", "check", baseline, small_path, "--batch", 2), "with batch 3, and --batch 2 came"),
         (("regress", "check", baseline, small_path, "--data", data, "--max-drop", 0), "holds no score to compare with"),
         (("regress", "check", cores, small_path), "not a baseline"),
+        (("regress", "check", baseline, small_path, "--shape", "x=3,16,8,8"), "recorded with other shapes, none"),
+        (("inspect", small_path, "--shape", "x=²,16,8,8"), "a shape is written as name=1,3,224,224"),
+        (("bench", small_path, "--threads", 99_999_999_999), "threads are 0"),
+        (("accuracy", small_path, "--data", data, "--metric", ":f"), "unknown metric ':f'"),
         (("regress", "check", small_path, small_path, "--max-slowdown", "fast"), "written as 5% or 0.05"),
     ]
     for arguments, reason in cases:
@@ -218,6 +222,31 @@ def test_external_data_may_not_leave_the_models_folder(cli, plan_path, tmp_path,
     assert code == 2
     assert err.count("\n") == 1
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_names_of_a_file_are_shown_as_they_are_and_steer_nothing(cli, tmp_path):
+    weights = {"[/w]": np.ones((4, 4), np.float32)}
+    node = helper.make_node("MatMul", ["x", "[/w]"], ["logits[/a]\x1b[2J"], "n")
+    onnx.save(make_model([node], weights, {"x": ["n", 4]}, {"logits[/a]\x1b[2J": ["n", 4]}), tmp_path / "m[red].onnx")
+    code, printed, _ = cli("inspect", tmp_path / "m[red].onnx")
+    assert code == 0
+    assert "[/w]" in printed
+    assert "m[red].onnx" in printed.replace("\n", "")
+    code, printed, _ = cli("check", tmp_path / "m[red].onnx", tmp_path / "m[red].onnx")
+    assert code == 0
+    assert "logits[/a]" in printed
+    assert "\x1b" not in printed
+
+
+def test_a_fault_of_its_own_is_not_taken_for_a_measurement(cli, small_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("tensorrail_runtime.inputs.parse_shapes", broken)
+    code, _, said = cli("inspect", small_path)
+    assert code == 3
+    assert "RuntimeError: a bug" in said
+    assert said.strip().splitlines()[-1].startswith("tensorrail: a fault of its own")
 
 
 def test_help_imports_neither_torch_nor_onnxruntime():

@@ -1,12 +1,14 @@
 """`tensorrail`: the commands, and how an error ends.
 
-Exit codes: 0 what was asked holds, 1 it was measured and falls short, 2 bad input, 130 interrupted.
+Exit codes: 0 what was asked holds, 1 it was measured and falls short, 2 bad input, 3 a fault of tensorrail's own (with its
+traceback), 130 interrupted.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 
 import typer
 
@@ -25,6 +27,7 @@ from tensorrail.commands import (
     serve,
     train,
 )
+from tensorrail.show import plain
 
 app = typer.Typer(
     help="Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress.",
@@ -62,16 +65,16 @@ def main() -> None:
             _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
         raise
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("tensorrail_exporter", "tensorrail_trainer"):
-            raise
         missing = (error.name or "").partition(".")[0]
+        if missing in ("tensorrail_exporter", "tensorrail_trainer"):
+            _crash()
         extra = next((name for name, modules in _EXTRAS.items() if missing in modules), "train")
         _fail(f"this command needs {missing}: pip install 'tensorrail[{extra}]'", 2)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a measurement that falls short
         if not isinstance(error, _known_errors()):
-            raise
+            _crash()
         _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
 
 
@@ -80,6 +83,11 @@ def _known_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(module, name) for module, names in loaded for name in names)
 
 
+def _crash() -> None:
+    traceback.print_exc()
+    _fail("a fault of its own, not of the files that came: please report it with the lines above", 3)
+
+
 def _fail(message: str, code: int) -> None:
-    print(f"tensorrail: {message}", file=sys.stderr)
+    print(f"tensorrail: {plain(message)}", file=sys.stderr)
     sys.exit(code)

@@ -15,25 +15,36 @@ if TYPE_CHECKING:
     from tensorrail_runtime.report import Epoch
     from tensorrail_trainer.pipeline import Progress as Listener
 
-console = Console()
+# Names come from files, which may be a stranger's: no mark-up is read in them.
+console = Console(markup=False, emoji=False)
 if not console.is_terminal:
-    console = Console(width=160)  # a file or a pipe has no width of its own: room for whole cells
+    console = Console(markup=False, emoji=False, width=160)  # a file or a pipe has no width of its own: room for whole cells
+
+
+def say(text: str) -> None:
+    """Print a line, whatever the names in it hold."""
+    console.print(plain(text), soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Return text without the characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print one table; numbers stand to the right, names to the left."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=plain(title), title_justify="left", header_style="bold")
     for index, name in enumerate(head):
         made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(plain, row))
     console.print(made)
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[float], None]]:
     """Show one bar with the time left while something runs; the function yielded is told the share that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(40), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(40), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         task = bars.add_task(what, total=1.0)
         yield lambda share: bars.update(task, completed=share)
@@ -42,7 +53,7 @@ def bar(what: str) -> Iterator[Callable[[float], None]]:
 @contextmanager
 def stages() -> Iterator[Callable[[str, float], None]]:
     """Show one bar that says what is being done; the function yielded is told the stage and the share of it that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         task = bars.add_task("", total=1.0)
         kind = ""
@@ -52,7 +63,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
             if stage.partition(" ")[0] != kind:
                 kind = stage.partition(" ")[0]
                 bars.reset(task)
-            bars.update(task, description=f"{stage:<48.48}", completed=share)
+            bars.update(task, description=f"{plain(stage):<48.48}", completed=share)
 
         yield update
 
@@ -66,7 +77,7 @@ def progress(shown: bool = True) -> Iterator[Listener]:
         yield Listener()
         return
 
-    columns = (TextColumn("{task.description:<9}"), BarColumn(24), TextColumn("{task.fields[text]}"))
+    columns = (TextColumn("{task.description:<9}"), BarColumn(24), TextColumn("{task.fields[text]}", markup=False))
     # Off a terminal a bar would be noise: there each epoch is a line.
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, object] = {}

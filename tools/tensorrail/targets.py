@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensorrail.show import console, table
+from tensorrail.show import say, table
 
 if TYPE_CHECKING:
     import onnx
@@ -124,22 +124,22 @@ def show_plan(report: PlanReport) -> None:
     head = ("layer", "dense", "runs as", "dense ms", "ms", "speed-up", "dense MFLOPs", "MFLOPs", "loss")
     table(f"plan for {report.provider}, batch {report.batch}; losses from {report.loss_from}", head, rows)
     dense, planned = report.dense, report.planned
-    console.print(
+    say(
         f"predicted: {dense.ms:.2f} → {planned.ms:.2f} ms ({report.predicted:.2f}×), "
         f"FLOPs ÷ {_ratio(dense.macs, planned.macs)}, parameters ÷ {_ratio(dense.params, planned.params)}"
     )
     if report.measured is None:
-        console.print("nothing to rewrite: every layer stays dense")
+        say("nothing to rewrite: every layer stays dense")
         return
     found = report.measured
-    console.print(
+    say(
         f"measured: {found.value:.2f}× [{found.low:.2f}, {found.high:.2f}]; predicted time is "
         f"{100 * (report.prediction_error or 0.0):+.1f} % off"
     )
     if report.slower:
-        console.print(f"slower than dense by the profile: {', '.join(report.slower)}")
+        say(f"slower than dense by the profile: {', '.join(report.slower)}")
     if found.low <= 1.0:
-        console.print("the planned network was not measured to be faster")
+        say("the planned network was not measured to be faster")
 
 
 def _ratio(before: int, after: int) -> str:

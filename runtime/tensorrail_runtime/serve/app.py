@@ -160,7 +160,7 @@ async def _read(request: Request, limit: int) -> bytes:
     if encoding.lower() != "identity":
         raise ProtocolError(f"the body must come as it is, and Content-Encoding {encoding!r:.40} came", 415)
     text = request.headers.get("content-length", "")
-    announced = int(text) if text.isdigit() else 0
+    announced = int(text) if text.isascii() and text.isdigit() else 0
     refusal = ProtocolError(f"a request has at most {limit} bytes, and {announced or 'more'} came", 413)
     if announced > limit * _DISCARD or (announced > limit and "expect" in request.headers):
         raise refusal

@@ -83,7 +83,7 @@ def _reachable(address: str) -> str:
             )
         address = found
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise ModelError(f"the address of a Ray cluster is `auto` or HOST:PORT of its head, and {address!r} came")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()

@@ -90,7 +90,7 @@ def _socket(host: str, port: int) -> socket.socket:
     """Return a socket bound to the address, before anything is started that would have to be stopped again."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise ModelError(f"--host {host}: no address of this name is known here") from None
     made = socket.socket(family, kind, protocol)
     try:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tensorrail.options import Json, Metric, Provider
-from tensorrail.show import bar, console, table
+from tensorrail.show import bar, say, table
 
 
 def command(
@@ -47,12 +47,12 @@ def command(
             found[0].save(json)
         return
     paired = compare_scores(*found)
-    console.print(
+    say(
         f"difference {paired.difference:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}]; only A {paired.only_reference}, only B "
         f"{paired.only_candidate}; {paired.test}: p = {paired.p_value:.3g}"
     )
     if json is not None:
         paired.save(json)
     if max_drop is not None and not -paired.difference <= max_drop:
-        console.print(f"falls short: lower by more than {max_drop:g}")
+        say(f"falls short: lower by more than {max_drop:g}")
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tensorrail.options import Json, Nhwc, Provider, Shape, Tf32
-from tensorrail.show import bar, console, table
+from tensorrail.show import bar, say, table
 
 if TYPE_CHECKING:
     from tensorrail_runtime.latency import LatencyReport
@@ -67,7 +67,7 @@ def command(
     if json is not None:
         reports[0].save(json)
     if min_speedup is not None and not all(ratio.low >= min_speedup for ratio in reports[0].ratios):
-        console.print(f"falls short: not every interval lies above {min_speedup}×")
+        say(f"falls short: not every interval lies above {min_speedup}×")
         raise typer.Exit(1)
 
 
@@ -88,7 +88,7 @@ def _show(report: LatencyReport) -> None:
     title = f"batch {report.batch}, {report.rounds} rounds, {where}" + ("" if report.provider == "cpu" else f", {how}")
     table(title, ("model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "load ms", "speed-up [95 %]"), rows)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", soft_wrap=True)
+        say(f"warning: {warning}")
 
 
 def _or_dash(value: float | None, form: str) -> str:

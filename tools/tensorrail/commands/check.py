@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tensorrail.options import Data, Json, Provider, Shape
-from tensorrail.show import console, table
+from tensorrail.show import say, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def command(
         _layers(reference, candidate, plan, cores, feeds, tolerance, settings.provider)
     how = f"tolerance {tolerance:g}" if not (rtol or atol) else "the element tolerances"
     verdict = "within" if result.holds else "OUT OF"
-    console.print(f"{verdict} {how}; the smallest that would pass is {max(o.smallest for o in result.outputs):.2e}")
+    say(f"{verdict} {how}; the smallest that would pass is {max(o.smallest for o in result.outputs):.2e}")
     if json is not None:
         result.save(json)
     raise typer.Exit(0 if result.holds else 1)
@@ -112,7 +112,7 @@ def _layers(
     table("up to each layer's output", ("layer", "approximation", "numerical"), rows)
     first = next((e.layer for e in errors if e.numerical is not None and e.numerical > tolerance), None)
     text = f"they part first at {first}" if first else f"no layer parts by more than {tolerance:g} numerically"
-    console.print(text)
+    say(text)
 
 
 def _limits(texts: Sequence[str] | None) -> dict[str, float]:

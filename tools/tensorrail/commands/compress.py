@@ -10,7 +10,7 @@ import typer
 
 from tensorrail.commands import quantize
 from tensorrail.options import CudaGraph, Data, Json, Nhwc, Provider, Shape, Tf32
-from tensorrail.show import console, stages, table
+from tensorrail.show import say, stages, table
 from tensorrail.targets import (
     Batch,
     Cache,
@@ -220,7 +220,7 @@ def _refine(epochs: int):  # type: ignore[no-untyped-def] # a function that make
             except GraphError as error:
                 if epochs > 0:  # asked for
                     raise
-                console.print(f"the fit to activations is left out: {error}")
+                say(f"the fit to activations is left out: {error}")
                 return factored
 
         return refine
@@ -257,11 +257,9 @@ def _show(out: Path, report: CompressReport) -> None:
         )
     table(str(out), ("", "dense", "factored", ""), rows)
     agreement = "" if report.top1_agreement is None else f", top-1 agrees on {100 * report.top1_agreement:.1f} %"
-    console.print(
-        f"outputs differ by {report.approximation:.2e} relative{agreement}; the rewriting itself by {report.numerical:.1e}"
-    )
+    say(f"outputs differ by {report.approximation:.2e} relative{agreement}; the rewriting itself by {report.numerical:.1e}")
     if not report.faster:
-        console.print("NOT measured to be faster than the dense model")
+        say("NOT measured to be faster than the dense model")
     if not report.meets:
         wanted = ", ".join(f"{name}={value:g}" for name, value in report.targets.items())
-        console.print(f"the target {wanted} was NOT reached")
+        say(f"the target {wanted} was NOT reached")

@@ -52,7 +52,7 @@ def command(
     from tensorrail_exporter.plan import Plan
     from tensorrail_exporter.rewrite import Rewrites, decompose_graph
 
-    if block != "auto" and not (block.isdigit() and int(block)):
+    if block != "auto" and not (block.isascii() and block.isdigit() and int(block)):
         raise PlanError(f"--block pads ranks to multiples of a block of 1 or more, or auto, and {block!r} came")
     model, read = load_model(dense), Plan.load(plan)
     found = load_cores(cores, read) if cores else decompose_graph(model, read)

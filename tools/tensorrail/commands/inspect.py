@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tensorrail.options import Json, Provider, Shape
-from tensorrail.show import console, table
+from tensorrail.show import say, table
 
 
 def command(
@@ -49,13 +49,13 @@ def command(
     ]
     rows.append(("whole graph", "", "", "", f"{result.params:,}", "", f"{result.flops:,}", ""))
     table(
-        f"{model}, batch {batch}: {result.nodes} nodes, {result.kernels} kernels, {result.bytes:,} bytes, "
+        f"{model}, batch {result.batch}: {result.nodes} nodes, {result.kernels} kernels, {result.bytes:,} bytes, "
         f"{result.activation_bytes:,} activation bytes moved",
         ("layer", "op", "input", "output", "params", "share", "FLOPs", "share"),
         rows,
     )
     if result.uncounted:
-        console.print(f"not counted: {', '.join(result.uncounted)}")
+        say(f"not counted: {', '.join(result.uncounted)}")
     if json is not None:
         result.save(json)
 
@@ -75,5 +75,5 @@ def _placement(model: Path, provider: str, batch: int, shapes: dict[str, tuple[i
     if json is not None:
         result.save(json)
     if result.elsewhere:
-        console.print(f"{len(result.elsewhere)} nodes ran elsewhere than on {provider}")
+        say(f"{len(result.elsewhere)} nodes ran elsewhere than on {provider}")
         raise typer.Exit(1)

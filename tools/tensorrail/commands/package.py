@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tensorrail.options import Json, Nhwc, Provider, Shape, Tf32
-from tensorrail.show import console, table
+from tensorrail.show import say, table
 
 if TYPE_CHECKING:
     from tensorrail_runtime.triton import Packaged
@@ -94,9 +94,9 @@ def _show(made: Packaged) -> None:
     ]
     batch = f"batches up to {made.max_batch}" if made.max_batch else "no batching"
     table(f"{made.folder}: {batch}", ("tensor", "", "type", "dims"), rows)
-    console.print("; ".join(f"version {version}: {path}" for version, path in made.versions.items()), soft_wrap=True)
+    say("; ".join(f"version {version}: {path}" for version, path in made.versions.items()))
     if made.batch_difference is not None:
-        console.print(f"an answer in a batch of two lies {made.batch_difference:.1e} from the same alone, relative L2")
+        say(f"an answer in a batch of two lies {made.batch_difference:.1e} from the same alone, relative L2")
 
 
 def _versions(text: str | None) -> str | tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tensorrail.options import Data, Json, Metric, Provider, Shape
-from tensorrail.show import bar, console, table
+from tensorrail.show import bar, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,13 +114,13 @@ def show(report: PrecisionReport) -> None:
     table(f"{report.model} as {report.reduced}; {on}", ("", "fp32", report.to), rows)
     if report.fp32:
         names = ", ".join(f"{one.layer} ({one.op}{', kept' if one.kept else ''})" for one in report.fp32)
-        console.print(f"still fp32: {names}", soft_wrap=True)
-    console.print(f"{report.to} is {report.verdict} than fp32 here" + _why(report), soft_wrap=True)
+        say(f"still fp32: {names}")
+    say(f"{report.to} is {report.verdict} than fp32 here" + _why(report))
     for warning in report.latency.warnings:
-        console.print(f"warning: {warning}", soft_wrap=True)
+        say(f"warning: {warning}")
     smallest = max(output.smallest for output in report.parity.outputs)
     held = "within" if report.holds else "OUT OF"
-    console.print(f"{held} tolerance {report.parity.tolerance:g}; the smallest that would pass is {smallest:.2e}")
+    say(f"{held} tolerance {report.parity.tolerance:g}; the smallest that would pass is {smallest:.2e}")
     if report.ranges:
         show_ranges(report.ranges)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensorrail.options import Data, Json, Metric, Provider
-from tensorrail.show import bar, console, table
+from tensorrail.options import Data, Json, Metric, Provider, Shape
+from tensorrail.show import bar, say, table
 
 if TYPE_CHECKING:
     from tensorrail_runtime.regress import Data as Loaded
@@ -24,7 +24,8 @@ Seconds = Annotated[float, typer.Option(min=0.05, help="Seconds of timing in eac
 def record(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the baseline is written.")],
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Size of the dynamic axes that --shape does not give.")] = 1,
+    shape: Shape = None,
     threads: Annotated[int, typer.Option(min=0, help="Intra-op threads; 0 is ONNX Runtime's own choice.")] = 0,
     provider: Provider = "cpu",
     processes: Processes = 6,
@@ -34,16 +35,24 @@ def record(
 ) -> None:
     """Measure a model and write its baseline."""
     from tensorrail_runtime import regress
+    from tensorrail_runtime.inputs import parse_shapes
     from tensorrail_runtime.session import Settings
 
     effort = regress.Effort(processes=processes, seconds=seconds)
     settings = Settings(provider=provider, threads=threads)
     with bar("processes") as advance:
         made = regress.record(
-            model, out, settings=settings, batch=batch, effort=effort, data=_load(data, metric), on_process=advance
+            model,
+            out,
+            settings=settings,
+            batch=batch,
+            shapes=parse_shapes(shape or []),
+            effort=effort,
+            data=_load(data, metric),
+            on_process=advance,
         )
     times = sorted(time for process in made.processes for time in process)
-    console.print(f"{out}: {model.name}, batch {batch}, p50 {times[len(times) // 2]:.4f} ms of {len(times)} runs")
+    say(f"{out}: {model.name}, batch {made.batch}, p50 {times[len(times) // 2]:.4f} ms of {len(times)} runs")
 
 
 @app.command()
@@ -59,6 +68,10 @@ def check(
         float | None, typer.Option(min=0, help="How much lower the metric's mean may be, as a share; 0.005 with --data.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="For two models (1); a baseline has its own.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=1,3,224,224", help="For two models, an input's shape; a baseline has its own."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="For two models (0); a baseline has its own.")] = None,
     provider: Annotated[
         str | None, typer.Option(help="For two models: cpu (where none is given), cuda or tensorrt; a baseline has its own.")
@@ -79,6 +92,7 @@ def check(
 ) -> None:
     """Hold a model against a baseline, or against another model on the spot. Exit code 1 with the reason in one line."""
     from tensorrail_runtime import gate_output, regress
+    from tensorrail_runtime.inputs import parse_shapes
     from tensorrail_runtime.records import write_text
     from tensorrail_runtime.session import ModelError, Settings
 
@@ -104,6 +118,7 @@ def check(
             effort=regress.Effort(processes=processes, seconds=seconds),
             settings=settings,
             batch=batch,
+            shapes=parse_shapes(shape or []),
             data=_load(data, metric),
             on_process=advance,
         )
@@ -121,7 +136,7 @@ def check(
             write_text(path, text(verdict))
     if json is not None:
         verdict.save(json)
-    console.print(verdict.reason, soft_wrap=True)
+    say(verdict.reason)
     raise typer.Exit(0 if verdict.holds else 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from tensorrail.options import Folder, Json, Overwrite, RecipeFile, Resume
-from tensorrail.show import console, progress, table
+from tensorrail.show import progress, say, table
 
 
 def command(
@@ -27,7 +27,7 @@ def command(
     table("three errors", ("error", "measured"), report.errors())
     rows = [(c.name, c.target, c.measured, "yes" if c.holds else "NO") for c in report.checks]
     table("targets", ("target", "asked", "measured", "holds"), rows)
-    console.print(f"The run is in {target}; open {target / 'report.html'}")
+    say(f"The run is in {target}; open {target / 'report.html'}")
     if json is not None:
         report.save(json)
     raise typer.Exit(0 if report.holds else 1)

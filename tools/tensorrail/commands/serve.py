@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tensorrail.options import Provider
-from tensorrail.show import console
+from tensorrail.show import console, say
 
 if TYPE_CHECKING:
     from tensorrail_runtime.serve.launch import Started
@@ -34,7 +34,7 @@ def command(
     provider: Provider = "cpu",
     cpus: Annotated[float, typer.Option(min=0.01, help="CPUs that Ray reserves for a replica.")] = 1.0,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs likewise; default 1 on a GPU's provider.")] = None,
-    max_mib: Annotated[float, typer.Option("--max-mib", min=0.001, help="Largest request, in MiB.")] = 64.0,
+    max_mib: Annotated[float, typer.Option("--max-mib", min=0.001, max=2**20, help="Largest request, in MiB.")] = 64.0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request must be answered.")] = 30.0,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests accepted at a time; further ones get 503.")] = 256,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests have once it is told to stop.")] = 30.0,
@@ -67,7 +67,7 @@ def command(
     )
     with contextlib.suppress(KeyboardInterrupt):  # before it is ready; afterwards signals are the server's
         serve_model(model, options, lambda started: _show(started, options.max_batch, wait))
-    console.print(f"{options.name}: stopped")
+    say(f"{options.name}: stopped")
 
 
 def _show(started: Started, max_batch: int, wait: float) -> None:
@@ -82,5 +82,5 @@ def _show(started: Started, max_batch: int, wait: float) -> None:
     if not started.loopback:
         lines.append(f"warning: {started.host} is not loopback, and there is no authentication: whoever reaches it may ask")
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        say(line)
     console.file.flush()

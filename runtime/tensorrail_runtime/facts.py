@@ -1,0 +1,232 @@
+"""What a model is, apart from how fast it runs: its interface, cost, placement, outputs and score, and the limits for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from pydantic import Field
+
+from tensorrail_runtime.accuracy import evaluate
+from tensorrail_runtime.cost import cost
+from tensorrail_runtime.inputs import Shapes, random_inputs
+from tensorrail_runtime.model_files import sha256_of
+from tensorrail_runtime.placement import placement
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.session import PROVIDERS, ModelError, Settings, open_session, require_tensors, run
+
+_KEPT = 1024  # numbers kept of an output, for parity
+_CHUNK = 2**20  # values that are summed up at a time
+
+Data = tuple[Mapping[str, np.ndarray], np.ndarray, str]
+"""Input arrays, labels and the metric."""
+
+
+class Tensor(Record):
+    """An input as the model declares it, or an output as it ran; None is an axis of any size."""
+
+    type: str  # in ONNX Runtime's words
+    shape: tuple[int | None, ...]
+
+    def takes(self, other: Tensor) -> bool:
+        """Whether what could be given to `other` could be given to this one."""
+        return (
+            self.type == other.type
+            and len(self.shape) == len(other.shape)
+            and all(mine in (None, its) for mine, its in zip(self.shape, other.shape, strict=True))
+        )
+
+    def __str__(self) -> str:
+        return f"{self.type.removeprefix('tensor')} {'×'.join('?' if size is None else str(size) for size in self.shape)}"
+
+
+class Output(Tensor):
+    """An output on random inputs of seed 0; `values` are all of it, or the sums of `sketch`."""
+
+    values: tuple[float, ...]
+
+
+class Facts(Record):
+    """What does not vary between runs of one model."""
+
+    sha256: str  # of its files, external data included
+    flops: int
+    uncounted: tuple[str, ...]  # operators that may multiply and are not in the FLOPs
+    params: int
+    bytes: int
+    nodes: int
+    placement: dict[str, int]  # nodes by provider, as ONNX Runtime ran them
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Output]
+    score: float | None = None  # mean of the metric, where data came
+    metric: str = ""
+    data: str = ""  # the SHA-256 of the data that were scored
+
+
+class Limits(Record):
+    """What a model is held to. `max_slowdown` is the slow-down to be found: an alarm is raised from half of it on."""
+
+    max_slowdown: float = Field(default=0.05, gt=0)
+    flops: float = Field(default=0.0, ge=0)  # how much more is allowed, as a share
+    params: float = Field(default=0.0, ge=0)
+    bytes: float = Field(default=0.01, ge=0)  # names and metadata move a few
+    nodes: float = Field(default=0.0, ge=0)
+    score: float = Field(default=0.005, ge=0)  # how much lower the metric's mean may be
+    tolerance: float | None = 1e-3  # relative L2 difference of the outputs; None for a model that was trained again
+
+
+class Finding(Record):
+    """One thing that was held to a limit."""
+
+    name: str
+    baseline: str
+    measured: str
+    limit: str
+    holds: bool
+
+
+def facts_of(
+    path: Path | str, settings: Settings, batch: int = 1, data: Data | None = None, shapes: Shapes | None = None
+) -> Facts:
+    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are no tensors of finite numbers."""
+    found = cost(path, batch, shapes)
+    session = open_session(path, settings=settings)
+    require_tensors(path, session)
+    types = {entry.name: entry.type for entry in session.get_outputs()}
+    outputs = {}
+    for name, array in run(session, random_inputs(session, batch, shapes=shapes)).items():
+        if array.dtype.kind not in "fiub":
+            raise ModelError(f"{path}: output {name!r} is a {types[name]}: only numbers can be compared")
+        if not np.isfinite(array).all():
+            raise ModelError(f"{path}: output {name!r} holds NaN or infinite values")
+        outputs[name] = Output(type=types[name], shape=array.shape, values=tuple(sketch(array).tolist()))
+    placed = placement(path, settings=settings, batch=batch, shapes=shapes)
+    score = None
+    if data is not None:
+        score = evaluate(path, data[0], data[1], metric=data[2], settings=settings).mean
+    return Facts(
+        sha256=sha256_of(Path(path)),
+        flops=found.flops,
+        uncounted=found.uncounted,
+        params=found.params,
+        bytes=found.bytes,
+        nodes=found.nodes,
+        placement=placed.providers,
+        inputs={entry.name: _declared(entry) for entry in session.get_inputs()},
+        outputs=outputs,
+        score=score,
+        metric=data[2] if data is not None else "",
+        data=sha256_of_data(data) if data is not None else "",
+    )
+
+
+def sketch(array: np.ndarray) -> np.ndarray:
+    """Return the values themselves up to 1024, or 1024 sums of them all, each value with a sign, both drawn by its index.
+
+    The sums of a difference have the same L2 norm as the difference itself, to within some per cent (a count sketch: Charikar,
+    Chen and Farach-Colton 2002), so a change of any value shows, of whatever size the output is.
+    """
+    values = array.ravel().astype(np.float64)
+    if len(values) <= _KEPT:
+        return values
+    sums = np.zeros(_KEPT)
+    for start in range(0, len(values), _CHUNK):
+        part = values[start : start + _CHUNK]
+        drawn = _hashed(np.arange(start, start + len(part), dtype=np.uint64))
+        signed = np.where(drawn & np.uint64(1), part, -part)
+        sums += np.bincount((drawn >> np.uint64(54)).astype(np.int64), weights=signed, minlength=_KEPT)
+    return sums
+
+
+def held(before: Facts, after: Facts, limits: Limits, provider: str) -> list[Finding]:
+    """Return what the facts of a model are beside those before, everything but time."""
+    return [
+        *(_size(name, before, after, getattr(limits, name)) for name in ("flops", "params", "bytes", "nodes")),
+        _placed(before, after, PROVIDERS[provider]),
+        _interface(before, after),
+        *([_same_outputs(before, after, limits.tolerance)] if limits.tolerance is not None else []),
+        *([_score(before.score, after, limits.score)] if before.score is not None and after.score is not None else []),
+    ]
+
+
+def sha256_of_data(data: Data) -> str:
+    """Return the digest of arrays and labels, so that a score is only held against one on the same data."""
+    found = hashlib.sha256()
+    for name, array in [*sorted(data[0].items()), ("labels", data[1])]:
+        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def _declared(entry: ort.NodeArg) -> Tensor:
+    return Tensor(type=entry.type, shape=tuple(size if isinstance(size, int) and size >= 0 else None for size in entry.shape))
+
+
+def _hashed(index: np.ndarray) -> np.ndarray:
+    """Return 64 well-mixed bits of each index: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    mixed = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def _size(name: str, before: Facts, after: Facts, share: float) -> Finding:
+    old, new = getattr(before, name), getattr(after, name)
+    holds, measured = new <= old * (1 + share), f"{new:,}"
+    if name == "flops" and (more := sorted(set(after.uncounted) - set(before.uncounted))):
+        holds, measured = False, f"{measured}, and {', '.join(more)} that cannot be counted"
+    return Finding(name=name, baseline=f"{old:,}", measured=measured, limit=f"{share:+.1%}", holds=holds)
+
+
+def _placed(before: Facts, after: Facts, provider: str) -> Finding:
+    return Finding(
+        name="placement",
+        baseline=_counts(before.placement),
+        measured=_counts(after.placement),
+        limit=f"no more elsewhere than on {provider.removesuffix('ExecutionProvider')}",
+        holds=all(name == provider or count <= before.placement.get(name, 0) for name, count in after.placement.items()),
+    )
+
+
+def _counts(placement: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in placement.items())
+
+
+def _interface(before: Facts, after: Facts) -> Finding:
+    """Hold inputs and outputs to those before: whoever ran that model must be able to run this one, and read its answers."""
+    same = (
+        before.inputs.keys() == after.inputs.keys()
+        and all(after.inputs[name].takes(tensor) for name, tensor in before.inputs.items())
+        and [(name, o.type, o.shape) for name, o in before.outputs.items()]
+        == [(name, o.type, o.shape) for name, o in after.outputs.items()]
+    )
+    old, new = (
+        f"{'; '.join(f'{name} {tensor}' for name, tensor in facts.inputs.items())} → "
+        f"{'; '.join(f'{name} {tensor}' for name, tensor in facts.outputs.items())}"
+        for facts in (before, after)
+    )
+    return Finding(name="interface", baseline=old, measured="the same" if old == new else new, limit="the same", holds=same)
+
+
+def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
+    measured, holds = "other outputs", False
+    if {n: o.shape for n, o in before.outputs.items()} == {n: o.shape for n, o in after.outputs.items()}:
+        pairs = [(np.array(o.values), np.array(after.outputs[name].values)) for name, o in before.outputs.items()]
+        worst = max(float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)) for a, b in pairs)
+        measured, holds = f"{worst:.1e} apart", worst <= tolerance
+    names = ", ".join(before.outputs)
+    return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
+
+
+def _score(old: float, after: Facts, drop: float) -> Finding:
+    new = after.score if after.score is not None else float("nan")
+    return Finding(
+        name=f"accuracy ({after.metric})",
+        baseline=f"{old:.4f}",
+        measured=f"{new:.4f}",
+        limit=f"−{drop:g}",
+        holds=new >= old - drop,
+    )

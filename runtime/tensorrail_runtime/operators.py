@@ -1,0 +1,108 @@
+"""What the operators of ONNX multiply: the MACs of each that has any, and those that have none.
+
+Element-wise, pooling, normalising and data-moving operators have no MACs in this convention.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+
+Shape = tuple[int, ...]
+
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # others mean something else by the same names
+
+# fmt: off
+NO_MACS = frozenset((
+    "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "AveragePool",
+    "BatchNormalization", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast",
+    "CastLike", "Ceil", "Celu", "CenterCropPad", "Clip", "Col2Im", "Compress", "Concat", "ConcatFromSequence", "Constant",
+    "ConstantOfShape", "Cos", "Cosh", "CumProd", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout",
+    "DynamicQuantizeLinear", "Elu", "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten", "Floor", "Gather",
+    "GatherElements", "GatherND", "Gelu", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "Greater", "GreaterOrEqual",
+    "GridSample", "GroupNormalization", "HammingWindow", "HannWindow", "HardSigmoid", "HardSwish", "Hardmax", "Identity",
+    "InstanceNormalization", "IsInf", "IsNaN", "LRN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log",
+    "LogSoftmax", "LpNormalization", "LpPool", "Max", "MaxPool", "MaxRoiPool", "MaxUnpool", "Mean",
+    "MeanVarianceNormalization", "Min", "Mish", "Mod", "Mul", "Multinomial", "Neg", "NonMaxSuppression", "NonZero", "Not",
+    "OneHot", "Optional", "OptionalGetElement", "OptionalHasElement", "Or", "PRelu", "Pad", "Pow", "QuantizeLinear",
+    "RMSNormalization", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Range", "Reciprocal",
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize", "ReverseSequence", "RoiAlign", "RotaryEmbedding", "Round",
+    "Scatter", "ScatterElements", "ScatterND", "Selu", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase",
+    "SequenceInsert", "SequenceLength", "Shape", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Size", "Slice", "Softmax",
+    "SoftmaxCrossEntropyLoss", "Softplus", "Softsign", "SpaceToDepth", "Split", "SplitToSequence", "Sqrt", "Squeeze", "Sub",
+    "Sum", "Swish", "Tan", "Tanh", "TensorScatter", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unique",
+    "Unsqueeze", "Upsample", "Where", "Xor",
+))
+# fmt: on
+
+
+def operands_of(node: onnx.NodeProto) -> list[str]:
+    """Return the tensors that a product multiplies, whose shapes say how much."""
+    picked = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS.get(node.op_type, (0, 1))
+    return [node.input[index] for index in picked]
+
+
+def _conv(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
+    return math.prod(out) * math.prod(operands[1][1:])  # weight (O, I / group, *K)
+
+
+def _conv_transpose(_: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
+    return math.prod(operands[0]) * math.prod(operands[1][1:])  # weight (I, O / group, *K), every input value meets it once
+
+
+def _gemm(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return math.prod(out) * operands[0][0 if transposed else 1]
+
+
+def _matmul(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
+    return math.prod(out) * operands[0][-1]
+
+
+def _recurrent(node: onnx.NodeProto, operands: list[Shape], _: Shape) -> int:
+    (steps, batch, __), (directions, rows, inputs) = operands  # X (T, B, I), W (directions, gates · H, I), R (…, gates · H, H)
+    hidden = rows // {"LSTM": 4, "GRU": 3, "RNN": 1}[node.op_type]
+    return steps * batch * directions * rows * (inputs + hidden)
+
+
+def _einsum(node: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
+    """Count the products of two operands after the other, as ONNX Runtime contracts them: from the left."""
+    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation").replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    sizes: dict[str, int] = {}
+    terms = []
+    for term, shape in zip(left.split(","), operands, strict=True):
+        rest = len(shape) - len(term.replace("...", ""))
+        before, _, after = term.partition("...")
+        labels = [*before, *(f"...{k}" for k in range(rest, 0, -1)), *after]  # what it stands for is aligned right
+        for label, size in zip(labels, shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
+        terms.append(set(labels))
+    kept = right if arrow else [label for label in sizes if left.count(label) == 1]
+    out = {label for label in sizes if label in kept or label.startswith("...")}
+    macs, held = 0, terms[0]
+    for number, term in enumerate(terms[1:], 1):
+        held = held | term
+        macs += math.prod(sizes[label] for label in held)
+        held &= out.union(*terms[number + 1 :])
+    return macs
+
+
+_OPERANDS = {"QLinearConv": (0, 3), "QLinearMatMul": (0, 3)}  # the two factors, where they are not the first two inputs
+
+MACS = {
+    "Conv": _conv,
+    "ConvInteger": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Einsum": _einsum,
+    "Gemm": _gemm,
+    "GRU": _recurrent,
+    "LSTM": _recurrent,
+    "MatMul": _matmul,
+    "MatMulInteger": _matmul,
+    "QLinearConv": _conv,
+    "QLinearMatMul": _matmul,
+    "RNN": _recurrent,
+}
