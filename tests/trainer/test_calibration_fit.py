@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from conftest import make_model
+from onnx import helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.calibration import Calibration
@@ -91,3 +92,20 @@ def test_the_same_seed_gives_the_same_model(dense, plan):
     short = FitSettings(block_epochs=1, epochs=1)
     made = [fit_blocks(dense, factored, plan, Calibration(feeds), short).model.SerializeToString() for _ in range(2)]
     assert made[0] == made[1]
+
+
+def test_a_graph_with_two_outputs_is_fitted_to_both(rng):
+    """A trunk that is an output too, and two heads: nothing behind the trunk can be cut off."""
+    weights = {name: rng.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("a", "b", "c")}
+    nodes = [
+        helper.make_node("MatMul", ["image", "a"], ["h"], "a"),
+        helper.make_node("Relu", ["h"], ["trunk"]),
+        helper.make_node("MatMul", ["trunk", "b"], ["one"], "b"),
+        helper.make_node("MatMul", ["trunk", "c"], ["two"], "c"),
+    ]
+    model = make_model(nodes, weights, {"image": ["n", 16]}, {"one": ["n", 16], "two": ["n", 16]})
+    plan = Plan(layers=tuple(LayerPlan(name=name, format="svd", modes=(16, 16), ranks=(8,)) for name in weights))
+    calibration = Calibration(feeds=({"image": rng.standard_normal((64, 16)).astype(np.float32)},))
+    fitted = fit_blocks(model, factorize(model, plan, decompose_graph(model, plan)).model, plan, calibration)
+    assert fitted.blocks[-1].block == "one, two"
+    assert all(block.after < block.before for block in fitted.blocks)

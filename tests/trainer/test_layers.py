@@ -231,3 +231,71 @@ def test_an_empty_batch_comes_out_empty(form_name):
         assert model["linear"](torch.zeros(0, 3, 16)).shape == (0, 3, 8)
         assert model["rnn"](torch.zeros(5, 0, 16))[0].shape == (5, 0, 4)
         assert model["conv"](torch.zeros(0, 16, 6, 6)).shape == (0, 8, 4, 4)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Padded(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(nn.functional.pad(x, (0, 1, 0, 1)), weight, bias)
+
+
+class Named(nn.LSTM):
+    """A class of its own that computes what torch's does."""
+
+
+def test_a_class_that_computes_something_else_is_refused():
+    for kind, method in ((Standardised, "forward"), (Padded, "_conv_forward")):
+        with pytest.raises(PlanError, match=f"layer 0: a {kind.__name__} has a {method} of its own"):
+            plan_layers(nn.Sequential(kind(4, 4, 3)), "*", ranks=2)
+    model = nn.ModuleDict({"rnn": Named(6, 5)})
+    x = torch.randn(3, 2, 6)
+    before = model["rnn"](x)[0]
+    swap(model, Plan(layers=plan_layers(model, "*", ranks=99)))
+    model["rnn"].flatten_parameters()
+    torch.testing.assert_close(model["rnn"](x)[0], before)
+
+
+def test_what_is_no_layer_to_factor_says_why():
+    with pytest.raises(PlanError, match=r"put it in an nn.Sequential"):
+        plan_layers(nn.Linear(4, 4), "*", ranks=2)
+    with pytest.raises(PlanError, match=r"its size is not known yet; run a sample"):
+        plan_layers(nn.Sequential(nn.LazyLinear(4)), "*", ranks=2)
+    with pytest.raises(PlanError, match="a transposed convolution stays dense"):
+        plan_layers(nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Linear(4, 4)), "0", ranks=2)
+
+
+def test_options_types_and_freezing_are_those_of_the_dense_layer():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, dilation=2), nn.Linear(8, 5), nn.GRU(7, 3)).double().requires_grad_(False)
+    dense = copy.deepcopy(model)
+    plan = Plan(layers=plan_layers(model, "*", ranks=2))
+    swap(model, plan)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(model[0], name) == getattr(dense[0], name)
+    assert (model[1].in_features, model[1].out_features, model[2].proj_size) == (8, 5, 0)
+    for one in (model, to_dense(model)):
+        assert {p.dtype for p in one.parameters()} == {torch.float64}
+    assert not any(p.requires_grad for p in model.parameters())
+    x = torch.randn(4, 9, 9, dtype=torch.float64)  # without a batch
+    torch.testing.assert_close(model[0](x), to_dense(model)[0](x))
+    part = nn.Sequential(nn.Linear(8, 5))
+    part[0].bias.requires_grad_(False)
+    swap(part, Plan(layers=plan_layers(part, "*", ranks=2)))
+    assert [p.requires_grad for p in part[0].cores] == [True, True]
+    assert not part[0].bias.requires_grad
+
+
+def test_hooks_of_a_layer_go_on_and_can_be_removed():
+    model, seen = nn.Sequential(nn.Linear(8, 5), nn.LSTM(5, 3)), []
+    handles = [layer.register_forward_hook(lambda *_: seen.append(1)) for layer in model]
+    swap(model, Plan(layers=plan_layers(model, "*", ranks=2)))
+    model(torch.randn(2, 8))
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 8))
+    assert len(seen) == 2

@@ -19,7 +19,7 @@ from tensorrail_trainer.checkpoints import Checkpoints
 from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.graphed import Replay
 from tensorrail_trainer.layers import swap
-from tensorrail_trainer.loop import Phase, TrainingError, evaluate, train
+from tensorrail_trainer.loop import Phase, TrainingError, evaluate, make_optimizer, train
 from tensorrail_trainer.recipe import Named, NamedModel, PlanRule, Recipe
 from tensorrail_trainer.schedules import AdmmSchedule, Distillation, Schedule, Training
 
@@ -286,11 +286,13 @@ def test_a_changed_rho_keeps_the_multiplier():
 def test_rho_rises_where_the_primal_residual_lags_and_falls_where_the_dual_one_does():
     model = network()
     admm = admm_of(model, ranks=2)
-    with torch.no_grad():
-        for _ in range(30):  # the weights do not move: U outgrows, Z settles
-            admm.update()
+    admm.update()  # Z is where it was, and the weights far from it
     admm.balance()
     assert admm.rho == pytest.approx(0.1)
+    with torch.no_grad():
+        admm.U["3"].add_(300 * torch.randn_like(admm.U["3"]))
+    admm.update()  # Z is far larger than the weights: their distance is measured by the larger of both
+    assert admm._relative[0] == pytest.approx(1, abs=0.1)
     admm = admm_of(model, ranks=16)
     with torch.no_grad():
         model[3].weight.mul_(2)
@@ -308,6 +310,62 @@ def test_projections_are_timed_and_counted_by_steps(tmp_path, data, monkeypatch)
     _, rows = fit(tmp_path, data, Phase("admm", model, AdmmSchedule(epochs=2, lr=0.01, every_steps=2), admm))
     assert len(count) == 2 * (128 // 32 // 2)
     assert all(0 < row.projection_seconds < row.seconds for row in rows)
+
+
+def test_steps_between_updates_are_counted_over_epochs(tmp_path, data, monkeypatch):
+    model = network()
+    admm = admm_of(model)
+    count = []
+    update = admm.update
+    monkeypatch.setattr(admm, "update", lambda: count.append(1) or update())
+    fit(tmp_path, data, Phase("admm", model, AdmmSchedule(epochs=2, lr=0.01, every_steps=3), admm))
+    assert len(count) == 2 * (128 // 32) // 3
+    other = network()
+    phase = Phase("never", other, AdmmSchedule(epochs=2, lr=0.01, every_steps=9), admm_of(other))
+    with pytest.raises(TrainingError, match="9 steps never pass in 2 epochs of 4, and nothing would be updated"):
+        fit(tmp_path, data, phase)
+
+
+def test_dropout_is_drawn_by_every_process_for_itself(tmp_path, data, monkeypatch):
+    seeds: list[int] = []
+    seed, first = torch.manual_seed, []
+    monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
+    for number in (0, 1):
+        monkeypatch.setattr(loop, "rank", lambda number=number: number)
+        model = network()
+        seeds.clear()
+        fit(tmp_path, data, Phase(f"dense{number}", model, Schedule(epochs=1, lr=0.01)))
+        first.append(seeds[0])
+    assert first[0] != first[1]
+
+
+def test_a_batch_of_fewer_samples_than_processes_leaves_some_without_any(data):
+    class Uneven:
+        def __len__(self):
+            return 64
+
+        def batches(self, picks, share=None, augment=None, seed=0):
+            yield from data.test.batches([torch.arange(64), torch.arange(0)])
+
+    class Strict(nn.Module):
+        def forward(self, x):
+            return x.reshape(x.size(0), -1)[:, :2]  # which torch refuses for no samples
+
+    assert 0 <= evaluate(Strict(), Uneven(), Accelerator()) <= 100
+
+
+def test_an_eps_of_its_own_makes_no_network_a_norm():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps = 1e-6
+            self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm((2, 4))
+            self.scale = nn.Parameter(torch.ones(4, 4))
+
+    net = Net()
+    decayed, rest = (group["params"] for group in make_optimizer(net, Schedule(epochs=1, lr=0.1)).param_groups)
+    assert {id(p) for p in decayed} == {id(net.fc.weight), id(net.scale)}
+    assert len(rest) == 3
 
 
 def test_a_loss_that_is_not_finite_names_its_first_step(tmp_path, data):

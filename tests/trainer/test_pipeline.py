@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -7,10 +8,11 @@ import yaml
 from tensorrail_exporter import Plan, planner
 from tensorrail_runtime.report import Report
 from tensorrail_trainer.checkpoints import CheckpointError, Checkpoints
+from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.loop import TrainingError
 from tensorrail_trainer.pipeline import Progress, prepare, run, train_all
 from tensorrail_trainer.recipe import Recipe, RecipeError
-from tensorrail_trainer.weights import WeightsError
+from tensorrail_trainer.weights import WeightsError, save_weights
 
 SMALL = {
     "version": 1,
@@ -201,9 +203,43 @@ def linear_attention(**_):
             self.out = torch.nn.Linear(256, 10)
 
         def forward(self, x):
-            return self.out(x.flatten(1)) if type(self.out) is torch.nn.Linear else self.out.in_features
+            return self.out(x.flatten(1)) if type(self.out) is torch.nn.Linear else self.out.out_dim
 
     return Attention()
+
+
+def two_heads(**_):
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(256, 10)
+
+        def forward(self, x):
+            scores = self.out(x.flatten(1))
+            return (scores, scores) if self.training else scores
+
+    return Heads()
+
+
+def viewing(**_):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Linear(1024, 10)
+
+        def forward(self, x):
+            return self.out(self.conv(x).view(x.size(0), -1))  # which torch refuses with the channels last
+
+    return Net()
+
+
+KNOWN = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 1, "classes": 10}}
+
+
+def wrong_labels(kind="range"):
+    x, y = torch.zeros(40, 1, 16, 16), torch.arange(40) % 11
+    split = InMemory(x, y if kind == "range" else (y % 10).int())
+    return Dataset("made", 10, split, split)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +259,19 @@ def linear_attention(**_):
         ),
         (
             {"model": {"name": f"{__name__}:linear_attention"}, "plan": [{"layers": "out", "ranks": 4}]},
-            r"plan: made of cores, the network cannot take samples .*AttributeError: .*in_features",
+            r"plan: made of cores, the network cannot take samples .*AttributeError: .*out_dim",
+        ),
+        (
+            {"model": {"name": f"{__name__}:two_heads"}, "plan": [{"layers": "out", "ranks": 4}]},
+            r"model: gives tuple for two samples in training: expected scores",
+        ),
+        (
+            {"data": {"name": f"{__name__}:wrong_labels"}, "model": KNOWN},
+            r"data: the training labels are 0 to 10: expected 0 to 9, for there are 10 classes",
+        ),
+        (
+            {"data": {"name": f"{__name__}:wrong_labels", "args": {"kind": "type"}}, "model": KNOWN},
+            r"data: the training labels are torch.int32: expected torch.int64",
         ),
     ],
 )
@@ -232,6 +280,73 @@ def test_what_cannot_work_is_found_before_anything_is_trained(change, reason, tm
     prepare(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=reason):
         train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
+
+
+def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path):
+    wide = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"classes": 12}}
+    save_weights(small(tmp_path, model=wide).make_model(), tmp_path / "wide.safetensors")
+    teacher = wide | {"weights": str(tmp_path / "wide.safetensors")}
+    recipe = small(tmp_path, train=SMALL["train"] | {"distill": {"teacher": teacher}})
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"train.distill.teacher: gives 12 scores a sample, and the model 10"):
+        train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
+
+
+def test_a_network_that_views_its_images_trains_with_the_channels_first(tmp_path):
+    short = {phase: SMALL["train"][phase] | {"epochs": 1} for phase in ("dense", "admm", "finetune")}
+    changes = {"plan": [{"layers": "out", "ranks": 4}], "train": SMALL["train"] | short}
+    recipe = small(tmp_path, model={"name": f"{__name__}:viewing"}, **changes)
+    notes = []
+    prepare(recipe, tmp_path / "run")
+    trained, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
+    assert {row.phase for row in trained.rows} == {"dense", "admm", "finetune", "control"}
+    assert sum("channels last" in note for note in notes) == 1
+
+
+def test_a_run_is_not_removed_that_the_next_one_starts_from(tmp_path):
+    folder = tmp_path / "run"
+    prepare(small(tmp_path), folder)
+    weights = folder / "dense.safetensors"
+    save_weights(small(tmp_path).make_model(), weights)
+    again = small(
+        tmp_path,
+        model=SMALL["model"] | {"weights": str(weights)},
+        train={key: value for key, value in SMALL["train"].items() if key != "dense"},
+    )
+    with pytest.raises(RecipeError, match=r"model.weights: .*dense.safetensors is of the run that --overwrite would remove"):
+        prepare(again, folder, overwrite=True)
+    assert weights.exists()
+    assert (folder / "recipe.yaml").exists()
+
+
+def test_functions_beside_a_recipe_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))\n"
+    )
+    path = write(tmp_path, model={"name": "beside_it:net"}, plan=[{"layers": "1", "ranks": 4}])
+    monkeypatch.chdir("/")
+    assert Recipe.load(path).make_model()[1].out_features == 10
+
+
+def test_a_recipe_survives_being_saved_whatever_its_texts_look_like(tmp_path):
+    recipe = small(tmp_path).model_copy(update={"name": "2e4"})
+    recipe.save(tmp_path / "saved.yaml")
+    assert Recipe.load(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_control_without_a_dense_network_is_refused(tmp_path):
+    scratch = {"finetune": {"epochs": 1, "lr": 0.1}, "control": {"epochs": 2, "lr": 0.1}}
+    with pytest.raises(RecipeError, match=r"train.control: there is no dense network to train on"):
+        small(tmp_path, train=scratch)
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    store = Checkpoints(tmp_path)
+    for epoch in (9998, 9999, 10000, 10001):
+        store.save("dense", epoch, {"x": epoch})
+    assert store.latest("dense")["epoch"] == 10001
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-10000.pt", "dense-10001.pt"]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):

@@ -37,6 +37,7 @@ def test_rho_is_constant_or_geometric():
         (Schedule, {"warmup": 5.0}, "warmup is shorter"),
         (AdmmSchedule, {"rho_end": 1.0, "balance": True}, "either rho_end or balance"),
         (AdmmSchedule, {"every": 2, "every_steps": 10}, "not both"),
+        (AdmmSchedule, {"every": 99}, "99 epochs never pass"),
         (Schedule, {"decay_on": ("everything",)}, "decay_on"),
     ],
 )

@@ -99,7 +99,7 @@ class ADMM:
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
         self.roots: dict[str, Root] = {}  # S of every layer, of the last update; empty for the plain metric
         self._layers = planned_layers(model, plan)
-        self._gaps: dict[str, tuple[float, float, float]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖
+        self._gaps: dict[str, tuple[float, ...]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖, ‖Z‖
         self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
         self._moments = InputMoments(plan, self._layers) if metric == "activation" else None
@@ -187,14 +187,15 @@ class ADMM:
         gap = torch.linalg.vector_norm(self._measured(name, between))
         torch.sub(z, before, out=between)  # in place: a recurrent layer's weight can be hundreds of megabytes
         moved = torch.linalg.vector_norm(self._measured(name, between))
-        self._gaps[name] = (float(gap), float(moved), float(size))
+        other = torch.linalg.vector_norm(self._measured(name, z))
+        self._gaps[name] = (float(gap), float(moved), float(size), float(other))
         return Residual(name, float(gap / size), float(self.rho * moved), float(moved / size))
 
     @property
     def _relative(self) -> tuple[float, float]:
-        gap, moved, size = (math.hypot(*(one[k] for one in self._gaps.values())) for k in range(3))
+        gap, moved, w, z = (math.hypot(*(one[k] for one in self._gaps.values())) for k in range(4))
         multipliers = math.hypot(*(float(torch.linalg.vector_norm(self._measured(n, u))) for n, u in self.U.items()))
-        return gap / max(size, 1e-30), moved / max(multipliers, 1e-30)
+        return gap / max(w, z, 1e-30), moved / max(multipliers, 1e-30)
 
     def _projected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each tensor's projection; every process makes its share of them."""
@@ -272,7 +273,7 @@ class ADMM:
         # A contiguous copy: channels-last weights keep their own strides, the projection its own.
         measured = self._measured(layer.name, tensor).contiguous()
         small = measured.numel() <= _SMALL
-        if measured.is_cuda and small:
+        if (measured.is_cuda and small) or measured.device.type == "mps":  # which has no float64
             measured = measured.cpu()
         try:
             with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():

@@ -75,23 +75,26 @@ def fit_blocks(
     feeds = {name: _last(value) for name, value in feeds.items()}
     ends = [value.name for value in dense.graph.output]
     cuts = [name for name in cut_points(dense) if name in cut_points(factored)]
-    spans = _spans(factored, [*cuts, *ends], set(trainable))
+    spans = _spans(factored, cuts, ends, set(trainable))
     rows = []
     given, wanted = dict(feeds), dict(feeds)
-    for number, (cut, names) in enumerate(spans):
-        target = _run(teacher, wanted, [cut])[cut]
-        if names and settings.block_epochs:
-            on_share(0.6 * number / len(spans), cut)
-            before = _lost(_run(student, given, [cut])[cut], target)
-            _train(student, given, {cut: target}, names, settings.block_epochs, settings)
-            out = _run(student, given, [cut])[cut]
-            rows.append(BlockFit(block=cut, tensors=len(names), before=before, after=_lost(out, target)))
+    for number, (tensors, names) in enumerate(spans):
+        block = ", ".join(tensors)
+        wanted = _run(teacher, wanted, tensors)
+        target = {name: value for name, value in wanted.items() if value.is_floating_point()}
+        if names and target and settings.block_epochs:
+            on_share(0.6 * number / len(spans), block)
+            before = _lost(_run(student, given, tensors), target)
+            _train(student, given, target, names, settings.block_epochs, settings)
+            given = _run(student, given, tensors)
+            rows.append(BlockFit(block=block, tensors=len(names), before=before, after=_lost(given, target)))
         else:
-            out = _run(student, given, [cut])[cut]
-        given, wanted = {cut: out}, {cut: target}
+            given = _run(student, given, tensors)
     if settings.epochs:
         on_share(0.6, "the whole graph")
-        targets = _run(teacher, feeds, [cut for cut, names in spans if names] + ends)
+        trained = (name for tensors, names in spans if names for name in tensors)
+        targets = _run(teacher, feeds, list(dict.fromkeys([*trained, *ends])))
+        targets = {name: value for name, value in targets.items() if value.is_floating_point()}
         _train(
             student,
             feeds,
@@ -155,26 +158,31 @@ def _constant_tensors(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
     return known
 
 
-def _spans(factored: onnx.ModelProto, cuts: Sequence[str], trainable: set[str]) -> list[tuple[str, list[str]]]:
-    """Return the blocks: their last tensor and what is trained in them. One ends as late as it can before the next begins."""
-    spans: list[tuple[str, list[str]]] = []
+def _spans(
+    factored: onnx.ModelProto, cuts: Sequence[str], ends: Sequence[str], trainable: set[str]
+) -> list[tuple[list[str], list[str]]]:
+    """Return the blocks: their last tensors and what is trained in them. One ends as late as it can before the next begins.
+
+    The last block ends in the graph's outputs, of which there may be several; the others in the one tensor of a cut.
+    """
+    spans: list[tuple[list[str], list[str]]] = []
     names: list[str] = []
     pending = ""
-    wanted = set(cuts)
+    wanted = {*cuts, *(ends if len(ends) == 1 else ())}
     ending = _ending(factored)
     for node in factored.graph.node:
         own = [name for name in node.input if name in trainable]
         if own and pending:
-            spans.append((pending, list(dict.fromkeys(names))))
+            spans.append(([pending], list(dict.fromkeys(names))))
             names, pending = [], ""
         names += own
         ready = [name for name in node.output if name in wanted]
         if ready and names and (pending or not ending or node.op_type in ending):
             pending = ready[0]
     if pending:
-        spans.append((pending, list(dict.fromkeys(names))))
+        spans.append(([pending], list(dict.fromkeys(names))))
     elif names:
-        spans.append((cuts[-1], list(dict.fromkeys(names))))
+        spans.append((list(ends), list(dict.fromkeys(names))))
     return spans
 
 
@@ -243,8 +251,9 @@ def _spread(value: Tensor) -> Tensor:
     return value.float().var(0, correction=0).mean().clamp_min(1e-12)
 
 
-def _lost(made: Tensor, target: Tensor) -> float:
-    return float((made - target).square().mean() / _spread(target))
+def _lost(made: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> float:
+    """Return the lost share of the variance, the mean over tensors."""
+    return float(torch.stack([(made[name] - value).square().mean() / _spread(value) for name, value in target.items()]).mean())
 
 
 def _last(value: Tensor) -> Tensor:

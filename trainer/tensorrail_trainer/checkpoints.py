@@ -62,7 +62,12 @@ class Checkpoints:
         return found
 
     def _files(self, phase: str) -> list[Path]:
-        return sorted(self.folder.glob(f"{phase}-[0-9][0-9][0-9][0-9].pt"))
+        files = self.folder.glob(f"{phase}-[0-9][0-9][0-9][0-9]*.pt")
+        return sorted((file for file in files if _epoch(file).isdecimal()), key=lambda file: int(_epoch(file)))
+
+
+def _epoch(path: Path) -> str:
+    return path.stem.rpartition("-")[2]
 
 
 def _read(path: Path, phase: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class FactoredLayer(nn.Module):
     """A convolution or linear layer whose weight is a list of trainable cores.
 
-    `forward` takes and gives what the dense layer does: (B, I, *S) → (B, O, *S') or (…, I) → (…, O). It runs the very
+    `forward` takes and gives what the dense layer does: (B, I, *S) → (B, O, *S'), the same without the batch, or
+    (…, I) → (…, O). It runs the very
     steps that the exporter writes to ONNX. In training, where these would take longer than the dense layer, the weight is
     made of the cores in every step instead, in float32: the same function, with the same gradients within rounding.
     """
@@ -44,6 +45,8 @@ class FactoredLayer(nn.Module):
         self.plan = plan.model_copy(update={"merge": plan.merge_for(spec)})
         self.cores = nn.ParameterList([nn.Parameter(core.detach().clone()) for core in cores])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        for name, value in _options(spec).items():  # a model's own code may ask for them, as it asks the dense layer
+            setattr(self, name, value)
 
     def steps(self) -> tuple[Step, ...]:
         """Return the contraction of the present cores, differentiable with respect to them."""
@@ -64,6 +67,8 @@ class FactoredLayer(nn.Module):
         leading = x.shape[:-1]
         if linear:
             x = x.reshape(-1, x.shape[-1])
+        elif x.dim() == self.spec.spatial + 1:
+            return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
         if self.training and torch.is_grad_enabled() and _dense_pays(self.plan, self.spec, tuple(x.shape)):
             with torch.autocast(x.device.type, enabled=False):
                 steps: tuple[Step, ...] = (dense_step(self.dense_weight(), self.spec),)
@@ -78,6 +83,23 @@ class FactoredLayer(nn.Module):
         """Return what is printed for the layer: its plan and the steps that run."""
         steps = describe(self.steps(), self.spec)
         return f"{self.plan.format}, modes={list(self.plan.modes)}, ranks={list(self.plan.ranks)}: {steps}"
+
+
+def _options(spec: LayerSpec) -> dict[str, Any]:
+    """Return what torch's layer of this kind has as attributes and takes as arguments, the bias apart."""
+    if spec.op == "linear":
+        return {"in_features": spec.shape[1], "out_features": spec.shape[0]}
+    begins, ends = spec.pads[: spec.spatial], spec.pads[spec.spatial :]
+    return {
+        "in_channels": spec.shape[1],
+        "out_channels": spec.shape[0],
+        "kernel_size": tuple(spec.kernel),
+        "stride": tuple(spec.stride),
+        "padding": tuple(begins) if begins == ends else "same",  # only "same" leaves the two sides unequal
+        "dilation": tuple(spec.dilation),
+        "groups": 1,
+        "padding_mode": "zeros",
+    }
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -141,10 +163,12 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
             raise PlanError(f"layer {name}: is made of cores already; a plan applies to the dense network")
         if getattr(owner, "proj_size", 0):
             raise PlanError(f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; use proj_size=0")
+        _require_own_forward(owner, name)
         weights = input_weights(owner, name)
         shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
         return DenseLayer(owner, LayerSpec("recurrent", shape), weights)
     module = modules.get(name)
+    _require_size(module, name)
     match module:
         case None:
             raise PlanError(f"layer {name}: not in the model; its layers are {', '.join(dense_layers(model))}")
@@ -167,7 +191,26 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
             raise PlanError(
                 f"layer {name}: is a {type(module).__name__}; expected a Conv1d, Conv2d, Conv3d, Linear, LSTM or GRU layer"
             )
+    _require_own_forward(module, name)
     return DenseLayer(module, spec, (_own_weight(module, name),))
+
+
+def _require_size(module: nn.Module | None, name: str) -> None:
+    if module is not None and any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
+        raise PlanError(f"layer {name}: its size is not known yet; run a sample through the model first")
+
+
+def _require_own_forward(module: nn.Module, name: str) -> None:
+    """Raise `PlanError` for a class that computes something else than torch's layer: cores would compute the latter."""
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LSTM, nn.GRU):
+        if not isinstance(module, kind):
+            continue
+        for method in ("forward", "_conv_forward"):
+            if getattr(type(module), method, None) is not getattr(kind, method, None):
+                raise PlanError(
+                    f"layer {name}: a {type(module).__name__} has a {method} of its own, and cores would compute what torch's "
+                    f"{kind.__name__} does; leave it out of the plan, or make it a {kind.__name__}"
+                )
 
 
 def _own_weight(module: nn.Module, name: str) -> nn.Parameter:
@@ -236,12 +279,26 @@ def swap(
             recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, made)
             continue
         bias = cast("Tensor | None", dense.module.bias)
-        factored = FactoredLayer(dense.spec, layer, made, bias)
-        model = _replace(model, layer.name, factored.to(weight.device).train(dense.module.training))
+        factored = FactoredLayer(dense.spec, layer, made, bias).to(weight)
+        factored.cores.requires_grad_(dense.parameters[0].requires_grad)
+        if factored.bias is not None and bias is not None:
+            factored.bias.requires_grad_(bias.requires_grad)
+        _take_hooks(dense.module, factored)
+        model = _replace(model, layer.name, factored.train(dense.module.training))
     for path, layers in recurrent.items():
         module = cast("nn.LSTM | nn.GRU", model.get_submodule(path))
-        model = _replace(model, path, FactoredRecurrent(module, layers).train(module.training))
+        made_of_cores = FactoredRecurrent(module, layers)
+        _take_hooks(module, made_of_cores)
+        model = _replace(model, path, made_of_cores.train(module.training))
     return model
+
+
+def _take_hooks(dense: nn.Module, factored: nn.Module) -> None:
+    """Let the hooks that a user put on a layer go on with the one in its place; the very dicts, so that they can be removed."""
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for kind in (name, f"{name}_with_kwargs", f"{name}_always_called"):
+            if hasattr(dense, kind):
+                setattr(factored, kind, getattr(dense, kind))
 
 
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -268,21 +325,14 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def _dense_layer(module: FactoredLayer) -> nn.Module:
-    spec, bias = module.spec, module.bias is not None
-    layer: nn.Module
-    if spec.op == "linear":
-        layer = nn.Linear(spec.shape[1], spec.shape[0], bias)
-    else:
-        nd = spec.spatial
-        begins, ends = spec.pads[:nd], spec.pads[nd:]
-        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[nd]
-        padding = begins if begins == ends else "same"  # only "same" leaves the two sides unequal
-        layer = kind(spec.shape[1], spec.shape[0], spec.kernel, spec.stride, padding, spec.dilation, bias=bias)  # type: ignore[arg-type]
+    spec = module.spec
+    kind: Any = nn.Linear if spec.op == "linear" else {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[spec.spatial]
     state = {"weight": module.dense_weight().detach()}
+    layer: nn.Module = kind(**_options(spec), bias=module.bias is not None).to(state["weight"])
     if module.bias is not None:
         state["bias"] = module.bias.detach()
     layer.load_state_dict(state)
-    return layer.to(state["weight"].device).train(module.training)
+    return layer.train(module.training)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -45,13 +45,18 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Phase:
-    """One phase of a run: what is trained, by which schedule, toward which teacher, and the rows of its epochs."""
+    """One phase of a run: what is trained, by which schedule, toward which teacher, and the rows of its epochs.
+
+    `channels_last`: images and two-dimensional convolutions have their channels last in memory, which on a CPU runs many times
+    faster, and which a network that calls `view` on images does not take.
+    """
 
     name: str
     model: nn.Module
     schedule: Schedule
     admm: ADMM | None = None
     teacher: nn.Module | None = None
+    channels_last: bool = True
     rows: list[Epoch] = field(default_factory=list)
 
 
@@ -63,7 +68,7 @@ def train(
     With `ema` the model returned is the averaged one. Raises `TrainingError` when the loss is no longer finite.
     """
     settings = recipe.train
-    _place(phase.model, accelerator.device)
+    place(phase.model, accelerator.device, phase.channels_last)
     optimizer = make_optimizer(phase.model, phase.schedule)
     average = _average(phase.model, settings)
     state = store.latest(phase.name)
@@ -84,7 +89,7 @@ def train(
     if settings.compile:
         phase.model.compile()
     if phase.teacher is not None:
-        _place(phase.teacher, accelerator.device)
+        place(phase.teacher, accelerator.device, phase.channels_last)
         phase.teacher.eval().requires_grad_(False)
     model, prepared = accelerator.prepare(phase.model, optimizer)
     replay = _replay(settings, optimizer, accelerator.device)
@@ -100,7 +105,9 @@ def train(
             lr=rate(phase.schedule, epoch),
             loss=loss,
             train_accuracy=accuracy,
-            test_accuracy=evaluate(phase.model if average is None else average.module, data.test, accelerator),
+            test_accuracy=evaluate(
+                phase.model if average is None else average.module, data.test, accelerator, phase.channels_last
+            ),
             seconds=time.perf_counter() - start,
             projection_seconds=job.projecting,
             rho=phase.admm.rho if phase.admm else None,
@@ -124,21 +131,23 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, accelerator: Accelerator) -> float:
+def evaluate(model: nn.Module, split: Split, accelerator: Accelerator, channels_last: bool = True) -> float:
     """Return the top-1 accuracy in percent, each process having answered its share."""
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     size = _ON_GPU if accelerator.device.type == "cuda" and isinstance(split, InMemory) else EVALUATED
     for x, y in split.batches(in_order(len(split), size), Share(rank(), world())):
+        if not len(y):  # a last batch of fewer samples than processes
+            continue
         with accelerator.autocast():
-            hits += (model(_last(x)).argmax(1) == y).sum()
+            hits += (model(laid_out(x, channels_last)).argmax(1) == y).sum()
     return 100 * int(summed(hits)) / len(split)
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     """Return the schedule's optimizer, weight decay on the kinds of parameters that it names and on no other."""
     cores = _owned(module.cores for module in model.modules() if isinstance(module, FactoredLayer | FactoredRecurrent))
-    norms = _owned(module for module in model.modules() if hasattr(module, "eps"))
+    norms = {id(p) for module in model.modules() for p in module.parameters(recurse=False) if _of_norm(module, p)}
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -153,6 +162,11 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimize
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=schedule.lr, betas=(schedule.momentum, 0.999))
     return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.nesterov)
+
+
+def _of_norm(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Return whether a module's own parameter scales or shifts what it normalises; others may have an `eps` as well."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (hasattr(module, "eps") and parameter.dim() <= 1)
 
 
 def _owned(modules: Iterable[nn.Module]) -> set[int]:
@@ -179,7 +193,7 @@ class _Job:
         """Train the epoch and return the mean loss (penalty included) and the accuracy on the batches as they came."""
         phase, settings = self.phase, self.recipe.train
         seed = zlib.crc32(f"{self.recipe.seed}/{phase.name}/{self.epoch}".encode())
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank())  # what the model draws, such as dropout, is its process's own
         self.model.train()
         picks = shuffled(len(self.data.train), settings.batch, seed)
         if not picks:
@@ -187,20 +201,27 @@ class _Job:
                 f"phase {phase.name}: {len(self.data.train)} training samples make no batch of {settings.batch}; lower "
                 "train.batch"
             )
+        every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
+        if every and every > phase.schedule.epochs * len(picks):
+            raise TrainingError(
+                f"phase {phase.name}: {every} steps never pass in {phase.schedule.epochs} epochs of {len(picks)}, and nothing "
+                "would be updated; lower train.admm.every_steps"
+            )
+        before = self.epoch * len(picks)
         losses: list[Tensor] = []
         hits = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         seen = 0
         stream = self.data.train.batches(picks, Share(rank(), world()), settings.augment.made(), seed)
         for step, (x, y) in enumerate(stream):
             self._set_rates(step / len(picks))
-            loss, right = self._step(_last(x), y, np.random.default_rng([seed, step]))
+            loss, right = self._step(laid_out(x, phase.channels_last), y, np.random.default_rng([seed, step]))
             losses.append(loss)
             hits += right
             seen += len(y)
-            every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
-            if (step + 1) % _LOOK == 0 or (every and (step + 1) % every == 0) or step + 1 == len(picks):
+            due = bool(every) and (before + step + 1) % (every or 1) == 0
+            if (step + 1) % _LOOK == 0 or due or step + 1 == len(picks):
                 self._look(losses, len(picks))
-            if every and (step + 1) % every == 0:
+            if due:
                 self._update()
         self._require_finite(len(picks))
         right, seen = summed(torch.stack([hits, hits.new_tensor(seen)])).tolist()
@@ -322,17 +343,19 @@ def _divergence(scores: Tensor, taught: Tensor, heat: float) -> Tensor:
     return heat**2 * F.kl_div(own, other, reduction="batchmean", log_target=True)
 
 
-def _place(model: nn.Module, device: torch.device) -> None:
-    """Move a model to a device; two-dimensional convolutions run many times faster on a CPU with the channels last."""
+def place(model: nn.Module, device: torch.device, channels_last: bool = True) -> None:
+    """Move a model to a device, its two-dimensional convolutions with the channels last or first."""
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         # torch types `memory_format` only for tensors, and documents it for modules as well.
-        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(device, memory_format=layout)  # type: ignore[call-overload]
     else:
         model.to(device)
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def laid_out(x: Tensor, channels_last: bool = True) -> Tensor:
+    """Return images (B, C, H, W) with the channels last in memory, or anything as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
 
 def _replay(settings: Training, optimizer: torch.optim.Optimizer, device: torch.device) -> Replay | None:

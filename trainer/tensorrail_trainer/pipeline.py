@@ -10,7 +10,7 @@ has no control, `baseline.onnx` is the dense network before ADMM, if there was o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import arrays
 from tensorrail_trainer.denormals import flushed
 from tensorrail_trainer.layers import cores_of, planned_layers, swap, to_dense
-from tensorrail_trainer.loop import Phase, evaluate, train
+from tensorrail_trainer.loop import Phase, evaluate, laid_out, place, train
 from tensorrail_trainer.moments import Root
 from tensorrail_trainer.recipe import Export, Recipe, RecipeError
 from tensorrail_trainer.torch_export import to_onnx
@@ -92,8 +92,9 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if kept.exists() and not checkpoints.is_dir():
         raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
-    written = (*checkpoints.glob("*-[0-9][0-9][0-9][0-9].pt"), *(folder / name for name in _WRITTEN))
+    written = (*checkpoints.glob("*-[0-9][0-9][0-9][0-9]*.pt"), *(folder / name for name in _WRITTEN))
     if overwrite and checkpoints.is_dir():
+        _require_apart(recipe, written)
         for file in (*written, kept):
             file.unlink(missing_ok=True)
     if not kept.exists():
@@ -111,10 +112,18 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
                 "or start it anew with --overwrite"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9].pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
+    for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
         for left in folder.glob(pattern):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
     recipe.save(kept)
+
+
+def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
+    """Raise `RecipeError` where a file that is about to be removed is one that the recipe starts from."""
+    going = {file.resolve() for file in written}
+    for key, name in recipe.files():
+        if Path(name).resolve() in going:
+            raise RecipeError(f"{key}: {name} is of the run that --overwrite would remove; give the new run another folder")
 
 
 def _deciding(recipe: Recipe, key: str) -> Any:
@@ -147,7 +156,12 @@ def train_all(
     job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
     settings, device = recipe.train, job.accelerator.device
     dense, teacher = recipe.make_model(), recipe.make_teacher()
-    _try_out(recipe, job.data, teacher, device)
+    job.channels_last = _try_out(recipe, job.data, teacher, device)
+    if not job.channels_last:
+        progress.note(
+            "the network does not take images with the channels last in memory, which on a CPU train many times faster: "
+            "flatten or reshape them there instead of view"
+        )
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
@@ -165,7 +179,7 @@ def train_all(
         admm = ADMM(start, plan, settings.admm.rho, settings.admm.metric)
         uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
         cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
-    cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator)
+    cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
     progress.note(f"cut into cores: test accuracy {cut_accuracy:.2f} %")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
     job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
@@ -177,8 +191,13 @@ def train_all(
     return Trained(plan, uncut, finetuned, found, reference, tuple(job.rows), cut_accuracy, roots), job.data
 
 
-def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> None:
-    """Put two samples through every network of the run; `RecipeError` for what would not work, before anything is trained."""
+def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
+    """Put two samples through every network of the run; `RecipeError` for what would not work, before anything is trained.
+
+    Returns whether all of them take images with the channels last in memory.
+    """
+    for name, split in (("training", data.train), ("test", data.test)):
+        _check_labels(name, getattr(split, "y", None), data.classes)
     try:
         x, _ = next(data.train.batches([torch.arange(2) % len(data.train)], augment=recipe.train.augment.made()))
     except (RuntimeError, ValueError) as error:
@@ -187,25 +206,68 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     plan = recipe.make_plan(cut, trained=False)
     shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
     cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
-    networks = {"model": dense, "plan": swap(cut, plan, cores), "train.distill.teacher": teacher}
-    for key, network in networks.items():
-        if network is None:
-            continue
-        try:
-            with torch.no_grad():
-                scores = network.to(device).eval()(x)
-        except Exception as error:  # noqa: BLE001 - whatever a network does not like
-            what = "made of cores, the network" if key == "plan" else "the network"
-            reason = " ".join(str(error).split())[:200]
-            raise RecipeError(
-                f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}: {type(error).__name__}: {reason}"
-            ) from None
-        shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != 2 or scores.shape[1] < data.classes:
-            raise RecipeError(
-                f"{key}: gives {shape} for two samples: expected scores of {data.classes} classes, [2, {data.classes}]; "
-                f"try args: {{classes: {data.classes}}}"
-            )
+    networks = [("model", "the network", dense), ("plan", "made of cores, the network", swap(cut, plan, cores))]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw from it
+        channels_last = all(_takes_channels_last(one, x, device) for one in (dense, cut, teacher) if one is not None)
+        x = laid_out(x, channels_last)
+        for key, what, network in networks:
+            place(network, device, channels_last)
+            for train in (False, True):
+                width = _answers(key, what, network, x, data.classes, train)
+        if teacher is not None:
+            place(teacher, device, channels_last)
+            taught = _answers("train.distill.teacher", "the network", teacher, x, data.classes, train=False)
+            if taught != width:
+                raise RecipeError(
+                    f"train.distill.teacher: gives {taught} scores a sample, and the model {width}: expected as many"
+                )
+    return channels_last
+
+
+def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device) -> bool:
+    """Return whether a network answers images laid out so; one that answers neither way is told of later."""
+    place(network, device)
+    try:
+        with torch.no_grad():
+            network.eval()(laid_out(x))
+    except RuntimeError:
+        return False
+    except Exception:  # noqa: BLE001 - not about how they are laid out
+        return True
+    return True
+
+
+def _check_labels(name: str, y: object, classes: int) -> None:
+    """Raise `RecipeError` for labels, where they are at hand, that a loss would not take."""
+    if not isinstance(y, torch.Tensor):
+        return
+    if y.dtype != torch.int64:
+        raise RecipeError(f"data: the {name} labels are {y.dtype}: expected torch.int64")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise RecipeError(
+            f"data: the {name} labels are {low} to {high}: expected 0 to {classes - 1}, for there are {classes} classes"
+        )
+
+
+def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: int, train: bool) -> int:
+    """Return how many scores a network gives a sample; `RecipeError` when it gives none, or fails."""
+    when = " in training" if train else ""
+    try:
+        with torch.no_grad():
+            scores = network.train(train)(x)
+    except Exception as error:  # noqa: BLE001 - whatever a network does not like
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
+        ) from None
+    shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != 2 or scores.shape[1] < classes:
+        raise RecipeError(
+            f"{key}: gives {shape} for two samples{when}: expected scores of {classes} classes, [2, {classes}]; "
+            f"try args: {{classes: {classes}}}"
+        )
+    return int(scores.shape[1])
 
 
 class _Training:
@@ -226,10 +288,12 @@ class _Training:
         schedules = (settings.dense, settings.admm, settings.finetune, self.control)
         self.left = sum(schedule.epochs for schedule in schedules if schedule is not None)
         self.rows: list[Epoch] = []
+        self.channels_last = True
 
     def fit(self, phase: Phase) -> nn.Module:
         """Train a phase to its end and return its model."""
         self.left -= phase.schedule.epochs
+        phase.channels_last = self.channels_last
 
         def told(row: Epoch, epochs: int) -> None:
             self.progress.epoch(row, epochs, self.left + epochs - row.epoch)

@@ -33,10 +33,7 @@ def plan_layers(
     `PlanError` when nothing matches, or when a listed rank is larger than can exist.
     """
     form = format_of(format)
-    known = dense_layers(model)
-    names = [name for name in known if fnmatchcase(name, pattern)]
-    if not names:
-        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(known)}")
+    names = _matching(model, pattern)
     plans = []
     for name in names:
         shape = dense_layer(model, name).spec.shape
@@ -52,6 +49,19 @@ def plan_layers(
             )
         plans.append(layer.model_copy(update={"ranks": exist}))
     return tuple(plans)
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """Return the layers of a pattern; `PlanError` says why a layer that is named outright is none, or what there is."""
+    known = dense_layers(model)
+    names = [name for name in known if fnmatchcase(name, pattern)]
+    if not names:
+        if pattern in dict(model.named_modules()):
+            dense_layer(model, pattern)
+        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(known) or 'none that could be factored'}")
+    if "" in names:
+        raise PlanError("the model itself is the layer, and a layer is named by its place in one: put it in an nn.Sequential")
+    return names
 
 
 def join(plans: Sequence[tuple[LayerPlan, ...]]) -> Plan:
@@ -78,9 +88,7 @@ def plan_to_size(
     pattern cannot shrink that much.
     """
     form = format_of(format)
-    names = [name for name in dense_layers(model) if fnmatchcase(name, pattern)]
-    if not names:
-        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(dense_layers(model))}")
+    names = _matching(model, pattern)
     offers: list[list[LayerPlan | None]] = []
     sizes: list[list[float]] = []
     losses: list[list[float]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ from tensorrail_trainer.models import NetworkError, model_of
 from tensorrail_trainer.moments import require_one_input
 from tensorrail_trainer.planning import join, plan_layers, plan_to_size
 from tensorrail_trainer.published import published_plan
-from tensorrail_trainer.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Training
+from tensorrail_trainer.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Schedule, Training
 from tensorrail_trainer.weights import WeightsError, load_weights
 
 Integers = Annotated[tuple[int, ...], FROM_LIST]
@@ -36,9 +37,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 2e-2 as text, for it has no point; here it is the number that YAML 1.2 takes it for."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text that it would take for such a number has quotes."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 class PlanRule(Part):
@@ -146,6 +152,8 @@ class Recipe(Part):
                 "train.distill: there is nobody to learn from, for the dense network is not trained; name a teacher, give "
                 "model.weights or a dense phase"
             )
+        if isinstance(self.train.control, Schedule) and self.train.dense is None and self.model.weights is None:
+            raise ValueError("train.control: there is no dense network to train on; give model.weights or a dense phase")
         return self
 
     @classmethod
@@ -160,6 +168,9 @@ class Recipe(Part):
             raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        beside = str(Path(path).resolve().parent)
+        if ":" in text and beside not in sys.path:  # where `module:function` may lie
+            sys.path.append(beside)
         try:
             recipe = cls.model_validate(raw)
             recipe.make_plan(recipe.make_model(trained=False), trained=False)
@@ -230,9 +241,17 @@ class Recipe(Part):
                 raise RecipeError(f"train.admm.metric: {error}") from None
         return plan
 
+    def files(self) -> list[tuple[str, str]]:
+        """Return the keys and names of the files that the run starts from."""
+        distill = self.train.distill
+        teacher = None if distill is None or distill.teacher is None else distill.teacher.weights
+        named = [("model.weights", self.model.weights), ("train.distill.teacher.weights", teacher)]
+        plans = [(f"plan.{index}.file", rule.file) for index, rule in enumerate(self.plan) if isinstance(rule, FileRule)]
+        return [(key, name) for key, name in (*named, *plans) if name is not None]
+
     def save(self, path: Path) -> None:
         """Write the recipe, every default filled in."""
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False))
+        write_text(path, yaml.dump(self.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False))
 
 
 def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, trained: bool) -> tuple[LayerPlan, ...]:

@@ -40,7 +40,8 @@ class FactoredRecurrent(nn.Module):
         }
         for name, value in self.options.items():  # a model's own code may ask for them, as it asks the dense module
             setattr(self, name, value)
-        self.kind = type(dense)
+        self.proj_size = 0
+        self.kind = nn.LSTM if isinstance(dense, nn.LSTM) else nn.GRU
         self.plans: dict[str, LayerPlan] = {}
         self.specs: dict[str, LayerSpec] = {}
         self.cores = nn.ModuleDict()
@@ -50,11 +51,12 @@ class FactoredRecurrent(nn.Module):
             spec = LayerSpec("recurrent", (sum(w.shape[0] for w in weights), weights[0].shape[1]))
             self.specs[leaf] = spec
             self.plans[leaf] = plan.model_copy(update={"merge": plan.merge_for(spec)})
-            self.cores[leaf] = nn.ParameterList([nn.Parameter(core.detach().clone()) for core in cores])
+            made = [nn.Parameter(core.detach().clone(), weights[0].requires_grad) for core in cores]
+            self.cores[leaf] = nn.ParameterList(made)
         for name, parameter in dense.named_parameters():
             if name.removesuffix("_reverse") not in self.cores:
-                self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
-        self.to(weights[0].device)
+                self.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        self.to(weights[0])
 
     @property
     def directions(self) -> int:
@@ -77,16 +79,19 @@ class FactoredRecurrent(nn.Module):
             return out.squeeze(1), _map(states, lambda state: state.squeeze(1))
         return (out.transpose(0, 1) if batch_first else out), states
 
+    def flatten_parameters(self) -> None:
+        """Do nothing: models call it on their recurrent modules, and there is no one block of weights here."""
+
     def to_dense(self) -> nn.Module:
         """Return the dense module, its input weights reconstructed from the cores."""
-        dense = self.kind(**self.options)
+        dense = self.kind(**self.options).to(next(self.parameters()))
         state = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
         for leaf in self.cores:
             weight = self.plans[leaf].reconstruct(self._cores(leaf), self.specs[leaf].shape).detach()
             state[leaf], *reverse = weight.chunk(self.directions)
             state |= {f"{leaf}_reverse": part for part in reverse}
         dense.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
-        return dense.to(next(self.parameters()).device).train(self.training)
+        return dense.train(self.training)
 
     def extra_repr(self) -> str:
         """Return what is printed for the module: its sizes and the plans of its factored layers."""

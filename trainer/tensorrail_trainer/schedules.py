@@ -99,6 +99,8 @@ class AdmmSchedule(Schedule):
     def _one_rule(self) -> AdmmSchedule:
         if self.balance and self.rho_end is not None:
             raise ValueError("rho follows either rho_end or balance, not both")
+        if self.every > self.epochs:
+            raise ValueError(f"every: {self.every} epochs never pass in {self.epochs}, and nothing would be updated")
         if self.every_steps is not None and self.every != 1:
             raise ValueError("updates come either every so many epochs (every) or steps (every_steps), not both")
         return self

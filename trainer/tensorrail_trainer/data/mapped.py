@@ -99,11 +99,12 @@ def dataset_of(function: Callable[..., Any], name: str) -> Callable[..., Dataset
         classes = found[2] if len(found) == 3 else getattr(found[0], "classes", None)
         if isinstance(classes, Sequence) and not isinstance(classes, str):
             classes = len(classes)
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or classes < 1:
             raise DataError(
                 f"{name}: the number of classes is {classes!r:.40}: expected a whole number or a list, as the third entry of "
                 "the result or as the attribute `classes` of the training data"
             )
+        classes = int(classes)
         train, test = (Mapped(data, classes) for data in found[:2])
         return Dataset(f"{name}, {len(train)} training and {len(test)} test samples", classes, train, test)
 
