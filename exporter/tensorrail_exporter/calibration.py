@@ -86,6 +86,8 @@ def load_calibration(
     session = open_session(model)
     arrays = _folder(path, session, most, images or Preprocessing()) if path.is_dir() else load_arrays(path)
     entries = {entry.name: entry for entry in session.get_inputs()}
+    if not entries:
+        raise ModelError(f"{model}: takes no input: there is nothing that calibration data could be given to")
     labels = None if _LABELS in entries else arrays.pop(_LABELS, None)
     if len(entries) == 1 and len(arrays) == 1:
         arrays = dict(zip(entries, arrays.values(), strict=True))  # one array for one input needs no name

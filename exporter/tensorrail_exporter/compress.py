@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.calibration import Calibration
-from tensorrail_exporter.errors import GraphError
+from tensorrail_exporter.errors import GraphError, PlanError
 from tensorrail_exporter.graph_io import import_graph, save_model
 from tensorrail_exporter.layerwise import LayerFit, fit_layers
 from tensorrail_exporter.plan import Plan
@@ -109,6 +109,8 @@ def compress(
     settings = settings or Settings()
     settings.check()
     exact = settings.exact
+    if not plan.layers:
+        raise PlanError("the plan names no layer: there is nothing to rewrite")
     if calibration is not None:
         fitted = fit_layers(model, plan, calibration, exact, on_share=lambda share, what: on_stage(f"fitting {what}", share))
         base, cores, fits = fitted.model, fitted.cores, fitted.layers
@@ -147,10 +149,7 @@ def compress(
     save_model(made, out)
     ratio = times.ratios[0]
     ratios = Times(
-        params=sizes[0].params / sizes[1].params,
-        macs=sizes[0].macs / sizes[1].macs,
-        flops=sizes[0].flops / sizes[1].flops,
-        bytes=sizes[0].bytes / sizes[1].bytes,
+        **{name: _times(getattr(sizes[0], name), getattr(sizes[1], name)) for name in ("params", "macs", "flops", "bytes")},
         latency=ratio.value,
         latency_low=ratio.low,
         latency_high=ratio.high,
@@ -241,6 +240,10 @@ def _rounding(model: onnx.ModelProto, plan: Plan) -> float:
 def _size(path: Path, batch: int, shapes: Shapes | None, milliseconds: float) -> Size:
     found = cost(path, batch, shapes)
     return Size(params=found.params, macs=found.macs, flops=found.flops, bytes=found.bytes, milliseconds=milliseconds)
+
+
+def _times(before: int, after: int) -> float:
+    return before / after if after else 1.0  # none before either: a body's products are not counted
 
 
 def _reached(ratios: Times, name: str) -> float:

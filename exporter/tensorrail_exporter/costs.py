@@ -152,7 +152,8 @@ def _sample(layer: LayerSpec) -> tuple[int, ...]:
     """Return the shape of one sample of the layer's input."""
     if layer.op == "conv":
         sizes = layer.size or (0,) * layer.spatial
-        return (layer.shape[1], *(size or _GUESSED_AXIS for size in sizes))
+        reach = [d * (k - 1) + s for d, k, s in zip(layer.dilation, layer.kernel, layer.stride, strict=True)]
+        return (layer.shape[1], *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, reach, strict=True)))
     sizes = layer.size or (0,) * (layer.lead - 1)
     return (*(size or _GUESSED_TOKENS for size in sizes), layer.shape[1])
 
@@ -162,7 +163,9 @@ def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
         case Reshape(shape=wanted):
             sizes = [shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
             if -1 in sizes:
-                sizes[sizes.index(-1)] = math.prod(shape) // -math.prod(sizes)
+                sizes[sizes.index(-1)] = math.prod(shape) // max(
+                    1, -math.prod(sizes)
+                )  # 0 where the batch or the output is empty
             return tuple(sizes)
         case Conv():
             spatial = tuple(_axis(step, axis, size) for axis, size in enumerate(shape[2:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
@@ -48,7 +49,17 @@ def sources(tensor: gs.Tensor) -> tuple[str, ...]:
     found = _ancestors(tensor)
     if found is None:
         return ()
-    return tuple(c.name for c in found[1] if np.issubdtype(c.dtype, np.floating) and len(c.shape) > 1)
+    return tuple(c.name for c in found[1] if _floating(c.dtype) and len(c.shape) > 1)
+
+
+def type_name(dtype: object) -> str:
+    """Return a constant's type in words: NumPy's, or ONNX's for those that NumPy has not."""
+    return onnx.TensorProto.DataType.Name(dtype).lower() if isinstance(dtype, int) else str(dtype)
+
+
+def _floating(dtype: object) -> bool:
+    """Return whether numbers are stored with an exponent; graphsurgeon tells bfloat16 and the 8-bit types by ONNX's number."""
+    return "float" in type_name(dtype)
 
 
 def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import tempfile
@@ -12,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
+from tensorrail_exporter.carried import presentable, restore
 from tensorrail_exporter.errors import GraphError
 from tensorrail_runtime.model_files import bodies, descendants
 from tensorrail_runtime.records import write_bytes
@@ -35,6 +37,12 @@ def load_model(path: Path | str) -> onnx.ModelProto:
         raise GraphError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
     except (onnx.checker.ValidationError, ValueError) as error:
         raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from None
+    for tensor in _tensors(model.graph):
+        if not _is_whole(tensor):
+            raise GraphError(
+                f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds "
+                f"{len(tensor.raw_data):,} bytes)"
+            )
     if not model.graph.node:
         raise GraphError(f"{path}: an ONNX model without a node: nothing to run or rewrite")
     return model
@@ -79,19 +87,24 @@ def size_of(model: onnx.ModelProto) -> int:
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
     """Return the graph for rewriting, with the shapes that can be inferred; the argument is not changed."""
-    graph = gs.import_onnx(model)
-    shapes = inferred_shapes(model)
-    for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in shapes:
-            tensor.shape = shapes[tensor.name]
+    try:
+        graph = gs.import_onnx(presentable(model))
+    except Exception as error:  # noqa: BLE001 - whatever it does not know
+        raise GraphError(f"onnx-graphsurgeon cannot read this graph ({type(error).__name__}: {_first_line(error)})") from None
+    inferred = _inferred(model, data_prop=False)
+    if inferred is not None:
+        _give_shapes(graph, inferred.graph)
     return graph
 
 
 def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[str, list[int | str]]:
-    """Return the shapes that onnx infers, from a copy of the model without the values of its weights.
+    """Return the shapes that onnx infers, those in bodies left out; `data_prop` follows the values of computed shapes too."""
+    inferred = _inferred(model, data_prop=data_prop)
+    return {} if inferred is None else _shapes(inferred.graph)
 
-    `data_prop` follows the values of computed shapes as well.
-    """
+
+def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | None:
+    """Return a copy of the model with inferred shapes and without the values of its weights, None where none can be."""
     light = onnx.ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)
     light.functions.extend(model.functions)
@@ -104,11 +117,29 @@ def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[
         else:
             light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     try:
-        inferred = onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
+        return onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return {}  # a rule that needs a shape says so
+        return None  # a rule that needs a shape says so
+
+
+def _give_shapes(graph: gs.Graph, inferred: onnx.GraphProto) -> None:
+    """Write inferred shapes into a graph and, body by body, into those within it, whose names may be the same."""
+    shapes = _shapes(inferred)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in shapes:
+            tensor.shape = shapes[tensor.name]
+    nodes = {output: node for node in inferred.node for output in node.output if output}
+    for node in graph.nodes:
+        own = nodes.get(next((tensor.name for tensor in node.outputs if not tensor.is_empty()), ""))
+        for attribute in own.attribute if own is not None else ():
+            body = node.attrs.get(attribute.name)
+            if attribute.HasField("g") and isinstance(body, gs.Graph):
+                _give_shapes(body, attribute.g)
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, list[int | str]]:
     shapes: dict[str, list[int | str]] = {}
-    for value in (*inferred.graph.value_info, *inferred.graph.output):
+    for value in (*graph.value_info, *graph.output):
         kind = value.type.tensor_type
         if value.type.HasField("tensor_type") and kind.HasField("shape"):
             shapes[value.name] = [a.dim_value if a.HasField("dim_value") else a.dim_param for a in kind.shape.dim]
@@ -116,9 +147,16 @@ def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[
 
 
 def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph without unused nodes, as a model with the original's IR version, opsets, functions and metadata."""
+    """Return the graph without unused nodes, as a model with the original's IR version, opsets, functions and metadata.
+
+    What onnx-graphsurgeon does not carry is taken from the original: see `tensorrail_exporter.carried`.
+    """
     graph.cleanup(remove_unused_graph_inputs=False, recurse_functions=False).toposort()
-    exported = gs.export_onnx(graph, do_type_check=False)
+    try:
+        exported = gs.export_onnx(graph, do_type_check=False)
+    except Exception as error:  # noqa: BLE001 - whatever it does not know
+        raise GraphError(f"onnx-graphsurgeon cannot write this graph ({type(error).__name__}: {_first_line(error)})") from None
+    restore(exported.graph, original.graph)
     _hoist(exported.graph)
     _declare_initializers(exported.graph, original)
     result = onnx.ModelProto()
@@ -164,6 +202,16 @@ def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> 
         kept += [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in new]
     del graph.input[:]
     graph.input.extend(present.get(value.name, value) for value in kept)
+
+
+def _is_whole(tensor: onnx.TensorProto) -> bool:
+    """Return whether a tensor that is stored as bytes has as many as its shape needs; the checker looks for too few alone."""
+    if not tensor.HasField("raw_data"):
+        return True
+    kind, count = tensor.data_type, math.prod(tensor.dims)
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(onnx.TensorProto.DataType.Name(kind))
+    bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    return bool(len(tensor.raw_data) == -(-count * bits // 8))
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -26,7 +26,7 @@ from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph, save_model, size_of
 from tensorrail_exporter.weighted import check_fp32, kept_nodes, weighted, with_names
 from tensorrail_runtime.cost import constants_of
-from tensorrail_runtime.model_files import bodies
+from tensorrail_runtime.model_files import bodies, descendants
 from tensorrail_runtime.session import open_session, run
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -248,7 +248,8 @@ def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPr
     if any(True for _ in bodies(quantized.graph)):
         # The library's own sorting overlooks what only the body of an If, Loop or Scan reads.
         quantized = export_graph(import_graph(quantized), quantized)
-    used = {node.domain or "" for node in quantized.graph.node} | {function.domain for function in quantized.functions}
+    nodes = (node for graph in (quantized.graph, *descendants(quantized.graph)) for node in graph.node)
+    used = {"" if node.domain == "ai.onnx" else node.domain for node in nodes} | {f.domain for f in quantized.functions}
     opsets = [entry for entry in quantized.opset_import if ("" if entry.domain == "ai.onnx" else entry.domain) in used]
     del quantized.opset_import[:], quantized.metadata_props[:]
     quantized.opset_import.extend(opsets)

@@ -20,7 +20,7 @@ from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.rules.scan import holds_scan
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import find, is_standard, names_in
 from tensorrail_runtime.records import Record
 
 
@@ -175,10 +175,13 @@ def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:
     if not isinstance(last, Conv) or len(consumers) != 1 or consumers[0].op != "BatchNormalization":
         return steps
     norm = consumers[0]
+    if not is_standard(norm) or not any(norm is other for other in site.graph.nodes):  # one in a body gives the body's output
+        return steps
     constants = norm.inputs[1:5]
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     inference = not norm.attrs.get("training_mode", 0) and len(norm.outputs) == 1
     known = all(isinstance(tensor, gs.Constant) for tensor in constants) and (bias is None or isinstance(bias, gs.Constant))
+    known = known and all(tuple(tensor.shape) == last.weight.shape[:1] for tensor in constants)  # one value a channel
     if not inference or not known or any(node.outputs[0] is out for out in site.graph.outputs):
         return steps
     scale, shift, mean, variance = (np.asarray(tensor.values, np.float64) for tensor in constants)

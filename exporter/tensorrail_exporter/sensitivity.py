@@ -132,32 +132,47 @@ class _Probe:
         self.model, self.calibration, self.settings = model, calibration, settings
         self.names = [output.name for output in model.graph.output]
         self.dense = self._outputs(model)
-        _require_classes(calibration.labels, self.dense[0])
+        self.compared = [k for k, parts in enumerate(self.dense) if all(part.dtype.kind in "fiub" for part in parts)]
+        if not self.compared:
+            raise GraphError(f"the model's outputs, {', '.join(self.names)}, hold no numbers: nothing can be compared")
+        _require_classes(calibration.labels, self.dense[0][0])
 
     def effect(self, layer: LayerPlan, weight: np.ndarray) -> float:
         """Return the loss of the network with this layer's weight alone replaced: see `_distance`."""
         return self._distance(self._outputs(with_weights(self.model, Plan(layers=(layer,)), {layer.name: weight})))
 
-    def _outputs(self, model: onnx.ModelProto) -> list[np.ndarray]:
+    def _outputs(self, model: onnx.ModelProto) -> list[list[np.ndarray]]:
+        """Return every output, batch by batch."""
         run = run_to(model, self.names, self.settings)
         parts = [run(feed) for feed in self.calibration.feeds]
-        return [np.concatenate([part[k] for part in parts]) for k in range(len(self.names))]
+        return [[part[k] for part in parts] for k in range(len(self.names))]
 
-    def _distance(self, changed: list[np.ndarray]) -> float:
+    def _distance(self, changed: list[list[np.ndarray]]) -> float:
         labels = self.calibration.labels
-        if labels is not None and self.dense[0].ndim == 2:
+        if labels is not None and self.dense[0][0].ndim == 2:
             rows = np.arange(len(labels))
-            before, after = (log_softmax(one[0], 1)[rows, labels] for one in (self.dense, changed))
+            before, after = (log_softmax(np.concatenate(one[0]), 1)[rows, labels] for one in (self.dense, changed))
             return max(float(before.mean() - after.mean()), 0.0) + 1e-3 * self._relative(changed)
         return self._relative(changed)
 
-    def _relative(self, changed: list[np.ndarray]) -> float:
-        """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖²."""
+    def _relative(self, changed: list[list[np.ndarray]]) -> float:
+        """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖², and 1 for one that comes in another shape."""
         shares = []
-        for before, after in zip(self.dense, changed, strict=True):
-            spread = float(np.square(before - before.mean(0)).sum())
-            shares.append(float(np.square(before - after).sum()) / max(spread, 1e-12))
+        for k in self.compared:
+            if any(a.shape != b.shape for a, b in zip(self.dense[k], changed[k], strict=True)):
+                shares.append(1.0)
+                continue
+            before, after = ([np.asarray(part, np.float64) for part in parts] for parts in (self.dense[k], changed[k]))
+            lost = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
+            shares.append(lost / max(_spread(before), 1e-12))
         return float(np.mean(shares))
+
+
+def _spread(parts: Sequence[np.ndarray]) -> float:
+    """Return ‖a − mean‖²: the mean over samples, or over all values where batches do not join along their first axis."""
+    joined = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+    values = np.concatenate(parts) if joined else np.concatenate([part.ravel() for part in parts])
+    return float(np.square(values - values.mean(0)).sum()) if len(values) else 0.0
 
 
 def _require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:

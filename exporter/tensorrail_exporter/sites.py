@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.errors import GraphError
-from tensorrail_exporter.fold import folded, is_constant, sources
+from tensorrail_exporter.fold import folded, is_constant, sources, type_name
 from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rules.emit import Names, Site
@@ -47,11 +47,11 @@ def find(graph: gs.Graph, layer: LayerPlan, names: Names) -> tuple[Rule, list[Si
     sites = _called(named.get(layer.name, []), layer.name)
     if not sites:
         raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(graph)}")
-    op = next((site.node.op for site in sites if site.node.op not in _RULE_OF), None)
-    if op is not None:
-        if op in STAY_DENSE:
-            raise GraphError(f"layer {layer.name}: cannot be rewritten: {STAY_DENSE[op]}")
-        ops = ", ".join(sorted({site.node.op for site in sites}))
+    other = next((site.node for site in sites if _rule_of(site.node) is None), None)
+    if other is not None:
+        if is_standard(other) and other.op in STAY_DENSE:
+            raise GraphError(f"layer {layer.name}: cannot be rewritten: {STAY_DENSE[other.op]}")
+        ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
         raise GraphError(f"layer {layer.name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
     groups = _by_weight(sites)
     if len(groups) > 1:
@@ -61,7 +61,7 @@ def find(graph: gs.Graph, layer: LayerPlan, names: Names) -> tuple[Rule, list[Si
             f"{own or 'none has one: give the nodes names'}"
         )
     for site in sites:
-        rule = _RULE_OF[site.node.op]
+        rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
         _fold(site, rule, layer)
         if why := _why_not(site.node, rule):
             raise GraphError(f"layer {layer.name}: cannot be rewritten: {why}")
@@ -77,9 +77,22 @@ def rewritable(graph: gs.Graph) -> dict[str, gs.Node]:
     found: dict[str, gs.Node] = {}
     for inner, node in walk(graph):
         site = Site(inner, node, Names(set()))
-        if node.domain in (None, "", "ai.onnx") and _on_folded(site, lambda *_: True) and (name := _own_name(site, named)):
+        if _on_folded(site, lambda *_: True) and (name := _own_name(site, named)):
             found.setdefault(name, node)
     return found
+
+
+def is_standard(node: gs.Node) -> bool:
+    """Return whether a node's operator is ONNX's own: others mean something else by the same name."""
+    return node.domain in (None, "", "ai.onnx")
+
+
+def _rule_of(node: gs.Node) -> Rule | None:
+    return _RULE_OF.get(node.op) if is_standard(node) else None
+
+
+def _full_name(node: gs.Node) -> str:
+    return node.op if is_standard(node) else f"{node.domain}:{node.op}"
 
 
 def names_of(node: gs.Node) -> list[str]:
@@ -119,17 +132,17 @@ def _by_weight(sites: list[Site]) -> list[list[Site]]:
     """Return the nodes by the weight (O, I, *K) that they compute with; all together when one of them cannot be rewritten."""
     if len(sites) == 1:
         return [sites]
-    groups: list[tuple[str, np.ndarray, list[Site]]] = []
+    groups: list[tuple[Rule | None, np.ndarray, list[Site]]] = []
     for site in sites:
         weight = _weight(site)
         if weight is None:
             return [sites]
-        for op, present, group in groups:
-            if _RULE_OF[op] is _RULE_OF[site.node.op] and np.array_equal(present, weight, equal_nan=True):
+        for rule, present, group in groups:
+            if rule is _rule_of(site.node) and np.array_equal(present, weight, equal_nan=True):
                 group.append(site)
                 break
         else:
-            groups.append((site.node.op, weight, [site]))
+            groups.append((_rule_of(site.node), weight, [site]))
     return [group for _, _, group in groups]
 
 
@@ -140,7 +153,7 @@ def _weight(site: Site) -> np.ndarray | None:
 
 def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer | None:
     """Return what `ask` says of a copy of the node whose weight is folded; None when the node stays dense."""
-    node, rule = site.node, _RULE_OF.get(site.node.op)
+    node, rule = site.node, _rule_of(site.node)
     if rule is None:
         return None
     index = rule.weight_input(node)
@@ -158,12 +171,12 @@ def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer |
 
 
 def _output_names(node: gs.Node) -> list[str]:
-    return [tensor.name for tensor in node.outputs if tensor.name] if node.op in _RULE_OF else []
+    return [tensor.name for tensor in node.outputs if tensor.name] if _rule_of(node) else []
 
 
 def _weight_names(node: gs.Node) -> list[str]:
     names = []
-    if rule := _RULE_OF.get(node.op):
+    if rule := _rule_of(node):
         weight = node.inputs[rule.weight_input(node)]
         origin = (weight.name,) if isinstance(weight, gs.Constant) else sources(weight)[:1]
         names = [name for whole in (*origin, weight.name) if whole for name in (whole.removesuffix(".weight"), whole)]
@@ -176,10 +189,8 @@ def _known(graph: gs.Graph) -> str:
 
 
 def _has_weight(node: gs.Node) -> bool:
-    if node.op not in _RULE_OF:
-        return False
-    weight = node.inputs[_RULE_OF[node.op].weight_input(node)]
-    return is_constant(weight)
+    rule = _rule_of(node)
+    return rule is not None and is_constant(node.inputs[rule.weight_input(node)])
 
 
 def _fold(site: Site, rule: Rule, layer: LayerPlan) -> None:
@@ -199,5 +210,5 @@ def _why_not(node: gs.Node, rule: Rule) -> str | None:
         return why
     dtype = node.inputs[rule.weight_input(node)].dtype
     if dtype not in (np.float16, np.float32, np.float64):
-        return f"its weight is of type {dtype}; expected float16, float32 or float64"
+        return f"its weight is of type {type_name(dtype)}; expected float16, float32 or float64"
     return None

@@ -478,3 +478,11 @@ def test_inputs_that_are_never_on_keep_the_weight_there(centred, rng):
     same = nothing.best(true, nothing.moments(centred=centred), centred=centred, ridge=0.01)
     np.testing.assert_allclose(same, true, atol=1e-5)
     assert nothing.lost(true, centred=centred) == 0
+
+
+def test_a_model_without_inputs_has_no_calibration(tmp_path):
+    node = helper.make_node("RandomNormal", [], ["y"], shape=[2, 3])
+    onnx.save(make_model([node], {}, {}, {"y": [2, 3]}), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=np.ones((2, 3), np.float32))
+    with pytest.raises(ModelError, match="takes no input"):
+        load_calibration(tmp_path / "x.npz", tmp_path / "m.onnx")

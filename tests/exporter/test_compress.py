@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model
 from onnx import helper, numpy_helper
 
-from tensorrail_exporter import GraphError, LayerPlan, Plan, contraction
+from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError, contraction
 from tensorrail_exporter import compress as compressing
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.compress import CompressReport, compress
@@ -168,3 +168,17 @@ def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng
     assert "Scan" in {node.op_type for node in written.node}
     (core,) = [tensor for tensor in written.initializer if tensor.name == "w/0"]
     assert not numpy_helper.to_array(core).any()
+
+
+def test_a_plan_without_layers_is_refused_and_products_in_bodies_count_as_none(tmp_path, rng):
+    weight = rng.standard_normal((16, 16)).astype(np.float32)
+    out = [helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, None)]
+    then = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["t"], "fc")], "then", [], out)
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["t"])], "else", [], out)
+    node = helper.make_node("If", ["yes"], ["y"], then_branch=then, else_branch=other)
+    model = make_model([node], {"w": weight, "yes": np.array(True)}, {"x": ["n", 16]}, {"y": ["n", 16]})
+    plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(16, 16), ranks=(4,)),))
+    report = compress(model, plan, tmp_path / "m.onnx", seconds=0.1)
+    assert (report.ratios.macs, report.ratios.params) == (1.0, 2.0)
+    with pytest.raises(PlanError, match="the plan names no layer"):
+        compress(model, Plan(layers=()), tmp_path / "n.onnx")

@@ -64,3 +64,12 @@ def test_auto_pad_and_products_have_their_shapes():
     cost = contraction_cost(left, LayerSpec("linear", (105, 30)))
     assert [step.shape for step in cost.steps] == [(3, 2, 5), (3, 7, 5), (105,)]
     assert cost.flops == 2 * 3 * 7 * 5 * 2
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [((3,), (8,)), ((40,), (1,)), ((15, 15), (1, 1))])
+def test_a_kernel_longer_than_the_axis_that_is_guessed_has_a_cost(kernel, dilation):
+    nd = len(kernel)
+    spec = LayerSpec("conv", (4, 4, *kernel), (1,) * nd, (0,) * (2 * nd), dilation=dilation)
+    layer = LayerPlan(name="c", format="tucker", modes=(2, 2, int(np.prod(kernel)), 2, 2), ranks=(1,) * 4)
+    assert layer.merge_for(spec) in FORMATS["tucker"].merges("conv")
+    assert contraction_cost(steps_of(layer.model_copy(update={"merge": "none"}), spec), spec).flops > 0

@@ -10,6 +10,7 @@ from onnx import helper
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter import planner as planning
+from tensorrail_exporter.errors import TargetError
 from tensorrail_exporter.latency_table import LatencyTable, Timed
 from tensorrail_exporter.latency_table import _key as key_of
 from tensorrail_exporter.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
@@ -215,3 +216,35 @@ def test_random_cores_keep_activations_as_they_are(form, ranks, network):
     (cores,) = random_cores(network, Plan(layers=(layer,))).values()
     weight = layer.reconstruct(cores, (64, 64, 3, 3))
     assert float(weight.std()) * (64 * 9) ** 0.5 == pytest.approx(1.0, rel=0.25)
+
+
+def test_a_target_that_the_built_network_misses_is_missed(known_times, tmp_path, rng):
+    """The matrix of an embedding is read by a Gather as well, and stays in the file beside its cores."""
+    weights = {"emb.weight": rng.standard_normal((256, 64)).astype(np.float32), "ids": np.arange(8)}
+    nodes = [
+        helper.make_node("Gather", ["emb.weight", "ids"], ["e"]),
+        helper.make_node("Transpose", ["emb.weight"], ["turned"], perm=[1, 0]),
+        helper.make_node("Add", ["e", "x"], ["sum"]),
+        helper.make_node("MatMul", ["sum", "turned"], ["y"], "head"),
+    ]
+    tied = make_model(nodes, weights, {"x": [8, 64]}, {"y": [8, 256]})
+    report = plan_network(tied, search(tmp_path, params=2.0))
+    assert report.planned.params > report.dense.params
+    assert not report.meets
+    assert report.missed["params"] < 1
+
+
+def test_what_was_tried_stays_when_nothing_better_can_be_chosen(network, known_times, tmp_path, monkeypatch):
+    known_times["measured"] = 2.5  # beyond the target: it is chosen anew
+    real, calls = planning.choose, []
+
+    def choose(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise TargetError("no choice of options meets them together")
+        return real(*arguments)
+
+    monkeypatch.setattr(planning, "choose", choose)
+    report = plan_network(network, search(tmp_path, latency=2.0))
+    assert len(calls) == 2
+    assert report.meets

@@ -487,3 +487,20 @@ def test_reduced_writes_nothing_when_it_fails(small_path, rng, tmp_path):
             call()
     assert not out.exists()
     assert small_path.read_bytes() == before
+
+
+def test_int8_keeps_the_operators_of_others_that_only_a_body_uses(rng, tmp_path):
+    weight = rng.standard_normal((8, 8)).astype(np.float32)
+    out = [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)]
+    then = helper.make_graph([helper.make_node("Tanh", ["h"], ["t"])], "then", [], out)
+    other = helper.make_graph([helper.make_node("Relu", ["h"], ["t"])], "else", [], out)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "fc"),
+        helper.make_node("If", ["yes"], ["y"], then_branch=then, else_branch=other),
+    ]
+    model = make_model(nodes, {"w": weight, "yes": np.array(True)}, {"x": ["n", 8]}, {"y": ["n", 8]})
+    foreign = next(a.g.node[0] for a in model.graph.node[1].attribute if a.name == "then_branch")
+    foreign.op_type, foreign.domain = "FastGelu", "com.microsoft"  # which onnx's checker does not know
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    feeds = feeds_of(rng, (8,))
+    assert difference(model, to_int8(model, feeds), feeds, tmp_path) < 0.05

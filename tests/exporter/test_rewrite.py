@@ -199,3 +199,41 @@ def test_a_model_survives_a_round_trip_through_the_checker(small_model):
     plan = Plan(layers=(CONV, FC))
     factored = factorize(small_model, plan, decompose_graph(small_model, plan)).model
     onnx.checker.check_model(onnx.load(io.BytesIO(factored.SerializeToString())), full_check=True)
+
+
+def with_norm(node, parameters, outputs, opset=20, extra=()):
+    conv = helper.make_node("Conv", ["x", "c.weight"], ["h"], "c")
+    weights = {"c.weight": np.ones((4, 4, 1, 1), np.float32)} | {
+        name: np.ones(shape, np.float32) for name, shape in parameters.items()
+    }
+    return make_model([conv, *extra, node], weights, {"x": [2, 4, 5, 5]}, outputs, opset=opset)
+
+
+def test_a_batch_norm_is_folded_only_where_it_scales_channels_behind_the_layer():
+    plan = Plan(layers=(LayerPlan(name="c", format="svd", modes=(4, 4), ranks=(2,)),))
+    names = ("s", "b", "m", "v")
+    norm = helper.make_node("BatchNormalization", ["h", *names], ["y"], "bn")
+    each = helper.make_node("BatchNormalization", ["h", *names], ["y"], "bn", spatial=0)
+    out = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    then = helper.make_graph([norm], "then", [], out)
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "else", [], out)
+    branch = helper.make_node("If", ["is"], ["z"], then_branch=then, else_branch=other)
+    small = dict.fromkeys(names, (4,))
+    for model, folded in (
+        (with_norm(norm, small, {"y": [2, 4, 5, 5]}), True),
+        (with_norm(each, dict.fromkeys(names, (4, 5, 5)), {"y": [2, 4, 5, 5]}, opset=8), False),
+        (
+            with_norm(
+                branch,
+                small,
+                {"z": ["a", "b", "c", "d"]},
+                extra=[helper.make_node("Constant", [], ["is"], value=onnx.numpy_helper.from_array(np.array(True)))],
+            ),
+            False,
+        ),
+    ):
+        cores = decompose_graph(model, plan)
+        made = factorize(model, plan, cores, fold_batch_norm=True)
+        assert made.layers[0].batch_norm == folded
+        x = np.random.default_rng(0).standard_normal((2, 4, 5, 5)).astype(np.float32)
+        assert relative(run(reconstruct(model, plan, cores), x), run(made.model, x)) < 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import make_model
-from onnx import helper
+from onnx import TensorProto, helper
 
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.options import options_of
@@ -88,3 +88,29 @@ def test_labels_measure_the_cross_entropy(network):
     found = losses_of(network, wanted(network), Calibration(feeds, labels))
     assert found.source == "labels"
     assert all(value >= 0 for values in found.values.values() for value in values)
+
+
+@pytest.mark.parametrize("kind", ["state", "scalar", "boolean", "count"])
+def test_outputs_of_any_shape_are_compared(kind, rng):
+    """A state whose batch is its second axis, a number, truth values, and as many rows as there are values above zero."""
+    weights = {"w": rng.standard_normal((16, 32)).astype(np.float32), "limit": np.float32(0.1), "axis": np.array([0])}
+    nodes, shape, dtype = {
+        "state": ([helper.make_node("Unsqueeze", ["y", "axis"], ["o"])], [1, "n", 32], TensorProto.FLOAT),
+        "scalar": ([helper.make_node("Exp", ["limit"], ["o"])], [], TensorProto.FLOAT),
+        "boolean": ([helper.make_node("Greater", ["y", "limit"], ["o"])], ["n", 32], TensorProto.BOOL),
+        "count": (
+            [helper.make_node("Relu", ["y"], ["p"]), helper.make_node("NonZero", ["p"], ["o"])],
+            [2, "m"],
+            TensorProto.INT64,
+        ),
+    }[kind]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], "fc")
+    model = make_model([product, *nodes], weights, {"x": ["n", 16]}, {"y": ["n", 32]})
+    model.graph.output.append(helper.make_tensor_value_info("o", dtype, shape))
+    feeds = tuple({"x": rng.standard_normal((count, 16)).astype(np.float32)} for count in (25, 5))
+    (layer,) = survey(model)
+    options = options_of(layer, ("svd",), 4)
+    (found,) = losses_of(model, {layer: options}, Calibration(feeds)).values.values()
+    assert len(found) == len(options)
+    assert all(np.isfinite(found))
+    assert max(found) > 0

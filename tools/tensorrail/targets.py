@@ -128,6 +128,8 @@ def show_plan(report: PlanReport) -> None:
         f"predicted: {dense.ms:.2f} → {planned.ms:.2f} ms ({report.predicted:.2f}×), "
         f"FLOPs ÷ {_ratio(dense.macs, planned.macs)}, parameters ÷ {_ratio(dense.params, planned.params)}"
     )
+    for name, reached in report.missed.items():
+        say(f"{name} falls {reached:.2f} times, and {report.targets[name]:g} was asked for")
     if report.measured is None:
         say("nothing to rewrite: every layer stays dense")
         return

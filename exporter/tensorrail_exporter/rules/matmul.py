@@ -12,14 +12,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.contraction import LayerSpec, MatMul, Step
+from tensorrail_exporter.fold import is_constant
 from tensorrail_exporter.rules.emit import Site
 
 OPS: tuple[str, ...] = ("MatMul",)
 
 
 def weight_input(node: gs.Node) -> int:
-    """Return 1, or 0 when the left operand is the constant."""
-    return 0 if isinstance(node.inputs[0], gs.Constant) and not isinstance(node.inputs[1], gs.Constant) else 1
+    """Return 1, or 0 when the left operand is the constant, or is made of constants."""
+    return 0 if is_constant(node.inputs[0]) and not is_constant(node.inputs[1]) else 1
 
 
 def why_not(node: gs.Node) -> str | None:
