@@ -36,6 +36,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix $(CODE)
 
 bench: $(READY)  ## planned networks against dense, published ranks and other tools, interleaved, on this machine's CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/compress.py -o results/compress
 
 bench-gpu: $(READY)  ## the same on an NVIDIA GPU, with placement, parity, training and the gate; says what the machine lacks

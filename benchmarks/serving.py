@@ -23,9 +23,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ WARM = 0.2  # share of a turn at its beginning that does not count
 START = "from tensorrail.cli import main; main()"
 
 Times = np.ndarray  # milliseconds of the requests of one turn
-Blocks = list[dict[int, tuple[Times, float]]]  # a block: by number of clients, the times and the seconds they were taken in
+Blocks = list[dict[int, tuple[Times, float]]]  # a block: by number of clients, the times and the answers a second
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def asker(port: int, body: bytes, headers: dict[str, str]) -> Callable[[], bytes
         response = connection.getresponse()
         content = response.read()
         if response.status != 200:
-            sys.exit(f"the server answered {response.status}: {content[:200]!r}")
+            raise RuntimeError(f"the server answered {response.status}: {content[:200]!r}")
         return content
 
     return ask
@@ -104,25 +104,28 @@ def check(port: int, request: tuple[bytes, dict[str, str], list[np.ndarray]]) ->
 def turn(
     port: int, request: tuple[bytes, dict[str, str], list[np.ndarray]], clients: int, seconds: float
 ) -> tuple[Times, float]:
-    """Have so many clients ask for so long; return the times of what was asked after the warm-up and ended in time."""
+    """Have so many clients ask for so long; return the times of what was asked after the warm-up, and the answers a second.
+
+    Requests that are under way at the end are waited for and their times count, or the slow ones would be left out; answers
+    are counted while all clients ask, whenever they were asked for.
+    """
     begin = time.perf_counter()
     counted, end = begin + WARM * seconds, begin + seconds
-    times: list[list[float]] = [[] for _ in range(clients)]
 
-    def client(mine: list[float]) -> None:
+    def client() -> list[tuple[float, float]]:
         ask = asker(port, *request[:2])
+        mine = []
         while (start := time.perf_counter()) < end:
             ask()
-            now = time.perf_counter()
-            if start >= counted and now <= end:
-                mine.append(1e3 * (now - start))
+            mine.append((start, time.perf_counter()))
+        return mine
 
-    threads = [threading.Thread(target=client, args=(mine,)) for mine in times]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return np.concatenate([np.array(mine) for mine in times]), end - counted
+    with ThreadPoolExecutor(clients) as pool:
+        asked = [pool.submit(client) for _ in range(clients)]
+        spans = np.array([span for one in asked for span in one.result()])  # a client that failed ends it all
+    starts, ends = spans.T
+    answered = int(((ends >= counted) & (ends <= end)).sum())
+    return 1e3 * (ends - starts)[starts >= counted], answered / (end - counted)
 
 
 def best(blocks: Blocks, bound: float) -> tuple[float, int, float]:
@@ -130,7 +133,7 @@ def best(blocks: Blocks, bound: float) -> tuple[float, int, float]:
     found = (0.0, 0, 0.0)
     for clients in blocks[0]:
         times = np.concatenate([block[clients][0] for block in blocks])
-        rate = len(times) / sum(block[clients][1] for block in blocks)
+        rate = float(np.mean([block[clients][1] for block in blocks]))
         p99 = float(np.percentile(times, 99)) if len(times) else float("inf")
         if p99 <= bound and rate > found[0]:
             found = (rate, clients, p99)
@@ -177,7 +180,7 @@ def table(names: Sequence[str], measured: Sequence[Blocks]) -> list[str]:
         cells = []
         for blocks in measured:
             times = np.concatenate([block[clients][0] for block in blocks])
-            rate = len(times) / sum(block[clients][1] for block in blocks)
+            rate = float(np.mean([block[clients][1] for block in blocks]))
             cells += [f"{rate:.1f}", *(f"{value:.1f} ms" for value in np.percentile(times, [50, 99]))]
         lines.append(f"| {clients} | " + " | ".join(cells) + " |")
     return lines

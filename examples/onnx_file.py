@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("model.onnx"))
     options = parser.parse_args()
     if options.model is None:
-        options.model, options.inputs = stand_in(options.out.parent)
+        folder = options.out.parent / "stand-in"  # apart: your own file may be called the same
+        folder.mkdir(exist_ok=True)
+        options.model, options.inputs = stand_in(folder)
 
     dense = load_model(options.model)
     calibration = load_calibration(options.inputs, options.model) if options.inputs else None

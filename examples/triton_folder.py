@@ -8,13 +8,15 @@ The same as `tensorrail package MODEL.onnx --triton FOLDER --dense DENSE.onnx`; 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_runtime.session import Settings
+from tensorrail_runtime.session import ModelError, Settings
 from tensorrail_runtime.triton import Serving, package
 
 
@@ -47,10 +49,14 @@ def main() -> None:
     parser.add_argument("--name", default="factored")
     parser.add_argument("--repository", type=Path, default=Path("repository"))
     options = parser.parse_args()
-    if options.model is None:
-        options.model, options.dense = stand_in(options.repository.absolute().parent)
     serving = Serving(settings=Settings(threads=1), max_batch=16, delay=500, instances=2)
-    written = package(options.model, options.repository, name=options.name, dense=options.dense, serving=serving)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            options.model, options.dense = stand_in(Path(folder))
+        try:
+            written = package(options.model, options.repository, name=options.name, dense=options.dense, serving=serving)
+        except ModelError as error:
+            sys.exit(str(error))
     for model in written.models:
         print(f"{model.folder}: versions {model.versions}")
         print((Path(model.folder) / "config.pbtxt").read_text(encoding="utf-8"))

@@ -57,7 +57,7 @@ def package(
     separate: bool = False,
     serving: Serving | None = None,
     shapes: Shapes | None = None,
-    tolerance: float = 1e-2,
+    tolerance: float = 1e-3,
     overwrite: bool = False,
 ) -> Package:
     """Write a model into a Triton model repository, other models there untouched.

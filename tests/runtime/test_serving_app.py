@@ -216,6 +216,56 @@ def test_more_requests_than_are_accepted_get_503_and_the_others_their_answers(cl
     assert [status for status, _, _ in answered] == [200] * 3
 
 
+def test_an_answer_counts_until_its_client_has_read_it(client, x):
+    service = client.service
+    service.limits = Limits(seconds=0.3)
+    held = []
+
+    async def scenario():
+        app, stuck = create_app(service), asyncio.Event()
+
+        async def send(message):
+            held.append(service.metrics.in_flight)
+            if message.get("body"):
+                await stuck.wait()  # the client reads nothing
+
+        pieces = [{"type": "http.request", "body": json.dumps(request(x)).encode(), "more_body": False}]
+
+        async def receive():
+            return pieces.pop(0) if pieces else await asyncio.Event().wait()
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": INFER,
+            "raw_path": INFER.encode(),
+            "query_string": b"",
+            "headers": [],
+        }
+        await app(scope | {"http_version": "1.1", "root_path": "", "scheme": "http"}, receive, send)
+
+    asyncio.run(scenario())
+    assert held[-1] == 1
+    assert service.metrics.in_flight == 0  # it was given up
+
+
+def test_json_has_a_limit_of_its_own_and_names_and_versions_are_checked(client, x, monkeypatch):
+    monkeypatch.setattr("tensorrail_runtime.serve.request.MOST_JSON", len(json.dumps(request(x))) - 1)
+    status, content, _ = client.infer(request(x))
+    assert status == 413
+    assert "send large tensors as binary data" in json.loads(content)["error"]
+    monkeypatch.undo()
+    status, content, _ = client.infer(request(x, model_version="99"))
+    assert (status, json.loads(content)["error"]) == (400, "the request is for version '99': there is version 1")
+    named = request(x)
+    named["inputs"][0]["name"] = "n" * 30_000
+    status, content, _ = client.infer(named)
+    assert status == 400
+    assert len(content) < 300
+    status, _, headers = client.get(INFER)
+    assert (status, headers["allow"]) == (405, "POST")
+
+
 def test_a_client_that_goes_away_is_counted(client):
     assert client.infer(b"", parts=[b"{", None])[0] == 499
     assert client.metric("requests_total", code="499") == 1

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from tensorrail_runtime.serve.batch_axis import find_batch_axis
 from tensorrail_runtime.serve.batching import Answer, pack, run_batch
 from tensorrail_runtime.serve.differences import differences
-from tensorrail_runtime.serve.gathering import Gathering
+from tensorrail_runtime.serve.gathering import Gathering, Waiting
 from tensorrail_runtime.serve.options import Limits, ServeOptions
 from tensorrail_runtime.serve.signature import Signature
 from tensorrail_runtime.session import ModelError, open_session
@@ -99,6 +99,10 @@ def feeds(*rows, width=2):
     return [{"x": np.full((count, width), index, np.float32)} for index, count in enumerate(rows)]
 
 
+def waiting(*rows):
+    return [Waiting(feed) for feed in feeds(*rows)]
+
+
 def test_requests_are_packed_up_to_the_limit_and_only_with_their_like():
     axes = {"x": 0, "y": 0}
     assert pack(feeds(1, 1, 1, 1, 1), axes, 2) == [[0, 1], [2, 3], [4]]
@@ -133,6 +137,49 @@ def test_one_requests_values_do_not_fail_anothers(tmp_path, rng):
     assert "out of data bounds" in answers[1].reason
 
 
+def test_requests_whose_inputs_differ_in_length_never_meet_those_of_others(tmp_path):
+    """y = a + b with two axes of two names: one row is broadcast to three, and would be to a neighbour's."""
+    node = helper.make_node("Add", ["a", "b"], ["y"])
+    model = make_model([node], {}, {"a": ["n", 2], "b": ["m", 2]}, {"y": ["k", 2]})
+    session, signature = opened(tmp_path / "add.onnx", model)
+    axes, _ = find_batch_axis(session, signature)
+    assert axes == {"a": 0, "b": 0, "y": 0}
+
+    def request(value, a, b):
+        return {"a": np.full((a, 2), value, np.float32), "b": np.full((b, 2), value, np.float32)}
+
+    sent = [request(500, 1, 3), request(1.5, 2, 2), request(500, 3, 1), request(2, 1, 1)]
+    answers = run_batch(session, sent, axes, 8)
+    for answer, feed in zip(answers, sent, strict=True):
+        np.testing.assert_array_equal(answer.outputs["y"], feed["a"] + feed["b"])
+    assert pack(sent, axes, 8) == [[0], [1, 3], [2]]
+
+
+def test_what_nobody_waits_for_is_not_run():
+    ran, started, go_on = [], threading.Event(), threading.Event()
+
+    def work(taken):
+        ran.extend(float(feed["x"][0, 0]) for feed in taken)
+        started.set()
+        assert go_on.wait(10)
+        return [Answer({"y": feed["x"]}) for feed in taken]
+
+    async def scenario():
+        runs = Gathering(work, 1)
+        requests = waiting(1, 1, 1, 1)
+        requests[3].seconds = 0.0
+        tasks = [asyncio.create_task(runs.answer([one])) for one in requests]
+        await asyncio.to_thread(started.wait, 10)
+        requests[1].gone = True
+        go_on.set()
+        return await asyncio.gather(*tasks)
+
+    answers = [one for (one,) in asyncio.run(scenario())]
+    assert ran == [0, 2]
+    assert [answer.outputs is None for answer in answers] == [False, True, False, True]
+    assert "nobody waits" in answers[1].reason
+
+
 def test_what_waits_while_the_model_is_busy_is_run_together():
     started, go_on, sizes = threading.Event(), threading.Event(), []
 
@@ -144,9 +191,9 @@ def test_what_waits_while_the_model_is_busy_is_run_together():
 
     async def scenario():
         runs = Gathering(work, 3)
-        first = asyncio.create_task(runs.answer(feeds(1)))
+        first = asyncio.create_task(runs.answer(waiting(1)))
         await asyncio.to_thread(started.wait, 10)
-        rest = [asyncio.create_task(runs.answer([feed])) for feed in feeds(1, 1, 1, 1)]
+        rest = [asyncio.create_task(runs.answer([one])) for one in waiting(1, 1, 1, 1)]
         rest[0].cancel()  # who waited has gone: the others are answered all the same
         await asyncio.sleep(0)
         go_on.set()
@@ -167,7 +214,7 @@ def test_an_error_of_a_run_reaches_those_who_wait_and_nobody_else():
 
     async def scenario():
         runs = Gathering(work, 1)
-        return await asyncio.gather(*(runs.answer([feed]) for feed in feeds(1, 2, 1)), return_exceptions=True)
+        return await asyncio.gather(*(runs.answer([one]) for one in waiting(1, 2, 1)), return_exceptions=True)
 
     first, second, third = asyncio.run(scenario())
     assert isinstance(second, ModelError)

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tensorrail_runtime.serve.batching import Answer, Feed
 from tensorrail_runtime.serve.errors import ProtocolError
@@ -28,6 +29,7 @@ from tensorrail_runtime.serve.shadow import Shadow
 from tensorrail_runtime.serve.signature import Signature
 
 _GONE = 499  # the client went away: nobody reads the answer, the metrics do
+_PART = 1 << 18  # bytes of an answer that are handed over at a time
 _DISCARD = 4  # times the limit: so much of a body that is too long is still read, so that its sender gets to read why
 
 
@@ -113,10 +115,10 @@ async def _infer(service: Service, request: Request) -> Response:
     """Answer one inference request within the limits, and count it whatever becomes of it."""
     begin = time.perf_counter()
     service.metrics.in_flight += 1
-    code = 500
+    code, sending = 500, False
     try:
         response = await _answer(service, request)
-        code = response.status_code
+        code, sending = response.status_code, True
     except ProtocolError as error:
         code = error.status
         raise
@@ -124,9 +126,39 @@ async def _infer(service: Service, request: Request) -> Response:
         code = _GONE
         return Response(status_code=_GONE)
     finally:
-        service.metrics.in_flight -= 1
+        if not sending:  # an answer that is being sent is still held here
+            service.metrics.in_flight -= 1
         service.metrics.answered(code, time.perf_counter() - begin)
-    return response
+    return Sent(response, service)
+
+
+class Sent(Response):
+    """An answer that is part of the server's load until its client has read it, for as long as a request may take.
+
+    It goes out in parts, each when the one before has left: whole, it would lie in the connection's buffer, where nothing
+    counts it.
+    """
+
+    def __init__(self, response: Response, service: Service) -> None:
+        self._response, self._service = response, service
+        self.status_code, self.background = response.status_code, response.background
+        self.raw_headers = response.raw_headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; a client that does not read it in time is given up, and its connection closed."""
+        body = memoryview(self._response.body)
+        try:
+            async with asyncio.timeout(self._service.limits.seconds):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for start in range(0, len(body), _PART):
+                    await send({"type": "http.response.body", "body": bytes(body[start : start + _PART]), "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            return
+        finally:
+            self._service.metrics.in_flight -= 1
+        if self.background is not None:
+            await self.background()
 
 
 async def _answer(service: Service, request: Request) -> Response:
@@ -188,6 +220,8 @@ def _check_model(service: Service, request: Request) -> None:
 
 
 def _check_name(service: Service, parsed: InferRequest) -> None:
+    if parsed.model_version not in (None, "", VERSION):
+        raise ProtocolError(f"the request is for version {parsed.model_version!r:.40}: there is version {VERSION}")
     if parsed.model_name is not None and parsed.model_name != service.name:
         raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server has {service.name!r}")
 
@@ -200,7 +234,8 @@ def _refused(_: Request, error: Exception) -> Response:
 def _http(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     reason = {404: f"there is no {request.url.path!r:.80} here", 405: f"{request.method} is not for {request.url.path!r:.80}"}
-    return JSONResponse({"error": reason.get(status, str(error))}, status)
+    headers = error.headers if isinstance(error, HTTPException) else None  # a 405 says which methods are allowed
+    return JSONResponse({"error": reason.get(status, str(error))}, status, headers)
 
 
 def _failed(_: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """Answering several requests by one run of the model: join along the batch axes, run, cut apart.
 
-Only requests whose other axes are equal are joined, and no more samples than the limit. When a run of several requests fails,
+Only requests whose other axes are equal are joined, whose inputs all have as many samples, and no more of them than the limit.
+When a run of several requests fails,
 each is run alone, so that one request's values cannot fail another's.
 """
 
@@ -49,13 +50,17 @@ def run_batch(session: ort.InferenceSession, feeds: Sequence[Feed], axes: Axes |
 def pack(feeds: Sequence[Feed], axes: Axes | None, limit: int) -> list[list[int]]:
     """Return which requests are run together: alike in all but the batch axes, `limit` samples at most a run.
 
-    A request that alone has more samples than the limit is a run of its own.
+    A request that alone has more samples than the limit is a run of its own, and so is one whose inputs have different
+    numbers of samples: joined, their parts would meet those of others.
     """
     if axes is None:
         return [[index] for index in range(len(feeds))]
     groups: list[list[int]] = []
     open_groups: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for index, feed in enumerate(feeds):
+        if len({array.shape[axes[name]] for name, array in feed.items()}) > 1:
+            groups.append([index])
+            continue
         kind = tuple((name, array.dtype.str, _without(array.shape, axes[name])) for name, array in feed.items())
         rows = _rows(feed, axes)
         group, held = open_groups.get(kind, ([], limit))

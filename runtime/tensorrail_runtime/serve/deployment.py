@@ -122,7 +122,9 @@ def deployed(
     replicas = serve.deployment(name="model", num_replicas=options.replicas, **common)(Replica)
     targets = [
         serve.RunTarget(
-            replicas.bind(content, settings, model.axes, options.max_batch, options.wait), name=application, route_prefix=None
+            replicas.bind(content, settings, model.axes, options.max_batch, options.wait, options.limits.seconds),
+            name=application,
+            route_prefix=None,
         )
     ]
     if shadow is not None:

@@ -134,7 +134,9 @@ async def _answer(
     def stopping() -> None:
         service.stopping = True
 
-    await run_server(create_app(service), listening, options.grace, on_ready=on_ready, on_stop=stopping)
+    await run_server(
+        create_app(service), listening, options.grace, seconds=options.limits.seconds, on_ready=on_ready, on_stop=stopping
+    )
     if shadow is not None:
         await shadow.close()
 

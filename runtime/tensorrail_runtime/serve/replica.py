@@ -16,29 +16,35 @@ from ray import serve
 from tensorrail_runtime.serve.batch_axis import Axes
 from tensorrail_runtime.serve.batching import Answer, Feed, run_batch
 from tensorrail_runtime.serve.differences import Difference, differences
-from tensorrail_runtime.serve.gathering import Gathering
+from tensorrail_runtime.serve.gathering import Gathering, Waiting
 from tensorrail_runtime.session import ModelError, Settings, open_session, run
 
 
 class Replica:
-    """Answers requests with the model, several by one run where the model has batch axes."""
+    """Answers requests with the model, several by one run where the model has batch axes; none is run after `seconds`."""
 
-    def __init__(self, model: ray.ObjectRef[bytes], settings: Settings, axes: Axes | None, max_batch: int, wait: float) -> None:
+    def __init__(
+        self, model: ray.ObjectRef[bytes], settings: Settings, axes: Axes | None, max_batch: int, wait: float, seconds: float
+    ) -> None:
+        self._seconds = seconds
         self._session = _open(model, settings)
         self._axes = axes
         self._max_batch = max_batch
         self._runs = Gathering(self._run, max_batch if axes is not None else 1)
         # Batches that are closed while the model is busy wait in `Gathering`, so as many as may come are taken.
         together = serve.batch(max_batch_size=max_batch, batch_wait_timeout_s=wait, max_concurrent_batches=1_000_000)
-        self._batch: Callable[[Feed], Awaitable[Answer]] = together(self._runs.answer)
+        self._batch: Callable[[Waiting], Awaitable[Answer]] = together(self._runs.answer)
 
     async def infer(self, feed: Feed, alone: bool = False) -> Answer:
         """Return the answer to one request; `alone`, after a replica died with it, keeps it apart from others."""
         if alone:
             return (await asyncio.to_thread(self._run, [feed]))[0]
-        if self._axes is None:
-            return (await self._runs.answer([feed]))[0]
-        return await self._batch(feed)
+        request = Waiting(feed, self._seconds)
+        try:
+            return (await self._runs.answer([request]))[0] if self._axes is None else await self._batch(request)
+        except asyncio.CancelledError:
+            request.gone = True
+            raise
 
     def _run(self, feeds: Sequence[Feed]) -> list[Answer]:
         return run_batch(self._session, feeds, self._axes, self._max_batch)

@@ -17,7 +17,9 @@ from tensorrail_runtime.serve.errors import ProtocolError
 
 _REQUEST = {"id", "inputs", "model_name", "model_version", "outputs", "parameters"}
 _INPUT = {"data", "datatype", "name", "parameters", "shape"}
+_LONGEST_NAME = 1000
 _OUTPUT = {"name", "parameters"}
+MOST_JSON = 8 << 20  # bytes: while JSON is parsed nothing else is answered, for a quarter of a second for so many
 # Parameters that would change the answer, and that this server does not know. Others are hints, and are left alone.
 _REFUSED = {"classification", "sequence_end", "sequence_id", "sequence_start", "shared_memory_region"}
 
@@ -40,6 +42,7 @@ class InferRequest:
     binary: bool = False
     id: str | None = None
     model_name: str | None = None
+    model_version: str | None = None
 
 
 def parse_request(body: bytes, header_length: str | None = None) -> InferRequest:
@@ -49,6 +52,11 @@ def parse_request(body: bytes, header_length: str | None = None) -> InferRequest
     """
     view = memoryview(body)
     length = _header_length(header_length, len(view))
+    if length > MOST_JSON:
+        raise ProtocolError(
+            f"the JSON of a request has at most {MOST_JSON:,} bytes, and {length:,} came: send large tensors as binary data",
+            413,
+        )
     tail = view[length:] if header_length is not None else None
     try:
         content = parse_json(bytes(view[:length]), allow_inf_nan=False)
@@ -64,6 +72,7 @@ def parse_request(body: bytes, header_length: str | None = None) -> InferRequest
         binary=bool(binary),
         id=_text(content, "id", "the request"),
         model_name=_text(content, "model_name", "the request"),
+        model_version=_text(content, "model_version", "the request"),
     )
 
 
@@ -89,6 +98,8 @@ def _inputs(entries: object, tail: memoryview | None) -> tuple[dict[str, np.ndar
         name = _text(tensor, "name", "an input")
         if name is None:
             raise ProtocolError("an input: it needs a name")
+        if len(name) > _LONGEST_NAME:
+            raise ProtocolError(f"an input: its name is {len(name):,} letters long, {name!r:.40} …")
         if name in arrays:
             raise ProtocolError(f"tensor {name!r}: came twice")
         datatype = tensor.get("datatype")
@@ -133,8 +144,8 @@ def _outputs(entries: object) -> tuple[Wish, ...]:
         if name is None:
             raise ProtocolError("an output: it needs a name")
         if name in wishes:
-            raise ProtocolError(f"output {name!r}: was asked for twice")
-        wishes[name] = Wish(name, _flag(_parameters(f"output {name!r}", wanted), "binary_data", f"output {name!r}"))
+            raise ProtocolError(f"output {name!r:.80}: was asked for twice")
+        wishes[name] = Wish(name, _flag(_parameters(f"output {name!r}", wanted), "binary_data", f"output {name!r:.80}"))
     return tuple(wishes.values())
 
 

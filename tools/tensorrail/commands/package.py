@@ -47,7 +47,7 @@ def command(
     shape: Shape = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest relative L2 difference of an answer in a batch from the same alone.")
-    ] = 1e-2,
+    ] = 1e-3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the Triton model of that name.")] = False,
     json: Json = None,
 ) -> None:
