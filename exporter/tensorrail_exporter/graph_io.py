@@ -54,6 +54,7 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
     if size_of(model) < _LARGEST_FILE:
         write_bytes(path, model.SerializeToString())
         return
+    path = path.resolve()  # of a link: the data lie beside the file
     data = path.with_name(f"{path.name}.data")
     part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
     try:

@@ -232,7 +232,12 @@ def plan_network(
     meeting = [report for report in tried if report.meets]
     if meeting:
         return min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
-    return max(tried, key=lambda report: report.measured.value if report.measured else 0.0)
+    return max(tried, key=lambda report: (_nearest(report), report.reached["latency"]))
+
+
+def _nearest(report: PlanReport) -> float:
+    """Return which share of its targets a choice has reached, the worst of them."""
+    return min((report.reached[name] / wanted for name, wanted in report.targets.items()), default=1.0)
 
 
 def fastest_blocks(

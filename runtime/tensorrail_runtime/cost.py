@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.model_files import bytes_of, descendants, opset_of
-from tensorrail_runtime.operators import DOMAINS, MACS, NO_MACS, operands_of
+from tensorrail_runtime.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError
 
@@ -84,7 +84,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
         raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
     known = _shapes(inferred.graph)
     asked = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
-    if any(name and name not in known for node in asked for name in node.input):
+    if any(name and name not in known for node in asked for name in (*node.input, node.output[0])):
         seen = _seen_shapes(bound, batch, shapes)
         inferred = _with_shapes(inferred, seen)
         known = _shapes(inferred.graph) | seen
@@ -121,7 +121,7 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
             elif node.op_type == "Scan" and (body := _body(node, scope, opset)) is not None:
                 scopes.append(body)  # and counted in its turn
                 continue
-            elif node.op_type not in NO_MACS:
+            elif node.op_type not in (CONTRIB_NO_MACS if node.domain == "com.microsoft" else NO_MACS):
                 uncounted.add(node.op_type)
             if node.op_type not in _NO_KERNEL:
                 kernels += scope.times

@@ -44,9 +44,11 @@ class Tensor(Record):
 
 
 class Output(Tensor):
-    """An output on random inputs of seed 0; `values` are all of it, or the sums of `sketch`."""
+    """An output on random inputs of seed 0, its shape as it ran; `values` are all of it, or the sums of `sketch`."""
 
+    declared: tuple[int | None, ...]
     values: tuple[float, ...]
+    infinite: str = ""  # digest of where it is, which counts as 0 in the values
 
 
 class Facts(Record):
@@ -91,18 +93,24 @@ class Finding(Record):
 def facts_of(
     path: Path | str, settings: Settings, batch: int = 1, data: Data | None = None, shapes: Shapes | None = None
 ) -> Facts:
-    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are no tensors of finite numbers."""
+    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are no tensors of numbers."""
     found = cost(path, batch, shapes)
     session = open_session(path, settings=settings)
     require_tensors(path, session)
-    types = {entry.name: entry.type for entry in session.get_outputs()}
+    declared = {entry.name: _declared(entry) for entry in session.get_outputs()}
     outputs = {}
     for name, array in run(session, random_inputs(session, batch, shapes=shapes)).items():
         if array.dtype.kind not in "fiub":
-            raise ModelError(f"{path}: output {name!r} is a {types[name]}: only numbers can be compared")
-        if not np.isfinite(array).all():
-            raise ModelError(f"{path}: output {name!r} holds NaN or infinite values")
-        outputs[name] = Output(type=types[name], shape=array.shape, values=tuple(sketch(array).tolist()))
+            raise ModelError(f"{path}: output {name!r} is a {declared[name].type}: only numbers can be compared")
+        if np.isnan(array).any():
+            raise ModelError(f"{path}: output {name!r} holds NaN")
+        outputs[name] = Output(
+            type=declared[name].type,
+            shape=array.shape,
+            declared=declared[name].shape,
+            values=tuple(sketch(np.where(np.isinf(array), 0, array)).tolist()),
+            infinite="" if np.isfinite(array).all() else _digest(np.isposinf(array), np.isneginf(array)),
+        )
     placed = placement(path, settings=settings, batch=batch, shapes=shapes)
     score = None
     if data is not None:
@@ -161,6 +169,10 @@ def sha256_of_data(data: Data) -> str:
     return found.hexdigest()
 
 
+def _digest(*masks: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.packbits(mask).tobytes() for mask in masks)).hexdigest()
+
+
 def _declared(entry: ort.NodeArg) -> Tensor:
     return Tensor(type=entry.type, shape=tuple(size if isinstance(size, int) and size >= 0 else None for size in entry.shape))
 
@@ -200,25 +212,38 @@ def _interface(before: Facts, after: Facts) -> Finding:
     same = (
         before.inputs.keys() == after.inputs.keys()
         and all(after.inputs[name].takes(tensor) for name, tensor in before.inputs.items())
-        and [(name, o.type, o.shape) for name, o in before.outputs.items()]
-        == [(name, o.type, o.shape) for name, o in after.outputs.items()]
+        and list(before.outputs) == list(after.outputs)
+        and all(_reads_alike(output, after.outputs[name]) for name, output in before.outputs.items())
     )
     old, new = (
         f"{'; '.join(f'{name} {tensor}' for name, tensor in facts.inputs.items())} → "
-        f"{'; '.join(f'{name} {tensor}' for name, tensor in facts.outputs.items())}"
+        f"{'; '.join(f'{name} {Tensor(type=o.type, shape=o.declared)}' for name, o in facts.outputs.items())}"
         for facts in (before, after)
     )
     return Finding(name="interface", baseline=old, measured="the same" if old == new else new, limit="the same", holds=same)
 
 
+def _reads_alike(before: Output, after: Output) -> bool:
+    """Return whether who reads one output can read the other: how many entries a dynamic axis has may depend on the weights."""
+    return (
+        before.type == after.type
+        and len(before.shape) == len(after.shape)
+        and all(None in pair or pair[0] == pair[1] for pair in zip(before.declared, after.declared, strict=True))
+    )
+
+
 def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
     measured, holds = "other outputs", False
-    if {n: o.shape for n, o in before.outputs.items()} == {n: o.shape for n, o in after.outputs.items()}:
+    if _places(before) == _places(after):
         pairs = [(np.array(o.values), np.array(after.outputs[name].values)) for name, o in before.outputs.items()]
         worst = max(float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)) for a, b in pairs)
         measured, holds = f"{worst:.1e} apart", worst <= tolerance
     names = ", ".join(before.outputs)
     return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
+
+
+def _places(facts: Facts) -> dict[str, tuple[object, ...]]:
+    return {name: (output.shape, output.infinite) for name, output in facts.outputs.items()}
 
 
 def _score(old: float, after: Facts, drop: float) -> Finding:

@@ -64,24 +64,25 @@ def random_inputs(
 def batch_of(inputs: Sequence[Sequence[object]], batch: int = 1, shapes: Sequence[Sequence[int] | None] = ()) -> int:
     """Return how many samples a run holds when the dynamic axes of the inputs are `batch`, or where given of `shapes`.
 
-    An axis that is no number is dynamic. The batch is the first axis of the first input that has one, or the second where
-    time comes first: that is, where only the second is dynamic. Raises `ModelError` for a batch above 1 that no axis takes.
+    An axis that is no number is dynamic. The batch is the first axis of an input, or the second where time comes first; where
+    neither is dynamic it is the first axis of the first input, but of one with three fixed axes, of which nobody knows. Raises
+    `ModelError` for a batch above 1 that no axis takes.
     """
     given = [*shapes, *[None] * (len(inputs) - len(shapes))]
-    free = any(
-        wanted is None and not isinstance(size, int) for axes, wanted in zip(inputs, given, strict=True) for size in axes
-    )
-    axes, wanted = next(((axes, wanted) for axes, wanted in zip(inputs, given, strict=True) if axes), ((), None))
-    if wanted is None and any(not isinstance(size, int) for size in axes[:2]):
+    sizes = [
+        [None if wanted is None and not isinstance(size, int) else int(str(size)) for size in (wanted or axes)]
+        for axes, wanted in zip(inputs, given, strict=True)
+    ]
+    if any(size is None for axes in sizes for size in axes[:2]):
         return batch
-    sizes = [size for size in (axes if wanted is None else wanted)[:2] if isinstance(size, int)]
-    own = sizes[0] if sizes else 1
+    first, declared = next(((axes, own) for axes, own in zip(sizes, inputs, strict=True) if axes), ([1], [1]))
+    own = 1 if len(first) == 3 and isinstance(declared[0], int) else first[0] or 1
+    free = any(size is None for axes in sizes for size in axes)
     if free or batch in (1, own):
         return own
-    if wanted is not None and batch in sizes:
+    if any(batch in axes[:2] for axes in sizes):
         return batch
-    said = "--shape" if wanted is not None else "the model"
-    raise ModelError(f"batch {batch} came, and {said} has batches of {own}: no axis is left that could be {batch}")
+    raise ModelError(f"batch {batch} came, and the model takes {own}: no axis is left that could be {batch}")
 
 
 def _shape(entry: ort.NodeArg, batch: int, wanted: Sequence[int] | None) -> list[int]:

@@ -127,9 +127,6 @@ def bench(
         loads.append(load)
         samples.append(held)
     names = list(labels) if labels else _distinct(paths)
-    if len(set(samples)) > 1:
-        found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
-        raise ModelError(f"the models take batches of different sizes ({found}): their times cannot be compared")
     turns(runners, warmup, 3, lambda _: None)
     times = turns(runners, seconds, max(_MIN_ROUNDS, _MIN_CYCLES * len(runners)), on_round)
     latencies = tuple(Latency.of(*one) for one in zip(names, times, samples, loads, strict=True))
@@ -143,7 +140,7 @@ def bench(
         ratios=tuple(ratio(latencies[0], other, seed, cycle=len(paths)) for other in latencies[1:]),
         transfers=not io_binding,
         cuda_graph=settings.cuda_graph,
-        warnings=_warnings(paths, latencies, settings, batch, shapes),
+        warnings=(*_uneven(names, samples), *_warnings(paths, latencies, settings, batch, shapes)),
     )
 
 
@@ -376,6 +373,13 @@ def _distinct(paths: Sequence[Path | str]) -> list[str]:
     """Return the files' names, or their paths where two files have the same name."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _uneven(names: Sequence[str], samples: Sequence[int]) -> list[str]:
+    if len(set(samples)) == 1:
+        return []
+    found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
+    return [f"a run of each is of another number of samples ({found}): the speed-up is of runs, not of samples"]
 
 
 def _warnings(

@@ -35,6 +35,15 @@ NO_MACS = frozenset((
     "Sum", "Swish", "Tan", "Tanh", "TensorScatter", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unique",
     "Unsqueeze", "Upsample", "Where", "Xor",
 ))
+
+CONTRIB_NO_MACS = frozenset((  # of com.microsoft, which ONNX Runtime's optimizer and quantizer write
+    "BiasAdd", "BiasDropout", "BiasGelu", "BiasSoftmax", "BiasSplitGelu", "CropAndResize", "DequantizeLinear",
+    "EmbedLayerNormalization", "ExpandDims", "FastGelu", "GatherND", "Gelu", "GroupNorm", "LayerNormalization", "NhwcMaxPool",
+    "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMul",
+    "QLinearReduceMean", "QLinearSigmoid", "QLinearSoftmax", "QLinearWhere", "QuantizeLinear", "QuickGelu", "Range",
+    "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipGroupNorm", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization", "Trilu", "Unique",
+))
 # fmt: on
 
 
@@ -57,8 +66,9 @@ def _gemm(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
     return math.prod(out) * operands[0][0 if transposed else 1]
 
 
-def _matmul(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
-    return math.prod(out) * operands[0][-1]
+def _matmul(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)  # of a FusedMatMul
+    return math.prod(out) * operands[0][-2 if transposed else -1]
 
 
 def _recurrent(node: onnx.NodeProto, operands: list[Shape], _: Shape) -> int:
@@ -96,12 +106,17 @@ MACS = {
     "Conv": _conv,
     "ConvInteger": _conv,
     "ConvTranspose": _conv_transpose,
+    "DynamicQuantizeMatMul": _matmul,
     "Einsum": _einsum,
+    "FusedConv": _conv,
+    "FusedGemm": _gemm,
+    "FusedMatMul": _matmul,
     "Gemm": _gemm,
     "GRU": _recurrent,
     "LSTM": _recurrent,
     "MatMul": _matmul,
     "MatMulInteger": _matmul,
+    "MatMulIntegerToFloat": _matmul,
     "QLinearConv": _conv,
     "QLinearMatMul": _matmul,
     "RNN": _recurrent,

@@ -157,7 +157,7 @@ def record(
         model=Path(os.path.relpath(path, Path(out).parent)).as_posix(),
         provider=settings.provider,
         threads=settings.threads,
-        batch=runs[0].batch,
+        batch=batch,
         shapes={name: tuple(shape) for name, shape in shapes.items()},
         machine=runs[0].machine,
         facts=facts,

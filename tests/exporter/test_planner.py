@@ -248,3 +248,18 @@ def test_what_was_tried_stays_when_nothing_better_can_be_chosen(network, known_t
     report = plan_network(network, search(tmp_path, latency=2.0))
     assert len(calls) == 2
     assert report.meets
+
+
+def test_where_no_try_meets_the_targets_the_nearest_is_returned(network, known_times, tmp_path, monkeypatch):
+    tries = iter((1.6, 1.9, 1.7, 1.8))
+    real = planning._measured
+
+    def measured(*arguments):
+        report = real(*arguments)
+        value = next(tries)
+        return report.model_copy(update={"measured": report.measured.model_copy(update={"value": value})})
+
+    monkeypatch.setattr(planning, "_measured", measured)
+    report = plan_network(network, search(tmp_path, latency=2.0))
+    assert not report.meets
+    assert report.missed == {"latency": 1.9}

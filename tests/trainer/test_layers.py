@@ -292,10 +292,39 @@ def test_options_types_and_freezing_are_those_of_the_dense_layer():
 def test_hooks_of_a_layer_go_on_and_can_be_removed():
     model, seen = nn.Sequential(nn.Linear(8, 5), nn.LSTM(5, 3)), []
     handles = [layer.register_forward_hook(lambda *_: seen.append(1)) for layer in model]
+    handles.append(model[0].register_full_backward_hook(lambda *_: seen.append(1)))
     swap(model, Plan(layers=plan_layers(model, "*", ranks=2)))
-    model(torch.randn(2, 8))
+    to_dense(model)(torch.randn(2, 8))
     assert len(seen) == 2
+    model(torch.randn(2, 8, requires_grad=True))[0].sum().backward()
+    assert len(seen) == 5
     for handle in handles:
         handle.remove()
-    model(torch.randn(2, 8))
-    assert len(seen) == 2
+    model(torch.randn(2, 8, requires_grad=True))[0].sum().backward()
+    assert len(seen) == 5
+
+
+def test_a_hook_that_computed_a_parameter_goes_with_it():
+    model = nn.Sequential(nn.Linear(8, 5))
+    nn.utils.prune.l1_unstructured(model[0], "bias", 3)
+    bias = model[0].bias.clone()
+    swap(model, Plan(layers=plan_layers(model, "*", ranks=2)))
+    torch.testing.assert_close(model(torch.zeros(1, 8))[0], bias)
+    assert (bias == 0).sum() == 3
+
+
+def test_images_with_the_channels_first_stay_so():
+    """Whatever the cores make of a weight's strides: a network may call `view` on what a layer gives."""
+    for form, ranks in (("tr", 6), ("tt", 12), ("tucker", 4), ("svd", 4)):
+        model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+        swap(model, Plan(layers=plan_layers(model, "*", format=form, ranks=ranks)))
+        x = torch.randn(4, 16, 8, 8)
+        for training in (False, True):
+            y = model.train(training)(x)
+            y.view(4, -1).sum().backward()
+            assert model(x.contiguous(memory_format=torch.channels_last)).shape == y.shape
+    frozen = swap(
+        nn.Sequential(nn.Linear(8, 5)).requires_grad_(False),
+        Plan(layers=plan_layers(nn.Sequential(nn.Linear(8, 5)), "0", ranks=2)),
+    )
+    assert not any(p.requires_grad for p in to_dense(frozen).parameters())

@@ -361,11 +361,17 @@ def test_an_eps_of_its_own_makes_no_network_a_norm():
             self.eps = 1e-6
             self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm((2, 4))
             self.scale = nn.Parameter(torch.ones(4, 4))
+            self.filter = Filter()
+
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps, self.gain = 1e-6, nn.Parameter(torch.ones(1, 4, 1, 1))
 
     net = Net()
     decayed, rest = (group["params"] for group in make_optimizer(net, Schedule(epochs=1, lr=0.1)).param_groups)
     assert {id(p) for p in decayed} == {id(net.fc.weight), id(net.scale)}
-    assert len(rest) == 3
+    assert len(rest) == 4
 
 
 def test_a_loss_that_is_not_finite_names_its_first_step(tmp_path, data):

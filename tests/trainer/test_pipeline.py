@@ -236,6 +236,12 @@ def viewing(**_):
 KNOWN = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 1, "classes": 10}}
 
 
+def viewing_in_training(**_):
+    net = viewing()
+    net.forward = lambda x: net.out(net.conv(x).view(len(x), -1) if net.training else net.conv(x).flatten(1))
+    return net
+
+
 def wrong_labels(kind="range"):
     x, y = torch.zeros(40, 1, 16, 16), torch.arange(40) % 11
     split = InMemory(x, y if kind == "range" else (y % 10).int())
@@ -292,10 +298,11 @@ def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path
         train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
 
 
-def test_a_network_that_views_its_images_trains_with_the_channels_first(tmp_path):
+@pytest.mark.parametrize(("model", "layers"), [("viewing", "out"), ("viewing", "conv"), ("viewing_in_training", "*")])
+def test_a_network_that_views_its_images_trains_with_the_channels_first(model, layers, tmp_path):
     short = {phase: SMALL["train"][phase] | {"epochs": 1} for phase in ("dense", "admm", "finetune")}
-    changes = {"plan": [{"layers": "out", "ranks": 4}], "train": SMALL["train"] | short}
-    recipe = small(tmp_path, model={"name": f"{__name__}:viewing"}, **changes)
+    changes = {"plan": [{"layers": layers, "ranks": 2}], "train": SMALL["train"] | short}
+    recipe = small(tmp_path, model={"name": f"{__name__}:{model}"}, **changes)
     notes = []
     prepare(recipe, tmp_path / "run")
     trained, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
@@ -306,6 +313,10 @@ def test_a_network_that_views_its_images_trains_with_the_channels_first(tmp_path
 def test_a_run_is_not_removed_that_the_next_one_starts_from(tmp_path):
     folder = tmp_path / "run"
     prepare(small(tmp_path), folder)
+    best = folder / "checkpoints" / "finetune-0003-best.pt"  # a user's own
+    best.touch()
+    prepare(small(tmp_path), folder, overwrite=True)
+    assert best.exists()
     weights = folder / "dense.safetensors"
     save_weights(small(tmp_path).make_model(), weights)
     again = small(

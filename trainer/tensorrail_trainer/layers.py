@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from tensorrail_exporter.contraction import LayerSpec, Step, dense_step, describe
 from tensorrail_exporter.costs import SECONDS_A_FLOP, contraction_cost, dense_cost
@@ -69,14 +72,17 @@ class FactoredLayer(nn.Module):
             x = x.reshape(-1, x.shape[-1])
         elif x.dim() == self.spec.spatial + 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
+        plain = x.is_contiguous()  # as torch's layers do, give images with the channels first for such
         if self.training and torch.is_grad_enabled() and _dense_pays(self.plan, self.spec, tuple(x.shape)):
             with torch.autocast(x.device.type, enabled=False):
-                steps: tuple[Step, ...] = (dense_step(self.dense_weight(), self.spec),)
+                weight = self.dense_weight()
+                steps: tuple[Step, ...] = (dense_step(weight.contiguous() if plain else weight, self.spec),)
         else:
             steps = self.steps()
         x = run_steps(steps, x)
         if linear:
             return (x if self.bias is None else x + self.bias).reshape(*leading, self.spec.shape[0])
+        x = x.contiguous() if plain else x
         return x if self.bias is None else x + self.bias.reshape(-1, *(1,) * self.spec.spatial)
 
     def extra_repr(self) -> str:
@@ -293,12 +299,25 @@ def swap(
     return model
 
 
-def _take_hooks(dense: nn.Module, factored: nn.Module) -> None:
-    """Let the hooks that a user put on a layer go on with the one in its place; the very dicts, so that they can be removed."""
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        for kind in (name, f"{name}_with_kwargs", f"{name}_always_called"):
-            if hasattr(dense, kind):
-                setattr(factored, kind, getattr(dense, kind))
+def _take_hooks(before: nn.Module, after: nn.Module) -> None:
+    """Let the hooks that a user put on a layer go on with the one in its place; the very dicts, so that they can be removed.
+
+    Hooks that compute a parameter of the layer before, such as those of pruning, are left out: it was computed.
+    """
+    if not isinstance(after, FactoredRecurrent):
+        for key, hook in list(before._forward_pre_hooks.items()):
+            if isinstance(hook, _COMPUTING):
+                del before._forward_pre_hooks[key]
+    for kind in _HOOKS:
+        if hasattr(before, kind):
+            setattr(after, kind, getattr(before, kind))
+
+
+_HOOKS = (
+    *(f"_forward{pre}_hooks{more}" for pre in ("", "_pre") for more in ("", "_with_kwargs", "_always_called")),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+_COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -318,9 +337,13 @@ def to_dense(model: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, FactoredLayer):
-            dense = _replace(dense, name, _dense_layer(module))
+            made = _dense_layer(module)
         elif isinstance(module, FactoredRecurrent):
-            dense = _replace(dense, name, module.to_dense())
+            made = module.to_dense()
+        else:
+            continue
+        _take_hooks(module, made)
+        dense = _replace(dense, name, made)
     return dense
 
 
@@ -332,6 +355,9 @@ def _dense_layer(module: FactoredLayer) -> nn.Module:
     if module.bias is not None:
         state["bias"] = module.bias.detach()
     layer.load_state_dict(state)
+    for name, parameter in layer.named_parameters():
+        own = module.bias if name == "bias" else module.cores[0]
+        parameter.requires_grad_(cast(Tensor, own).requires_grad)
     return layer.train(module.training)
 
 

@@ -166,7 +166,8 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimize
 
 def _of_norm(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Return whether a module's own parameter scales or shifts what it normalises; others may have an `eps` as well."""
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (hasattr(module, "eps") and parameter.dim() <= 1)
+    one = sum(size > 1 for size in parameter.shape) <= 1  # as (C,) and (1, C, 1, 1)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (hasattr(module, "eps") and one)
 
 
 def _owned(modules: Iterable[nn.Module]) -> set[int]:

@@ -9,6 +9,7 @@ has no control, `baseline.onnx` is the dense network before ADMM, if there was o
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if kept.exists() and not checkpoints.is_dir():
         raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
-    written = (*checkpoints.glob("*-[0-9][0-9][0-9][0-9]*.pt"), *(folder / name for name in _WRITTEN))
+    written = (*filter(_is_checkpoint, checkpoints.glob("*.pt")), *(folder / name for name in _WRITTEN))
     if overwrite and checkpoints.is_dir():
         _require_apart(recipe, written)
         for file in (*written, kept):
@@ -116,6 +117,10 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
         for left in folder.glob(pattern):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
     recipe.save(kept)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"(dense|admm|finetune|control)-[0-9]{4,6}\.pt", path.name) is not None
 
 
 def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
@@ -159,8 +164,8 @@ def train_all(
     job.channels_last = _try_out(recipe, job.data, teacher, device)
     if not job.channels_last:
         progress.note(
-            "the network does not take images with the channels last in memory, which on a CPU train many times faster: "
-            "flatten or reshape them there instead of view"
+            "a network of this run does not take images with the channels last in memory, which on a CPU train many times "
+            "faster: flatten or reshape them there instead of view"
         )
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
@@ -208,7 +213,9 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
     networks = [("model", "the network", dense), ("plan", "made of cores, the network", swap(cut, plan, cores))]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw from it
-        channels_last = all(_takes_channels_last(one, x, device) for one in (dense, cut, teacher) if one is not None)
+        channels_last = all(_takes_channels_last(one, x, device) for _, _, one in networks)
+        if teacher is not None:
+            channels_last = channels_last and _takes_channels_last(teacher, x, device, trains=False)
         x = laid_out(x, channels_last)
         for key, what, network in networks:
             place(network, device, channels_last)
@@ -224,24 +231,37 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     return channels_last
 
 
-def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device) -> bool:
-    """Return whether a network answers images laid out so; one that answers neither way is told of later."""
-    place(network, device)
-    try:
-        with torch.no_grad():
-            network.eval()(laid_out(x))
-    except RuntimeError:
-        return False
-    except Exception:  # noqa: BLE001 - not about how they are laid out
+def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device, trains: bool = True) -> bool:
+    """Return whether a network answers images laid out so, in training too; one that answers neither way is told of later."""
+
+    def answers(channels_last: bool) -> bool:
+        place(network, device, channels_last)
+        try:
+            for train in (False, True)[: 1 + trains]:
+                _run(network, laid_out(x, channels_last), train)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it does not like
+            return False
         return True
-    return True
+
+    return answers(channels_last=True) or not answers(channels_last=False)
+
+
+def _run(network: nn.Module, x: torch.Tensor, train: bool) -> Any:
+    """Return what a network gives; in training with the work of a step, for layers of cores run otherwise there."""
+    with torch.set_grad_enabled(train):
+        scores = network.train(train)(x)
+        if train and isinstance(scores, torch.Tensor) and scores.requires_grad:
+            scores.float().sum().backward()
+    return scores
 
 
 def _check_labels(name: str, y: object, classes: int) -> None:
     """Raise `RecipeError` for labels, where they are at hand, that a loss would not take."""
     if not isinstance(y, torch.Tensor):
         return
-    if y.dtype != torch.int64:
+    if y.dtype not in (torch.int64, torch.uint8):
         raise RecipeError(f"data: the {name} labels are {y.dtype}: expected torch.int64")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
@@ -254,8 +274,7 @@ def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: 
     """Return how many scores a network gives a sample; `RecipeError` when it gives none, or fails."""
     when = " in training" if train else ""
     try:
-        with torch.no_grad():
-            scores = network.train(train)(x)
+        scores = _run(network, x, train)
     except Exception as error:  # noqa: BLE001 - whatever a network does not like
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(

@@ -91,6 +91,10 @@ class FactoredRecurrent(nn.Module):
             state[leaf], *reverse = weight.chunk(self.directions)
             state |= {f"{leaf}_reverse": part for part in reverse}
         dense.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+        for name, parameter in dense.named_parameters():
+            leaf = name.removesuffix("_reverse")
+            own = self._cores(leaf)[0] if leaf in self.cores else getattr(self, name)
+            parameter.requires_grad_(own.requires_grad)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

@@ -53,7 +53,7 @@ def command(
     cache: Cache = None,
     json: Json = None,
 ) -> None:
-    """Choose formats and ranks for a target, from times measured here. Exit code 1 when the measured speed-up falls short."""
+    """Choose formats and ranks for a target, from times measured here. Exit code 1 when a target is missed."""
     from tensorrail_exporter.graph_io import save_model
     from tensorrail_exporter.planner import plan_network
     from tensorrail_runtime.inputs import parse_shapes
