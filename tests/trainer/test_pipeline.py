@@ -225,10 +225,11 @@ def viewing(**_):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.out = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Linear(1024, 10)
+            self.first, self.conv = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=1)
+            self.out = torch.nn.Linear(1024, 10)
 
         def forward(self, x):
-            return self.out(self.conv(x).view(x.size(0), -1))  # which torch refuses with the channels last
+            return self.out(self.conv(self.first(x)).view(x.size(0), -1))  # which torch refuses with the channels last
 
     return Net()
 
@@ -238,7 +239,8 @@ KNOWN = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 1
 
 def viewing_in_training(**_):
     net = viewing()
-    net.forward = lambda x: net.out(net.conv(x).view(len(x), -1) if net.training else net.conv(x).flatten(1))
+    maps = torch.nn.Sequential(net.first, net.conv)
+    net.forward = lambda x: net.out(maps(x).view(len(x), -1) if net.training else maps(x).flatten(1))
     return net
 
 
@@ -298,7 +300,7 @@ def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path
         train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
 
 
-@pytest.mark.parametrize(("model", "layers"), [("viewing", "out"), ("viewing", "conv"), ("viewing_in_training", "*")])
+@pytest.mark.parametrize(("model", "layers"), [("viewing", "out"), ("viewing", "conv"), ("viewing_in_training", "out")])
 def test_a_network_that_views_its_images_trains_with_the_channels_first(model, layers, tmp_path):
     short = {phase: SMALL["train"][phase] | {"epochs": 1} for phase in ("dense", "admm", "finetune")}
     changes = {"plan": [{"layers": layers, "ranks": 2}], "train": SMALL["train"] | short}

@@ -35,9 +35,9 @@ class FactoredLayer(nn.Module):
     """A convolution or linear layer whose weight is a list of trainable cores.
 
     `forward` takes and gives what the dense layer does: (B, I, *S) → (B, O, *S'), the same without the batch, or
-    (…, I) → (…, O). It runs the very
-    steps that the exporter writes to ONNX. In training, where these would take longer than the dense layer, the weight is
-    made of the cores in every step instead, in float32: the same function, with the same gradients within rounding.
+    (…, I) → (…, O). It runs the very steps that the exporter writes to ONNX. In training, where these would take longer than
+    the dense layer, the weight is made of the cores in every step instead, in float32: the same function, with the same
+    gradients within rounding.
     """
 
     bias: nn.Parameter | None
@@ -72,7 +72,8 @@ class FactoredLayer(nn.Module):
             x = x.reshape(-1, x.shape[-1])
         elif x.dim() == self.spec.spatial + 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        plain = x.is_contiguous()  # as torch's layers do, give images with the channels first for such
+        # As torch's layers do, give images with the channels first for such; those of one channel are both.
+        plain = x.is_contiguous() and not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         if self.training and torch.is_grad_enabled() and _dense_pays(self.plan, self.spec, tuple(x.shape)):
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.dense_weight()

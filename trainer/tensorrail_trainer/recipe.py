@@ -168,11 +168,9 @@ class Recipe(Part):
             raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-        beside = str(Path(path).resolve().parent)
-        if ":" in text and beside not in sys.path:  # where `module:function` may lie
-            sys.path.append(beside)
         try:
             recipe = cls.model_validate(raw)
+            recipe._look_in(Path(path).resolve().parent)
             recipe.make_plan(recipe.make_model(trained=False), trained=False)
             recipe.make_teacher(trained=False)
         except ValidationError as error:
@@ -180,6 +178,13 @@ class Recipe(Part):
         except (PlanError, RecipeError, DataError, WeightsError) as error:
             raise RecipeError(f"{path}: {error}") from None
         return recipe
+
+    def _look_in(self, folder: Path) -> None:
+        """Let functions that the recipe names be found beside it, behind wherever else modules are."""
+        distill = self.train.distill
+        named = (self.data, self.model, None if distill is None else distill.teacher)
+        if any(one is not None and ":" in one.name for one in named) and str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
     def make_data(self) -> Dataset:
         """Return the data set; one that is split by chance is split by the recipe's seed."""
