@@ -37,9 +37,9 @@ def chain(length: int) -> onnx.ModelProto:
     nodes = []
     for k in range(length):
         nodes.append(helper.make_node("MatMul", [f"x{k}", f"w{k}"], [f"m{k}"], f"matmul{k}"))
-        nodes.append(helper.make_node("Relu", [f"m{k}"], [f"x{k + 1}"], f"relu{k}"))
+        nodes.append(helper.make_node("Relu", [f"m{k}"], ["y" if k + 1 == length else f"x{k + 1}"], f"relu{k}"))
     weights = [(rng.standard_normal((SIZE, SIZE)) * (2 / SIZE) ** 0.5).astype(np.float32) for _ in range(length)]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [ROWS, SIZE]) for name in ("x0", f"x{length}")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [ROWS, SIZE]) for name in ("x0", "y")]
     stored = [numpy_helper.from_array(weight, f"w{k}") for k, weight in enumerate(weights)]
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -72,7 +72,8 @@ def main() -> None:
     where = machine(gpu=options.provider != "cpu")
     device = f"{where.processor}, {where.cores} cores" if where.gpu is None else where.gpu.name
     provider = "" if options.provider == "cpu" else f" --provider {options.provider}"
-    alarms, finds = ([not verdict.holds for verdict in side] for side in (equal, found))
+    # Of the finding on time: the others are held too, and are not in question here.
+    alarms, finds = ([not verdict.findings[0].holds for verdict in side] for side in (equal, found))
     rows = [
         "| trials | of | alarms | share | median estimate | standard deviation |",
         "|---|---|---|---|---|---|",
