@@ -168,11 +168,14 @@ def test_a_name_with_line_breaks_stays_one_annotation():
 def test_a_baseline_is_recorded_and_a_larger_and_wrong_model_fails_against_it(gate, small_path, wrong_path, tmp_path):
     (tmp_path / "baseline").mkdir()
     model = shutil.copy(small_path, tmp_path / "baseline" / "model.onnx")
-    done, outputs, summary = gate(mode="record", model=model, baseline="baseline/baseline.json", batch=2)
+    done, outputs, summary = gate(
+        mode="record", model=model, baseline="baseline/baseline.json", batch=2, shape="\nx=2,16,8,8\n"
+    )
     assert done.returncode == 0, done.stderr
     assert "holds" not in outputs
     assert summary == ""
-    assert json.loads((tmp_path / "baseline" / "baseline.json").read_text())["batch"] == 2
+    recorded = json.loads((tmp_path / "baseline" / "baseline.json").read_text())
+    assert (recorded["batch"], recorded["shapes"]) == (2, {"x": [2, 16, 8, 8]})
     larger = onnx.load(wrong_path)
     larger.graph.node[-1].output[0] = "before"
     larger.graph.node.append(helper.make_node("Identity", ["before"], ["y"]))
