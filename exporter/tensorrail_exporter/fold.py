@@ -39,6 +39,11 @@ _FOLDABLE = frozenset(
 )
 
 
+def is_standard(node: gs.Node) -> bool:
+    """Return whether a node's operator is ONNX's own: others mean something else by the same name."""
+    return node.domain in (None, "", "ai.onnx")
+
+
 def is_constant(tensor: gs.Tensor) -> bool:
     """Return whether a tensor is a constant, or made of constants only."""
     return _ancestors(tensor) is not None
@@ -103,11 +108,7 @@ def _ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Constant]] | N
         if isinstance(current, gs.Constant):
             constants.append(current)
             continue
-        if (
-            len(current.inputs) != 1
-            or current.inputs[0].op not in _FOLDABLE
-            or current.inputs[0].domain not in (None, "", "ai.onnx")
-        ):
+        if len(current.inputs) != 1 or current.inputs[0].op not in _FOLDABLE or not is_standard(current.inputs[0]):
             return None
         node = current.inputs[0]
         if not any(node is other for other in nodes):

@@ -13,6 +13,7 @@ from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Step, descr
 from tensorrail_exporter.cores import Cores, check_cores
 from tensorrail_exporter.costs import contraction_cost
 from tensorrail_exporter.errors import GraphError
+from tensorrail_exporter.fold import is_standard
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph
 from tensorrail_exporter.padding import pad_ranks
@@ -20,7 +21,7 @@ from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.rules.scan import holds_scan
-from tensorrail_exporter.sites import find, is_standard, names_in
+from tensorrail_exporter.sites import find, names_in
 from tensorrail_runtime.records import Record
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.errors import GraphError
-from tensorrail_exporter.fold import folded, is_constant, sources, type_name
+from tensorrail_exporter.fold import folded, is_constant, is_standard, sources, type_name
 from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rules.emit import Names, Site
@@ -80,11 +80,6 @@ def rewritable(graph: gs.Graph) -> dict[str, gs.Node]:
         if _on_folded(site, lambda *_: True) and (name := _own_name(site, named)):
             found.setdefault(name, node)
     return found
-
-
-def is_standard(node: gs.Node) -> bool:
-    """Return whether a node's operator is ONNX's own: others mean something else by the same name."""
-    return node.domain in (None, "", "ai.onnx")
 
 
 def _rule_of(node: gs.Node) -> Rule | None:

@@ -109,10 +109,7 @@ def check_batching(
     alone = [run(session, {name: array[k : k + 1] for name, array in pair.items()}) for k in (0, 1)]
     worst = 0.0
     for name, both in together.items():
-        if any(np.ndim(array) == 0 for array in (both, *(one[name] for one in alone))) or [
-            len(both),
-            *(len(one[name]) for one in alone),
-        ] != [2, 1, 1]:
+        if [np.shape(array)[:1] for array in (both, *(one[name] for one in alone))] != [(2,), (1,), (1,)]:
             raise ModelError(
                 f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, and "
                 f"Triton could not give each request its part; ask for --max-batch 0"

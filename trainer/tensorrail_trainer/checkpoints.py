@@ -6,6 +6,7 @@ torch writes them as zip files with a checksum for each tensor, which it does no
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,12 +63,14 @@ class Checkpoints:
         return found
 
     def _files(self, phase: str) -> list[Path]:
-        files = self.folder.glob(f"{phase}-[0-9][0-9][0-9][0-9]*.pt")
-        return sorted((file for file in files if _epoch(file).isdecimal()), key=lambda file: int(_epoch(file)))
+        found = {file: place[1] for file in self.folder.glob("*.pt") if (place := place_of(file)) and place[0] == phase}
+        return sorted(found, key=found.__getitem__)
 
 
-def _epoch(path: Path) -> str:
-    return path.stem.rpartition("-")[2]
+def place_of(path: Path) -> tuple[str, int] | None:
+    """Return the phase and the epoch that a checkpoint's name says; None for a file that is not called like one."""
+    found = re.fullmatch(r"(.+)-([0-9]{4,6})\.pt", path.name)
+    return (found[1], int(found[2])) if found else None
 
 
 def _read(path: Path, phase: str) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ has no control, `baseline.onnx` is the dense network before ADMM, if there was o
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from tensorrail_runtime.records import write_text
 from tensorrail_runtime.render import html, markdown
 from tensorrail_runtime.report import Check, Epoch, LayerRow, Model, Report
 from tensorrail_trainer.admm import ADMM
-from tensorrail_trainer.checkpoints import Checkpoints
+from tensorrail_trainer.checkpoints import Checkpoints, place_of
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import arrays
 from tensorrail_trainer.denormals import flushed
@@ -53,6 +52,7 @@ _WRITTEN = (
     *("plan.json", "cores.safetensors", "dense.safetensors", "training.json", "report.json", "report.md", "report.html"),
     *(f"{graph}.onnx{data}" for graph in ("dense", "model", "control", "baseline") for data in ("", ".data")),
 )
+_PHASES = ("dense", "admm", "finetune", "control")
 _TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
 
 
@@ -93,7 +93,10 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if kept.exists() and not checkpoints.is_dir():
         raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
-    written = (*filter(_is_checkpoint, checkpoints.glob("*.pt")), *(folder / name for name in _WRITTEN))
+    written = (
+        *(file for file in checkpoints.glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES),
+        *(folder / name for name in _WRITTEN),
+    )
     if overwrite and checkpoints.is_dir():
         _require_apart(recipe, written)
         for file in (*written, kept):
@@ -117,10 +120,6 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
         for left in folder.glob(pattern):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
     recipe.save(kept)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return re.fullmatch(r"(dense|admm|finetune|control)-[0-9]{4,6}\.pt", path.name) is not None
 
 
 def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from tensorrail_exporter.contraction import LayerSpec, Step, split_at_boundary
+from tensorrail_exporter.fold import is_standard
 from tensorrail_exporter.rules import scan
 from tensorrail_exporter.rules.emit import Site
 
@@ -89,7 +90,7 @@ def _turn(site: Site) -> gs.Node | None:
     (source,) = site.node.inputs[:1]
     maker = source.inputs[0] if len(source.inputs) == 1 else None
     alone = len(source.outputs) == 1 and not any(source is out for out in site.graph.outputs)
-    if maker is None or maker.op != "Transpose" or maker.domain not in (None, "", "ai.onnx") or not alone:
+    if maker is None or maker.op != "Transpose" or not is_standard(maker) or not alone:
         return None
     turns = list(maker.attrs.get("perm", ())) == [1, 0, 2]
     return maker if turns and any(maker is node for node in site.graph.nodes) else None
