@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_runtime.latency import bench
 from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.regress import Effort, Limits, Verdict, check
+from tensorrail_runtime.regress import Effort, Limits, Timing, Verdict, check
 from tensorrail_runtime.session import PROVIDERS, Settings
 
 LENGTH, EXTRA, SIZE, ROWS = 40, 2, 192, 64
@@ -105,19 +105,25 @@ def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, effort: Eff
     verdicts = []
     for number in range(count):
         verdicts.append(check(a, b, limits=limits, effort=effort, settings=settings))
-        last = verdicts[-1]
+        last = _timing(verdicts[-1])
         print(f"{name} {number + 1}/{count}: {last.slowdown:+.2%}, p = {last.p_value:.2g}", flush=True)
     return verdicts
 
 
+def _timing(verdict: Verdict) -> Timing:
+    if verdict.timing is None:
+        raise SystemExit(f"a trial was not timed: {verdict.reason}")
+    return verdict.timing
+
+
 def _row(name: str, verdicts: list[Verdict], alarms: list[bool]) -> str:
-    estimates = [verdict.slowdown for verdict in verdicts]
+    estimates = [_timing(verdict).slowdown for verdict in verdicts]
     share = f"{np.mean(alarms):.1%}"
     return f"| {name} | {len(alarms)} | {sum(alarms)} | {share} | {np.median(estimates):+.2%} | {np.std(estimates):.2%} |"
 
 
 def _share(verdicts: list[Verdict], step: float) -> str:
-    return f"{np.mean([verdict.slowdown > step / 2 and verdict.p_value < 0.01 for verdict in verdicts]):.1%}"
+    return f"{np.mean([one.slowdown > step / 2 and one.p_value < 0.01 for one in map(_timing, verdicts)]):.1%}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import export_graph, import_graph, save_model
 from tensorrail_exporter.metric import Moments
+from tensorrail_exporter.pictures import eight_bits
 from tensorrail_exporter.survey import DenseLayer
 from tensorrail_runtime.inputs import batches_of, load_arrays
 from tensorrail_runtime.session import ModelError, Settings, open_session
@@ -29,12 +30,17 @@ from tensorrail_runtime.session import run as run_session
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_INTEGERS = {
+    f"tensor({np.dtype(kind).name})": kind
+    for kind in (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, np.bool_)
+}
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _LABELS = "labels"
 _BATCH = 25
 _ROWS = 12  # sampled rows for each value of a patch: enough for a second moment that can be inverted
 _LEAST = 20_000
 _LEAST_RIDGE = 1e-6  # of the mean eigenvalue: what rounding leaves of a moment in single precision
+_ALIKE = 1e-5  # of the mean square: a variance below it is lost in single precision
 _WIDEST = 6144  # values of a patch whose second moment (150 MB) is still made in full
 
 
@@ -79,8 +85,8 @@ def load_calibration(
 ) -> Calibration:
     """Return the inputs of an npz file or a folder, in batches; at most `most` samples, evenly spread.
 
-    Raises `ModelError` for data that do not fit the model's inputs, that hold none, or that hold NaN or infinite values, and
-    for labels that are not integers from 0, one a sample.
+    Raises `ModelError` for data that do not fit the model's inputs, that hold none or the same in all samples, or that hold
+    NaN or infinite values, and for labels that are not integers from 0, one a sample.
     """
     path = Path(path)
     session = open_session(model)
@@ -101,6 +107,8 @@ def load_calibration(
     if len(set(lengths.values())) > 1:
         raise ModelError(f"{path}: the arrays of the inputs differ in length: {lengths}; expected one row a sample in each")
     total = next(iter(lengths.values()))
+    if total > 1 and all((array == array[:1]).all() for array in arrays.values()):
+        raise ModelError(f"{path}: all {total} samples are the same: nothing can be fitted to them; expected typical inputs")
     if labels is not None and labels.shape[:1] != (total,):
         raise ModelError(f"{path}: {total} samples and labels of shape {labels.shape} came; expected one label a sample")
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
@@ -245,7 +253,10 @@ class Statistics:
         cross = self.xy / self.count
         if centred:
             cross -= np.outer(self.x / self.count, self.y / self.count)
-        load = max(ridge, _LEAST_RIDGE) * float(np.trace(gram)) / self.width + 1e-12
+        spread = float(np.trace(gram))
+        if spread < _ALIKE * float(np.trace(self.xx)) / self.count:
+            return weight  # rows that are all alike, whose sums about their mean are rounding
+        load = max(ridge, _LEAST_RIDGE) * spread / self.width + 1e-12
         gram[np.diag_indices(self.width)] += load
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
         solved = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), cross + load * flat.T)
@@ -273,11 +284,24 @@ def _typed(path: Path, array: np.ndarray, entry: ort.NodeArg) -> np.ndarray:
     axes = list(zip(entry.shape[1:], array.shape[1:], strict=False))
     if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != came for size, came in axes):
         raise ModelError(f"{path}: input {entry.name!r} has shape {entry.shape}, and an array of {list(array.shape)} came")
+    if np.iscomplexobj(array):
+        raise ModelError(f"{path}: the array of input {entry.name!r} is complex; expected a {entry.type}")
     numeric = np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
+    if array.dtype == np.uint8 and entry.type in _FLOATS:
+        raise ModelError(
+            f"{path}: input {entry.name!r} is a {entry.type}, and bytes came, such as pixels: scale them as in training first"
+        )
     if numeric and entry.type in _FLOATS:
         array = array.astype(_FLOATS[entry.type], copy=False)
         if not np.isfinite(array).all():
             raise ModelError(f"{path}: the array of input {entry.name!r} holds NaN or infinite values; expected finite ones")
+        return array
+    wanted = _INTEGERS.get(entry.type)
+    if numeric and wanted is not None and array.dtype != wanted:
+        cast = array.astype(wanted) if array.dtype.kind in "iub" else array
+        if array.dtype.kind not in "iub" or not np.array_equal(cast.astype(np.int64), array.astype(np.int64)):
+            raise ModelError(f"{path}: input {entry.name!r} is a {entry.type}, and values of {array.dtype} came")
+        return cast
     return array
 
 
@@ -342,7 +366,7 @@ def _picture(path: Path, shape: Sequence[int], how: Preprocessing) -> np.ndarray
     channels, height, width = shape
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
+            image = eight_bits(opened).convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # PIL raises all of these
         raise ModelError(f"{path}: not a readable image ({str(error).partition(chr(10))[0]})") from None
     short = how.resize or round(min(height, width) * 256 / 224)

@@ -1,8 +1,8 @@
 """What onnx-graphsurgeon does not carry through a graph: taken out before it reads, and put back after it has written.
 
 It knows neither a node's overload, metadata and doc string, nor attributes without a value, of text that is not UTF-8, or that
-are types or sparse tensors, nor inputs and outputs that are optional, sequences or maps. A node that was not rewritten keeps
-all of them: it is known by its operator, inputs and outputs.
+are types or sparse tensors, nor inputs and outputs that are optional, sequences or maps, nor what is noted at tensors. A node
+that was not rewritten keeps all of them: it is known by its operator, inputs and outputs.
 """
 
 from __future__ import annotations
@@ -58,10 +58,17 @@ def restore(graph: onnx.GraphProto, original: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.name in graphs:
                 restore(attribute.g, graphs[attribute.name])
-    values = {value.name: value for value in (*original.input, *original.output) if not _is_tensor(value)}
+    values = {value.name: value for value in (*original.input, *original.output)}
     for value in (*graph.input, *graph.output):
-        if value.name in values:
+        if value.name in values:  # a rewriting changes neither type nor shape of what comes in and goes out
             value.CopyFrom(values[value.name])
+    there = {name for node in graph.node for name in (*node.input, *node.output)}
+    between = {value.name: value for value in original.value_info}
+    for value in graph.value_info:
+        if value.name in between:
+            value.doc_string = between[value.name].doc_string
+            value.metadata_props.extend(between[value.name].metadata_props)
+    graph.quantization_annotation.extend(a for a in original.quantization_annotation if a.tensor_name in there)
     if not graph.metadata_props:
         graph.metadata_props.extend(original.metadata_props)
 

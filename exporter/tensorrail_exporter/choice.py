@@ -20,6 +20,7 @@ from scipy.sparse import block_diag, csr_matrix, vstack
 from tensorrail_exporter.errors import TargetError
 
 _SECONDS = 60.0
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,35 @@ def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[
     if not counts:
         return ()
     flat = np.concatenate([np.asarray(one, float) for one in losses])
-    scale = max(float(np.abs(flat).max()), 1e-30)
     once = block_diag([np.ones((1, count)) for count in counts], format="csr")
     rows = [csr_matrix(np.concatenate([np.asarray(one, float) for one in limit.costs]) / limit.most) for limit in limits]
     matrix = vstack([once, *rows]) if rows else once
     low = np.concatenate([np.ones(len(counts)), np.full(len(rows), -np.inf)])
     high = np.concatenate([np.ones(len(counts)), np.ones(len(rows))])
-    with _silent():
-        found = milp(
-            flat / scale,
-            constraints=LinearConstraint(matrix, low, high),
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
-        )
-    if found.x is None:
+    ends = np.cumsum(counts)[:-1]
+    best, total = None, float(np.abs(flat).max())
+    for _ in range(_ROUNDS):
+        # The solver ends when it is within a millionth of the largest number that it sees: options that lose more than a whole
+        # choice are left out of the next round, so that the differences between the others count.
+        allowed = np.ones(len(flat)) if best is None else (flat <= total * (1 + 1e-9)).astype(float)
+        with _silent():
+            found = milp(
+                np.where(allowed > 0, flat, 0.0) / max(total, 1e-30),
+                constraints=LinearConstraint(matrix, low, high),
+                integrality=np.ones(len(flat)),
+                bounds=Bounds(0, allowed),
+                options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
+            )
+        if found.x is None:
+            break
+        picks = tuple(int(np.argmax(pick)) for pick in np.split(found.x, ends))
+        lost = sum(float(one[pick]) for one, pick in zip(losses, picks, strict=True))
+        if best is not None and not lost < total:
+            break
+        best, total = picks, lost
+    if best is None:
         raise TargetError(f"no choice of options meets {', '.join(limit.name for limit in limits)} together: ask for less")
-    picks = np.split(found.x, np.cumsum(counts)[:-1])
-    return tuple(int(np.argmax(pick)) for pick in picks)
+    return best
 
 
 @contextlib.contextmanager

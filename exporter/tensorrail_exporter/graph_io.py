@@ -20,6 +20,8 @@ from tensorrail_runtime.records import write_bytes
 
 _LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, with room for all that is not a tensor's data
 _SMALL = 1024  # bytes: constants that shape inference may need the values of
+_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+_PACKED = frozenset({onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128, onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
 
 
 def load_model(path: Path | str) -> onnx.ModelProto:
@@ -40,8 +42,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     for tensor in _tensors(model.graph):
         if not _is_whole(tensor):
             raise GraphError(
-                f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds "
-                f"{len(tensor.raw_data):,} bytes)"
+                f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds {_held(tensor)})"
             )
     if not model.graph.node:
         raise GraphError(f"{path}: an ONNX model without a node: nothing to run or rewrite")
@@ -158,6 +159,7 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
     except Exception as error:  # noqa: BLE001 - whatever it does not know
         raise GraphError(f"onnx-graphsurgeon cannot write this graph ({type(error).__name__}: {_first_line(error)})") from None
     restore(exported.graph, original.graph)
+    _lift(exported.graph, {tensor.name for tensor in original.graph.initializer})
     _hoist(exported.graph)
     _declare_initializers(exported.graph, original)
     result = onnx.ModelProto()
@@ -170,6 +172,17 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
             getattr(result, field.name).MergeFrom(value)
     result.graph.doc_string = original.graph.doc_string
     return result
+
+
+def _lift(graph: onnx.GraphProto, names: set[str]) -> None:
+    """Put initializers of the graph itself back that graphsurgeon has moved into the one body that reads them."""
+    stored = {tensor.name for tensor in graph.initializer}
+    for body in descendants(graph):
+        for tensor in [tensor for tensor in body.initializer if tensor.name in names]:
+            if tensor.name not in stored:
+                graph.initializer.append(tensor)
+                stored.add(tensor.name)
+                body.initializer.remove(tensor)
 
 
 def _hoist(graph: onnx.GraphProto) -> None:
@@ -206,13 +219,21 @@ def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> 
 
 
 def _is_whole(tensor: onnx.TensorProto) -> bool:
-    """Return whether a tensor that is stored as bytes has as many as its shape needs; the checker looks for too few alone."""
+    """Return whether a tensor has as many bytes or values as its shape needs; the checker looks for too few alone."""
     if not tensor.HasField("raw_data"):
-        return True
+        count = math.prod(tensor.dims)
+        held = max(len(getattr(tensor, field)) for field in _FIELDS)
+        return held <= 2 * count if tensor.data_type in _PACKED else held in (0, count)  # 0: an external one
     kind, count = tensor.data_type, math.prod(tensor.dims)
     bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(onnx.TensorProto.DataType.Name(kind))
     bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
     return bool(len(tensor.raw_data) == -(-count * bits // 8))
+
+
+def _held(tensor: onnx.TensorProto) -> str:
+    if tensor.HasField("raw_data"):
+        return f"{len(tensor.raw_data):,} bytes"
+    return f"{max(len(getattr(tensor, field)) for field in _FIELDS):,} values"
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import platform
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import numpy_helper
 
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph, save_model, size_of
@@ -191,7 +193,10 @@ def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
     seen, and the kernel that ONNX Runtime then puts in place computes it for another one. A sum outside of convolutional
     blocks, as the residual stream of a transformer, has outliers that one scale does not serve.
     """
-    constants = set(constants_of(model.graph))
+    values = constants_of(model.graph)
+    constants = set(values)
+    read = {value.name for value in model.graph.output}
+    read |= {name for body in descendants(model.graph) for node in body.node for name in node.input}
     makers = {name: node for node in model.graph.node for name in node.output}
     convolutional: set[str] = set()
     out = {node.name for node in model.graph.node if any(node.name == k or node.name.startswith(f"{k}/") for k in kept)}
@@ -207,15 +212,40 @@ def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
             out.add(node.name)
         if any(maker.op_type in ("Softmax", "LogSoftmax") for maker in before):
             out.add(node.name)
+        if node.op_type in ("Relu", "Clip") and node.input[0] in read:
+            out.add(node.name)  # the library would give its range to what is read elsewhere as well
+        if node.op_type == "Gemm" and not _plain_bias(node, values):
+            out.add(node.name)
     return out
 
 
+def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether what a Gemm adds is a vector, once: the library takes no other, and `beta` for a part of its scale."""
+    beta = next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0)
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    stored = constants.get(node.input[2])
+    return beta == 1.0 and (stored is None or len(stored.dims) == 1)
+
+
 def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
-    """Return the library's overrides for weights of MatMul that get one scale; on the left they take uint8's place."""
+    """Return the library's overrides for weights that get one scale; on the left of a MatMul they take uint8's place.
+
+    Such are weights of a MatMul that are no matrices, or on its left, and those whose output channels lie along one axis for
+    one node and along another for the next, as in a tied autoencoder.
+    """
     from onnxruntime.quantization import QuantType
 
-    products = [w for w in weighted(model) if w.node.op_type == "MatMul" and (w.place == 0 or w.values.ndim != 2)]
-    return {w.weight: [{"quant_type": QuantType.QUInt8 if w.place == 0 else QuantType.QInt8}] for w in products}
+    layers = weighted(model)
+    axes: dict[str, set[int]] = {}
+    for w in layers:
+        axes.setdefault(w.weight, set()).add(w.axis)
+    turned = [w for w in layers if len(axes[w.weight]) > 1]
+    products = [w for w in layers if w.node.op_type == "MatMul" and (w.place == 0 or w.values.ndim != 2)]
+    return {
+        w.weight: [{"quant_type": QuantType.QUInt8 if w.node.op_type == "MatMul" and w.place == 0 else QuantType.QInt8}]
+        for w in (*turned, *products)
+    }
 
 
 def _current(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -227,11 +257,35 @@ def _current(model: onnx.ModelProto) -> onnx.ModelProto:
     if version < _OPSET:
         model = onnx.version_converter.convert_version(model, _OPSET)
     model.ir_version = max(model.ir_version, _IR_VERSION)
+    _with_plain_biases(model)
     stored = {tensor.name for tensor in model.graph.initializer}
     free = [value for value in model.graph.input if value.name not in stored]
     del model.graph.input[:]
     model.graph.input.extend(free)
     return model
+
+
+def _with_plain_biases(model: onnx.ModelProto) -> None:
+    """Give every Gemm whose bias is constant and the same for all rows that bias as a vector, `beta` multiplied in."""
+    constants = constants_of(model.graph)
+    weights = {w.node.name: w.values.shape[w.axis] for w in weighted(model) if w.node.op_type == "Gemm" and w.place == 1}
+    for node in model.graph.node:
+        if node.name not in weights or len(node.input) < 3 or not node.input[2] or _plain_bias(node, constants) is True:
+            continue
+        beta = next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0)
+        stored, width = constants.get(node.input[2]), weights[node.name]
+        if beta == 0:
+            del node.input[2]
+        elif stored is not None and math.prod(stored.dims) in (1, width) and tuple(stored.dims)[-1:] in ((), (1,), (width,)):
+            vector = np.broadcast_to(numpy_helper.to_array(stored).reshape(-1) * np.float32(beta), width)
+            name = f"{node.name}/bias_once"
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(vector), name))
+            node.input[2] = name
+        else:
+            continue
+        kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
 
 
 def _saturates() -> bool:

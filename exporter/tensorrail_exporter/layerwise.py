@@ -223,11 +223,13 @@ def _fit(
     moments = statistics.moments(centred=biased)
     target = statistics.best(weight, moments, centred=biased, ridge=ridge)
     cores = metric.decompose(part, target, moments)
-    fitted = part.reconstruct(cores, weight.shape)
+    fitted, before = part.reconstruct(cores, weight.shape), part.reconstruct(plain, weight.shape)
+    if not statistics.lost(fitted, centred=biased) <= statistics.lost(before, centred=biased):
+        cores, fitted = plain, before  # of rows that say next to nothing
     row = LayerFit(
         layer=part.name,
         rows=statistics.count,
-        plain=statistics.lost(part.reconstruct(plain, weight.shape), centred=False),
+        plain=statistics.lost(before, centred=False),
         fitted=statistics.lost(fitted, centred=biased),
         bias=biased,
     )

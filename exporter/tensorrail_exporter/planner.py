@@ -377,10 +377,11 @@ def _choose(
         if least > limit.most:
             whole = _whole(totals)[limit.name]
             reach = whole / (whole - sum(one[0] for one in limit.costs) + least)
-            more = "" if "latency" in aim else ", or allow slower layers"
+            slower = search.gain > 1  # are allowed
+            more = "" if "latency" in aim or slower else ", or allow slower layers"
             raise TargetError(
-                f"the target {limit.name}={search.targets[limit.name]:g} cannot be met: with every layer in its cheapest form "
-                f"that is faster here, {limit.name} falls {reach:.2f} times; ask for less{more}"
+                f"the target {limit.name}={search.targets[limit.name]:g} cannot be met: with every layer in its cheapest form"
+                f"{'' if slower else ' that is faster here'}, {limit.name} falls {reach:.2f} times; ask for less{more}"
             )
     lost = [[0.0, *losses.values.get(layer.name, ())] for layer in faster]
     if search.max_loss is None:

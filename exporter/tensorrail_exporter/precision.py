@@ -105,7 +105,7 @@ def reduced(
     `shapes`, or else to `batch`. Nothing is written when fp16 overflows on the inputs: `RangeError`, with the layers' ranges;
     nor otherwise: `GraphError` for what cannot be converted, `ModelError` for what cannot be run or scored.
     """
-    model, out, settings = Path(model), Path(out), settings or Settings()
+    model, out, settings = Path(model), Path(out).resolve(), settings or Settings()  # a link stays one
     settings.check()
     exact = settings.exact
     _check_request(model, out, to, method, data, labels)
@@ -177,8 +177,15 @@ def _check_request(
         raise GraphError(f"calibration method {method!r} came, and {to} is not calibrated: leave it out")
     if (data is None) != (labels is None):
         raise ModelError("the accuracy needs both data and labels, and one came without the other")
+    require_writable(out, model)
+
+
+def require_writable(out: Path, model: Path) -> None:
+    """Raise `GraphError` for an output that is the model itself, or lies in a folder that is not there."""
+    if not out.parent.is_dir():
+        raise GraphError(f"{out}: its folder is not there: make it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):
-        raise GraphError(f"{out}: is the fp32 model itself; write the {to} model to another file")
+        raise GraphError(f"{out}: is the fp32 model itself; write to another file")
 
 
 def _left_fp32(model: onnx.ModelProto, small: onnx.ModelProto, keep: Sequence[str]) -> tuple[Unreduced, ...]:

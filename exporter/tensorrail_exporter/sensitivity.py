@@ -75,9 +75,13 @@ def losses_of(
 
 
 def check_labels(model: onnx.ModelProto, calibration: Calibration, settings: Settings) -> None:
-    """Raise `GraphError` unless the labels are classes of the model's first output, as its first batch shows them."""
-    (scores,) = run_to(model, [model.graph.output[0].name], settings)(calibration.feeds[0])
-    _require_classes(calibration.labels, scores)
+    """Raise `GraphError` unless the first batch's outputs are finite and the labels classes of the first of them."""
+    names = [output.name for output in model.graph.output]
+    outputs = run_to(model, names, settings)(calibration.feeds[0])
+    for name, array in zip(names, outputs, strict=True):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise GraphError(f"output {name!r} holds NaN or infinite values on the calibration inputs: nothing can be compared")
+    _require_classes(calibration.labels, outputs[0])
 
 
 def on_inputs(weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -169,8 +173,8 @@ class _Probe:
 
 
 def _spread(parts: Sequence[np.ndarray]) -> float:
-    """Return ‖a − mean‖²: the mean over samples, or over all values where batches do not join along their first axis."""
-    joined = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+    """Return ‖a − mean‖²: the mean over samples, or over all values of one sample and where batches do not join."""
+    joined = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
     values = np.concatenate(parts) if joined else np.concatenate([part.ravel() for part in parts])
     return float(np.square(values - values.mean(0)).sum()) if len(values) else 0.0
 

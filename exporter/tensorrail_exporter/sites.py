@@ -133,7 +133,8 @@ def _by_weight(sites: list[Site]) -> list[list[Site]]:
         if weight is None:
             return [sites]
         for rule, present, group in groups:
-            if rule is _rule_of(site.node) and np.array_equal(present, weight, equal_nan=True):
+            alike = rule is _rule_of(site.node) and present.dtype == weight.dtype
+            if alike and np.array_equal(present, weight, equal_nan=True):
                 group.append(site)
                 break
         else:
@@ -202,7 +203,13 @@ def _fold(site: Site, rule: Rule, layer: LayerPlan) -> None:
 
 def _why_not(node: gs.Node, rule: Rule) -> str | None:
     if why := rule.why_not(node):
+        weight = node.inputs[rule.weight_input(node)]
+        maker = weight.inputs[0].op if weight.inputs else ""
+        if maker in ("DequantizeLinear", "DynamicQuantizeLinear"):
+            why = f"its weight is quantized ({maker} makes it); plan the fp32 model, and quantize what comes of it"
         return why
+    if 0 in node.inputs[rule.weight_input(node)].shape:
+        return "its weight holds no values"
     dtype = node.inputs[rule.weight_input(node)].dtype
     if dtype not in (np.float16, np.float32, np.float64):
         return f"its weight is of type {type_name(dtype)}; expected float16, float32 or float64"

@@ -12,13 +12,13 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.errors import GraphError
-from tensorrail_exporter.graph_io import import_graph
+from tensorrail_exporter.graph_io import import_graph, inferred_shapes
 from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.rules.scan import holds_scan
 from tensorrail_exporter.sites import find, names_in, rewritable
-from tensorrail_runtime.cost import bind_shapes
+from tensorrail_runtime.cost import bind_shapes, seen_shapes
 from tensorrail_runtime.inputs import Shapes
 
 
@@ -83,6 +83,9 @@ def survey(
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
     graph = import_graph(bind_shapes(bound, batch, shapes or {}))
+    _complete(graph, inferred_shapes(bound, data_prop=True))
+    if any(_shape(node.inputs[0]) is None or _output(node) is None for node in rewritable(graph).values()):
+        _complete(graph, seen_shapes(bound, batch, shapes))  # such as those behind computed initial states
     names = names_in(graph)
     found = []
     for name in rewritable(graph):
@@ -92,6 +95,13 @@ def survey(
             continue
         found.append(dense_layer(name, graph, rule, sites))
     return tuple(found if scan and holds_scan(model) else (replace(one, spec=replace(one.spec, scan=False)) for one in found))
+
+
+def _complete(graph: gs.Graph, known: Mapping[str, Sequence[int | str]]) -> None:
+    """Give tensors whose shape is not known in full the one that is."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.name in known and _shape(tensor) is None:
+            tensor.shape = list(known[tensor.name])
 
 
 def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -> DenseLayer:

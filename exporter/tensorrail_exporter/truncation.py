@@ -9,9 +9,11 @@ rounding (6e-8). A float64 matrix has digits to lose and takes the full SVD.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import tensorly as tl
 
 from tensorrail_exporter.contraction import Array
@@ -31,15 +33,19 @@ def backend_of(array: Array) -> Iterator[None]:
 def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) -> tuple[Array, Array, Array]:
     """Return U (m, k), S (k,), V (k, n), the k leading singular triplets of a matrix (m, n).
 
-    The signature is the one TensorLy asks of its `svd=` argument. Must run inside `backend_of(matrix)`.
+    The signature is the one TensorLy asks of its `svd=` argument. Must run inside `backend_of(matrix)`. Raises
+    `np.linalg.LinAlgError` for a matrix that is not finite, with which LAPACK may not end.
     """
     rows, columns = matrix.shape
+    largest = _largest(matrix)
+    if not largest < math.inf:
+        raise np.linalg.LinAlgError("a matrix holds infinity or NaN")
     count = min(rows, columns, n_eigenvecs or min(rows, columns))
     if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)
         return u[:, :count], s[:count], v[:count]
     oblong = tl.transpose(matrix) if rows > columns else matrix
-    scale = _scale(oblong)
+    scale = 1.0 if 1e-9 < largest < 1e9 or not largest else largest  # the squares of others are beyond float32
     if scale != 1.0:
         oblong = oblong / scale
     u, s, v, share = _gram_svd(oblong, count)
@@ -65,10 +71,10 @@ def like(array: Array, other: Array) -> Array:
     return other.to(array.dtype) if hasattr(other, "double") else other.astype(array.dtype)
 
 
-def _scale(matrix: Array) -> float:
-    """Return what to divide by before squaring: 1 but for values whose squares are beyond float32."""
-    largest = max(float(tl.max(matrix)), -float(tl.min(matrix)))
-    return 1.0 if 1e-9 < largest < 1e9 or not largest else largest
+def _largest(matrix: Array) -> float:
+    """Return the largest magnitude, NaN where there is one."""
+    high, low = float(tl.max(matrix)), float(tl.min(matrix))
+    return high if math.isnan(high) or high > -low else -low
 
 
 def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array, float]:

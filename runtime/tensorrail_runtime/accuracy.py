@@ -210,5 +210,10 @@ def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
             f"top{count} scores an output of shape (samples, {count} or more classes) against integer labels, and shape "
             f"{scores.shape} and {labels.dtype} labels came"
         )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
+        raise ModelError(
+            f"the model has {scores.shape[1]} classes: expected labels 0 to {scores.shape[1] - 1}, and {labels.min()} to "
+            f"{labels.max()} came"
+        )
     best = scores.argmax(1)[:, None] if count == 1 else np.argpartition(scores, -count, axis=1)[:, -count:]
     return np.asarray((best == labels[:, None]).any(1))

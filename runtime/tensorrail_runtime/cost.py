@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 
 from tensorrail_runtime.inputs import Shapes, batch_of, random_inputs
@@ -85,7 +86,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     known = _shapes(inferred.graph)
     asked = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
     if any(name and name not in known for node in asked for name in (*node.input, node.output[0])):
-        seen = _seen_shapes(bound, batch, shapes)
+        seen = seen_shapes(bound, batch, shapes)
         inferred = _with_shapes(inferred, seen)
         known = _shapes(inferred.graph) | seen
     try:
@@ -102,7 +103,7 @@ def _loaded(path: Path) -> onnx.ModelProto:
     model = onnx.load(path)
     if not model.graph.node:
         raise ModelError(f"{path}: holds no node: expected an ONNX model")
-    return model
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path: Path, batch: int) -> GraphCost:
@@ -280,7 +281,7 @@ def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> 
         return model
 
 
-def _seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
+def seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
     """Return the shapes that a run of the model shows, where inference cannot follow how they are computed.
 
     Nothing where the model does not run, or is too large to be handed over in memory.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from tensorrail_runtime.accuracy import evaluate
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import Shapes, random_inputs
 from tensorrail_runtime.model_files import sha256_of
+from tensorrail_runtime.parity import is_exact, relative_l2
 from tensorrail_runtime.placement import placement
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import PROVIDERS, ModelError, Settings, open_session, require_tensors, run
 
 _KEPT = 1024  # numbers kept of an output, for parity
+_NOISE = 1e-4  # kernels that add up in another order differ by less from run to run
 _CHUNK = 2**20  # values that are summed up at a time
 
 Data = tuple[Mapping[str, np.ndarray], np.ndarray, str]
@@ -39,16 +42,32 @@ class Tensor(Record):
             and all(mine in (None, its) for mine, its in zip(self.shape, other.shape, strict=True))
         )
 
+    def at(self, batch: int, shape: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the shape that it has in a run: `shape` where it is given, else with dynamic axes of `batch`."""
+        return tuple(shape or (batch if size is None else size for size in self.shape))
+
     def __str__(self) -> str:
         return f"{self.type.removeprefix('tensor')} {'×'.join('?' if size is None else str(size) for size in self.shape)}"
 
 
 class Output(Tensor):
-    """An output on random inputs of seed 0, its shape as it ran; `values` are all of it, or the sums of `sketch`."""
+    """An output on random inputs of seed 0, its shape as it ran; `values` are what `sketch` keeps of it.
+
+    Of an output that is compared exactly, as indices are, numbers are kept that are drawn by its values.
+    """
 
     declared: tuple[int | None, ...]
     values: tuple[float, ...]
+    exact: bool
     infinite: str = ""  # digest of where it is, which counts as 0 in the values
+
+    def apart(self, other: Output) -> float:
+        """Return the relative L2 difference of `other`, or of exact ones the share of entries that differ, both estimated."""
+        a, b = np.array(self.values), np.array(other.values)
+        if not self.exact:
+            return relative_l2(a, b)
+        count = math.prod(size or 0 for size in self.shape)
+        return float((a != b).sum() / max(count, 1)) if count <= _KEPT else float(np.square(b - a).sum() / (2 * count))
 
 
 class Facts(Record):
@@ -63,6 +82,7 @@ class Facts(Record):
     placement: dict[str, int]  # nodes by provider, as ONNX Runtime ran them
     inputs: dict[str, Tensor]
     outputs: dict[str, Output]
+    varying: tuple[str, ...]  # outputs that are others when the model runs again on the same inputs
     score: float | None = None  # mean of the metric, where data came
     metric: str = ""
     data: str = ""  # the SHA-256 of the data that were scored
@@ -98,19 +118,9 @@ def facts_of(
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     declared = {entry.name: _declared(entry) for entry in session.get_outputs()}
-    outputs = {}
-    for name, array in run(session, random_inputs(session, batch, shapes=shapes)).items():
-        if array.dtype.kind not in "fiub":
-            raise ModelError(f"{path}: output {name!r} is a {declared[name].type}: only numbers can be compared")
-        if np.isnan(array).any():
-            raise ModelError(f"{path}: output {name!r} holds NaN")
-        outputs[name] = Output(
-            type=declared[name].type,
-            shape=array.shape,
-            declared=declared[name].shape,
-            values=tuple(sketch(np.where(np.isinf(array), 0, array)).tolist()),
-            infinite="" if np.isfinite(array).all() else _digest(np.isposinf(array), np.isneginf(array)),
-        )
+    inputs = random_inputs(session, batch, shapes=shapes)
+    outputs = {name: _output(path, name, array, declared[name]) for name, array in run(session, inputs).items()}
+    again = {name: _output(path, name, array, declared[name]) for name, array in run(session, inputs).items()}
     placed = placement(path, settings=settings, batch=batch, shapes=shapes)
     score = None
     if data is not None:
@@ -125,10 +135,35 @@ def facts_of(
         placement=placed.providers,
         inputs={entry.name: _declared(entry) for entry in session.get_inputs()},
         outputs=outputs,
+        varying=tuple(name for name, one in outputs.items() if not _alike(one, again[name], _NOISE)),
         score=score,
         metric=data[2] if data is not None else "",
         data=sha256_of_data(data) if data is not None else "",
     )
+
+
+def _output(path: Path | str, name: str, array: np.ndarray, declared: Tensor) -> Output:
+    if array.dtype.kind not in "fiub":
+        raise ModelError(f"{path}: output {name!r} is a {declared.type}: only numbers can be compared")
+    if np.isnan(array).any():
+        raise ModelError(f"{path}: output {name!r} holds NaN")
+    exact = is_exact(array.dtype)
+    return Output(
+        type=declared.type,
+        shape=array.shape,
+        declared=declared.shape,
+        values=tuple(sketch(_drawn(array) if exact else np.where(np.isinf(array), 0, array)).tolist()),
+        exact=exact,
+        infinite="" if np.isfinite(array).all() else _digest(np.isposinf(array), np.isneginf(array)),
+    )
+
+
+def _drawn(array: np.ndarray) -> np.ndarray:
+    """Return a number an entry, of mean 0 and variance 1, the same where the same value stands and else independent of it."""
+    values = array.ravel()
+    places = np.arange(len(values), dtype=np.uint64)
+    drawn = _hashed(_hashed(values.astype(np.int64).view(np.uint64)) ^ places)
+    return np.asarray((drawn / 2.0**64 - 0.5) * math.sqrt(12))
 
 
 def sketch(array: np.ndarray) -> np.ndarray:
@@ -207,11 +242,27 @@ def _counts(placement: Mapping[str, int]) -> str:
     return ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in placement.items())
 
 
+def interface_of(path: Path | str, settings: Settings, before: Facts) -> Finding | None:
+    """Return what falls short in the inputs of a model, None where it takes what the one before took."""
+    if not Path(path).is_file():
+        raise ModelError(f"{path}: cannot be read (no such file): expected an ONNX model")
+    entries = open_session(path, settings=settings).get_inputs()
+    inputs = {entry.name: _declared(entry) for entry in entries}
+    if _takes(before, inputs):
+        return None
+    old, new = ("; ".join(f"{name} {tensor}" for name, tensor in some.items()) for some in (before.inputs, inputs))
+    return Finding(name="interface", baseline=old, measured=new, limit="the same", holds=False)
+
+
+def _takes(before: Facts, inputs: Mapping[str, Tensor]) -> bool:
+    same = before.inputs.keys() == inputs.keys()
+    return same and all(inputs[name].takes(tensor) for name, tensor in before.inputs.items())
+
+
 def _interface(before: Facts, after: Facts) -> Finding:
     """Hold inputs and outputs to those before: whoever ran that model must be able to run this one, and read its answers."""
     same = (
-        before.inputs.keys() == after.inputs.keys()
-        and all(after.inputs[name].takes(tensor) for name, tensor in before.inputs.items())
+        _takes(before, after.inputs)
         and list(before.outputs) == list(after.outputs)
         and all(_reads_alike(output, after.outputs[name]) for name, output in before.outputs.items())
     )
@@ -227,23 +278,32 @@ def _reads_alike(before: Output, after: Output) -> bool:
     """Return whether who reads one output can read the other: how many entries a dynamic axis has may depend on the weights."""
     return (
         before.type == after.type
-        and len(before.shape) == len(after.shape)
-        and all(None in pair or pair[0] == pair[1] for pair in zip(before.declared, after.declared, strict=True))
+        and len(before.declared) == len(before.shape) == len(after.shape)
+        and all(size in (None, ran) for size, ran in zip(before.declared, after.shape, strict=True))
     )
 
 
 def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
+    pairs = [(one, after.outputs.get(name)) for name, one in before.outputs.items()]
     measured, holds = "other outputs", False
-    if _places(before) == _places(after):
-        pairs = [(np.array(o.values), np.array(after.outputs[name].values)) for name, o in before.outputs.items()]
-        worst = max(float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)) for a, b in pairs)
+    if varying := sorted({*before.varying, *after.varying}):
+        measured = f"{', '.join(varying)} vary from run to run: --retrained compares none"
+    elif not any(one.values for one in before.outputs.values()):
+        measured = "no output has a value on random inputs: --retrained compares none"
+    elif before.outputs.keys() == after.outputs.keys() and all(_same_form(*pair) for pair in pairs):
+        worst = float(np.max([one.apart(other) for one, other in pairs if other is not None]))  # NaN where one is
         measured, holds = f"{worst:.1e} apart", worst <= tolerance
     names = ", ".join(before.outputs)
     return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
 
 
-def _places(facts: Facts) -> dict[str, tuple[object, ...]]:
-    return {name: (output.shape, output.infinite) for name, output in facts.outputs.items()}
+def _same_form(one: Output, other: Output | None) -> bool:
+    mine, its = ((o.shape, o.exact, len(o.values), o.infinite) if o is not None else None for o in (one, other))
+    return mine == its
+
+
+def _alike(one: Output, other: Output, tolerance: float) -> bool:
+    return _same_form(one, other) and one.apart(other) <= tolerance
 
 
 def _score(old: float, after: Facts, drop: float) -> Finding:

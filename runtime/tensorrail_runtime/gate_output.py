@@ -37,16 +37,21 @@ def junit(verdict: Verdict) -> str:
 
 
 def smaller_is_better(verdict: Verdict) -> str:
-    """Return the `customSmallerIsBetter` list of github-action-benchmark: the median latency, and the relative time."""
-    half = (verdict.high - verdict.low) / 2
+    """Return the `customSmallerIsBetter` list of github-action-benchmark: the median latency, and the relative time.
+
+    It is empty for a model that was not timed.
+    """
+    timing = verdict.timing
+    if timing is None:
+        return "[]\n"
     rows = [
-        {"name": f"{verdict.model}: latency p50", "unit": "ms", "value": verdict.p50_ms},
+        {"name": f"{verdict.model}: latency p50", "unit": "ms", "value": timing.p50_ms},
         {
             "name": f"{verdict.model}: time relative to the baseline",
             "unit": "×",
-            "value": 1 + verdict.slowdown,
-            "range": f"± {half:.4f}",
-            "extra": f"p = {verdict.p_value:.3g}",
+            "value": 1 + timing.slowdown,
+            "range": f"± {(timing.high - timing.low) / 2:.4f}",
+            "extra": f"p = {timing.p_value:.3g}",
         },
     ]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
@@ -54,7 +59,6 @@ def smaller_is_better(verdict: Verdict) -> str:
 
 def markdown(verdict: Verdict) -> str:
     """Return the verdict as GitHub's Markdown, for a job's summary: one row a finding."""
-    how = "in turns with the baseline's model" if verdict.interleaved else "against recorded times"
     rows = [
         f"| {' | '.join(map(_cell, (f.name, f.baseline, f.measured, f.limit)))} | {'yes' if f.holds else '**NO**'} |"
         for f in verdict.findings
@@ -66,7 +70,8 @@ def markdown(verdict: Verdict) -> str:
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"p50 {verdict.p50_ms:.4f} ms, baseline {verdict.baseline_p50_ms:.4f} ms, measured {how} on {_cell(_where(verdict))}.",
+        f"{_times(verdict)} on {_cell(_where(verdict))}.",
+        *(["", f"⚠️ {_cell(verdict.warning)}"] if verdict.warning else []),
     ]
     return "\n".join(lines) + "\n\n"
 
@@ -78,12 +83,16 @@ def workflow_commands(verdict: Verdict) -> str:
         for f in verdict.findings
         if not f.holds
     ]
-    if not verdict.interleaved:
-        text = (
-            "held against recorded times: what has changed in the machine since counts as well; keep the baseline's model by it"
-        )
-        lines.append(_command("warning", f"latency of {verdict.model}", text))
+    if verdict.warning:
+        lines.append(_command("warning", f"latency of {verdict.model}", verdict.warning))
     return "".join(f"{line}\n" for line in lines)
+
+
+def _times(verdict: Verdict) -> str:
+    timing = verdict.timing
+    if timing is None:
+        return "Not timed"
+    return f"p50 {timing.p50_ms:.4f} ms, baseline {timing.baseline_p50_ms:.4f} ms, measured {verdict.how}"
 
 
 def _where(verdict: Verdict) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from tensorrail_runtime.session import ModelError
@@ -20,12 +21,17 @@ _TYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
     "tensor(int16)": np.int16,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
     "tensor(bool)": np.bool_,
 }
 
 _MOST = 2**29  # values that are drawn for one run: 2 GiB as float32
+
+_DIGITS = 18  # of a size in 64 bits
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -85,6 +91,22 @@ def batch_of(inputs: Sequence[Sequence[object]], batch: int = 1, shapes: Sequenc
     raise ModelError(f"batch {batch} came, and the model takes {own}: no axis is left that could be {batch}")
 
 
+def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
+    """Return a line for each input without a shape that has dynamic axes beside its batch: they are run as long as that is."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    lines = []
+    for value in model.graph.input:
+        axes = [axis.dim_value if axis.dim_value > 0 else None for axis in value.type.tensor_type.shape.dim]
+        if value.name in stored or value.name in shapes or axes.count(None) < 2:
+            continue
+        example = ",".join(str(size or (50 if place else 1)) for place, size in enumerate(axes))
+        lines.append(
+            f"input {value.name!r} has {axes.count(None)} dynamic axes, all run at the batch size: say what an input is like, "
+            f"such as --shape {value.name}={example}"
+        )
+    return lines
+
+
 def _shape(entry: ort.NodeArg, batch: int, wanted: Sequence[int] | None) -> list[int]:
     own = [size if isinstance(size, int) else batch for size in entry.shape]
     if wanted is None:
@@ -101,7 +123,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition("=")
         parts = [part.strip() for part in sizes.replace("x", ",").split(",")]
-        if not name or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        if not name or not all(part.isascii() and part.isdecimal() and len(part) <= _DIGITS and int(part) for part in parts):
             raise ModelError(f"a shape is written as name=1,3,224,224, and {text!r} came")
         shapes[name] = tuple(int(part) for part in parts)
     return shapes

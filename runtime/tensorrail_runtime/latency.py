@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from tensorrail_runtime.half import holds_fp16
 from tensorrail_runtime.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.machine import Machine, machine
 from tensorrail_runtime.process import fresh
@@ -21,8 +23,9 @@ from tensorrail_runtime.session import ModelError, Settings, open_session, run
 
 _MIN_ROUNDS = 20
 _MIN_CYCLES = 6  # the fewest values whose smallest and largest hold the median in 95 % of cases
-_FEW = 40  # cycles, below which blocks of them are too few to be drawn from
-_RESAMPLES = 2000
+_FEW = 40  # cycles, below which blocks of them are too short
+_BLOCKS, _STUDENT = 8, 2.365  # blocks of cycles, and Student's 0.975 quantile at one degree of freedom less
+_TRIES = 300  # orders of a cycle of which the most even one is taken
 _BURST = 4
 _BURST_ROUNDS = 5
 _ROUNDS_ENOUGH = 400  # of bursts: layers of microseconds come to them long before their seconds are over
@@ -108,24 +111,25 @@ def bench(
     labels: Sequence[str] | None = None,
     on_round: Callable[[float], None] = lambda _: None,
 ) -> LatencyReport:
-    """Time the models in turns, A B A B, for about `seconds`, at least 20 rounds and 6 cycles of them after `warmup` seconds.
+    """Time the models in turns, A B B A, for about `seconds`, at least 20 rounds and 6 cycles of them after `warmup` seconds.
 
-    Each round begins one model later, so that every model comes as often after itself, and after each other, as every other
-    model does: what a model finds in the caches is shared out evenly. With `io_binding`
-    inputs and outputs stay on the device and are not part of the times; CUDA graphs need it. `on_round` is told the share
-    of the time that has passed. Raises `ModelError` for fewer than one model, and for inputs that do not fit.
+    In a cycle every model runs once after itself and once after each other: what a model finds in the caches is shared out
+    evenly. With `io_binding` inputs and outputs stay on the device and are not part of the times; CUDA graphs need it.
+    `on_round` is told the share of the time that has passed. Raises `ModelError` for fewer than one model, and for inputs
+    that do not fit.
     """
     if not paths:
         raise ModelError("nothing to measure: give at least one model")
     settings = replace(settings or Settings(provider=provider, threads=threads), linger=False)
     if settings.cuda_graph and not io_binding:
         raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
-    runners, loads, samples = [], [], []
+    runners, loads, samples, ran_on = [], [], [], []
     for path in paths:
-        run_once, load, held = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
-        runners.append(run_once)
-        loads.append(load)
-        samples.append(held)
+        made = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
+        runners.append(made.run)
+        loads.append(made.load_ms)
+        samples.append(made.samples)
+        ran_on.append(made.shapes)
     names = list(labels) if labels else _distinct(paths)
     turns(runners, warmup, 3, lambda _: None)
     times = turns(runners, seconds, max(_MIN_ROUNDS, _MIN_CYCLES * len(runners)), on_round)
@@ -137,10 +141,10 @@ def bench(
         rounds=len(times[0]),
         machine=machine(gpu=settings.on_gpu),
         latencies=latencies,
-        ratios=tuple(ratio(latencies[0], other, seed, cycle=len(paths)) for other in latencies[1:]),
+        ratios=tuple(ratio(latencies[0], other, cycle=len(paths)) for other in latencies[1:]),
         transfers=not io_binding,
         cuda_graph=settings.cuda_graph,
-        warnings=(*_uneven(names, samples), *_warnings(paths, latencies, settings, batch, shapes)),
+        warnings=(*_uneven(names, samples, ran_on), *_warnings(paths, latencies, settings, batch, shapes)),
     )
 
 
@@ -216,7 +220,7 @@ def _bench_request(request: dict[str, Any]) -> str:
 
 def _bursts_request(request: dict[str, Any]) -> str:
     settings = replace(Settings(**request["settings"]), linger=False)
-    runners = [runner(path, settings, io_binding=settings.on_gpu)[0] for path in request["paths"]]
+    runners = [runner(path, settings, io_binding=settings.on_gpu).run for path in request["paths"]]
     rounds: list[list[float]] = []
     start, order = time.perf_counter(), list(range(len(runners)))
     while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
@@ -234,6 +238,16 @@ def _bursts_request(request: dict[str, Any]) -> str:
     return json.dumps(np.array(rounds[1:]).T.tolist())
 
 
+@dataclass(frozen=True)
+class Runner:
+    """A model that is open and ready to be timed."""
+
+    run: Callable[[], object]  # once, on the same random inputs
+    load_ms: float  # what opening took
+    samples: int  # of a run
+    shapes: Mapping[str, tuple[int, ...]]  # of the inputs
+
+
 def runner(
     path: Path | str,
     settings: Settings,
@@ -242,11 +256,9 @@ def runner(
     batch: int = 1,
     shapes: Shapes | None = None,
     seed: int = 0,
-) -> tuple[Callable[[], object], float, int]:
-    """Return a function that runs a model once on random inputs, the milliseconds that opening took, and the samples of a run.
-
-    `ModelError` in one line for inputs that do not fit.
-    """
+) -> Runner:
+    """Open a model and return what runs it on random inputs; `ModelError` in one line for inputs that do not fit."""
+    holds_fp16(path)  # read once, and no part of the time that opening takes
     begin = time.perf_counter()
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)
@@ -256,26 +268,58 @@ def runner(
     # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
     # would capture that run, which is made beside it.
     example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
-    return (bound(session, feed, example, settings) if io_binding else plain(session, feed)), load, samples
+    if io_binding:
+        for name, array in example.items():
+            if not isinstance(array, np.ndarray) or array.dtype == object:
+                raise ModelError(f"{path}: output {name!r} is no tensor of numbers, which IO binding needs: leave it out")
+    run_once = bound(session, feed, example, settings) if io_binding else plain(session, feed)
+    return Runner(run_once, load, samples, {name: array.shape for name, array in feed.items()})
 
 
 def turns(
     runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
 ) -> list[list[float]]:
-    """Run all in turns for about `seconds` and `least` rounds or more; milliseconds, one list each.
+    """Run all in turns for about `seconds`, `least` times each or more; milliseconds, one list each.
 
-    As many rounds as there are models, each beginning with another one, are a cycle, and only whole cycles are run.
+    Only whole cycles are run, in which each of n models runs n times: see `cycle_of`.
     """
     times: list[list[float]] = [[] for _ in runners]
-    start, order = time.perf_counter(), list(range(len(runners)))
-    while len(times[0]) < least or time.perf_counter() - start < seconds or len(times[0]) % len(runners):
+    start, order = time.perf_counter(), cycle_of(len(runners))
+    while len(times[0]) < least or time.perf_counter() - start < seconds:
         for index in order:
             begin = time.perf_counter()
             runners[index]()
             times[index].append(1e3 * (time.perf_counter() - begin))
-        order = [*order[1:], order[0]]
         on_round(min(1.0, (time.perf_counter() - start) / seconds) if seconds else 1.0)
     return times
+
+
+@functools.cache
+def cycle_of(models: int) -> tuple[int, ...]:
+    """Return the order of a cycle: repeated, every model runs as often after itself as after each of the others.
+
+    Such orders are the Eulerian circuits of the complete directed graph with loops (de Bruijn sequences of pairs). Of some
+    hundred drawn ones that is returned in which all models run at about the same time on average, so that a machine that
+    slows down meanwhile does so for all: A B B A for two. It ends with the first model, as the cycle before it did.
+    """
+    rng = np.random.default_rng(0)
+    best: tuple[int, ...] = ()
+    least = math.inf
+    for _ in range(_TRIES):
+        left = [list(rng.permutation(models)) for _ in range(models)]
+        path, circuit = [0], []
+        while path:  # Hierholzer's algorithm
+            if left[path[-1]]:
+                path.append(left[path[-1]].pop())
+            else:
+                circuit.append(path.pop())
+        drawn = np.array(circuit[1:])
+        middles = [np.flatnonzero(drawn == model).mean() for model in range(models)]
+        if (spread := max(middles) - min(middles)) < least:
+            best, least = tuple(map(int, drawn)), spread
+        if not least:
+            break
+    return best
 
 
 def plain(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
@@ -309,25 +353,24 @@ def bound(
     return replay
 
 
-def ratio(reference: Latency, other: Latency, seed: int = 0, cycle: int = 1) -> Ratio:
-    """Return the speed-up of `other`: the median over cycles of reference time / its time, with a bootstrap interval.
+def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
+    """Return the speed-up of `other`: the median over cycles of reference time / its time, with its 95 % interval.
 
-    `cycle` rounds are added up before they are divided: of single rounds, those where a model has just run and finds its
-    weights in the caches differ from the others by more than what is asked for, and the median would lie between the two.
-    Neighbouring cycles share what the machine does beside, so blocks of them are resampled, not single ones. Of fewer than 40
-    cycles the interval is the exact one between two of the sorted ratios, which needs six.
+    `cycle` runs are added up before they are divided: of single runs, those where a model has just run and finds its weights
+    in the caches differ from the others by more than what is asked for, and the median would lie between the two. Neighbouring
+    cycles share what the machine does beside, so the interval is Student's over the medians of eight long blocks of them. Of
+    fewer than 40 cycles it is the exact one between two of the sorted ratios, which needs six.
     """
     paired = _paired(reference, other, cycle)
-    count, value = len(paired), float(np.median(paired))
-    if count < _FEW:
+    value = float(np.median(paired))
+    if len(paired) < _FEW:
         low, high = _order_interval(paired)
         return Ratio(model=other.model, reference=reference.model, value=value, low=low, high=high)
-    block = max(1, int(np.sqrt(count)))
-    rng = np.random.default_rng(seed)
-    starts = rng.integers(0, count - block + 1, (_RESAMPLES, -(-count // block)))
-    picks = (starts[:, :, None] + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
-    low, high = np.percentile(np.median(paired[picks], axis=1), [2.5, 97.5])
-    return Ratio(model=other.model, reference=reference.model, value=value, low=float(low), high=float(high))
+    blocks = np.log([np.median(block) for block in np.array_split(paired, _BLOCKS)])
+    half = _STUDENT * float(blocks.std(ddof=1)) / math.sqrt(_BLOCKS)
+    return Ratio(
+        model=other.model, reference=reference.model, value=value, low=value * math.exp(-half), high=value * math.exp(half)
+    )
 
 
 def _order_interval(values: np.ndarray) -> tuple[float, float]:
@@ -375,11 +418,18 @@ def _distinct(paths: Sequence[Path | str]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _uneven(names: Sequence[str], samples: Sequence[int]) -> list[str]:
-    if len(set(samples)) == 1:
-        return []
-    found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
-    return [f"a run of each is of another number of samples ({found}): the speed-up is of runs, not of samples"]
+def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[str]:
+    if len(set(samples)) > 1:
+        found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
+        return [f"a run of each is of another number of samples ({found}): the speed-up is of runs, not of samples"]
+    for name, fed in zip(names, shapes, strict=True):
+        for key in fed.keys() & shapes[0].keys():
+            if fed[key] != shapes[0][key]:
+                return [
+                    f"input {key!r} of {names[0]} was {list(shapes[0][key])} and that of {name} {list(fed[key])}: the speed-up "
+                    f"is not of the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
+                ]
+    return []
 
 
 def _warnings(

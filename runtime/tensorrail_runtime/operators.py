@@ -16,7 +16,8 @@ DOMAINS = ("", "ai.onnx", "com.microsoft")  # others mean something else by the 
 # fmt: off
 NO_MACS = frozenset((
     "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "AveragePool",
-    "BatchNormalization", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast",
+    "BatchNormalization", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
+    "BlackmanWindow", "Cast",
     "CastLike", "Ceil", "Celu", "CenterCropPad", "Clip", "Col2Im", "Compress", "Concat", "ConcatFromSequence", "Constant",
     "ConstantOfShape", "Cos", "Cosh", "CumProd", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "Dropout",
     "DynamicQuantizeLinear", "Elu", "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten", "Floor", "Gather",
@@ -67,8 +68,11 @@ def _gemm(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
 
 
 def _matmul(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)  # of a FusedMatMul
-    return math.prod(out) * operands[0][-2 if transposed else -1]
+    flags = {attribute.name for attribute in node.attribute if attribute.i}  # of a FusedMatMul
+    shape = operands[0]
+    if "transBatchA" in flags and len(shape) > 2:  # (M, batch, K) is taken as (batch, M, K)
+        shape = (*shape[1:-1], shape[0], shape[-1])
+    return math.prod(out) * shape[-2 if "transA" in flags else -1]
 
 
 def _recurrent(node: onnx.NodeProto, operands: list[Shape], _: Shape) -> int:
@@ -78,7 +82,10 @@ def _recurrent(node: onnx.NodeProto, operands: list[Shape], _: Shape) -> int:
 
 
 def _einsum(node: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
-    """Count the products of two operands after the other, as ONNX Runtime contracts them: from the left."""
+    """Count the products of two operands after the other, as ONNX Runtime contracts them: from the left.
+
+    What only one operand has is summed up first.
+    """
     equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation").replace(" ", "")
     left, arrow, right = equation.partition("->")
     sizes: dict[str, int] = {}
@@ -94,9 +101,10 @@ def _einsum(node: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
     out = {label for label in sizes if label in kept or label.startswith("...")}
     macs, held = 0, terms[0]
     for number, term in enumerate(terms[1:], 1):
-        held = held | term
+        wanted = out.union(*terms[number + 1 :])
+        held = (held & (wanted | term)) | (term & (wanted | held))
         macs += math.prod(sizes[label] for label in held)
-        held &= out.union(*terms[number + 1 :])
+        held &= wanted
     return macs
 
 

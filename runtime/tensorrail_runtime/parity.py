@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -13,11 +15,14 @@ from tensorrail_runtime.inputs import Shapes, random_inputs, samples_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import ModelError, Settings, open_session, require_tensors, run
 
+_INDEX = 4  # bytes: integers from here on are indices or counts
+
 
 @dataclass(frozen=True)
 class Tolerances:
     """What outputs are held to: their relative L2 difference, or, once `rtol` or `atol` is given, every element.
 
+    Of outputs that are compared exactly (`is_exact`) it is the share of entries that differ in place of the L2 difference.
     Elements pass as in numpy: |b − a| ≤ atol + rtol·|a|. The mappings are by output, "" for all others.
     """
 
@@ -31,16 +36,19 @@ class Tolerances:
         return None if found == [None, None] else (found[0] or 0.0, found[1] or 0.0)
 
     def check(self, outputs: Sequence[str]) -> None:
-        """Raise `ModelError` for a tolerance of an output that is not there."""
+        """Raise `ModelError` for a tolerance of an output that is not there, and for one that is no number of 0 or more."""
         for name in {*self.rtol, *self.atol} - {*outputs, ""}:
             raise ModelError(f"a tolerance came for output {name!r}, and the outputs are {', '.join(outputs)}")
+        for value in (*self.rtol.values(), *self.atol.values(), self.relative_l2 or 0.0):
+            if not 0 <= value < math.inf:
+                raise ModelError(f"a tolerance is a number of 0 or more, and {value} came")
 
 
 class OutputParity(Record):
     """How one output of the second model differs from that of the first, over all runs together.
 
     `worst_index` starts with the number of the run. `smallest` is the smallest tolerance that would pass: of the relative
-    L2 difference, or the atol beside the given rtol.
+    L2 difference, of the share of entries that differ where `exact`, or the atol beside the given rtol.
     """
 
     name: str
@@ -56,6 +64,7 @@ class OutputParity(Record):
     atol: float | None
     smallest: float
     holds: bool
+    exact: bool = False
 
 
 class Parity(Record):
@@ -94,8 +103,8 @@ def parity(
     """Run both models and compare every output, over all inputs together.
 
     Without `inputs`, random ones are drawn at each of the batch sizes. `tolerance` is of the relative L2 difference,
-    `tolerances` says it by output and element. Raises `ModelError` for models whose inputs or outputs differ, and for
-    outputs that are no tensors or not finite.
+    `tolerances` says it by output and element. Raises `ModelError` for models whose inputs or outputs differ, for outputs
+    that are no tensors or not finite, and where no run gave a single value, so that there is nothing to compare.
     """
     held = tolerances or Tolerances(tolerance)
     settings = settings or Settings(provider=provider)
@@ -109,6 +118,8 @@ def parity(
     ran = [[run(session, feed) for feed in feeds] for session in (first, second)]
     names = [entry.name for entry in first.get_outputs()]
     outputs = [compare(name, [outs[name] for outs in ran[0]], [outs[name] for outs in ran[1]], held) for name in names]
+    if not any(array.size for outs in ran[0] for array in outs.values()):
+        raise ModelError("nothing to compare: no output had a value in any run; give inputs of your own")
     return Parity(
         reference=Path(reference).name,
         candidate=Path(candidate).name,
@@ -129,15 +140,16 @@ def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
             if not np.isfinite(array).all():
                 raise ModelError(f"output {name!r} of the {model} model holds NaN or infinite values in run {number}")
     a, b = ([np.asarray(array, np.float64) for array in arrays] for arrays in (first, second))
-    x, y = (np.concatenate([part.ravel() for part in parts]) for parts in (a, b))
-    norm_x, norm_y, difference = np.linalg.norm(x), np.linalg.norm(y), np.abs(x - y)
-    relative = float(np.linalg.norm(difference) / (norm_x or 1.0))
+    apart = [_difference(left, right) for left, right in zip(first, second, strict=True)]
+    x, y, difference = (np.concatenate([part.ravel() for part in parts]) for parts in (a, b, apart))
+    relative, exact = relative_l2(x, y), is_exact(first[0].dtype)
     limits = held.of(name)
-    index, values = _worst(a, b)
+    index, values = _worst(a, b, apart)
     if limits is None:
-        smallest, holds = relative, held.relative_l2 is None or relative <= held.relative_l2
+        smallest = (float(np.mean(difference != 0)) if difference.size else 0.0) if exact else relative
+        holds = held.relative_l2 is None or smallest <= held.relative_l2
     else:
-        smallest = float(max(0.0, (difference - limits[0] * np.abs(x)).max(initial=0.0)))
+        smallest = float((difference - limits[0] * np.abs(x)).max(initial=0.0))
         holds = smallest <= limits[1]
     return OutputParity(
         name=name,
@@ -145,24 +157,55 @@ def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
         max_abs=float(difference.max(initial=0.0)),
         mean_abs=float(difference.mean()) if difference.size else 0.0,
         relative_l2=relative,
-        cosine=float(x @ y / (norm_x * norm_y)) if norm_x and norm_y else float(norm_x == norm_y),
+        cosine=_cosine(x, y),
         worst_index=index,
         worst_values=values,
         top1_agreement=_agreement(a, b),
         rtol=None if limits is None else limits[0],
         atol=None if limits is None else limits[1],
+        exact=exact,
         smallest=smallest,
         holds=bool(holds),
     )
 
 
-def _worst(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[tuple[int, ...], tuple[float, float]]:
+def is_exact(dtype: np.dtype[Any]) -> bool:
+    """Whether entries of this type are compared exactly: indices, counts and truth values, which are wrong or right.
+
+    Integers of 8 and 16 bits are quantities: pixels and quantized numbers.
+    """
+    return dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize >= _INDEX)
+
+
+def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
+    """Return ‖b − a‖ / ‖a‖, or ‖b‖ where a is zero; no overflow on the way."""
+    scale = float(np.abs(a).max(initial=0.0)) or 1.0
+    return float(np.linalg.norm(b / scale - a / scale) / np.linalg.norm(a / scale)) if a.any() else float(np.linalg.norm(b))
+
+
+def _difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return |right − left| by entry, of integers without the rounding that they have as floats."""
+    if left.dtype.kind in "iu" and left.dtype == right.dtype:
+        larger, smaller = np.maximum(left, right), np.minimum(left, right)
+        return np.asarray(larger.astype(np.uint64) - smaller.astype(np.uint64), np.float64)
+    return np.asarray(np.abs(left.astype(np.float64) - right.astype(np.float64)))
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    if not (x.any() and y.any()):
+        return float(x.any() == y.any())
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+def _worst(
+    a: Sequence[np.ndarray], b: Sequence[np.ndarray], apart: Sequence[np.ndarray]
+) -> tuple[tuple[int, ...], tuple[float, float]]:
     """Return where the largest absolute difference is, the run first, and the two values there."""
     worst: tuple[float, tuple[int, ...], tuple[float, float]] = (-1.0, (), (0.0, 0.0))
-    for number, (left, right) in enumerate(zip(a, b, strict=True)):
+    for number, (left, right, difference) in enumerate(zip(a, b, apart, strict=True)):
         if not left.size:
             continue
-        difference = np.abs(left - right)
         at = np.unravel_index(int(difference.argmax()), difference.shape)
         if difference[at] > worst[0]:
             worst = (float(difference[at]), (number, *map(int, at)), (float(left[at]), float(right[at])))

@@ -40,6 +40,9 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # the name that was asked for, not the temporary one
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from tensorrail_runtime.facts import Data, Facts, Finding, Limits, facts_of, held, sha256_of_data
+from tensorrail_runtime.facts import Data, Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.latency import LatencyReport, bench, cycles
 from tensorrail_runtime.machine import Machine, machine
@@ -35,7 +35,6 @@ __all__ = ["Baseline", "Data", "Effort", "Facts", "Finding", "Limits", "Verdict"
 
 _BLOCKS = 8  # medians taken of each process
 _ALPHA = 0.01
-_RESAMPLES = 2000
 _PRECISION = 10  # the slow-down to be found, over the standard error that is good enough
 _MOST = 4  # times the processes asked for, on a noisy machine
 
@@ -47,7 +46,7 @@ Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
 class Baseline(Record):
     """A model's facts and times, to hold later ones against."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     model: str  # relative to the baseline's own folder
     provider: str
     threads: int = Field(ge=0)
@@ -106,18 +105,13 @@ class Baseline(Record):
 
 
 class Verdict(Record):
-    """What a check found. `slowdown` is a share: 0.05 is five percent more time, with its 95 % interval over processes."""
+    """What a check found."""
 
     model: str
-    interleaved: bool
-    slowdown: float
-    low: float
-    high: float
-    p_value: float
-    p50_ms: float
-    baseline_p50_ms: float
+    timing: Timing | None  # None for a model that does not run on what the baseline's ran on: it fell short before
     findings: tuple[Finding, ...]
     machine: Machine
+    recorded_on: Machine | None = None  # where the times that count were recorded, unless both ran here, in turns
 
     @property
     def holds(self) -> bool:
@@ -129,6 +123,41 @@ class Verdict(Record):
         """One line: what falls short, or that nothing does."""
         short = [f"{f.name} {f.measured} (baseline {f.baseline}, limit {f.limit})" for f in self.findings if not f.holds]
         return f"{self.model}: " + ("; ".join(short) if short else "no regression")
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the times that count were taken here, in turns."""
+        return self.timing is not None and self.recorded_on is None
+
+    @property
+    def how(self) -> str:
+        """What the times were held against."""
+        return "against recorded times" if self.recorded_on else "in turns with the baseline's model"
+
+    @property
+    def warning(self) -> str:
+        """Why times may differ for another reason than the model; empty where both ran here."""
+        if self.recorded_on is None:
+            return ""
+        then, now = (
+            (m.processor, f"{m.cores} cores", f"ONNX Runtime {m.onnxruntime}") for m in (self.recorded_on, self.machine)
+        )
+        if then != now:
+            return f"held against times of another machine ({', '.join(then)}), measured on {', '.join(now)}: record them anew"
+        return (
+            "held against recorded times: what has changed in the machine since counts as well; keep the baseline's model by it"
+        )
+
+
+class Timing(Record):
+    """How a model's time differs. `slowdown` is a share: 0.05 is five percent more, with its 95 % interval over processes."""
+
+    slowdown: float
+    low: float
+    high: float
+    p_value: float
+    p50_ms: float
+    baseline_p50_ms: float
 
 
 class Effort(Record):
@@ -151,6 +180,8 @@ def record(
 ) -> Baseline:
     """Measure a model and write its baseline to `out`; `shapes` are of inputs whose dynamic axes are not all the batch."""
     settings, shapes = settings or Settings(), shapes or {}
+    if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
+        raise ModelError(f"{out}: a baseline is written as JSON into a folder that is there, such as baseline.json")
     facts = facts_of(path, settings, batch, data, shapes)
     runs = _measure([path], settings, batch, shapes, effort or Effort(), on_process)
     baseline = Baseline(
@@ -181,9 +212,10 @@ def check(
 ) -> Verdict:
     """Hold a model against a baseline file, or against another model on the spot (`reference` ends in .onnx).
 
-    With a baseline, provider, threads, batch and shapes are the recorded ones; a batch is 1 otherwise. Raises `ModelError` for
-    files that are neither, for another provider, thread count, batch or shape than the recorded one, and for a score that
-    only one side has or that is of another metric or other data.
+    With a baseline, provider, threads, batch and shapes are the recorded ones; a batch is 1 otherwise. Both models run on
+    inputs of the same shapes, those of the baseline's model; one that takes others, does not run on them or gives NaN falls
+    short. Raises `ModelError` for files that are neither, for another provider, thread count, batch or shape than the recorded
+    one, and for a score that only one side has or that is of another metric or other data.
     """
     limits, effort = limits or Limits(), effort or Effort()
     other: Path | None = None
@@ -201,9 +233,17 @@ def check(
     else:
         settings, batch, other = settings or Settings(), batch or 1, Path(reference)
         before = facts_of(other, settings, batch, data, shapes)
-    after = facts_of(path, settings, batch, data, shapes)
+    shapes = {name: tensor.at(batch, (shapes or {}).get(name)) for name, tensor in before.inputs.items()}
+    short = interface_of(path, settings, before)
+    if short is None:
+        try:
+            after = facts_of(path, settings, 1, data, shapes)  # the shapes hold the batch
+        except ModelError as error:
+            short = Finding(name="run", baseline="runs", measured=str(error), limit="runs", holds=False)
+    if short is not None:
+        return Verdict(model=Path(path).name, timing=None, findings=(short,), machine=machine(gpu=settings.on_gpu))
     paths = [path] if other is None else [other, path]
-    runs = _measure(paths, settings, batch, shapes or {}, effort, on_process, limits.max_slowdown / _PRECISION)
+    runs = _measure(paths, settings, 1, shapes, effort, on_process, limits.max_slowdown / _PRECISION)
     new = [run.latencies[-1].samples for run in runs]
     if other is not None:
         old: Sequence[Sequence[float]] = [run.latencies[0].samples for run in runs]
@@ -218,17 +258,20 @@ def check(
         limit=f"{limits.max_slowdown:.1%} to be found, alarm from {least:+.1%} at p < {_ALPHA}",
         holds=not (slowdown > least and p < _ALPHA),
     )
-    return Verdict(
-        model=Path(path).name,
-        interleaved=other is not None,
+    timing = Timing(
         slowdown=slowdown,
         low=low,
         high=high,
         p_value=p,
         p50_ms=float(np.median(np.concatenate(new))),
         baseline_p50_ms=float(np.median(np.concatenate(old))),
+    )
+    return Verdict(
+        model=Path(path).name,
+        timing=timing,
         findings=(slower, *held(before, after, limits, settings.provider)),
-        machine=machine(),
+        machine=runs[0].machine,
+        recorded_on=recorded.machine if recorded is not None and other is None else None,
     )
 
 
@@ -238,8 +281,9 @@ def compare_times(
     """Return the slow-down of `new` over `old` as a share, its 95 % interval, and the one-sided p-value of none.
 
     One list of times a process. `paired` processes ran both in turns: there each process's ratio is its own estimate, and
-    its blocks are divided by its old median, so that what is common to both falls out; and a cycle of two rounds is one time,
-    since a model runs after itself in one of them and after the other in the next.
+    its blocks are divided by its old median, so that what is common to both falls out; and two runs of a cycle are one time,
+    since a model runs after itself in one of them and after the other in the next. The slow-down is the median over processes,
+    the interval Student's of logarithms over them (Welch's where they ran apart).
     """
     from scipy import stats
 
@@ -248,17 +292,15 @@ def compare_times(
     unit = medians[0] if paired else np.full(max(map(len, sides)), np.median(medians[0]))
     blocks = [np.concatenate([_blocks(times) / unit[k] for k, times in enumerate(side)]) for side in sides]
     p = float(stats.mannwhitneyu(blocks[1], blocks[0], alternative="greater").pvalue)
-    rng = np.random.default_rng(0)
+    logs = [np.log(values) for values in medians]
     if paired:
-        ratios = medians[1] / medians[0]
-        value = float(np.median(ratios)) - 1
-        picks = np.median(ratios[rng.integers(0, len(ratios), (_RESAMPLES, len(ratios)))], axis=1) - 1
+        value = float(np.exp(np.median(logs[1] - logs[0]))) - 1
+        found = stats.ttest_rel(logs[1], logs[0]).confidence_interval()
     else:
-        value = float(np.median(medians[1]) / np.median(medians[0])) - 1
-        drawn = [np.median(m[rng.integers(0, len(m), (_RESAMPLES, len(m)))], axis=1) for m in medians]
-        picks = drawn[1] / drawn[0] - 1
-    low, high = np.percentile(picks, [2.5, 97.5])
-    return value, float(low), float(high), p
+        value = float(np.exp(np.median(logs[1]) - np.median(logs[0]))) - 1
+        found = stats.ttest_ind(logs[1], logs[0], equal_var=False).confidence_interval()
+    low, high = (float(np.exp(bound)) - 1 if np.isfinite(bound) else value for bound in (found.low, found.high))
+    return value, low, high, p
 
 
 def time_here(request: dict[str, object]) -> str:

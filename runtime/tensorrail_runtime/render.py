@@ -125,7 +125,7 @@ def _machine(report: Report) -> str:
     threads = run.threads or "ONNX Runtime's own choice of"
     return (
         f"{run.machine.processor}, {run.machine.cores} cores, {run.machine.system}; ONNX Runtime {run.machine.onnxruntime}, "
-        f"provider {run.provider}, {threads} threads; times interleaved A B B A, 95 % block-bootstrap intervals."
+        f"provider {run.provider}, {threads} threads; times interleaved A B B A, 95 % intervals."
     )
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from tensorrail_runtime.half import holds_fp16
+
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -115,11 +117,15 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    # In fp16 ONNX Runtime 1.31 fuses Transpose(1, 0, 2) → MatMul on the CPU in a way that ends the process.
+    left_out = ["MatmulTransposeFusion"] if not settings.on_gpu and holds_fp16(path) else []
     with _native_errors(quiet=not settings.on_gpu) as said:
         if settings.on_gpu:
             _preload()
         try:
-            session = ort.InferenceSession(str(path), options, providers=[_entry(settings)], enable_fallback=0)
+            session = ort.InferenceSession(
+                str(path), options, providers=[_entry(settings)], enable_fallback=0, disabled_optimizers=left_out
+            )
         except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
             raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from None
     if session.get_providers()[0] != name:
@@ -137,7 +143,8 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
-        raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({_first_line(error)})") from None
+        lines = " ".join(str(error).split())  # which input and axis it is stands behind the first line
+        raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({lines[:_SAID]})") from None
 
 
 def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:
@@ -145,6 +152,9 @@ def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:
     for entry in session.get_outputs():
         if not entry.type.startswith("tensor("):
             raise ModelError(f"{path}: output {entry.name!r} is a {entry.type}: only tensors can be compared or scored")
+
+
+_SAID = 400  # letters of what ONNX Runtime says
 
 
 def _entry(settings: Settings) -> str | tuple[str, dict[str, str]]:

@@ -86,6 +86,7 @@ def package(
             made.append(found.model_copy(update={"folder": str(repository / one)}))
         repository.mkdir(exist_ok=True)
         for one in plan:
+            _refuse_taken(repository / one, overwrite)  # another may have written it meanwhile
             _replace(workshop / one, repository / one, workshop)
     return Package(repository=str(repository), models=tuple(made))
 
@@ -184,7 +185,12 @@ def _workshop(repository: Path) -> Iterator[Path]:
     home = repository.resolve()
     beside = not home.exists() or home.parent.stat().st_dev == home.stat().st_dev
     folder = (home.parent if beside else home) / f".{home.name}.{secrets.token_hex(4)}.part"
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except PermissionError:
+        if not beside or not home.exists():
+            raise
+        raise ModelError(f"{home.parent}: cannot be written, where a model is made before it moves to {home.name}") from None
     try:
         yield folder
     finally:

@@ -15,6 +15,7 @@ from tensorrail_runtime.session import ModelError, Settings
 
 MODEL_FILE = "model.onnx"
 _DEFAULT_BATCH = 8
+_INT32 = 2**31 - 1
 # The backend reads -1 as basic, 1 as extended and 2 as none; 0, the default, is all.
 _LEVELS = {"none": 2, "basic": -1, "extended": 1}
 _FLOATS = ("TYPE_FP16", "TYPE_FP32", "TYPE_FP64")
@@ -85,6 +86,8 @@ class Serving:
             raise ModelError(f"instances are 1 or more, and {self.instances} came")
         if min(self.delay, self.warmup, self.max_batch or 0, *self.gpus, 0) < 0:
             raise ModelError("max_batch, delay, warmup and GPU numbers are 0 or more, and a negative number came")
+        if max(self.instances, self.delay, self.warmup, self.max_batch or 0, *self.preferred, *self.gpus, 0) > _INT32:
+            raise ModelError(f"Triton's numbers are at most {_INT32}, and a larger one came")
         if self.warmup_data not in ("zero", "random"):
             raise ModelError(f"warm-up data is zero or random, and {self.warmup_data!r} came")
         if (self.preferred or self.delay) and not self.dynamic_batching:

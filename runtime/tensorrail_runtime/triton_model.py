@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 
 from tensorrail_runtime.inputs import Shapes
+from tensorrail_runtime.serve.batch_axis import unequal
 from tensorrail_runtime.serve.datatypes import DATATYPES, ONNX
 from tensorrail_runtime.session import ModelError, run
 from tensorrail_runtime.triton_config import Serving, Signature, Tensor
@@ -18,9 +19,7 @@ from tensorrail_runtime.triton_config import Serving, Signature, Tensor
 # Triton speaks has the same ones, and calls strings otherwise than the configuration does.
 _TYPES = {onnx_name: f"TYPE_{'STRING' if name == 'BYTES' else name}" for onnx_name, name in ONNX.items()}
 _DTYPES = {_TYPES[onnx_name]: DATATYPES[name] for onnx_name, name in ONNX.items()}
-
-
-_LOUDER = 10
+_LOUDER = 10  # times the other request of a batch
 
 
 def signature(path: Path, session: ort.InferenceSession) -> Signature:
@@ -101,12 +100,12 @@ def check_batching(
     not the batch, an answer has another shape alone, or differs by more than `tolerance`.
     """
     rng = np.random.default_rng(0)
-    pair = {tensor.name: _fill(tensor, (2, *requests[tensor.name]), rng, "normal") for tensor in found.inputs}
-    for array in pair.values():
-        if np.issubdtype(array.dtype, np.floating):
-            array[1] *= _LOUDER  # so that a scale which both share shows
-    together = run(session, pair)
-    alone = [run(session, {name: array[k : k + 1] for name, array in pair.items()}) for k in (0, 1)]
+    drawn = [
+        {tensor.name: _fill(tensor, (1, *requests[tensor.name]), rng, "normal") for tensor in found.inputs} for _ in range(2)
+    ]
+    alone_on = unequal(session, drawn[0], drawn[1], _LOUDER)
+    together = run(session, {name: np.concatenate([one[name] for one in alone_on]) for name in drawn[0]})
+    alone = [run(session, one) for one in alone_on]
     worst = 0.0
     for name, both in together.items():
         if [np.shape(array)[:1] for array in (both, *(one[name] for one in alone))] != [(2,), (1,), (1,)]:
@@ -120,7 +119,7 @@ def check_batching(
                     f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and {list(one[name].shape[1:])} "
                     f"alone: an answer depends on its neighbour; ask for --max-batch 0"
                 )
-            worst = max(worst, _apart(one[name][0], both[k]))
+            worst = max(worst, _apart(path, name, one[name][0], both[k]))
     if worst > tolerance:
         raise ModelError(
             f"{path}: an answer differs by {worst:.1e} with its neighbour in the batch, and {tolerance:g} is allowed: Triton "
@@ -129,9 +128,13 @@ def check_batching(
     return worst
 
 
-def _apart(alone: np.ndarray, batched: np.ndarray) -> float:
+def _apart(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -> float:
     if not np.issubdtype(batched.dtype, np.floating):
         return float(np.mean(alone != batched)) if batched.size else 0.0
+    if alone.size and np.isnan(alone).all():
+        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, which shows nothing; ask for --max-batch 0")
+    if not np.array_equal(np.isnan(alone), np.isnan(batched)):
+        return float("inf")
     a, b = (np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone, batched))
     return float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0))
 

@@ -121,7 +121,7 @@ def test_a_folder_of_images(channels, rng, tmp_path):
     (folder / "class").mkdir(parents=True)
     colour = (200, 100, 50)
     for name, size in (("b.png", (64, 48)), ("class/a.PNG", (40, 90)), ("c.bmp", (20, 20))):
-        Image.new("RGB", size, colour).save(folder / name)
+        Image.new("RGB", size, tuple(value + (name == "c.bmp") for value in colour)).save(folder / name)
     found = load_calibration(folder, saved(image_model(rng, channels), tmp_path))
     (feed,) = found.feeds
     assert feed["image"].shape == (3, channels, 32, 32)
@@ -145,6 +145,45 @@ def test_images_are_cut_from_the_middle_and_scaled_as_asked(rng, tmp_path):
     how = Preprocessing(mean=(0.5,), std=(0.5,), resize=64)
     (feed,) = load_calibration(folder, saved(image_model(rng), tmp_path), images=how).feeds
     np.testing.assert_array_equal(feed["image"], np.ones((1, 3, 32, 32)))
+
+
+def test_greys_of_16_bits_are_scaled(rng, tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    how, found = Preprocessing(mean=(0.0,), std=(1.0,), resize=32), []
+    for name, pixels in (("deep", ramp), ("flat", (ramp >> 8).astype(np.uint8))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+        found.append(load_calibration(tmp_path / name, saved(image_model(rng), tmp_path), images=how).feeds[0]["image"])
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_data_that_nothing_follows_from_are_refused(rng, tmp_path):
+    path = saved(image_model(rng, size=8), tmp_path)
+    for array, reason in (
+        (np.full((9, 3, 8, 8), 0.5, np.float32), "all 9 samples are the same"),
+        (rng.integers(0, 256, (9, 3, 8, 8), np.uint8), "bytes came, such as pixels: scale them"),
+        (np.ones((9, 3, 8, 8), np.complex64), "is complex"),
+    ):
+        np.savez(tmp_path / "data.npz", image=array)
+        with pytest.raises(ModelError, match=reason):
+            load_calibration(tmp_path / "data.npz", path)
+
+
+def test_integers_are_cast_where_nothing_is_lost(rng, tmp_path):
+    node = helper.make_node("Gather", ["w", "ids"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, 4])],
+        [onnx.numpy_helper.from_array(weight(rng, 9, 4), "w")],
+    )
+    path = saved(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), tmp_path)
+    np.savez(tmp_path / "data.npz", ids=rng.integers(0, 9, (6, 3)).astype(np.int32))
+    assert load_calibration(tmp_path / "data.npz", path).feeds[0]["ids"].dtype == np.int64
+    np.savez(tmp_path / "data.npz", ids=rng.random((6, 3)))
+    with pytest.raises(ModelError, match=r"is a tensor\(int64\), and values of float64 came"):
+        load_calibration(tmp_path / "data.npz", path)
 
 
 def test_images_are_spread_over_the_folder(rng, tmp_path):
@@ -456,6 +495,15 @@ def test_moments_are_numpys(centred, rng):
     gram = statistics_of(x, x[:, :1]).moments(centred=centred).gram
     expected = np.cov(x.T, bias=True) if centred else x.T @ x / len(x)
     np.testing.assert_allclose(gram, expected, atol=1e-4)
+
+
+def test_rows_that_are_all_alike_keep_the_weight(rng):
+    """About their mean they are rounding alone, which a weight would be fitted to."""
+    x = np.full((800, 12), 0.5, np.float32)
+    true = weight(rng, 5, 12)
+    found = statistics_of(x, (x @ true.T).astype(np.float32))
+    best = found.best(true, found.moments(centred=True), centred=True, ridge=0.0)
+    assert np.abs(best - true).max() < 0.1 * np.abs(true).max()
 
 
 def test_a_large_ridge_keeps_the_weight(rng):

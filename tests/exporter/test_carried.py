@@ -199,6 +199,46 @@ def test_a_layer_on_a_tensor_of_a_body_is_reached(weight, x):
         np.testing.assert_allclose(after, before, atol=1e-5)
 
 
+def test_an_input_of_a_weight_that_only_a_body_reads_stays_one(weight, x):
+    out = [helper.make_tensor_value_info("t", FLOAT, None)]
+    then = helper.make_graph([helper.make_node("Add", ["h", "bias"], ["t"])], "then", [], out)
+    rest = helper.make_graph([helper.make_node("Identity", ["h"], ["t"])], "else", [], out)
+    node = helper.make_node("If", ["is"], ["y"], then_branch=then, else_branch=rest)
+    bias = helper.make_tensor_value_info("bias", FLOAT, [6])
+    weights = {"fc.weight": weight, "bias": np.ones(6, np.float32)}
+    inputs = [("x", ["n", 8]), helper.make_tensor_value_info("is", TensorProto.BOOL, []), bias]
+    made = factored(model_of([product(), node], inputs, [("y", ["n", 6])], weights))
+    assert [value.name for value in made.graph.input] == ["x", "is", "bias"]
+    feed = {"x": x, "is": np.array(True)}
+    plain, other = outputs(made, **feed)[0], outputs(made, **feed, bias=np.full(6, 5, np.float32))[0]
+    np.testing.assert_allclose(other - plain, 4, atol=1e-5)
+
+
+def test_notes_at_tensors_are_kept(weight):
+    model = model_of(
+        [product(), helper.make_node("Relu", ["h"], ["y"])], [("x", ["n", 8])], [("y", ["n", 6])], {"fc.weight": weight}
+    )
+    model.graph.input[0].metadata_props.add(key="kind", value="user")
+    model.graph.input[0].type.denotation = "IMAGE"
+    between = helper.make_tensor_value_info("h", FLOAT, ["n", 6])
+    between.metadata_props.add(key="scale", value="layer")
+    model.graph.value_info.append(between)
+    model.graph.quantization_annotation.add(tensor_name="h")
+    made = factored(model)
+    assert made.graph.input[0] == model.graph.input[0]
+    (kept,) = [value for value in made.graph.value_info if value.name == "h"]
+    assert [(entry.key, entry.value) for entry in kept.metadata_props] == [("scale", "layer")]
+    assert [one.tensor_name for one in made.graph.quantization_annotation] == ["h"]
+
+
+def test_a_tensor_of_more_values_than_its_shape_needs_is_refused(weight, tmp_path):
+    model = model_of([product()], [("x", ["n", 8])], [("h", ["n", 6])], {})
+    model.graph.initializer.add(name="fc.weight", dims=[8, 6], data_type=FLOAT, float_data=[0.5] * 50)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match=r"not a valid ONNX model \(tensor 'fc.weight' of shape \[8, 6\] holds 50 values\)"):
+        load_model(tmp_path / "m.onnx")
+
+
 def test_a_tensor_of_fewer_bytes_than_its_shape_needs_is_refused(weight, tmp_path):
     model = model_of([product()], [("x", ["n", 8])], [("h", ["n", 6])], {"fc.weight": weight})
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="d.bin", size_threshold=0)

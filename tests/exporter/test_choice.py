@@ -32,6 +32,21 @@ def test_it_is_the_best_of_all_choices(seed):
     assert found in allowed
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_the_best_beside_options_that_lose_everything(seed):
+    """Losses of 1e12 beside some of 1e-3: what a deep cut, or a calibration of one sample, may give."""
+    rng = np.random.default_rng(seed)
+    losses = [np.array([0.0, *np.sort(1e-3 + 9e-3 * rng.random(3))[::-1], 1e12]) for _ in range(4)]
+    costs = [np.array([1.0, *np.sort(rng.random(3))[::-1], 0.01]) for _ in range(4)]
+    limit = Limit("latency", costs, 2.7)
+    every = [
+        pick for pick in itertools.product(range(5), repeat=4) if sum(c[k] for c, k in zip(costs, pick, strict=True)) <= 2.7
+    ]
+    best = min(sum(one[k] for one, k in zip(losses, pick, strict=True)) for pick in every)
+    found = choose(losses, [limit])
+    assert sum(one[k] for one, k in zip(losses, found, strict=True)) == pytest.approx(best, rel=1e-4)
+
+
 def test_all_layers_compete_for_one_budget():
     # One layer saves much for little loss: it alone is taken, not half of each.
     losses = [[0.0, 0.1], [0.0, 0.3], [0.0, 0.3]]

@@ -1,5 +1,8 @@
 """fp16 and int8 copies: the weights are right channel by channel, what must stay fp32 does, and failures name the layer."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.precision import METHODS, PrecisionReport, reduced, to_fp16, to_int8
 from tensorrail_exporter.ranges import RangeError, layer_ranges, require_finite
+from tensorrail_runtime.half import holds_fp16
 from tensorrail_runtime.placement import placement
 from tensorrail_runtime.session import ModelError, Settings, open_session, run
 
@@ -152,6 +156,97 @@ def test_a_weight_that_fp16_does_not_hold_is_an_error_and_a_mask_is_not(rng):
     masked = make_model(nodes, {"mask": np.array([0, 0, 0, -1e9], np.float32)}, {"x": ["n", 4]}, {"y": ["n", 4]})
     feeds = [{"x": np.full((2, 4), -100, np.float32)}]
     require_finite(masked, to_fp16(masked), feeds)
+
+
+def test_infinities_of_the_fp32_graph_do_not_overflow(rng, tmp_path):
+    """Where(m, x, −∞) → Add → Softmax: the usual mask of an attention."""
+    weights = {"none": np.float32(-np.inf), "limit": np.float32(-0.5), "bias": rng.standard_normal(6).astype(np.float32)}
+    nodes = [
+        helper.make_node("Less", ["x", "limit"], ["m"], "less"),
+        helper.make_node("Where", ["m", "none", "x"], ["w"], "where"),
+        helper.make_node("Add", ["w", "bias"], ["s"], "add"),
+        helper.make_node("Mul", ["s", "s"], ["also"], "square"),
+        helper.make_node("Softmax", ["s"], ["p"], "softmax"),
+        helper.make_node("Relu", ["also"], ["unused"], "relu"),
+        helper.make_node("Add", ["p", "bias"], ["y"], "last"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 6]}, {"y": ["n", 6]})
+    feeds = [{"x": np.array([[-1, 0.2, 0.3, -2, 1, 0]], np.float32)}]
+    half = to_fp16(model)
+    require_finite(model, half, feeds)
+    assert difference(model, half, feeds, tmp_path) < FP16
+    with pytest.raises(RangeError):  # what is finite in fp32 overflows still
+        require_finite(model, half, [{"x": np.array([[7e4, 0, 0, 0, 0, 0]], np.float32)}])
+
+
+def test_fp16_behind_a_turned_sequence_runs(rng, tmp_path):
+    """Transpose(1, 0, 2) → MatMul in fp16 ends the process where ONNX Runtime fuses it, so it is not let."""
+    weights = {"w": rng.standard_normal((8, 6)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], "turn", perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["t", "w"], ["y"], "product"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", "t", 8]}, {"y": ["t", "n", 6]})
+    feeds = [{"x": rng.standard_normal((2, 5, 8)).astype(np.float32)}]
+    onnx.save(to_fp16(model), tmp_path / "half.onnx")
+    assert holds_fp16(tmp_path / "half.onnx")
+    script = "import sys; from tensorrail_runtime import open_session; open_session(sys.argv[1])"  # it would take pytest along
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "half.onnx")], check=False)
+    assert done.returncode == 0
+    assert difference(model, to_fp16(model), feeds, tmp_path) < FP16
+    onnx.save(model, tmp_path / "single.onnx")
+    assert not holds_fp16(tmp_path / "single.onnx")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1,), ()])
+def test_int8_of_a_gemm_whose_bias_is_scaled_or_broadcast(beta, shape, rng, tmp_path):
+    weights = {"w": rng.standard_normal((8, 6)).astype(np.float32), "b": rng.standard_normal(shape).astype(np.float32)}
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "fc", beta=beta)]
+    model = make_model(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 6]})
+    feeds = feeds_of(rng, (8,), (32,))
+    small = to_int8(model, feeds)
+    assert "DequantizeLinear" in ops(small)
+    assert difference(model, small, feeds, tmp_path) < INT8
+
+
+def test_int8_of_a_gemm_whose_bias_is_a_matrix_stays_fp32_there(rng, tmp_path):
+    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in ("a", "w", "b")}
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], "first"), helper.make_node("Gemm", ["h", "w", "b"], ["y"], "fc")]
+    model = make_model(nodes, weights, {"x": [8, 8]}, {"y": [8, 8]})
+    feeds = feeds_of(rng, (8,), (8,))
+    assert difference(model, to_int8(model, feeds), feeds, tmp_path) < INT8
+
+
+def test_int8_of_a_weight_that_is_used_both_ways(rng, tmp_path):
+    """A tied autoencoder: the channels lie along one axis going in, and along the other coming out."""
+    weight = rng.standard_normal((16, 12)).astype(np.float32) * np.geomspace(0.3, 3, 12, dtype=np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "encode"),
+        helper.make_node("Gemm", ["h", "w"], ["y"], "decode", transB=1),
+    ]
+    model = make_model(nodes, {"w": weight}, {"x": ["n", 16]}, {"y": ["n", 16]})
+    feeds = feeds_of(rng, (16,), (64,))
+    for level in ("none", "all"):
+        assert difference(model, to_int8(model, feeds), feeds, tmp_path, level) < INT8
+
+
+@pytest.mark.parametrize("op", ["Relu", "Clip"])
+def test_int8_of_a_feature_that_is_an_output_before_its_activation(op, rng, tmp_path):
+    weights = {
+        "w": rng.standard_normal((8, 4, 3, 3)).astype(np.float32),
+        "v": rng.standard_normal((8, 8, 3, 3)).astype(np.float32),
+    }
+    if op == "Clip":
+        weights |= {"low": np.float32(0), "high": np.float32(6)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["feature"], "a"),
+        helper.make_node(op, ["feature", *(["low", "high"] if op == "Clip" else [])], ["r"], "act"),
+        helper.make_node("Conv", ["r", "v"], ["y"], "b"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 4, 9, 9]}, {"feature": ["n", 8, 7, 7], "y": ["n", 8, 5, 5]})
+    feeds = feeds_of(rng, (4, 9, 9), (16,))
+    assert difference(model, to_int8(model, feeds), feeds, tmp_path) < INT8
 
 
 def test_ranges_show_channels_subnormals_and_the_worst_first(rng):

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import make_model
 from onnx import TensorProto, helper
 from test_recurrent_nodes import GATES, recurrent_model
@@ -10,6 +11,7 @@ from test_recurrent_nodes import GATES, recurrent_model
 from tensorrail_exporter.survey import survey
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.session import ModelError
+from tensorrail_trainer import to_onnx
 
 BATCHES = [1, 3]
 
@@ -130,6 +132,24 @@ def test_a_layer_that_cannot_be_rewritten_is_left_out_and_the_others_are_listed(
     ]
     model = make_model(nodes, weights, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, 4, 4]})
     assert [layer.name for layer in survey(model)] == ["v"]
+
+
+def test_layers_behind_computed_initial_states_have_their_shapes():
+    """As torch writes a recurrent network: no shape can be inferred behind its first layer."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = torch.nn.LSTM(12, 8, num_layers=2, batch_first=True)
+            self.head = torch.nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    model = to_onnx(Net(), torch.randn(2, 7, 12))
+    found = survey(model, 3, {model.graph.input[0].name: (3, 7, 12)})
+    assert len(found) == 3
+    assert all(layer.output is not None and layer.macs for layer in found)
 
 
 def test_layers_in_a_body_have_no_known_shapes(rng):

@@ -62,6 +62,7 @@ def test_an_operator_that_is_not_known_is_listed(tmp_path):
         ("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 5)], 2 * 3 * 4 + 2 * 4 * 5),  # from the left, two at a time
         ("ij->ji", [(3, 4)], 0),
         ("...i,...i->...", [(1, 4), (3, 4)], 3 * 4),
+        ("bij,jk->bk", [(2, 10, 6), (6, 5)], 2 * 6 * 5),  # what one operand alone has is summed up before
     ],
 )
 def test_einsum_counts_the_products_of_its_operands(equation, shapes, macs, tmp_path):
@@ -81,15 +82,31 @@ def test_every_operator_of_onnx_is_counted_or_known_to_multiply_nothing_or_named
     assert not NO_MACS & MACS.keys()
 
 
+def test_functions_of_the_model_are_looked_into(tmp_path):
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+    names = ["a", *(f"t{k}" for k in range(4)), "b"]
+    body = [helper.make_node("MatMul", [names[k], "w"], [names[k + 1]]) for k in range(5)]
+    function = helper.make_function("mine", "Chain", ["a", "w"], ["b"], body, opsets[:1])
+    free = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3, 4])]
+    out = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 4])]
+    stored = [numpy_helper.from_array(np.ones((4, 4), np.float32), "w")]
+    graph = helper.make_graph([helper.make_node("Chain", ["x", "w"], ["y"], "n", domain="mine")], "g", free, out, stored)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=[function])
+    result = cost(save(model, tmp_path))
+    assert (result.macs, result.params, result.nodes, result.uncounted) == (5 * 3 * 4 * 4, 16, 5, ())
+
+
 def test_what_onnx_runtimes_optimizer_writes_is_counted(tmp_path):
     """Operators of its own, whose shapes a run shows: a product with its first operand turned, and an activation."""
     nodes = [
         helper.make_node("FusedMatMul", ["x", "w"], ["h"], "n", domain="com.microsoft", transA=1),
-        helper.make_node("FastGelu", ["h"], ["y"], domain="com.microsoft"),
+        helper.make_node("FastGelu", ["h"], ["g"], domain="com.microsoft"),
+        helper.make_node("BlackmanWindow", ["size"], ["window"]),
+        helper.make_node("Mul", ["g", "window"], ["y"]),
     ]
     free = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3, 4])]
     out = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4, 5])]
-    stored = [numpy_helper.from_array(np.ones((3, 5), np.float32), "w")]
+    stored = [numpy_helper.from_array(np.ones((3, 5), np.float32), "w"), numpy_helper.from_array(np.int64(5), "size")]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(helper.make_graph(nodes, "g", free, out, stored), opset_imports=opsets, ir_version=9)
     result = cost(save(model, tmp_path))
@@ -258,3 +275,17 @@ def test_bytes_are_those_of_external_data_as_well(small_model, tmp_path):
     path = tmp_path / "apart.onnx"
     onnx.save(small_model, path, save_as_external_data=True, location="apart.data", size_threshold=0)
     assert cost(path).bytes == path.stat().st_size + (tmp_path / "apart.data").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape", "inner"),
+    [
+        ({}, (2, 5, 7), 7),
+        ({"transA": 1}, (2, 7, 5), 7),
+        ({"transBatchA": 1}, (5, 2, 7), 7),
+        ({"transA": 1, "transBatchA": 1}, (7, 2, 5), 7),
+    ],
+)
+def test_a_fused_product_counts_the_axis_that_it_adds_up(flags, shape, inner):
+    node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", **flags)
+    assert MACS["FusedMatMul"](node, [shape, (2, inner, 3)], (2, 5, 3)) == 2 * 5 * 3 * inner

@@ -1,6 +1,7 @@
 """The gate's decisions on times that are known, its hard limits, and what it writes for CI. No test of time itself."""
 
 import json
+import re
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 from conftest import make_model
 from onnx import numpy_helper
 
-from tensorrail_runtime import ModelError, Settings, open_session, random_inputs
-from tensorrail_runtime.facts import facts_of, held, sketch
-from tensorrail_runtime.gate_output import junit, smaller_is_better
+from tensorrail_runtime import ModelError, Settings, bench, open_session, parity, random_inputs
+from tensorrail_runtime.facts import Output, _drawn, facts_of, held, sketch
+from tensorrail_runtime.gate_output import junit, markdown, smaller_is_better
 from tensorrail_runtime.regress import Baseline, Effort, Limits, check, compare_times, record
 
 QUICK = Effort(processes=2, seconds=0.05)
@@ -181,7 +182,7 @@ def test_ci_formats_say_what_was_found(baseline, small_path):
     assert "apart" in failure.get("message")
     rows = json.loads(smaller_is_better(verdict))
     assert [row["unit"] for row in rows] == ["ms", "×"]
-    assert rows[0]["value"] == verdict.p50_ms
+    assert rows[0]["value"] == verdict.timing.p50_ms
 
 
 @pytest.mark.parametrize("content", ["{", '{"version": 1}', "[]"])
@@ -302,6 +303,124 @@ def test_a_retrained_detector_may_find_another_number(tmp_path):
         facts[name] = facts_of(tmp_path / f"{name}.onnx", Settings())
     assert all(one.holds for one in found(facts["a"], facts["b"], limits=Limits(tolerance=None)).values())
     assert not found(facts["a"], facts["b"])["parity"].holds
+
+
+def one_node(path, kind, axes, out, weights=None, inputs=("x",), **attributes):
+    """Write a model of one node whose output has these axes, in int64 where `out` says so."""
+    kinds = {"y": onnx.TensorProto.INT64 if out[0] == "int64" else onnx.TensorProto.FLOAT}
+    node = onnx.helper.make_node(kind, [*inputs, *(weights or {})], ["y"], "n", **attributes)
+    model = make_model([node], weights or {}, {inputs[0]: list(axes)}, {})
+    model.graph.output.append(onnx.helper.make_tensor_value_info("y", kinds["y"], list(out[1:])))
+    onnx.save(model, path)
+    return path
+
+
+def test_both_models_run_on_the_shapes_of_the_baselines(tmp_path, rng):
+    """A model whose fixed axes became dynamic is no smaller, and computes the same."""
+    weight = {"w": rng.standard_normal((8, 3, 3, 3)).astype(np.float32)}
+    pads = {"pads": [1, 1, 1, 1]}
+    fixed = one_node(tmp_path / "f.onnx", "Conv", (1, 3, 64, 64), ("float", 1, 8, 64, 64), weight, **pads)
+    moving = one_node(tmp_path / "d.onnx", "Conv", ("n", 3, "h", "w"), ("float", "n", 8, "h", "w"), weight, **pads)
+    made = record(fixed, tmp_path / "f.json", effort=QUICK)
+    verdict = check(tmp_path / "f.json", moving, limits=LENIENT, effort=QUICK)
+    assert verdict.holds, verdict.reason
+    flops = next(one for one in verdict.findings if one.name == "flops")
+    assert flops.baseline == flops.measured == f"{made.facts.flops:,}"
+    assert "speed-up is not of the same work; give --shape x=1,3,64,64" in bench([fixed, moving], seconds=0.1).warnings[0]
+
+
+def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(tmp_path):
+    weight = {"w": np.ones((4, 4), np.float32)}
+    four = one_node(tmp_path / "a.onnx", "MatMul", ("n", 4), ("float", "n", 4), weight)
+    record(four, tmp_path / "b.json", effort=QUICK, batch=4)
+    one = one_node(tmp_path / "one.onnx", "MatMul", (1, 4), ("float", 1, 4), weight)
+    renamed = one_node(tmp_path / "z.onnx", "MatMul", ("n", 4), ("float", "n", 4), weight, inputs=("z",))
+    bad = one_node(tmp_path / "nan.onnx", "MatMul", ("n", 4), ("float", "n", 4), {"w": np.full((4, 4), np.nan, np.float32)})
+    for path, reason in ((one, r"interface x \(float\) 1×4"), (renamed, r"interface z"), (bad, "run .*output 'y' holds NaN")):
+        verdict = check(tmp_path / "b.json", path, limits=LENIENT, effort=QUICK)
+        assert not verdict.holds
+        assert verdict.timing is None
+        assert re.search(reason, verdict.reason)
+        assert json.loads(smaller_is_better(verdict)) == []
+        assert "Not timed" in markdown(verdict)
+        assert 'failures="1"' in junit(verdict)
+
+
+def test_indices_are_right_or_wrong(tmp_path):
+    """ArgMax over many entries whose answers are all one off: their relative difference is small."""
+    weight = np.random.default_rng(0).standard_normal((4, 32_000)).astype(np.float32)
+    facts = {}
+    for name, one in (("a", weight), ("b", np.roll(weight, 1, axis=1))):
+        nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["s"]), onnx.helper.make_node("ArgMax", ["s"], ["y"], axis=1)]
+        model = make_model(nodes, {"w": one}, {"x": ["n", 4]}, {})
+        model.graph.output.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT64, ["n", 1]))
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        facts[name] = facts_of(tmp_path / f"{name}.onnx", Settings(), batch=8)
+    assert found(facts["a"], facts["b"])["parity"].measured == "1.0e+00 apart"
+    assert found(facts["a"], facts["a"])["parity"].measured == "0.0e+00 apart"
+
+
+def test_of_many_indices_the_share_that_differs_is_estimated(rng):
+    values = rng.integers(0, 9, 20_000)
+    other = np.where(rng.random(20_000) < 0.2, values + 1, values)
+    one, two = (
+        Output(type="t", shape=(20_000,), declared=(None,), values=tuple(sketch(_drawn(v)).tolist()), exact=True)
+        for v in (values, other)
+    )
+    assert one.apart(two) == pytest.approx(np.mean(values != other), rel=0.2)
+    assert one.apart(one) == 0
+
+
+def test_a_model_that_varies_and_one_without_values_are_compared_only_when_told_so(tmp_path):
+    noise = one_node(tmp_path / "n.onnx", "RandomNormalLike", ("n", 4), ("float", "n", 4))
+    none = one_node(tmp_path / "none.onnx", "NonZero", ("n", 4), ("int64", 2, "found"))
+    model = onnx.load(none)
+    model.graph.node.insert(0, onnx.helper.make_node("Sub", ["x", "x"], ["zero"]))
+    model.graph.node[1].input[0] = "zero"
+    onnx.save(model, none)
+    for path, reason in ((noise, "y vary from run to run: --retrained"), (none, "no output has a value on random inputs")):
+        record(path, tmp_path / "b.json", effort=QUICK)
+        assert reason in check(tmp_path / "b.json", path, limits=LENIENT, effort=QUICK).reason
+        retrained = LENIENT.model_copy(update={"tolerance": None})
+        assert check(tmp_path / "b.json", path, limits=retrained, effort=QUICK).holds
+    with pytest.raises(ModelError, match="nothing to compare"):
+        parity(none, none)
+
+
+def test_a_fixed_axis_that_became_dynamic_is_held_to_what_ran(tmp_path):
+    facts = [
+        facts_of(one_node(tmp_path / f"{k}.onnx", "MatMul", ("n", 4), out, {"w": np.ones((4, k), np.float32)}), Settings())
+        for k, out in ((10, ("float", "n", 10)), (11, ("float", "n", "c")))
+    ]
+    assert not found(*facts, limits=Limits(tolerance=None))["interface"].holds
+
+
+def test_times_of_another_machine_are_said_to_be(baseline, small_path):
+    content = json.loads(baseline.read_text())
+    content["machine"]["processor"] = "Cortex-A53"
+    baseline.write_text(json.dumps(content))
+    moved = small_path.with_name("moved.onnx")
+    small_path.rename(moved)
+    verdict = check(baseline, moved, limits=LENIENT, effort=QUICK)
+    assert "times of another machine (Cortex-A53, " in verdict.warning
+    assert "Cortex" in markdown(verdict)
+
+
+@pytest.mark.parametrize(("paired", "processes"), [(True, 2), (True, 6), (False, 2), (False, 6)])
+def test_the_interval_over_few_processes_covers_the_truth(paired, processes, rng):
+    covered = 0
+    for _ in range(200):
+        _, low, high, _ = compare_times(times(rng, 1.0, processes), times(rng, 1.05, processes), paired=paired)
+        covered += low <= 0.05 <= high
+    assert covered >= 180  # 95 % nominal; fewer would come up once in some 500 times
+
+
+def test_a_baseline_never_takes_a_models_place(small_path, tmp_path):
+    content = small_path.read_bytes()
+    for out in (small_path, tmp_path / "none" / "b.json"):
+        with pytest.raises(ModelError, match="a baseline is written as JSON into a folder that is there"):
+            record(small_path, out, effort=QUICK)
+    assert small_path.read_bytes() == content
 
 
 def test_infinities_are_held_to_their_places(tmp_path):

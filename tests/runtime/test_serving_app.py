@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from tensorrail_runtime.serve.batching import Answer, run_batch
 from tensorrail_runtime.serve.differences import Difference
 from tensorrail_runtime.serve.metrics import Metrics
 from tensorrail_runtime.serve.options import Limits
+from tensorrail_runtime.serve.server import ABORT
 from tensorrail_runtime.serve.shadow import Shadow
 from tensorrail_runtime.serve.signature import Signature
 from tensorrail_runtime.session import open_session
 
 INFER = "/v2/models/m/infer"
+GONE = object()
 
 
 class Local:
@@ -46,7 +49,10 @@ class Client:
         self.app = create_app(service)
 
     async def ask(self, method, path, body=b"", headers=(), parts=None):
-        """Return status, body and headers; `parts` is the body in pieces, None among them the client's going away."""
+        """Return status, body and headers; `parts` is the body in pieces, None among them the client's going away.
+
+        GONE is its going away when the whole body has come.
+        """
         pieces = [body] if parts is None else list(parts)
         scope = {
             "type": "http",
@@ -66,9 +72,9 @@ class Client:
             if not pieces:
                 await asyncio.Event().wait()
             piece = pieces.pop(0)
-            if piece is None:
+            if piece is None or piece is GONE:
                 return {"type": "http.disconnect"}
-            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces) and pieces[0] is not GONE}
 
         async def send(message):
             sent.append(message)
@@ -219,7 +225,7 @@ def test_more_requests_than_are_accepted_get_503_and_the_others_their_answers(cl
 def test_an_answer_counts_until_its_client_has_read_it(client, x):
     service = client.service
     service.limits = Limits(seconds=0.3)
-    held = []
+    held, dropped = [], []
 
     async def scenario():
         app, stuck = create_app(service), asyncio.Event()
@@ -242,9 +248,12 @@ def test_an_answer_counts_until_its_client_has_read_it(client, x):
             "query_string": b"",
             "headers": [],
         }
-        await app(scope | {"http_version": "1.1", "root_path": "", "scheme": "http"}, receive, send)
+        others = {"http_version": "1.1", "root_path": "", "scheme": "http"}
+        extensions = {"extensions": {ABORT: {"drop": lambda: dropped.append(True)}}}
+        await app(scope | others | extensions, receive, send)
 
     asyncio.run(scenario())
+    assert dropped == [True]
     assert held[-1] == 1
     assert service.metrics.in_flight == 0  # it was given up
 
@@ -264,6 +273,33 @@ def test_json_has_a_limit_of_its_own_and_names_and_versions_are_checked(client, 
     assert len(content) < 300
     status, _, headers = client.get(INFER)
     assert (status, headers["allow"]) == (405, "POST")
+
+
+def test_nothing_is_computed_for_a_client_that_has_gone(client, x):
+    ended = []
+
+    async def forever():
+        try:
+            await asyncio.sleep(20)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    client.service.backend.hold = forever
+    body = json.dumps(request(x)).encode()
+    begin = time.monotonic()
+    assert asyncio.run(client.ask("POST", INFER, parts=[body, GONE]))[0] == 499
+    assert time.monotonic() - begin < 5
+    assert ended == ["cancelled"]
+    assert client.service.metrics.in_flight == 0
+
+
+def test_a_large_request_is_read_beside_the_others(client, rng):
+    client.service.limits = Limits(body=10_000_000)
+    x = rng.standard_normal((200, 16, 8, 8)).astype(np.float32)
+    answer = json.loads(client.infer(request(x))[1])["outputs"][0]["data"]
+    expected = client.service.backend.session.run(None, {"x": x})[0]
+    np.testing.assert_allclose(np.array(answer), expected.ravel(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_client_that_goes_away_is_counted(client):

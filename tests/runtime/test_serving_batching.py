@@ -26,10 +26,14 @@ def opened(path, model):
 
 def one_node(op, inputs, outputs, weights=None, types=None, opset=20, **attributes):
     """Return a model of one node with the shapes given, float unless `types` says otherwise."""
-    kinds = dict.fromkeys([*inputs, *outputs], TensorProto.FLOAT) | (types or {})
     node = helper.make_node(op, [*inputs, *(weights or {})], list(outputs), "node", **attributes)
+    return of_nodes([node], inputs, outputs, weights, types, opset)
+
+
+def of_nodes(nodes, inputs, outputs, weights=None, types=None, opset=20):
+    kinds = dict.fromkeys([*inputs, *outputs], TensorProto.FLOAT) | (types or {})
     graph = helper.make_graph(
-        [node],
+        nodes,
         "graph",
         [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in outputs.items()],
@@ -67,6 +71,33 @@ def test_a_network_that_looks_at_the_whole_batch_is_not_batched(tmp_path, rng):
     ]
     session, signature = opened(tmp_path / "q.onnx", make_model(nodes, {}, inputs, outputs))
     assert find_batch_axis(session, signature)[0] is None
+
+
+def test_a_scale_or_a_length_that_integers_share_is_no_batch(tmp_path, rng):
+    """A dark image beside a bright one, and a short sequence beside a long one."""
+    scale = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("DynamicQuantizeLinear", ["f"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["i"]),
+        helper.make_node("Cast", ["i"], ["p"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["p", "scale"], ["y"]),
+    ]
+    weights = {"w": rng.integers(-100, 100, (16, 4)).astype(np.int8)}
+    types = {"x": TensorProto.UINT8}
+    session, signature = opened(tmp_path / "s.onnx", of_nodes(scale, {"x": ["N", 16]}, {"y": ["N", 4]}, weights, types))
+    assert find_batch_axis(session, signature)[0] is None
+    longest = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Add", ["x", "most"], ["y"]),
+    ]
+    types = {"x": TensorProto.INT64, "y": TensorProto.INT64}
+    session, signature = opened(tmp_path / "l.onnx", of_nodes(longest, {"x": ["N"]}, {"y": ["N"]}, {}, types))
+    assert find_batch_axis(session, signature)[0] is None
+    table = {"w": rng.standard_normal((2, 8)).astype(np.float32)}  # an index of two values: no larger one runs
+    nodes = [helper.make_node("Gather", ["w", "x"], ["y"])]
+    types = {"x": TensorProto.INT64}
+    session, signature = opened(tmp_path / "g.onnx", of_nodes(nodes, {"x": ["N", 3]}, {"y": ["N", 3, 8]}, table, types))
+    assert find_batch_axis(session, signature)[0] == {"x": 0, "y": 0}
 
 
 @pytest.mark.parametrize(

@@ -127,10 +127,11 @@ def test_data_that_is_not_what_it_says_is_refused(datatype, data, reason):
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ([-1, 2], "every axis of a shape is 1 or longer"),
-        ([0, 4], "every axis of a shape is 1 or longer"),
-        ([2**62, 2**62], "values, and 4 came"),  # their product is beyond 64 bits
-        ([2**31, 2**31, 4], "values, and 4 came"),
+        ([-1, 2], "every axis of a shape is 1 to 2147483647 long, and [-1, 2] came"),
+        ([0, 4], "every axis of a shape is 1 to 2147483647 long"),
+        ([2**31, 2], "every axis of a shape is 1 to 2147483647 long, and ['more', 2] came"),
+        ([int("9" * 4200), int("9" * 4200)], "every axis of a shape is 1 to 2147483647 long"),  # more digits than Python prints
+        ([2**31 - 1, 2**31 - 1, 4], "values, and 4 came"),  # their product is beyond 64 bits
         ([2.0, 2], "its shape is a list of integers"),
         ([True, 4], "its shape is a list of integers"),
         (["2", 2], "its shape is a list of integers"),
@@ -234,12 +235,21 @@ def test_binary_tensors_are_cut_from_the_body_in_their_order():
         (announced(5, datatype="BYTES", shape=[2]), struct.pack("<I", 1) + b"a", "has 2 elements"),
         (announced(10, datatype="BYTES", shape=[1]), 2 * (struct.pack("<I", 1) + b"a"), "has 1 elements"),
         (announced(5, datatype="BYTES", shape=[1]), struct.pack("<I", 1) + b"\xff", "is not UTF-8"),
+        (announced(0, datatype="BYTES", shape=[1 << 20, 2]), b"", "at most 1,048,576 strings are read"),
     ],
 )
 def test_bytes_that_do_not_fit_their_tensor_are_refused(entry, data, reason):
     with pytest.raises(ProtocolError) as refused:
         parse_request(*binary({"inputs": [entry]}, data))
     assert reason in str(refused.value)
+
+
+def test_nothing_is_read_that_the_model_does_not_take():
+    strings = binary({"inputs": [announced(5, datatype="BYTES", shape=[1])]}, struct.pack("<I", 1) + b"\xff")
+    with pytest.raises(ProtocolError, match="input 'x' is INT64, and BYTES came"):
+        parse_request(*strings, {"x": "INT64"})
+    with pytest.raises(ProtocolError, match="the model has no input 'x'; its inputs are a, b"):
+        parse_request(*strings, {"a": "INT64", "b": "INT64"})
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "9" * 30, "100000", "٣", " 4"])

@@ -73,6 +73,31 @@ def test_a_head_of_more_than_64_kib_is_refused(port, head):
     assert not content or content.startswith(b"HTTP/1.1 431")  # a reset may come before it
 
 
+@pytest.mark.parametrize("port", [600.0], indirect=True)
+def test_trailers_of_any_length_are_not_taken(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2000):
+                connection.sendall(b"a: " + b"b" * 100_000 + b"\r\n")
+            pytest.fail("200 MB of trailers were read")
+    with socket.create_connection(("127.0.0.1", port)) as connection:  # small chunks have more around them than in them
+        chunks = b"1\r\nx\r\n" * 50_000 + b"0\r\nt: u\r\n\r\n"
+        connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
+        assert b"50000" in ended(connection)
+
+
+def test_a_body_that_does_not_come_closes_its_connection(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
+        begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begin < 20:
+                connection.sendall(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() - begin < 10
+
+
 def test_a_head_that_does_not_come_closes_its_connection(port):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n")

@@ -320,6 +320,23 @@ def test_an_answer_that_depends_on_those_before_it_is_refused(kind, tmp_path, re
         package(path, repository)
 
 
+def test_integers_that_share_a_scale_and_answers_of_nan_are_refused(tmp_path, repository):
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["f"], ["most"], keepdims=0),
+        helper.make_node("Max", ["most", "one"], ["scale"]),
+        helper.make_node("Div", ["f", "scale"], ["y"]),
+    ]
+    weights = {"one": np.float32(1)}
+    path = save(tmp_path / "pixels.onnx", nodes, {"x": ["n", 30]}, {"y": ["n", 30]}, weights, {"x": TensorProto.UINT8})
+    with pytest.raises(ModelError, match=r"pixels\.onnx: an answer differs by"):
+        package(path, repository)
+    nodes = [helper.make_node("Div", ["x", "zero"], ["q"]), helper.make_node("Sub", ["q", "q"], ["y"])]
+    path = save(tmp_path / "nan.onnx", nodes, {"x": ["n", 3]}, {"y": ["n", 3]}, {"zero": np.float32(0)})
+    with pytest.raises(ModelError, match=r"nan\.onnx: output 'y' is NaN on random inputs, which shows nothing"):
+        package(path, repository)
+
+
 def test_an_output_whose_first_axis_is_not_the_batch_is_refused(tmp_path, repository):
     weights = {"shape": np.array([-1, 1], np.int64)}
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]

@@ -20,7 +20,7 @@ from pre_commit.commands.validate_manifest import validate_manifest
 
 from tensorrail_runtime.gate_output import markdown, workflow_commands
 from tensorrail_runtime.machine import Machine
-from tensorrail_runtime.regress import Finding, Verdict
+from tensorrail_runtime.regress import Finding, Timing, Verdict
 
 ROOT = Path(__file__).parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
@@ -149,14 +149,14 @@ def test_the_same_model_holds_and_names_in_it_are_no_commands(gate, small_path, 
     assert obeyed(done.stdout) == []
     names = ["annotations", "benchmark.json", "errors", "junit.xml", "summary.md", "verdict.json"]
     assert sorted(path.name for path in Path(outputs["folder"]).iterdir()) == names
-    assert json.loads((Path(outputs["folder"]) / "verdict.json").read_text())["interleaved"]
+    assert json.loads((Path(outputs["folder"]) / "verdict.json").read_text())["recorded_on"] is None
 
 
 def test_a_name_with_line_breaks_stays_one_annotation():
     finding = Finding(name="parity", baseline=HOSTILE, measured="a, b: 5%", limit="0", holds=False)
     place = Machine(processor="p", cores=2, system="s", onnxruntime="1")
     numbers = {"slowdown": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "p50_ms": 1.0, "baseline_p50_ms": 1.0}
-    verdict = Verdict(model="m:1,\n2.onnx", interleaved=True, findings=(finding, finding), machine=place, **numbers)
+    verdict = Verdict(model="m:1,\n2.onnx", timing=Timing(**numbers), findings=(finding, finding), machine=place)
     line = (
         "::error title=parity of m%3A1%2C%0A2.onnx::measured a, b: 5%25, "
         "baseline y%0A::error::mine%0A::add-mask::x%0A|<b>*a*</b>`, limit 0"

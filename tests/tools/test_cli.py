@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("export", small_path, "--plan", small_path, "-o", out), "dense.onnx: "),
         (("export", small_path, "--plan", other, "-o", out), "layer nowhere: not in the graph"),
         (("export", small_path, "--plan", plan_path, "--cores", cores, "-o", out), "not a readable safetensors file"),
-        (("export", small_path, "--plan", plan_path, "-o", tmp_path / "no" / "out.onnx"), "No such file or directory"),
+        (("export", small_path, "--plan", plan_path, "-o", tmp_path / "no" / "out.onnx"), "its folder is not there"),
         (("export", truncated, "--plan", plan_path, "-o", out), "truncated.onnx: not an ONNX model"),
         (("export", small_path, "--plan", changed("modes", (5, 9, 16)), "-o", out), "layer conv: modes [5, 9, 16] do not fit"),
         (("export", small_path, "--plan", changed("ranks", (1, 4, 1)), "-o", out), "layer conv: expected 4 ranks"),
@@ -170,6 +170,13 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("inspect", small_path, "--shape", "z=1"), "shape came for input 'z'"),
         (("check", small_path, small_path, "--atol", "z=1"), "came for output 'z'"),
         (("check", small_path, small_path, "--rtol", "x"), "a tolerance is written as"),
+        (("check", small_path, small_path, "--rtol", "nan"), "a tolerance is a number of 0 or more, and nan came"),
+        (("check", small_path, small_path, "--atol", "-1"), "a tolerance is a number of 0 or more, and -1.0 came"),
+        (("bench", small_path, "--json", small_path), "is a model's name, and JSON would be written there"),
+        (("bench", small_path, "--shape", f"x={'9' * 5000},16,8,8"), "a shape is written as"),
+        (("regress", "record", small_path, "-o", small_path), "a baseline is written as JSON"),
+        (("export", small_path, "--plan", plan_path, "-o", small_path), "is read as well, and would be lost"),
+        (("export", small_path, "--plan", plan_path, "-o", plan_path), "is read as well, and would be lost"),
         (("check", small_path, small_path, "--layers"), "give --plan"),
         (("accuracy", small_path, "--data", garbage), "not an npz file"),
         (
@@ -197,6 +204,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("bench", small_path, "--threads", 99_999_999_999), "threads are 0"),
         (("accuracy", small_path, "--data", data, "--metric", ":f"), "unknown metric ':f'"),
         (("regress", "check", small_path, small_path, "--max-slowdown", "fast"), "written as 5% or 0.05"),
+        (("regress", "check", small_path, small_path, "--max-slowdown", "5"), "written as 5% or 0.05, and '5' came"),
     ]
     for arguments, reason in cases:
         code, _, err = cli(*arguments)

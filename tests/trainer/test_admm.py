@@ -162,3 +162,44 @@ def test_a_weight_that_is_not_finite_is_named():
         model[3].weight[0, 0] = float("nan")
     with pytest.raises(PlanError, match="layer 3: its weight cannot be projected"):
         admm.update()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["tt", "tr", "tucker", "svd", "ttm", "cp"])
+def test_an_infinite_weight_is_named_and_does_not_hang(form, dtype):
+    model = nn.Sequential(nn.Linear(16, 16)).to(dtype)
+    plan = Plan(layers=plan_layers(model, "0", format=form, ranks=2))
+    admm = ADMM(model, plan)
+    with torch.no_grad():
+        model[0].weight[3, 3] = float("inf")
+    with pytest.raises(PlanError, match=r"layer 0: its weight cannot be projected .* is it finite"):
+        admm.update()
+
+
+def test_a_plan_without_layers_is_refused():
+    with pytest.raises(PlanError, match="the plan names no layer"):
+        ADMM(small_net(), Plan(layers=()))
+
+
+def test_weights_that_the_model_has_no_more_are_not_updated():
+    model = small_net()
+    admm = ADMM(model, PLAN)
+    admm.update()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(PlanError, match="layer 0: the model has another weight now"):
+        admm.update()
+    model = small_net()
+    admm = ADMM(model, PLAN)
+    admm.factorize()
+    with pytest.raises(PlanError, match="layer 0: the model has another weight now"):
+        admm.project_weights()
+
+
+def test_states_and_numbers_that_cannot_be_are_refused():
+    admm = ADMM(small_net(), PLAN)
+    with pytest.raises(PlanError, match="ADMM state: rho, Z, U missing"):
+        admm.load_state_dict({})
+    with pytest.raises(ValueError, match="rho is positive, and inf came"):
+        admm.set_rho(float("inf"))
+    with pytest.raises(ValueError, match="apart and factor are above 1"):
+        admm.balance(factor=0.0)

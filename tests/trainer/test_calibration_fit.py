@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import make_model
 from onnx import helper, numpy_helper
 
-from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
+from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_trainer.calibration_fit import FitSettings, cut_points, fit_blocks, trainable_names
+from tensorrail_trainer.onnx_module import OnnxModule
 from tensorrail_trainer.resnets import resnet18
 from tensorrail_trainer.torch_export import to_onnx
 
@@ -109,3 +111,85 @@ def test_a_graph_with_two_outputs_is_fitted_to_both(rng):
     fitted = fit_blocks(model, factorize(model, plan, decompose_graph(model, plan)).model, plan, calibration)
     assert fitted.blocks[-1].block == "one, two"
     assert all(block.after < block.before for block in fitted.blocks)
+
+
+def sequence(rng, batch, turned):
+    """An LSTM over (time, batch, features), or a batch of 1 that a Reshape has written in it."""
+    if turned:
+        weights = {
+            "W": rng.standard_normal((1, 32, 12)).astype(np.float32) / 3,
+            "R": rng.standard_normal((1, 32, 8)).astype(np.float32) / 3,
+        }
+        nodes = [helper.make_node("LSTM", ["x", "W", "R"], ["", "y"], "lstm", hidden_size=8)]
+        model = make_model(nodes, weights, {"x": [6, "batch", 12]}, {"y": [1, "batch", 8]})
+        return model, Plan(layers=(LayerPlan(name="lstm", format="svd", modes=(32, 12), ranks=(4,)),))
+    weights = {"shape": np.array([batch, -1, 12]), "w": rng.standard_normal((12, 10)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"], "fc"),
+    ]
+    model = make_model(nodes, weights, {"x": [batch, 4, 18]}, {"y": [batch, 6, 10]})
+    return model, Plan(layers=(LayerPlan(name="fc", format="svd", modes=(10, 12), ranks=(4,)),))
+
+
+@pytest.mark.parametrize(("batch", "turned"), [(1, False), (2, False), (6, True)])
+def test_graphs_with_a_fixed_batch_or_time_first_are_fitted_in_their_own_batches(batch, turned, rng):
+    model, plan = sequence(rng, batch, turned)
+    shape = (6, 3, 12) if turned else (batch, 4, 18)
+    feeds = tuple({"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(24))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    fit = fit_blocks(model, factored, plan, Calibration(feeds), FitSettings(block_epochs=8))
+    assert [block.after < block.before for block in fit.blocks] == [True]
+    onnx.checker.check_model(fit.model, full_check=True)
+
+
+def test_a_graph_that_is_not_one_row_a_sample_is_refused(rng):
+    weights = {"w": rng.standard_normal((8, 8)).astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "fc"), helper.make_node("Softmax", ["h"], ["y"], axis=0)]
+    model = make_model(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 8]})
+    plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(8, 8), ranks=(2,)),))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    feeds = ({"x": rng.standard_normal((16, 8)).astype(np.float32)},)
+    with pytest.raises(GraphError, match="not one row a sample"):
+        fit_blocks(model, factored, plan, Calibration(feeds))
+
+
+def test_a_fit_that_loses_is_taken_back(rng):
+    """Rates a thousand times too high make the block worse than it was."""
+    weights = {name: rng.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("a", "b")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "a"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "b"], ["y"], "b"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 16]}, {"y": ["n", 16]})
+    plan = Plan(layers=tuple(LayerPlan(name=name, format="svd", modes=(16, 16), ranks=(12,)) for name in weights))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    feeds = ({"x": rng.standard_normal((64, 16)).astype(np.float32)},)
+    fit = fit_blocks(model, factored, plan, Calibration(feeds), FitSettings(block_epochs=1, rate=30.0))
+    assert all(block.after <= block.before for block in fit.blocks)
+    before, after = ({t.name: numpy_helper.to_array(t) for t in one.graph.initializer} for one in (factored, fit.model))
+    kept = [name for name in before if np.array_equal(before[name], after[name])]
+    assert kept
+
+
+def test_constants_that_other_layers_read_are_not_trained(rng):
+    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) / 3 for name in ("a", "b")} | {"c": np.ones(8, np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["p"], "a"),
+        helper.make_node("Add", ["p", "c"], ["q"], "first"),
+        helper.make_node("MatMul", ["q", "b"], ["r"], "b"),
+        helper.make_node("Add", ["r", "c"], ["y"], "second"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 8]})
+    plan = Plan(layers=(LayerPlan(name="b", format="svd", modes=(8, 8), ranks=(4,)),))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    assert sorted(trainable_names(factored, plan)) == ["b/0", "b/1"]
+
+
+def test_selu_is_computed_with_the_nodes_own_numbers(rng):
+    for numbers in ({}, {"alpha": 1.0, "gamma": 2.0}):
+        model = make_model([helper.make_node("Selu", ["x"], ["y"], **numbers)], {}, {"x": ["n", 8]}, {"y": ["n", 8]})
+        x = rng.standard_normal((3, 8)).astype(np.float32)
+        wanted = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        np.testing.assert_allclose(OnnxModule(model)({"x": torch.from_numpy(x)})["y"].numpy(), wanted, atol=1e-5)

@@ -328,3 +328,48 @@ def test_images_with_the_channels_first_stay_so():
         Plan(layers=plan_layers(nn.Sequential(nn.Linear(8, 5)), "0", ranks=2)),
     )
     assert not any(p.requires_grad for p in to_dense(frozen).parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_the_type_is_that_of_the_dense_layer(training):
+    for dense, x in ((nn.Conv2d(8, 8, 3), torch.randn(2, 8, 6, 6)), (nn.Linear(16, 16), torch.randn(2, 16))):
+        model = swap(nn.Sequential(dense), Plan(layers=plan_layers(nn.Sequential(dense), "0", ranks=2))).train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == dense(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_images_that_are_turned_come_out_as_from_the_dense_layer(training):
+    dense = nn.Conv2d(8, 8, 3)
+    model = swap(nn.Sequential(copy.deepcopy(dense)), Plan(layers=plan_layers(nn.Sequential(dense), "0", ranks=2))).train(
+        training
+    )
+    x = torch.randn(2, 8, 6, 5).transpose(-1, -2)
+    assert model(x).stride() == dense(x).stride()
+
+
+def test_a_module_in_training_is_exported_with_a_dynamic_batch():
+    dense = nn.Linear(16, 16)
+    model = swap(nn.Sequential(dense), Plan(layers=plan_layers(nn.Sequential(dense), "0", ranks=2))).train()
+    program = torch.export.export(model, (torch.randn(4, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    x = torch.randn(7, 16)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("form_name", FORMATS)
+def test_cores_of_a_weight_of_zeros_are_zero_together_and_train(form_name):
+    model = nn.Sequential(nn.Linear(16, 16))
+    nn.init.zeros_(model[0].weight)
+    model = swap(model, Plan(layers=plan_layers(model, "0", format=form_name, ranks=3)))
+    assert not model[0].dense_weight().any()
+    x, y = torch.randn(64, 16), torch.randn(64, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert model[0].dense_weight().abs().max() > 1e-3

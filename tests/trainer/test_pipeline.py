@@ -9,8 +9,10 @@ from tensorrail_exporter import Plan, planner
 from tensorrail_runtime.report import Report
 from tensorrail_trainer.checkpoints import CheckpointError, Checkpoints
 from tensorrail_trainer.data import Dataset, InMemory
-from tensorrail_trainer.loop import TrainingError
+from tensorrail_trainer.layers import swap
+from tensorrail_trainer.loop import TrainingError, place
 from tensorrail_trainer.pipeline import Progress, prepare, run, train_all
+from tensorrail_trainer.planning import plan_layers
 from tensorrail_trainer.recipe import Recipe, RecipeError
 from tensorrail_trainer.weights import WeightsError, save_weights
 
@@ -384,6 +386,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
         ),
         ({"model": {"name": "small_resnet", "args": {"widths": [], "blocks": 1, "hidden": 16}}}, "small_resnet cannot be made"),
         ({"model": {"name": "vit_tiny", "args": {"patch": 0}}}, "vit_tiny cannot be made with"),
+        ({"plan": []}, "plan"),
+        ({"train": SMALL["train"] | {"admm": SMALL["train"]["admm"] | {"rho": float("inf")}}}, "rho: input should be a finite"),
         ({"seed": "one"}, "seed: input should be a valid integer, and 'one' came"),
         ({"version": 2}, "version: input should be 1, and 2 came"),
         (
@@ -466,6 +470,25 @@ def test_a_report_is_plain_json(tmp_path):
     raw = json.loads((tmp_path / "run" / "report.json").read_text())
     assert raw["version"] == 1
     assert len(raw["latency"][0]["latencies"][0]["samples"]) == raw["latency"][0]["rounds"]
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "seed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match=r"not valid YAML: .*found the key 'seed' twice"):
+        Recipe.load(path)
+
+
+def test_convolutions_of_two_and_three_axes_and_cores_of_five_train_together(tmp_path):
+    net = torch.nn.ModuleDict({"flat": torch.nn.Conv2d(4, 8, 3), "deep": torch.nn.Conv3d(4, 8, 3)})
+    place(net, torch.device("cpu"), channels_last=True)
+    assert net["flat"].weight.is_contiguous(memory_format=torch.channels_last)
+    assert net["deep"].weight.is_contiguous()
+    dense = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3))
+    cores = plan_layers(dense, "0", format="tucker", modes=[4, 2, 9, 4, 2], ranks=2)
+    cut = swap(dense, Plan(layers=cores))
+    place(cut, torch.device("cpu"), channels_last=True)
+    assert cut(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)).shape == (2, 8, 4, 4)
 
 
 def test_a_number_without_a_point_is_a_number(tmp_path):

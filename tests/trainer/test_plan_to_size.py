@@ -1,10 +1,14 @@
+import math
+
+import numpy as np
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 
-from tensorrail_exporter import Plan, PlanError
+from tensorrail_exporter import Plan, PlanError, decompose_graph, factorize
 from tensorrail_exporter.formats import FORMATS
-from tensorrail_trainer import plan_layers, planning
+from tensorrail_trainer import plan_layers, planning, to_onnx
 from tensorrail_trainer.layers import swap
 from tensorrail_trainer.planning import plan_to_size
 
@@ -57,3 +61,31 @@ def test_what_cannot_be_is_refused(model):
 
 def test_given_ranks_are_as_before(model):
     assert plan_layers(model, "0", ranks=4)[0].ranks == (1, 4, 4, 1)
+
+
+def test_the_size_is_that_of_what_runs():
+    """Two modes a side: the joined sides of this Tucker decomposition store more than its cores, and than the dense weight."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False))
+    plan = Plan(layers=plan_to_size(net, "0", 2.0, format="tucker", modes=(8, 8, 8, 8)))
+    assert net[0].weight.numel() / stored(net, plan) >= 2.0
+
+
+def stored(net, plan):
+    model = to_onnx(net, torch.randn(2, 64))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    return sum(math.prod(t.dims) for t in factored.graph.initializer if t.data_type == TensorProto.FLOAT)
+
+
+def test_the_ladder_is_spread_over_ranks_that_are_smaller_than_dense():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False))
+    (layer,) = plan_to_size(net, "0", 2.0, format="tr")
+    assert 2.0 <= 4096 / layer.params((64, 64)) < 4.0
+
+
+def test_numbers_of_numpy_are_ranks_and_others_are_none(model):
+    assert plan_layers(model, "0", ranks=np.int64(4))[0].ranks == (1, 4, 4, 1)
+    for ranks in (1.5, "16", []):
+        with pytest.raises(PlanError, match="ranks are one number, an upper bound, or a list"):
+            plan_layers(model, "0", ranks=ranks)

@@ -178,6 +178,14 @@ def test_a_grey_image_and_one_with_transparency_have_three_channels(folder):
     np.testing.assert_allclose(x[:2].numpy(), np.full((2, 3, 8, 8), standardised(np.full(3, 9)).reshape(3, 1, 1)), atol=1e-5)
 
 
+def test_greys_of_16_bits_are_scaled(folder):
+    ramp = np.linspace(0, 65535, 40 * 40).astype(np.uint16).reshape(40, 40)
+    save_image(folder / "val" / "ant" / "0.png", ramp)
+    save_image(folder / "val" / "ant" / "1.png", (ramp >> 8).astype(np.uint8))
+    x, _ = one(images(str(folder), size=8, workers=0).test)
+    np.testing.assert_array_equal(x[0].numpy(), x[1].numpy())
+
+
 def test_training_images_are_random_windows_that_the_seed_decides(folder):
     # red counts the columns and green the rows, so that a window shows where it was cut
     ramp = np.zeros((100, 200, 3), np.uint8)

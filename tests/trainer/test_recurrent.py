@@ -202,3 +202,19 @@ def test_the_cost_of_layers_both_ways_is_known(kind, tmp_path):
     gates = {"lstm": 4, "gru": 3}[kind]
     steps = 5 * 2 * gates * 8 * ((12 + 8) + (16 + 8))
     assert cost(tmp_path / "net.onnx").macs == steps + 16 * 3
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("shape", [(1, 5, HIDDEN), (2, 1, HIDDEN), (2, 7, HIDDEN), (2, 5, HIDDEN - 1), (3, 5, HIDDEN)])
+def test_states_of_another_size_are_refused_as_by_the_dense_module(kind, shape):
+    """Torch's kernels, which are called directly, would read past them."""
+    dense = kind(INPUT, HIDDEN, LAYERS)
+    model = swap(copy.deepcopy(dense), plan_of(dense, "tt", prefix=""))
+    state = torch.zeros(shape)
+    for one in (dense, model):
+        with pytest.raises(RuntimeError, match=r"Expected hidden.* size \(2, 5, 8\)"):
+            one(torch.zeros(3, 5, INPUT), (state, state) if kind is nn.LSTM else state)
+        with pytest.raises(RuntimeError, match="must be equal to input_size"):
+            one(torch.zeros(3, 5, INPUT + 1))
+    good = torch.zeros(2, 5, HIDDEN)
+    model(torch.zeros(3, 5, INPUT), [good, good] if kind is nn.LSTM else good)

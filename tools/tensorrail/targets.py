@@ -60,6 +60,8 @@ def read_targets(texts: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name.strip() in found:
+            raise PlanError(f"the target {name.strip()} came twice: give it once")
         try:
             found[name.strip()] = float(value)
         except ValueError:

@@ -92,8 +92,10 @@ class ADMM:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, rho: float = 1e-3, metric: Metric = "weight") -> None:
-        if not rho > 0:
+        if not 0 < rho < math.inf:
             raise ValueError(f"rho is positive, and {rho} came; the paper trains with 0.001")
+        if not plan.layers:
+            raise PlanError("the plan names no layer: there is nothing to train toward low rank")
         if metric not in get_args(Metric):
             raise ValueError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
@@ -116,8 +118,9 @@ class ADMM:
 
         Where several processes train together (`torch.distributed`), each projects some of the layers and sends them to the
         others. For `metric="activation"` S is renewed first; `PlanError` names a layer that no batch has passed in training
-        mode.
+        mode, or whose parameters the model has no more.
         """
+        self._require_own()
         if self._moments is not None:
             self.roots = self._moments.roots()
         weights = {name: dense.weight().detach() for name, dense in self._layers.items()}
@@ -135,6 +138,7 @@ class ADMM:
 
         `primal` is how far the weights were from their projections before.
         """
+        self._require_own()
         weights = {name: dense.weight().detach().clone() for name, dense in self._layers.items()}
         residuals = []
         for name, z in self._projected(weights).items():
@@ -151,6 +155,16 @@ class ADMM:
         for name, z in self._projected({name: dense.weight().detach() for name, dense in layers.items()}).items():
             layers[name].put(z)
 
+    def _require_own(self) -> None:
+        """Raise `PlanError` where the model's weights are others than those taken: the penalty would not reach them."""
+        there = {id(parameter) for parameter in self.model.parameters()}
+        for name, dense in self._layers.items():
+            if not all(id(parameter) in there for parameter in dense.parameters):
+                raise PlanError(
+                    f"layer {name}: the model has another weight now than ADMM was made with (it was cut into cores, replaced, "
+                    "or loaded with assign=True): make ADMM anew"
+                )
+
     def synchronize(self) -> None:
         """Give every process that trains along the same state, to be saved by one: all call it, between steps.
 
@@ -161,7 +175,7 @@ class ADMM:
 
     def set_rho(self, rho: float) -> None:
         """Change the penalty's weight; U is rescaled, so that the multiplier ρU stays what it was (Boyd et al., 3.4.1)."""
-        if not rho > 0:
+        if not 0 < rho < math.inf:
             raise ValueError(f"rho is positive, and {rho} came")
         if rho != self.rho:
             self.U = {name: u * (self.rho / rho) for name, u in self.U.items()}
@@ -175,6 +189,8 @@ class ADMM:
         Compared are the relative residuals over all layers, ‖W − Z‖ / max(‖W‖, ‖Z‖) and ‖Z − Z_previous‖ / ‖U‖
         (Wohlberg 2017), which the scale of the weights does not change.
         """
+        if not (apart > 1 and factor > 1):
+            raise ValueError(f"apart and factor are above 1, and {apart} and {factor} came")
         primal, dual = self._relative
         if primal > apart * dual:
             self.set_rho(self.rho * factor)
@@ -236,6 +252,9 @@ class ADMM:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; `PlanError` when it belongs to another plan, model or metric."""
+        missing = [key for key in ("rho", "Z", "U") if key not in state]
+        if missing:
+            raise PlanError(f"ADMM state: {', '.join(missing)} missing; expected what `state_dict` returned")
         metric = state.get("metric", "weight")
         if metric != self.metric:
             raise PlanError(f"ADMM state: its metric is {metric}, and this one's is {self.metric}")
@@ -275,6 +294,8 @@ class ADMM:
         small = measured.numel() <= _SMALL
         if (measured.is_cuda and small) or measured.device.type == "mps":  # which has no float64
             measured = measured.cpu()
+        if not measured.isfinite().all():  # some decompositions would not end
+            raise PlanError(f"layer {layer.name}: its weight cannot be projected (it holds infinity or NaN): is it finite?")
         try:
             with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
                 projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)

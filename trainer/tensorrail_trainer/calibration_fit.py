@@ -10,16 +10,17 @@ few unlabelled inputs is that of BRECQ (Li et al., ICLR 2021) for quantization.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor
 
 from tensorrail_exporter.calibration import Calibration
+from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.plan import Plan
+from tensorrail_runtime.model_files import descendants
 from tensorrail_runtime.records import Record
 from tensorrail_trainer.onnx_module import OnnxModule
 
@@ -64,41 +65,50 @@ def fit_blocks(
 ) -> CalibrationFit:
     """Return the factored graph with its cores, biases and batch-norms fitted to the dense graph's activations.
 
-    Raises `GraphError` for a graph with an operator that cannot be run in torch.
+    Raises `GraphError` for a graph with an operator that cannot be run in torch, and for one whose inputs are not one row a
+    sample where its batch is not fixed.
     """
     settings = settings or FitSettings()
     trainable = trainable_names(factored, plan)
     teacher, student = OnnxModule(dense), OnnxModule(factored, trainable)
-    feeds = {
-        name: torch.from_numpy(np.concatenate([feed[name] for feed in calibration.feeds])) for name in calibration.feeds[0]
-    }
-    feeds = {name: _last(value) for name, value in feeds.items()}
+    feeds = _pieces(dense, teacher, calibration)
     ends = [value.name for value in dense.graph.output]
     cuts = [name for name in cut_points(dense) if name in cut_points(factored)]
+    if feeds.together:
+        apart = _sample_by_sample(teacher, feeds.values[:3], cuts)
+        cuts = [name for name in cuts if name in apart]
     spans = _spans(factored, cuts, ends, set(trainable))
     rows = []
-    given, wanted = dict(feeds), dict(feeds)
+    given, wanted = feeds, feeds
     for number, (tensors, names) in enumerate(spans):
         block = ", ".join(tensors)
         wanted = _run(teacher, wanted, tensors)
-        target = {name: value for name, value in wanted.items() if value.is_floating_point()}
+        target = wanted.floating()
         if names and target and settings.block_epochs:
             on_share(0.6 * number / len(spans), block)
             before = _lost(_run(student, given, tensors), target)
+            known = student.parameters_by_name()
+            start = {name: known[name].detach().clone() for name in names}
             _train(student, given, target, names, settings.block_epochs, settings)
-            given = _run(student, given, tensors)
-            rows.append(BlockFit(block=block, tensors=len(names), before=before, after=_lost(given, target)))
+            fitted = _run(student, given, tensors)
+            after = _lost(fitted, target)
+            if not after < before:
+                with torch.no_grad():
+                    for name, value in start.items():
+                        known[name].copy_(value)
+                fitted, after = _run(student, given, tensors), before
+            given = fitted
+            rows.append(BlockFit(block=block, tensors=len(names), before=before, after=after))
         else:
             given = _run(student, given, tensors)
     if settings.epochs:
         on_share(0.6, "the whole graph")
         trained = (name for tensors, names in spans if names for name in tensors)
         targets = _run(teacher, feeds, list(dict.fromkeys([*trained, *ends])))
-        targets = {name: value for name, value in targets.items() if value.is_floating_point()}
         _train(
             student,
             feeds,
-            targets,
+            targets.floating(),
             trainable,
             settings.epochs,
             settings,
@@ -108,12 +118,94 @@ def fit_blocks(
     return CalibrationFit(student.write_back(factored), tuple(rows))
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """Tensors by name, in pieces that a graph runs whole: samples, which may be run together, or its own fixed batches."""
+
+    values: tuple[dict[str, Tensor], ...]
+    together: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.values and self.values[0])
+
+    def floating(self) -> _Pieces:
+        """Return those that have a difference."""
+        kept = tuple({name: value for name, value in piece.items() if value.is_floating_point()} for piece in self.values)
+        return _Pieces(kept, self.together)
+
+    def runs(self, picks: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return some pieces as they are run: joined where they may be."""
+        chosen = [self.values[k] for k in picks]
+        return [_join(chosen)] if self.together else chosen
+
+    def joined(self, name: str) -> Tensor:
+        """Return all values of a tensor."""
+        return torch.cat([piece[name] for piece in self.values])
+
+
+def _pieces(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibration) -> _Pieces:
+    """Return the calibration inputs as samples where the graph computes them one by one, else in its own fixed batches."""
+    feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in calibration.feeds]
+    samples = tuple(
+        {name: _last(value[k : k + 1]) for name, value in feed.items()}
+        for feed in feeds
+        for k in range(len(next(iter(feed.values()))))
+    )
+    ends = [value.name for value in dense.graph.output]
+    if _sample_by_sample(teacher, samples[:3], ends) == set(ends):
+        return _Pieces(samples, together=True)
+    stored = {tensor.name for tensor in dense.graph.initializer}
+    sizes = {
+        axis.dim_value
+        for value in dense.graph.input
+        if value.name not in stored
+        for axis in value.type.tensor_type.shape.dim[:1]
+        if axis.dim_value > 0
+    }
+    if not sizes:
+        raise GraphError("its outputs are not one row a sample, and no batch is fixed: it cannot be cut into samples")
+    size = min(sizes)
+    fixed = [
+        {name: _last(value[at : at + size]) for name, value in feed.items()}
+        for feed in feeds
+        for at in range(0, len(next(iter(feed.values()))), size)
+    ]
+    return _Pieces(tuple(fixed), together=False)
+
+
+@torch.no_grad()
+def _sample_by_sample(module: OnnxModule, samples: Sequence[dict[str, Tensor]], outputs: Sequence[str]) -> set[str]:
+    """Return the tensors that hold, for samples that are run together, what each gives alone, one after the other."""
+    try:
+        together = module(_join(samples), list(outputs))
+        wanted = _join([module(sample, list(outputs)) for sample in samples])
+    except (GraphError, RuntimeError, IndexError, ValueError):
+        return set()
+    return {name for name in outputs if _alike(together[name], wanted[name])}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not b.numel():
+        return a.shape == b.shape
+    a, b = a.double(), b.double()
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def _join(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _last(torch.cat([piece[name] for piece in pieces])) for name in pieces[0]}
+
+
 def trainable_names(factored: onnx.ModelProto, plan: Plan) -> list[str]:
-    """Return what a fit may change: cores, biases of rewritten layers, scale and shift of the norms behind them."""
+    """Return what a fit may change: cores, biases of rewritten layers, scale and shift of the norms behind them.
+
+    What another node reads as well, or the graph gives out, stays: a fit would change layers that are not planned.
+    """
     initializers = {tensor.name for tensor in factored.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     layers = tuple(f"{layer.name}/" for layer in plan.layers)
-    found = []
+    found: list[str] = []
     touched: set[str] = set()
+    outside = {value.name for value in factored.graph.output}
+    outside |= {name for body in descendants(factored.graph) for node in body.node for name in node.input}
     for node in factored.graph.node:
         own = node.name.startswith(layers) or any(name.startswith(layers) for name in node.input if name in initializers)
         if own:
@@ -123,7 +215,9 @@ def trainable_names(factored: onnx.ModelProto, plan: Plan) -> list[str]:
             found += [name for name in node.input[1:3] if name in initializers]
         elif node.op_type == "Add" and any(name in touched for name in node.input):
             found += [name for name in node.input if name in initializers]
-    return list(dict.fromkeys(found))
+        else:
+            outside.update(node.input)
+    return [name for name in dict.fromkeys(found) if name not in outside]
 
 
 def cut_points(model: onnx.ModelProto) -> list[str]:
@@ -195,8 +289,8 @@ def _ending(model: onnx.ModelProto) -> frozenset[str]:
 
 def _train(
     student: OnnxModule,
-    inputs: Mapping[str, Tensor],
-    targets: Mapping[str, Tensor],
+    inputs: _Pieces,
+    targets: _Pieces,
     names: Iterable[str],
     epochs: int,
     settings: FitSettings,
@@ -214,22 +308,23 @@ def _train(
         groups.append({"params": [parameter], "lr": settings.rate * max(size, 1e-3)})
     base = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    spreads = {name: _spread(value) for name, value in targets.items()}
-    count = len(next(iter(inputs.values())))
+    spreads = {name: _spread(targets.joined(name)) for name in targets.values[0]}
+    count = len(inputs.values)
+    size = _BATCH if inputs.together else max(1, _BATCH // len(next(iter(inputs.values[0].values()))))
     generator = torch.Generator().manual_seed(settings.seed)
-    steps, step = epochs * max(1, count // _BATCH), 0
+    steps, step = epochs * max(1, count // size), 0
     for _ in range(epochs):
         order = torch.randperm(count, generator=generator)
-        for start in range(0, max(1, count - _BATCH + 1), _BATCH):
-            pick = order[start : start + _BATCH]
+        for start in range(0, max(1, count - size + 1), size):
+            pick = order[start : start + size].tolist()
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-            made = student({name: value[pick] for name, value in inputs.items()}, list(targets))
-            loss = torch.stack(
-                [(made[name] - value[pick]).square().mean() / spreads[name] for name, value in targets.items()]
-            ).sum()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            runs = list(zip(inputs.runs(pick), targets.runs(pick), strict=True))
+            for feed, wanted in runs:
+                made = student(feed, list(spreads))
+                gaps = [(made[name] - wanted[name]).square().mean() / spread for name, spread in spreads.items()]
+                (torch.stack(gaps).sum() / len(runs)).backward()
             optimizer.step()
             step += 1
             on_share(step / steps)
@@ -238,22 +333,32 @@ def _train(
 
 
 @torch.no_grad()
-def _run(module: OnnxModule, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-    count = len(next(iter(inputs.values())))
-    parts = [
-        module({name: value[start : start + _BATCH] for name, value in inputs.items()}, list(outputs))
-        for start in range(0, count, _BATCH)
-    ]
-    return {name: torch.cat([part[name] for part in parts]) for name in outputs}
+def _run(module: OnnxModule, inputs: _Pieces, outputs: Sequence[str]) -> _Pieces:
+    if not inputs.together:
+        return _Pieces(tuple(module(piece, list(outputs)) for piece in inputs.values), together=False)
+    found: list[dict[str, Tensor]] = []
+    for start in range(0, len(inputs.values), _BATCH):
+        (feed,) = inputs.runs(range(start, min(start + _BATCH, len(inputs.values))))
+        made = module(feed, list(outputs))
+        count = min(_BATCH, len(inputs.values) - start)
+        parts = {name: value.split(len(value) // count) for name, value in made.items()}  # one row a sample, or several
+        found += [{name: part[k] for name, part in parts.items()} for k in range(count)]
+    return _Pieces(tuple(found), together=True)
 
 
 def _spread(value: Tensor) -> Tensor:
+    if value.dim() == 0 or len(value) < 2:
+        value = value.reshape(-1)
     return value.float().var(0, correction=0).mean().clamp_min(1e-12)
 
 
-def _lost(made: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> float:
+def _lost(made: _Pieces, target: _Pieces) -> float:
     """Return the lost share of the variance, the mean over tensors."""
-    return float(torch.stack([(made[name] - value).square().mean() / _spread(value) for name, value in target.items()]).mean())
+    shares = []
+    for name in target.values[0]:
+        value = target.joined(name)
+        shares.append((made.joined(name) - value).square().mean() / _spread(value))
+    return float(torch.stack(shares).mean())
 
 
 def _last(value: Tensor) -> Tensor:

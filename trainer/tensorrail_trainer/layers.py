@@ -72,9 +72,10 @@ class FactoredLayer(nn.Module):
             x = x.reshape(-1, x.shape[-1])
         elif x.dim() == self.spec.spatial + 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        # As torch's layers do, give images with the channels first for such; those of one channel are both.
-        plain = x.is_contiguous() and not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if self.training and torch.is_grad_enabled() and _dense_pays(self.plan, self.spec, tuple(x.shape)):
+        # As torch's layers do, give images with the channels last only for such; those of one channel are both.
+        plain = not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        known = all(isinstance(size, int) for size in x.shape)  # not where torch.export leaves a size open
+        if self.training and torch.is_grad_enabled() and known and _dense_pays(self.plan, self.spec, tuple(x.shape)):
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.dense_weight()
                 steps: tuple[Step, ...] = (dense_step(weight.contiguous() if plain else weight, self.spec),)
@@ -82,9 +83,9 @@ class FactoredLayer(nn.Module):
             steps = self.steps()
         x = run_steps(steps, x)
         if linear:
-            return (x if self.bias is None else x + self.bias).reshape(*leading, self.spec.shape[0])
+            return (x if self.bias is None else x + self.bias.to(x.dtype)).reshape(*leading, self.spec.shape[0])
         x = x.contiguous() if plain else x
-        return x if self.bias is None else x + self.bias.reshape(-1, *(1,) * self.spec.spatial)
+        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *(1,) * self.spec.spatial)
 
     def extra_repr(self) -> str:
         """Return what is printed for the layer: its plan and the steps that run."""
@@ -274,13 +275,18 @@ def swap(
     """Replace every planned dense layer by one made of cores, in place, and return the model.
 
     Without `cores` they are decomposed from the weights that the model has, in the metric of the layer's inputs where
-    `roots` holds one.
+    `roots` holds one. Of a weight of zeros one core is zero and the others random: it is the same weight, and it trains.
     """
     recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
     for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
         weight = dense.weight().detach().contiguous()
         root = roots.get(layer.name) if roots else None
-        made = cores[layer.name] if cores else root.decompose(layer, weight) if root else layer.decompose(weight)
+        if cores:
+            made: Sequence[Tensor] = cores[layer.name]
+        elif not weight.any():
+            made = _cores_of_zero(layer, weight)
+        else:
+            made = root.decompose(layer, weight) if root else layer.decompose(weight)
         if dense.spec.op == "recurrent":
             path, _, leaf = layer.name.rpartition(".")
             recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, made)
@@ -298,6 +304,13 @@ def swap(
         _take_hooks(module, made_of_cores)
         model = _replace(model, path, made_of_cores.train(module.training))
     return model
+
+
+def _cores_of_zero(layer: LayerPlan, weight: Tensor) -> list[Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    first, *others = layer.core_shapes(tuple(weight.shape))
+    drawn = [torch.randn(shape, generator=chance) / math.sqrt(math.prod(shape[:-1])) for shape in others]
+    return [weight.new_zeros(first), *(core.to(weight) for core in drawn)]
 
 
 def _take_hooks(before: nn.Module, after: nn.Module) -> None:

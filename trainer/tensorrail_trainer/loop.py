@@ -346,12 +346,13 @@ def _divergence(scores: Tensor, taught: Tensor, heat: float) -> Tensor:
 
 def place(model: nn.Module, device: torch.device, channels_last: bool = True) -> None:
     """Move a model to a device, its two-dimensional convolutions with the channels last or first."""
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        # torch types `memory_format` only for tensors, and documents it for modules as well.
-        model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    else:
-        model.to(device)
+    model.to(device)
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for parameter in model.parameters():  # `model.to(memory_format=…)` fails at those with five axes
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def laid_out(x: Tensor, channels_last: bool = True) -> Tensor:

@@ -22,6 +22,8 @@ from tensorrail_trainer.onnx_node import DTYPES, Inputs, Node
 
 Operator = Callable[[Node, Inputs], Outputs]
 
+_SELU = (1.6732632423543772, 1.0507009873554805)  # alpha and gamma where a node gives none: Klambauer et al., NIPS 2017
+
 
 def _each(function: Callable[..., Any]) -> Operator:
     """Return an operator without attributes: one function of all inputs."""
@@ -281,7 +283,7 @@ OPERATORS: dict[str, Operator] = {
     "ReduceSum": _reduce(torch.sum),
     "Relu": _each(torch.relu),
     "Reshape": _reshape,
-    "Selu": _each(F.selu),
+    "Selu": lambda node, inputs: (node.get("gamma", _SELU[1]) * F.elu(inputs[0], node.get("alpha", _SELU[0])),),
     "Shape": _shape,
     "Sigmoid": _each(torch.sigmoid),
     "Slice": _slice,

@@ -44,6 +44,7 @@ from tensorrail_trainer.denormals import flushed
 from tensorrail_trainer.layers import cores_of, planned_layers, swap, to_dense
 from tensorrail_trainer.loop import Phase, evaluate, laid_out, place, train
 from tensorrail_trainer.moments import Root
+from tensorrail_trainer.processes import world
 from tensorrail_trainer.recipe import Export, Recipe, RecipeError
 from tensorrail_trainer.torch_export import to_onnx
 from tensorrail_trainer.weights import save_weights
@@ -196,14 +197,15 @@ def train_all(
 
 
 def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
-    """Put two samples through every network of the run; `RecipeError` for what would not work, before anything is trained.
+    """Put two samples, or one where a step has one, through every network; `RecipeError` for what would not work in training.
 
     Returns whether all of them take images with the channels last in memory.
     """
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
     try:
-        x, _ = next(data.train.batches([torch.arange(2) % len(data.train)], augment=recipe.train.augment.made()))
+        count = min(2, max(1, recipe.train.batch // world()))
+        x, _ = next(data.train.batches([torch.arange(count) % len(data.train)], augment=recipe.train.augment.made()))
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"train.augment: cannot be done to these data: {error}") from None
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 from torch import Tensor, nn
 
 from tensorrail_exporter.choice import Limit, choose
+from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.formats import Format, format_of, project
+from tensorrail_exporter.formats import format_of, project
+from tensorrail_exporter.options import option_for
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.layers import dense_layer, dense_layers
 
@@ -34,6 +37,10 @@ def plan_layers(
     """
     form = format_of(format)
     names = _matching(model, pattern)
+    if isinstance(ranks, np.integer):
+        ranks = int(ranks)
+    elif not isinstance(ranks, int | list | tuple) or ranks == []:
+        raise PlanError(f"ranks are one number, an upper bound, or a list of the format's own, and {ranks!r} came")
     plans = []
     for name in names:
         shape = dense_layer(model, name).spec.shape
@@ -81,11 +88,11 @@ def plan_to_size(
 ) -> tuple[LayerPlan, ...]:
     """Return a plan for the layers of a pattern that makes the whole network's parameters `times` fewer.
 
-    Each layer is offered its dense form and a ladder of uniform rank bounds; the loss of one is the share of the weight's
-    squared norm that it cuts off, and the least sum of losses within the budget is chosen for all layers at once. The
-    model's weights should be trained ones: those of a fresh network are all alike. Where they are not, `trained=False`
-    spares the decompositions and returns any plan of that size. A layer may stay dense. `PlanError` when the layers of the
-    pattern cannot shrink that much.
+    Each layer is offered its dense form and a ladder of uniform rank bounds, at the size at which it runs; the loss of one is
+    the share of the weight's squared norm that it cuts off, and the least sum of losses within the budget is chosen for all
+    layers at once. The model's weights should be trained ones: those of a fresh network are all alike. Where they are not,
+    `trained=False` spares the decompositions and returns any plan of that size. A layer may stay dense. `PlanError` when the
+    layers of the pattern cannot shrink that much.
     """
     form = format_of(format)
     names = _matching(model, pattern)
@@ -93,18 +100,17 @@ def plan_to_size(
     sizes: list[list[float]] = []
     losses: list[list[float]] = []
     for name in names:
-        weight = dense_layer(model, name).weight().detach().float().cpu().contiguous()
+        dense = dense_layer(model, name)
+        weight = dense.weight().detach().float().cpu().contiguous()
         shape = tuple(weight.shape)
         own = tuple(modes) if modes is not None else form.default_modes(shape)
         offers.append([None])
         sizes.append([float(weight.numel())])
         losses.append([0.0])
-        for ranks in _ladder(form, shape, own):
-            size = sum(math.prod(core) for core in form.core_shapes(shape, own, ranks))
-            if size < weight.numel():
-                offers[-1].append(LayerPlan(name=name, format=format, modes=own, ranks=ranks, merge=merge))
-                sizes[-1].append(float(size))
-                losses[-1].append(_cut_off(weight, format, own, ranks) if trained else 0.0)
+        for rung, size in _ladder(LayerPlan(name=name, format=format, modes=own, ranks=(1,), merge=merge), dense.spec):
+            offers[-1].append(rung)
+            sizes[-1].append(float(size))
+            losses[-1].append(_cut_off(weight, format, own, rung.ranks) if trained else 0.0)
     whole = sum(parameter.numel() for parameter in model.parameters())
     rest = whole - sum(one[0] for one in sizes)
     least = rest + sum(min(one) for one in sizes)
@@ -123,8 +129,22 @@ def _cut_off(weight: Tensor, format: str, modes: tuple[int, ...], ranks: tuple[i
     return float(lost / weight.square().sum().clamp_min(1e-30))
 
 
-def _ladder(form: Format, shape: tuple[int, ...], modes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the distinct ranks that rising bounds give, at most `_RUNGS` of them."""
-    largest = max(form.clamp(shape, modes, form.uniform(shape, modes, math.prod(shape))))
-    bounds = sorted({max(1, round(largest * k / _RUNGS)) for k in range(1, _RUNGS + 1)})
-    return list(dict.fromkeys(form.clamp(shape, modes, form.uniform(shape, modes, bound)) for bound in bounds))
+def _ladder(layer: LayerPlan, spec: LayerSpec) -> list[tuple[LayerPlan, int]]:
+    """Return the layer at the distinct ranks that rising bounds give, at most `_RUNGS`, each smaller than dense, and its size.
+
+    The size is what the layer stores as it runs: neighbouring cores may be joined.
+    """
+    form = format_of(layer.format)
+
+    def at(bound: int) -> tuple[LayerPlan, int]:
+        ranks = form.clamp(spec.shape, layer.modes, form.uniform(spec.shape, layer.modes, bound))
+        plan = layer.model_copy(update={"ranks": ranks})
+        return plan, option_for(plan, spec).params
+
+    dense, low = math.prod(spec.shape), 0
+    high = max(form.clamp(spec.shape, layer.modes, form.uniform(spec.shape, layer.modes, dense))) + 1
+    while high - low > 1:  # the largest bound below dense
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle)[1] < dense else (low, middle)
+    bounds = sorted({max(1, round(low * k / _RUNGS)) for k in range(1, _RUNGS + 1)}) if low else []
+    return list({plan.ranks: (plan, size) for plan, size in map(at, bounds)}.values())

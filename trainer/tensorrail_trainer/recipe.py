@@ -34,7 +34,22 @@ class RecipeError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e-2 as text, for it has no point; here it is the number that YAML 1.2 takes it for."""
+    """YAML 1.1 reads 2e-2 as text, for it has no point; here it is the number that YAML 1.2 takes it for.
+
+    A key that comes twice is refused, as YAML asks, where PyYAML takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -239,6 +254,8 @@ class Recipe(Part):
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None
         plan = join(plans)
+        if not plan.layers:
+            raise RecipeError("plan: names no layer: there is nothing to make of cores")
         if self.train.admm is not None and self.train.admm.metric == "activation":
             try:
                 require_one_input(plan, planned_layers(model, plan))

@@ -115,6 +115,7 @@ class FactoredRecurrent(nn.Module):
         """Run all layers on (T, B, I), or on the rows of packed sequences, and return outputs and states."""
         lstm = self.kind is nn.LSTM
         count, directions = self.options["num_layers"], self.directions
+        self._require_fit(x, hx, batch)
         if hx is None:
             zeros = x.new_zeros(count * directions, batch, self.options["hidden_size"])
             hx = (zeros, zeros) if lstm else zeros
@@ -128,6 +129,20 @@ class FactoredRecurrent(nn.Module):
                 x = F.dropout(x, self.options["dropout"], self.training)
         joined = [torch.cat(parts) for parts in zip(*last, strict=True)]
         return x, (tuple(joined) if lstm else joined[0])
+
+    def _require_fit(self, x: Tensor, hx: Any, batch: int) -> None:
+        """Raise what the dense module raises for inputs and states of another size: torch's kernels read past smaller ones."""
+        inputs = self.options["input_size"]
+        if x.shape[-1] != inputs:
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}")
+        lstm = self.kind is nn.LSTM
+        states = [] if hx is None else list(hx) if lstm else [hx]
+        if lstm and len(states) not in (0, 2):
+            raise RuntimeError(f"LSTM: expected a pair of states, got {len(states)}")
+        expected = (self.options["num_layers"] * self.directions, batch, self.options["hidden_size"])
+        for index, state in enumerate(states):
+            if tuple(state.shape) != expected:
+                raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {list(state.shape)}")
 
     def _layer(self, index: int, x: Tensor, sizes: Tensor | None, states: Any) -> tuple[Tensor, ...]:
         leaf = f"weight_ih_l{index}"
@@ -171,4 +186,4 @@ def _map(states: Any, function: Any) -> Any:
     """Apply a function to a state, to each of a pair of states, or to none."""
     if states is None:
         return None
-    return tuple(function(state) for state in states) if isinstance(states, tuple) else function(states)
+    return tuple(function(state) for state in states) if isinstance(states, tuple | list) else function(states)

@@ -55,17 +55,20 @@ def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int,
 
 
 def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the ranks lowered to those that can matter: what a train needs, and no core taller than wide."""
+    """Return the ranks lowered to those that can matter: no core taller than wide, and none above the largest of a train.
+
+    Across a cut of the ring run two bonds, so a rank may be larger than that of a train at the same place.
+    """
     _require(modes, ranks)
     d = len(modes)
-    ring = [min(ranks[0], modes[0], modes[-1])]
-    ring += [min(ranks[k], math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, d)]
-    for _ in range(2):
+    largest = max(min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(d))
+    ring = [min(rank, largest) for rank in ranks[:d]]
+    while True:
+        before = list(ring)
         for k in range(d):
-            ring[(k + 1) % d] = min(ring[(k + 1) % d], ring[k] * modes[k])
-        for k in range(d - 1, -1, -1):
-            ring[k] = min(ring[k], ring[(k + 1) % d] * modes[k])
-    return (*ring, ring[0])
+            ring[k] = min(ring[k], ring[k - 1] * modes[k - 1], ring[(k + 1) % d] * modes[k])
+        if ring == before:
+            return (*ring, ring[0])
 
 
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:

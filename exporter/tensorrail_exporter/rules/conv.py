@@ -23,6 +23,9 @@ def why_not(node: gs.Node) -> str | None:
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) < 3:
         return f"its weight has shape {list(weight.shape)}, and a kernel is (outputs, inputs, *size)"
+    for name in ("strides", "dilations"):
+        if min(node.attrs.get(name, (1,)), default=1) < 1:
+            return f"its {name} are {list(node.attrs[name])}, and each is 1 or more"
     group = node.attrs.get("group", 1)
     if group != 1:
         kind = "depthwise" if weight.shape[1] == 1 else "grouped"

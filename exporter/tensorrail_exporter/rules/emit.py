@@ -39,7 +39,7 @@ class Site:
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
         """Return the initializer of that name and value; nodes with the same cores (tied weights) share one."""
         present = self.names.constants.get(name)
-        if present is not None and np.array_equal(present.values, values):
+        if present is not None and present.dtype == values.dtype and np.array_equal(present.values, values):
             return present
         made = gs.Constant(self.names.unique(name), np.asarray(values, order="C"))
         self.names.constants.setdefault(name, made)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -25,11 +27,13 @@ from tensorrail_runtime.serve.metrics import CONTENT_TYPE_LATEST, Metrics
 from tensorrail_runtime.serve.options import Limits
 from tensorrail_runtime.serve.request import InferRequest, parse_request
 from tensorrail_runtime.serve.response import VERSION, render_response
+from tensorrail_runtime.serve.server import ABORT
 from tensorrail_runtime.serve.shadow import Shadow
 from tensorrail_runtime.serve.signature import Signature
 
 _GONE = 499  # the client went away: nobody reads the answer, the metrics do
 _PART = 1 << 18  # bytes of an answer that are handed over at a time
+_LARGE = 1 << 18  # bytes of a request that is read beside the event loop, so that others are answered meanwhile
 _DISCARD = 4  # times the limit: so much of a body that is too long is still read, so that its sender gets to read why
 
 
@@ -145,7 +149,7 @@ class Sent(Response):
         self.raw_headers = response.raw_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it; a client that does not read it in time is given up, and its connection closed."""
+        """Send it; a client that does not read it in time is given up, and its connection dropped."""
         body = memoryview(self._response.body)
         try:
             async with asyncio.timeout(self._service.limits.seconds):
@@ -154,6 +158,8 @@ class Sent(Response):
                     await send({"type": "http.response.body", "body": bytes(body[start : start + _PART]), "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
+            if (extension := scope.get("extensions", {}).get(ABORT)) is not None:
+                extension["drop"]()  # closing it would wait until all of it has been read
             return
         finally:
             self._service.metrics.in_flight -= 1
@@ -169,10 +175,12 @@ async def _answer(service: Service, request: Request) -> Response:
     try:
         async with asyncio.timeout(service.limits.seconds):
             body = await _read(request, service.limits.body)
-            parsed = parse_request(body, request.headers.get("inference-header-content-length"))
+            known = {tensor.name: tensor.datatype for tensor in service.signature.inputs}
+            read = partial(parse_request, body, request.headers.get("inference-header-content-length"), known)
+            parsed = await asyncio.to_thread(read) if len(body) > _LARGE else read()
             _check_name(service, parsed)
             feed = service.signature.feed(parsed)
-            answer = await service.backend.infer(feed)
+            answer = await _while_wanted(request, service.backend.infer(feed))
     except TimeoutError:
         within = f"within {service.limits.seconds:g} s"
         late = (f"the request did not come {within}", 408) if body is None else (f"no answer {within}", 504)
@@ -184,6 +192,25 @@ async def _answer(service: Service, request: Request) -> Response:
     shadow = service.shadow
     task = BackgroundTask(shadow.sample, feed, answer.outputs) if shadow else None
     return Response(content, headers=headers, background=task)
+
+
+async def _while_wanted(request: Request, answering: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return the answer; `ClientDisconnect` as soon as the client has gone, and the answering is cancelled."""
+    answer, gone = asyncio.create_task(answering), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client has left; its request has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -21,6 +21,7 @@ Axes = Mapping[str, int]  # the batch axis of every input and every output, by n
 TOLERANCE = 1e-4  # of an output's largest value: batched kernels round otherwise, dynamic quantization differs by 1e-3 and more
 _SIZES = (8, 64, 224)  # tried for the other dynamic axes: images may have a smallest size
 _ROWS = (1, 2)
+_RANGES = ((50, 255), (1, 3))  # the largest integers of two requests: of a dark and a bright image, and of lengths
 
 
 def find_batch_axis(session: ort.InferenceSession, signature: Signature) -> tuple[Axes | None, str]:
@@ -54,7 +55,8 @@ def _disproof(session: ort.InferenceSession, signature: Signature, axes: Axes) -
     problem = ""
     for size in _SIZES:
         try:
-            parts = [_draw(session, signature.inputs, axes, rows, size, seed) for seed, rows in enumerate(_ROWS)]
+            first, second = (_draw(session, signature.inputs, axes, rows, size, seed) for seed, rows in enumerate(_ROWS))
+            parts = unequal(session, first, second)
             apart = [run(session, part) for part in parts]
             joined = run(session, {name: np.concatenate([p[name] for p in parts], axes[name]) for name in parts[0]})
         except ModelError as error:
@@ -67,14 +69,43 @@ def _disproof(session: ort.InferenceSession, signature: Signature, axes: Axes) -
 def _draw(
     session: ort.InferenceSession, inputs: Sequence[Tensor], axes: Axes, rows: int, size: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Return random inputs of `rows` samples; the second one's values are larger, so that a shared scale shows."""
+    """Return random inputs of `rows` samples."""
     shapes = {}
     for tensor in inputs:
         shape = [axis if isinstance(axis, int) else size for axis in tensor.shape]
         shape[axes[tensor.name]] = rows
         shapes[tensor.name] = shape
-    drawn = random_inputs(session, seed=seed, shapes=shapes)
-    return {name: array * (1 + 2 * seed) if array.dtype.kind == "f" else array for name, array in drawn.items()}
+    return random_inputs(session, seed=seed, shapes=shapes)
+
+
+def unequal(
+    session: ort.InferenceSession, quiet: Mapping[str, np.ndarray], loud: Mapping[str, np.ndarray], times: float = 3
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return two requests of which the second has larger values, so that a scale, a length or a mask that they share shows.
+
+    Floating-point values of the second are so many `times` what they were, integers are drawn anew from two ranges, as wide as
+    the model runs on: an index may have few values.
+    """
+    first, second = dict(quiet), dict(loud)
+    second |= {name: (array * times).astype(array.dtype) for name, array in loud.items() if array.dtype.kind == "f"}
+    rng = np.random.default_rng(0)
+    for name, array in quiet.items():
+        if array.dtype.kind not in "iu":
+            continue
+        for ranges in _RANGES:
+            most = np.iinfo(array.dtype).max
+            a, b = (
+                rng.integers(0, min(high, most), one[name].shape, endpoint=True).astype(array.dtype)
+                for high, one in zip(ranges, (quiet, loud), strict=True)
+            )
+            try:
+                run(session, {**first, name: a})
+                run(session, {**second, name: b})
+            except ModelError:
+                continue
+            first[name], second[name] = a, b
+            break
+    return first, second
 
 
 def _differs(name: str, joined: np.ndarray, apart: Sequence[Mapping[str, np.ndarray]], axis: int) -> str | None:

@@ -48,6 +48,8 @@ ONNX = {
     "tensor(string)": "BYTES",
 }
 _MOST_AXES = 64  # NumPy's own limit
+_LONGEST = 2**31 - 1  # of an axis
+MOST_STRINGS = 1 << 20  # of a tensor: more than half a second of reading
 _LENGTH = struct.Struct("<I")
 
 
@@ -55,11 +57,15 @@ def check_shape(name: str, shape: object) -> tuple[int, ...]:
     """Return a shape of JSON as a tuple of sizes of 1 or more; `ProtocolError` for anything else."""
     if not isinstance(shape, list) or any(type(size) is not int for size in shape):
         raise ProtocolError(f"tensor {name!r}: its shape is a list of integers, and {shape!r:.80} came")
-    if any(size < 1 for size in shape):
-        raise ProtocolError(f"tensor {name!r}: every axis of a shape is 1 or longer, and {shape!r:.80} came")
+    if any(not 1 <= size <= _LONGEST for size in shape):
+        raise ProtocolError(f"tensor {name!r}: every axis of a shape is 1 to {_LONGEST} long, and {_short(shape)} came")
     if len(shape) > _MOST_AXES:
         raise ProtocolError(f"tensor {name!r}: a shape has at most {_MOST_AXES} axes, and {len(shape)} came")
     return tuple(shape)
+
+
+def _short(shape: list[int]) -> str:
+    return str([size if abs(size) <= _LONGEST else "more" for size in shape[:8]])
 
 
 def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -> np.ndarray:
@@ -145,6 +151,8 @@ def _flat(name: str, shape: tuple[int, ...], data: object) -> Sequence[Any]:
 
 def _strings(name: str, shape: tuple[int, ...], count: int, data: memoryview) -> np.ndarray:
     """Return the strings (UTF-8) of length-prefixed bytes."""
+    if count > MOST_STRINGS:
+        raise ProtocolError(f"tensor {name!r}: at most {MOST_STRINGS:,} strings are read, and shape {list(shape)} came")
     values: list[str] = []
     at = 0
     while at < len(data) and len(values) < count:

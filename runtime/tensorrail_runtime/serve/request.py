@@ -19,7 +19,7 @@ _REQUEST = {"id", "inputs", "model_name", "model_version", "outputs", "parameter
 _INPUT = {"data", "datatype", "name", "parameters", "shape"}
 _LONGEST_NAME = 1000
 _OUTPUT = {"name", "parameters"}
-MOST_JSON = 8 << 20  # bytes: while JSON is parsed nothing else is answered, for a quarter of a second for so many
+MOST_JSON = 8 << 20  # bytes: a second of parsing
 # Parameters that would change the answer, and that this server does not know. Others are hints, and are left alone.
 _REFUSED = {"classification", "sequence_end", "sequence_id", "sequence_start", "shared_memory_region"}
 
@@ -45,10 +45,11 @@ class InferRequest:
     model_version: str | None = None
 
 
-def parse_request(body: bytes, header_length: str | None = None) -> InferRequest:
+def parse_request(body: bytes, header_length: str | None = None, known: Mapping[str, str] | None = None) -> InferRequest:
     """Return the request that an HTTP body holds; `ProtocolError` says in one line what is wrong with it.
 
     `header_length` is the text of `Inference-Header-Content-Length`: how many bytes of the body are JSON. Without it all are.
+    `known` gives the datatypes of the model's inputs by name: nothing is read for another one.
     """
     view = memoryview(body)
     length = _header_length(header_length, len(view))
@@ -64,7 +65,7 @@ def parse_request(body: bytes, header_length: str | None = None) -> InferRequest
         raise ProtocolError(f"the request is not JSON: {str(error).partition(chr(10))[0]}") from None
     content = _object("the request", content, _REQUEST)
     binary = _flag(_parameters("the request", content), "binary_data_output", "the request")
-    inputs, kinds = _inputs(content.get("inputs"), tail)
+    inputs, kinds = _inputs(content.get("inputs"), tail, known)
     return InferRequest(
         inputs=inputs,
         datatypes=kinds,
@@ -86,7 +87,9 @@ def _header_length(text: str | None, size: int) -> int:
     return int(text)
 
 
-def _inputs(entries: object, tail: memoryview | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _inputs(
+    entries: object, tail: memoryview | None, expected: Mapping[str, str] | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return arrays and datatypes by name, the binary ones cut from `tail` in their order."""
     if not isinstance(entries, list) or not entries:
         raise ProtocolError("the request: `inputs` is a list of one or more tensors")
@@ -106,6 +109,10 @@ def _inputs(entries: object, tail: memoryview | None) -> tuple[dict[str, np.ndar
         if not isinstance(datatype, str) or datatype not in datatypes.DATATYPES:
             known = ", ".join(datatypes.DATATYPES)
             raise ProtocolError(f"tensor {name!r}: its datatype is one of {known}, and {datatype!r:.40} came")
+        if expected is not None and name not in expected:
+            raise ProtocolError(f"the model has no input {name!r:.80}; its inputs are {', '.join(expected)}")
+        if expected is not None and datatype != expected[name]:
+            raise ProtocolError(f"input {name!r} is {expected[name]}, and {datatype} came")
         shape = datatypes.check_shape(name, tensor.get("shape"))
         size = _parameters(f"tensor {name!r}", tensor).get("binary_data_size")
         if ("data" in tensor) == (size is not None):

@@ -12,8 +12,8 @@ from typing import Any
 
 import uvicorn
 
-_MOST_HEAD = 1 << 16  # bytes of a request's line and headers
-_WHOLE = 1 << 62  # more than any body: what comes after the head does not count
+_MOST_HEAD = 1 << 16  # bytes of a request's line and headers, and of what surrounds its body
+ABORT = "tensorrail.abort"  # the ASGI extension that holds a function which drops the connection at once
 _KEEP_ALIVE = 75  # seconds: longer than the pools of common clients and proxies keep a connection
 
 
@@ -28,8 +28,8 @@ async def run_server(
 ) -> None:
     """Serve an ASGI application at a bound socket until SIGTERM or Ctrl-C, then for up to `grace` seconds what was accepted.
 
-    The line and headers of a request may have 64 KiB and take `seconds`. A second signal ends it at once. Must run in the main
-    thread, where Python handles signals.
+    The line and headers of a request may have 64 KiB and take `seconds`, its body twice that. A second signal ends all at once.
+    Must run in the main thread, where Python handles signals.
     """
     config = uvicorn.Config(
         app,
@@ -49,46 +49,63 @@ async def run_server(
 
 
 def _protocol(seconds: float) -> Any:
-    """Return uvicorn's reader of HTTP with limits on the head of a request, which httptools has none for, and h11 has."""
+    """Return uvicorn's reader of HTTP with limits on head and trailers, which httptools has none for, and h11 has."""
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     except ImportError:
         return "h11"
 
     class Bounded(HttpToolsProtocol):
-        """Closes a connection whose request line and headers are too long, or come too slowly."""
+        """Closes a connection whose requests have too much around their bodies, or come too slowly."""
 
-        _head = 0  # bytes of a head that is not whole yet
+        _around = 0  # bytes of the message that comes which are not its body
+        _in_body = False
         _late: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
             super().connection_made(transport)
-            self._late = self.loop.call_later(_KEEP_ALIVE, transport.close)
+            self._late_in(_KEEP_ALIVE)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._on_time()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            self._head += len(data)
+            if self._late is None:
+                self._late_in(seconds)
+            self._around += len(data)
             super().data_received(data)
-            if self._head > _MOST_HEAD and not self.transport.is_closing():
-                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+            if self._around > _MOST_HEAD and not self.transport.is_closing():
+                if not self._in_body:  # else an answer may be on its way already
+                    self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
                 self.transport.close()
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._on_time()
-            self._late = self.loop.call_later(seconds, self.transport.close)
+            self.scope["extensions"] = {ABORT: {"drop": self.transport.abort}}
+            self._late_in(seconds)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if not self._in_body:  # trailers are not for anyone here
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
-            self._on_time()
-            self._head = -_WHOLE
+            self._in_body, self._around = True, 0
+            self._late_in(2 * seconds)  # whoever reads it has refused it before
             super().on_headers_complete()
 
+        def on_body(self, body: bytes) -> None:
+            self._around -= len(body) + len(f"{len(body):x}") + 4  # of a chunk: its size and two line ends
+            super().on_body(body)
+
         def on_message_complete(self) -> None:
-            self._head = 0
+            self._in_body, self._around = False, 0
+            self._on_time()
             super().on_message_complete()
+
+        def _late_in(self, time: float) -> None:
+            self._on_time()
+            self._late = self.loop.call_later(time, self.transport.close)
 
         def _on_time(self) -> None:
             if self._late is not None:

@@ -75,7 +75,7 @@ def command(
         for o in result.outputs
     ]
     table(
-        f"{reference} against {candidate}, batches {list(result.batches)[:8]}",
+        f"{reference} against {candidate}, {_batches(result.batches)}",
         ("output", "relative L2", "max abs", "mean abs", "cosine", "worst at", "top-1 agreement", "would pass", "holds"),
         rows,
     )
@@ -87,6 +87,11 @@ def command(
     if json is not None:
         result.save(json)
     raise typer.Exit(0 if result.holds else 1)
+
+
+def _batches(sizes: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sizes[:4]))
+    return f"batches of {shown}" if len(sizes) <= 4 else f"{sum(sizes)} samples in {len(sizes)} batches"
 
 
 def _layers(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from tensorrail.commands import quantize
-from tensorrail.options import CudaGraph, Data, Json, Nhwc, Provider, Shape, Tf32
+from tensorrail.options import CudaGraph, Data, Json, Nhwc, Provider, Shape, Tf32, require_writable
 from tensorrail.show import say, stages, table
 from tensorrail.targets import (
     Batch,
@@ -94,13 +94,15 @@ def command(
     from tensorrail_exporter.plan import Plan
     from tensorrail_exporter.planner import plan_network
     from tensorrail_exporter.precision import reduced
-    from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.inputs import open_axes, parse_shapes
     from tensorrail_runtime.session import Settings
 
     _check_also(also or [], calibration)
     if (bool(target) or max_loss is not None) == (plan is not None):
         raise PlanError("compress needs --target latency=2.0 (or flops, params, bytes), or --plan plan.json, and not both")
     _check_given(context, plan, calibration)
+    for path in (out, *(_reduced(out, one) for one in also or [])):
+        require_writable(path, model, plan, calibration, data)
     settings = Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
     shapes = parse_shapes(shape or [])
     targets = read_targets(target or [])
@@ -112,6 +114,8 @@ def command(
     elif not plan.exists():
         raise PlanError(f"{plan}: cannot be read (no such file): expected a plan.json")
     graph = load_model(model)
+    for line in open_axes(graph, shapes):
+        say(f"warning: {line}")
     inputs = load_inputs(calibration, model, samples)
     test = _labelled(data) if data is not None else None
     refine = _refine(fit) if inputs is not None else None
@@ -145,7 +149,7 @@ def command(
     for precision in also or []:
         small = reduced(
             out,
-            out.with_suffix(f".{precision}.onnx"),
+            _reduced(out, precision),
             to=precision,  # type: ignore[arg-type] # checked above
             calibration=inputs.feeds if inputs is not None else None,
             data=test[0] if test else None,
@@ -160,6 +164,10 @@ def command(
     if json is not None:
         report.save(json)
     raise typer.Exit(0 if report.meets and report.faster else 1)
+
+
+def _reduced(out: Path, precision: str) -> Path:
+    return out.with_suffix(f".{precision}.onnx")
 
 
 def _check_also(also: Sequence[str], calibration: Path | None) -> None:

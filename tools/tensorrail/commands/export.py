@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tensorrail.options import Json
+from tensorrail.options import Json, require_writable
 from tensorrail.show import stages, table
 
 
@@ -54,7 +54,10 @@ def command(
 
     if block != "auto" and not (block.isascii() and block.isdigit() and int(block)):
         raise PlanError(f"--block pads ranks to multiples of a block of 1 or more, or auto, and {block!r} came")
+    require_writable(out, dense, plan, cores)
     model, read = load_model(dense), Plan.load(plan)
+    if not read.layers:
+        raise PlanError(f"{plan}: names no layer: there is nothing to rewrite")
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
     with stages() as on_stage:
         factored, dense_again = factorize_fastest(

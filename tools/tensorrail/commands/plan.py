@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tensorrail.options import CudaGraph, Json, Nhwc, Provider, Shape, Tf32
-from tensorrail.show import stages
+from tensorrail.options import CudaGraph, Json, Nhwc, Provider, Shape, Tf32, require_writable
+from tensorrail.show import say, stages
 from tensorrail.targets import (
     Batch,
     Cache,
@@ -56,7 +56,7 @@ def command(
     """Choose formats and ranks for a target, from times measured here. Exit code 1 when a target is missed."""
     from tensorrail_exporter.graph_io import save_model
     from tensorrail_exporter.planner import plan_network
-    from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.inputs import open_axes, parse_shapes
     from tensorrail_runtime.session import Settings
 
     search = read_search(
@@ -71,6 +71,7 @@ def command(
         cache=cache,
     )
     search.check()
+    require_writable(out, *([Path(model)] if ":" not in str(model) else []), calibration)
     graph, path = load_network(model, shape)
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
@@ -78,13 +79,16 @@ def command(
             save_model(graph, path)
             shape = None
         inputs = load_inputs(calibration, path, samples)
+        shapes = parse_shapes(shape or [])
+        for line in open_axes(graph, shapes):
+            say(f"warning: {line}")
         with stages() as on_stage:
             report = plan_network(
                 graph,
                 search,
                 calibration=inputs,
                 settings=Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph),
-                shapes=parse_shapes(shape or []),
+                shapes=shapes,
                 on_stage=on_stage,
             )
     show_plan(report)

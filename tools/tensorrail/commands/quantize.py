@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensorrail.options import Data, Json, Metric, Provider, Shape
+from tensorrail.options import Data, Json, Metric, Provider, Shape, require_writable
 from tensorrail.show import bar, say, table
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def command(
         raise ModelError("int8 needs typical inputs for the ranges of the activations: --calibration FILE.npz, 100 or more")
     if metric is not None and data is None:
         raise ModelError("--metric scores labelled data: give --data FILE.npz as well")
+    require_writable(out, model, calibration, data)
     settings = Settings(provider=provider)
     feeds = None
     if calibration is not None:

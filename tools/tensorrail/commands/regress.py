@@ -13,6 +13,8 @@ from tensorrail.show import bar, say, table
 if TYPE_CHECKING:
     from tensorrail_runtime.regress import Data as Loaded
 
+_MOST = 10.0  # a slow-down that is asked for in per cent, as a share
+
 app = typer.Typer(help="Hold a model's latency, size and outputs against a baseline.", no_args_is_help=True)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx")]
@@ -123,8 +125,7 @@ def check(
             on_process=advance,
         )
     rows = [(f.name, f.baseline, f.measured, f.limit, "yes" if f.holds else "NO") for f in verdict.findings]
-    how = "in turns with the baseline's model" if verdict.interleaved else "against recorded times"
-    table(f"{model} against {baseline}, {how}", ("what", "baseline", "measured", "limit", "holds"), rows)
+    table(f"{model} against {baseline}, {verdict.how}", ("what", "baseline", "measured", "limit", "holds"), rows)
     written = (
         (junit, gate_output.junit),
         (benchmark_json, gate_output.smaller_is_better),
@@ -136,6 +137,8 @@ def check(
             write_text(path, text(verdict))
     if json is not None:
         verdict.save(json)
+    if verdict.warning:
+        say(f"warning: {verdict.warning}")
     say(verdict.reason)
     raise typer.Exit(0 if verdict.holds else 1)
 
@@ -147,7 +150,7 @@ def _share(text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
-    if not 0 < value < 10:
+    if not (0 < value < 1 or (text.endswith("%") and 0 < value < _MOST)):
         raise ModelError(f"a slow-down is written as 5% or 0.05, and {text!r} came")
     return value
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tensorrail_exporter.pictures import eight_bits
 from tensorrail_trainer.data.errors import DataError
 from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.splits import Dataset
@@ -94,7 +95,7 @@ def decoded(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # notes about metadata that is not used
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height <= _PIXELS:
-                    return image.convert("RGB")
+                    return eight_bits(image).convert("RGB")
                 width, height = image.size
     except Exception as error:  # noqa: BLE001 - a broken image raises whatever its bytes say
         raise unreadable(path, error, "a JPEG, PNG, WebP or BMP image") from None
