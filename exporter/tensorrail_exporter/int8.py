@@ -196,6 +196,7 @@ def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
     values = constants_of(model.graph)
     constants = set(values)
     read = {value.name for value in model.graph.output}
+    widths = _widths(model)
     read |= {name for body in descendants(model.graph) for node in body.node for name in node.input}
     makers = {name: node for node in model.graph.node for name in node.output}
     convolutional: set[str] = set()
@@ -214,18 +215,26 @@ def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
             out.add(node.name)
         if node.op_type in ("Relu", "Clip") and node.input[0] in read:
             out.add(node.name)  # the library would give its range to what is read elsewhere as well
-        if node.op_type == "Gemm" and not _plain_bias(node, values):
+        if node.name in widths and not _plain_bias(node, values, widths[node.name]):
             out.add(node.name)
     return out
 
 
-def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+def _widths(model: onnx.ModelProto) -> dict[str, int]:
+    """Return how many outputs each Gemm has whose second operand is its weight, by the node's name."""
+    return {w.node.name: w.values.shape[w.axis] for w in weighted(model) if w.node.op_type == "Gemm" and w.place == 1}
+
+
+def _beta(node: onnx.NodeProto) -> float:
+    return float(next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0))
+
+
+def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], width: int) -> bool:
     """Return whether what a Gemm adds is a vector, once: the library takes no other, and `beta` for a part of its scale."""
-    beta = next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0)
     if len(node.input) < 3 or not node.input[2]:
         return True
     stored = constants.get(node.input[2])
-    return beta == 1.0 and (stored is None or len(stored.dims) == 1)
+    return _beta(node) == 1.0 and (stored is None or tuple(stored.dims) == (width,))
 
 
 def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
@@ -267,13 +276,12 @@ def _current(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _with_plain_biases(model: onnx.ModelProto) -> None:
     """Give every Gemm whose bias is constant and the same for all rows that bias as a vector, `beta` multiplied in."""
-    constants = constants_of(model.graph)
-    weights = {w.node.name: w.values.shape[w.axis] for w in weighted(model) if w.node.op_type == "Gemm" and w.place == 1}
+    constants, widths = constants_of(model.graph), _widths(model)
     for node in model.graph.node:
-        if node.name not in weights or len(node.input) < 3 or not node.input[2] or _plain_bias(node, constants) is True:
+        width = widths.get(node.name, 0)
+        if not width or _plain_bias(node, constants, width):
             continue
-        beta = next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0)
-        stored, width = constants.get(node.input[2]), weights[node.name]
+        beta, stored = _beta(node), constants.get(node.input[2])
         if beta == 0:
             del node.input[2]
         elif stored is not None and math.prod(stored.dims) in (1, width) and tuple(stored.dims)[-1:] in ((), (1,), (width,)):

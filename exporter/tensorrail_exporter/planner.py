@@ -28,7 +28,7 @@ from tensorrail_exporter.layerwise import dense_weights
 from tensorrail_exporter.options import Option, option_for, options_of
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import factorize
-from tensorrail_exporter.sensitivity import Losses, check_labels, losses_of
+from tensorrail_exporter.sensitivity import Losses, check_outputs, losses_of
 from tensorrail_exporter.sites import find, names_in
 from tensorrail_exporter.survey import DenseLayer, survey
 from tensorrail_exporter.verify import layer_times, slower_layers
@@ -173,7 +173,7 @@ def plan_network(
 
     Raises `TargetError` when the targets cannot be met, `ModelError` when the model does not run as asked; and before anything
     is measured `PlanError` for a target on what the model has none of and for layers to keep that are not there, `GraphError`
-    for weights that are not finite and labels that are no classes of the model.
+    for weights or outputs that are not finite and labels that are no classes.
     """
     search.check()
     settings = settings or Settings()
@@ -189,8 +189,8 @@ def plan_network(
         if layer.output is not None and layer.inputs[layer.data] is not None
     }
     dense_weights(model, [options[0].plan(layer.name) for layer, options in wanted.items() if options])  # are they finite?
-    if calibration is not None and calibration.labels is not None and calibration.count:
-        check_labels(model, calibration, settings.exact)
+    if calibration is not None and calibration.count:
+        check_outputs(model, calibration, settings.exact)
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)

@@ -74,7 +74,7 @@ def losses_of(
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
 
 
-def check_labels(model: onnx.ModelProto, calibration: Calibration, settings: Settings) -> None:
+def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Settings) -> None:
     """Raise `GraphError` unless the first batch's outputs are finite and the labels classes of the first of them."""
     names = [output.name for output in model.graph.output]
     outputs = run_to(model, names, settings)(calibration.feeds[0])

@@ -198,7 +198,7 @@ def test_fp16_behind_a_turned_sequence_runs(rng, tmp_path):
     assert not holds_fp16(tmp_path / "single.onnx")
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (1,), ()])
 def test_int8_of_a_gemm_whose_bias_is_scaled_or_broadcast(beta, shape, rng, tmp_path):
     weights = {"w": rng.standard_normal((8, 6)).astype(np.float32), "b": rng.standard_normal(shape).astype(np.float32)}

@@ -7,8 +7,10 @@ import pytest
 from conftest import make_model
 from onnx import TensorProto, helper
 
+from tensorrail_exporter import GraphError
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.options import options_of
+from tensorrail_exporter.planner import Search, plan_network
 from tensorrail_exporter.sensitivity import losses_of, lost_shares
 from tensorrail_exporter.survey import survey
 
@@ -114,3 +116,19 @@ def test_outputs_of_any_shape_are_compared(kind, rng):
     assert len(found) == len(options)
     assert all(np.isfinite(found))
     assert max(found) > 0
+
+
+def test_outputs_that_are_not_finite_are_told_before_anything_is_timed(network, rng):
+    network.graph.node.append(helper.make_node("Log", ["zero"], ["none"], "log"))
+    network.graph.node.insert(0, helper.make_node("Sub", ["x", "x"], ["zero"], "sub"))
+    network.graph.output.append(helper.make_tensor_value_info("none", TensorProto.FLOAT, ["batch", 32, 8, 8]))
+    feeds = ({"x": rng.standard_normal((4, 32, 8, 8)).astype(np.float32)},)
+    with pytest.raises(GraphError, match="output 'none' holds NaN or infinite values on the calibration inputs"):
+        plan_network(network, Search(targets={"flops": 1.5}), calibration=Calibration(feeds))
+
+
+def test_the_loss_of_a_single_sample_is_no_accident(network, rng):
+    """About the mean of one sample nothing is left; about the mean of its values there is."""
+    single = Calibration(({"x": rng.standard_normal((1, 32, 8, 8)).astype(np.float32)},))
+    losses = losses_of(network, wanted(network), single)
+    assert all(0 <= value < 100 for values in losses.values.values() for value in values)
