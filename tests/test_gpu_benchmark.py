@@ -98,6 +98,7 @@ def test_recipes_are_trained_and_epochs_of_data_that_is_not_there_are_not(benche
     for phase in ("dense", "admm", "finetune"):
         recipe["train"][phase]["epochs"] = 1
     recipe["train"]["control"] = "none"
+    recipe["data"].setdefault("args", {})["test_fraction"] = 0.9
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     asked = ["--sections", "training", "--data", tmp_path / "none", "--recipes", tmp_path / "small.yaml", "--resume"]
     record, page = benched(*asked)

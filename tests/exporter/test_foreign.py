@@ -23,6 +23,7 @@ MODELS = sorted(DATA.glob("light/*.onnx")) + sorted(
     path for folder in ("simple", "pytorch-operator", "pytorch-converted") for path in DATA.glob(f"{folder}/*/model.onnx")
 )
 LARGE = ("light_vgg19", "light_bvlc_alexnet", "light_densenet121", "light_zfnet512")
+SLOW = {"light_resnet50", "light_inception_v2"}
 EVERY_FORMAT = os.environ.get("TENSORRAIL_CASES") == "all"
 RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
 
@@ -96,11 +97,11 @@ def difference(a, b):
 
 
 def pairs():
-    """Return (format, model): two formats on each, or all of them; the largest models are slow, and by SVD only."""
+    """Return (format, model): two formats on each, or all of them; the larger models are slow."""
     for path in MODELS:
         large = label(path) in LARGE
         for form_name in FORMATS if EVERY_FORMAT and not large else ["tt", "svd"]:
-            marks = [pytest.mark.slow] if large else []
+            marks = [pytest.mark.slow] if large or label(path) in SLOW else []
             yield pytest.param(form_name, path, id=f"{form_name}-{label(path)}", marks=marks)
 
 

@@ -177,6 +177,11 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_p
         (("regress", "record", small_path, "-o", small_path), "a baseline is written as JSON"),
         (("export", small_path, "--plan", plan_path, "-o", small_path), "is read as well, and would be lost"),
         (("export", small_path, "--plan", plan_path, "-o", plan_path), "is read as well, and would be lost"),
+        (("compress", small_path, "-o", small_path, "--target", "flops=2"), "is read as well, and would be lost"),
+        (("compress", small_path, "-o", tmp_path / "no" / "o.onnx", "--target", "flops=2"), "its folder is not there"),
+        (("bench", small_path, "--json", tmp_path), "is a folder: expected the name of a file"),
+        (("plan", small_path, "--target", "latency=2", "-o", tmp_path / "no" / "p.json"), "its folder is not there"),
+        (("plan", small_path, "--target", "latency=2", "--target", "latency=1.1"), "the target latency came twice"),
         (("check", small_path, small_path, "--layers"), "give --plan"),
         (("accuracy", small_path, "--data", garbage), "not an npz file"),
         (

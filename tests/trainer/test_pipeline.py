@@ -65,7 +65,7 @@ def test_a_run_leaves_its_files_and_its_errors_apart(tmp_path):
     assert not any(load in page for load in ('src="', 'href="http', "url(http", "@import"))  # nothing is loaded from elsewhere
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 7])
+@pytest.mark.parametrize("stop", [1, 3, pytest.param(5, marks=pytest.mark.slow), 7])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop):
     recipe = small(tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -27,7 +27,9 @@ def size(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("form", [name for name in FORMATS if name != "ttm"])
+@pytest.mark.parametrize(
+    "form", [pytest.param(name, marks=[pytest.mark.slow] if name == "cp" else []) for name in FORMATS if name != "ttm"]
+)
 @pytest.mark.parametrize("times", [1.5, 3.0])
 def test_the_network_is_as_small_as_asked_and_hardly_smaller(model, form, times):
     whole = size(model)
