@@ -23,17 +23,13 @@ from tensorrail_exporter.graph_io import export_graph, import_graph, save_model
 from tensorrail_exporter.metric import Moments
 from tensorrail_exporter.pictures import eight_bits
 from tensorrail_exporter.survey import DenseLayer
-from tensorrail_runtime.inputs import batches_of, load_arrays
+from tensorrail_runtime.inputs import TYPES, batches_of, load_arrays
 from tensorrail_runtime.session import ModelError, Settings, open_session
 from tensorrail_runtime.session import run as run_session
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-_INTEGERS = {
-    f"tensor({np.dtype(kind).name})": kind
-    for kind in (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, np.bool_)
-}
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _LABELS = "labels"
 _BATCH = 25
@@ -296,7 +292,7 @@ def _typed(path: Path, array: np.ndarray, entry: ort.NodeArg) -> np.ndarray:
         if not np.isfinite(array).all():
             raise ModelError(f"{path}: the array of input {entry.name!r} holds NaN or infinite values; expected finite ones")
         return array
-    wanted = _INTEGERS.get(entry.type)
+    wanted = TYPES.get(entry.type)
     if numeric and wanted is not None and array.dtype != wanted:
         cast = array.astype(wanted) if array.dtype.kind in "iub" else array
         if array.dtype.kind not in "iub" or not np.array_equal(cast.astype(np.int64), array.astype(np.int64)):

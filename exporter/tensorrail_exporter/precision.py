@@ -177,11 +177,6 @@ def _check_request(
         raise GraphError(f"calibration method {method!r} came, and {to} is not calibrated: leave it out")
     if (data is None) != (labels is None):
         raise ModelError("the accuracy needs both data and labels, and one came without the other")
-    require_writable(out, model)
-
-
-def require_writable(out: Path, model: Path) -> None:
-    """Raise `GraphError` for an output that is the model itself, or lies in a folder that is not there."""
     if not out.parent.is_dir():
         raise GraphError(f"{out}: its folder is not there: make it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.session import ModelError
 
-_TYPES = {
+TYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
@@ -53,7 +53,7 @@ def random_inputs(
     feed: dict[str, np.ndarray] = {}
     left = _MOST
     for name, entry in entries.items():
-        if entry.type not in _TYPES:
+        if entry.type not in TYPES:
             raise ModelError(f"input {name!r} is a {entry.type}: give its values, they cannot be drawn at random")
         shape = _shape(entry, batch, (shapes or {}).get(name))
         left -= math.prod(shape)
@@ -61,7 +61,7 @@ def random_inputs(
             raise ModelError(
                 f"input {name!r} of shape {shape} is too large: {_MOST:,} random values are drawn for a run at most"
             )
-        dtype = np.dtype(_TYPES[entry.type])
+        dtype = np.dtype(TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
         feed[name] = (rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)).astype(dtype)
     return feed
