@@ -24,6 +24,7 @@ from tensorrail_exporter.options import Option
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite import with_weights
 from tensorrail_exporter.survey import DenseLayer
+from tensorrail_runtime.accuracy import wrong_labels
 from tensorrail_runtime.session import Settings
 
 _SAMPLES = 64  # on which the effect on the network's outputs is measured
@@ -184,11 +185,8 @@ def _require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
         return
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise GraphError(f"labels are integers, one a sample, and an array of {labels.dtype} {list(labels.shape)} came")
-    classes = scores.shape[1]
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise GraphError(
-            f"the model has {classes} classes: expected labels 0 to {classes - 1}, and {labels.min()} to {labels.max()} came"
-        )
+    if wrong := wrong_labels(labels, scores.shape[1]):
+        raise GraphError(wrong)
 
 
 def _channel_roots(

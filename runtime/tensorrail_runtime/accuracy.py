@@ -204,16 +204,20 @@ def imported(name: str, what: str, expected: str = "module:function") -> Callabl
     return found
 
 
+def wrong_labels(labels: np.ndarray, classes: int) -> str:
+    """Return what is wrong with integer labels that are no classes of a model; empty where nothing is."""
+    if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
+        return ""
+    return f"the model has {classes} classes: expected labels 0 to {classes - 1}, and {labels.min()} to {labels.max()} came"
+
+
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
         raise ModelError(
             f"top{count} scores an output of shape (samples, {count} or more classes) against integer labels, and shape "
             f"{scores.shape} and {labels.dtype} labels came"
         )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
-        raise ModelError(
-            f"the model has {scores.shape[1]} classes: expected labels 0 to {scores.shape[1] - 1}, and {labels.min()} to "
-            f"{labels.max()} came"
-        )
+    if wrong := wrong_labels(labels, scores.shape[1]):
+        raise ModelError(wrong)
     best = scores.argmax(1)[:, None] if count == 1 else np.argpartition(scores, -count, axis=1)[:, -count:]
     return np.asarray((best == labels[:, None]).any(1))
