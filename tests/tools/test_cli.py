@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,34 @@ def test_a_fault_of_its_own_is_not_taken_for_a_measurement(cli, small_path, monk
     assert code == 3
     assert "RuntimeError: a bug" in said
     assert said.strip().splitlines()[-1].startswith("tensorrail: a fault of its own")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export",), "Missing argument 'DENSE.onnx'; see `tensorrail export --help`"),
+        (("bench", "a.onnx", "--batch", "x"), "Invalid value for '--batch': .+; see `tensorrail bench --help`"),
+        (("regress", "check", "--nope"), "No such option: --nope.*; see `tensorrail regress check --help`"),
+        (("frobnicate",), "No such command 'frobnicate'.*; see `tensorrail --help`"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_one_line_as_well(cli, words, said):
+    code, printed, err = cli(*words)
+    assert (code, printed) == (2, "")
+    assert re.fullmatch(rf"tensorrail: {said}\n", err), err
+
+
+def test_without_a_command_the_help_is_shown(cli):
+    for words in ((), ("regress",)):
+        code, printed, err = cli(*words)
+        assert code == 2
+        assert "check" in printed + err
+
+
+def test_the_version_names_what_a_report_needs(cli):
+    code, printed, _ = cli("--version")
+    assert code == 0
+    assert re.fullmatch(r"tensorrail \d+\.\d+\.\d+, onnxruntime(-gpu)? 1\.\S+, onnx 1\.\S+, torch 2\.\S+\n", printed)
 
 
 def test_help_imports_neither_torch_nor_onnxruntime():

@@ -313,6 +313,29 @@ def test_a_hook_that_computed_a_parameter_goes_with_it():
     assert (bias == 0).sum() == 3
 
 
+def test_cores_of_any_number_of_axes_are_moved_and_laid_out_as_any_module():
+    """Torch's `Module.to` refuses a layout of four axes for a parameter of five, as a Tucker core of five modes is."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    swap(model, Plan(layers=plan_layers(model, "0", format="tucker", modes=[4, 2, 9, 4, 2], ranks=2)))
+    x = torch.randn(2, 8, 6, 6)
+    wanted = model(x)
+    wanted.sum().backward()
+    assert max(p.dim() for p in model.parameters()) == 5
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), wanted)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
+    model.double().share_memory()
+    assert all(p.dtype == torch.float64 and p.is_shared() for p in model.parameters())
+    torch.testing.assert_close(model(x.double()), wanted.double(), rtol=1e-5, atol=1e-6)
+    assert {p.device.type for p in model.to_empty(device="meta").parameters()} == {"meta"}
+    matrix = nn.LSTM(16, 8)
+    cut = swap(
+        nn.Sequential(matrix), Plan(layers=plan_layers(nn.Sequential(matrix), "*", format="ttm", modes=[8, 4, 4, 4], ranks=2))
+    )
+    assert cut.to(memory_format=torch.channels_last)(torch.randn(3, 2, 16))[0].shape == (3, 2, 8)
+
+
 def test_images_with_the_channels_first_stay_so():
     """Whatever the cores make of a weight's strides: a network may call `view` on what a layer gives."""
     for form, ranks in (("tr", 6), ("tt", 12), ("tucker", 4), ("svd", 4)):

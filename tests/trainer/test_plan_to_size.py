@@ -91,3 +91,5 @@ def test_numbers_of_numpy_are_ranks_and_others_are_none(model):
     for ranks in (1.5, "16", []):
         with pytest.raises(PlanError, match="ranks are one number, an upper bound, or a list"):
             plan_layers(model, "0", ranks=ranks)
+    with pytest.raises(PlanError, match=r"modes are whole numbers, one after another, and \[\[4, 4\], \[4, 4\]\] came"):
+        plan_layers(model, "0", format="ttm", ranks=4, modes=[[4, 4], [4, 4]])

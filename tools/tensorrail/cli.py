@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -30,7 +33,6 @@ from tensorrail.commands import (
 from tensorrail.show import plain
 
 app = typer.Typer(
-    help="Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,6 +40,28 @@ app = typer.Typer(
 for command in (run, train, plan, compress, export, quantize, check, accuracy, bench, inspect, package, serve):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 app.add_typer(regress.app, name="regress")
+
+
+def _show_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    found = []
+    for name in ("tensorrail", "onnxruntime-gpu", "onnxruntime", "onnx", "torch"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    print(", ".join(found))
+    raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show what is installed in one line."),
+    ] = False,
+) -> None:
+    """Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress."""
+
 
 # The errors that mean bad input, by the module that defines them: modules not imported cannot have raised.
 _BAD_INPUT = {
@@ -59,11 +83,8 @@ _EXTRAS = {
 def main() -> None:
     """Run the command line; an expected error is one line on stderr, never a traceback."""
     try:
-        app()
-    except SystemExit as ended:  # typer turns Ctrl-C into a silent exit
-        if ended.code == 130:
-            _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
-        raise
+        # By itself typer would draw its errors as boxes, below two lines of usage.
+        code = app(prog_name="tensorrail", standalone_mode=False) or 0
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("tensorrail_exporter", "tensorrail_trainer"):
@@ -73,9 +94,14 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a measurement that falls short
+        if hasattr(error, "format_message"):  # typer's own, of a class that it does not export
+            _fail_usage(error)
         if not isinstance(error, _known_errors()):
             _crash()
         _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
+    if code == 130:
+        _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
+    sys.exit(code)
 
 
 def _known_errors() -> tuple[type[Exception], ...]:
@@ -83,11 +109,19 @@ def _known_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(module, name) for module, names in loaded for name in names)
 
 
-def _crash() -> None:
+def _fail_usage(error: Any) -> NoReturn:
+    context = error.ctx
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(context.get_help(), file=sys.stderr)
+        sys.exit(2)
+    _fail(f"{' '.join(error.format_message().split()).removesuffix('.')}; see `{context.command_path} --help`", 2)
+
+
+def _crash() -> NoReturn:
     traceback.print_exc()
     _fail("a fault of its own, not of the files that came: please report it with the lines above", 3)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"tensorrail: {plain(message)}", file=sys.stderr)
     sys.exit(code)

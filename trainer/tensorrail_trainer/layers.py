@@ -25,7 +25,7 @@ from tensorrail_exporter.costs import SECONDS_A_FLOP, contraction_cost, dense_co
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_trainer.recurrent import FactoredRecurrent, input_weights
-from tensorrail_trainer.steps import run_steps
+from tensorrail_trainer.steps import Cores, run_steps
 
 if TYPE_CHECKING:
     from tensorrail_trainer.moments import Root
@@ -46,7 +46,7 @@ class FactoredLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.plan = plan.model_copy(update={"merge": plan.merge_for(spec)})
-        self.cores = nn.ParameterList([nn.Parameter(core.detach().clone()) for core in cores])
+        self.cores = Cores([nn.Parameter(core.detach().clone()) for core in cores])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         for name, value in _options(spec).items():  # a model's own code may ask for them, as it asks the dense layer
             setattr(self, name, value)
@@ -341,7 +341,7 @@ def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
         if isinstance(module, FactoredLayer):
             found[name] = [core.detach().to("cpu", copy=True) for core in module.cores]
         elif isinstance(module, FactoredRecurrent):
-            for leaf, cores in cast("dict[str, nn.ParameterList]", module.cores).items():
+            for leaf, cores in cast("dict[str, Cores]", module.cores).items():
                 found[f"{name}.{leaf}".removeprefix(".")] = [core.detach().to("cpu", copy=True) for core in cores]
     return found
 

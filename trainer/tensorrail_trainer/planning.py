@@ -41,6 +41,8 @@ def plan_layers(
         ranks = int(ranks)
     elif not isinstance(ranks, int | list | tuple) or ranks == []:
         raise PlanError(f"ranks are one number, an upper bound, or a list of the format's own, and {ranks!r} came")
+    if modes is not None and not all(isinstance(mode, int | np.integer) for mode in modes):
+        raise PlanError(f"modes are whole numbers, one after another, and {list(modes)!r} came: see the format's own order")
     plans = []
     for name in names:
         shape = dense_layer(model, name).spec.shape

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tensorrail_exporter.contraction import LayerSpec, split_at_boundary
 from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.plan import LayerPlan
-from tensorrail_trainer.steps import run_steps
+from tensorrail_trainer.steps import Cores, run_steps
 
 
 class FactoredRecurrent(nn.Module):
@@ -52,7 +52,7 @@ class FactoredRecurrent(nn.Module):
             self.specs[leaf] = spec
             self.plans[leaf] = plan.model_copy(update={"merge": plan.merge_for(spec)})
             made = [nn.Parameter(core.detach().clone(), weights[0].requires_grad) for core in cores]
-            self.cores[leaf] = nn.ParameterList(made)
+            self.cores[leaf] = Cores(made)
         for name, parameter in dense.named_parameters():
             if name.removesuffix("_reverse") not in self.cores:
                 self.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
@@ -169,7 +169,7 @@ class FactoredRecurrent(nn.Module):
         return rows.reshape(*x.shape[:-1], rows.shape[-1]), list(cast(Tensor, matrix).contiguous().chunk(self.directions))
 
     def _cores(self, leaf: str) -> list[Tensor]:
-        return list(cast(nn.ParameterList, self.cores[leaf]))
+        return list(cast(Cores, self.cores[leaf]))
 
 
 def input_weights(module: nn.LSTM | nn.GRU, name: str) -> tuple[nn.Parameter, ...]:

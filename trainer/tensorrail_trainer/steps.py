@@ -1,16 +1,23 @@
-"""Running a contraction in torch: the very steps that the exporter writes to ONNX."""
+"""A layer's cores, and running their contraction in torch: the very steps that the exporter writes to ONNX."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensorrail_exporter.contraction import Conv, MatMul, Reshape, Step, resolve
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Cores(nn.ParameterList):
+    """The cores of one layer. A core of four or five axes is no image: `Module.to(memory_format=…)` leaves its layout alone."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda core: fn(core) if core.dim() < 4 else fn(core.flatten(1)).reshape(core.shape), recurse)
 
 
 def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:

@@ -175,8 +175,8 @@ async def _answer(service: Service, request: Request) -> Response:
     try:
         async with asyncio.timeout(service.limits.seconds):
             body = await _read(request, service.limits.body)
-            known = {tensor.name: tensor.datatype for tensor in service.signature.inputs}
-            read = partial(parse_request, body, request.headers.get("inference-header-content-length"), known)
+            length = request.headers.get("inference-header-content-length")
+            read = partial(parse_request, body, length, service.signature.datatypes)
             parsed = await asyncio.to_thread(read) if len(body) > _LARGE else read()
             _check_name(service, parsed)
             feed = service.signature.feed(parsed)

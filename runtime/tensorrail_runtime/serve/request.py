@@ -109,10 +109,8 @@ def _inputs(
         if not isinstance(datatype, str) or datatype not in datatypes.DATATYPES:
             known = ", ".join(datatypes.DATATYPES)
             raise ProtocolError(f"tensor {name!r}: its datatype is one of {known}, and {datatype!r:.40} came")
-        if expected is not None and name not in expected:
-            raise ProtocolError(f"the model has no input {name!r:.80}; its inputs are {', '.join(expected)}")
-        if expected is not None and datatype != expected[name]:
-            raise ProtocolError(f"input {name!r} is {expected[name]}, and {datatype} came")
+        if expected is not None:
+            require_input(name, datatype, expected)
         shape = datatypes.check_shape(name, tensor.get("shape"))
         size = _parameters(f"tensor {name!r}", tensor).get("binary_data_size")
         if ("data" in tensor) == (size is not None):
@@ -127,6 +125,14 @@ def _inputs(
     if tail is not None and at != len(tail):
         raise ProtocolError(f"{len(tail)} bytes follow the JSON part, and its tensors are {at} bytes")
     return arrays, kinds
+
+
+def require_input(name: str, datatype: str, known: Mapping[str, str]) -> None:
+    """Raise `ProtocolError` unless a model whose inputs have these datatypes takes such a tensor."""
+    if name not in known:
+        raise ProtocolError(f"the model has no input {name!r:.80}; its inputs are {', '.join(known)}")
+    if datatype != known[name]:
+        raise ProtocolError(f"input {name!r} is {known[name]}, and {datatype} came")
 
 
 def _part(name: str, size: object, at: int, tail: memoryview | None) -> memoryview:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.serve.datatypes import ONNX
 from tensorrail_runtime.serve.errors import ProtocolError
-from tensorrail_runtime.serve.request import InferRequest
+from tensorrail_runtime.serve.request import InferRequest, require_input
 from tensorrail_runtime.session import ModelError
 
 Axis = int | str | None  # a fixed size, the name of a dynamic axis, or a dynamic axis without a name
@@ -46,6 +46,11 @@ class Signature:
         """Return a session's signature; `ModelError` for a model that takes or gives what the protocol has no datatype for."""
         return cls(_tensors("input", session.get_inputs()), _tensors("output", session.get_outputs()))
 
+    @property
+    def datatypes(self) -> dict[str, str]:
+        """The inputs' datatypes by name."""
+        return {tensor.name: tensor.datatype for tensor in self.inputs}
+
     def feed(self, request: InferRequest) -> dict[str, np.ndarray]:
         """Return the arrays that the session takes; `ProtocolError` says what does not fit the model.
 
@@ -53,8 +58,7 @@ class Signature:
         """
         wanted = {tensor.name: tensor for tensor in self.inputs}
         for name in request.inputs:
-            if name not in wanted:
-                raise ProtocolError(f"the model has no input {name!r:.80}; its inputs are {', '.join(wanted)}")
+            require_input(name, request.datatypes[name], self.datatypes)
         missing = [name for name in wanted if name not in request.inputs]
         if missing:
             raise ProtocolError(f"the model's input {missing[0]!r} is missing; its inputs are {', '.join(wanted)}")
@@ -64,7 +68,7 @@ class Signature:
                 raise ProtocolError(f"the model has no output {wish.name!r:.80}; its outputs are {', '.join(names)}")
         sizes: dict[str, tuple[int, str]] = {}
         for name, tensor in wanted.items():
-            _fits(tensor, request.datatypes[name], request.inputs[name].shape, sizes)
+            _fits(tensor, request.inputs[name].shape, sizes)
         return {name: request.inputs[name] for name in wanted}
 
     def like(self, other: Signature) -> str | None:
@@ -86,10 +90,8 @@ def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[Tensor, ...]:
     return tuple(made)
 
 
-def _fits(tensor: Tensor, datatype: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
-    """Raise `ProtocolError` unless datatype and shape are the tensor's; `sizes` keeps those of the named axes."""
-    if datatype != tensor.datatype:
-        raise ProtocolError(f"input {tensor.name!r} is {tensor.datatype}, and {datatype} came")
+def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+    """Raise `ProtocolError` unless the shape is one of the tensor's; `sizes` keeps those of the named axes."""
     if len(shape) != len(tensor.shape) or any(isinstance(a, int) and a != b for a, b in zip(tensor.shape, shape, strict=True)):
         raise ProtocolError(f"input {tensor.name!r} has shape {tensor.metadata()['shape']}, and {list(shape)} came")
     for axis, size in zip(tensor.shape, shape, strict=True):
