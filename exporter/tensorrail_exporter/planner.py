@@ -85,7 +85,9 @@ class Search:
 
 
 class PlannedLayer(Record):
-    """One layer of the plan; `reason` says why it stays dense. Milliseconds are predicted, of all its nodes together."""
+    """One layer of the plan; `reason` says why it stays dense. Milliseconds are predicted, of all its nodes together; 0 where
+    it was not timed.
+    """
 
     layer: str
     what: str
@@ -215,24 +217,45 @@ def plan_network(
                 break  # what was tried is what there is
             on_stage("timing the chosen network", number / _TRIES)
             tried.append(_measured(report, model, dense, search, settings, shapes, Path(folder)))
-            found, slower = tried[-1].reached, tried[-1].slower if search.gain <= 1 else ()
+            reached, slower = tried[-1].reached, tried[-1].slower if search.gain <= 1 else ()
             off = {*tried[-1].missed}
-            if "latency" in aim and found["latency"] / search.targets["latency"] > _BEYOND:
+            if "latency" in aim and reached["latency"] / search.targets["latency"] > _BEYOND:
                 off.add("latency")
             if tried[-1].measured is None or not (off or slower):
                 break
             for name in off:
                 # The table is some per cent off, and a weight that something else reads stays in the graph: what was reached
                 # says how much tighter or looser the budget should be.
-                aim[name] *= search.targets[name] / found[name] * _NUDGE
+                aim[name] *= search.targets[name] / reached[name] * _NUDGE
             faster, losses = _without(faster, losses, tried[-1], slower)
             if min(aim.values(), default=2.0) <= 1.0 or not _reachable(aim, faster, table, totals):
                 break
         on_stage("timing the chosen network", 1.0)
     meeting = [report for report in tried if report.meets]
     if meeting:
-        return min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
-    return max(tried, key=lambda report: (_nearest(report), report.reached["latency"]))
+        found = min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
+    else:
+        found = max(tried, key=lambda report: (_nearest(report), report.reached["latency"]))
+    return found.model_copy(update={"rows": (*found.rows, *(_untimed(layer) for layer in layers if layer not in wanted))})
+
+
+def _untimed(layer: DenseLayer) -> PlannedLayer:
+    """Return the row of a layer whose data have no known shape, as in the bodies of If and Loop: nothing can time it."""
+    return PlannedLayer(
+        layer=layer.name,
+        what=layer.describe(),
+        format=None,
+        ranks=(),
+        steps="",
+        dense_ms=0.0,
+        ms=0.0,
+        dense_macs=layer.macs,
+        macs=layer.macs,
+        dense_params=layer.params,
+        params=layer.params,
+        loss=0.0,
+        reason="not timed: the shape of its data is not known",
+    )
 
 
 def _nearest(report: PlanReport) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter import planner as planning
@@ -98,6 +98,26 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     allowed = Search(targets={"params": 2.0}, grid=16, cache=tmp_path, gain=float("inf"))
     report = plan_network(network, allowed)
     assert report.planned.params <= report.dense.params / 2.0
+
+
+def test_a_layer_in_a_body_is_named_as_not_timed(network, known_times, tmp_path, rng):
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["out", "inner.weight"], ["inner"], "product")],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, ["n", 8, 12, 12])],
+    )
+    network.graph.node.append(helper.make_node("If", ["flag"], ["last"], "if", then_branch=body, else_branch=body))
+    inner = rng.standard_normal((12, 12)).astype(np.float32)
+    network.graph.initializer.extend(
+        [numpy_helper.from_array(inner, "inner.weight"), numpy_helper.from_array(np.array(True), "flag")]
+    )
+    network.graph.output.append(helper.make_tensor_value_info("last", onnx.TensorProto.FLOAT, ["batch", 8, 12, 12]))
+    report = plan_network(network, search(tmp_path, latency=2.0))
+    assert [row.layer for row in report.rows] == ["c0", "c1", "c2", "narrow", "inner"]
+    assert report.rows[-1].reason == "not timed: the shape of its data is not known"
+    assert report.rows[-1].dense_params == report.rows[-1].params == 144
+    assert report.meets
 
 
 def test_a_layer_slower_in_its_place_gets_another_form_or_stays_dense(network, known_times, tmp_path):
