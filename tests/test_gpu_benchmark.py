@@ -95,6 +95,8 @@ def test_what_the_time_does_not_reach_is_named(benched, tmp_path):
 
 def test_recipes_are_trained_and_epochs_of_data_that_is_not_there_are_not(benched, tmp_path):
     recipe = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
+    recipe["model"]["args"] = {"widths": [16, 16], "blocks": 1, "hidden": 128}
+    recipe["plan"] = [{"layers": "stages.0.0.conv1", "format": "tt", "ranks": 4}]
     for phase in ("dense", "admm", "finetune"):
         recipe["train"][phase]["epochs"] = 1
     recipe["train"]["control"] = "none"

@@ -24,7 +24,8 @@ SHAPES = {
     "speech": (10, (8, 320)),
     "video": (11, (6, 57600)),
 }
-QUICK = [path for path in sorted(FOLDER.glob("*.yaml")) if path.stem.startswith(("resnet20-cifar100-tt", "spoken-digits"))]
+FAMILIES = ("resnet20-cifar100-tt", "resnet20-cifar100-tt-long", "resnet20-cifar100-cut-4x")  # one of each kind
+QUICK = [path for path in sorted(FOLDER.glob("*.yaml")) if path.stem in FAMILIES or path.stem.startswith("spoken-digits")]
 SLOW = [path for path in sorted(FOLDER.glob("*.yaml")) if path not in QUICK]
 
 
@@ -92,6 +93,6 @@ def test_another_recipe_runs(path, tmp_path, made_data):
     runs(path, tmp_path)
 
 
-@pytest.mark.parametrize("path", [path for path in SLOW if path.stem.endswith("-tt")], ids=lambda path: path.stem)
-def test_a_larger_recipe_is_valid(path, made_data):
+@pytest.mark.parametrize("path", SLOW, ids=lambda path: path.stem)
+def test_another_recipe_is_valid(path, made_data):
     assert Recipe.load(path).name == path.stem
