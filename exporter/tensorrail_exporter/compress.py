@@ -19,7 +19,7 @@ from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.planner import PlannedLayer
 from tensorrail_exporter.precision import PrecisionReport
 from tensorrail_exporter.rewrite import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime.accuracy import Comparison, compare_scores, evaluate
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.inputs import Shapes, random_inputs
@@ -231,8 +231,8 @@ def _rounding(model: onnx.ModelProto, plan: Plan) -> float:
     to be independent: 8 · u · √layers.
     """
     graph = import_graph(model)
-    names = names_in(graph)
-    found = [find(graph, layer, names) for layer in plan.layers]
+    named = NamedLayers(graph)
+    found = [named.find(layer) for layer in plan.layers]
     unit = max(float(np.finfo(rule.weight(sites[0].node).dtype).eps) / 2 for rule, sites in found)
     return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(found)))
 

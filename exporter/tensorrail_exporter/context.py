@@ -21,7 +21,7 @@ from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import export_graph, import_graph
 from tensorrail_exporter.options import Option
 from tensorrail_exporter.padding import pad_ranks
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_exporter.survey import DenseLayer
 
 _COPIES = 4
@@ -64,10 +64,10 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
     for node in graph.nodes:
         for tensor in node.outputs:
             tensor.dtype = layer.dtype  # shape inference leaves it out, and a rule may ask for it
-    names = names_in(graph)
+    named = NamedLayers(graph)
     for node in [node for node in graph.nodes if node.name.startswith("copy")]:
         plan = option.plan(node.name)
-        rule, sites = find(graph, plan, names)
+        rule, sites = named.find(plan)
         spec = replace(rule.layer(sites[0].node), scan=layer.spec.scan)
         cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape)]
         steps = plan.contraction(pad_ranks(plan, cores, spec.shape, option.block), spec)

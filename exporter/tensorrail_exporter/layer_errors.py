@@ -17,7 +17,7 @@ from tensorrail_exporter.cores import Cores
 from tensorrail_exporter.graph_io import import_graph, save_model
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import reconstruct
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime.parity import Tolerances, compare
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import Settings, open_session, run
@@ -65,13 +65,13 @@ def layer_errors(
 def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
     """Return the output tensor of every planned layer, in the order of the graph; of the first node of a shared weight."""
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     order = {node.name: index for index, node in enumerate(model.graph.node)} | {
         output: index for index, node in enumerate(model.graph.node) for output in node.output
     }
     found = {}
     for layer in plan.layers:
-        _, sites = find(graph, layer, names)
+        _, sites = named.find(layer)
         found[layer.name] = next(tensor.name for tensor in sites[0].node.outputs if not tensor.is_empty())
     return dict(sorted(found.items(), key=lambda item: order.get(item[1], len(order))))
 

@@ -21,7 +21,7 @@ from tensorrail_exporter.graph_io import export_graph, import_graph
 from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite import check_finite, decompose_graph, reconstruct
 from tensorrail_exporter.rules.emit import Site
-from tensorrail_exporter.sites import find, names_in, walk
+from tensorrail_exporter.sites import NamedLayers, walk
 from tensorrail_exporter.survey import DenseLayer, dense_layer
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import Settings
@@ -107,10 +107,10 @@ def fit_layers(
 def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, np.ndarray]:
     """Return the weights (O, I, *K) of layers, float32; `GraphError` for one that holds NaN or infinite values."""
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     found = {}
     for layer in layers:
-        rule, sites = find(graph, layer, names)
+        rule, sites = named.find(layer)
         found[layer.name] = np.array(rule.weight(sites[0].node), np.float32)
         check_finite(layer.name, found[layer.name])
     return found
@@ -119,7 +119,7 @@ def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, 
 def takes_bias(model: onnx.ModelProto, layer: LayerPlan) -> bool:
     """Return whether a bias can be given to the layer without a new node: one node, a Conv or Gemm, or an Add behind it."""
     graph = import_graph(model)
-    _, sites = find(graph, layer, names_in(graph))
+    _, sites = NamedLayers(graph).find(layer)
     return len(sites) == 1 and _bias(sites[0]) is not None
 
 
@@ -128,11 +128,11 @@ def add_biases(model: onnx.ModelProto, plan: Plan, biases: Mapping[str, np.ndarr
     if not biases:
         return model
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     for layer in plan.layers:
         if layer.name not in biases:
             continue
-        rule, sites = find(graph, layer, names)
+        rule, sites = named.find(layer)
         place = _bias(sites[0])
         if place is None:
             raise GraphError(
@@ -148,7 +148,7 @@ def add_biases(model: onnx.ModelProto, plan: Plan, biases: Mapping[str, np.ndarr
         present = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
         before = np.asarray(node.inputs[index].values, np.float64) if present else 0.0
         values = (before + scale * biases[layer.name]).astype(dtype)
-        constant = gs.Constant(names.unique(f"{layer.name}/bias"), values)
+        constant = gs.Constant(named.names.unique(f"{layer.name}/bias"), values)
         if index < len(node.inputs):
             node.inputs[index] = constant
         else:
@@ -180,11 +180,11 @@ def _bias(site: Site) -> tuple[gs.Node, int] | None:
 def _uses(model: onnx.ModelProto, plan: Plan) -> dict[str, list[DenseLayer]]:
     """Return for each planned layer, in the graph's order, its nodes outside of bodies: several where they share the weight."""
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     order = {id(node): place for place, (_, node) in enumerate(walk(graph))}
     found = []
     for part in plan.layers:
-        rule, sites = find(graph, part, names)
+        rule, sites = named.find(part)
         uses = [dense_layer(part.name, graph, rule, [site]) for site in sites if site.graph is graph]
         found.append((min(order[id(site.node)] for site in sites), part.name, uses))
     return {name: uses for _, name, uses in sorted(found, key=lambda one: one[:2])}

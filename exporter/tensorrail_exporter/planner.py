@@ -29,7 +29,7 @@ from tensorrail_exporter.options import Option, option_for, options_of
 from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import factorize
 from tensorrail_exporter.sensitivity import Losses, check_outputs, losses_of
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_exporter.survey import DenseLayer, survey
 from tensorrail_exporter.verify import layer_times, slower_layers
 from tensorrail_runtime.cost import GraphCost, cost
@@ -520,10 +520,10 @@ def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str,
     """Return cores of the plan's shapes with values of the size that keeps activations as they are: to time a plan."""
     rng = np.random.default_rng(seed)
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     found = {}
     for layer in plan.layers:
-        rule, sites = find(graph, layer, names)
+        rule, sites = named.find(layer)
         shape = rule.layer(sites[0].node).shape
         sizes = layer.core_shapes(shape)
         ranks = layer.ranks[1:] if layer.format == "tr" else layer.ranks  # a ring's first one comes again as its last

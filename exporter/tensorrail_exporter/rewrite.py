@@ -21,7 +21,7 @@ from tensorrail_exporter.plan import LayerPlan, Plan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.rules.scan import holds_scan
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime.records import Record
 
 
@@ -85,10 +85,10 @@ def factorize(
     or cores that do not fit. The argument is not changed.
     """
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     rewrites = []
     for layer in plan.layers:
-        rule, sites = find(graph, layer, names)
+        rule, sites = named.find(layer)
         specs = [_layer(rule, site, scan and holds_scan(model)) for site in sites]
         spec = specs[0]
         layer.check(spec.shape)
@@ -133,23 +133,23 @@ def with_weights(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, np.nd
 
 def _with_weights(model: onnx.ModelProto, plan: Plan, made: Callable[[LayerPlan, LayerSpec], np.ndarray]) -> onnx.ModelProto:
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     for layer in plan.layers:
-        rule, sites = find(graph, layer, names)
+        rule, sites = named.find(layer)
         weight = made(layer, rule.layer(sites[0].node))
         for site in sites:
             dtype = site.node.inputs[rule.weight_input(site.node)].dtype
-            rule.replace_weight(site.node, weight.astype(dtype), names.unique(f"{layer.name}/dense"))
+            rule.replace_weight(site.node, weight.astype(dtype), named.names.unique(f"{layer.name}/dense"))
     return export_graph(graph, model)
 
 
 def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.ndarray]]:
     """Return cores for every planned layer, decomposed from the weights that stand in the graph."""
     graph = import_graph(model)
-    names = names_in(graph)
+    named = NamedLayers(graph)
     cores = {}
     for layer in plan.layers:
-        rule, sites = find(graph, layer, names)
+        rule, sites = named.find(layer)
         layer.check(rule.layer(sites[0].node).shape)
         weight = rule.weight(sites[0].node)
         wide = weight if weight.dtype == np.float64 else weight.astype(np.float32)

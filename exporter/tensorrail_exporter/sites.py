@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -18,16 +18,6 @@ _Answer = TypeVar("_Answer")
 _RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
 
 
-def names_in(graph: gs.Graph) -> Names:
-    """Return the names that are taken in a graph and in all bodies below it."""
-    taken: set[str] = set()
-    for inner, node in walk(graph):
-        taken.add(node.name)
-        taken.update(tensor.name for tensor in (*node.inputs, *node.outputs))
-        taken.update(tensor.name for tensor in (*inner.inputs, *inner.outputs))
-    return Names(taken)
-
-
 def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
     """Yield every node with the graph that it stands in, those of If, Loop and Scan bodies included."""
     for node in graph.nodes:
@@ -38,48 +28,77 @@ def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
                     yield from walk(body)
 
 
-def find(graph: gs.Graph, layer: LayerPlan, names: Names) -> tuple[Rule, list[Site]]:
-    """Return the rule and the nodes of a planned layer, their weights folded; more than one node when they share a weight.
+class NamedLayers:
+    """The layers of one graph by every name that a plan may call them; made once, and true while they are rewritten.
 
-    `GraphError` when the layer is not there or its name stands for several weights, or says why it stays dense.
+    Nodes that a rewriting adds are none of them. `names` are those that are taken, in the graph and in all bodies below it.
     """
-    named = _named(graph, names)
-    sites = _called(named.get(layer.name, []), layer.name)
-    if not sites:
-        raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(graph)}")
-    other = next((site.node for site in sites if _rule_of(site.node) is None), None)
-    if other is not None:
-        if is_standard(other) and other.op in STAY_DENSE:
-            raise GraphError(f"layer {layer.name}: cannot be rewritten: {STAY_DENSE[other.op]}")
-        ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
-        raise GraphError(f"layer {layer.name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
-    groups = _by_weight(sites)
-    if len(groups) > 1:
-        own = ", ".join(filter(None, (_own_name(group[0], named) for group in groups)))
-        raise GraphError(
-            f"layer {layer.name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its own: "
-            f"{own or 'none has one: give the nodes names'}"
-        )
-    for site in sites:
-        rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
-        _fold(site, rule, layer)
-        if why := _why_not(site.node, rule):
-            raise GraphError(f"layer {layer.name}: cannot be rewritten: {why}")
-    return rule, sites
 
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.names = _names_in(graph)
+        self._sites: dict[str, list[Site]] = {}
+        for inner, node in walk(graph):
+            for name in _all_names(node):
+                self._sites.setdefault(name, []).append(Site(inner, node, self.names))
 
-def rewritable(graph: gs.Graph) -> dict[str, gs.Node]:
-    """Return the nodes that a plan may name, each under the name that one would choose for it.
+    def find(self, layer: LayerPlan) -> tuple[Rule, list[Site]]:
+        """Return a planned layer's rule and nodes, their weights folded; more than one node when they share a weight.
 
-    Where a name stands for several weights, such as the parts of a matrix that is split, each comes under one of its own.
-    """
-    named = _named(graph, Names(set()))
-    found: dict[str, gs.Node] = {}
-    for inner, node in walk(graph):
-        site = Site(inner, node, Names(set()))
-        if _on_folded(site, lambda *_: True) and (name := _own_name(site, named)):
-            found.setdefault(name, node)
-    return found
+        `GraphError` when the layer is not there or its name stands for several weights, or says why it stays dense.
+        """
+        sites = self._called(layer.name)
+        if not sites:
+            raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(self.graph)}")
+        other = next((site.node for site in sites if _rule_of(site.node) is None), None)
+        if other is not None:
+            if is_standard(other) and other.op in STAY_DENSE:
+                raise GraphError(f"layer {layer.name}: cannot be rewritten: {STAY_DENSE[other.op]}")
+            ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
+            raise GraphError(f"layer {layer.name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
+        groups = _by_weight(sites)
+        if len(groups) > 1:
+            own = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
+            raise GraphError(
+                f"layer {layer.name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its "
+                f"own: {own or 'none has one: give the nodes names'}"
+            )
+        for site in sites:
+            rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
+            _fold(site, rule, layer)
+            if why := _why_not(site.node, rule):
+                raise GraphError(f"layer {layer.name}: cannot be rewritten: {why}")
+        return rule, sites
+
+    def rewritable(self) -> dict[str, gs.Node]:
+        """Return the nodes that a plan may name, each under the name that one would choose for it.
+
+        Where a name stands for several weights, such as the parts of a matrix that is split, each comes under one of its own.
+        """
+        found: dict[str, gs.Node] = {}
+        for inner, node in walk(self.graph):
+            if _on_folded(Site(inner, node, self.names), lambda *_: True) and (name := self._own_name(node)):
+                found.setdefault(name, node)
+        return found
+
+    def _called(self, name: str) -> list[Site]:
+        """Return the nodes that a name stands for: by their weight's name, else by their own, else by their output's."""
+        # A node that was rewritten has no outputs, and one whose weight was folded has lost the name of what it is made of.
+        sites = [site for site in self._sites.get(name, ()) if name in _all_names(site.node)]
+        called = [site for site in sites if name in names_of(site.node)]
+        # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
+        found = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
+        # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
+        found = [site for site in found if name in _weight_names(site.node)] or found
+        return found or [site for site in sites if _has_weight(site.node)]
+
+    def _own_name(self, node: gs.Node) -> str | None:
+        """Return the first name of a node that stands for its weight alone."""
+        for name in _all_names(node):
+            sites = self._called(name)
+            if any(one.node is node for one in sites) and len(_by_weight(sites)) == 1:
+                return name
+        return None
 
 
 def _rule_of(node: gs.Node) -> Rule | None:
@@ -95,32 +114,18 @@ def names_of(node: gs.Node) -> list[str]:
     return [*_weight_names(node), *([node.name] if node.name else [])]
 
 
-def _named(graph: gs.Graph, names: Names) -> dict[str, list[Site]]:
-    """Return for every name the nodes that bear it, or that take or make a tensor of it; those rewritten already left out."""
-    found: dict[str, list[Site]] = {}
+def _all_names(node: gs.Node) -> dict[str, None]:
+    """Return the names of a node and of the tensors that it makes; none for one that was rewritten."""
+    return dict.fromkeys((*names_of(node), *_output_names(node))) if node.outputs else {}
+
+
+def _names_in(graph: gs.Graph) -> Names:
+    taken: set[str] = set()
     for inner, node in walk(graph):
-        for name in dict.fromkeys((*names_of(node), *_output_names(node))) if node.outputs else ():
-            found.setdefault(name, []).append(Site(inner, node, names))
-    return found
-
-
-def _called(sites: Sequence[Site], name: str) -> list[Site]:
-    """Return the nodes that a name stands for: by their weight's name, else by their own, else by their output's."""
-    called = [site for site in sites if name in names_of(site.node)]
-    # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
-    found = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
-    # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
-    found = [site for site in found if name in _weight_names(site.node)] or found
-    return found or [site for site in sites if _has_weight(site.node)]
-
-
-def _own_name(site: Site, named: Mapping[str, Sequence[Site]]) -> str | None:
-    """Return the first name of a node that stands for its weight alone."""
-    for name in (*names_of(site.node), *_output_names(site.node)):
-        sites = _called(named[name], name)
-        if any(one.node is site.node for one in sites) and len(_by_weight(sites)) == 1:
-            return name
-    return None
+        taken.add(node.name)
+        taken.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+        taken.update(tensor.name for tensor in (*inner.inputs, *inner.outputs))
+    return Names(taken)
 
 
 def _by_weight(sites: list[Site]) -> list[list[Site]]:

@@ -17,7 +17,7 @@ from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.rules.scan import holds_scan
-from tensorrail_exporter.sites import find, names_in, rewritable
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime.cost import bind_shapes, seen_shapes
 from tensorrail_runtime.inputs import Shapes
 
@@ -77,20 +77,22 @@ def survey(
     """Return the layers of a graph that a plan may name, in the graph's order, at one batch size.
 
     Dynamic axes are `shapes`' or else `batch`. Without `scan` no layer's loop may become a Scan, as for a GPU. A layer that
-    `find` refuses, such as one whose weight a grouped convolution uses as well, is left out. Raises `ModelError` for a shape of
-    an input that is not there.
+    cannot be rewritten, such as one whose weight a grouped convolution uses as well, is left out. Raises `ModelError` for a
+    shape of an input that is not there.
     """
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
     graph = import_graph(bind_shapes(bound, batch, shapes or {}))
     _complete(graph, inferred_shapes(bound, data_prop=True))
-    if any(_shape(node.inputs[0]) is None or _output(node) is None for node in rewritable(graph).values()):
+    named = NamedLayers(graph)
+    layers = named.rewritable()
+    if any(_shape(node.inputs[0]) is None or _output(node) is None for node in layers.values()):
         _complete(graph, seen_shapes(bound, batch, shapes))  # such as those behind computed initial states
-    names = names_in(graph)
+        layers = named.rewritable()
     found = []
-    for name in rewritable(graph):
+    for name in layers:
         try:
-            rule, sites = find(graph, LayerPlan(name=name, format="svd", modes=(1,), ranks=(1,)), names)
+            rule, sites = named.find(LayerPlan(name=name, format="svd", modes=(1,), ranks=(1,)))
         except GraphError:
             continue
         found.append(dense_layer(name, graph, rule, sites))

@@ -14,7 +14,7 @@ import onnx
 
 from tensorrail_exporter.graph_io import import_graph
 from tensorrail_exporter.plan import Plan
-from tensorrail_exporter.sites import find, names_in
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.placement import placement, time_shares
 from tensorrail_runtime.session import Settings
@@ -66,6 +66,6 @@ def _times(
 def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
     """Return the layer of each tensor that a planned layer's dense node gives."""
     graph = import_graph(model)
-    names = names_in(graph)
-    sites = [(site, layer.name) for layer in plan.layers for site in find(graph, layer, names)[1]]
+    named = NamedLayers(graph)
+    sites = [(site, layer.name) for layer in plan.layers for site in named.find(layer)[1]]
     return {tensor.name: name for site, name in sites for tensor in site.node.outputs if not tensor.is_empty()}

@@ -16,7 +16,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImp
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.graph_io import import_graph, load_model
 from tensorrail_exporter.rules import RULES
-from tensorrail_exporter.sites import rewritable
+from tensorrail_exporter.sites import NamedLayers
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 MODELS = sorted(DATA.glob("light/*.onnx")) + sorted(
@@ -35,7 +35,7 @@ def label(path):
 def plan_for(model, form_name, largest):
     """Return a plan for all that can be rewritten, at the largest ranks that exist, `largest` at most."""
     form, layers = FORMATS[form_name], []
-    for name, node in rewritable(import_graph(model)).items():
+    for name, node in NamedLayers(import_graph(model)).rewritable().items():
         shape = RULE_OF[node.op].layer(node).shape if hasattr(node.inputs[1], "values") else None
         if shape is None:  # a weight that is still computed: its shape is known when it has been folded
             shape = decomposable_shape(model, name)
@@ -48,10 +48,8 @@ def plan_for(model, form_name, largest):
 
 
 def decomposable_shape(model, name):
-    from tensorrail_exporter.sites import find, names_in
-
-    graph = import_graph(model)
-    rule, sites = find(graph, LayerPlan(name=name, format="svd", modes=(1, 1), ranks=(1,)), names_in(graph))
+    layer = LayerPlan(name=name, format="svd", modes=(1, 1), ranks=(1,))
+    rule, sites = NamedLayers(import_graph(model)).find(layer)
     return rule.layer(sites[0].node).shape
 
 
@@ -138,7 +136,7 @@ def test_full_rank_keeps_the_outputs_and_all_else_is_untouched(form_name, path):
 
 
 def test_the_models_are_there_and_most_of_their_layers_are_rewritten():
-    counts = {label(path): len(rewritable(import_graph(load_model(path)))) for path in MODELS}
+    counts = {label(path): len(NamedLayers(import_graph(load_model(path))).rewritable()) for path in MODELS}
     assert len(counts) >= 140
     assert counts["light_resnet50"] == 54
     assert counts["light_vgg19"] == 19

@@ -8,6 +8,7 @@ from conftest import make_model
 from onnx import TensorProto, helper
 from test_recurrent_nodes import GATES, recurrent_model
 
+from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize, sites
 from tensorrail_exporter.survey import survey
 from tensorrail_runtime.cost import cost
 from tensorrail_runtime.session import ModelError
@@ -150,6 +151,27 @@ def test_layers_behind_computed_initial_states_have_their_shapes():
     found = survey(model, 3, {model.graph.input[0].name: (3, 7, 12)})
     assert len(found) == 3
     assert all(layer.output is not None and layer.macs for layer in found)
+
+
+def test_the_work_grows_with_the_layers_and_not_with_their_square(rng, monkeypatch):
+    asked = []
+    real = sites.names_of
+    monkeypatch.setattr(sites, "names_of", lambda node: asked.append(node) or real(node))
+
+    def count(layers):
+        chain = [helper.make_node("MatMul", [f"x{k}", f"w{k}"], [f"x{k + 1}"]) for k in range(layers)]
+        weights = {f"w{k}": weight(rng, 8, 8) for k in range(layers)}
+        model = make_model(chain, weights, {"x0": ["n", 8]}, {f"x{layers}": ["n", 8]})
+        asked.clear()
+        assert len(survey(model)) == layers
+        factorize(model, plan := Plan(layers=tuple(svd(f"w{k}") for k in range(layers))), decompose_graph(model, plan))
+        return len(asked)
+
+    assert count(40) == 4 * count(10)
+
+
+def svd(name):
+    return LayerPlan(name=name, format="svd", modes=(8, 8), ranks=(2,))
 
 
 def test_layers_in_a_body_have_no_known_shapes(rng):

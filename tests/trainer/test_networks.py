@@ -13,7 +13,7 @@ from torch import nn
 
 from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.graph_io import import_graph, save_model
-from tensorrail_exporter.sites import rewritable
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime import cost
 from tensorrail_trainer import to_onnx
 from tensorrail_trainer.layers import dense_layers
@@ -143,7 +143,7 @@ def test_the_graph_computes_what_the_module_does_at_any_batch(name, exported):
 def test_every_layer_is_found_under_the_modules_own_name(name, exported):
     model, graph = exported[name]
     depthwise = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
-    assert set(rewritable(import_graph(graph))) == set(dense_layers(model)) - depthwise
+    assert set(NamedLayers(import_graph(graph)).rewritable()) == set(dense_layers(model)) - depthwise
     assert len(depthwise) == (7 if name == "mobilenet_v2" else 0)
 
 

@@ -12,7 +12,7 @@ from cases import relative
 from torch import nn
 
 from tensorrail_exporter.graph_io import import_graph, save_model
-from tensorrail_exporter.sites import rewritable
+from tensorrail_exporter.sites import NamedLayers
 from tensorrail_runtime import cost
 from tensorrail_trainer import to_onnx
 from tensorrail_trainer.layers import dense_layers
@@ -149,7 +149,7 @@ def test_the_graph_computes_what_the_network_does_at_any_batch(key):
 @pytest.mark.parametrize("key", KEYS)
 def test_every_layer_is_found_in_the_graph(key):
     model, graph = exported(key)
-    assert set(rewritable(import_graph(graph))) == set(dense_layers(model))
+    assert set(NamedLayers(import_graph(graph)).rewritable()) == set(dense_layers(model))
 
 
 @pytest.mark.parametrize("key", ["gru", "resnet20", "vgg16_bn, small"])
