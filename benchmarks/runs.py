@@ -102,6 +102,8 @@ def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], st
     share = (
         f", projections {100 * sum(r.projection_seconds for r in admm) / seconds_of(tuple(admm)):.1f} % of ADMM" if admm else ""
     )
+    timed = log.latency[0].processes if isinstance(log, Report) else 0
+    share += f", timed in {timed} fresh processes" if timed else ""
     weights = f", from the dense network of `{Path(recipe.model.weights).parent.name}`" if recipe.model.weights else ""
     about = f"- `{recipe.name}`: seed {recipe.seed}{weights}, {seconds_of(own) / 60:.0f} min of training{share}"
     same = len(before) + len(control) == totals["finetune"]

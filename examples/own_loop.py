@@ -81,7 +81,8 @@ def main() -> None:
     print(f"cut into cores: {accuracy(model, *test):.1f} %")
     train(model, x, y, 2, LR / 5)
     print(f"fine-tuned: {accuracy(model, *test):.1f} %")
-    train(control, x, y, options.epochs + 2, LR)
+    train(control, x, y, options.epochs, LR)
+    train(control, x, y, 2, LR / 5)
     print(f"dense control, as many epochs: {accuracy(control, *test):.1f} %")
 
     dense = to_onnx(to_dense(model), x[:2])

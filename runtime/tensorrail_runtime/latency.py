@@ -81,13 +81,15 @@ class Ratio(Record):
 class LatencyReport(Record):
     """One interleaved run; `batch` are the samples of each run.
 
-    `transfers` says whether inputs and outputs were copied between host and device in the times.
+    `transfers` says whether inputs and outputs were copied between host and device in the times; `processes` in how many fresh
+    processes they were taken, 0 for the one that asked.
     """
 
     batch: int
     provider: str
     threads: int
     rounds: int
+    processes: int = 0
     machine: Machine
     latencies: tuple[Latency, ...]
     ratios: tuple[Ratio, ...]
@@ -158,13 +160,15 @@ def bench_fresh(
     shapes: Shapes | None = None,
     labels: Sequence[str] | None = None,
     processes: int = 5,
+    on_process: Callable[[float], None] = lambda _: None,
 ) -> LatencyReport:
     """Return what `bench` returns when it runs in processes of its own, `seconds` in all, the samples of all together.
 
     The same models ran up to 1.3 times slower in a process that had decomposed weights before than in a fresh one, and not
     all by the same factor; fresh processes differ as well, by some per cent. So a comparison that is to hold where a model is
     served is made in several fresh ones, each of which loads another model first. Each process's ratio is one estimate: their
-    geometric mean counts, and the interval is Student's over processes, however many rounds each of them ran.
+    geometric mean counts, and the interval is Student's over processes, however many rounds each of them ran. `on_process` is
+    told the share of the processes that have ended.
     """
     names = list(labels) if labels else _distinct(paths)
     files = [str(Path(path).resolve()) for path in paths]
@@ -185,6 +189,7 @@ def bench_fresh(
         run = LatencyReport.model_validate_json(fresh("tensorrail_runtime.latency:_bench_request", request))
         back = len(paths) - first
         runs.append(run.model_copy(update={"latencies": run.latencies[back:] + run.latencies[:back]}))
+        on_process((number + 1) / processes)
     latencies = tuple(
         Latency.of(
             same[0].model,
@@ -197,6 +202,7 @@ def bench_fresh(
     return runs[0].model_copy(
         update={
             "rounds": sum(run.rounds for run in runs),
+            "processes": processes,
             "latencies": latencies,
             "ratios": tuple(_over_processes(runs, index) for index in range(1, len(paths))),
             "warnings": tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),

@@ -79,6 +79,11 @@ class Settings:
             raise ModelError(f"threads are 0 (ONNX Runtime's own choice) to {MOST_THREADS}, and {self.threads} came")
         if not self.on_gpu and (self.cuda_graph or self.nhwc or self.tf32):
             raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
+        if self.provider == "tensorrt" and (self.nhwc or self.tf32):
+            raise ModelError(
+                "NHWC and TF32 are asked of the CUDA provider alone: TensorRT chooses layouts by itself, and uses TF32 unless "
+                "NVIDIA_TF32_OVERRIDE=0 is in the environment"
+            )
         if self.provider != "cuda" and self.conv_search != SEARCHES[0]:
             raise ModelError(f"a {self.conv_search} search is of the CUDA provider: ask for provider 'cuda'")
 

@@ -63,6 +63,8 @@ def test_settings_that_do_not_fit_together_are_refused(small_path):
         (Settings(level="most"), "unknown graph optimization level 'most': expected one of none, basic"),
         (Settings(threads=-1), "threads are 0"),
         (Settings(cuda_graph=True), "of the CUDA provider"),
+        (Settings(provider="tensorrt", tf32=True), "TensorRT chooses layouts by itself, and uses TF32 unless"),
+        (Settings(provider="tensorrt", nhwc=True), "TensorRT chooses layouts by itself"),
     ):
         with pytest.raises(ModelError, match=reason):
             open_session(small_path, settings=settings)

@@ -29,7 +29,7 @@ SMALL = {
         "admm": {"epochs": 2, "lr": 0.05, "rho": 0.1},
         "finetune": {"epochs": 2, "lr": 0.02},
     },
-    "bench": {"batches": [1], "seconds": 0.2},
+    "bench": {"batches": [1], "seconds": 0.2, "processes": 1},
 }
 FILES = ["recipe.yaml", "plan.json", "cores.safetensors", "dense.onnx", "control.onnx", "model.onnx"]
 REPORTS = ["report.json", "report.md", "report.html"]
@@ -51,7 +51,9 @@ class Interrupted(Exception):  # noqa: N818 - stands for a signal, not an error
 
 def test_a_run_leaves_its_files_and_its_errors_apart(tmp_path):
     folder = tmp_path / "run"
-    report = run(small(tmp_path), folder)
+    shares = []
+    report = run(small(tmp_path), folder, progress=Progress(bench=lambda *share: shares.append(share)))
+    assert shares == [(1, 1.0)]
     assert all((folder / name).stat().st_size for name in FILES + REPORTS)
     assert not list(folder.rglob("*.part"))
     assert report.numerical.worst < 1e-5
@@ -60,7 +62,9 @@ def test_a_run_leaves_its_files_and_its_errors_apart(tmp_path):
     control, finetune = (sum(row.phase == name for row in report.training) for name in ("control", "finetune"))
     assert control == finetune + SMALL["train"]["admm"]["epochs"]
     assert Report.model_validate_json((folder / "report.json").read_bytes()) == report
+    assert [run_.processes for run_ in report.latency] == [1]
     page = (folder / "report.html").read_text()
+    assert "in 1 fresh process, 95 % intervals" in page
     assert page.count("<svg") == 3
     assert not any(load in page for load in ('src="', 'href="http', "url(http", "@import"))  # nothing is loaded from elsewhere
 

@@ -30,12 +30,13 @@ from tensorrail_exporter.plan import Plan
 from tensorrail_exporter.rewrite import Factored, factorize, reconstruct
 from tensorrail_runtime.accuracy import accuracy_of
 from tensorrail_runtime.cost import cost
-from tensorrail_runtime.latency import LatencyReport, bench
+from tensorrail_runtime.latency import LatencyReport, bench_fresh
 from tensorrail_runtime.parity import Parity, parity
 from tensorrail_runtime.placement import placement, time_shares
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.render import html, markdown
 from tensorrail_runtime.report import Check, Epoch, LayerRow, Model, Report
+from tensorrail_runtime.session import Settings
 from tensorrail_trainer.admm import ADMM
 from tensorrail_trainer.checkpoints import Checkpoints, place_of
 from tensorrail_trainer.data import Dataset
@@ -408,13 +409,14 @@ def run(
     )
     compared = (next(iter(paths)), "factored")
     latency = tuple(
-        bench(
+        bench_fresh(  # this process has trained and decomposed, and would time one model slower than the other
             [paths[label] for label in compared],
             batch=batch,
             seconds=recipe.bench.seconds,
-            threads=recipe.bench.threads,
+            processes=recipe.bench.processes,
+            settings=Settings(threads=recipe.bench.threads),
             labels=compared,
-            on_round=lambda share, batch=batch: progress.bench(batch, share),  # type: ignore[misc]
+            on_process=lambda share, batch=batch: progress.bench(batch, share),  # type: ignore[misc]
         )
         for batch in recipe.bench.batches
     )

@@ -125,10 +125,14 @@ class Export(Part):
 
 
 class Bench(Part):
-    """Interleaved latency: batch sizes, seconds of measuring for each, and threads (0: ONNX Runtime's own choice)."""
+    """Interleaved latency: batch sizes, seconds of measuring for each, in so many fresh processes, and threads.
+
+    0 threads are ONNX Runtime's own choice. The interval of one process says nothing of what processes differ by.
+    """
 
     batches: Annotated[tuple[Count, ...], FROM_LIST] = (1, 32)
     seconds: Positive = 10.0
+    processes: int = Field(default=5, ge=1)
     threads: int = Field(default=0, ge=0)
 
 
