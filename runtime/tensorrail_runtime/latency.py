@@ -155,6 +155,7 @@ def bench_fresh(
     *,
     batch: int = 1,
     seconds: float = 10.0,
+    warmup: float = 0.2,
     settings: Settings | None = None,
     io_binding: bool = False,
     shapes: Shapes | None = None,
@@ -181,6 +182,7 @@ def bench_fresh(
             "options": {
                 "batch": batch,
                 "seconds": seconds / processes,
+                "warmup": warmup,
                 "io_binding": io_binding,
                 "shapes": {name: list(shape) for name, shape in (shapes or {}).items()} or None,
                 "labels": names[first:] + names[:first],

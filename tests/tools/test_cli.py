@@ -49,6 +49,10 @@ def test_export_check_inspect_and_bench_work_on_files(cli, small_path, plan_path
     assert "speed-up" in printed
     assert json.loads((tmp_path / "b.json").read_text())["rounds"] >= 20
     assert cli("bench", small_path, small_path, "--duration", 0.2, "--min-speedup", 100)[0] == 1
+    code, printed, _ = cli("bench", small_path, out, "--duration", 0.2, "--processes", 2, "--json", tmp_path / "b.json")
+    assert code == 0
+    assert "in 2 fresh processes" in " ".join(printed.split())
+    assert json.loads((tmp_path / "b.json").read_text())["processes"] == 2
 
 
 def test_export_gives_slower_layers_the_dense_weight_of_their_cores(cli, small_path, tmp_path, monkeypatch):

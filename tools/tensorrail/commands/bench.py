@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,10 @@ def command(
     shape: Shape = None,
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds of measuring, all models together.")] = 10.0,
     warmup: Annotated[float, typer.Option(min=0.0, help="Seconds of the same before it.")] = 0.2,
+    processes: Annotated[
+        int,
+        typer.Option(min=0, help="Fresh processes to time in: the interval takes in what they differ by. 0: this one alone."),
+    ] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Intra-op threads; 0 is ONNX Runtime's own choice.")] = 0,
     provider: Provider = "cpu",
     io_binding: Annotated[
@@ -37,7 +42,6 @@ def command(
     """Time models in turns, A B B A, and print the speed-up over the first with a 95 % interval."""
     from tensorrail_runtime.footprint import footprint
     from tensorrail_runtime.inputs import parse_shapes
-    from tensorrail_runtime.latency import bench
     from tensorrail_runtime.session import ModelError, Settings
 
     if min_speedup is not None and len(models) < 2:
@@ -48,15 +52,16 @@ def command(
     for binding in [True, False] if io_binding and not cuda_graph else [io_binding]:
         with bar("measuring in turns") as advance:
             reports.append(
-                bench(
+                _timed(
                     models,
+                    processes,
+                    advance,
                     batch=batch,
                     seconds=duration,
                     warmup=warmup,
                     settings=settings,
                     io_binding=binding,
                     shapes=shapes,
-                    on_round=advance,
                 )
             )
         _show(reports[-1])
@@ -69,6 +74,14 @@ def command(
     if min_speedup is not None and not all(ratio.low >= min_speedup for ratio in reports[0].ratios):
         say(f"falls short: not every interval lies above {min_speedup}×")
         raise typer.Exit(1)
+
+
+def _timed(models: list[Path], processes: int, advance: Callable[[float], None], **options: Any) -> LatencyReport:
+    from tensorrail_runtime.latency import bench, bench_fresh
+
+    if processes:
+        return bench_fresh(models, processes=processes, on_process=advance, **options)
+    return bench(models, on_round=advance, **options)
 
 
 def _show(report: LatencyReport) -> None:
@@ -85,7 +98,8 @@ def _show(report: LatencyReport) -> None:
     ]
     where = report.machine.gpu.name if report.machine.gpu else report.machine.processor
     how = "with transfers" if report.transfers else "on the device"
-    title = f"batch {report.batch}, {report.rounds} rounds, {where}" + ("" if report.provider == "cpu" else f", {how}")
+    fresh = f" in {report.processes} fresh processes" if report.processes else ""
+    title = f"batch {report.batch}, {report.rounds} rounds{fresh}, {where}" + ("" if report.provider == "cpu" else f", {how}")
     table(title, ("model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "load ms", "speed-up [95 %]"), rows)
     for warning in report.warnings:
         say(f"warning: {warning}")
