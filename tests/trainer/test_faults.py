@@ -81,6 +81,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
         store.save("admm", 2, {"value": torch.tensor(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["admm-0001.pt"]
     assert store.latest("admm")["epoch"] == 1
+    with pytest.raises(CheckpointError, match=r"dense-0001.pt cannot be written .*; of phase dense none was written before"):
+        store.save("dense", 1, {"value": torch.tensor(1)})
 
 
 def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path):

@@ -394,6 +394,50 @@ def test_a_last_step_that_diverges_is_noticed_before_the_checkpoint(kind, tmp_pa
     assert Checkpoints(tmp_path).latest(phase.name) is None
 
 
+def test_weights_that_diverge_before_an_update_end_as_those_that_diverge_after_one(tmp_path, data):
+    model = network()
+    phase = Phase("admm", model, AdmmSchedule(epochs=1, lr=3e38, weight_decay=1e4, every_steps=1), admm_of(model))
+    with pytest.raises(TrainingError, match=r"epoch 1, step 1: the weights are no longer finite at learning rate 3e\+38"):
+        fit(tmp_path, data, phase)
+
+
+def moved(tmp_path, data, schedule, **training):
+    """Return how far a phase moves the last layer's weight."""
+    model = network()
+    before = model[5].weight.detach().clone()
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    return float((fit(folder, data, Phase("dense", model, schedule), **training)[0][5].weight.detach() - before).norm())
+
+
+def test_the_schedule_sets_the_rate_and_gradients_are_clipped(tmp_path, data, monkeypatch):
+    plain = {"epochs": 1, "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0}
+    free = moved(tmp_path, data, Schedule(**plain))
+    assert moved(tmp_path, data, Schedule(**plain, clip=1e-3)) <= 4 * 0.01 * 1e-3 < free  # four steps of that norm at most
+    monkeypatch.setattr(loop, "rate", lambda *_: 0.0)
+    assert moved(tmp_path, data, Schedule(**plain)) == 0.0
+
+
+def test_mixup_and_label_smoothing_reach_the_images_and_the_loss(tmp_path, data, monkeypatch):
+    asked, seen = [], []
+    real = loop._cross_entropy
+    monkeypatch.setattr(loop, "_cross_entropy", lambda *given: asked.append(given[2:]) or real(*given))
+    model = network()
+    model[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]) if module.training else None)
+    fit(tmp_path, data, Phase("dense", model, Schedule(epochs=1, lr=0.01)), mixup=0.4, label_smoothing=0.1)
+    assert len(asked) == 4
+    assert all(0 < share < 1 and smoothing == 0.1 for share, smoothing in asked)
+    rows = {tuple(image.flatten()[:5].tolist()) for image in data.train.x}
+    assert not any(tuple(image.flatten()[:5].tolist()) in rows for x in seen for image in x)
+
+
+def test_rho_is_balanced_while_a_phase_trains(tmp_path, data):
+    model = network()
+    schedule = AdmmSchedule(epochs=1, lr=0.01, rho=1e-6, balance=True)
+    _, rows = fit(tmp_path, data, Phase("admm", model, schedule, admm_of(model, rho=1e-6)))
+    assert rows[0].rho == pytest.approx(2e-6)  # the primal residual is far the larger one
+
+
 def test_fewer_samples_than_a_batch_are_refused(tmp_path, data):
     few = Dataset("made", 2, InMemory(data.train.x[:8], data.train.y[:8]), data.test)
     with pytest.raises(TrainingError, match="8 training samples make no batch of 32"):

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import yaml
 
 from tensorrail_exporter import Plan, planner
 from tensorrail_runtime.report import Report
+from tensorrail_trainer import pipeline
 from tensorrail_trainer.checkpoints import CheckpointError, Checkpoints
 from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.layers import swap
@@ -144,6 +146,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     (tmp_path / "dense-0002.pt").write_bytes(b"")
     assert store.latest("dense") is None
     assert notes[1] == "refused the damaged checkpoint dense-0003.pt, dense-0002.pt; phase dense starts anew"
+    store.save("dense", 1, {"value": torch.tensor(1)})  # and what it writes then stays
+    assert [path.name for path in tmp_path.iterdir()] == ["dense-0001.pt"]
+    assert store.latest("dense")["epoch"] == 1
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    store.save("dense", 1, {"value": torch.tensor(1)})
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(
+        CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\): make it readable and go on"
+    ):
+        store.latest("dense")
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_resume(tmp_path):
+    recipe = small(tmp_path)
+    prepare(recipe, tmp_path / "run")
+    whole, _ = train_all(recipe, tmp_path / "run", Progress())
+    for path in (tmp_path / "run" / "checkpoints").glob("control-*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    notes = []
+    again, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
+    assert any("phase control starts anew" in note for note in notes)
+    for name, tensor in whole.dense.state_dict().items():
+        assert torch.equal(tensor, again.dense.state_dict()[name]), name
+    assert [row.loss for row in again.rows] == [row.loss for row in whole.rows]
+
+
+def test_batches_of_one_sample_train(tmp_path):
+    recipe = small(tmp_path, train=SMALL["train"] | {"batch": 1})
+    job = pipeline._try_out(recipe, recipe.make_data(), None, torch.device("cpu"))
+    assert job  # with the channels last
+    bad = small(
+        tmp_path, train=SMALL["train"] | {"batch": 1}, model=SMALL["model"] | {"args": SMALL["model"]["args"] | {"classes": 3}}
+    )
+    with pytest.raises(RecipeError, match=r"gives \[1, 3\] for 1 sample: expected scores of 10 classes, \[1, 10\]"):
+        pipeline._try_out(bad, bad.make_data(), None, torch.device("cpu"))
 
 
 def test_a_checkpoint_whose_numbers_changed_on_the_disk_is_refused(tmp_path):
@@ -430,7 +474,13 @@ def test_a_bad_recipe_is_one_line_with_its_key(tmp_path, change, reason):
     assert str(caught.value).startswith(str(tmp_path))
 
 
-def test_a_network_that_was_trained_before_teaches(tmp_path):
+def test_a_network_that_was_trained_before_teaches(tmp_path, monkeypatch):
+    teachers = {}
+    real = pipeline.train
+    monkeypatch.setattr(
+        pipeline, "train", lambda phase, *rest: teachers.update({phase.name: phase.teacher}) or real(phase, *rest)
+    )
+
     def trained(name, **changes):
         recipe = small(tmp_path, **changes)
         prepare(recipe, tmp_path / name)
@@ -440,7 +490,14 @@ def test_a_network_that_was_trained_before_teaches(tmp_path):
     trained("wider", model=wider, plan=[{"layers": "hidden", "ranks": 2}])
     weights = tmp_path / "wider" / "dense.safetensors"
     distill = {"weight": 1.0, "teacher": wider | {"weights": str(weights)}}
+    assert teachers == dict.fromkeys(("dense", "admm", "finetune", "control"))
     taught = trained("taught", train=SMALL["train"] | {"distill": distill})
+    assert teachers.pop("dense") is None
+    assert [(name, next(one.parameters()).shape[0]) for name, one in teachers.items()] == [
+        ("admm", 24),
+        ("finetune", 24),
+        ("control", 24),
+    ]
     alone = trained("alone", train=SMALL["train"] | {"distill": {"weight": 1.0}})
     dense, admm = (
         [row.loss for one in (taught, alone) for row in one.rows if row.phase == phase] for phase in ("dense", "admm")

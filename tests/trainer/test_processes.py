@@ -238,39 +238,35 @@ RECIPE = {
 }
 
 
-def to_its_end(command, folder, environment):
-    """Return exit code, stdout and stderr; what the command has started ends with it, or their pipes would stay open."""
+def to_their_end(command, folder, environments):
+    """Return exit code, stdout and stderr of as many processes as there are environments, which run side by side."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:
-        try:
-            out, error = process.communicate(timeout=2 * DEADLINE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return process.returncode, out, error
+    started = [subprocess.Popen(command, cwd=folder, env=one, start_new_session=True, **pipes) for one in environments]
+    try:
+        said = [process.communicate(timeout=2 * DEADLINE) for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return [(process.returncode, *both) for process, both in zip(started, said, strict=True)]
 
 
 def test_a_recipe_launched_with_two_processes_ends_as_with_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, "ACCELERATE_USE_CPU": "true"}
     for count in (1, 2):
-        launch = [
-            "--cpu",
-            "--num_processes",
-            str(count),
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
-        port = ["--main_process_port", str(free_port())]
-        training = ["-m", "tensorrail", "train", "recipe.yaml", "--folder", f"run{count}"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *port, *training]
-        code, out, error = to_its_end(command, tmp_path, environment)
+        shared |= {
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }  # as torchrun sets them
+        environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        command = [sys.executable, "-m", "tensorrail", "train", "recipe.yaml", "--folder", f"run{count}"]
+        (code, out, error), *others = to_their_end(command, tmp_path, environments)
         assert code == 0, error
-        assert out.count("finetune  epoch 1/1") == 1  # one of them speaks
+        assert out.count("finetune  epoch 1/1") == 1
+        assert [(code, out) for code, out, _ in others] == [(0, "")] * (count - 1)  # one that trained alone would speak
+        assert "Warning" not in error
     for name in ("dense.safetensors", "cores.safetensors"):
         one, two = (load_file(tmp_path / f"run{count}" / name) for count in (1, 2))
         assert one.keys() == two.keys()

@@ -102,6 +102,13 @@ def progress(shown: bool = True) -> Iterator[Listener]:
         yield Listener(note=note, epoch=epoch, bench=measuring)
 
 
+def say_projections(epochs: Sequence[Epoch]) -> None:
+    """Say which share of ADMM's time went into projections, where there was ADMM."""
+    admm = [row for row in epochs if row.phase == "admm"]
+    if seconds := sum(row.seconds for row in admm):
+        say(f"projections took {100 * sum(row.projection_seconds for row in admm) / seconds:.1f} % of the ADMM phase")
+
+
 def _line(row: Epoch, epochs: int, left: int) -> str:
     residual = max((primal for primal, _ in row.residuals.values()), default=None)
     dual = max((dual for _, dual in row.residuals.values()), default=0.0)

@@ -20,7 +20,7 @@ _KEEP = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written; one line with the file, the reason and what is still there."""
+    """A checkpoint that cannot be written or read; one line with the file, the reason and what is still there."""
 
 
 class Checkpoints:
@@ -30,9 +30,10 @@ class Checkpoints:
         self.folder, self.note = folder, note
 
     def save(self, phase: str, epoch: int, state: dict[str, Any]) -> None:
-        """Write the state after `epoch` epochs of a phase and remove all but the last two of that phase.
+        """Write the state after `epoch` epochs of a phase; of that phase only the one before it stays beside it.
 
-        Raises `CheckpointError` when the disk is full or the folder may not be written to; what was there stays.
+        Those of later epochs go as well: they were refused, and the phase has gone on from an earlier one. Raises
+        `CheckpointError` when the disk is full or the folder may not be written to; what was there stays.
         """
         buffer = io.BytesIO()
         torch.save(state | {"phase": phase, "epoch": epoch}, buffer)
@@ -40,19 +41,25 @@ class Checkpoints:
         try:
             write_bytes(path, buffer.getvalue())
         except OSError as error:
-            kept = [old.name for old in self._files(phase)[-1:]]
+            kept = [old.name for old, at in self._files(phase).items() if at < epoch][-1:]
             raise CheckpointError(
-                f"checkpoint {path} cannot be written ({error.strerror or error}); {kept[0] if kept else 'the phase before'} "
-                "is whole: make room, or the folder writable, and go on with --resume"
+                f"checkpoint {path} cannot be written ({error.strerror or error}); "
+                f"{f'{kept[0]} is whole' if kept else f'of phase {phase} none was written before'}: make room, or the folder "
+                "writable, and go on with --resume"
             ) from None
-        for old in self._files(phase)[:-_KEEP]:
+        files = self._files(phase)
+        stay = [old for old, at in files.items() if at <= epoch][-_KEEP:]
+        for old in files.keys() - set(stay):
             old.unlink(missing_ok=True)
 
     def latest(self, phase: str) -> dict[str, Any] | None:
-        """Return the newest state of a phase that can be read, or None when there is none."""
+        """Return the newest state of a phase that is whole, or None when there is none.
+
+        Raises `CheckpointError` for a file that may not be read: it may be whole.
+        """
         refused: list[str] = []
         found = None
-        for path in reversed(self._files(phase)):
+        for path in reversed(list(self._files(phase))):
             found = _read(path, phase)
             if found is not None:
                 break
@@ -62,9 +69,10 @@ class Checkpoints:
             self.note(f"refused the damaged checkpoint {', '.join(refused)}; {instead}")
         return found
 
-    def _files(self, phase: str) -> list[Path]:
+    def _files(self, phase: str) -> dict[Path, int]:
+        """Return the files of a phase with their epochs, in the order of these."""
         found = {file: place[1] for file in self.folder.glob("*.pt") if (place := place_of(file)) and place[0] == phase}
-        return sorted(found, key=found.__getitem__)
+        return dict(sorted(found.items(), key=lambda one: one[1]))
 
 
 def place_of(path: Path) -> tuple[str, int] | None:
@@ -76,10 +84,17 @@ def place_of(path: Path) -> tuple[str, int] | None:
 def _read(path: Path, phase: str) -> dict[str, Any] | None:
     """Return the state in a file, or None when it is damaged or no state of this phase."""
     try:
-        with zipfile.ZipFile(path) as parts:
+        content = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error.strerror or error}): make it readable and go on with --resume"
+        ) from None
+    try:
+        with zipfile.ZipFile(content) as parts:
             if parts.testzip() is not None:
                 return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 - a damaged file raises whatever its bytes say
         return None
     whole = isinstance(state, dict) and state.get("phase") == phase and isinstance(state.get("epoch"), int)

@@ -27,7 +27,7 @@ from tensorrail_trainer.data import Dataset, Share, Split
 from tensorrail_trainer.data.splits import EVALUATED, InMemory, in_order, shuffled
 from tensorrail_trainer.graphed import IMPLEMENTATION, CaptureError, Replay, on_device
 from tensorrail_trainer.layers import FactoredLayer
-from tensorrail_trainer.processes import rank, summed, sync_batch_norm, unsync_batch_norm, world
+from tensorrail_trainer.processes import alike, rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipe import Recipe
 from tensorrail_trainer.recurrent import FactoredRecurrent
 from tensorrail_trainer.schedules import AdmmSchedule, Schedule, Training, penalty_weight, rate
@@ -72,6 +72,12 @@ def train(
     optimizer = make_optimizer(phase.model, phase.schedule)
     average = _average(phase.model, settings)
     state = store.latest(phase.name)
+    epochs = torch.tensor([1, state["epoch"] if state else 0], device=accelerator.device)
+    if not alike(epochs):
+        raise CheckpointError(
+            f"{store.folder}: the processes find phase {phase.name} at different epochs: expected one run folder that all of "
+            "them see"
+        )
     if state is not None:
         try:
             _restore(phase, optimizer, average, accelerator, state)
@@ -223,8 +229,9 @@ class _Job:
             if (step + 1) % _LOOK == 0 or due or step + 1 == len(picks):
                 self._look(losses, len(picks))
             if due:
+                self._require_finite(step, len(picks))
                 self._update()
-        self._require_finite(len(picks))
+        self._require_finite(len(picks) - 1, len(picks))
         right, seen = summed(torch.stack([hits, hits.new_tensor(seen)])).tolist()
         return float(summed(torch.stack(losses).mean())) / world(), 100 * right / seen
 
@@ -316,12 +323,12 @@ class _Job:
             if not np.isfinite(value):
                 raise self._diverged(f"the loss is {value}", first + k, steps)
 
-    def _require_finite(self, steps: int) -> None:
-        """Raise `TrainingError` when the last step, whose loss nobody sees, left weights that are not finite."""
+    def _require_finite(self, step: int, steps: int) -> None:
+        """Raise `TrainingError` when a step left weights that are not finite, which its own loss does not show."""
         with torch.no_grad():
             finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.phase.model.parameters()]).all()
         if not finite:
-            raise self._diverged("the weights are no longer finite", steps - 1, steps)
+            raise self._diverged("the weights are no longer finite", step, steps)
 
     def _diverged(self, what: str, step: int, steps: int) -> TrainingError:
         lr, name = rate(self.phase.schedule, self.epoch + step / steps), self.phase.name

@@ -283,9 +283,10 @@ def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: 
             f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
         ) from None
     shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != 2 or scores.shape[1] < classes:
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != len(x) or scores.shape[1] < classes:
         raise RecipeError(
-            f"{key}: gives {shape} for two samples{when}: expected scores of {classes} classes, [2, {classes}]; "
+            f"{key}: gives {shape} for {len(x)} sample{'s' if len(x) > 1 else ''}{when}: expected scores of {classes} classes, "
+            f"[{len(x)}, {classes}]; "
             f"try args: {{classes: {classes}}}"
         )
     return int(scores.shape[1])
@@ -382,13 +383,14 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "tensorrail run",
+    accelerator: Accelerator | None = None,
 ) -> Report | None:
     """Do the whole job and return its report, which also lies in the folder as `report.json`, `.md` and `.html`.
 
     Of several processes the first one measures and reports; the others return None.
     """
     progress = progress or Progress()
-    accelerator = make_accelerator(recipe)
+    accelerator = accelerator or make_accelerator(recipe)
     if accelerator.is_main_process:
         prepare(recipe, folder, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ Everything here also works in a process of its own, where it does nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -43,19 +43,17 @@ class _Synced(_BatchNorm):
         """Map (B, C, *S) to the same shape."""
         if not self.training or world() == 1:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # differentiable: the gradient is summed as well
-
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
             count = torch.full((1,), wide.numel() / wide.shape[1], device=x.device)
             axes = (0, *range(2, wide.dim()))
             wide_shape = (-1, *(1,) * (wide.dim() - 2))
-            sums = all_reduce(torch.cat([wide.sum(axes), count]))
+            sums = _Summed.apply(torch.cat([wide.sum(axes), count]))
             total = sums[-1]
             mean = sums[:-1] / total
             # A second pass: the difference of two large sums would lose the variance in rounding.
             centred = wide - mean.reshape(wide_shape)
-            variance = all_reduce(centred.square().sum(axes)) / total
+            variance = _Summed.apply(centred.square().sum(axes)) / total
             self._track(mean.detach(), variance.detach() * (total.detach() / (total.detach() - 1)))
             scale = torch.rsqrt(variance + self.eps)
             if self.affine:
@@ -119,6 +117,24 @@ def unsync_batch_norm(model: nn.Module) -> nn.Module:
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
     return model
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over all processes; the gradient of each part is that of the sum, summed in its turn."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        return summed(tensor)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return summed(gradient)
+
+
+def alike(numbers: Tensor) -> bool:
+    """Return whether all processes hold the same whole numbers."""
+    total, squares = summed(numbers), summed(numbers * numbers)
+    return bool((world() * squares == total * total).all())
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tensorrail.options import Folder, Json, Overwrite, RecipeFile, Resume
-from tensorrail.show import progress, say
+from tensorrail.show import progress, say, say_projections
 
 
 def command(
@@ -33,10 +33,7 @@ def command(
     last = {row.phase: row for row in trained.rows}
     for phase, row in last.items():
         say(f"{phase:<9} {row.epoch} epochs, test accuracy {row.test_accuracy:.2f} %")
-    seconds = sum(row.seconds for row in trained.rows if row.phase == "admm")
-    if seconds:
-        projecting = sum(row.projection_seconds for row in trained.rows if row.phase == "admm")
-        say(f"projections took {100 * projecting / seconds:.1f} % of the ADMM phase")
+    say_projections(trained.rows)
     log = TrainingLog(epochs=trained.rows, cut_accuracy=trained.cut_accuracy)
     log.save(target / "training.json")
     if json is not None:
