@@ -12,6 +12,7 @@ from tensorrail_trainer import to_onnx
 from tensorrail_trainer.layers import planned_layers
 from tensorrail_trainer.models import MODELS
 from tensorrail_trainer.published import PUBLISHED, published_plan
+from tensorrail_trainer.recipe import PublishedRule, _planned
 
 DENSE_MACS = {"resnet18": 1_814_073_344, "resnet50": 4_089_184_256}
 
@@ -82,6 +83,28 @@ def test_whole_networks_in_three_modes(name, weights, macs, ratios, networks, tm
     assert (found["dense"].macs, found["factored"].macs) == (dense_macs, macs)
     assert [sum(layer.params for layer in one.layers) for one in found.values()] == [dense_weights, weights]
     assert found["dense"].params - found["factored"].params == dense_weights - weights  # nothing else comes or goes
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "macs", "whole", "kernels"),
+    [
+        ("resnet18", 4_219_881, 787_644_276, (2.77, 2.30), (3.12, 2.58)),  # its table has 3×3 convolutions alone
+        ("resnet50", 15_739_884, 2_946_310_608, (1.62, 1.39), (7.28, 2.62)),
+    ],
+)
+def test_whole_networks_with_3x3_convolutions_alone(name, weights, macs, whole, kernels, networks):
+    """`kernels`: how many times fewer weights and MACs the 3×3 convolutions have, all else left out."""
+    model, layers = networks[name]
+    plan = _planned(model, PublishedRule(published=name, only_3x3=True), trained=False)
+    names = [layer for layer, (shape, _, _) in layers.items() if shape[2:] == (3, 3)]
+    assert {layer.name for layer in plan} == set(names)
+    table = {layer: PUBLISHED[name, 3][layer] for layer in names}
+    assert costs(table, layers) == (weights, macs)
+    stored = sum(layer.params(layers[layer.name][0]) for layer in plan)
+    assert stored + sum(shape.numel() for layer, (shape, _, _) in layers.items() if layer not in table) == weights
+    for among, ratios in ((layers, whole), ({layer: layers[layer] for layer in names}, kernels)):
+        pairs = zip(costs({}, among), costs(table, among), strict=True)
+        assert tuple(round(dense / factored, 2) for dense, factored in pairs) == ratios
 
 
 @pytest.mark.parametrize(
