@@ -305,7 +305,7 @@ def wrong_labels(kind="range"):
     [
         (
             {"model": {"name": "small_resnet", "args": SMALL["model"]["args"] | {"classes": 5}}},
-            r"model: gives \[2, 5\] for two samples: .*classes: 10",
+            r"model: gives \[2, 5\] for 2 samples: .*classes: 10",
         ),
         (
             {"model": {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 3}}},
@@ -321,7 +321,7 @@ def wrong_labels(kind="range"):
         ),
         (
             {"model": {"name": f"{__name__}:two_heads"}, "plan": [{"layers": "out", "ranks": 4}]},
-            r"model: gives tuple for two samples in training: expected scores",
+            r"model: gives tuple for 2 samples in training: expected scores",
         ),
         (
             {"data": {"name": f"{__name__}:wrong_labels"}, "model": KNOWN},
