@@ -73,6 +73,7 @@ _BAD_INPUT = {
     "tensorrail_trainer.weights": ("WeightsError",),
     "tensorrail_runtime.session": ("ModelError",),
 }
+_INTERRUPTED = "interrupted; `tensorrail run … --resume` goes on from the last finished epoch"
 # The modules of the extras other than `train`.
 _EXTRAS = {
     "export": ("onnx_graphsurgeon", "safetensors", "tensorly"),
@@ -96,11 +97,13 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a measurement that falls short
         if hasattr(error, "format_message"):  # typer's own, of a class that it does not export
             _fail_usage(error)
+        if type(error).__name__ == "Abort":  # Ctrl-C, of older versions of typer
+            _fail(_INTERRUPTED, 130)
         if not isinstance(error, _known_errors()):
             _crash()
         _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
     if code == 130:
-        _fail("interrupted; `tensorrail run … --resume` goes on from the last finished epoch", 130)
+        _fail(_INTERRUPTED, 130)
     sys.exit(code)
 
 
@@ -110,11 +113,12 @@ def _known_errors() -> tuple[type[Exception], ...]:
 
 
 def _fail_usage(error: Any) -> NoReturn:
-    context = error.ctx
-    if type(error).__name__ == "NoArgsIsHelpError":
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
         print(context.get_help(), file=sys.stderr)
         sys.exit(2)
-    _fail(f"{' '.join(error.format_message().split()).removesuffix('.')}; see `{context.command_path} --help`", 2)
+    where = context.command_path if context is not None else "tensorrail"
+    _fail(f"{' '.join(error.format_message().split()).removesuffix('.')}; see `{where} --help`", 2)
 
 
 def _crash() -> NoReturn:
