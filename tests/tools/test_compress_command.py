@@ -62,10 +62,20 @@ def test_plan_then_compress_by_it(folder):
     assert (folder / "out.int8.onnx").exists()
 
 
+MINE = "from tensorrail_trainer.models import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
+
+
+def test_a_torch_module_is_read_by_its_name(folder):
+    """What its layers are called is known before anything is timed."""
+    (folder / "mine.py").write_text(MINE)
+    done = call(folder, "plan", "mine:make", "--shape", "image=3,16,16", "--target", "params=1.2", "--keep", "none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stages.0.0.conv1" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_torch_module_can_be_planned(folder):
-    (folder / "mine.py").write_text(
-        "from tensorrail_trainer.models import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
-    )
+    (folder / "mine.py").write_text(MINE)
     done = call(folder, "plan", "mine:make", "--shape", "image=3,16,16", "--target", "params=1.2", "--allow-slower", *FAST)
     assert done.returncode == 0, done.stderr
     assert "stages.0.0.conv1" in done.stdout
