@@ -58,7 +58,7 @@ from tensorrail_runtime.machine import machine
 from tensorrail_runtime.parity import Tolerances, compare
 from tensorrail_runtime.placement import placement
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.report import TrainingLog
+from tensorrail_runtime.report import TrainingLog, projection_share
 from tensorrail_runtime.session import SEARCHES, ModelError, Settings, open_session, run
 from tensorrail_trainer.published import PUBLISHED
 
@@ -386,8 +386,7 @@ def _train(bench: Bench, recipe: Path) -> None:
                 taken = rows[1:] or rows  # the first one warms up
                 row[phase] = float(np.median([epoch.seconds for epoch in taken]))
                 row[f"{phase} accuracy"] = rows[-1].test_accuracy
-        admm = [epoch for epoch in epochs if epoch.phase == "admm"]
-        row["projection"] = sum(e.projection_seconds for e in admm) / max(1e-9, sum(e.seconds for e in admm)) if admm else None
+        row["projection"] = projection_share(epochs)
     bench.add("training", row)
 
 

@@ -18,7 +18,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.report import Epoch, Report, TrainingLog
+from tensorrail_runtime.report import Epoch, Report, TrainingLog, projection_share
 from tensorrail_trainer.recipe import Recipe
 
 matplotlib.rcParams["svg.hashsalt"] = "tensorrail"  # the same picture for the same runs
@@ -98,14 +98,12 @@ def table_of(folder: Path) -> tuple[list[tuple[str, ...]], tuple[Epoch, ...], st
         if phase == "finetune" and log.cut_accuracy is not None and cut_at:  # fresh cores were never cut
             rows.append((recipe.name, "cores, as cut", str(cut_at), f"{log.cut_accuracy:.2f} %", *["–"] * 5))
         rows.append((recipe.name, name, str(totals[phase]), f"{row.test_accuracy:.2f} %", *cells))
-    admm = [row for row in own if row.phase == "admm"]
-    share = (
-        f", projections {100 * sum(r.projection_seconds for r in admm) / seconds_of(tuple(admm)):.1f} % of ADMM" if admm else ""
-    )
-    timed = log.latency[0].processes if isinstance(log, Report) else 0
-    share += f", timed in {timed} fresh processes" if timed else ""
+    share = projection_share(own)
+    projections = "" if share is None else f", projections {100 * share:.1f} % of ADMM"
+    fresh = log.latency[0].fresh if isinstance(log, Report) else ""
+    timed = f", timed{fresh}" if fresh else ""
     weights = f", from the dense network of `{Path(recipe.model.weights).parent.name}`" if recipe.model.weights else ""
-    about = f"- `{recipe.name}`: seed {recipe.seed}{weights}, {seconds_of(own) / 60:.0f} min of training{share}"
+    about = f"- `{recipe.name}`: seed {recipe.seed}{weights}, {seconds_of(own) / 60:.0f} min of training{projections}{timed}"
     same = len(before) + len(control) == totals["finetune"]
     return rows, (*before, *own, *(control if same else ())), about
 

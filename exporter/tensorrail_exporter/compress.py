@@ -232,7 +232,7 @@ def _rounding(model: onnx.ModelProto, plan: Plan) -> float:
     """
     graph = import_graph(model)
     named = NamedLayers(graph)
-    found = [named.find(layer) for layer in plan.layers]
+    found = [named.find(layer.name) for layer in plan.layers]
     unit = max(float(np.finfo(rule.weight(sites[0].node).dtype).eps) / 2 for rule, sites in found)
     return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(found)))
 

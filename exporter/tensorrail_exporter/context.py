@@ -67,7 +67,7 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
     named = NamedLayers(graph)
     for node in [node for node in graph.nodes if node.name.startswith("copy")]:
         plan = option.plan(node.name)
-        rule, sites = named.find(plan)
+        rule, sites = named.find(plan.name)
         spec = replace(rule.layer(sites[0].node), scan=layer.spec.scan)
         cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape)]
         steps = plan.contraction(pad_ranks(plan, cores, spec.shape, option.block), spec)

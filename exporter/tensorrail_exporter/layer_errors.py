@@ -71,7 +71,7 @@ def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
     }
     found = {}
     for layer in plan.layers:
-        _, sites = named.find(layer)
+        _, sites = named.find(layer.name)
         found[layer.name] = next(tensor.name for tensor in sites[0].node.outputs if not tensor.is_empty())
     return dict(sorted(found.items(), key=lambda item: order.get(item[1], len(order))))
 

@@ -110,7 +110,7 @@ def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, 
     named = NamedLayers(graph)
     found = {}
     for layer in layers:
-        rule, sites = named.find(layer)
+        rule, sites = named.find(layer.name)
         found[layer.name] = np.array(rule.weight(sites[0].node), np.float32)
         check_finite(layer.name, found[layer.name])
     return found
@@ -119,7 +119,7 @@ def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, 
 def takes_bias(model: onnx.ModelProto, layer: LayerPlan) -> bool:
     """Return whether a bias can be given to the layer without a new node: one node, a Conv or Gemm, or an Add behind it."""
     graph = import_graph(model)
-    _, sites = NamedLayers(graph).find(layer)
+    _, sites = NamedLayers(graph).find(layer.name)
     return len(sites) == 1 and _bias(sites[0]) is not None
 
 
@@ -132,7 +132,7 @@ def add_biases(model: onnx.ModelProto, plan: Plan, biases: Mapping[str, np.ndarr
     for layer in plan.layers:
         if layer.name not in biases:
             continue
-        rule, sites = named.find(layer)
+        rule, sites = named.find(layer.name)
         place = _bias(sites[0])
         if place is None:
             raise GraphError(
@@ -184,7 +184,7 @@ def _uses(model: onnx.ModelProto, plan: Plan) -> dict[str, list[DenseLayer]]:
     order = {id(node): place for place, (_, node) in enumerate(walk(graph))}
     found = []
     for part in plan.layers:
-        rule, sites = named.find(part)
+        rule, sites = named.find(part.name)
         uses = [dense_layer(part.name, graph, rule, [site]) for site in sites if site.graph is graph]
         found.append((min(order[id(site.node)] for site in sites), part.name, uses))
     return {name: uses for _, name, uses in sorted(found, key=lambda one: one[:2])}

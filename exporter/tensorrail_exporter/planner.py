@@ -236,25 +236,27 @@ def plan_network(
         found = min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
     else:
         found = max(tried, key=lambda report: (_nearest(report), report.reached["latency"]))
-    return found.model_copy(update={"rows": (*found.rows, *(_untimed(layer) for layer in layers if layer not in wanted))})
+    untimed = [layer for layer in layers if layer not in wanted]  # such as those in the bodies of If and Loop
+    rows = (_dense_row(layer, 0.0, "not timed: the shape of its data is not known") for layer in untimed)
+    return found.model_copy(update={"rows": (*found.rows, *rows)})
 
 
-def _untimed(layer: DenseLayer) -> PlannedLayer:
-    """Return the row of a layer whose data have no known shape, as in the bodies of If and Loop: nothing can time it."""
+def _dense_row(layer: DenseLayer, milliseconds: float, reason: str) -> PlannedLayer:
+    """Return the row of a layer that stays dense."""
     return PlannedLayer(
         layer=layer.name,
         what=layer.describe(),
         format=None,
         ranks=(),
         steps="",
-        dense_ms=0.0,
-        ms=0.0,
+        dense_ms=milliseconds,
+        ms=milliseconds,
         dense_macs=layer.macs,
         macs=layer.macs,
         dense_params=layer.params,
         params=layer.params,
         loss=0.0,
-        reason="not timed: the shape of its data is not known",
+        reason=reason,
     )
 
 
@@ -415,32 +417,31 @@ def _choose(
     rows, plans = [], []
     saved = {"ms": 0.0, "macs": 0, "params": 0, "bytes": 0}
     for (layer, options), pick in zip(faster.items(), picks, strict=True):
-        option = options[pick - 1] if pick else None
         dense_ms = layer.nodes * table.milliseconds(layer)
-        ms = dense_ms if option is None else layer.nodes * table.milliseconds(layer, option)
-        macs = layer.macs if option is None else _macs(layer, option)
-        params = layer.params if option is None else option.params
+        if not pick:
+            rows.append(_dense_row(layer, dense_ms, _reason(layer, wanted[layer], options, table, search)))
+            continue
+        option = options[pick - 1]
+        ms, macs = layer.nodes * table.milliseconds(layer, option), _macs(layer, option)
         saved["ms"] += dense_ms - ms
         saved["macs"] += layer.macs - macs
-        saved["params"] += layer.params - params
-        saved["bytes"] += (layer.params - params) * layer.dtype.itemsize
-        if option is not None:
-            plans.append(option.plan(layer.name))
+        saved["params"] += layer.params - option.params
+        saved["bytes"] += (layer.params - option.params) * layer.dtype.itemsize
+        plans.append(option.plan(layer.name))
         rows.append(
             PlannedLayer(
                 layer=layer.name,
                 what=layer.describe(),
-                format=option.format if option else None,
-                ranks=option.ranks if option else (),
-                steps=option.steps if option else "",
+                format=option.format,
+                ranks=option.ranks,
+                steps=option.steps,
                 dense_ms=dense_ms,
                 ms=ms,
                 dense_macs=layer.macs,
                 macs=macs,
                 dense_params=layer.params,
-                params=params,
-                loss=losses.values[layer.name][pick - 1] if pick else 0.0,
-                reason="" if option else _reason(layer, wanted[layer], options, table, search),
+                params=option.params,
+                loss=losses.values[layer.name][pick - 1],
             )
         )
     return PlanReport(
@@ -523,7 +524,7 @@ def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str,
     named = NamedLayers(graph)
     found = {}
     for layer in plan.layers:
-        rule, sites = named.find(layer)
+        rule, sites = named.find(layer.name)
         shape = rule.layer(sites[0].node).shape
         sizes = layer.core_shapes(shape)
         ranks = layer.ranks[1:] if layer.format == "tr" else layer.ranks  # a ring's first one comes again as its last

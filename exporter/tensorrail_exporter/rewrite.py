@@ -88,7 +88,7 @@ def factorize(
     named = NamedLayers(graph)
     rewrites = []
     for layer in plan.layers:
-        rule, sites = named.find(layer)
+        rule, sites = named.find(layer.name)
         specs = [_layer(rule, site, scan and holds_scan(model)) for site in sites]
         spec = specs[0]
         layer.check(spec.shape)
@@ -135,7 +135,7 @@ def _with_weights(model: onnx.ModelProto, plan: Plan, made: Callable[[LayerPlan,
     graph = import_graph(model)
     named = NamedLayers(graph)
     for layer in plan.layers:
-        rule, sites = named.find(layer)
+        rule, sites = named.find(layer.name)
         weight = made(layer, rule.layer(sites[0].node))
         for site in sites:
             dtype = site.node.inputs[rule.weight_input(site.node)].dtype
@@ -149,7 +149,7 @@ def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.nda
     named = NamedLayers(graph)
     cores = {}
     for layer in plan.layers:
-        rule, sites = named.find(layer)
+        rule, sites = named.find(layer.name)
         layer.check(rule.layer(sites[0].node).shape)
         weight = rule.weight(sites[0].node)
         wide = weight if weight.dtype == np.float64 else weight.astype(np.float32)

@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.fold import folded, is_constant, is_standard, sources, type_name
-from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rules.emit import Names, Site
 
@@ -42,32 +41,32 @@ class NamedLayers:
             for name in _all_names(node):
                 self._sites.setdefault(name, []).append(Site(inner, node, self.names))
 
-    def find(self, layer: LayerPlan) -> tuple[Rule, list[Site]]:
-        """Return a planned layer's rule and nodes, their weights folded; more than one node when they share a weight.
+    def find(self, name: str) -> tuple[Rule, list[Site]]:
+        """Return a layer's rule and nodes, their weights folded; more than one node when they share a weight.
 
         `GraphError` when the layer is not there or its name stands for several weights, or says why it stays dense.
         """
-        sites = self._called(layer.name)
+        sites = self._called(name)
         if not sites:
-            raise GraphError(f"layer {layer.name}: not in the graph; its layers with weights are {_known(self.graph)}")
+            raise GraphError(f"layer {name}: not in the graph; its layers with weights are {_known(self.graph)}")
         other = next((site.node for site in sites if _rule_of(site.node) is None), None)
         if other is not None:
             if is_standard(other) and other.op in STAY_DENSE:
-                raise GraphError(f"layer {layer.name}: cannot be rewritten: {STAY_DENSE[other.op]}")
+                raise GraphError(f"layer {name}: cannot be rewritten: {STAY_DENSE[other.op]}")
             ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
-            raise GraphError(f"layer {layer.name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
+            raise GraphError(f"layer {name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
         groups = _by_weight(sites)
         if len(groups) > 1:
             own = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
             raise GraphError(
-                f"layer {layer.name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its "
+                f"layer {name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its "
                 f"own: {own or 'none has one: give the nodes names'}"
             )
         for site in sites:
             rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
-            _fold(site, rule, layer)
+            _fold(site, rule, name)
             if why := _why_not(site.node, rule):
-                raise GraphError(f"layer {layer.name}: cannot be rewritten: {why}")
+                raise GraphError(f"layer {name}: cannot be rewritten: {why}")
         return rule, sites
 
     def rewritable(self) -> dict[str, gs.Node]:
@@ -194,14 +193,14 @@ def _has_weight(node: gs.Node) -> bool:
     return rule is not None and is_constant(node.inputs[rule.weight_input(node)])
 
 
-def _fold(site: Site, rule: Rule, layer: LayerPlan) -> None:
+def _fold(site: Site, rule: Rule, name: str) -> None:
     index = rule.weight_input(site.node)
     weight = site.node.inputs[index]
     if not isinstance(weight, gs.Constant):
         try:
-            constant = folded(weight, site.graph.opset, site.names.unique(f"{layer.name}/folded"))
+            constant = folded(weight, site.graph.opset, site.names.unique(f"{name}/folded"))
         except GraphError as error:
-            raise GraphError(f"layer {layer.name}: {error}") from None
+            raise GraphError(f"layer {name}: {error}") from None
         if constant is not None:
             site.node.inputs[index] = constant
 

@@ -13,7 +13,6 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.contraction import LayerSpec
 from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import import_graph, inferred_shapes
-from tensorrail_exporter.plan import LayerPlan
 from tensorrail_exporter.rules import Rule
 from tensorrail_exporter.rules.emit import Site
 from tensorrail_exporter.rules.scan import holds_scan
@@ -92,7 +91,7 @@ def survey(
     found = []
     for name in layers:
         try:
-            rule, sites = named.find(LayerPlan(name=name, format="svd", modes=(1,), ranks=(1,)))
+            rule, sites = named.find(name)
         except GraphError:
             continue
         found.append(dense_layer(name, graph, rule, sites))

@@ -67,5 +67,5 @@ def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
     """Return the layer of each tensor that a planned layer's dense node gives."""
     graph = import_graph(model)
     named = NamedLayers(graph)
-    sites = [(site, layer.name) for layer in plan.layers for site in named.find(layer)[1]]
+    sites = [(site, layer.name) for layer in plan.layers for site in named.find(layer.name)[1]]
     return {tensor.name: name for site, name in sites for tensor in site.node.outputs if not tensor.is_empty()}

@@ -97,6 +97,11 @@ class LatencyReport(Record):
     cuda_graph: bool = False
     warnings: tuple[str, ...] = ()
 
+    @property
+    def fresh(self) -> str:
+        """In words in how many fresh processes it was timed, such as ` in 5 fresh processes`; nothing for none."""
+        return f" in {self.processes} fresh process{'es' if self.processes > 1 else ''}" if self.processes else ""
+
 
 def bench(
     paths: Sequence[Path | str],

@@ -125,12 +125,8 @@ def _machine(report: Report) -> str:
     threads = run.threads or "ONNX Runtime's own choice of"
     return (
         f"{run.machine.processor}, {run.machine.cores} cores, {run.machine.system}; ONNX Runtime {run.machine.onnxruntime}, "
-        f"provider {run.provider}, {threads} threads; times interleaved A B B A{_processes(run.processes)}, 95 % intervals."
+        f"provider {run.provider}, {threads} threads; times interleaved A B B A{run.fresh}, 95 % intervals."
     )
-
-
-def _processes(count: int) -> str:
-    return f" in {count} fresh process{'es' if count > 1 else ''}" if count else ""
 
 
 def _md_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

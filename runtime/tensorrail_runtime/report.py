@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -30,6 +31,12 @@ class Epoch(Record):
     projection_seconds: float = 0.0
     rho: float | None = None
     residuals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+
+
+def projection_share(epochs: Sequence[Epoch]) -> float | None:
+    """Return which share of ADMM's time went into projections; None where there was no ADMM."""
+    admm = [row for row in epochs if row.phase == "admm"]
+    return sum(row.projection_seconds for row in admm) / max(1e-9, sum(row.seconds for row in admm)) if admm else None
 
 
 class TrainingLog(Record):

@@ -48,8 +48,7 @@ def plan_for(model, form_name, largest):
 
 
 def decomposable_shape(model, name):
-    layer = LayerPlan(name=name, format="svd", modes=(1, 1), ranks=(1,))
-    rule, sites = NamedLayers(import_graph(model)).find(layer)
+    rule, sites = NamedLayers(import_graph(model)).find(name)
     return rule.layer(sites[0].node).shape
 
 

@@ -10,7 +10,6 @@ import importlib
 import sys
 import traceback
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -45,6 +44,8 @@ app.add_typer(regress.app, name="regress")
 def _show_versions(wanted: bool) -> None:
     if not wanted:
         return
+    from importlib.metadata import PackageNotFoundError, version
+
     found = []
     for name in ("tensorrail", "onnxruntime-gpu", "onnxruntime", "onnx", "torch"):
         with suppress(PackageNotFoundError):

@@ -104,9 +104,10 @@ def progress(shown: bool = True) -> Iterator[Listener]:
 
 def say_projections(epochs: Sequence[Epoch]) -> None:
     """Say which share of ADMM's time went into projections, where there was ADMM."""
-    admm = [row for row in epochs if row.phase == "admm"]
-    if seconds := sum(row.seconds for row in admm):
-        say(f"projections took {100 * sum(row.projection_seconds for row in admm) / seconds:.1f} % of the ADMM phase")
+    from tensorrail_runtime.report import projection_share
+
+    if (share := projection_share(epochs)) is not None:
+        say(f"projections took {100 * share:.1f} % of the ADMM phase")
 
 
 def _line(row: Epoch, epochs: int, left: int) -> str:

@@ -41,11 +41,11 @@ class Checkpoints:
         try:
             write_bytes(path, buffer.getvalue())
         except OSError as error:
-            kept = [old.name for old, at in self._files(phase).items() if at < epoch][-1:]
+            before = [old.name for old, at in self._files(phase).items() if at < epoch]
+            kept = f"{before[-1]} is whole" if before else f"of phase {phase} none was written before"
             raise CheckpointError(
-                f"checkpoint {path} cannot be written ({error.strerror or error}); "
-                f"{f'{kept[0]} is whole' if kept else f'of phase {phase} none was written before'}: make room, or the folder "
-                "writable, and go on with --resume"
+                f"checkpoint {path} cannot be written ({error.strerror or error}); {kept}: make room, or the folder writable, "
+                "and go on with --resume"
             ) from None
         files = self._files(phase)
         stay = [old for old, at in files.items() if at <= epoch][-_KEEP:]

@@ -72,8 +72,8 @@ def train(
     optimizer = make_optimizer(phase.model, phase.schedule)
     average = _average(phase.model, settings)
     state = store.latest(phase.name)
-    epochs = torch.tensor([1, state["epoch"] if state else 0], device=accelerator.device)
-    if not alike(epochs):
+    first, done = (state["epoch"], state["done"]) if state else (0, False)
+    if not alike(torch.tensor([first], device=accelerator.device)):
         raise CheckpointError(
             f"{store.folder}: the processes find phase {phase.name} at different epochs: expected one run folder that all of "
             "them see"
@@ -99,7 +99,6 @@ def train(
         phase.teacher.eval().requires_grad_(False)
     model, prepared = accelerator.prepare(phase.model, optimizer)
     replay = _replay(settings, optimizer, accelerator.device)
-    first, done = (state["epoch"], state["done"]) if state else (0, False)
     for epoch in range(first, 0 if done else phase.schedule.epochs):
         start = time.perf_counter()
         job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch, replay)
@@ -226,12 +225,13 @@ class _Job:
             hits += right
             seen += len(y)
             due = bool(every) and (before + step + 1) % (every or 1) == 0
-            if (step + 1) % _LOOK == 0 or due or step + 1 == len(picks):
+            last = step + 1 == len(picks)
+            if (step + 1) % _LOOK == 0 or due or last:
                 self._look(losses, len(picks))
-            if due:
+            if due or last:
                 self._require_finite(step, len(picks))
+            if due:
                 self._update()
-        self._require_finite(len(picks) - 1, len(picks))
         right, seen = summed(torch.stack([hits, hits.new_tensor(seen)])).tolist()
         return float(summed(torch.stack(losses).mean())) / world(), 100 * right / seen
 

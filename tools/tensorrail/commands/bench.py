@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,6 +42,7 @@ def command(
     """Time models in turns, A B B A, and print the speed-up over the first with a 95 % interval."""
     from tensorrail_runtime.footprint import footprint
     from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.latency import bench, bench_fresh
     from tensorrail_runtime.session import ModelError, Settings
 
     if min_speedup is not None and len(models) < 2:
@@ -51,11 +52,12 @@ def command(
     reports = []
     for binding in [True, False] if io_binding and not cuda_graph else [io_binding]:
         with bar("measuring in turns") as advance:
+            measure = (
+                partial(bench_fresh, processes=processes, on_process=advance) if processes else partial(bench, on_round=advance)
+            )
             reports.append(
-                _timed(
+                measure(
                     models,
-                    processes,
-                    advance,
                     batch=batch,
                     seconds=duration,
                     warmup=warmup,
@@ -76,14 +78,6 @@ def command(
         raise typer.Exit(1)
 
 
-def _timed(models: list[Path], processes: int, advance: Callable[[float], None], **options: Any) -> LatencyReport:
-    from tensorrail_runtime.latency import bench, bench_fresh
-
-    if processes:
-        return bench_fresh(models, processes=processes, on_process=advance, **options)
-    return bench(models, on_round=advance, **options)
-
-
 def _show(report: LatencyReport) -> None:
     ratios = ["1", *(f"{r.value:.2f}× [{r.low:.2f}, {r.high:.2f}]" for r in report.ratios)]
     rows = [
@@ -98,8 +92,9 @@ def _show(report: LatencyReport) -> None:
     ]
     where = report.machine.gpu.name if report.machine.gpu else report.machine.processor
     how = "with transfers" if report.transfers else "on the device"
-    fresh = f" in {report.processes} fresh processes" if report.processes else ""
-    title = f"batch {report.batch}, {report.rounds} rounds{fresh}, {where}" + ("" if report.provider == "cpu" else f", {how}")
+    title = f"batch {report.batch}, {report.rounds} rounds{report.fresh}, {where}" + (
+        "" if report.provider == "cpu" else f", {how}"
+    )
     table(title, ("model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "load ms", "speed-up [95 %]"), rows)
     for warning in report.warnings:
         say(f"warning: {warning}")
