@@ -72,7 +72,7 @@ def train(
     optimizer = make_optimizer(phase.model, phase.schedule)
     average = _average(phase.model, settings)
     state = store.latest(phase.name)
-    first, done = (state["epoch"], state["done"]) if state else (0, False)
+    first = state["epoch"] if state else 0
     if not alike(torch.tensor([first], device=accelerator.device)):
         raise CheckpointError(
             f"{store.folder}: the processes find phase {phase.name} at different epochs: expected one run folder that all of "
@@ -99,6 +99,7 @@ def train(
         phase.teacher.eval().requires_grad_(False)
     model, prepared = accelerator.prepare(phase.model, optimizer)
     replay = _replay(settings, optimizer, accelerator.device)
+    done = state is not None and state["done"]
     for epoch in range(first, 0 if done else phase.schedule.epochs):
         start = time.perf_counter()
         job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch, replay)
