@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from tensorrail_runtime.inputs import random_inputs
-from tensorrail_runtime.machine import channel_block, machine
+from tensorrail_runtime.machine import machine, processor
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.serve.datatypes import ONNX
 from tensorrail_runtime.session import open_session
@@ -163,7 +163,7 @@ def networks_of(folder: Path) -> tuple[Path, Path]:
 
     dense, factored = networks.write("resnet18", folder), folder / "factored.onnx"
     model, plan = onnx.load(dense), networks.published_plan("resnet18")
-    save_model(factorize(model, plan, random_cores(model, plan), block=channel_block()).model, factored)
+    save_model(factorize(model, plan, random_cores(model, plan), block=processor().channel_block).model, factored)
     return dense, factored
 
 

@@ -12,7 +12,6 @@ import contextlib
 import io
 import logging
 import math
-import platform
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from tensorrail_exporter.errors import GraphError
 from tensorrail_exporter.graph_io import check_model, export_graph, import_graph, save_model, size_of
 from tensorrail_exporter.weighted import check_fp32, kept_nodes, weighted, with_names
 from tensorrail_runtime.cost import constants_of
+from tensorrail_runtime.machine import processor
 from tensorrail_runtime.model_files import bodies, descendants
 from tensorrail_runtime.session import open_session, run
 
@@ -88,7 +88,7 @@ def to_int8(
             large = size_of(named) > _LARGE
             quant_pre_process(source, ready, skip_symbolic_shape=True, save_as_external_data=large)
             ranges = _calibrate(ready, calibration, method, large=large)
-            narrow = _saturates() if reduce_range is None else reduce_range
+            narrow = processor().saturates if reduce_range is None else reduce_range
             quantized = _quantize(ready, ranges, kept, per_channel=per_channel, reduce_range=narrow, large=large)
         except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -294,15 +294,6 @@ def _with_plain_biases(model: onnx.ModelProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
         del node.attribute[:]
         node.attribute.extend(kept)
-
-
-def _saturates() -> bool:
-    """Return whether this machine's U8S8 kernels add two products in 16 bits: x86 without VNNI."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    path = Path("/proc/cpuinfo")
-    flags = path.read_text() if path.exists() else ""
-    return "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:

@@ -35,7 +35,7 @@ from tensorrail_exporter.verify import layer_times, slower_layers
 from tensorrail_runtime.cost import GraphCost, cost
 from tensorrail_runtime.inputs import Shapes
 from tensorrail_runtime.latency import Ratio, bench_fresh
-from tensorrail_runtime.machine import Machine, channel_block, machine
+from tensorrail_runtime.machine import Machine, machine, processor
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.session import Settings
 
@@ -180,7 +180,7 @@ def plan_network(
     search.check()
     settings = settings or Settings()
     settings.check()
-    grid = search.grid or (_GPU_GRID if settings.on_gpu else channel_block())
+    grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
     layers = survey(model, search.batch, shapes, scan=not settings.on_gpu)
     _check_keep(search.keep, layers)
     wanted = {

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
@@ -51,10 +52,36 @@ def machine(gpu: bool = False) -> Machine:
     )
 
 
-def channel_block() -> int:
-    """Return how many channels ONNX Runtime's CPU convolutions compute at once: 16 with AVX-512, 8 without."""
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
-    return 16 if "avx512f" in flags.split() else 8
+@dataclass(frozen=True)
+class Processor:
+    """What of a processor decides how ONNX Runtime's CPU kernels compute.
+
+    Args:
+        architecture: as `platform.machine()` gives it: "x86_64", "AMD64", "aarch64", …
+        flags: the names of its instruction sets, as /proc/cpuinfo gives them; empty where they are unknown.
+    """
+
+    architecture: str
+    flags: frozenset[str]
+
+    @property
+    def channel_block(self) -> int:
+        """How many channels a convolution computes at once: 16 with AVX-512, 8 without."""
+        return 16 if "avx512f" in self.flags else 8
+
+    @property
+    def saturates(self) -> bool:
+        """Whether products of uint8 and int8 are added in pairs of 16 bits, which may saturate: x86 without VNNI.
+
+        Source: "Quantize ONNX Models", section Data type selection, ONNX Runtime's documentation.
+        """
+        return self.architecture.lower() in ("x86_64", "amd64") and not self.flags & {"avx512_vnni", "avx_vnni"}
+
+
+def processor() -> Processor:
+    """Return the processor that this runs on."""
+    flags = next((line.partition(":")[2] for line in _cpuinfo() if line.startswith("flags")), "")
+    return Processor(platform.machine(), frozenset(flags.split()))
 
 
 def gpu_memory_used() -> int | None:

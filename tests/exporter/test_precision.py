@@ -14,12 +14,15 @@ from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, fa
 from tensorrail_exporter.precision import METHODS, PrecisionReport, reduced, to_fp16, to_int8
 from tensorrail_exporter.ranges import RangeError, layer_ranges, require_finite
 from tensorrail_runtime.half import holds_fp16
+from tensorrail_runtime.machine import Processor, processor
 from tensorrail_runtime.placement import placement
 from tensorrail_runtime.session import ModelError, Settings, open_session, run
 
 FP16 = 5e-3  # relative L2: eleven bits a value, a few layers
 INT8 = 5e-2  # relative L2: eight bits a value, a few layers
+KERNELS = 3e-3  # relative L2: integer kernels against the same graph in floats, which may round single values the other way
 HALF = 0.5 + 1e-3  # steps: rounding to the nearest one
+LARGEST = {8: 127, 7: 64}  # of the integers of a symmetric weight: what ONNX Runtime's quantizer takes for each width
 TT = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 16, 16, 1)),))
 
 
@@ -57,11 +60,11 @@ def dequantized(model, name, axis):
     return values.astype(np.float32) * scale.reshape(shape if scale.ndim else []), scale
 
 
-def assert_per_channel(model, name, axis, weight):
+def assert_per_channel(model, name, axis, weight, bits=8):
     copy, scale = dequantized(model, name, axis)
     assert scale.shape == (weight.shape[axis],)
     others = tuple(k for k in range(weight.ndim) if k != axis)
-    np.testing.assert_allclose(scale, np.abs(weight).max(others) / 127, rtol=1e-2)
+    np.testing.assert_allclose(scale, np.abs(weight).max(others) / LARGEST[bits], rtol=1e-2)
     steps = np.abs(copy - weight) / scale.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
     assert steps.max() <= HALF
 
@@ -71,10 +74,20 @@ def factored(small_model):
     return factorize(small_model, TT, decompose_graph(small_model, TT)).model
 
 
-@pytest.fixture
-def plain_rank(monkeypatch):
-    """Full 8-bit weights, whatever processor runs the tests."""
-    monkeypatch.setattr("tensorrail_exporter.int8._saturates", lambda: False)
+def int8_in_both_widths(model, feeds, tmp_path):
+    """Return int8 copies with weights of 8 and of 7 bits, both checked.
+
+    Both are right where their QDQ form runs in floats (level none): that is what the copy stands for, and is the same on every
+    processor. Integer kernels (level all) must give the same for 7 bits everywhere, for 8 bits where no product saturates.
+    """
+    copies = {8: to_int8(model, feeds, reduce_range=False), 7: to_int8(model, feeds, reduce_range=True)}
+    for bits, copy in copies.items():
+        assert difference(model, copy, feeds, tmp_path, "none") < INT8 * 2 ** (8 - bits)
+        if bits == 7 or not processor().saturates:
+            in_floats, in_integers = outputs(copy, feeds, tmp_path, "none"), outputs(copy, feeds, tmp_path)
+            for expected, got in zip(in_floats, in_integers, strict=True):
+                assert max(relative(got[name], expected[name]) for name in expected) < KERNELS
+    return copies[8], copies[7]
 
 
 @pytest.mark.parametrize("which", ["small_model", "factored"])
@@ -271,7 +284,6 @@ def test_ranges_show_channels_subnormals_and_the_worst_first(rng):
         layer_ranges(model, [])
 
 
-@pytest.mark.usefixtures("plain_rank")
 @pytest.mark.parametrize("form_name", ["tt", "tucker", "cp", "svd", "tr"])
 def test_int8_cores_of_convolutions_are_right_channel_by_channel(form_name, small_model, rng, tmp_path):
     """onnxruntime#18668: a weight behind a Reshape gets scales along the wrong axis. Cores are stored as they run."""
@@ -279,29 +291,28 @@ def test_int8_cores_of_convolutions_are_right_channel_by_channel(form_name, smal
     ranks = {"tt": (1, 8, 8, 1), "tr": (2, 6, 8, 2), "tucker": (8, 8), "cp": (12,), "svd": (16,)}[form_name]
     plan = Plan(layers=(LayerPlan(name="conv", format=form_name, modes=modes, ranks=ranks),))
     model = factorize(small_model, plan, decompose_graph(small_model, plan)).model
-    int8 = to_int8(model, feeds_of(rng))
+    int8, narrow = int8_in_both_widths(model, feeds_of(rng), tmp_path)
     weights = {
         n.input[1]: (n.op_type, initializers(model)[n.input[1]]) for n in model.graph.node if n.op_type in ("Conv", "Gemm")
     }
     assert len(weights) >= 3
     for name, (_, weight) in weights.items():
         assert_per_channel(int8, name, 0, weight)  # Conv (O, I, Kh, Kw), Gemm with transB (O, I)
-    assert difference(model, int8, feeds_of(rng), tmp_path) < INT8
+        assert_per_channel(narrow, name, 0, weight, bits=7)
     assert int8.graph.input == model.graph.input  # the dynamic batch with it
 
 
-@pytest.mark.usefixtures("plain_rank")
 def test_int8_of_linear_layers_takes_the_scales_along_the_outputs(rng, tmp_path):
     weight = rng.standard_normal((36, 16)).astype(np.float32)
     nodes = [helper.make_node("MatMul", ["x", "w.weight"], ["y"], "product")]
     dense = make_model(nodes, {"w.weight": weight.T.copy()}, {"x": ["n", 7, 16]}, {"y": ["n", 7, 36]})
     feeds = feeds_of(rng, (7, 16))
-    int8 = to_int8(dense, feeds)
+    int8, narrow = int8_in_both_widths(dense, feeds, tmp_path)
     assert_per_channel(int8, "w.weight", 1, weight.T)
-    assert difference(dense, int8, feeds, tmp_path) < INT8
+    assert_per_channel(narrow, "w.weight", 1, weight.T, bits=7)
     plan = Plan(layers=(LayerPlan(name="w", format="tt", modes=(6, 6, 4, 4), ranks=(1, 6, 8, 4, 1), merge="none"),))
     model = factorize(dense, plan, decompose_graph(dense, plan)).model
-    int8 = to_int8(model, feeds)
+    int8, _ = int8_in_both_widths(model, feeds, tmp_path)
     stored = initializers(model)
     for node in (node for node in model.graph.node if node.op_type == "MatMul"):
         if node.input[1] in stored:
@@ -310,12 +321,10 @@ def test_int8_of_linear_layers_takes_the_scales_along_the_outputs(rng, tmp_path)
     assert left  # one scale, as uint8: the only form that an integer kernel takes there
     assert all(initializers(int8)[f"{name}_quantized"].dtype == np.uint8 for name in left)
     assert all(initializers(int8)[f"{name}_scale"].ndim == 0 for name in left)
-    assert difference(model, int8, feeds, tmp_path) < INT8
     onnx.save(int8, tmp_path / "int8.onnx")
     assert "MatMul" not in {node.op for node in placement(tmp_path / "int8.onnx").nodes}  # every product in integers
 
 
-@pytest.mark.usefixtures("plain_rank")
 def test_int8_folds_a_weight_behind_a_reshape_and_a_transpose(rng, tmp_path):
     weight = rng.standard_normal((6, 16)).astype(np.float32) * np.logspace(0, 2, 6, dtype=np.float32)[:, None]
     nodes = [
@@ -326,10 +335,9 @@ def test_int8_folds_a_weight_behind_a_reshape_and_a_transpose(rng, tmp_path):
     weights = {"flat": weight.ravel(), "shape": np.array([6, 16])}
     model = make_model(nodes, weights, {"x": ["n", 16]}, {"y": ["n", 6]})
     feeds = feeds_of(rng, (16,))
-    int8 = to_int8(model, feeds)
-    scales = next(values for name, values in initializers(int8).items() if name.endswith("_scale") and values.ndim)
-    np.testing.assert_allclose(scales, np.abs(weight).max(1) / 127, rtol=1e-2)
-    assert difference(model, int8, feeds, tmp_path) < INT8
+    for bits, copy in zip((8, 7), int8_in_both_widths(model, feeds, tmp_path), strict=True):
+        scales = next(values for name, values in initializers(copy).items() if name.endswith("_scale") and values.ndim)
+        np.testing.assert_allclose(scales, np.abs(weight).max(1) / LARGEST[bits], rtol=1e-2)
 
 
 def test_int8_of_a_layer_that_only_the_body_of_an_if_reads(rng, tmp_path):
@@ -351,12 +359,60 @@ def test_int8_of_a_layer_that_only_the_body_of_an_if_reads(rng, tmp_path):
         assert difference(model, to_int8(model, feeds), feed, tmp_path) < INT8
 
 
-def test_int8_by_seven_bits_where_products_saturate_and_by_one_scale_where_asked(small_model, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "largest"),
+    [
+        (Processor("x86_64", frozenset({"avx", "avx2"})), 64),
+        (Processor("AMD64", frozenset({"avx2", "avx512f", "avx512bw"})), 64),
+        (Processor("x86_64", frozenset({"avx2", "avx_vnni"})), 127),
+        (Processor("x86_64", frozenset({"avx2", "avx512f", "avx512_vnni"})), 127),
+        (Processor("aarch64", frozenset()), 127),
+    ],
+    ids=["avx2", "avx512", "avx_vnni", "avx512_vnni", "arm"],
+)
+def test_int8_weights_have_seven_bits_where_products_saturate(where, largest, small_model, rng):
+    assert where.saturates == (largest == 64)
+    weight = initializers(to_int8(small_model, feeds_of(rng), reduce_range=where.saturates))["conv.weight_quantized"]
+    assert np.abs(weight).max() == largest
+
+
+def test_int8_weights_have_the_bits_of_this_processor_where_none_are_named(small_model, rng):
     feeds = feeds_of(rng)
-    assert np.abs(initializers(to_int8(small_model, feeds, reduce_range=True))["conv.weight_quantized"]).max() <= 64
-    monkeypatch.setattr("tensorrail_exporter.int8._saturates", lambda: True)
-    assert np.abs(initializers(to_int8(small_model, feeds))["conv.weight_quantized"]).max() <= 64
-    one = initializers(to_int8(small_model, feeds, per_channel=False, reduce_range=False))
+    assert to_int8(small_model, feeds) == to_int8(small_model, feeds, reduce_range=processor().saturates)
+
+
+def saturating_products(x, w):
+    """Return x @ w as VPMADDUBSW sums it: products of neighbours in 16 bits that saturate, these sums in 32 bits."""
+    x, w = x.astype(np.int32), w.astype(np.int32)
+    pairs = x[:, 0::2, None] * w[None, 0::2] + x[:, 1::2, None] * w[None, 1::2]
+    return np.clip(pairs, -(2**15), 2**15 - 1).sum(1)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_integer_products_are_those_that_the_rule_for_this_processor_expects(bits, rng, tmp_path):
+    """uint8 × int8 at its largest values: exact by 7 bits, and by 8 where the rule says that nothing saturates."""
+    largest = LARGEST[bits]
+    x = rng.integers(200, 256, (3, 32)).astype(np.uint8)
+    w = rng.integers(largest - 8, largest + 1, (32, 16)).astype(np.int8) * rng.choice([-1, 1], 16).astype(np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [3, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [3, 16])],
+        [numpy_helper.from_array(w, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    got = outputs(model, [{"x": x}], tmp_path)[0]["y"]
+    exact = x.astype(np.int32) @ w.astype(np.int32)
+    if bits == 7 or not processor().saturates:
+        np.testing.assert_array_equal(got, exact)
+    else:
+        assert (saturating_products(x, w) != exact).all()
+        assert (got == exact).all() or (got == saturating_products(x, w)).all()
+
+
+def test_int8_by_one_scale_where_asked(small_model, rng):
+    one = initializers(to_int8(small_model, feeds_of(rng), per_channel=False, reduce_range=False))
     assert one["conv.weight_scale"].shape == ()
     assert np.abs(one["conv.weight_quantized"]).max() == 127
 
