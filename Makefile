@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
+OPTIONS ?=
 CODE := trainer exporter runtime tools tests benchmarks docs examples
 
-.PHONY: demo test test-all lint format bench bench-gpu docs clean
+.PHONY: demo test test-all test-environments lint format bench bench-gpu docs clean
 .DEFAULT_GOAL := demo
 
 # torch goes in first and alone, by its exact pin, so that the build found for that very spelling is the one that is used.
@@ -21,10 +22,13 @@ demo: $(READY)  ## train, compress, export, check, bench and report, on embedded
 	$(BIN)/tensorrail run recipes/digits.yaml --resume
 
 test: $(READY)  ## the test suite, without the slow cases
-	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(OPTIONS)
 
 test-all: $(READY)  ## every test: the slow ones, all formats on foreign models, thousands of random cases
 	TENSORRAIL_CASES=all $(BIN)/python -m pytest -n $(JOBS)
+
+test-environments: $(READY)  ## the test suite as on other processors, with one core, another locale, no home, no network
+	$(BIN)/python tests/environments.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(CODE)

@@ -69,7 +69,8 @@ def _peak_mib() -> float | None:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        peak = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        lines = status.read_text(encoding="utf-8").splitlines()
+        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
         if peak is not None:
             return int(peak) / 2**10
     try:

@@ -59,6 +59,7 @@ class Processor:
     Args:
         architecture: as `platform.machine()` gives it: "x86_64", "AMD64", "aarch64", …
         flags: the names of its instruction sets, as /proc/cpuinfo gives them; empty where they are unknown.
+
     """
 
     architecture: str
@@ -106,7 +107,7 @@ def _mhz() -> float | None:
 
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _gpu() -> Gpu | None:

@@ -70,7 +70,7 @@ def placement(
         feed = dict(inputs) if inputs is not None else random_inputs(session, batch, shapes=shapes)
         for _ in range(_WARMUP + _RUNS):
             run(session, feed)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     times: dict[str, list[float]] = defaultdict(list)
     kinds: dict[str, tuple[str, str]] = {}
     for event in events:

@@ -60,7 +60,7 @@ class Baseline(Record):
     def load(cls, path: Path | str) -> Baseline:
         """Read a baseline; `ModelError` names what is wrong with the file."""
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected a baseline") from None
         except (ValidationError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ traceback), 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import traceback
 from contextlib import suppress
@@ -84,6 +85,9 @@ _EXTRAS = {
 
 def main() -> None:
     """Run the command line; an expected error is one line on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows `?` for a character that it lacks
+            stream.reconfigure(errors="replace")
     try:
         # By itself typer would draw its errors as boxes, below two lines of usage.
         code = app(prog_name="tensorrail", standalone_mode=False) or 0
