@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import shutil
 import sys
@@ -43,6 +45,20 @@ def cli(monkeypatch, capsys):
 
 
 @pytest.fixture
+def in_this_process(monkeypatch):
+    """Time models in this process: fresh ones make times that hold, which few tests need, and each imports everything."""
+
+    def call(function, request):
+        module, _, name = function.partition(":")
+        if "options" in request:
+            request["options"] |= {"warmup": 0.0, "seconds": 0.01}
+        return getattr(importlib.import_module(module), name)(json.loads(json.dumps(request)))
+
+    for module in ("latency", "regress"):
+        monkeypatch.setattr(f"tensorrail_runtime.{module}.fresh", call)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
@@ -61,8 +77,7 @@ def make_model(nodes, weights, inputs, outputs, opset=20):
     return model
 
 
-@pytest.fixture
-def small_model(rng) -> onnx.ModelProto:
+def small_network(rng: np.random.Generator) -> onnx.ModelProto:
     """Conv 16→32 with bias, Relu, pooling, Gemm 32→10; dynamic batch."""
     weights = {
         "conv.weight": rng.standard_normal((32, 16, 3, 3)).astype(np.float32),
@@ -78,6 +93,11 @@ def small_model(rng) -> onnx.ModelProto:
         helper.make_node("Gemm", ["d", "fc.weight", "fc.bias"], ["y"], "fc", transB=1),
     ]
     return make_model(nodes, weights, {"x": ["batch", 16, 8, 8]}, {"y": ["batch", 10]})
+
+
+@pytest.fixture
+def small_model(rng) -> onnx.ModelProto:
+    return small_network(rng)
 
 
 @pytest.fixture

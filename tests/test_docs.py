@@ -8,7 +8,6 @@ parsed) or `<!-- may fall short: reason -->` (exit code 1, measured and not held
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -127,7 +126,7 @@ def stand_ins(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(stand_ins, tmp_path_factory, monkeypatch) -> Iterator[Path]:
+def folder(stand_ins, tmp_path_factory, monkeypatch, in_this_process) -> Iterator[Path]:
     """Work in a copy of the stand-ins; what a page registers or imports is taken back."""
     from tensorrail.commands import compress, plan
     from tensorrail.targets import read_search
@@ -137,9 +136,6 @@ def folder(stand_ins, tmp_path_factory, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(made)
     monkeypatch.syspath_prepend(str(made))
     monkeypatch.setenv("TENSORRAIL_CACHE", str(stand_ins / "cache"))
-    # Fresh processes make times that hold; here none is needed, and each would import everything again.
-    for module in ("latency", "regress"):
-        monkeypatch.setattr(f"tensorrail_runtime.{module}.fresh", in_this_process)
     for command in (compress, plan):
         monkeypatch.setattr(command, "read_search", lambda *a, **k: replace(read_search(*a, **k), check_seconds=0.3))
     modules, formats = set(sys.modules), dict(FORMATS)
@@ -149,14 +145,6 @@ def folder(stand_ins, tmp_path_factory, monkeypatch) -> Iterator[Path]:
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(made)):
             del sys.modules[name]
-
-
-def in_this_process(function, request):
-    """Answer for `tensorrail_runtime.process.fresh`, with the fewest rounds that there are."""
-    module, _, name = function.partition(":")
-    if name == "_bench_request":
-        request["options"] |= {"warmup": 0.0, "seconds": 0.01}
-    return getattr(importlib.import_module(module), name)(json.loads(json.dumps(request)))
 
 
 def run_command(words: list[str], monkeypatch) -> int:

@@ -353,7 +353,11 @@ def _standard_error(reports: Sequence[LatencyReport]) -> float:
 
 
 def _blocks(times: np.ndarray) -> np.ndarray:
-    return np.array([np.median(block) for block in np.array_split(times, _BLOCKS)])
+    """Return the medians of eight parts in a row, the first ones longer by one time where the times do not divide by eight."""
+    size, longer = divmod(len(times), _BLOCKS)
+    cut = longer * (size + 1)
+    parts = times[:cut].reshape(longer, size + 1), times[cut:].reshape(_BLOCKS - longer, size)
+    return np.concatenate([np.median(part, axis=1) for part in parts])
 
 
 def _at_hand(baseline: Baseline, file: Path) -> Path | None:

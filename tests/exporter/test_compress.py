@@ -13,6 +13,8 @@ from tensorrail_exporter import compress as compressing
 from tensorrail_exporter.calibration import Calibration
 from tensorrail_exporter.compress import CompressReport, compress
 
+pytestmark = pytest.mark.usefixtures("in_this_process")  # no time is looked at
+
 
 @pytest.fixture
 def network(rng):

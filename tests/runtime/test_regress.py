@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import onnx
 import pytest
-from conftest import make_model
+from conftest import make_model, small_network
 from onnx import numpy_helper
 
 from tensorrail_runtime import ModelError, Settings, bench, open_session, parity, random_inputs
@@ -15,6 +17,7 @@ from tensorrail_runtime.facts import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate_output import junit, markdown, smaller_is_better
 from tensorrail_runtime.regress import Baseline, Effort, Limits, check, compare_times, record
 
+pytestmark = pytest.mark.usefixtures("in_this_process")  # but for the module's own baseline and verdicts
 QUICK = Effort(processes=2, seconds=0.05)
 LENIENT = Limits(max_slowdown=9.0)  # times are not what is tested
 
@@ -46,10 +49,46 @@ def test_what_is_common_to_both_falls_out_when_they_ran_in_turns(rng):
     assert abs(value) < 0.02
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder with `dense.onnx`, its baseline, and `changed.onnx`, whose outputs are others; tests read it alone."""
+    folder = tmp_path_factory.mktemp("recorded")
+    onnx.save(small_network(np.random.default_rng(0)), folder / "dense.onnx")
+    record(folder / "dense.onnx", folder / "baseline.json", effort=QUICK)
+    changed(folder / "dense.onnx", "fc.bias", lambda bias: bias + np.float32(1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def same_verdict(recorded):
+    """What a check says of a model against its own baseline."""
+    return check(recorded / "baseline.json", recorded / "dense.onnx", limits=LENIENT, effort=QUICK)
+
+
+@pytest.fixture(scope="module")
+def other_verdict(recorded):
+    """What a check says of a model with other outputs."""
+    return check(recorded / "baseline.json", recorded / "changed.onnx", limits=LENIENT, effort=QUICK)
+
+
 @pytest.fixture
-def baseline(small_path, tmp_path):
-    record(small_path, tmp_path / "baseline.json", effort=QUICK)
-    return tmp_path / "baseline.json"
+def baseline(recorded, small_path, tmp_path):
+    """A baseline beside its model, `small_path`: a copy, which a test may change."""
+    shutil.copy(recorded / "dense.onnx", small_path)
+    return Path(shutil.copy(recorded / "baseline.json", tmp_path))
+
+
+@pytest.fixture
+def untimed(recorded):
+    """Write a baseline as `record` does, with the facts of its model and the times of another: they are not looked at."""
+
+    def write(path, out, batch=1, data=None):
+        facts = {"model": path.name, "batch": batch, "facts": facts_of(path, Settings(), batch, data)}
+        made = Baseline.load(recorded / "baseline.json").model_copy(update=facts)
+        made.save(out)
+        return made
+
+    return write
 
 
 def changed(path, name, change):
@@ -61,11 +100,11 @@ def changed(path, name, change):
     return other
 
 
-def test_a_model_holds_against_its_own_baseline(baseline, small_path):
-    again = Baseline.load(baseline)
+def test_a_model_holds_against_its_own_baseline(recorded, same_verdict):
+    again = Baseline.load(recorded / "baseline.json")
     assert again.model == "dense.onnx"  # relative to the baseline's folder
     assert len(again.processes) == 2
-    verdict = check(baseline, small_path, limits=LENIENT, effort=QUICK)
+    verdict = same_verdict
     assert verdict.interleaved
     assert verdict.holds
     assert verdict.reason == "dense.onnx: no regression"
@@ -87,16 +126,14 @@ def test_without_its_model_a_baseline_still_has_its_times(baseline, small_path):
     assert not check(baseline, moved, limits=LENIENT, effort=QUICK).interleaved
 
 
-def test_other_outputs_fall_short_with_the_reason_and_a_retrained_model_may_have_them(baseline, small_path):
-    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
-    verdict = check(baseline, other, limits=LENIENT, effort=QUICK)
-    assert not verdict.holds
-    assert verdict.reason.startswith("changed.onnx: parity ")
+def test_other_outputs_fall_short_with_the_reason_and_a_retrained_model_may_have_them(recorded, other_verdict):
+    assert not other_verdict.holds
+    assert other_verdict.reason.startswith("changed.onnx: parity ")
     retrained = LENIENT.model_copy(update={"tolerance": None})
-    assert check(baseline, other, limits=retrained, effort=QUICK).holds
+    assert check(recorded / "baseline.json", recorded / "changed.onnx", limits=retrained, effort=QUICK).holds
 
 
-def test_a_larger_model_and_a_slower_one_fall_short(small_path, rng):
+def test_a_larger_model_falls_short(small_path, rng):
     model = onnx.load(small_path)
     for node in model.graph.node:
         if node.op_type == "Flatten":
@@ -111,17 +148,17 @@ def test_a_larger_model_and_a_slower_one_fall_short(small_path, rng):
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
     other = small_path.with_name("larger.onnx")
     onnx.save(model, other)
-    limits = Limits(tolerance=None, max_slowdown=0.05)
-    verdict = check(small_path, other, limits=limits, effort=Effort(processes=2, seconds=0.3))  # two models, on the spot
+    limits = LENIENT.model_copy(update={"tolerance": None})
+    verdict = check(small_path, other, limits=limits, effort=QUICK)  # two models, on the spot
     short = {finding.name for finding in verdict.findings if not finding.holds}
     assert short >= {"flops", "params", "bytes", "nodes"}
 
 
-def test_accuracy_is_a_hard_limit(small_path, tmp_path, rng):
+def test_accuracy_is_a_hard_limit(untimed, small_path, tmp_path, rng):
     x = rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
     labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
     data = ({"x": x}, labels, "top1")
-    record(small_path, tmp_path / "b.json", effort=QUICK, data=data)
+    untimed(small_path, tmp_path / "b.json", data=data)
     other = changed(small_path, "fc.bias", lambda bias: bias + np.arange(10, dtype=np.float32) * 9)
     limits = LENIENT.model_copy(update={"tolerance": None})
     verdict = check(tmp_path / "b.json", other, limits=limits, effort=QUICK, data=data)
@@ -161,10 +198,10 @@ def test_a_baseline_is_checked_as_it_was_recorded(baseline, small_path):
     assert check(baseline, small_path, limits=LENIENT, effort=QUICK, settings=Settings(), batch=1).holds
 
 
-def test_weights_beside_the_file_are_held_to_the_limits_and_are_part_of_the_model(small_path, tmp_path):
+def test_weights_beside_the_file_are_held_to_the_limits_and_are_part_of_the_model(untimed, small_path, tmp_path):
     path, data = tmp_path / "apart.onnx", tmp_path / "apart.data"
     onnx.save(onnx.load(small_path), path, save_as_external_data=True, location=data.name, size_threshold=0)
-    made = record(path, tmp_path / "apart.json", effort=QUICK)
+    made = untimed(path, tmp_path / "apart.json")
     assert made.facts.bytes == path.stat().st_size + data.stat().st_size
     assert check(tmp_path / "apart.json", path, limits=LENIENT, effort=QUICK).interleaved
     data.write_bytes(b"\0" * data.stat().st_size)  # another model, by the same .onnx
@@ -173,9 +210,8 @@ def test_weights_beside_the_file_are_held_to_the_limits_and_are_part_of_the_mode
     assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, effort=QUICK).interleaved
 
 
-def test_ci_formats_say_what_was_found(baseline, small_path):
-    other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
-    verdict = check(baseline, other, limits=LENIENT, effort=QUICK)
+def test_ci_formats_say_what_was_found(other_verdict):
+    verdict = other_verdict
     suite = ET.fromstring(junit(verdict)).find("testsuite")  # noqa: S314 - our own text
     assert (suite.get("tests"), suite.get("failures")) == ("8", "1")
     (failure,) = suite.iter("failure")
@@ -315,13 +351,13 @@ def one_node(path, kind, axes, out, weights=None, inputs=("x",), **attributes):
     return path
 
 
-def test_both_models_run_on_the_shapes_of_the_baselines(tmp_path, rng):
+def test_both_models_run_on_the_shapes_of_the_baselines(untimed, tmp_path, rng):
     """A model whose fixed axes became dynamic is no smaller, and computes the same."""
     weight = {"w": rng.standard_normal((8, 3, 3, 3)).astype(np.float32)}
     pads = {"pads": [1, 1, 1, 1]}
     fixed = one_node(tmp_path / "f.onnx", "Conv", (1, 3, 64, 64), ("float", 1, 8, 64, 64), weight, **pads)
     moving = one_node(tmp_path / "d.onnx", "Conv", ("n", 3, "h", "w"), ("float", "n", 8, "h", "w"), weight, **pads)
-    made = record(fixed, tmp_path / "f.json", effort=QUICK)
+    made = untimed(fixed, tmp_path / "f.json")
     verdict = check(tmp_path / "f.json", moving, limits=LENIENT, effort=QUICK)
     assert verdict.holds, verdict.reason
     flops = next(one for one in verdict.findings if one.name == "flops")
@@ -329,10 +365,10 @@ def test_both_models_run_on_the_shapes_of_the_baselines(tmp_path, rng):
     assert "speed-up is not of the same work; give --shape x=1,3,64,64" in bench([fixed, moving], seconds=0.1).warnings[0]
 
 
-def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(tmp_path):
+def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(untimed, tmp_path):
     weight = {"w": np.ones((4, 4), np.float32)}
     four = one_node(tmp_path / "a.onnx", "MatMul", ("n", 4), ("float", "n", 4), weight)
-    record(four, tmp_path / "b.json", effort=QUICK, batch=4)
+    untimed(four, tmp_path / "b.json", batch=4)
     one = one_node(tmp_path / "one.onnx", "MatMul", (1, 4), ("float", 1, 4), weight)
     renamed = one_node(tmp_path / "z.onnx", "MatMul", ("n", 4), ("float", "n", 4), weight, inputs=("z",))
     bad = one_node(tmp_path / "nan.onnx", "MatMul", ("n", 4), ("float", "n", 4), {"w": np.full((4, 4), np.nan, np.float32)})
@@ -371,7 +407,7 @@ def test_of_many_indices_the_share_that_differs_is_estimated(rng):
     assert one.apart(one) == 0
 
 
-def test_a_model_that_varies_and_one_without_values_are_compared_only_when_told_so(tmp_path):
+def test_a_model_that_varies_and_one_without_values_are_compared_only_when_told_so(untimed, tmp_path):
     noise = one_node(tmp_path / "n.onnx", "RandomNormalLike", ("n", 4), ("float", "n", 4))
     none = one_node(tmp_path / "none.onnx", "NonZero", ("n", 4), ("int64", 2, "found"))
     model = onnx.load(none)
@@ -379,7 +415,7 @@ def test_a_model_that_varies_and_one_without_values_are_compared_only_when_told_
     model.graph.node[1].input[0] = "zero"
     onnx.save(model, none)
     for path, reason in ((noise, "y vary from run to run: --retrained"), (none, "no output has a value on random inputs")):
-        record(path, tmp_path / "b.json", effort=QUICK)
+        untimed(path, tmp_path / "b.json")
         assert reason in check(tmp_path / "b.json", path, limits=LENIENT, effort=QUICK).reason
         retrained = LENIENT.model_copy(update={"tolerance": None})
         assert check(tmp_path / "b.json", path, limits=retrained, effort=QUICK).holds
@@ -463,27 +499,27 @@ def test_runs_after_oneself_and_after_the_other_count_alike(rng):
         assert p < 0.01
 
 
-def test_names_that_xml_cannot_write_are_replaced(baseline, small_path):
-    verdict = check(baseline, small_path, limits=LENIENT, effort=QUICK)
+def test_names_that_xml_cannot_write_are_replaced(same_verdict):
+    verdict = same_verdict
     strange = verdict.findings[-1].model_copy(update={"name": "y\x01\x1b<&"})
     suite = ET.fromstring(junit(verdict.model_copy(update={"findings": (strange,)}))).find("testsuite")  # noqa: S314 - our own
     assert suite.find("testcase").get("name") == "y\ufffd\ufffd<&"
 
 
-def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, baseline, small_path):
-    changed(small_path, "fc.bias", lambda bias: bias + np.float32(1))
+def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, recorded):
+    model, other, baseline = (str(recorded / name) for name in ("dense.onnx", "changed.onnx", "baseline.json"))
     pytester.makepyfile(
         f"""
         from tensorrail_runtime.regress import Effort, Limits
         OPTIONS = dict(limits=Limits(max_slowdown=9.0), effort=Effort(processes=2, seconds=0.05))
         def test_same(latency_gate):
-            latency_gate({str(small_path)!r}, {str(baseline)!r}, **OPTIONS)
+            latency_gate({model!r}, {baseline!r}, **OPTIONS)
         def test_other(latency_gate):
-            latency_gate({str(small_path.with_name("changed.onnx"))!r}, {str(baseline)!r}, **OPTIONS)
+            latency_gate({other!r}, {baseline!r}, **OPTIONS)
         def test_none(latency_gate):
-            latency_gate("none.onnx", {str(baseline)!r}, **OPTIONS)
+            latency_gate("none.onnx", {baseline!r}, **OPTIONS)
         """
     )
-    result = pytester.runpytest("-p", "no:cacheprovider")
+    result = pytester.runpytest("-p", "no:cacheprovider", "-p", "no:randomly")  # its lines are looked for in order
     result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines(["*changed.onnx: parity*", "*none.onnx*cannot be read*"])
