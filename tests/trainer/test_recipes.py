@@ -13,6 +13,7 @@ from tensorrail_trainer.layers import FactoredLayer
 from tensorrail_trainer.pipeline import Progress, prepare, train_all
 from tensorrail_trainer.recipe import Recipe
 from tensorrail_trainer.recurrent import FactoredRecurrent
+from tensorrail_trainer.schedules import Schedule
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHAPES = {
@@ -56,9 +57,9 @@ def shortened(recipe):
     changes = {"batch": 2, "compile": False}
     if recipe.train.distill is not None:
         changes["distill"] = recipe.train.distill.model_copy(update={"teacher": None})  # its weights are another run's
-    for phase in ("dense", "admm", "finetune"):
+    for phase in ("dense", "admm", "finetune", "control"):
         schedule = getattr(recipe.train, phase)
-        if schedule is not None:
+        if isinstance(schedule, Schedule):
             short = {"epochs": 1, "warmup": 0.0} | ({"every_steps": None} if phase == "admm" else {})
             changes[phase] = schedule.model_copy(update=short)
     training = recipe.train.model_copy(update=changes)
