@@ -1,6 +1,7 @@
 """Convolutions and linear layers made of cores: what they compute, that they train, and that their export is equal."""
 
 import copy
+import math
 
 import numpy as np
 import onnxruntime as ort
@@ -105,7 +106,7 @@ def network(name):
 
 def train(model, x, steps=6):
     """Take a few steps of SGD on random labels, so that the cores are no longer what a decomposition gave."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
     labels = torch.arange(len(x)) % 3
     for _ in range(steps):
         optimizer.zero_grad()
@@ -116,23 +117,61 @@ def train(model, x, steps=6):
 PAIRS = [(form, layer) for form in FORMATS for layer in NETWORKS if form in CONVOLVING or layer.startswith("linear")]
 
 
-@pytest.mark.parametrize(("form_name", "layer"), PAIRS)
-def test_trained_cores_are_exported_exactly(form_name, layer):
+class SideBySide(nn.Module):
+    """Networks that read the first values of the same samples, their scores side by side: one export for all of them."""
+
+    def __init__(self, networks, shapes):
+        super().__init__()
+        self.networks, self.shapes = nn.ModuleDict(networks), shapes
+
+    def forward(self, x):
+        return torch.cat([network(self.part(x, case)) for case, network in self.networks.items()], dim=1)
+
+    def part(self, x, case):
+        """Return what a network reads of the samples."""
+        return x[:, : math.prod(self.shapes[case])].reshape(-1, *self.shapes[case])
+
+
+def test_trained_cores_are_exported_exactly():
+    """Export once for all layers and formats: after the dense training only cores are trained; the rest stays the same."""
     torch.manual_seed(0)
-    model, shape = network(layer)
-    plan = Plan(layers=(layer_plan("0", form_name, dense_layer(model, "0").spec.shape),))
-    swap(model, plan)
-    before = cores_of(model)["0"]
-    train(model.train(), torch.randn(12, *shape))
-    cores = cores_of(model.eval())["0"]
-    assert all(not torch.equal(a, b) for a, b in zip(before, cores, strict=True))
-    graph = to_onnx(to_dense(model), torch.randn(2, *shape))
-    result = factorize(graph, plan, {"0": [core.numpy() for core in cores]})
-    session = ort.InferenceSession(result.model.SerializeToString(), providers=["CPUExecutionProvider"])
-    for batch in (1, 7):
-        x = torch.randn(batch, *shape)
-        with torch.no_grad():
-            assert relative(session.run(None, {"image": x.numpy()})[0], model(x).numpy()) < 1e-5
+    made = {layer.replace(" ", "_"): (layer, *network(layer)) for layer in NETWORKS}
+    dense = SideBySide({key: one for key, (_, one, _) in made.items()}, {key: shape for key, (_, _, shape) in made.items()})
+    for _, one, shape in made.values():
+        train(one.train(), torch.randn(12, *shape))
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(name == "0.weight")
+    size = max(math.prod(shape) for _, _, shape in made.values())
+    graph = to_onnx(to_dense(swapped(dense, "svd", made)[0]), torch.randn(2, size))
+    for form_name in FORMATS:
+        keys = [key for key, (layer, _, _) in made.items() if (form_name, layer) in PAIRS]
+        model, plan = swapped(dense, form_name, keys)
+        before = cores_of(model)
+        for key in keys:
+            branch = model.networks[key].train()
+            branch[1].eval()  # its statistics are the graph's
+            train(branch, torch.randn(12, *model.shapes[key]))
+        cores = cores_of(model.eval())
+        assert set(cores) == {f"networks.{key}.0" for key in keys}
+        for name in cores:
+            changed = [not torch.equal(a, b) for a, b in zip(before[name], cores[name], strict=True)]
+            assert all(changed), (form_name, name)
+        result = factorize(graph, plan, {name: [core.numpy() for core in many] for name, many in cores.items()})
+        session = ort.InferenceSession(result.model.SerializeToString(), providers=["CPUExecutionProvider"])
+        for batch in (1, 7):
+            x = torch.randn(batch, size)
+            scores = dict(zip(made, np.split(session.run(None, {"image": x.numpy()})[0], len(made), axis=1), strict=True))
+            for key in keys:
+                with torch.no_grad():
+                    expected = model.networks[key](model.part(x, key)).numpy()
+                assert relative(scores[key], expected) < 1e-5, (form_name, key, batch)
+
+
+def swapped(dense, form_name, keys):
+    """Return a copy whose networks of these keys have their layer made of cores, and the plan for it."""
+    names = [f"networks.{key}.0" for key in keys]
+    plan = Plan(layers=tuple(layer_plan(name, form_name, dense_layer(dense, name).spec.shape) for name in names))
+    return swap(copy.deepcopy(dense), plan), plan
 
 
 @pytest.mark.parametrize("form_name", CONVOLVING)
