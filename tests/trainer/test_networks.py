@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,16 @@ def networks():
 
 @pytest.fixture(scope="module")
 def exported(networks):
-    """Every network, small, with random weights and statistics, and its graph."""
-    made = {}
-    for name, (args, sample) in SMALL.items():
+    """Answer by name with a network, small, with random weights and statistics, and its graph: made when first asked for."""
+
+    @cache
+    def make(name):
+        args, sample = SMALL[name]
         torch.manual_seed(0)
         model = networks.randomize(MODELS[name](**args), sample)
-        made[name] = (model, to_onnx(model, torch.randn(2, *sample)))
-    return made
+        return model, to_onnx(model, torch.randn(2, *sample))
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_states_carry_the_names_under_which_they_are_published(name, shapes):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_graph_computes_what_the_module_does_at_any_batch(name, exported):
-    model, graph = exported[name]
+    model, graph = exported(name)
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     for batch in (1, 8):
         x = torch.randn(batch, *SMALL[name][1], generator=torch.Generator().manual_seed(batch))
@@ -141,7 +145,7 @@ def test_the_graph_computes_what_the_module_does_at_any_batch(name, exported):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_layer_is_found_under_the_modules_own_name(name, exported):
-    model, graph = exported[name]
+    model, graph = exported(name)
     depthwise = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
     assert set(NamedLayers(import_graph(graph)).rewritable()) == set(dense_layers(model)) - depthwise
     assert len(depthwise) == (7 if name == "mobilenet_v2" else 0)
@@ -149,12 +153,12 @@ def test_every_layer_is_found_under_the_modules_own_name(name, exported):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_node_is_known_to_the_cost_model(name, exported, tmp_path):
-    save_model(exported[name][1], tmp_path / "m.onnx")
+    save_model(exported(name)[1], tmp_path / "m.onnx")
     assert cost(tmp_path / "m.onnx", batch=2).uncounted == ()
 
 
 def test_attention_is_plain_products(exported):
-    graph = exported["vit_tiny"][1].graph
+    graph = exported("vit_tiny")[1].graph
     counts = {op: sum(node.op_type == op for node in graph.node) for op in ("MatMul", "Softmax", "LayerNormalization", "Gemm")}
     assert counts == {"MatMul": 2 * 6, "Softmax": 2, "LayerNormalization": 5, "Gemm": 1}
     assert {node.op_type for node in graph.node}.isdisjoint({"Einsum", "Attention"})
@@ -163,7 +167,7 @@ def test_attention_is_plain_products(exported):
 
 
 def test_a_transformers_layers_factor(exported):
-    model, graph = exported["vit_tiny"]
+    model, graph = exported("vit_tiny")
     names = [f"blocks.{k}.{leaf}" for k in range(2) for leaf in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     shapes = [tuple(model.get_submodule(name).weight.shape) for name in names]
     plan = Plan(layers=tuple(LayerPlan(name=n, format="svd", modes=s, ranks=(16,)) for n, s in zip(names, shapes, strict=True)))
@@ -177,7 +181,7 @@ def test_a_transformers_layers_factor(exported):
 
 
 def test_batch_norm_has_statistics_of_its_own(exported):
-    for module in exported["mobilenet_v2"][0].modules():
+    for module in exported("mobilenet_v2")[0].modules():
         if isinstance(module, nn.BatchNorm2d):
             for values, fresh in ((module.running_mean, 0), (module.running_var, 1), (module.weight, 1), (module.bias, 0)):
                 assert not torch.isclose(values, torch.full_like(values, fresh)).all()
@@ -212,7 +216,7 @@ def test_an_unknown_network_is_refused(networks):
 
 
 def test_a_depthwise_convolution_says_why_it_stays_dense(exported):
-    graph = exported["mobilenet_v2"][1]
+    graph = exported("mobilenet_v2")[1]
     layer = LayerPlan(name="features.1.conv.0.0", format="svd", modes=(48, 3), ranks=(2,))
     with pytest.raises(GraphError, match=r"depthwise convolution \(group=16\)"):
         decompose_graph(graph, Plan(layers=(layer,)))
