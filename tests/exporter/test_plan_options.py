@@ -79,7 +79,7 @@ def test_options_of_calibration_are_refused_without_any(cli, files, option, way)
     check_refused(cli, files, arguments, f"--{option} is of calibration inputs, and none came")
 
 
-def test_no_fit_without_calibration_is_what_happens_anyway(cli, files):
+def test_no_fit_without_calibration_is_what_happens_anyway(cli, in_this_process, files):
     code = cli("compress", "dense.onnx", "-o", "o.onnx", "--plan", "p.json", "--fit", "0", "--duration", "0.5")[0]
     assert code in (0, 1)
     assert (files / "o.onnx").exists()
@@ -100,7 +100,7 @@ def test_a_target_on_what_the_model_has_none_of_is_refused(cli, relu, name):
     assert errors == f"tensorrail: target {name}=2: the model has 0 {name}, and nothing to divide\n"
 
 
-def test_a_model_without_a_layer_has_a_plan_without_a_layer(cli, relu, tmp_path):
+def test_a_model_without_a_layer_has_a_plan_without_a_layer(cli, in_this_process, relu, tmp_path):
     code, printed, _ = cli("plan", relu, "--max-loss", "1", "--seconds", "1", "-o", tmp_path / "p.json")
     assert code == 0
     assert "FLOPs ÷ 1.00, parameters ÷ 1.00" in " ".join(printed.split())

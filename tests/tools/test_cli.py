@@ -109,7 +109,7 @@ def test_accuracy_inspect_and_bench_options(cli, small_path, tmp_path, rng):
     assert "peak host MiB" in printed
 
 
-def test_regress_records_checks_and_says_why(cli, small_path, tmp_path):
+def test_regress_records_checks_and_says_why(cli, in_this_process, small_path, tmp_path):
     baseline, junit, flat = tmp_path / "b.json", tmp_path / "j.xml", tmp_path / "f.json"
     quick = ("--processes", 2, "--seconds", 0.05)
     assert cli("regress", "record", small_path, "-o", baseline, *quick)[0] == 0
@@ -128,7 +128,7 @@ def test_regress_records_checks_and_says_why(cli, small_path, tmp_path):
     assert "larger.onnx: nodes 6 (baseline 5" in printed
 
 
-def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, plan_path, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(cli, in_this_process, small_path, plan_path, tmp_path):
     out = tmp_path / "out.onnx"
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
