@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import typer
 import yaml
 from PIL import Image
 
@@ -187,7 +186,7 @@ def test_commands_name_options_that_exist(path, block):
 
 def parse(words: list[str]) -> None:
     """Parse a command's words as the command line does, without running it."""
-    command, name = typer.main.get_command(tensorrail.cli.app), "tensorrail"
+    command, name = tensorrail.cli.parser(), "tensorrail"
     while hasattr(command, "commands"):
         assert words, f"{name}: names no command"
         assert words[0] in command.commands, f"{name} has no command {words[0]!r}"
@@ -207,7 +206,7 @@ def test_a_command_with_an_unknown_option_is_found():
 
 
 def test_options_named_in_the_text_exist():
-    group = typer.main.get_command(tensorrail.cli.app)
+    group = tensorrail.cli.parser()
     single = {name: command for name, command in group.commands.items() if not hasattr(command, "commands")}
     inner = {f"{g} {n}": c for g, one in group.commands.items() for n, c in getattr(one, "commands", {}).items()}
     every = single | inner

@@ -6,6 +6,7 @@ traceback), 130 interrupted.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import sys
@@ -90,7 +91,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         # By itself typer would draw its errors as boxes, below two lines of usage.
-        code = app(prog_name="tensorrail", standalone_mode=False) or 0
+        code = parser()(prog_name="tensorrail", standalone_mode=False) or 0
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("tensorrail_exporter", "tensorrail_trainer"):
@@ -110,6 +111,12 @@ def main() -> None:
     if code == 130:
         _fail(_INTERRUPTED, 130)
     sys.exit(code)
+
+
+@functools.cache
+def parser() -> Any:  # of a class that typer does not export
+    """Return the whole command line as it is parsed, made once: that takes longer than most commands that are refused."""
+    return typer.main.get_command(app)
 
 
 def _known_errors() -> tuple[type[Exception], ...]:
