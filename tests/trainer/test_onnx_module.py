@@ -453,9 +453,9 @@ class Attention(nn.Module):
 
 NETWORKS = {
     "small resnet": (lambda: SmallResNet(3, 10, (8, 16), 1, 32), (3, 32, 32)),
-    "resnet-18": (lambda: resnet18(3, 10), (3, 64, 64)),
-    "lstm": (lambda: Recurrent(nn.LSTM), (7, 5)),
-    "gru, both directions": (lambda: Recurrent(nn.GRU, bidirectional=True), (7, 5)),
+    "resnet-18": (lambda: resnet18(3, 10, width=8), (3, 64, 64)),
+    "lstm": (lambda: Recurrent(nn.LSTM), (3, 5)),
+    "gru, both directions": (lambda: Recurrent(nn.GRU, bidirectional=True), (3, 5)),
     "attention": (Attention, (3, 16, 16)),
 }
 
@@ -541,7 +541,7 @@ def test_any_tensor_can_be_asked_for_and_fed():
 
 def test_a_residual_block_runs_on_its_own():
     torch.manual_seed(0)
-    model = exported(resnet18(3, 10, width=8), 3, 32, 32)
+    model = exported(SmallResNet(3, 10, (8, 16), 2, 32), 3, 32, 32)
     adds = [node.output[0] for node in model.graph.node if node.op_type == "Add"]
     relus = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Relu"}
     start, end = relus[adds[2]], relus[adds[3]]

@@ -21,7 +21,7 @@ from tensorrail_trainer.resnets import Subsample
 
 # Arguments of a small instance, and the shape of one sample.
 SMALL = {
-    "gru": ("gru", {"inputs": 12, "hidden": 8, "classes": 3, "bidirectional": True}, (5, 12)),
+    "gru": ("gru", {"inputs": 12, "hidden": 8, "classes": 3, "bidirectional": True}, (3, 12)),
     "gru, 2 layers": ("gru", {"inputs": 12, "hidden": 8, "classes": 3, "layers": 2, "bidirectional": True}, (5, 12)),
     "lstm, 2 layers": ("lstm", {"inputs": 12, "hidden": 8, "classes": 3, "layers": 2}, (5, 12)),
     "resnet20": ("resnet20", {"width": 4}, (3, 32, 32)),
