@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import signal
 import socket
-import subprocess
 import sys
+import time
+import traceback
 from datetime import timedelta
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing, nn
 
+import tensorrail.cli
 from tensorrail_exporter import Plan
 from tensorrail_trainer import ADMM, plan_layers
 from tensorrail_trainer.processes import shared_out, sync_batch_norm, unsync_batch_norm
@@ -32,15 +34,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def joined(rank, folder):
+def joined(rank, meeting):
     """Be one of two: they meet by a file, so that no port can be lost to another program, and talk over loopback."""
-    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
-    torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=DEADLINE)
+        "gloo", init_method=meeting.as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=DEADLINE)
     )
-    yield
-    distributed.destroy_process_group()
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def network():
@@ -60,29 +62,21 @@ def admm_of(model):
     return ADMM(model, Plan(layers=(*plan_layers(model, "0", ranks=3), *plan_layers(model, "3", ranks=3))), rho=0.1)
 
 
-def work(rank, folder):
-    with joined(rank, folder):
-        step_of_one(rank, folder)
-
-
-def step_of_one(rank, folder):
+def step_of_one(rank):
     model = sync_batch_norm(network())
     admm = admm_of(model)
     calls = []
     project = admm._project
     admm._project = lambda layer, tensor: calls.append(layer.name) or project(layer, tensor)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    residuals = step(wrapped, batch()[rank::2], admm)
-    torch.save(
-        {
-            "state": model.state_dict(),
-            "gradients": {name: p.grad for name, p in model.named_parameters()},
-            "Z": admm.Z,
-            "calls": calls,
-            "residuals": {r.layer: r.primal for r in residuals},
-        },
-        folder / f"{rank}.pt",
-    )
+    residuals = step(wrapped, even()[rank::2], admm)
+    return {
+        "state": model.state_dict(),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "Z": admm.Z,
+        "calls": calls,
+        "residuals": {r.layer: r.primal for r in residuals},
+    }
 
 
 def batch():
@@ -93,13 +87,11 @@ def even():
     return torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-def test_two_processes_compute_what_one_computes(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "batch", even)
+def test_two_processes_compute_what_one_computes(of_two):
     model = network()
     admm = admm_of(model)
     residuals = step(model, even(), admm)
-    multiprocessing.spawn(work_even, (tmp_path,), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = of_two("step_of_one")
     for one in found:
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(one["state"][name], tensor, rtol=1e-5, atol=1e-6)
@@ -113,23 +105,15 @@ def test_two_processes_compute_what_one_computes(tmp_path, monkeypatch):
     assert found[1]["calls"]
 
 
-def work_even(rank, folder):
-    globals()["batch"] = even
-    work(rank, folder)
+def uneven(rank):
+    model = sync_batch_norm(network())
+    return {"out": model(batch()[rank::2]).detach(), "state": model.state_dict()}
 
 
-def uneven(rank, folder):
-    with joined(rank, folder):
-        model = sync_batch_norm(network())
-        torch.save({"out": model(batch()[rank::2]).detach(), "state": model.state_dict()}, folder / f"{rank}.pt")
-
-
-def test_batch_norm_takes_shares_of_unequal_size(tmp_path):
+def test_batch_norm_takes_shares_of_unequal_size(of_two):
     model = network()
     expected = model(batch()).detach()
-    multiprocessing.spawn(uneven, (tmp_path,), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for rank, found in enumerate(of_two("uneven")):
         torch.testing.assert_close(found["out"], expected[rank::2], rtol=1e-4, atol=1e-5)
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(found["state"][name], tensor, rtol=1e-5, atol=1e-6)
@@ -161,56 +145,53 @@ NORMS = {
 }
 
 
-def normalised(rank, folder):
-    with joined(rank, folder):
-        found = {}
-        for name, made in NORMS.items():
-            norm, x = made()
-            sync_batch_norm(norm)
-            found[name] = (norm(x[rank::2]).detach(), norm.running_var)
-        torch.save(found, folder / f"{rank}.pt")
+def normalised(rank):
+    found = {}
+    for name, made in NORMS.items():
+        norm, x = made()
+        sync_batch_norm(norm)
+        found[name] = (norm(x[rank::2]).detach(), norm.running_var)
+    return found
 
 
-def test_batch_norm_of_one_and_of_three_dimensions_is_shared_as_well(tmp_path):
-    multiprocessing.spawn(normalised, (tmp_path,), nprocs=2)
+def test_batch_norm_of_one_and_of_three_dimensions_is_shared_as_well(of_two):
+    answers = of_two("normalised")
     for name, made in NORMS.items():
         norm, x = made()
         expected = norm(x).detach()
         for rank in range(2):
-            out, variance = torch.load(tmp_path / f"{rank}.pt")[name]
+            out, variance = answers[rank][name]
             torch.testing.assert_close(
                 out, expected[rank::2], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
             torch.testing.assert_close(variance, norm.running_var)
 
 
-def metric_of_two(rank, folder):
+def metric_of_two(rank):
     """Three batches, with and without an interruption after the second: each process sees other inputs."""
-    with joined(rank, folder):
-        found = []
-        for interrupted in (False, True):
-            model = nn.Sequential(nn.Linear(6, 4))
-            torch.manual_seed(0)
-            nn.init.normal_(model[0].weight)
-            admm = ADMM(model, Plan(layers=plan_layers(model, "0", ranks=2)), rho=0.1, metric="activation")
-            for step in range(3):
-                generator = torch.Generator().manual_seed(10 * rank + step)
-                model(torch.randn(8, 6, generator=generator) * (1 + rank) * torch.arange(1, 7))
-                admm.synchronize()
-                if interrupted and step == 1:
-                    state = [admm.state_dict()]
-                    distributed.broadcast_object_list(state, 0)  # what the first process saved
-                    admm.close()
-                    admm = ADMM(model, Plan(layers=plan_layers(model, "0", ranks=2)), rho=0.1, metric="activation")
-                    admm.load_state_dict(state[0])
-            admm.update()
-            found.append({"Z": admm.Z["0"], "root": admm.roots["0"].root})
-        torch.save(found, folder / f"{rank}.pt")
+    found = []
+    for interrupted in (False, True):
+        model = nn.Sequential(nn.Linear(6, 4))
+        torch.manual_seed(0)
+        nn.init.normal_(model[0].weight)
+        admm = ADMM(model, Plan(layers=plan_layers(model, "0", ranks=2)), rho=0.1, metric="activation")
+        for step in range(3):
+            generator = torch.Generator().manual_seed(10 * rank + step)
+            model(torch.randn(8, 6, generator=generator) * (1 + rank) * torch.arange(1, 7))
+            admm.synchronize()
+            if interrupted and step == 1:
+                state = [admm.state_dict()]
+                distributed.broadcast_object_list(state, 0)  # what the first process saved
+                admm.close()
+                admm = ADMM(model, Plan(layers=plan_layers(model, "0", ranks=2)), rho=0.1, metric="activation")
+                admm.load_state_dict(state[0])
+        admm.update()
+        found.append({"Z": admm.Z["0"], "root": admm.roots["0"].root})
+    return found
 
 
-def test_the_metric_of_two_processes_is_resumed_exactly(tmp_path):
-    multiprocessing.spawn(metric_of_two, (tmp_path,), nprocs=2)
-    found = [one for rank in range(2) for one in torch.load(tmp_path / f"{rank}.pt")]
+def test_the_metric_of_two_processes_is_resumed_exactly(of_two):
+    found = [one for answers in of_two("metric_of_two") for one in answers]
     for other in found[1:]:
         assert torch.equal(other["Z"], found[0]["Z"])
         assert torch.equal(other["root"], found[0]["root"])
@@ -238,37 +219,91 @@ RECIPE = {
 }
 
 
-def to_their_end(command, folder, environments):
-    """Return exit code, stdout and stderr of as many processes as there are environments, which run side by side."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, cwd=folder, env=one, start_new_session=True, **pipes) for one in environments]
+def trained_by(count, rank, folder, port):
+    """Run `tensorrail train` as one of `count` processes; return its exit code and what it printed to stdout and stderr."""
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}  # as torchrun sets them
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    sys.argv = ["tensorrail", "train", str(folder / "recipe.yaml"), "--folder", str(folder / f"run{count}")]
+    before = [(folder / f"{name}-{rank}").stat().st_size for name in ("out", "error")]
+    code = 0
     try:
-        said = [process.communicate(timeout=2 * DEADLINE) for process in started]
+        tensorrail.cli.main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code, *(
+        (folder / f"{name}-{rank}").read_text()[start:] for name, start in zip(("out", "error"), before, strict=True)
+    )
+
+
+JOBS = (step_of_one, uneven, normalised, metric_of_two)
+
+
+def do_all(rank, folder, ports):
+    """Be one of two processes: do every job and leave its result, or how it failed, in a file of its own."""
+    for descriptor, name in ((1, "out"), (2, "error")):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
+    torch.set_num_threads(1)
+
+    def meet(job):
+        with joined(rank, folder / f"meeting-{job.__name__}"):
+            return job(rank)
+
+    jobs = {job.__name__: lambda job=job: meet(job) for job in JOBS}
+    jobs["trained by two"] = lambda: trained_by(2, rank, folder, ports[0])
+    if rank == 0:
+        jobs["trained by one"] = lambda: trained_by(1, 0, folder, ports[1])
+    for name, job in jobs.items():
+        try:
+            result = job()
+        except Exception:  # noqa: BLE001 - its test says what it was
+            result = traceback.format_exc()
+        torch.save(result, folder / f"{name}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder in which two processes, started once for all tests, left what every job gave."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    processes = multiprocessing.spawn(do_all, (folder, (free_port(), free_port())), nprocs=2, join=False)
+    end = time.monotonic() + 2 * DEADLINE
+    try:
+        while not processes.join(max(0.0, end - time.monotonic())):
+            assert time.monotonic() < end, "two processes do not end"
     finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return [(process.returncode, *both) for process, both in zip(started, said, strict=True)]
+        for process in processes.processes:
+            process.kill()
+    return folder
 
 
-def test_a_recipe_launched_with_two_processes_ends_as_with_one(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, "ACCELERATE_USE_CPU": "true"}
-    for count in (1, 2):
-        shared |= {
-            "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }  # as torchrun sets them
-        environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        command = [sys.executable, "-m", "tensorrail", "train", "recipe.yaml", "--folder", f"run{count}"]
-        (code, out, error), *others = to_their_end(command, tmp_path, environments)
+@pytest.fixture
+def of_two(pair):
+    """Return a function: what a job gave in each of the two processes, by its name."""
+
+    def answers(name, ranks=(0, 1)):
+        found = [torch.load(pair / f"{name}-{rank}.pt") for rank in ranks]
+        failed = [f"process {rank}: {one}" for rank, one in enumerate(found) if isinstance(one, str)]
+        assert not failed, "\n".join(failed)
+        return found
+
+    return answers
+
+
+def test_a_recipe_launched_with_two_processes_ends_as_with_one(pair, of_two):
+    for name, ranks in (("trained by one", (0,)), ("trained by two", (0, 1))):
+        (code, out, error), *others = of_two(name, ranks)
         assert code == 0, error
         assert out.count("finetune  epoch 1/1") == 1
-        assert [(code, out) for code, out, _ in others] == [(0, "")] * (count - 1)  # one that trained alone would speak
+        assert [(code, out) for code, out, _ in others] == [(0, "")] * len(others)  # one that trained alone would speak
         assert "Warning" not in error
     for name in ("dense.safetensors", "cores.safetensors"):
-        one, two = (load_file(tmp_path / f"run{count}" / name) for count in (1, 2))
+        one, two = (load_file(pair / f"run{count}" / name) for count in (1, 2))
         assert one.keys() == two.keys()
         for key, tensor in one.items():
             torch.testing.assert_close(two[key], tensor, rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
