@@ -5,11 +5,13 @@ import sys
 
 import torch
 
+from tensorrail_trainer import denormals
 from tensorrail_trainer.denormals import flushed
 
+# The module alone: the rest of the package takes seconds to import, and may compute before the threads begin.
 THREADS = """
-import torch
-from tensorrail_trainer.denormals import flushed
+import runpy, sys, torch
+flushed = runpy.run_path(sys.argv[1])["flushed"]
 torch.set_num_threads(2)
 with flushed():
     small = torch.full((10**7,), 1.2e-38)  # enough for every thread to have its part
@@ -46,5 +48,5 @@ def test_other_defaults_of_torch_do_not_mislead_it():
 
 
 def test_every_thread_flushes_them():
-    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", THREADS, denormals.__file__], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing.forkserver
 import os
+import resource
 import signal
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+import tensorrail.cli
 from tensorrail_runtime import records
 from tensorrail_trainer.checkpoints import CheckpointError, Checkpoints
 
@@ -32,35 +36,81 @@ RECIPE = {
 RESULTS = ("plan.json", "cores.safetensors", "dense.safetensors")
 
 
-def command(folder, name, *more):
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return {
-        "args": [sys.executable, "-m", "tensorrail", "train", "recipe.yaml", "--folder", name, *more],
-        "cwd": folder,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-        "text": True,
-    }
+def train(folder, most, out, error, options):
+    """Be a process of its own that runs `tensorrail train recipe.yaml` and can write no file of more than `most` bytes."""
+    os.dup2(out.fileno(), 1)
+    os.dup2(error.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # not those forked
+    os.chdir(folder)
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    torch.set_num_threads(1)
+    sys.argv = ["tensorrail", "train", "recipe.yaml", *options]
+    tensorrail.cli.main()
 
 
-def to_the_end(folder, name, *more):
-    return subprocess.run(**command(folder, name, *more), capture_output=True, timeout=300, check=False)
+@pytest.fixture(scope="module")
+def server():
+    """Start the server from which every run here is forked, with what they import: five seconds that they would take each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorrail.cli", "tensorrail_trainer.pipeline", "sklearn.model_selection"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
-def test_a_run_killed_in_every_phase_ends_as_one_that_nothing_disturbed(tmp_path):
-    whole = to_the_end(tmp_path, "whole")
+@pytest.fixture
+def started(server, tmp_path):
+    """Return a function that starts a run in a process of its own: the process, its stdout and its stderr as files."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+
+    @contextlib.contextmanager
+    def start(name, *options, most=None):
+        (out, to_out), (error, to_error) = (server.Pipe(duplex=False) for _ in range(2))
+        process = server.Process(target=train, args=(tmp_path, most, to_out, to_error, ["--folder", name, *options]))
+        process.start()
+        to_out.close()
+        to_error.close()
+        try:
+            text = {"encoding": "utf-8", "closefd": False}
+            with os.fdopen(out.fileno(), **text) as lines, os.fdopen(error.fileno(), **text) as complaints:
+                yield process, lines, complaints
+                process.join(300)
+        finally:
+            process.kill()
+            process.join()
+
+    return start
+
+
+@pytest.fixture
+def to_the_end(started):
+    """Return a function that runs to the end: its exit code and what it printed to stderr."""
+
+    def run(name, *options, **limits):
+        with started(name, *options, **limits) as (process, lines, complaints):
+            lines.read()
+            stderr = complaints.read()
+        return SimpleNamespace(returncode=process.exitcode, stderr=stderr)
+
+    return run
+
+
+def test_a_run_killed_in_every_phase_ends_as_one_that_nothing_disturbed(started, to_the_end, tmp_path):
+    whole = to_the_end("whole")
     assert whole.returncode == 0, whole.stderr
     for number, phase in enumerate(("dense", "admm", "finetune", "control")):
-        more = ["--resume"] if number else []
-        with subprocess.Popen(**command(tmp_path, "broken", *more), stdout=subprocess.PIPE) as process:
+        with started("broken", *["--resume"][:number]) as (process, stdout, _):
             lines = []
-            for line in process.stdout:
+            for line in stdout:
                 lines.append(line)
                 if line.startswith(f"{phase:<9} epoch 1/"):
-                    process.send_signal(signal.SIGKILL)
+                    os.kill(process.pid, signal.SIGKILL)
                     break
-        assert process.returncode == -signal.SIGKILL, "it was over before it was killed"
+        assert process.exitcode == -signal.SIGKILL, "it was over before it was killed"
         assert not any(line.startswith("dense     epoch 1/") for line in lines) or phase == "dense"  # nothing is trained twice
-    last = to_the_end(tmp_path, "broken", "--resume")
+    last = to_the_end("broken", "--resume")
     assert last.returncode == 0, last.stderr
     for name in RESULTS:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
@@ -85,14 +135,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
         store.save("dense", 1, {"value": torch.tensor(1)})
 
 
-def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+def test_a_run_on_a_full_disk_ends_in_one_line(to_the_end, tmp_path):
     # A file-size limit is a disk that is full for every file above it: SIGXFSZ is ignored by Python, the write fails.
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
-        "import tensorrail.cli; sys.argv = ['tensorrail', 'train', 'recipe.yaml', '--folder', 'run']; tensorrail.cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = to_the_end("run", most=20000)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tensorrail: ")]
     assert "dense-0001.pt cannot be written (File too large)" in line
@@ -100,9 +145,9 @@ def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path):
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
-def test_an_unwritable_folder_ends_in_one_line(tmp_path):
+def test_an_unwritable_folder_ends_in_one_line(to_the_end, tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
-    done = to_the_end(tmp_path, "run")
+    done = to_the_end("run")
     assert done.returncode == 2
     assert done.stderr.startswith("tensorrail: run")
     assert done.stderr.strip().count("\n") == 0
