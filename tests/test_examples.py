@@ -11,19 +11,16 @@ from types import ModuleType, SimpleNamespace
 import onnx
 import pytest
 import torch
-from test_docs import in_this_process
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, in_this_process, monkeypatch, capsys):
     """Return a function that runs an example in an empty folder: its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TENSORRAIL_CACHE", str(tmp_path / "cache"))
-    for module in ("latency", "regress"):
-        monkeypatch.setattr(f"tensorrail_runtime.{module}.fresh", in_this_process)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
 
     def call(name, *arguments):
