@@ -62,7 +62,7 @@ def test_where_there_is_no_gpu_it_says_why_and_writes_nothing(gpu, monkeypatch, 
     assert gpu.lacking("cpu") is None
 
 
-def test_a_dry_run_measures_every_form_and_goes_on_where_it_was(benched, gpu, monkeypatch, tmp_path):
+def test_a_dry_run_measures_every_form_and_goes_on_where_it_was(benched, gpu, in_this_process, monkeypatch, tmp_path):
     card = gpu.Peaks(bandwidth=1e15, flops={"fp32": 1e15})  # known: what this machine gives just now may be less than it gave
     monkeypatch.setattr(gpu, "peaks", lambda device: {"cpu": card}[device])
     with_a_plan(tmp_path / "out")
@@ -95,12 +95,12 @@ def test_what_the_time_does_not_reach_is_named(benched, tmp_path):
 
 def test_recipes_are_trained_and_epochs_of_data_that_is_not_there_are_not(benched, tmp_path):
     recipe = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
-    recipe["model"]["args"] = {"widths": [16, 16], "blocks": 1, "hidden": 128}
+    recipe["model"]["args"] = {"widths": [16], "blocks": 1, "hidden": 16}
     recipe["plan"] = [{"layers": "stages.0.0.conv1", "format": "tt", "ranks": 4}]
     for phase in ("dense", "admm", "finetune"):
         recipe["train"][phase]["epochs"] = 1
     recipe["train"]["control"] = "none"
-    recipe["data"].setdefault("args", {})["test_fraction"] = 0.9
+    recipe["data"]["args"] = {"test_fraction": 0.9, "size": 16}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     asked = ["--sections", "training", "--data", tmp_path / "none", "--recipes", tmp_path / "small.yaml", "--resume"]
     record, page = benched(*asked)
