@@ -7,6 +7,12 @@ JOBS ?= 2
 OPTIONS ?=
 CODE := trainer exporter runtime tools tests benchmarks docs examples
 
+# Modules that are compiled once: a variable that forbids it costs every test process seconds.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX ?= $(abspath $(VENV))/pycache
+# Test processes share the cores: threads of one would wait for those of another.
+test test-all test-environments: export OMP_NUM_THREADS = 1
+
 .PHONY: demo test test-all test-environments lint format bench bench-gpu docs clean
 .DEFAULT_GOAL := demo
 
@@ -22,7 +28,7 @@ demo: $(READY)  ## train, compress, export, check, bench and report, on embedded
 	$(BIN)/tensorrail run recipes/digits.yaml --resume
 
 test: $(READY)  ## the test suite, without the slow cases
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(OPTIONS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(OPTIONS)
 
 test-all: $(READY)  ## every test: the slow ones, all formats on foreign models, thousands of random cases
 	TENSORRAIL_CASES=all $(BIN)/python -m pytest -n $(JOBS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -19,6 +20,24 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 pytest_plugins = ["pytester"]
+
+
+def pytest_collection_finish():
+    """Keep the collector from looking at all that was imported, which lives to the end, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exporter_is_frozen():
+    """Do the same once for torch's exporter, which is imported by the first export."""
+    yield
+    if "torch._dynamo" in sys.modules and not _FROZEN:
+        _FROZEN.append("torch._dynamo")
+        pytest_collection_finish()
+
+
+_FROZEN: list[str] = []
 
 
 def pytest_collection_modifyitems(items):
