@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -110,13 +111,17 @@ def _options(spec: LayerSpec) -> dict[str, Any]:
     }
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _dense_pays(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
-    return bool(_expected_faster(plan, spec, shape))
+    if "torch._dynamo" in sys.modules:  # else it would trace what is computed here; its import takes two seconds
+        return bool(torch.compiler.disable(_expected_faster)(plan, spec, shape))
+    return _expected_faster(plan, spec, shape)
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler.
+_dense_pays._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
-@torch.compiler.disable  # type: ignore[untyped-decorator] # else it would trace what is computed here
 def _expected_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
     """Return whether a training step is expected to be faster with the dense weight than core by core.
 
