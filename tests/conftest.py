@@ -12,6 +12,10 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of several would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(os, "sched_setaffinity") and "TENSORRAIL_TEST_ALL_CORES" not in os.environ:
+        # ONNX Runtime's threads spin while they wait. A worker with a core of its own has none, nor have its processes.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
 import numpy as np
 import onnx

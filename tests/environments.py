@@ -29,7 +29,7 @@ ENVIRONMENTS = {
         "LANG": "tr_TR.UTF-8",
         "TZ": "XYZ+9:30",
     },
-    "two-cores": {},  # as `make test`, in random order
+    "all-cores": {"TENSORRAIL_TEST_ALL_CORES": "1"},  # this machine's own; every test process may use all of its cores
 }
 ONE_CORE = ("oldest", "avx2")
 NO_NETWORK = ("oldest",)
