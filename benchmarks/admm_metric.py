@@ -23,16 +23,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tensorrail_exporter.plan import Plan
-from tensorrail_runtime.machine import machine
+from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.records import write_text
-from tensorrail_trainer.admm import ADMM
-from tensorrail_trainer.checkpoints import Checkpoints
+from tensorrail_runtime.sessions.machine import machine
+from tensorrail_trainer.admm.admm import ADMM
+from tensorrail_trainer.admm.moments import InputMoments
 from tensorrail_trainer.data import Dataset, batches
-from tensorrail_trainer.layers import planned_layers, swap
-from tensorrail_trainer.loop import Phase, evaluate, train
-from tensorrail_trainer.moments import InputMoments, Root
-from tensorrail_trainer.recipe import Recipe
+from tensorrail_trainer.layers.dense import planned_layers
+from tensorrail_trainer.layers.metric import Root
+from tensorrail_trainer.layers.swap import swap
+from tensorrail_trainer.recipes.recipe import Recipe
+from tensorrail_trainer.training.checkpoints import Checkpoints
+from tensorrail_trainer.training.loop import Phase, evaluate, train
 
 RANK = 5
 RECIPE: dict[str, Any] = {

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 
 from tensorrail_exporter import Plan, decompose_graph, factorize
-from tensorrail_exporter.calibration import load_calibration
-from tensorrail_exporter.graph_io import load_model, save_model
-from tensorrail_exporter.layerwise import fit_layers
-from tensorrail_exporter.planner import Search, plan_network
-from tensorrail_runtime.accuracy import evaluate
-from tensorrail_runtime.cost import cost
-from tensorrail_runtime.inputs import load_arrays
+from tensorrail_exporter.calibrate.inputs import load_calibration
+from tensorrail_exporter.calibrate.layerwise import fit_layers
+from tensorrail_exporter.graphs.io import load_model, save_model
+from tensorrail_exporter.search.planner import Search, plan_network
+from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.measure.accuracy import evaluate
 from tensorrail_runtime.records import write_text
-from tensorrail_trainer.calibration_fit import FitSettings, fit_blocks
-from tensorrail_trainer.published import published_plan
+from tensorrail_runtime.sessions.inputs import load_arrays
+from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
+from tensorrail_trainer.planning.published import published_plan
 
 
 def main() -> None:

@@ -20,19 +20,19 @@ import networks
 import onnx
 
 from tensorrail_exporter import GraphError, PlanError, factorize
-from tensorrail_exporter.choice import Limit, choose
-from tensorrail_exporter.costs import dense_cost
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_exporter.latency_table import LatencyTable
-from tensorrail_exporter.options import options_of
-from tensorrail_exporter.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
-from tensorrail_exporter.survey import survey
-from tensorrail_exporter.verify import layer_times, slower_layers
-from tensorrail_runtime.cost import cost
-from tensorrail_runtime.latency import bench_fresh
-from tensorrail_runtime.machine import machine
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.plans.costs import dense_cost
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search.knapsack import Limit, choose
+from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
+from tensorrail_exporter.search.options import options_of
+from tensorrail_exporter.search.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
+from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.measure.latency import bench_fresh
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.session import Settings
+from tensorrail_runtime.sessions.machine import machine
+from tensorrail_runtime.sessions.session import Session
 
 TARGETS = {
     "resnet18": (2.4,),
@@ -68,7 +68,7 @@ def least_cut(model: onnx.ModelProto, report: PlanReport, batch: int, cache: Pat
 
     Of all the forms that were offered, losses aside: speed-up over MACs is at most the speed-up over this.
     """
-    table = LatencyTable.open(Settings(), cache)
+    table = LatencyTable.open(Session(), cache)
     layers = [layer for layer in survey(model, batch) if layer.output is not None and layer.inputs[layer.data] is not None]
     times, cuts = [], []
     for layer in layers:

@@ -18,10 +18,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_runtime.latency import bench
-from tensorrail_runtime.machine import machine
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.machine import machine
 
 DEPTH = 4
 SHARE = 0.25  # of the dense parameters

@@ -21,11 +21,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_runtime.latency import bench
-from tensorrail_runtime.machine import machine
+from tensorrail_runtime.gate.regress import Effort, Limits, Timing, Verdict, check
+from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.regress import Effort, Limits, Timing, Verdict, check
-from tensorrail_runtime.session import PROVIDERS, Settings
+from tensorrail_runtime.sessions.machine import machine
+from tensorrail_runtime.sessions.session import PROVIDERS, Session
 
 LENGTH, EXTRA, SIZE, ROWS = 40, 2, 192, 64
 STEPS = (0.02, 0.03, 0.05, 0.08)
@@ -62,7 +62,7 @@ def main() -> None:
         onnx.save(chain(LENGTH), a)
         shutil.copy(a, same)
         onnx.save(chain(LENGTH + EXTRA), slower)
-        settings = Settings(provider=options.provider, threads=options.threads)
+        settings = Session(provider=options.provider, threads=options.threads)
         truth = bench([a, slower], seconds=20, settings=settings)
         injected = 1 / truth.ratios[0].value - 1
         start = time.perf_counter()
@@ -101,7 +101,7 @@ def main() -> None:
         write_text(options.out, text)
 
 
-def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, effort: Effort, settings: Settings) -> list[Verdict]:
+def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, effort: Effort, settings: Session) -> list[Verdict]:
     verdicts = []
     for number in range(count):
         verdicts.append(check(a, b, limits=limits, effort=effort, settings=settings))

@@ -44,23 +44,24 @@ from gpu_page import Log, markdown
 from roofline import Peaks, bound_ms, peaks
 
 from tensorrail_exporter import FORMATS, GraphError, Plan, PlanError, factorize
-from tensorrail_exporter.fp16 import to_fp16
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_exporter.latency_table import LatencyTable
-from tensorrail_exporter.options import options_of
-from tensorrail_exporter.planner import Search, plan_network, random_cores
-from tensorrail_exporter.rewrite import reconstruct
-from tensorrail_exporter.survey import survey
-from tensorrail_runtime.cost import cost
-from tensorrail_runtime.inputs import random_inputs
-from tensorrail_runtime.latency import bench_fresh
-from tensorrail_runtime.machine import machine
-from tensorrail_runtime.parity import Tolerances, compare
-from tensorrail_runtime.placement import placement
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.precision.fp16 import to_fp16
+from tensorrail_exporter.rewrite.rewriter import reconstruct
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.options import options_of
+from tensorrail_exporter.search.planner import Search, plan_network, random_cores
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.measure.latency import bench_fresh
+from tensorrail_runtime.measure.parity import Tolerances, compare
+from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.report import TrainingLog, projection_share
-from tensorrail_runtime.session import SEARCHES, ModelError, Settings, open_session, run
-from tensorrail_trainer.published import PUBLISHED
+from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.machine import machine
+from tensorrail_runtime.sessions.session import SEARCHES, Session, open_session, run
+from tensorrail_trainer.planning.published import PUBLISHED
+from tensorrail_trainer.training.epochs import TrainingLog, projection_share
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ("plan", "placement", "latency", "training", "gate")
@@ -90,9 +91,9 @@ class Mode:
         """As it stands in the tables."""
         return ", ".join([self.precision, "NHWC" if self.nhwc else "NCHW", *(["CUDA graph"] if self.graph else [])])
 
-    def settings(self, provider: str) -> Settings:
+    def settings(self, provider: str) -> Session:
         """Return what a session is opened with."""
-        return Settings(provider=provider, tf32=self.precision == "tf32", nhwc=self.nhwc, cuda_graph=self.graph)
+        return Session(provider=provider, tf32=self.precision == "tf32", nhwc=self.nhwc, cuda_graph=self.graph)
 
 
 PLANNED = Mode("tf32", nhwc=True)  # what plans are made for
@@ -252,7 +253,7 @@ def plan(bench: Bench, name: str) -> None:
         bench.add("plan", row | {"seconds": time.monotonic() - start})
 
 
-def fastest(bench: Bench, name: str, grid: int, settings: Settings) -> list[Log]:
+def fastest(bench: Bench, name: str, grid: int, settings: Session) -> list[Log]:
     """Return every layer of a network that was timed: how long it takes dense, and in its fastest form."""
     table = LatencyTable.open(settings, bench.options.cache)
     rows: dict[str, Log] = {}

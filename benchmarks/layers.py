@@ -17,10 +17,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_runtime.latency import bench
-from tensorrail_runtime.machine import machine
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.machine import machine
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # channels and image size of ResNet-18's stages
 FRACTIONS = (0.25, 0.5, 0.56)  # of the channels: two multiples of 16, and one rank that is not

@@ -17,11 +17,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_exporter import LayerPlan, Plan, contraction, decompose_graph, factorize
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_runtime.latency import bench_fresh
-from tensorrail_runtime.machine import machine
+from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
+from tensorrail_exporter.formats import contraction
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_runtime.measure.latency import bench_fresh
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.machine import machine
 
 INPUTS = 1024
 GATES = {"LSTM": 4, "GRU": 3}

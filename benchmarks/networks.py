@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_trainer import to_onnx
-from tensorrail_trainer.models import MODELS
-from tensorrail_trainer.published import published_plan as published_plan
+from tensorrail_trainer.networks.registry import MODELS
+from tensorrail_trainer.planning.published import published_plan as published_plan
 
 # What the model is made with, and the shape of one sample.
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

@@ -23,7 +23,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.report import TrainingLog
+from tensorrail_trainer.training.epochs import TrainingLog
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "assets" / "speed-accuracy.svg"

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from tensorrail_exporter.formats import project
-from tensorrail_runtime.latency import Latency, ratio
-from tensorrail_runtime.machine import machine
+from tensorrail_runtime.measure.latency import Latency, ratio
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.machine import machine
 
 LAYERS = [(64, 64)] * 4 + [(128, 64)] + [(128, 128)] * 3 + [(256, 128)] + [(256, 256)] * 3 + [(512, 256)] + [(512, 512)] * 3
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tensorrail_runtime.cost import GraphCost
+from tensorrail_runtime.graphs.cost import GraphCost
 
 SIDES = {"cuda": 8192, "cpu": 1024}  # of the square matrices that are multiplied
 MIB = {"cuda": 2048, "cpu": 64}  # that are copied

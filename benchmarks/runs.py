@@ -18,8 +18,9 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.report import Epoch, Report, TrainingLog, projection_share
-from tensorrail_trainer.recipe import Recipe
+from tensorrail_trainer.recipes.recipe import Recipe
+from tensorrail_trainer.run.report import Report
+from tensorrail_trainer.training.epochs import Epoch, TrainingLog, projection_share
 
 matplotlib.rcParams["svg.hashsalt"] = "tensorrail"  # the same picture for the same runs
 

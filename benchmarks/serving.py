@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorrail_runtime.inputs import random_inputs
-from tensorrail_runtime.machine import machine, processor
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.serve.datatypes import ONNX
-from tensorrail_runtime.session import open_session
+from tensorrail_runtime.serve.protocol.datatypes import ONNX
+from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.machine import machine, processor
+from tensorrail_runtime.sessions.session import open_session
 
 RESAMPLES = 1000
 WARM = 0.2  # share of a turn at its beginning that does not count
@@ -158,8 +158,8 @@ def networks_of(folder: Path) -> tuple[Path, Path]:
     import onnx
 
     from tensorrail_exporter import factorize
-    from tensorrail_exporter.graph_io import save_model
-    from tensorrail_exporter.planner import random_cores
+    from tensorrail_exporter.graphs.io import save_model
+    from tensorrail_exporter.search.planner import random_cores
 
     dense, factored = networks.write("resnet18", folder), folder / "factored.onnx"
     model, plan = onnx.load(dense), networks.published_plan("resnet18")

@@ -24,8 +24,8 @@ import torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
 
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_trainer.published import PUBLISHED
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_trainer.planning.published import PUBLISHED
 
 Kind = Literal["tucker", "tt"]
 NETWORK = "resnet18"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorrail_runtime.machine import machine
 from tensorrail_runtime.records import write_text
-from tensorrail_trainer.graphed import Replay, on_device
-from tensorrail_trainer.models import MODELS
+from tensorrail_runtime.sessions.machine import machine
+from tensorrail_trainer.networks.registry import MODELS
+from tensorrail_trainer.training.cuda_graph import Replay, on_device
 
 Log = dict[str, Any]
 WARMUP = 20

@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_exporter.calibration import load_calibration
-from tensorrail_exporter.compress import compress
-from tensorrail_exporter.errors import TargetError
-from tensorrail_exporter.graph_io import load_model, save_model
-from tensorrail_exporter.planner import Search, plan_network
+from tensorrail_exporter.calibrate.inputs import load_calibration
+from tensorrail_exporter.graphs.io import load_model, save_model
+from tensorrail_exporter.search.planner import Search, plan_network
+from tensorrail_exporter.workflow import compress
 from tensorrail_runtime import bench, parity
+from tensorrail_runtime.errors import TargetError
 
 
 def stand_in(folder: Path) -> tuple[Path, Path]:

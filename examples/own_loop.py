@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_exporter import Plan, factorize
-from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_runtime import bench, parity
 from tensorrail_trainer import ADMM, cores_of, plan_layers, to_dense, to_onnx
 

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from tensorrail_exporter import Plan, decompose_graph, factorize
-from tensorrail_exporter.graph_io import save_model
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_runtime import bench, cost, parity
 from tensorrail_trainer import to_onnx
-from tensorrail_trainer.planning import plan_to_size
+from tensorrail_trainer.planning.ranks import plan_to_size
 
 
 def make(name: str, weights: bool) -> nn.Module | None:

@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_runtime.session import ModelError, Settings
-from tensorrail_runtime.triton import Serving, package
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.triton.package import Serving, package
 
 
 def stand_in(folder: Path) -> tuple[Path, Path]:
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--name", default="factored")
     parser.add_argument("--repository", type=Path, default=Path("repository"))
     options = parser.parse_args()
-    serving = Serving(settings=Settings(threads=1), max_batch=16, delay=500, instances=2)
+    serving = Serving(settings=Session(threads=1), max_batch=16, delay=500, instances=2)
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             options.model, options.dense = stand_in(Path(folder))

@@ -77,7 +77,7 @@ def in_this_process(monkeypatch):
             request["options"] |= {"warmup": 0.0, "seconds": 0.01}
         return getattr(importlib.import_module(module), name)(json.loads(json.dumps(request)))
 
-    for module in ("latency", "regress"):
+    for module in ("measure.latency", "gate.regress"):
         monkeypatch.setattr(f"tensorrail_runtime.{module}.fresh", call)
 
 

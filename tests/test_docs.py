@@ -25,8 +25,8 @@ from PIL import Image
 
 import tensorrail.cli
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, decompose_graph, factorize, save_cores
-from tensorrail_exporter.graph_io import save_model
-from tensorrail_runtime.report import Epoch, TrainingLog
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_trainer.training.epochs import Epoch, TrainingLog
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -238,8 +238,8 @@ def test_blocks_that_are_not_run_say_why():
 def test_yaml_blocks_are_parts_of_a_recipe():
     from pydantic import TypeAdapter
 
-    from tensorrail_trainer.recipe import Rule
-    from tensorrail_trainer.schedules import Training
+    from tensorrail_trainer.recipes.recipe import Rule
+    from tensorrail_trainer.recipes.schedules import Training
 
     count = 0
     for path in TEXTS:

@@ -65,7 +65,7 @@ def test_pretrained_says_in_one_line_what_is_missing(run, monkeypatch, tmp_path)
 
 def test_pretrained_on_a_network_of_the_packages_kind(run, monkeypatch, tmp_path):
     # The package's own function, answered by a small network with the same names of layers: the package itself is large.
-    from tensorrail_trainer.models import BasicBlock
+    from tensorrail_trainer.networks.registry import BasicBlock
 
     class Small(torch.nn.Sequential):
         def __init__(self):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tensorrail_runtime.cost import GraphCost, NodeCost
+from tensorrail_runtime.graphs.cost import GraphCost, NodeCost
 
 ROOT = Path(__file__).parents[1]
 PLAN = {"version": 1, "layers": [{"name": "layer3.0.conv2", "format": "svd", "modes": [192, 192], "ranks": [32]}]}

@@ -1,13 +1,13 @@
 """Formats, plans and the rewriting of ONNX graphs: dense layers become subgraphs of core contractions."""
 
-from tensorrail_exporter.contraction import Conv, LayerSpec, MatMul, Reshape, Step
-from tensorrail_exporter.cores import load_cores, save_cores
-from tensorrail_exporter.costs import ContractionCost, contraction_cost
-from tensorrail_exporter.errors import GraphError, PlanError
 from tensorrail_exporter.formats import FORMATS, Format, project
-from tensorrail_exporter.padding import drop_padding, pad_ranks
-from tensorrail_exporter.plan import LayerPlan, Plan
-from tensorrail_exporter.rewrite import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
+from tensorrail_exporter.formats.contraction import Conv, LayerSpec, MatMul, Reshape, Step
+from tensorrail_exporter.plans.cores import load_cores, save_cores
+from tensorrail_exporter.plans.costs import ContractionCost, contraction_cost
+from tensorrail_exporter.plans.padding import drop_padding, pad_ranks
+from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
+from tensorrail_runtime.errors import GraphError, PlanError
 
 __all__ = [
     "FORMATS",

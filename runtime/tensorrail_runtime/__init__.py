@@ -1,14 +1,14 @@
 """ONNX models measured: sessions, parity, accuracy, cost, interleaved latency, report. Nothing of torch."""
 
-from tensorrail_runtime.accuracy import Accuracy, Comparison, Evaluation, accuracy, compare_scores, evaluate
-from tensorrail_runtime.cost import GraphCost, cost
-from tensorrail_runtime.footprint import Footprint, footprint
-from tensorrail_runtime.inputs import random_inputs
-from tensorrail_runtime.latency import LatencyReport, bench
-from tensorrail_runtime.parity import Parity, Tolerances, parity
-from tensorrail_runtime.placement import Placement, placement
-from tensorrail_runtime.report import Report
-from tensorrail_runtime.session import ModelError, Settings, open_session
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.graphs.cost import GraphCost, cost
+from tensorrail_runtime.measure.accuracy import Accuracy, Comparison, Evaluation, accuracy, compare_scores, evaluate
+from tensorrail_runtime.measure.footprint import Footprint, footprint
+from tensorrail_runtime.measure.latency import LatencyReport, bench
+from tensorrail_runtime.measure.parity import Parity, Tolerances, parity
+from tensorrail_runtime.measure.placement import Placement, placement
+from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.session import Session, open_session
 
 __all__ = [
     "Accuracy",
@@ -20,8 +20,7 @@ __all__ = [
     "ModelError",
     "Parity",
     "Placement",
-    "Report",
-    "Settings",
+    "Session",
     "Tolerances",
     "accuracy",
     "bench",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.regress import Verdict
+    from tensorrail_runtime.gate.regress import Verdict
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,8 +28,8 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
     """Return a function (model, baseline, **options of `regress.check`) that fails the test with the gate's reason."""
 
     def gate(model: Path | str, baseline: Path | str, **options: Any) -> Verdict | None:
-        from tensorrail_runtime import regress
-        from tensorrail_runtime.session import ModelError
+        from tensorrail_runtime.errors import ModelError
+        from tensorrail_runtime.gate import regress
 
         try:
             if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":

@@ -18,9 +18,9 @@ import yaml
 from onnx import helper, numpy_helper
 from pre_commit.commands.validate_manifest import validate_manifest
 
-from tensorrail_runtime.gate_output import markdown, workflow_commands
-from tensorrail_runtime.machine import Machine
-from tensorrail_runtime.regress import Finding, Timing, Verdict
+from tensorrail_runtime.gate.outputs import markdown, workflow_commands
+from tensorrail_runtime.gate.regress import Finding, Timing, Verdict
+from tensorrail_runtime.sessions.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))

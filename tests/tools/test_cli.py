@@ -12,7 +12,8 @@ from onnx import helper
 from typer.testing import CliRunner
 
 import tensorrail.cli
-from tensorrail_exporter import LayerPlan, Plan, planner
+from tensorrail_exporter import LayerPlan, Plan
+from tensorrail_exporter.search import planner
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
@@ -260,7 +261,7 @@ def test_a_fault_of_its_own_is_not_taken_for_a_measurement(cli, small_path, monk
     def broken(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("tensorrail_runtime.inputs.parse_shapes", broken)
+    monkeypatch.setattr("tensorrail_runtime.sessions.inputs.parse_shapes", broken)
     code, _, said = cli("inspect", small_path)
     assert code == 3
     assert "RuntimeError: a bug" in said
@@ -302,12 +303,12 @@ def test_help_imports_neither_torch_nor_onnxruntime():
 
 
 def test_ctrl_c_says_how_to_go_on_and_ends_with_130(cli, monkeypatch, tmp_path):
-    import tensorrail_trainer.pipeline
+    import tensorrail_trainer.run.pipeline
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorrail_trainer.pipeline, "run", interrupted)
+    monkeypatch.setattr(tensorrail_trainer.run.pipeline, "run", interrupted)
     code, _, err = cli("run", ROOT / "recipes" / "digits.yaml", "--folder", tmp_path / "run")
     assert code == 130
     assert err.count("\n") == 1

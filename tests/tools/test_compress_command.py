@@ -15,8 +15,8 @@ import torch
 from tensorrail.commands import plan as planning
 from tensorrail.targets import read_search
 from tensorrail_exporter import Plan
-from tensorrail_trainer.models import SmallResNet
-from tensorrail_trainer.torch_export import to_onnx
+from tensorrail_trainer.networks.registry import SmallResNet
+from tensorrail_trainer.run.export import to_onnx
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
     assert (folder / "out.int8.onnx").exists()
 
 
-MINE = "from tensorrail_trainer.models import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
+MINE = (
+    "from tensorrail_trainer.networks.registry import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
+)
 
 
 def test_a_torch_module_is_read_by_its_name(folder):

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_exporter.precision import PrecisionReport
+from tensorrail_exporter.precision.reduce import PrecisionReport
 
 QUICK = ("--duration", 0.1)
 
@@ -57,7 +57,7 @@ def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dty
 
 
 def test_a_slower_model_is_called_slower(cli, small_path, tmp_path, monkeypatch):
-    from tensorrail_exporter import precision
+    from tensorrail_exporter.precision import reduce as precision
 
     measured = precision.bench
 
@@ -107,8 +107,8 @@ def test_what_cannot_be_measured_is_not_written_and_a_shape_helps(to, cli, tmp_p
 
 
 def test_external_data_move_with_the_model(cli, small_path, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorrail_exporter.graph_io._LARGEST_FILE", 0)
-    monkeypatch.setattr("tensorrail_exporter.graph_io._SMALL", 0)
+    monkeypatch.setattr("tensorrail_exporter.graphs.io._LARGEST_FILE", 0)
+    monkeypatch.setattr("tensorrail_exporter.graphs.io._SMALL", 0)
     out, record = tmp_path / "o.onnx", tmp_path / "r.json"
     assert cli("quantize", small_path, "--to", "fp16", "-o", out, *QUICK, "--json", record)[0] == 0
     assert sorted(file.name for file in tmp_path.glob("*o.onnx*")) == ["o.onnx", "o.onnx.data"]

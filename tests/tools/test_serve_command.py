@@ -44,7 +44,7 @@ def test_help_says_where_it_listens_and_who_may_ask():
 def test_without_the_extra_it_says_what_to_install(small_path, missing):
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
-        "import tensorrail_runtime, tensorrail_runtime.serve.request, tensorrail_runtime.serve.batch_axis\n"
+        "import tensorrail_runtime, tensorrail_runtime.serve.protocol.request, tensorrail_runtime.serve.replicas.batch_axis\n"
         "from tensorrail.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "serve", small_path, "--port", "0"]

@@ -7,7 +7,6 @@ traceback), 130 interrupted.
 from __future__ import annotations
 
 import functools
-import importlib
 import io
 import sys
 import traceback
@@ -66,16 +65,6 @@ def _root(
     """Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress."""
 
 
-# The errors that mean bad input, by the module that defines them: modules not imported cannot have raised.
-_BAD_INPUT = {
-    "tensorrail_exporter.errors": ("PlanError", "GraphError", "TargetError"),
-    "tensorrail_trainer.recipe": ("RecipeError",),
-    "tensorrail_trainer.loop": ("TrainingError",),
-    "tensorrail_trainer.checkpoints": ("CheckpointError",),
-    "tensorrail_trainer.data": ("DataError",),
-    "tensorrail_trainer.weights": ("WeightsError",),
-    "tensorrail_runtime.session": ("ModelError",),
-}
 _INTERRUPTED = "interrupted; `tensorrail run … --resume` goes on from the last finished epoch"
 # The modules of the extras other than `train`.
 _EXTRAS = {
@@ -105,7 +94,7 @@ def main() -> None:
             _fail_usage(error)
         if type(error).__name__ == "Abort":  # Ctrl-C, of older versions of typer
             _fail(_INTERRUPTED, 130)
-        if not isinstance(error, _known_errors()):
+        if not _is_expected(error):
             _crash()
         _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
     if code == 130:
@@ -119,9 +108,10 @@ def parser() -> Any:  # of a class that typer does not export
     return typer.main.get_command(app)
 
 
-def _known_errors() -> tuple[type[Exception], ...]:
-    loaded = [(importlib.import_module(name), names) for name, names in _BAD_INPUT.items() if name in sys.modules]
-    return tuple(getattr(module, name) for module, names in loaded for name in names)
+def _is_expected(error: Exception) -> bool:
+    """Return whether tensorrail raised it on purpose; where its errors were never imported, it cannot have."""
+    errors = sys.modules.get("tensorrail_runtime.errors")
+    return errors is not None and isinstance(error, errors.TensorrailError)
 
 
 def _fail_usage(error: Any) -> NoReturn:

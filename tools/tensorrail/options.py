@@ -10,7 +10,7 @@ import typer
 
 def require_writable(out: Path | None, *inputs: Path | None) -> Path | None:
     """Return a file that is to be written; `ModelError`, before any work, where it cannot be, or is one that is read."""
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
 
     if out is None:
         return None
@@ -24,7 +24,7 @@ def require_writable(out: Path | None, *inputs: Path | None) -> Path | None:
 
 
 def _json(path: Path | None) -> Path | None:
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
 
     if path is not None and path.suffix.lower() == ".onnx":
         raise ModelError(f"{path}: is a model's name, and JSON would be written there: give another one, such as out.json")

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.report import Epoch
-    from tensorrail_trainer.pipeline import Progress as Listener
+    from tensorrail_trainer.run.pipeline import Progress as Listener
+    from tensorrail_trainer.training.epochs import Epoch
 
 # Names come from files, which may be a stranger's: no mark-up is read in them.
 console = Console(markup=False, emoji=False)
@@ -71,7 +71,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
 @contextmanager
 def progress(shown: bool = True) -> Iterator[Listener]:
     """Show one bar a phase with epoch, loss, accuracy, residual and the time left; a line an epoch off a terminal."""
-    from tensorrail_trainer.pipeline import Progress as Listener
+    from tensorrail_trainer.run.pipeline import Progress as Listener
 
     if not shown:
         yield Listener()
@@ -104,7 +104,7 @@ def progress(shown: bool = True) -> Iterator[Listener]:
 
 def say_projections(epochs: Sequence[Epoch]) -> None:
     """Say which share of ADMM's time went into projections, where there was ADMM."""
-    from tensorrail_runtime.report import projection_share
+    from tensorrail_trainer.training.epochs import projection_share
 
     if (share := projection_share(epochs)) is not None:
         say(f"projections took {100 * share:.1f} % of the ADMM phase")

@@ -14,8 +14,8 @@ from tensorrail.show import say, table
 if TYPE_CHECKING:
     import onnx
 
-    from tensorrail_exporter.calibration import Calibration
-    from tensorrail_exporter.planner import PlanReport, Search
+    from tensorrail_exporter.calibrate.inputs import Calibration
+    from tensorrail_exporter.search.planner import PlanReport, Search
 
 Target = Annotated[
     list[str] | None,
@@ -55,7 +55,7 @@ Cache = Annotated[
 
 def read_targets(texts: Sequence[str]) -> dict[str, float]:
     """Return the targets of texts such as `latency=2.0`; `PlanError` says how one is written."""
-    from tensorrail_exporter.errors import PlanError
+    from tensorrail_runtime.errors import PlanError
 
     found: dict[str, float] = {}
     for text in texts:
@@ -82,7 +82,7 @@ def read_search(
     cache: Path | None,
 ) -> Search:
     """Return what the options of `plan` and `compress` ask the planner for."""
-    from tensorrail_exporter.planner import Search
+    from tensorrail_exporter.search.planner import Search
 
     made = Search(
         targets=targets,
@@ -102,7 +102,7 @@ def load_inputs(path: Path | None, model: Path, samples: int) -> Calibration | N
     """Return the calibration inputs for a model, where a path came."""
     if path is None:
         return None
-    from tensorrail_exporter.calibration import load_calibration
+    from tensorrail_exporter.calibrate.inputs import load_calibration
 
     return load_calibration(path, model, most=samples)
 
@@ -155,16 +155,16 @@ def load_network(model: str, shapes: Sequence[str] | None) -> tuple[onnx.ModelPr
 
     A module needs its input's shape, batch left out, as `--shape input=3,224,224`.
     """
-    from tensorrail_exporter.errors import PlanError
-    from tensorrail_exporter.graph_io import load_model
+    from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_runtime.errors import PlanError
 
     if ":" not in model or Path(model).exists():
         return load_model(model), Path(model)
     import torch
 
-    from tensorrail_runtime.accuracy import imported
-    from tensorrail_runtime.inputs import parse_shapes
-    from tensorrail_trainer.torch_export import to_onnx
+    from tensorrail_runtime.measure.accuracy import imported
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+    from tensorrail_trainer.run.export import to_onnx
 
     if not shapes or len(shapes) != 1:
         raise PlanError(f"{model}: a torch module needs the shape of its input, batch left out: --shape image=3,224,224")

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from tensorrail_exporter.contraction import Array, LayerSpec, Op, Step
-from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
-from tensorrail_exporter.modes import Equation
+from tensorrail_exporter.formats.contraction import Array, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import Equation
+from tensorrail_runtime.errors import PlanError
 
 
 class Format(Protocol):

@@ -18,11 +18,21 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import parafac
 
-from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
-from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.modes import Equation, Part, fold, parts_of, require_merge, require_ranks, side_letters, split, unfold
-from tensorrail_exporter.modes import default_modes as default_modes
-from tensorrail_exporter.truncation import backend_of, double, like, truncated_svd
+from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import (
+    Equation,
+    Part,
+    fold,
+    parts_of,
+    require_merge,
+    require_ranks,
+    side_letters,
+    split,
+    unfold,
+)
+from tensorrail_exporter.formats.modes import default_modes as default_modes
+from tensorrail_exporter.formats.truncation import backend_of, double, like, truncated_svd
+from tensorrail_runtime.errors import PlanError
 
 BOUND = 10.0
 """The largest norm of one component, in units of the weight's norm."""

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import tensorly as tl
 
-from tensorrail_exporter.contraction import Array, Chain, Conv, LayerSpec, Op, Step
-from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.modes import LETTERS, Equation, require_merge, require_ranks
-from tensorrail_exporter.truncation import backend_of, permute, truncated_svd
+from tensorrail_exporter.formats.contraction import Array, Chain, Conv, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import LETTERS, Equation, require_merge, require_ranks
+from tensorrail_exporter.formats.truncation import backend_of, permute, truncated_svd
+from tensorrail_runtime.errors import PlanError
 
 
 def merges(op: Op) -> tuple[str, ...]:

@@ -19,10 +19,9 @@ import numpy as np
 import tensorly as tl
 from tensorly.decomposition import tensor_ring, tensor_train
 
-from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
-from tensorrail_exporter.errors import PlanError
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.modes import (
+from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
     fold,
@@ -35,8 +34,9 @@ from tensorrail_exporter.modes import (
     split,
     unfold,
 )
-from tensorrail_exporter.modes import default_modes as default_modes
-from tensorrail_exporter.truncation import backend_of, double, like, permute, truncated_svd
+from tensorrail_exporter.formats.modes import default_modes as default_modes
+from tensorrail_exporter.formats.truncation import backend_of, double, like, permute, truncated_svd
+from tensorrail_runtime.errors import PlanError
 
 _SWEEPS = 20
 _PROGRESS = 1e-3  # of the error: a sweep that gains less is the last one

@@ -18,9 +18,8 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import tensor_train
 
-from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
-from tensorrail_exporter.errors import PlanError
-from tensorrail_exporter.modes import (
+from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import (
     Equation,
     fold,
     joined,
@@ -32,8 +31,9 @@ from tensorrail_exporter.modes import (
     split,
     unfold,
 )
-from tensorrail_exporter.modes import default_modes as default_modes
-from tensorrail_exporter.truncation import backend_of, truncated_svd
+from tensorrail_exporter.formats.modes import default_modes as default_modes
+from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
+from tensorrail_runtime.errors import PlanError
 
 
 def merges(op: Op) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import partial_tucker
 
-from tensorrail_exporter.contraction import Array, Chain, LayerSpec, Op, Step
-from tensorrail_exporter.modes import (
+from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
     fold,
@@ -29,8 +29,8 @@ from tensorrail_exporter.modes import (
     split,
     unfold,
 )
-from tensorrail_exporter.modes import default_modes as default_modes
-from tensorrail_exporter.truncation import backend_of, truncated_svd
+from tensorrail_exporter.formats.modes import default_modes as default_modes
+from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
 
 _SWEEPS = 10  # of HOOI
 

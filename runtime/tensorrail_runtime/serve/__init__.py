@@ -3,7 +3,7 @@
 What needs no Ray (the protocol, the signature, the batch axis) is importable without it, and so is this package.
 """
 
-from tensorrail_runtime.serve.errors import ProtocolError
-from tensorrail_runtime.serve.options import Limits, ServeOptions
+from tensorrail_runtime.serve.http.options import Limits, ServeOptions
+from tensorrail_runtime.serve.protocol.errors import ProtocolError
 
 __all__ = ["Limits", "ProtocolError", "ServeOptions"]

@@ -25,9 +25,10 @@ def command(
     json: Json = None,
 ) -> None:
     """Score one model on data, or two on the same samples with a paired test."""
-    from tensorrail_runtime.accuracy import compare_scores, evaluate
-    from tensorrail_runtime.inputs import load_arrays
-    from tensorrail_runtime.session import ModelError, Settings
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.measure.accuracy import compare_scores, evaluate
+    from tensorrail_runtime.sessions.inputs import load_arrays
+    from tensorrail_runtime.sessions.session import Session
 
     if max_drop is not None and candidate is None:
         raise ModelError("--max-drop holds B's score against A's: give a second model")
@@ -38,7 +39,7 @@ def command(
     found = []
     for path in [reference] if candidate is None else [reference, candidate]:
         with bar(path.name) as advance:
-            settings = Settings(provider=provider)
+            settings = Session(provider=provider)
             found.append(evaluate(path, arrays, labels, metric=metric, batch=batch, settings=settings, on_batch=advance))
     rows = [(f.model, f"{f.mean:.4f}", str(len(f.scores))) for f in found]
     table(f"{metric} on {data.name}", ("model", "mean score", "samples"), rows)

@@ -12,7 +12,7 @@ from tensorrail.options import Json, Nhwc, Provider, Shape, Tf32
 from tensorrail.show import bar, say, table
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.latency import LatencyReport
+    from tensorrail_runtime.measure.latency import LatencyReport
 
 
 def command(
@@ -40,15 +40,16 @@ def command(
     json: Json = None,
 ) -> None:
     """Time models in turns, A B B A, and print the speed-up over the first with a 95 % interval."""
-    from tensorrail_runtime.footprint import footprint
-    from tensorrail_runtime.inputs import parse_shapes
-    from tensorrail_runtime.latency import bench, bench_fresh
-    from tensorrail_runtime.session import ModelError, Settings
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.measure.footprint import footprint
+    from tensorrail_runtime.measure.latency import bench, bench_fresh
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+    from tensorrail_runtime.sessions.session import Session
 
     if min_speedup is not None and len(models) < 2:
         raise ModelError("--min-speedup holds the other models against the first: give two models or more")
     shapes = parse_shapes(shape or [])
-    settings = Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
+    settings = Session(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
     reports = []
     for binding in [True, False] if io_binding and not cuda_graph else [io_binding]:
         with bar("measuring in turns") as advance:

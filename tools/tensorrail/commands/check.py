@@ -36,9 +36,10 @@ def command(
     json: Json = None,
 ) -> None:
     """Compare the outputs of two models on the same inputs, random or from a file. Exit code 1 when out of tolerance."""
-    from tensorrail_runtime.inputs import batches_of, load_arrays, parse_shapes, random_inputs
-    from tensorrail_runtime.parity import Tolerances, parity
-    from tensorrail_runtime.session import ModelError, Settings, open_session
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.measure.parity import Tolerances, parity
+    from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes, random_inputs
+    from tensorrail_runtime.sessions.session import Session, open_session
 
     if layers and plan is None:
         raise ModelError("--layers compares at the planned layers: give --plan")
@@ -49,7 +50,7 @@ def command(
         raise ModelError("--shape is for random inputs, and --data has shapes of its own: give one of them")
     if len(batch or ()) > 1 and (shape or data is not None):
         raise ModelError(f"several --batch came, and {'--shape' if shape else '--data'} is run at one: give --batch once")
-    settings = Settings(provider=provider)
+    settings = Session(provider=provider)
     session = open_session(reference, settings=settings)
     sizes = tuple(batch or (1, 7))
     if data is not None:
@@ -103,16 +104,16 @@ def _layers(
     tolerance: float,
     provider: str,
 ) -> None:
-    from tensorrail_exporter.cores import load_cores
-    from tensorrail_exporter.graph_io import load_model
-    from tensorrail_exporter.layer_errors import layer_errors
-    from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.rewrite import decompose_graph
-    from tensorrail_runtime.session import Settings
+    from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_exporter.plans.cores import load_cores
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.layer_errors import layer_errors
+    from tensorrail_exporter.rewrite.rewriter import decompose_graph
+    from tensorrail_runtime.sessions.session import Session
 
     model, read = load_model(dense), Plan.load(plan)
     found = load_cores(cores, read) if cores else decompose_graph(model, read)
-    errors = layer_errors(model, load_model(factored), read, found, feeds, Settings(provider=provider))
+    errors = layer_errors(model, load_model(factored), read, found, feeds, Session(provider=provider))
     rows = [(e.layer, *("–" if value is None else f"{value:.2e}" for value in (e.approximation, e.numerical))) for e in errors]
     table("up to each layer's output", ("layer", "approximation", "numerical"), rows)
     first = next((e.layer for e in errors if e.numerical is not None and e.numerical > tolerance), None)
@@ -121,7 +122,7 @@ def _layers(
 
 
 def _limits(texts: Sequence[str] | None) -> dict[str, float]:
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
 
     found = {}
     for text in texts or []:

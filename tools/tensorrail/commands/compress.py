@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from tensorrail_exporter.calibration import Calibration
-    from tensorrail_exporter.compress import CompressReport, Refine
-    from tensorrail_exporter.plan import Plan
+    from tensorrail_exporter.calibrate.inputs import Calibration
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.workflow import CompressReport, Refine
 
 Fit = Annotated[
     int,
@@ -88,14 +88,14 @@ def command(
     json: Json = None,
 ) -> None:
     """Plan, decompose, rewrite, check and time. Exit code 1 when the target or a speed-up above 1 was not measured."""
-    from tensorrail_exporter.compress import compress
-    from tensorrail_exporter.errors import PlanError, TargetError
-    from tensorrail_exporter.graph_io import load_model
-    from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.planner import plan_network
-    from tensorrail_exporter.precision import reduced
-    from tensorrail_runtime.inputs import open_axes, parse_shapes
-    from tensorrail_runtime.session import Settings
+    from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.precision.reduce import reduced
+    from tensorrail_exporter.search.planner import plan_network
+    from tensorrail_exporter.workflow import compress
+    from tensorrail_runtime.errors import PlanError, TargetError
+    from tensorrail_runtime.sessions.inputs import open_axes, parse_shapes
+    from tensorrail_runtime.sessions.session import Session
 
     _check_also(also or [], calibration)
     if (bool(target) or max_loss is not None) == (plan is not None):
@@ -103,7 +103,7 @@ def command(
     _check_given(context, plan, calibration)
     for path in (out, *(_reduced(out, one) for one in also or [])):
         require_writable(path, model, plan, calibration, data)
-    settings = Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
+    settings = Session(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
     shapes = parse_shapes(shape or [])
     targets = read_targets(target or [])
     search = read_search(
@@ -171,8 +171,8 @@ def _reduced(out: Path, precision: str) -> Path:
 
 
 def _check_also(also: Sequence[str], calibration: Path | None) -> None:
-    from tensorrail_exporter.errors import PlanError
-    from tensorrail_exporter.precision import Precision
+    from tensorrail_exporter.precision.reduce import Precision
+    from tensorrail_runtime.errors import PlanError
 
     unknown = [one for one in also if one not in get_args(Precision)]
     if unknown:
@@ -183,7 +183,7 @@ def _check_also(also: Sequence[str], calibration: Path | None) -> None:
 
 def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None) -> None:
     """Raise `PlanError` for an option that the user gave and that would have no effect."""
-    from tensorrail_exporter.errors import PlanError
+    from tensorrail_runtime.errors import PlanError
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
@@ -196,8 +196,8 @@ def _check_given(context: typer.Context, plan: Path | None, calibration: Path | 
 
 
 def _labelled(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    from tensorrail_runtime.inputs import load_arrays
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.sessions.inputs import load_arrays
 
     arrays = load_arrays(path)
     if "labels" not in arrays:
@@ -211,8 +211,8 @@ def _refine(epochs: int):  # type: ignore[no-untyped-def] # a function that make
     if epochs == 0:
         return None
     try:
-        from tensorrail_exporter.errors import GraphError
-        from tensorrail_trainer.calibration_fit import FitSettings, fit_blocks
+        from tensorrail_runtime.errors import GraphError
+        from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
     except ModuleNotFoundError:
         if epochs > 0:
             raise

@@ -45,12 +45,12 @@ def command(
     json: Json = None,
 ) -> None:
     """Rewrite every planned layer of a dense graph to the contraction of its cores."""
-    from tensorrail_exporter.cores import load_cores
-    from tensorrail_exporter.errors import PlanError
-    from tensorrail_exporter.fastest import factorize_fastest
-    from tensorrail_exporter.graph_io import load_model, save_model
-    from tensorrail_exporter.plan import Plan
-    from tensorrail_exporter.rewrite import Rewrites, decompose_graph
+    from tensorrail_exporter.graphs.io import load_model, save_model
+    from tensorrail_exporter.plans.cores import load_cores
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
+    from tensorrail_exporter.search.fastest_form import factorize_fastest
+    from tensorrail_runtime.errors import PlanError
 
     if block != "auto" and not (block.isascii() and block.isdigit() and int(block)):
         raise PlanError(f"--block pads ranks to multiples of a block of 1 or more, or auto, and {block!r} came")

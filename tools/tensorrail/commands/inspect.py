@@ -22,8 +22,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Print the layers with their shapes, parameters and FLOPs (2 × MACs), and their shares of the whole."""
-    from tensorrail_runtime.inputs import parse_shapes
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.sessions.inputs import parse_shapes
 
     shapes = parse_shapes(shape or [])
     if provider != "cpu" and not placement:
@@ -31,7 +31,7 @@ def command(
     if placement:
         _placement(model, provider, batch, shapes, json)
         return
-    from tensorrail_runtime.cost import cost
+    from tensorrail_runtime.graphs.cost import cost
 
     result = cost(model, batch, shapes)
     rows = [
@@ -61,10 +61,10 @@ def command(
 
 
 def _placement(model: Path, provider: str, batch: int, shapes: dict[str, tuple[int, ...]], json: Path | None) -> None:
-    from tensorrail_runtime.placement import placement
-    from tensorrail_runtime.session import Settings
+    from tensorrail_runtime.measure.placement import placement
+    from tensorrail_runtime.sessions.session import Session
 
-    result = placement(model, settings=Settings(provider=provider), batch=batch, shapes=shapes)
+    result = placement(model, settings=Session(provider=provider), batch=batch, shapes=shapes)
     rows = [
         (node.name, node.op, node.provider.removesuffix("ExecutionProvider"), f"{node.microseconds:,.0f}", f"{node.share:.1%}")
         for node in result.nodes

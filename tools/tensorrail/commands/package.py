@@ -11,7 +11,7 @@ from tensorrail.options import Json, Nhwc, Provider, Shape, Tf32
 from tensorrail.show import say, table
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.triton import Packaged
+    from tensorrail_runtime.triton.package import Packaged
 
 
 def command(
@@ -52,12 +52,12 @@ def command(
     json: Json = None,
 ) -> None:
     """Write a model into a Triton model repository: config.pbtxt from the graph, the model and its external data."""
-    from tensorrail_runtime.inputs import parse_shapes
-    from tensorrail_runtime.session import Settings
-    from tensorrail_runtime.triton import Serving, package
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+    from tensorrail_runtime.sessions.session import Session
+    from tensorrail_runtime.triton.package import Serving, package
 
     serving = Serving(
-        settings=Settings(provider=provider, threads=threads, level=level, tf32=tf32, nhwc=nhwc),
+        settings=Session(provider=provider, threads=threads, level=level, tf32=tf32, nhwc=nhwc),
         max_batch=max_batch,
         dynamic_batching=not no_dynamic_batching,
         preferred=tuple(preferred or ()),
@@ -100,7 +100,7 @@ def _show(made: Packaged) -> None:
 
 
 def _versions(text: str | None) -> str | tuple[int, ...] | None:
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
 
     if text in (None, "latest", "all"):
         return text

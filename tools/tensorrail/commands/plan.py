@@ -54,10 +54,10 @@ def command(
     json: Json = None,
 ) -> None:
     """Choose formats and ranks for a target, from times measured here. Exit code 1 when a target is missed."""
-    from tensorrail_exporter.graph_io import save_model
-    from tensorrail_exporter.planner import plan_network
-    from tensorrail_runtime.inputs import open_axes, parse_shapes
-    from tensorrail_runtime.session import Settings
+    from tensorrail_exporter.graphs.io import save_model
+    from tensorrail_exporter.search.planner import plan_network
+    from tensorrail_runtime.sessions.inputs import open_axes, parse_shapes
+    from tensorrail_runtime.sessions.session import Session
 
     search = read_search(
         read_targets(target or []),
@@ -87,7 +87,7 @@ def command(
                 graph,
                 search,
                 calibration=inputs,
-                settings=Settings(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph),
+                settings=Session(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph),
                 shapes=shapes,
                 on_stage=on_stage,
             )

@@ -13,8 +13,8 @@ from tensorrail.show import bar, say, table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tensorrail_exporter.precision import PrecisionReport
-    from tensorrail_exporter.ranges import LayerRange
+    from tensorrail_exporter.precision.ranges import LayerRange
+    from tensorrail_exporter.precision.reduce import PrecisionReport
 
 _SHOWN = 8  # layers of the range table
 _CALIBRATION_BATCH = 16
@@ -46,17 +46,18 @@ def command(
     json: Json = None,
 ) -> None:
     """Convert a model to fp16 or int8 and show parity, accuracy and latency. Exit code 1 when out of tolerance."""
-    from tensorrail_exporter.precision import reduced
-    from tensorrail_exporter.ranges import RangeError
-    from tensorrail_runtime.inputs import batches_of, load_arrays, parse_shapes
-    from tensorrail_runtime.session import ModelError, Settings, open_session
+    from tensorrail_exporter.precision.ranges import RangeError
+    from tensorrail_exporter.precision.reduce import reduced
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes
+    from tensorrail_runtime.sessions.session import Session, open_session
 
     if to == "int8" and calibration is None:
         raise ModelError("int8 needs typical inputs for the ranges of the activations: --calibration FILE.npz, 100 or more")
     if metric is not None and data is None:
         raise ModelError("--metric scores labelled data: give --data FILE.npz as well")
     require_writable(out, model, calibration, data)
-    settings = Settings(provider=provider)
+    settings = Session(provider=provider)
     feeds = None
     if calibration is not None:
         feeds = batches_of(open_session(model, settings=settings), load_arrays(calibration), _CALIBRATION_BATCH)

@@ -11,7 +11,7 @@ from tensorrail.options import Data, Json, Metric, Provider, Shape
 from tensorrail.show import bar, say, table
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.regress import Data as Loaded
+    from tensorrail_runtime.gate.regress import Data as Loaded
 
 _MOST = 10.0  # a slow-down that is asked for in per cent, as a share
 
@@ -36,12 +36,12 @@ def record(
     metric: Metric = None,
 ) -> None:
     """Measure a model and write its baseline."""
-    from tensorrail_runtime import regress
-    from tensorrail_runtime.inputs import parse_shapes
-    from tensorrail_runtime.session import Settings
+    from tensorrail_runtime.gate import regress
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+    from tensorrail_runtime.sessions.session import Session
 
     effort = regress.Effort(processes=processes, seconds=seconds)
-    settings = Settings(provider=provider, threads=threads)
+    settings = Session(provider=provider, threads=threads)
     with bar("processes") as advance:
         made = regress.record(
             model,
@@ -93,10 +93,12 @@ def check(
     json: Json = None,
 ) -> None:
     """Hold a model against a baseline, or against another model on the spot. Exit code 1 with the reason in one line."""
-    from tensorrail_runtime import gate_output, regress
-    from tensorrail_runtime.inputs import parse_shapes
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.gate import outputs as gate_output
+    from tensorrail_runtime.gate import regress
     from tensorrail_runtime.records import write_text
-    from tensorrail_runtime.session import ModelError, Settings
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+    from tensorrail_runtime.sessions.session import Session
 
     if max_drop is not None and data is None:
         raise ModelError("--max-drop holds the accuracy on labelled data: give --data FILE.npz as well")
@@ -109,7 +111,7 @@ def check(
         limits = limits.model_copy(update={"score": max_drop})
     settings = None
     if baseline.suffix == ".onnx":
-        settings = Settings(provider=provider or "cpu", threads=threads or 0)
+        settings = Session(provider=provider or "cpu", threads=threads or 0)
     else:
         regress.Baseline.load(baseline).require(provider=provider, threads=threads)
     with bar("processes") as advance:
@@ -144,7 +146,7 @@ def check(
 
 
 def _share(text: str) -> float:
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
 
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -156,8 +158,8 @@ def _share(text: str) -> float:
 
 
 def _load(data: Path | None, metric: str | None) -> Loaded | None:
-    from tensorrail_runtime.inputs import load_arrays
-    from tensorrail_runtime.session import ModelError
+    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.sessions.inputs import load_arrays
 
     if data is None:
         if metric is not None:

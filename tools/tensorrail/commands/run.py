@@ -14,8 +14,8 @@ def command(
     """Train, compress, export, check, bench and report. Exit code 1 when a target of the recipe is missed."""
     from pathlib import Path
 
-    from tensorrail_trainer.pipeline import make_accelerator, run
-    from tensorrail_trainer.recipe import Recipe
+    from tensorrail_trainer.recipes.recipe import Recipe
+    from tensorrail_trainer.run.pipeline import make_accelerator, run
 
     read = Recipe.load(recipe)
     target = folder or Path("runs") / read.name

@@ -12,7 +12,7 @@ from tensorrail.options import Provider
 from tensorrail.show import console, say
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.serve.launch import Started
+    from tensorrail_runtime.serve.http.launch import Started
 
 
 def command(
@@ -45,8 +45,8 @@ def command(
     fraction: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that the shadow gets.")] = 0.01,
 ) -> None:
     """Serve a model over HTTP (Open Inference Protocol 2) on Ray Serve until Ctrl-C or SIGTERM."""
-    from tensorrail_runtime.serve.launch import serve_model
-    from tensorrail_runtime.serve.options import MIB, Limits, ServeOptions
+    from tensorrail_runtime.serve.http.launch import serve_model
+    from tensorrail_runtime.serve.http.options import MIB, Limits, ServeOptions
 
     options = ServeOptions(
         name=name or model.stem,

@@ -16,9 +16,9 @@ def command(
     """
     from pathlib import Path
 
-    from tensorrail_runtime.report import TrainingLog
-    from tensorrail_trainer.pipeline import make_accelerator, prepare, train_all
-    from tensorrail_trainer.recipe import Recipe
+    from tensorrail_trainer.recipes.recipe import Recipe
+    from tensorrail_trainer.run.pipeline import make_accelerator, prepare, train_all
+    from tensorrail_trainer.training.epochs import TrainingLog
 
     read = Recipe.load(recipe)
     target = folder or Path("runs") / read.name

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tensorrail_runtime.accuracy import imported
-from tensorrail_runtime.session import ModelError
+from tensorrail_runtime.errors import DataError, ModelError
+from tensorrail_runtime.measure.accuracy import imported
 from tensorrail_trainer.data.cifar import cifar10, cifar100
 from tensorrail_trainer.data.digits import digits
-from tensorrail_trainer.data.errors import DataError as DataError
 from tensorrail_trainer.data.files import Files as Files
 from tensorrail_trainer.data.images import images, images_known
 from tensorrail_trainer.data.mapped import Mapped as Mapped

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorrail_trainer.data.errors import DataError
+from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.splits import Dataset, InMemory
 
 _PIXELS = 3 * 32 * 32

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorrail_trainer.data.errors import DataError
+from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.files import unreadable
 
 VIDEOS = frozenset({".avi", ".mpg", ".mpeg", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})

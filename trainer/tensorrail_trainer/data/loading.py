@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
-from tensorrail_trainer.data.errors import DataError
+from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.splits import Share
 
 ALONE = Share()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorrail_trainer.data.errors import DataError
+from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
 from tensorrail_trainer.data.splits import Augment, Dataset, Share
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy.fft import dct
 
-from tensorrail_trainer.data.errors import DataError
+from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.files import unreadable
 from tensorrail_trainer.data.splits import Dataset, InMemory
 

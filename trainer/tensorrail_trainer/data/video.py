@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.clip_splits import TEST, TRAIN, VIDEOS, by_class, by_group, by_list, groups_of
-from tensorrail_trainer.data.errors import DataError
 from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.images import SUFFIXES, decoded
 from tensorrail_trainer.data.splits import Dataset

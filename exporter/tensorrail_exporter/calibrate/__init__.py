@@ -1,0 +1,1 @@
+"""Cores fitted to what a network does on calibration inputs."""

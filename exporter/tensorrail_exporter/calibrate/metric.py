@@ -1,0 +1,231 @@
+r"""Cores that keep a layer's output rather than its weight.
+
+With inputs :math:`x` (a patch of I·K values) and outputs :math:`y` the best weight of a format minimises
+
+.. math:: E‖y - Ŵx‖^2 = \operatorname{tr} (Ŵ - T) C (Ŵ - T)^T + const, \quad C = E[xx^T], \; T = E[yx^T] C^{-1}.
+
+Every format is linear in each of its cores, so they are fitted in turns (alternating least squares), each by a few steps of
+conjugate gradients; no step makes the error larger. Started from the decomposition of :math:`T S`, with :math:`S` the square
+root of the input channels' second moment: that is the metric whose taps do not mix. For a matrix it is the exact minimum,
+the reduced-rank regression of Izenman (1975).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats.modes import Equation
+from tensorrail_exporter.plans.plan import LayerPlan
+
+_SWEEPS = 4
+_STEPS = 8  # of conjugate gradients, for one core in one sweep
+_ENOUGH = 1e-3  # a sweep that lowers the error by less than this share of it is the last one
+_FLOOR = 1e-4  # of the mean eigenvalue: directions of the inputs that hardly occur do not blow up the inverse
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer's inputs, (I·K, I·K) in the order of a weight (O, I, *K): centred where a bias follows."""
+
+    gram: np.ndarray
+
+    def channels(self, inputs: int) -> np.ndarray:
+        """Return the second moment of the input channels (I, I), summed over the taps."""
+        taps = self.gram.shape[0] // inputs
+        return np.asarray(np.einsum("ikjk->ij", self.gram.reshape(inputs, taps, inputs, taps), optimize=True))
+
+    def error(self, weight: np.ndarray, target: np.ndarray) -> float:
+        """Return E‖(Ŵ − T)x‖² / E‖Tx‖² of two weights (O, …)."""
+        wanted = target.reshape(target.shape[0], -1)
+        difference = weight.reshape(weight.shape[0], -1) - wanted
+        return float(_energy(difference, self.gram) / max(_energy(wanted, self.gram), 1e-30))
+
+
+def roots(second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the symmetric square root of a second moment (n, n), and its inverse, both regular."""
+    values, vectors = np.linalg.eigh(second_moment.astype(np.float64))
+    values = np.sqrt(np.maximum(values, _FLOOR * max(float(values.mean()), 1e-30)))
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = _SWEEPS) -> list[np.ndarray]:
+    """Return the cores of a plan whose weight keeps the outputs of `target` (O, I, *K) on inputs of these moments.
+
+    They are never worse there than the plain decomposition: `cp` near full rank, whose start is itself a search, can end so.
+    """
+    plain = format_of(plan.format).decompose(target.astype(np.float32), plan.modes, plan.ranks)
+    found = _in_metric(plan, target, moments, plain, sweeps)
+    errors = [moments.error(plan.reconstruct(cores, target.shape), target) for cores in (found, plain)]
+    return found if errors[0] <= errors[1] else plain
+
+
+def _in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, plain: list[np.ndarray], sweeps: int) -> list[np.ndarray]:
+    shape = target.shape
+    form = format_of(plan.format)
+    equation = form.equation(shape, plan.modes)
+    if len(equation.inputs) != 1:  # several input modes: no square root acts on one of them alone
+        return _alternate(equation, plain, target, moments.gram, sweeps)
+    root, inverse = roots(moments.channels(shape[1]))
+    white = np.moveaxis(np.tensordot(target, root, (1, 0)), -1, 1)
+    cores = form.decompose(np.ascontiguousarray(white, np.float32), plan.modes, plan.ranks)
+    taps = moments.gram.shape[0] // shape[1]
+    gram = moments.gram.reshape(shape[1], taps, shape[1], taps)
+    gram = np.einsum("ij,jkml,mn->iknl", inverse, gram, inverse, optimize=True).reshape(moments.gram.shape)
+    cores = _alternate(equation, cores, white, gram, sweeps)
+    place = next(k for k, letters in enumerate(equation.cores) if equation.inputs in letters)
+    return [_on_inputs(core, equation, k, inverse) if k == place else core for k, core in enumerate(cores)]
+
+
+def _alternate(
+    equation: Equation, cores: Sequence[np.ndarray], target: np.ndarray, gram: np.ndarray, sweeps: int
+) -> list[np.ndarray]:
+    """Return the cores after sweeps over all of them.
+
+    The core of the outputs has its best value in closed form. With its columns made orthonormal the outputs outside of their
+    span cannot be reached by the others, so those are fitted to the outputs within it: as many rows as the rank.
+    """
+    found = [core.astype(np.float32) for core in cores]
+    gram = gram.astype(np.float32)
+    wanted = target.reshape(target.shape[0], -1).astype(np.float32)
+    outer = _outer(equation)
+    best, least = list(found), _energy(_product(equation, found, wanted.shape) - wanted, gram)
+    before = math.inf
+    for _ in range(sweeps):
+        rows, within = wanted, equation
+        basis = None
+        if outer is not None:
+            found[outer] = _closed(equation, found, outer, wanted, gram)
+            matrix = _view(found[outer], equation.cores[outer], equation).reshape(target.shape[0], -1)
+            if matrix.shape[1] < matrix.shape[0]:
+                basis, triangle = np.linalg.qr(matrix)
+                rows = basis.T @ wanted
+                within = replace(equation, axes=(len(rows), *equation.axes[1:]))
+                found[outer] = triangle
+        pull = rows @ gram
+        for k in reversed([k for k in range(len(found)) if k != outer]):
+            found[k] = _solve(within, found, k, pull, gram)
+        if basis is not None and outer is not None:
+            found[outer] = (basis @ found[outer].reshape(basis.shape[1], -1)).reshape(cores[outer].shape)
+        error = _energy(_product(equation, found, wanted.shape) - wanted, gram)
+        if error < least:  # rounding may undo a step where hardly anything is left to gain
+            best, least = list(found), error
+        if before - error < _ENOUGH * before:
+            break
+        before = error
+    return best
+
+
+def _outer(equation: Equation) -> int | None:
+    """Return the core that holds the one mode of the outputs as its first letter, when no input stands in it."""
+    outs = equation.weight[: equation.weight.index(equation.inputs[0])]
+    if len(outs) != 1 or len(equation.cores) == 1:
+        return None
+    place = next(k for k, letters in enumerate(equation.cores) if outs[0] in letters)
+    letters = equation.cores[place]
+    return place if letters[0] == outs[0] and not set(letters) & set(equation.inputs) else None
+
+
+def _closed(equation: Equation, cores: Sequence[np.ndarray], k: int, wanted: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Return the core of the outputs that fits best: each output is a combination of what the other cores make."""
+    letters = equation.cores[k]
+    sizes = dict(zip(equation.weight, equation.axes, strict=True))
+    view = _view(cores[k], letters, equation)
+    rest = letters[1:]
+    # Taps that stand in this core come as unit vectors: the other cores make the rest of the row.
+    shared = [letter for letter in rest if letter in sizes]
+    ranks = "".join(letter for letter in rest if letter not in sizes)
+    others = [j for j in range(len(cores)) if j != k]
+    views = [_view(cores[j], equation.cores[j], equation) for j in others]
+    inside = "".join(letter for letter in equation.weight[1:] if letter not in shared)
+    made = np.einsum(f"{','.join(equation.cores[j] for j in others)}->{ranks}{inside}", *views, optimize=True)
+    count = math.prod(made.shape[: len(ranks)])
+    rows = np.zeros(
+        (*(sizes[letter] for letter in shared), count, *(sizes[letter] for letter in equation.weight[1:])), np.float32
+    )
+    order = [shared.index(letter) if letter in shared else None for letter in equation.weight[1:]]
+    for tap in np.ndindex(*(sizes[letter] for letter in shared)):
+        at = tuple(slice(None) if place is None else tap[place] for place in order)
+        rows[(*tap, slice(None), *at)] = made.reshape(count, *made.shape[len(ranks) :])
+    rows = rows.reshape(-1, wanted.shape[1])
+    half = rows @ gram
+    inner = (half @ rows.T).astype(np.float64)
+    inner[np.diag_indices(len(inner))] += 1e-9 * float(np.trace(inner)) / len(inner) + 1e-30
+    found = np.linalg.solve(inner, (half @ wanted.T).astype(np.float64)).T.astype(np.float32)
+    # (o, shared taps, ranks) → the core's own order
+    found = found.reshape(len(wanted), *(sizes[letter] for letter in shared), *made.shape[: len(ranks)])
+    axes = [1 + [*shared, *ranks].index(letter) for letter in rest]
+    return found.transpose(0, *axes).reshape(view.shape).reshape(cores[k].shape)
+
+
+def _solve(equation: Equation, cores: Sequence[np.ndarray], k: int, pull: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Return core `k` after a few steps of conjugate gradients on its own least-squares problem, the others as they are.
+
+    `pull` is the wanted weight times the inputs' moments.
+    """
+    others = [*cores[:k], *cores[k + 1 :]]
+    subscripts = [*equation.cores[:k], *equation.cores[k + 1 :]]
+    views = [_view(core, letters, equation) for core, letters in zip(others, subscripts, strict=True)]
+    own = equation.cores[k]
+    if not views:
+        return cores[k]
+    start = _view(cores[k], own, equation)
+    forward, backward = f"{','.join(subscripts)},{own}->{equation.weight}", f"{','.join(subscripts)},{equation.weight}->{own}"
+    # The order of the products is planned once for all steps; the weight's shape is all that the plan needs of it.
+    ahead = np.einsum_path(forward, *views, start, optimize="greedy")[0]
+    back = np.einsum_path(backward, *views, np.broadcast_to(np.float32(0), equation.axes), optimize="greedy")[0]
+
+    def product(core: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum(forward, *views, core, optimize=ahead)).reshape(pull.shape)
+
+    def adjoint(weight: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum(backward, *views, weight.reshape(equation.axes), optimize=back))
+
+    core = start.copy()
+    residual = adjoint(pull - product(core) @ gram)
+    direction = residual.copy()
+    size = first = float(np.vdot(residual, residual))
+    for _ in range(_STEPS):
+        if size <= 1e-10 * first or size == 0.0:
+            break
+        moved = product(direction)
+        bent = moved @ gram
+        bend = float(np.vdot(moved, bent))
+        if bend <= 0.0:
+            break
+        step = size / bend
+        core += step * direction
+        residual -= step * adjoint(bent)
+        after = float(np.vdot(residual, residual))
+        direction = residual + (after / size) * direction
+        size = after
+    return core.reshape(cores[k].shape)
+
+
+def _product(equation: Equation, cores: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    views = [_view(core, letters, equation) for core, letters in zip(cores, equation.cores, strict=True)]
+    return np.asarray(np.einsum(f"{','.join(equation.cores)}->{equation.weight}", *views, optimize=True)).reshape(shape)
+
+
+def _on_inputs(core: np.ndarray, equation: Equation, k: int, matrix: np.ndarray) -> np.ndarray:
+    """Return a core with the letter of the inputs multiplied by a symmetric matrix (I, I)."""
+    letters = equation.cores[k]
+    view = _view(core, letters, equation)
+    axis = letters.index(equation.inputs)
+    return np.moveaxis(np.tensordot(view, matrix.astype(np.float32), (axis, 0)), -1, axis).reshape(core.shape)
+
+
+def _view(core: np.ndarray, letters: str, equation: Equation) -> np.ndarray:
+    if core.ndim == len(letters):
+        return core
+    sizes = dict(zip(equation.weight, equation.axes, strict=True))
+    return core.reshape([sizes.get(letter, -1) for letter in letters])
+
+
+def _energy(weight: np.ndarray, gram: np.ndarray) -> float:
+    """Return tr(W C Wᵀ)."""
+    return float(np.vdot(weight, weight @ gram))

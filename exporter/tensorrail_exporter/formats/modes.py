@@ -1,0 +1,125 @@
+"""The modes of a weight: (O, I, *K) read as (o₁ … oₘ, K, i₁ … iₙ), and the joining of neighbouring cores.
+
+Formats that keep the two sides of a layer apart share this reading. K is the product of the kernel's axes; a linear or
+recurrent weight (O, I) has no K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorrail_exporter.formats.contraction import Array
+from tensorrail_exporter.formats.truncation import permute
+from tensorrail_runtime.errors import PlanError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return (O, K, I) for a convolution and (O, I) for a linear layer: one mode a side."""
+    if len(shape) == 2:
+        return tuple(shape)
+    return (shape[0], math.prod(shape[2:]), shape[1])
+
+
+@dataclass(frozen=True)
+class Equation:
+    """How cores multiply up to a weight: the subscripts of every core, and of the weight (O, I, *K) reshaped to `axes`.
+
+    `inputs` are the letters of I. A core with another number of axes than letters is reshaped to them; one
+    letter at most then has a size that is not in `axes`.
+    """
+
+    cores: tuple[str, ...]
+    weight: str
+    axes: tuple[int, ...]
+    inputs: str
+
+
+def side_letters(shape: Sequence[int], modes: Sequence[int]) -> tuple[list[str], str, Equation]:
+    """Return a letter for each of the modes (o₁ … oₘ, K, i₁ … iₙ), those left for ranks, and the equation without cores."""
+    m = split(shape, modes)
+    letters, free = list(LETTERS[: len(modes)]), LETTERS[len(modes) :]
+    conv = len(shape) > 2
+    outs, taps, ins = letters[:m], letters[m : m + conv], letters[m + conv :]
+    sizes = (*modes[:m], *modes[m + conv :], *modes[m : m + conv])
+    return letters, free, Equation((), "".join([*outs, *ins, *taps]), sizes, "".join(ins))
+
+
+def split(shape: Sequence[int], modes: Sequence[int]) -> int:
+    """Return how many of the modes belong to the output side; `PlanError` when the modes do not fit the shape."""
+    out, inputs, kernel = shape[0], shape[1], tuple(shape[2:])
+    taps = math.prod(kernel)
+    for count in range(1, len(modes)):
+        rest = list(modes[count:])
+        if kernel and rest.pop(0) != taps:
+            continue
+        if rest and min(modes) > 0 and math.prod(modes[:count]) == out and math.prod(rest) == inputs:
+            return count
+    middle = f", then {taps} (the kernel's {'×'.join(map(str, kernel))}), then" if kernel else ", then"
+    raise PlanError(
+        f"modes {list(modes)} do not fit a weight of shape {list(shape)}: expected modes whose product is {out}"
+        f"{middle} modes whose product is {inputs}; try {list(default_modes(shape))}"
+    )
+
+
+def unfold(weight: Array, modes: Sequence[int]) -> Array:
+    """Return the tensor of modes of a weight (O, I, *K)."""
+    if len(weight.shape) > 2:
+        weight = permute(weight, (0, *range(2, len(weight.shape)), 1))
+    return weight.reshape(tuple(modes))
+
+
+def fold(tensor: Array, shape: Sequence[int]) -> Array:
+    """Return the weight (O, I, *K) of a tensor of modes."""
+    if len(shape) == 2:
+        return tensor.reshape(tuple(shape))
+    return kernel_last(tensor.reshape(shape[0], *shape[2:], shape[1]))
+
+
+def kernel_last(array: Array) -> Array:
+    """Return (a, z, *K) from (a, *K, z)."""
+    last = len(array.shape) - 1
+    return permute(array, (0, last, *range(1, last)))
+
+
+def require_ranks(ranks: Sequence[int], count: int, what: str) -> None:
+    """Raise `PlanError` unless there are `count` ranks, all of them 1 or larger."""
+    if len(ranks) != count:
+        raise PlanError(f"expected {count} ranks ({what}), and {len(ranks)} came: {list(ranks)}")
+    if min(ranks) < 1:
+        raise PlanError(f"ranks are 1 or larger, and came as {list(ranks)}")
+
+
+def require_merge(merge: str, merges: Sequence[str], name: str) -> None:
+    """Raise `PlanError` when the format has no such merge for the layer."""
+    if merge not in merges:
+        raise PlanError(f"unknown merge {merge!r} for format {name}: expected one of {', '.join(merges)}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A core (r, n, r'), or several neighbours joined to one, and which of the stored cores it holds."""
+
+    core: Array
+    cores: tuple[int, ...]
+
+
+def parts_of(cores: Sequence[Array]) -> list[Part]:
+    """Return every core as a part of its own."""
+    return [Part(core, (index,)) for index, core in enumerate(cores)]
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Return neighbouring cores (r, n₁, r₁), (r₁, n₂, r₂) … as one (r, n₁n₂…, r'), multiplied from the cheaper end."""
+    merged = list(parts)
+    while len(merged) > 1:
+        first = merged[0].core.shape[0] <= merged[-1].core.shape[2]
+        at = 0 if first else len(merged) - 2
+        left, right = merged[at], merged[at + 1]
+        (r, n, _), (s, k, t) = left.core.shape, right.core.shape
+        product = (left.core.reshape(r * n, s) @ right.core.reshape(s, k * t)).reshape(r, n * k, t)
+        merged[at : at + 2] = [Part(product, (*left.cores, *right.cores))]
+    return merged[0]

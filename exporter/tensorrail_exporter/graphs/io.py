@@ -1,0 +1,268 @@
+"""Reading and writing ONNX files: whole, checked, of any size, and never outside the model's folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from tensorrail_exporter.graphs.preserve import presentable, restore
+from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.records import write_bytes
+
+_LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, with room for all that is not a tensor's data
+_SMALL = 1024  # bytes: constants that shape inference may need the values of
+_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+_PACKED = frozenset({onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128, onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
+
+
+def load_model(path: Path | str) -> onnx.ModelProto:
+    """Read and check an ONNX file; `GraphError` in one line when it is not one.
+
+    External data is read through onnx's own resolver, which refuses absolute paths, links and paths that leave the folder.
+    """
+    path = Path(path)
+    try:
+        model = onnx.load(path, format="protobuf")  # whatever the name ends in
+        onnx.checker.check_model(str(path))
+    except OSError as error:
+        raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
+    except DecodeError:
+        raise GraphError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from None
+    for tensor in _tensors(model.graph):
+        if not _is_whole(tensor):
+            raise GraphError(
+                f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds {_held(tensor)})"
+            )
+    if not model.graph.node:
+        raise GraphError(f"{path}: an ONNX model without a node: nothing to run or rewrite")
+    return model
+
+
+def save_model(model: onnx.ModelProto, path: Path | str) -> None:
+    """Write an ONNX file whole or not at all; above protobuf's 2 GiB the weights go to `<name>.data` beside it."""
+    path = Path(path)
+    if size_of(model) < _LARGEST_FILE:
+        write_bytes(path, model.SerializeToString())
+        return
+    path = path.resolve()  # of a link: the data lie beside the file
+    data = path.with_name(f"{path.name}.data")
+    part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
+    try:
+        small = _with_external_data(model, part, data.name)
+        part.replace(data)
+        write_bytes(path, small.SerializeToString())
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_model(model: onnx.ModelProto) -> None:
+    """Run onnx's full check, shapes included; `GraphError` says what it found."""
+    try:
+        if size_of(model) < _LARGEST_FILE:
+            onnx.checker.check_model(model, full_check=True)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                save_model(model, path)
+                onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GraphError(f"the rewritten graph does not pass onnx.checker ({_first_line(error)})") from None
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Return the bytes of all initializers, those of bodies included."""
+    return sum(
+        len(t.raw_data) or 8 * (len(t.float_data) + len(t.int64_data) + len(t.double_data)) for t in _tensors(model.graph)
+    )
+
+
+def import_graph(model: onnx.ModelProto) -> gs.Graph:
+    """Return the graph for rewriting, with the shapes that can be inferred; the argument is not changed."""
+    try:
+        graph = gs.import_onnx(presentable(model))
+    except Exception as error:  # noqa: BLE001 - whatever it does not know
+        raise GraphError(f"onnx-graphsurgeon cannot read this graph ({type(error).__name__}: {_first_line(error)})") from None
+    inferred = _inferred(model, data_prop=False)
+    if inferred is not None:
+        _give_shapes(graph, inferred.graph)
+    return graph
+
+
+def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[str, list[int | str]]:
+    """Return the shapes that onnx infers, those in bodies left out; `data_prop` follows the values of computed shapes too."""
+    inferred = _inferred(model, data_prop=data_prop)
+    return {} if inferred is None else _shapes(inferred.graph)
+
+
+def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | None:
+    """Return a copy of the model with inferred shapes and without the values of its weights, None where none can be."""
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    for part in ("node", "input", "output", "value_info"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    light.graph.name = "shapes"
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    try:
+        return onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return None  # a rule that needs a shape says so
+
+
+def _give_shapes(graph: gs.Graph, inferred: onnx.GraphProto) -> None:
+    """Write inferred shapes into a graph and, body by body, into those within it, whose names may be the same."""
+    shapes = _shapes(inferred)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in shapes:
+            tensor.shape = shapes[tensor.name]
+    nodes = {output: node for node in inferred.node for output in node.output if output}
+    for node in graph.nodes:
+        own = nodes.get(next((tensor.name for tensor in node.outputs if not tensor.is_empty()), ""))
+        for attribute in own.attribute if own is not None else ():
+            body = node.attrs.get(attribute.name)
+            if attribute.HasField("g") and isinstance(body, gs.Graph):
+                _give_shapes(body, attribute.g)
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, list[int | str]]:
+    shapes: dict[str, list[int | str]] = {}
+    for value in (*graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        if value.type.HasField("tensor_type") and kind.HasField("shape"):
+            shapes[value.name] = [a.dim_value if a.HasField("dim_value") else a.dim_param for a in kind.shape.dim]
+    return shapes
+
+
+def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph without unused nodes, as a model with the original's IR version, opsets, functions and metadata.
+
+    What onnx-graphsurgeon does not carry is taken from the original: see `tensorrail_exporter.graphs.preserve`.
+    """
+    graph.cleanup(remove_unused_graph_inputs=False, recurse_functions=False).toposort()
+    try:
+        exported = gs.export_onnx(graph, do_type_check=False)
+    except Exception as error:  # noqa: BLE001 - whatever it does not know
+        raise GraphError(f"onnx-graphsurgeon cannot write this graph ({type(error).__name__}: {_first_line(error)})") from None
+    restore(exported.graph, original.graph)
+    _lift(exported.graph, {tensor.name for tensor in original.graph.initializer})
+    _hoist(exported.graph)
+    _declare_initializers(exported.graph, original)
+    result = onnx.ModelProto()
+    for field, value in original.ListFields():
+        if field.name == "graph":
+            result.graph.CopyFrom(exported.graph)
+        elif isinstance(value, int | str):
+            setattr(result, field.name, value)
+        else:
+            getattr(result, field.name).MergeFrom(value)
+    result.graph.doc_string = original.graph.doc_string
+    return result
+
+
+def _lift(graph: onnx.GraphProto, names: set[str]) -> None:
+    """Put initializers of the graph itself back that graphsurgeon has moved into the one body that reads them."""
+    stored = {tensor.name for tensor in graph.initializer}
+    for body in descendants(graph):
+        for tensor in [tensor for tensor in body.initializer if tensor.name in names]:
+            if tensor.name not in stored:
+                graph.initializer.append(tensor)
+                stored.add(tensor.name)
+                body.initializer.remove(tensor)
+
+
+def _hoist(graph: onnx.GraphProto) -> None:
+    """Keep one copy of an initializer that graphsurgeon has written to several bodies, in the graph around them all."""
+    for body in bodies(graph):
+        _hoist(body)
+    holders: dict[str, list[onnx.GraphProto]] = {}
+    for holder in (graph, *descendants(graph)):
+        for tensor in holder.initializer:
+            holders.setdefault(tensor.name, []).append(holder)
+    for name, found in holders.items():
+        copies = [next(tensor for tensor in holder.initializer if tensor.name == name) for holder in found]
+        own_inputs = any(value.name == name for holder in found for value in holder.input)
+        if len(found) == 1 or own_inputs or any(copy != copies[0] for copy in copies):
+            continue
+        if found[0] is not graph:
+            graph.initializer.append(copies[0])
+        for holder, copy in zip(found, copies, strict=True):
+            if holder is not graph:
+                holder.initializer.remove(copy)
+
+
+def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> None:
+    """List as inputs the initializers that the original lists, which graphsurgeon drops; before IR version 4, all of them."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    present = {value.name: value for value in graph.input}
+    kept = [v for v in original.graph.input if v.name in present or v.name in stored]
+    listed = {value.name for value in kept}
+    if original.ir_version < 4:
+        new = (tensor for name, tensor in stored.items() if name not in listed)
+        kept += [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in new]
+    del graph.input[:]
+    graph.input.extend(present.get(value.name, value) for value in kept)
+
+
+def _is_whole(tensor: onnx.TensorProto) -> bool:
+    """Return whether a tensor has as many bytes or values as its shape needs; the checker looks for too few alone."""
+    if not tensor.HasField("raw_data"):
+        count = math.prod(tensor.dims)
+        held = max(len(getattr(tensor, field)) for field in _FIELDS)
+        return held <= 2 * count if tensor.data_type in _PACKED else held in (0, count)  # 0: an external one
+    kind, count = tensor.data_type, math.prod(tensor.dims)
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(onnx.TensorProto.DataType.Name(kind))
+    bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    return bool(len(tensor.raw_data) == -(-count * bits // 8))
+
+
+def _held(tensor: onnx.TensorProto) -> str:
+    if tensor.HasField("raw_data"):
+        return f"{len(tensor.raw_data):,} bytes"
+    return f"{max(len(getattr(tensor, field)) for field in _FIELDS):,} values"
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for body in descendants(graph):
+        yield from body.initializer
+
+
+def _with_external_data(model: onnx.ModelProto, part: Path, location: str) -> onnx.ModelProto:
+    """Write the data of all large initializers to `part` and return a copy of the model that names it `location`."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with part.open("wb") as file:
+        for tensor in _tensors(copy.graph):
+            if len(tensor.raw_data) <= _SMALL:
+                continue
+            offset = file.tell() + -file.tell() % 4096
+            file.seek(offset)
+            file.write(tensor.raw_data)
+            length = len(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", offset), ("length", length)):
+                entry = tensor.external_data.add()
+                entry.key, entry.value = key, str(value)
+        file.flush()
+        os.fsync(file.fileno())
+    return copy
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

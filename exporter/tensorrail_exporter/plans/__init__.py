@@ -1,0 +1,1 @@
+"""Plans, cores and what they cost: which layers become which cores."""

@@ -1,0 +1,213 @@
+"""What a contraction costs: FLOPs, activation bytes, kernels and stored bytes, step by step, and the merge they favour.
+
+The counts are exact for one sample of the size given. The time made of them is a rough model, good enough to choose
+between ways to run the same cores where nothing has been measured; a claim about speed needs a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats.contraction import (
+    Conv,
+    LayerSpec,
+    MatMul,
+    Reshape,
+    Step,
+    dense_step,
+    describe_step,
+    split_at_boundary,
+)
+
+# One core of a server CPU, orders of magnitude: what one FLOP, one byte and one node take, in seconds.
+SECONDS_A_FLOP = 1 / 50e9
+_SECONDS_A_BYTE = 1 / 10e9
+_SECONDS_A_KERNEL = 4e-6
+_LANES = 16  # columns that a matrix product works on at once; fewer take as long
+
+_GUESSED_AXIS = 14  # a spatial axis whose size nobody knows
+_GUESSED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step's cost for one sample, in float32. FLOPs are 2 × multiply-accumulates."""
+
+    step: str
+    shape: tuple[int, ...]  # of its output, the batch left out
+    flops: int
+    busy_flops: int  # those and the idle lanes' of a product of few columns
+    activation_bytes: int  # read and written
+    stored_bytes: int
+    kernels: int  # 0 for a Reshape, which moves nothing
+
+
+@dataclass(frozen=True)
+class ContractionCost:
+    """The cost of a contraction; printed, it is the table of its steps."""
+
+    steps: tuple[StepCost, ...]
+
+    @property
+    def flops(self) -> int:
+        """2 × multiply-accumulates of one sample."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return self.flops // 2
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of activations read and written for one sample, in float32."""
+        return sum(step.activation_bytes for step in self.steps)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the constants, in float32."""
+        return sum(step.stored_bytes for step in self.steps)
+
+    @property
+    def kernels(self) -> int:
+        """Number of nodes that compute something."""
+        return sum(step.kernels for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """The model's time for one sample, for comparing contractions of the same layer with each other only."""
+        return self.seconds_of(1)
+
+    def seconds_of(self, batch: int) -> float:
+        """The model's time for a batch: constants are read, and kernels started, once."""
+        busy = sum(step.busy_flops for step in self.steps)
+        each = busy * SECONDS_A_FLOP + self.activation_bytes * _SECONDS_A_BYTE
+        return batch * each + self.stored_bytes * _SECONDS_A_BYTE + self.kernels * _SECONDS_A_KERNEL
+
+    def __str__(self) -> str:
+        head = ("step", "output", "FLOPs", "activation bytes", "stored bytes", "kernels")
+        rows = [
+            (
+                s.step,
+                "×".join(map(str, s.shape)),
+                f"{s.flops:,}",
+                f"{s.activation_bytes:,}",
+                f"{s.stored_bytes:,}",
+                str(s.kernels),
+            )
+            for s in self.steps
+            if s.kernels
+        ]
+        total = ("total", "", f"{self.flops:,}", f"{self.activation_bytes:,}", f"{self.stored_bytes:,}", str(self.kernels))
+        table = [head, *rows, total]
+        widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+        return "\n".join(
+            "  ".join(text.ljust(w) if c < 2 else text.rjust(w) for c, (text, w) in enumerate(zip(row, widths, strict=True)))
+            for row in table
+        )
+
+
+def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost:
+    """Return the cost of the steps for one sample of the layer's `size`; unknown axes are guessed."""
+    shape = (1, *_sample(layer))
+    costs = []
+    for step in steps:
+        out = _output(step, shape)
+        weight = 0 if isinstance(step, Reshape) else math.prod(step.weight.shape)
+        moved = 0 if isinstance(step, Reshape) else math.prod(shape) + math.prod(out)
+        costs.append(
+            StepCost(
+                describe_step(step),
+                out[1:],
+                _flops(step, out),
+                _busy_flops(step, out),
+                4 * moved,
+                4 * weight,
+                0 if isinstance(step, Reshape) else 1,
+            )
+        )
+        shape = out
+    return ContractionCost(tuple(costs))
+
+
+def dense_cost(layer: LayerSpec) -> ContractionCost:
+    """Return the cost of the dense layer itself for one sample; of a recurrent one, that of its input projection."""
+    return contraction_cost((dense_step(np.broadcast_to(np.float32(0), layer.shape), layer),), layer)
+
+
+@lru_cache(maxsize=512)
+def cheapest_merge(name: str, modes: tuple[int, ...], core_shapes: tuple[tuple[int, ...], ...], layer: LayerSpec) -> str:
+    """Return the merge of the format that the cost model finds cheapest for cores of these shapes."""
+    form = format_of(name)
+    cores = [np.zeros(shape, np.float32) for shape in core_shapes]
+
+    def seconds(merge: str) -> float:
+        steps = form.contraction(cores, layer, modes, merge)
+        cost = contraction_cost(steps, layer).seconds
+        if layer.op == "recurrent" and split_at_boundary(steps)[1] is None:
+            cost += layer.shape[0] ** 2 * 4 * _SECONDS_A_BYTE  # an identity for the input weight; a Scan takes about as long
+        return cost
+
+    return min(form.merges(layer.op), key=seconds)
+
+
+def _sample(layer: LayerSpec) -> tuple[int, ...]:
+    """Return the shape of one sample of the layer's input."""
+    if layer.op == "conv":
+        sizes = layer.size or (0,) * layer.spatial
+        reach = [d * (k - 1) + s for d, k, s in zip(layer.dilation, layer.kernel, layer.stride, strict=True)]
+        return (layer.shape[1], *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, reach, strict=True)))
+    sizes = layer.size or (0,) * (layer.lead - 1)
+    return (*(size or _GUESSED_TOKENS for size in sizes), layer.shape[1])
+
+
+def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
+    match step:
+        case Reshape(shape=wanted):
+            sizes = [shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
+            if -1 in sizes:
+                sizes[sizes.index(-1)] = math.prod(shape) // max(
+                    1, -math.prod(sizes)
+                )  # 0 where the batch or the output is empty
+            return tuple(sizes)
+        case Conv():
+            spatial = tuple(_axis(step, axis, size) for axis, size in enumerate(shape[2:]))
+            return (shape[0], step.weight.shape[0], *spatial)
+        case MatMul(weight=weight, side="right"):
+            return (*shape[:-1], weight.shape[1])
+        case MatMul(weight=weight):
+            return (*shape[:-2], weight.shape[-2], shape[-1])
+
+
+def _axis(step: Conv, axis: int, size: int) -> int:
+    """Return the length of a convolution's output along one spatial axis (ONNX, operator Conv)."""
+    nd = len(step.stride)
+    if step.auto_pad.startswith("SAME"):
+        return -(-size // step.stride[axis])
+    padded = size + (step.pads[axis] + step.pads[nd + axis] if step.auto_pad == "NOTSET" else 0)
+    return int(max(0, (padded - step.dilation[axis] * (step.weight.shape[2 + axis] - 1) - 1) // step.stride[axis] + 1))
+
+
+def _flops(step: Step, out: tuple[int, ...]) -> int:
+    match step:
+        case Reshape():
+            return 0
+        case Conv(weight=weight):
+            return int(2 * math.prod(out) * math.prod(weight.shape[1:]))
+        case MatMul(weight=weight, side="right"):
+            return 2 * math.prod(out) * int(weight.shape[0])
+        case MatMul(weight=weight):
+            return 2 * math.prod(out) * int(weight.shape[-1])
+
+
+def _busy_flops(step: Step, out: tuple[int, ...]) -> int:
+    flops = _flops(step, out)
+    if not isinstance(step, MatMul):
+        return flops
+    return flops * (-(-out[-1] // _LANES) * _LANES) // max(1, out[-1])

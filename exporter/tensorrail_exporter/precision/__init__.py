@@ -1,0 +1,1 @@
+"""fp16 and int8 copies of a model."""

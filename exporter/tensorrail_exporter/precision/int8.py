@@ -1,0 +1,333 @@
+"""The int8 copy of a dense or factored graph, by ONNX Runtime's static quantization.
+
+Cores are stored in the layout in which they run, so that each is quantized as the weight that it is: one behind a Reshape
+or Transpose would get its scales along the wrong axis (onnxruntime#18668); those of foreign graphs are folded first.
+
+Source: "Quantize ONNX Models", onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import numpy_helper
+
+from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
+from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
+from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.sessions.machine import processor
+from tensorrail_runtime.sessions.session import open_session, run
+
+Method = Literal["minmax", "entropy", "percentile"]
+METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
+
+_LARGE = 2**30  # bytes of weights from which the libraries are told to write external data; protobuf ends at 2 GiB
+_BINS = {"entropy": 512, "percentile": 2048}
+_KEEP = "name the layer or node that does not convert in `keep`, and it stays fp32"
+_OPSET, _IR_VERSION = 13, 7  # the first with an axis in DequantizeLinear
+
+_MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_JOINS = ("Add", "Concat")
+_INT8 = ("Conv", "Gemm", "MatMul", "Relu", "Clip", *_MOVES, *_JOINS)
+"""What is quantized: products, activations that vanish into their range, what moves values unchanged, and the sums and
+concatenations between convolutions. All else stays fp32, because it costs little and loses much: see `_left_out`."""
+
+
+def to_int8(
+    model: onnx.ModelProto,
+    calibration: Sequence[Mapping[str, np.ndarray]],
+    *,
+    per_channel: bool = True,
+    method: Method = "minmax",
+    keep: Sequence[str] = (),
+    reduce_range: bool | None = None,
+) -> onnx.ModelProto:
+    """Return the graph with int8 weights and uint8 activations, QDQ form, by `onnxruntime.quantization.quantize_static`.
+
+    The activations' ranges are those seen while the fp32 graph runs on `calibration`: their extremes, or by `method` those
+    of least entropy loss or the 99.999th percentile. Weights are symmetric with one scale an output channel; a stack of
+    matrices gets one scale, and so does a weight on the left of a MatMul, as uint8: the only forms that ONNX Runtime's
+    integer kernels take.
+
+    uint8 × int8 (U8S8) is what the AVX2, AVX-512 and VNNI kernels multiply; int8 activations are converted to it first, and
+    where that fails run in fp32. Without VNNI two of its products saturate at 16 bits, so that weights get 7 bits there:
+    `reduce_range`, None for whether *this* machine lacks VNNI ("Quantize ONNX Models", section Data type selection).
+
+    LSTM, GRU, products of two activations, what takes a Softmax, normalisations, and sums outside of convolutional blocks
+    stay fp32, and so does what `keep` names. Outputs of MatMul and Gemm are not rounded. Raises `GraphError` when there is
+    no calibration data, when nothing can be quantized, and when the library fails, `ModelError` for data that does not run.
+    """
+    check_fp32(model, "int8")
+    if method not in METHODS:
+        raise GraphError(f"unknown calibration method {method!r}: expected one of {', '.join(METHODS)}")
+    _check_calibration(model, calibration)
+    named = with_names(model)
+    kept = kept_nodes(named, keep)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source, ready = Path(folder) / "fp32.onnx", Path(folder) / "ready.onnx"
+        save_model(named, source)
+        run(open_session(source), calibration[0])  # says in one line what does not fit
+        try:
+            save_model(_current(named), source)
+            from onnxruntime.quantization.shape_inference import quant_pre_process
+
+            # Folds constants and batch norms, at the basic level, which keeps to ONNX's own operators.
+            large = size_of(named) > _LARGE
+            quant_pre_process(source, ready, skip_symbolic_shape=True, save_as_external_data=large)
+            ranges = _calibrate(ready, calibration, method, large=large)
+            narrow = processor().saturates if reduce_range is None else reduce_range
+            quantized = _quantize(ready, ranges, kept, per_channel=per_channel, reduce_range=narrow, large=large)
+        except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise GraphError(f"the graph cannot be quantized ({reason}); {_KEEP}") from None
+    if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
+        raise GraphError(
+            "nothing in the graph can be quantized: no Conv, Gemm or MatMul with a constant weight is left to int8"
+        )
+    return _tidy(quantized, model)
+
+
+def _check_calibration(model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
+    names = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    if not feeds:
+        raise GraphError("int8 needs calibration data to see the activations' ranges, and none came; give 100 or more samples")
+    for feed in feeds:
+        if set(feed) != names:
+            raise GraphError(
+                f"the model's inputs are {', '.join(sorted(names))}, and the calibration data has {', '.join(feed)}"
+            )
+        for name, array in feed.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise GraphError(f"the calibration data of input {name!r} holds NaN or infinite values")
+
+
+def _calibrate(ready: Path, feeds: Sequence[Mapping[str, np.ndarray]], method: Method, *, large: bool) -> Path:
+    """Run the fp32 graph on all feeds, write the activations' ranges to a file, and return its path.
+
+    `quantize_static` would hand all feeds over at once, which histograms take of one shape only (onnxruntime#18792), and
+    keeps the library's 128 bins, with which the entropy method finds the extremes, always (onnxruntime#9597).
+    """
+    from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
+
+    augmented = str(ready.with_name("augmented.onnx"))
+    options = {} if method == "minmax" else {"num_bins": _BINS[method]}
+    calibrator = create_calibrator(
+        ready, list(_INT8), augmented, _method(method), use_external_data_format=large, extra_options=options
+    )
+    for feed in feeds:
+        calibrator.collect_data(_Once(dict(feed)))
+    path = ready.with_name("ranges.json")
+    save_tensors_data(calibrator.compute_data(), path)
+    return path
+
+
+def _quantize(
+    ready: Path, ranges: Path, kept: frozenset[str], *, per_channel: bool, reduce_range: bool, large: bool
+) -> onnx.ModelProto:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.calibrate import load_tensors_data
+
+    prepared, out = onnx.load(ready), ready.with_name("int8.onnx")
+    quantize_static(
+        ready,
+        out,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=list(_INT8),
+        per_channel=per_channel,
+        reduce_range=reduce_range,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=sorted(_left_out(prepared, kept)),
+        use_external_data_format=large,
+        calibrate_method=load_tensors_data(ranges).calibration_method,
+        calibration_cache_path=ranges,
+        extra_options={
+            # As floats they go on to a bias or a normalisation without a second rounding.
+            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            # Otherwise a node that stays fp32 takes the rounded value, when another taker of it is quantized.
+            "DedicatedQDQPair": True,
+            "TensorQuantOverrides": _one_scale(prepared),
+        },
+    )
+    return onnx.load(out)
+
+
+class _Once:
+    """One feed, as the library wants to be handed it."""
+
+    def __init__(self, feed: dict[str, np.ndarray]) -> None:
+        self._feed: dict[str, np.ndarray] | None = feed
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        feed, self._feed = self._feed, None
+        return feed
+
+
+def _method(method: Method) -> object:
+    from onnxruntime.quantization import CalibrationMethod
+
+    return {
+        "minmax": CalibrationMethod.MinMax,
+        "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }[method]
+
+
+def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
+    """Return the names of nodes that stay fp32, by what they take.
+
+    A product of two activations rounds both. What takes a Softmax would have its output rounded by the range that was
+    seen, and the kernel that ONNX Runtime then puts in place computes it for another one. A sum outside of convolutional
+    blocks, as the residual stream of a transformer, has outliers that one scale does not serve.
+    """
+    values = constants_of(model.graph)
+    constants = set(values)
+    read = {value.name for value in model.graph.output}
+    widths = _widths(model)
+    read |= {name for body in descendants(model.graph) for node in body.node for name in node.input}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    convolutional: set[str] = set()
+    out = {node.name for node in model.graph.node if any(node.name == k or node.name.startswith(f"{k}/") for k in kept)}
+    for node in model.graph.node:  # in topological order
+        computed = [name for name in node.input if name and name not in constants]
+        before = [makers[name] for name in computed if name in makers]
+        inside = len(before) == len(computed) and all(maker.name in convolutional for maker in before)
+        whole = len(computed) == len(node.input)  # no operand is constant
+        joins = node.op_type in _JOINS and whole
+        if node.op_type == "Conv" or ((node.op_type in ("Relu", "Clip", *_MOVES) or joins) and inside):
+            convolutional.add(node.name)
+        elif node.op_type in _JOINS or (node.op_type in ("MatMul", "Gemm") and whole):
+            out.add(node.name)
+        if any(maker.op_type in ("Softmax", "LogSoftmax") for maker in before):
+            out.add(node.name)
+        if node.op_type in ("Relu", "Clip") and node.input[0] in read:
+            out.add(node.name)  # the library would give its range to what is read elsewhere as well
+        if node.name in widths and not _plain_bias(node, values, widths[node.name]):
+            out.add(node.name)
+    return out
+
+
+def _widths(model: onnx.ModelProto) -> dict[str, int]:
+    """Return how many outputs each Gemm has whose second operand is its weight, by the node's name."""
+    return {w.node.name: w.values.shape[w.axis] for w in weighted(model) if w.node.op_type == "Gemm" and w.place == 1}
+
+
+def _beta(node: onnx.NodeProto) -> float:
+    return float(next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0))
+
+
+def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], width: int) -> bool:
+    """Return whether what a Gemm adds is a vector, once: the library takes no other, and `beta` for a part of its scale."""
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    stored = constants.get(node.input[2])
+    return _beta(node) == 1.0 and (stored is None or tuple(stored.dims) == (width,))
+
+
+def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
+    """Return the library's overrides for weights that get one scale; on the left of a MatMul they take uint8's place.
+
+    Such are weights of a MatMul that are no matrices, or on its left, and those whose output channels lie along one axis for
+    one node and along another for the next, as in a tied autoencoder.
+    """
+    from onnxruntime.quantization import QuantType
+
+    layers = weighted(model)
+    axes: dict[str, set[int]] = {}
+    for w in layers:
+        axes.setdefault(w.weight, set()).add(w.axis)
+    turned = [w for w in layers if len(axes[w.weight]) > 1]
+    products = [w for w in layers if w.node.op_type == "MatMul" and (w.place == 0 or w.values.ndim != 2)]
+    return {
+        w.weight: [{"quant_type": QuantType.QUInt8 if w.node.op_type == "MatMul" and w.place == 0 else QuantType.QInt8}]
+        for w in (*turned, *products)
+    }
+
+
+def _current(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model at an opset and IR version that have scales a channel, its weights no longer listed as inputs.
+
+    A weight that a caller may replace is no constant: nothing would be folded into it.
+    """
+    version = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_OPSET)
+    if version < _OPSET:
+        model = onnx.version_converter.convert_version(model, _OPSET)
+    model.ir_version = max(model.ir_version, _IR_VERSION)
+    _with_plain_biases(model)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    free = [value for value in model.graph.input if value.name not in stored]
+    del model.graph.input[:]
+    model.graph.input.extend(free)
+    return model
+
+
+def _with_plain_biases(model: onnx.ModelProto) -> None:
+    """Give every Gemm whose bias is constant and the same for all rows that bias as a vector, `beta` multiplied in."""
+    constants, widths = constants_of(model.graph), _widths(model)
+    for node in model.graph.node:
+        width = widths.get(node.name, 0)
+        if not width or _plain_bias(node, constants, width):
+            continue
+        beta, stored = _beta(node), constants.get(node.input[2])
+        if beta == 0:
+            del node.input[2]
+        elif stored is not None and math.prod(stored.dims) in (1, width) and tuple(stored.dims)[-1:] in ((), (1,), (width,)):
+            vector = np.broadcast_to(numpy_helper.to_array(stored).reshape(-1) * np.float32(beta), width)
+            name = f"{node.name}/bias_once"
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(vector), name))
+            node.input[2] = name
+        else:
+            continue
+        kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+
+def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    """Give the result the original's metadata, the opsets that it uses alone, and the full check."""
+    if any(True for _ in bodies(quantized.graph)):
+        # The library's own sorting overlooks what only the body of an If, Loop or Scan reads.
+        quantized = export_graph(import_graph(quantized), quantized)
+    nodes = (node for graph in (quantized.graph, *descendants(quantized.graph)) for node in graph.node)
+    used = {"" if node.domain == "ai.onnx" else node.domain for node in nodes} | {f.domain for f in quantized.functions}
+    opsets = [entry for entry in quantized.opset_import if ("" if entry.domain == "ai.onnx" else entry.domain) in used]
+    del quantized.opset_import[:], quantized.metadata_props[:]
+    quantized.opset_import.extend(opsets)
+    quantized.metadata_props.extend(original.metadata_props)
+    check_model(quantized)
+    return quantized
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' prints, log lines and warnings off the terminal."""
+    root, before = logging.getLogger(), logging.root.manager.disable
+    handler = logging.NullHandler()  # without one, `logging.warning` would install a handler of its own for good
+    root.addHandler(handler)
+    logging.disable(logging.CRITICAL)
+    ort.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ort.set_default_logger_severity(2)  # ONNX Runtime's default; it does not tell what was set
+        logging.disable(before)
+        root.removeHandler(handler)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,1 @@
+"""Dense layers are found in a graph and rewritten to contractions of cores."""

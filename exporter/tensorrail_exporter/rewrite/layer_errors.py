@@ -1,0 +1,89 @@
+"""Where two graphs part: the approximation and the numerical error at every planned layer's output.
+
+The dense graph, the graph with reconstructed weights and the factored graph name the output of a planned layer alike, so it
+can be made an output of all three and compared. Both errors are of the whole network up to there, not of the layer alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tensorrail_exporter.graphs.io import import_graph, save_model
+from tensorrail_exporter.plans.cores import Cores
+from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.rewriter import reconstruct
+from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_runtime.measure.parity import Tolerances, compare
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.sessions.session import Session, open_session, run
+
+
+class LayerError(Record):
+    """Relative L2 differences at one layer's output; None where the factored graph has no tensor of that name."""
+
+    layer: str
+    tensor: str
+    approximation: float | None  # dense graph against the one with reconstructed weights
+    numerical: float | None  # that one against the factored graph
+
+
+def layer_errors(
+    dense: onnx.ModelProto,
+    factored: onnx.ModelProto,
+    plan: Plan,
+    cores: Cores,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    settings: Session | None = None,
+) -> tuple[LayerError, ...]:
+    """Return the two errors at every planned layer, in the graph's order; layers in the body of a node have no tensor here."""
+    tensors = _outputs(dense, plan)
+    graphs = [dense, reconstruct(dense, plan, cores), factored]
+    shown = [set(tensors.values()) & _tensors(graph) for graph in graphs]
+    values = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (graph, names) in enumerate(zip(graphs, shown, strict=True)):
+            path = Path(folder) / f"{number}.onnx"
+            save_model(_showing(graph, sorted(names)), path)
+            session = open_session(path, settings=settings)
+            values.append([run(session, feed) for feed in feeds])
+    found = []
+    for layer, tensor in tensors.items():
+        errors = []
+        for k in (0, 1):
+            known = tensor in shown[k] and tensor in shown[k + 1]
+            before, after = ([outs[tensor] for outs in values[j]] if known else [] for j in (k, k + 1))
+            errors.append(compare(tensor, before, after, Tolerances()).relative_l2 if known else None)
+        found.append(LayerError(layer=layer, tensor=tensor, approximation=errors[0], numerical=errors[1]))
+    return tuple(found)
+
+
+def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
+    """Return the output tensor of every planned layer, in the order of the graph; of the first node of a shared weight."""
+    graph = import_graph(model)
+    named = NamedLayers(graph)
+    order = {node.name: index for index, node in enumerate(model.graph.node)} | {
+        output: index for index, node in enumerate(model.graph.node) for output in node.output
+    }
+    found = {}
+    for layer in plan.layers:
+        _, sites = named.find(layer.name)
+        found[layer.name] = next(tensor.name for tensor in sites[0].node.outputs if not tensor.is_empty())
+    return dict(sorted(found.items(), key=lambda item: order.get(item[1], len(order))))
+
+
+def _tensors(model: onnx.ModelProto) -> set[str]:
+    return {output for node in model.graph.node for output in node.output}
+
+
+def _showing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return the model with more outputs; ONNX Runtime infers their types."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    present = {value.name for value in shown.graph.output}
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    return shown

@@ -1,0 +1,239 @@
+"""Dense graph + plan + cores → factored graph: rewrite → remove unused → check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats.contraction import Conv, LayerSpec, MatMul, Step, describe, runs_in_scan
+from tensorrail_exporter.graphs.fold import is_standard
+from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph
+from tensorrail_exporter.plans.cores import Cores, check_cores
+from tensorrail_exporter.plans.costs import contraction_cost
+from tensorrail_exporter.plans.padding import pad_ranks
+from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.rewrite.rules import Rule
+from tensorrail_exporter.rewrite.rules.emit import Site
+from tensorrail_exporter.rewrite.rules.scan import holds_scan
+from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.records import Record
+
+
+class LayerRewrite(Record):
+    """What was done to one layer. Parameters count the weight alone, without bias; FLOPs are 2 × MACs of one sample.
+
+    Of nodes that share the weight and differ in stride or dilation, steps and FLOPs are the first one's.
+    """
+
+    layer: str
+    op: str
+    nodes: int  # how many nodes shared the weight; all were rewritten
+    shape: tuple[int, ...]
+    format: str
+    modes: tuple[int, ...]
+    ranks: tuple[int, ...]  # as they are in the cores, clamped
+    block: int  # ranks that run are widened by zeros to multiples of it
+    merge: str
+    merged: tuple[tuple[int, ...], ...]  # which cores each stored constant holds; one index: the trained core, exactly
+    batch_norm: bool  # whether the batch-norm behind it was folded into the last constant
+    scan: bool = False  # whether its loop was written as a Scan
+    steps: str
+    kernels: int
+    flops: int
+    activation_bytes: int
+    dense_params: int
+    core_params: int
+    stored_params: int
+    weight_error: float  # ‖W − reconstruct(cores)‖ / ‖W‖, W as it stood in the graph
+
+
+class Rewrites(Record):
+    """All rewritten layers of a graph, as a file."""
+
+    layers: tuple[LayerRewrite, ...]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The factored graph and what was done to each layer."""
+
+    model: onnx.ModelProto
+    layers: tuple[LayerRewrite, ...]
+
+
+def factorize(
+    model: onnx.ModelProto,
+    plan: Plan,
+    cores: Cores,
+    *,
+    block: int | Mapping[str, int] = 1,
+    fold_batch_norm: bool = False,
+    scan: bool = True,
+) -> Factored:
+    """Return the graph with every planned layer rewritten to the contraction of its cores.
+
+    `block` widens the ranks that run with zeros to its multiples, one for all or one a layer, which changes no output.
+    `fold_batch_norm` takes a batch-norm that alone follows a rewritten convolution into the last core; otherwise every
+    trained core stays as it is. `scan` allows a recurrent layer without a boundary to run as a Scan, which is for CPUs.
+    Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
+    or cores that do not fit. The argument is not changed.
+    """
+    graph = import_graph(model)
+    named = NamedLayers(graph)
+    rewrites = []
+    for layer in plan.layers:
+        rule, sites = named.find(layer.name)
+        specs = [_layer(rule, site, scan and holds_scan(model)) for site in sites]
+        spec = specs[0]
+        layer.check(spec.shape)
+        if layer.name not in cores:
+            raise GraphError(f"layer {layer.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
+        check_cores(layer, cores[layer.name], spec.shape)
+        weight = rule.weight(sites[0].node)
+        width = block if isinstance(block, int) else block.get(layer.name, 1)
+        merged = layer.model_copy(update={"merge": layer.merge_for(spec)})
+        padded = pad_ranks(layer, cores[layer.name], spec.shape, width)
+        # Nodes that share a weight may differ in stride, dilation or the axes of their input.
+        steps = [merged.contraction(padded, one) for one in specs]
+        folded = []
+        for site, one, own in zip(sites, specs, steps, strict=True):
+            normed = _with_batch_norm(site, own) if fold_batch_norm else own
+            folded.append(normed is not own)
+            rule.rewrite(replace(site, scan=runs_in_scan(own, one)), normed, layer.name)
+        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps[0], block=width, batch_norm=all(folded)))
+    factored = export_graph(graph, model)
+    check_model(factored)
+    return Factored(factored, tuple(rewrites))
+
+
+def reconstruct(model: onnx.ModelProto, plan: Plan, cores: Cores) -> onnx.ModelProto:
+    """Return the graph with every planned weight replaced by the dense weight that its cores stand for.
+
+    Against the dense graph it shows the approximation error alone, against the factored graph the numerical one.
+    """
+
+    def made(layer: LayerPlan, spec: LayerSpec) -> np.ndarray:
+        layer.check(spec.shape)
+        check_cores(layer, cores[layer.name], spec.shape)
+        return np.asarray(layer.reconstruct(cores[layer.name], spec.shape))
+
+    return _with_weights(model, plan, made)
+
+
+def with_weights(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """Return the graph with the weights of planned layers replaced by others (O, I, *K), in torch's gate order."""
+    return _with_weights(model, plan, lambda layer, _: weights[layer.name])
+
+
+def _with_weights(model: onnx.ModelProto, plan: Plan, made: Callable[[LayerPlan, LayerSpec], np.ndarray]) -> onnx.ModelProto:
+    graph = import_graph(model)
+    named = NamedLayers(graph)
+    for layer in plan.layers:
+        rule, sites = named.find(layer.name)
+        weight = made(layer, rule.layer(sites[0].node))
+        for site in sites:
+            dtype = site.node.inputs[rule.weight_input(site.node)].dtype
+            rule.replace_weight(site.node, weight.astype(dtype), named.names.unique(f"{layer.name}/dense"))
+    return export_graph(graph, model)
+
+
+def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.ndarray]]:
+    """Return cores for every planned layer, decomposed from the weights that stand in the graph."""
+    graph = import_graph(model)
+    named = NamedLayers(graph)
+    cores = {}
+    for layer in plan.layers:
+        rule, sites = named.find(layer.name)
+        layer.check(rule.layer(sites[0].node).shape)
+        weight = rule.weight(sites[0].node)
+        wide = weight if weight.dtype == np.float64 else weight.astype(np.float32)
+        check_finite(layer.name, wide)
+        cores[layer.name] = layer.decompose(wide)
+    return cores
+
+
+def check_finite(layer: str, weight: np.ndarray) -> None:
+    """Raise `GraphError` for a weight that cannot be decomposed."""
+    if not np.isfinite(weight).all():
+        raise GraphError(f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed")
+
+
+def _layer(rule: Rule, site: Site, scan: bool) -> LayerSpec:
+    found = rule.layer(site.node)
+    return found if scan else replace(found, scan=False)
+
+
+def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Take the batch-norm behind a convolution into its last step and its bias; the steps themselves when there is none."""
+    node, last = site.node, steps[-1]
+    consumers = node.outputs[0].outputs
+    if not isinstance(last, Conv) or len(consumers) != 1 or consumers[0].op != "BatchNormalization":
+        return steps
+    norm = consumers[0]
+    if not is_standard(norm) or not any(norm is other for other in site.graph.nodes):  # one in a body gives the body's output
+        return steps
+    constants = norm.inputs[1:5]
+    bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+    inference = not norm.attrs.get("training_mode", 0) and len(norm.outputs) == 1
+    known = all(isinstance(tensor, gs.Constant) for tensor in constants) and (bias is None or isinstance(bias, gs.Constant))
+    known = known and all(tuple(tensor.shape) == last.weight.shape[:1] for tensor in constants)  # one value a channel
+    if not inference or not known or any(node.outputs[0] is out for out in site.graph.outputs):
+        return steps
+    scale, shift, mean, variance = (np.asarray(tensor.values, np.float64) for tensor in constants)
+    factor = scale / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+    before = 0.0 if bias is None else np.asarray(bias.values, np.float64)
+    values = ((before - mean) * factor + shift).astype(node.inputs[1].dtype)
+    folded = gs.Constant(site.names.unique(f"{norm.name or node.name}/folded_bias"), values)
+    if len(node.inputs) > 2:
+        node.inputs[2] = folded
+    else:
+        node.inputs.append(folded)
+    node.outputs[0] = norm.outputs[0]
+    norm.outputs.clear()
+    weight = last.weight * factor.reshape(-1, *(1,) * (last.weight.ndim - 1))
+    return (*steps[:-1], replace(last, weight=weight))
+
+
+def _record(
+    layer: LayerPlan,
+    sites: Sequence[Site],
+    spec: LayerSpec,
+    weight: np.ndarray,
+    cores: Sequence[np.ndarray],
+    steps: tuple[Step, ...],
+    *,
+    block: int,
+    batch_norm: bool,
+) -> LayerRewrite:
+    constants = [step for step in steps if isinstance(step, Conv | MatMul)]
+    cost = contraction_cost(steps, spec)
+    wide = weight.astype(np.float64)
+    residual = wide - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
+    return LayerRewrite(
+        layer=layer.name,
+        op=sites[0].node.op,
+        nodes=len(sites),
+        shape=spec.shape,
+        format=layer.format,
+        modes=layer.modes,
+        ranks=format_of(layer.format).clamp(spec.shape, layer.modes, layer.ranks),
+        block=block,
+        merge=layer.merge,
+        merged=tuple(step.cores for step in constants),
+        batch_norm=batch_norm,
+        scan=runs_in_scan(steps, spec),
+        steps=describe(steps, spec),
+        kernels=cost.kernels,
+        flops=cost.flops,
+        activation_bytes=cost.activation_bytes,
+        dense_params=weight.size,
+        core_params=sum(core.size for core in cores),
+        stored_params=sum(step.weight.size for step in constants),
+        weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(wide) or 1.0)),
+    )

@@ -1,0 +1,99 @@
+"""Writing a contraction's steps as ONNX nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of tensors and nodes that are taken, in the graph and in the bodies of its nodes."""
+
+    taken: set[str]
+    constants: dict[str, gs.Constant] = field(default_factory=dict)
+
+    def unique(self, name: str) -> str:
+        """Return `name`, or the first `name_2`, `name_3`, … that is free, and take it."""
+        candidate, count = name, 1
+        while candidate in self.taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.taken.add(candidate)
+        return candidate
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node to be rewritten, the graph or body that it stands in, and the names around it."""
+
+    graph: gs.Graph
+    node: gs.Node
+    names: Names
+    scan: bool = False  # whether the node's loop is to be written as a Scan
+
+    def constant(self, name: str, values: np.ndarray) -> gs.Constant:
+        """Return the initializer of that name and value; nodes with the same cores (tied weights) share one."""
+        present = self.names.constants.get(name)
+        if present is not None and present.dtype == values.dtype and np.array_equal(present.values, values):
+            return present
+        made = gs.Constant(self.names.unique(name), np.asarray(values, order="C"))
+        self.names.constants.setdefault(name, made)
+        return made
+
+    def variable(self, name: str, dtype: np.dtype) -> gs.Variable:
+        """Return a new tensor."""
+        return gs.Variable(self.names.unique(name), dtype=dtype)
+
+    def append(
+        self, op: str, name: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict[str, object] | None = None
+    ) -> gs.Node:
+        """Add a node with one output to the graph."""
+        if op in ("Add", "Mul") and self.graph.opset < 7:
+            attrs = {"broadcast": 1, **(attrs or {})}
+        node = gs.Node(op, self.names.unique(name), attrs=attrs or {}, inputs=inputs, outputs=[output])
+        self.graph.nodes.append(node)
+        return node
+
+    def chain(
+        self, source: gs.Tensor, target: gs.Tensor, steps: tuple[Step, ...], layer: str, dtype: np.dtype
+    ) -> list[gs.Node]:
+        """Append one node a step, from `source` to `target`; initializers are named `<layer>/<cores>`, as in the cores file.
+
+        The nodes are returned, so that a rule can give the last one a bias or an attribute of the original.
+        """
+        nodes: list[gs.Node] = []
+        for index, step in enumerate(steps):
+            out = target if index == len(steps) - 1 else self.variable(f"{layer}/step{index}", dtype)
+            op, attrs, weight = self._parts(step, layer, dtype)
+            left = isinstance(step, MatMul) and step.side == "left"
+            nodes.append(
+                self.append(op, f"{layer}/{op.lower()}{index}", [weight, source] if left else [source, weight], out, attrs)
+            )
+            source = out
+        return nodes
+
+    def _parts(self, step: Step, layer: str, dtype: np.dtype) -> tuple[str, dict[str, object], gs.Constant]:
+        match step:
+            case Conv():
+                attrs: dict[str, object] = {
+                    "kernel_shape": list(step.weight.shape[2:]),
+                    "strides": list(step.stride),
+                    "dilations": list(step.dilation),
+                    "group": step.groups,
+                }
+                attrs |= {"pads": list(step.pads)} if step.auto_pad == "NOTSET" else {"auto_pad": step.auto_pad}
+                return "Conv", attrs, self.constant(f"{layer}/{_cores(step.cores)}", step.weight.astype(dtype))
+            case MatMul():
+                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", step.weight.astype(dtype))
+            case Reshape():
+                name = f"{layer}/shape{'_'.join(map(str, step.shape))}"
+                return "Reshape", {}, self.constant(name, np.array(step.shape, np.int64))
+
+
+def _cores(cores: tuple[int, ...]) -> str:
+    return "+".join(map(str, cores))

@@ -1,0 +1,89 @@
+"""MatMul(X, W) -> MatMul(… MatMul(X, W₁) …, Wₙ), and MatMul(W, X) alike: a constant matrix on either side.
+
+X may have any number of leading axes, as in attention; on the right its rows are the tokens, on the left its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.formats.contraction import LayerSpec, MatMul, Step
+from tensorrail_exporter.graphs.fold import is_constant
+from tensorrail_exporter.rewrite.rules.emit import Site
+
+OPS: tuple[str, ...] = ("MatMul",)
+
+
+def weight_input(node: gs.Node) -> int:
+    """Return 1, or 0 when the left operand is the constant, or is made of constants."""
+    return 0 if is_constant(node.inputs[0]) and not is_constant(node.inputs[1]) else 1
+
+
+def why_not(node: gs.Node) -> str | None:
+    """Return the reason why this product stays dense, or None."""
+    side = weight_input(node)
+    weight, other = node.inputs[side], node.inputs[1 - side]
+    if not isinstance(weight, gs.Constant):
+        return f"neither operand is a constant: {node.inputs[0].name!r} and {weight.name!r} are computed in the graph"
+    if isinstance(other, gs.Constant):
+        return "both operands are constants: a product of constants is no layer"
+    if len(weight.shape) < 2 or math.prod(weight.shape[:-2]) != 1:
+        return f"its constant has shape {list(weight.shape)}, and only a single matrix can be factored"
+    if other.shape is None:
+        return f"the rank of its input {other.name!r} is not known: give the graph's inputs a shape"
+    if len(weight.shape) > max(len(other.shape), 2):
+        return f"its constant {list(weight.shape)} has more axes than its input, and adds some to the output"
+    if side == 0 and len(other.shape) < 2:
+        return f"its input {other.name!r} is a single column: use a Gemm"
+    return None
+
+
+def layer(node: gs.Node) -> LayerSpec:
+    """Return the (O, I) of the product and the axes before the features of its input."""
+    side = weight_input(node)
+    rows, columns = node.inputs[side].shape[-2:]
+    axes = [axis if isinstance(axis, int) and axis > 0 else 0 for axis in node.inputs[1 - side].shape]
+    if side == 0:  # the features are the last axis but one
+        axes[-1], axes[-2] = axes[-2], axes[-1]
+    return LayerSpec("linear", (columns, rows) if side else (rows, columns), lead=len(axes) - 1, size=tuple(axes[1:-1]))
+
+
+def weight(node: gs.Node) -> np.ndarray:
+    """Return the weight (O, I)."""
+    side = weight_input(node)
+    values = np.asarray(node.inputs[side].values)
+    matrix = values.reshape(values.shape[-2:])
+    return matrix.T if side else matrix
+
+
+def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
+    """Give the node a weight of its own, from (O, I)."""
+    side = weight_input(node)
+    node.inputs[side] = gs.Constant(name, np.ascontiguousarray(weight.T if side else weight))
+
+
+def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
+    """Write the steps; a bias is a node of its own behind the product and stays where it is.
+
+    With the constant on the left a chain of plain products is written mirrored, any other between two transpositions.
+    """
+    node = site.node
+    side = weight_input(node)
+    source, target, dtype = node.inputs[1 - side], node.outputs[0], node.inputs[side].dtype
+    axes = len(source.shape)
+    node.outputs.clear()
+    if side == 1:
+        site.chain(source, target, steps, layer, dtype)
+    elif all(isinstance(step, MatMul) and step.side == "right" for step in steps):
+        mirrored = tuple(replace(step, weight=step.weight.T, side="left") for step in steps if isinstance(step, MatMul))
+        site.chain(source, target, mirrored, layer, dtype)
+    else:
+        perm = [*range(axes - 2), axes - 1, axes - 2]
+        rows, product = site.variable(f"{layer}/rows", dtype), site.variable(f"{layer}/product", dtype)
+        site.append("Transpose", f"{layer}/to_rows", [source], rows, {"perm": perm})
+        site.chain(rows, product, steps, layer, dtype)
+        site.append("Transpose", f"{layer}/to_columns", [product], target, {"perm": perm})

@@ -1,0 +1,140 @@
+"""LSTM(X, W, R, B, …) -> LSTM(… MatMul(X, W₁) …, Wₙ, R, B, …), and GRU alike.
+
+The input projection W is contracted outside the time loop, for all steps and directions at once, down to the rank between
+input and output; the native operator then runs on that rank, with W = the output cores. Initial states, sequence lengths,
+recurrent weights, biases and peepholes are the node's own. A format without such a boundary (`ttm`) makes all gates'
+inputs outside the loop, and W is an identity that the graph makes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper
+
+from tensorrail_exporter.formats.contraction import LayerSpec, Step, split_at_boundary
+from tensorrail_exporter.graphs.fold import is_standard
+from tensorrail_exporter.rewrite.rules import scan
+from tensorrail_exporter.rewrite.rules.emit import Site
+
+OPS: tuple[str, ...] = ("LSTM", "GRU")
+
+_TORCH_FROM_ONNX = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
+"""torch's gates (i, f, g, o) and (r, z, n), as places in ONNX's (i, o, f, c) and (z, r, h)."""
+
+
+def weight_input(node: gs.Node) -> int:
+    """Return 1: the second input is the weight of the input projection."""
+    return 1
+
+
+def why_not(node: gs.Node) -> str | None:
+    """Return the reason why this recurrent layer stays dense, or None."""
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant):
+        return f"its input weight {weight.name!r} is computed in the graph, not a constant"
+    directions, gates = len(scan.directions(node)), len(_TORCH_FROM_ONNX[node.op])
+    if len(weight.shape) != 3 or weight.shape[0] != directions or weight.shape[1] % gates:
+        return f"its input weight has shape {list(weight.shape)}, and {node.op} takes ({directions}, {gates} · hidden, inputs)"
+    return None
+
+
+def layer(node: gs.Node) -> LayerSpec:
+    """Return the (directions · gates · hidden, I) of the input projection; X has time and batch before its features."""
+    directions, rows, inputs = node.inputs[1].shape
+    axes = node.inputs[0].shape
+    time = axes[0] if axes and isinstance(axes[0], int) and axes[0] > 0 and not node.attrs.get("layout", 0) else 0
+    return LayerSpec("recurrent", (directions * rows, inputs), lead=2, size=(time,), scan=scan.takes(node))
+
+
+def weight(node: gs.Node) -> np.ndarray:
+    """Return the weight (directions · gates · hidden, I), the gates in torch's order."""
+    values = np.asarray(node.inputs[1].values)
+    return scan.in_order(values, _TORCH_FROM_ONNX[node.op]).reshape(-1, values.shape[2])
+
+
+def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
+    """Give the node a weight of its own, from (directions · gates · hidden, I) in torch's order."""
+    node.inputs[1] = gs.Constant(name, _as_onnx(node, weight))
+
+
+def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
+    """Write the input's steps before the node and give it the output cores as its input weight, or a Scan in its place."""
+    node = site.node
+    dtype = node.inputs[1].dtype
+    directions, rows, inputs = node.inputs[1].shape
+    inner, matrix, cores = split_at_boundary(steps)
+    width = directions * rows if matrix is None else matrix.shape[1]
+    turn = _turn(site) if width < inputs else None
+    projected = site.variable(f"{layer}/projected", dtype)
+    site.chain(node.inputs[0] if turn is None else turn.inputs[0], projected, inner, layer, dtype)
+    if turn is not None:
+        turned = site.variable(f"{layer}/turned", dtype)
+        site.append("Transpose", f"{layer}/turn", [projected], turned, dict(turn.attrs))
+        projected = turned
+    if matrix is not None:
+        node.inputs[0] = projected
+        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, matrix.astype(dtype)))
+    elif site.scan:
+        scan.rewrite(site, projected, _TORCH_FROM_ONNX[node.op], layer)
+    else:
+        node.inputs[0] = projected
+        node.inputs[1] = _identity(site, f"{layer}/identity", dtype)
+
+
+def _turn(site: Site) -> gs.Node | None:
+    """Return the Transpose of batch and time that makes the node's input for it alone, or None.
+
+    The projection does not mind their order, and its few features are turned in less time than the many of the input.
+    """
+    (source,) = site.node.inputs[:1]
+    maker = source.inputs[0] if len(source.inputs) == 1 else None
+    alone = len(source.outputs) == 1 and not any(source is out for out in site.graph.outputs)
+    if maker is None or maker.op != "Transpose" or not is_standard(maker) or not alone:
+        return None
+    turns = list(maker.attrs.get("perm", ())) == [1, 0, 2]
+    return maker if turns and any(maker is node for node in site.graph.nodes) else None
+
+
+def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
+    """Return the identity as the node's input weight.
+
+    The graph makes it rather than store it, from opset 9 on: a runtime folds it once, when it loads the graph. Made in
+    float32, which every runtime's EyeLike knows.
+    """
+    node = site.node
+    directions, rows, _ = node.inputs[1].shape
+    if site.graph.opset < 9:
+        return site.constant(name, _as_onnx(node, np.eye(directions * rows, dtype=dtype)))
+    order = np.argsort(_TORCH_FROM_ONNX[node.op])
+    size = directions * rows
+    shape, gates, whole = (
+        site.constant(f"{name}/{part}", np.array(sizes, np.int64))
+        for part, sizes in (
+            ("size", (size, size)),
+            ("gates", (directions, len(order), -1, size)),
+            ("whole", (directions, rows, size)),
+        )
+    )
+    chosen = site.constant(f"{name}/order", order.astype(np.int64))
+    steps: list[tuple[str, list[gs.Tensor], dict[str, object]]] = [
+        ("ConstantOfShape", [], {}),
+        ("EyeLike", [], {"dtype": int(TensorProto.FLOAT)}),
+        ("Reshape", [gates], {}),
+        ("Gather", [chosen], {"axis": 1}),
+        ("Reshape", [whole], {}),
+    ]
+    if dtype != np.float32:
+        steps.append(("Cast", [], {"to": int(helper.np_dtype_to_tensor_dtype(dtype))}))
+    made: gs.Tensor = shape
+    for op, inputs, attrs in steps:
+        out = site.variable(f"{name}/{op.lower()}", dtype if op == "Cast" else np.dtype(np.float32))
+        site.append(op, f"{name}/{op.lower()}_node", [made, *inputs], out, attrs)
+        made = out
+    return made
+
+
+def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    """Return (directions, gates · hidden, p) in ONNX's gate order."""
+    by_direction = weight.reshape(len(scan.directions(node)), -1, weight.shape[1])
+    return np.ascontiguousarray(scan.in_order(by_direction, np.argsort(_TORCH_FROM_ONNX[node.op])))

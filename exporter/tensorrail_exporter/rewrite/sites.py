@@ -1,0 +1,220 @@
+"""Where the planned layers are: in the graph or in the body of one of its nodes, by the weight's name or the node's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.graphs.fold import folded, is_constant, is_standard, sources, type_name
+from tensorrail_exporter.rewrite.rules import RULES, STAY_DENSE, Rule
+from tensorrail_exporter.rewrite.rules.emit import Names, Site
+from tensorrail_runtime.errors import GraphError
+
+_Answer = TypeVar("_Answer")
+_RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
+
+
+def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
+    """Yield every node with the graph that it stands in, those of If, Loop and Scan bodies included."""
+    for node in graph.nodes:
+        yield graph, node
+        for value in node.attrs.values():
+            for body in value if isinstance(value, list) else [value]:
+                if isinstance(body, gs.Graph):
+                    yield from walk(body)
+
+
+class NamedLayers:
+    """The layers of one graph by every name that a plan may call them; made once, and true while they are rewritten.
+
+    Nodes that a rewriting adds are none of them. `names` are those that are taken, in the graph and in all bodies below it.
+    """
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.names = _names_in(graph)
+        self._sites: dict[str, list[Site]] = {}
+        for inner, node in walk(graph):
+            for name in _all_names(node):
+                self._sites.setdefault(name, []).append(Site(inner, node, self.names))
+
+    def find(self, name: str) -> tuple[Rule, list[Site]]:
+        """Return a layer's rule and nodes, their weights folded; more than one node when they share a weight.
+
+        `GraphError` when the layer is not there or its name stands for several weights, or says why it stays dense.
+        """
+        sites = self._called(name)
+        if not sites:
+            raise GraphError(f"layer {name}: not in the graph; its layers with weights are {_known(self.graph)}")
+        other = next((site.node for site in sites if _rule_of(site.node) is None), None)
+        if other is not None:
+            if is_standard(other) and other.op in STAY_DENSE:
+                raise GraphError(f"layer {name}: cannot be rewritten: {STAY_DENSE[other.op]}")
+            ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
+            raise GraphError(f"layer {name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
+        groups = _by_weight(sites)
+        if len(groups) > 1:
+            own = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
+            raise GraphError(
+                f"layer {name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its "
+                f"own: {own or 'none has one: give the nodes names'}"
+            )
+        for site in sites:
+            rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
+            _fold(site, rule, name)
+            if why := _why_not(site.node, rule):
+                raise GraphError(f"layer {name}: cannot be rewritten: {why}")
+        return rule, sites
+
+    def rewritable(self) -> dict[str, gs.Node]:
+        """Return the nodes that a plan may name, each under the name that one would choose for it.
+
+        Where a name stands for several weights, such as the parts of a matrix that is split, each comes under one of its own.
+        """
+        found: dict[str, gs.Node] = {}
+        for inner, node in walk(self.graph):
+            if _on_folded(Site(inner, node, self.names), lambda *_: True) and (name := self._own_name(node)):
+                found.setdefault(name, node)
+        return found
+
+    def _called(self, name: str) -> list[Site]:
+        """Return the nodes that a name stands for: by their weight's name, else by their own, else by their output's."""
+        # A node that was rewritten has no outputs, and one whose weight was folded has lost the name of what it is made of.
+        sites = [site for site in self._sites.get(name, ()) if name in _all_names(site.node)]
+        called = [site for site in sites if name in names_of(site.node)]
+        # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
+        found = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
+        # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
+        found = [site for site in found if name in _weight_names(site.node)] or found
+        return found or [site for site in sites if _has_weight(site.node)]
+
+    def _own_name(self, node: gs.Node) -> str | None:
+        """Return the first name of a node that stands for its weight alone."""
+        for name in _all_names(node):
+            sites = self._called(name)
+            if any(one.node is node for one in sites) and len(_by_weight(sites)) == 1:
+                return name
+        return None
+
+
+def _rule_of(node: gs.Node) -> Rule | None:
+    return _RULE_OF.get(node.op) if is_standard(node) else None
+
+
+def _full_name(node: gs.Node) -> str:
+    return node.op if is_standard(node) else f"{node.domain}:{node.op}"
+
+
+def names_of(node: gs.Node) -> list[str]:
+    """Return the names by which a plan may call a node: its weight's, with and without `.weight`, and its own."""
+    return [*_weight_names(node), *([node.name] if node.name else [])]
+
+
+def _all_names(node: gs.Node) -> dict[str, None]:
+    """Return the names of a node and of the tensors that it makes; none for one that was rewritten."""
+    return dict.fromkeys((*names_of(node), *_output_names(node))) if node.outputs else {}
+
+
+def _names_in(graph: gs.Graph) -> Names:
+    taken: set[str] = set()
+    for inner, node in walk(graph):
+        taken.add(node.name)
+        taken.update(tensor.name for tensor in (*node.inputs, *node.outputs))
+        taken.update(tensor.name for tensor in (*inner.inputs, *inner.outputs))
+    return Names(taken)
+
+
+def _by_weight(sites: list[Site]) -> list[list[Site]]:
+    """Return the nodes by the weight (O, I, *K) that they compute with; all together when one of them cannot be rewritten."""
+    if len(sites) == 1:
+        return [sites]
+    groups: list[tuple[Rule | None, np.ndarray, list[Site]]] = []
+    for site in sites:
+        weight = _weight(site)
+        if weight is None:
+            return [sites]
+        for rule, present, group in groups:
+            alike = rule is _rule_of(site.node) and present.dtype == weight.dtype
+            if alike and np.array_equal(present, weight, equal_nan=True):
+                group.append(site)
+                break
+        else:
+            groups.append((_rule_of(site.node), weight, [site]))
+    return [group for _, _, group in groups]
+
+
+def _weight(site: Site) -> np.ndarray | None:
+    """Return a node's weight (O, I, *K), folded where it is computed; None when it stays dense. The node is not changed."""
+    return _on_folded(site, lambda rule, node: rule.weight(node))
+
+
+def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer | None:
+    """Return what `ask` says of a copy of the node whose weight is folded; None when the node stays dense."""
+    node, rule = site.node, _rule_of(site.node)
+    if rule is None:
+        return None
+    index = rule.weight_input(node)
+    try:
+        constant = folded(node.inputs[index], site.graph.opset, "weight")
+    except GraphError:
+        return None
+    if constant is None:
+        return None
+    trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs))
+    trial.inputs[index] = constant
+    answer = None if _why_not(trial, rule) else ask(rule, trial)
+    trial.inputs.clear()
+    return answer
+
+
+def _output_names(node: gs.Node) -> list[str]:
+    return [tensor.name for tensor in node.outputs if tensor.name] if _rule_of(node) else []
+
+
+def _weight_names(node: gs.Node) -> list[str]:
+    names = []
+    if rule := _rule_of(node):
+        weight = node.inputs[rule.weight_input(node)]
+        origin = (weight.name,) if isinstance(weight, gs.Constant) else sources(weight)[:1]
+        names = [name for whole in (*origin, weight.name) if whole for name in (whole.removesuffix(".weight"), whole)]
+    return names
+
+
+def _known(graph: gs.Graph) -> str:
+    named = [names_of(node)[0] for _, node in walk(graph) if _has_weight(node)]
+    return ", ".join(sorted(set(named))) or "none"
+
+
+def _has_weight(node: gs.Node) -> bool:
+    rule = _rule_of(node)
+    return rule is not None and is_constant(node.inputs[rule.weight_input(node)])
+
+
+def _fold(site: Site, rule: Rule, name: str) -> None:
+    index = rule.weight_input(site.node)
+    weight = site.node.inputs[index]
+    if not isinstance(weight, gs.Constant):
+        try:
+            constant = folded(weight, site.graph.opset, site.names.unique(f"{name}/folded"))
+        except GraphError as error:
+            raise GraphError(f"layer {name}: {error}") from None
+        if constant is not None:
+            site.node.inputs[index] = constant
+
+
+def _why_not(node: gs.Node, rule: Rule) -> str | None:
+    if why := rule.why_not(node):
+        weight = node.inputs[rule.weight_input(node)]
+        maker = weight.inputs[0].op if weight.inputs else ""
+        if maker in ("DequantizeLinear", "DynamicQuantizeLinear"):
+            why = f"its weight is quantized ({maker} makes it); plan the fp32 model, and quantize what comes of it"
+        return why
+    if 0 in node.inputs[rule.weight_input(node)].shape:
+        return "its weight holds no values"
+    dtype = node.inputs[rule.weight_input(node)].dtype
+    if dtype not in (np.float16, np.float32, np.float64):
+        return f"its weight is of type {type_name(dtype)}; expected float16, float32 or float64"
+    return None

@@ -1,0 +1,146 @@
+"""A layer inside enough of a network to be timed: several copies of it, each followed by what usually follows.
+
+ONNX Runtime's CPU convolutions work on channels in blocks, and converting to and from that layout is paid at the ends of a
+chain, not at every layer. So a layer is never timed alone: copies stand in a chain, the output of one the input of the next,
+or, where the shape changes, side by side behind a common 1×1 convolution. The time of one copy is that of many less that
+of one; what both pay (the ends, the call) falls out. Each copy has weights of its own, as in a network, so that a cache
+holds no more of them than there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tensorrail_exporter.formats.contraction import runs_in_scan
+from tensorrail_exporter.graphs.io import export_graph, import_graph
+from tensorrail_exporter.plans.padding import pad_ranks
+from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_exporter.rewrite.survey import DenseLayer
+from tensorrail_exporter.search.options import Option
+from tensorrail_runtime.errors import GraphError
+
+_COPIES = 4
+_LENGTHS = 4  # which input of LSTM and GRU holds the lengths of the sequences
+_MEMORY = 384 * 2**20  # bytes of dense weights, all copies together
+
+
+def copies_of(layer: DenseLayer) -> int:
+    """Return how many copies are timed: 4, or fewer where the weights are very large."""
+    return max(1, min(_COPIES, _MEMORY // max(1, layer.bytes)))
+
+
+def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
+    """Return a model of `copies` dense layers with random weights, at the layer's own shapes.
+
+    Raises `GraphError` when the shape of its input or output is not known, as in the body of a node.
+    """
+    if layer.inputs[layer.data] is None or layer.output is None:
+        raise GraphError(
+            f"layer {layer.name}: cannot be timed, for the shape of its input {layer.input_name!r} or of its output is not "
+            "known; expected both: give the graph's inputs their shapes, or leave the layer dense"
+        )
+    rng = np.random.default_rng(0)
+    writer = _Writer(layer, rng)
+    chained = layer.inputs[layer.data] == layer.output
+    source = "x" if layer.first or layer.spec.op != "conv" else writer.entry("x")
+    ends = []
+    for copy in range(copies):
+        out = writer.copy(copy, source)
+        ends.append(out)
+        if chained:
+            source = out
+    return writer.model(ends[-1:] if chained else ends)
+
+
+def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) -> onnx.ModelProto:
+    """Return the model of `dense_context` with every copy rewritten; the cores are random, which takes no time off or on."""
+    rng = np.random.default_rng(0)
+    graph = import_graph(dense)
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            tensor.dtype = layer.dtype  # shape inference leaves it out, and a rule may ask for it
+    named = NamedLayers(graph)
+    for node in [node for node in graph.nodes if node.name.startswith("copy")]:
+        plan = option.plan(node.name)
+        rule, sites = named.find(plan.name)
+        spec = replace(rule.layer(sites[0].node), scan=layer.spec.scan)
+        cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape)]
+        steps = plan.contraction(pad_ranks(plan, cores, spec.shape, option.block), spec)
+        rule.rewrite(replace(sites[0], scan=runs_in_scan(steps, spec)), steps, plan.name)
+    return export_graph(graph, dense)
+
+
+class _Writer:
+    def __init__(self, layer: DenseLayer, rng: np.random.Generator) -> None:
+        self.layer, self.rng = layer, rng
+        self.kind = helper.np_dtype_to_tensor_dtype(layer.dtype)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def entry(self, source: str) -> str:
+        """Bring the data into the layout that they have within a network, by a 1×1 convolution."""
+        shape = self.layer.inputs[self.layer.data]
+        channels = shape[1] if shape else 1
+        self._constant("entry/weight", (channels, channels, *(1,) * self.layer.spec.spatial))
+        self.nodes.append(helper.make_node("Conv", [source, "entry/weight"], ["entry"], "entry"))
+        self.nodes.append(helper.make_node("Relu", ["entry"], ["entered"], "entry_relu"))
+        return "entered"
+
+    def copy(self, index: int, source: str) -> str:
+        layer = self.layer
+        names = []
+        for place, shape in enumerate(layer.inputs):
+            if place == layer.data:
+                names.append(source)
+            elif shape is None:
+                names.append("")
+            else:
+                names.append(f"copy{index}/input{place}")
+                self._operand(names[-1], place, shape)
+        while names and not names[-1]:
+            names.pop()
+        out = f"out{index}"
+        self.nodes.append(helper.make_node(layer.op, names, [out], f"copy{index}"))
+        self.nodes[-1].attribute.extend(helper.make_attribute(key, value) for key, value in layer.attrs.items())
+        if layer.spec.op != "conv":
+            return out
+        self.nodes.append(helper.make_node("Relu", [out], [f"relu{index}"], f"relu{index}"))
+        return f"relu{index}"
+
+    def model(self, ends: list[str]) -> onnx.ModelProto:
+        layer = self.layer
+        out = ends[0]
+        if len(ends) > 1:
+            out = "sum"
+            self.nodes.append(helper.make_node("Sum", ends, [out], "sum"))
+        graph = helper.make_graph(
+            self.nodes,
+            "context",
+            [helper.make_tensor_value_info("x", self.kind, layer.inputs[layer.data])],
+            [helper.make_tensor_value_info(out, self.kind, layer.output)],
+            self.constants,
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", layer.opset)], ir_version=8)
+
+    def _operand(self, name: str, place: int, shape: tuple[int, ...]) -> None:
+        """Add what stands at one of the node's inputs beside the data: random values, or lengths as long as the sequence."""
+        data = self.layer.inputs[self.layer.data]
+        if data is not None and self.layer.op in ("LSTM", "GRU") and place == _LENGTHS:
+            self.constants.append(numpy_helper.from_array(np.full(shape, data[0], np.int32), name))
+        else:
+            self._constant(name, shape)
+
+    def _constant(self, name: str, shape: tuple[int, ...]) -> None:
+        self.constants.append(numpy_helper.from_array(_random(self.rng, shape, self.layer.dtype), name))
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return values that neither grow nor vanish through a chain: denormal numbers would be slow."""
+    scale = np.float32((2 / max(1, math.prod(shape[1:]))) ** 0.5)
+    values: np.ndarray = (rng.standard_normal(shape, np.float32) * scale).astype(dtype)
+    return values

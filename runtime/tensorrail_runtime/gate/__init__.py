@@ -1,0 +1,1 @@
+"""The latency regression gate: baselines, checks, outputs for CI systems."""

@@ -1,0 +1,114 @@
+"""A verdict in the forms that CI systems read: JUnit XML, the JSON of github-action-benchmark, a summary and annotations.
+
+Names in a verdict come from the files that were checked, which may be a stranger's: each form escapes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from xml.etree import ElementTree as ET
+
+from tensorrail_runtime.gate.regress import Verdict
+
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(verdict: Verdict) -> str:
+    """Return one test suite with a test case a finding."""
+    failed = [finding for finding in verdict.findings if not finding.holds]
+    suite = ET.Element(
+        "testsuite", name=f"tensorrail regress {verdict.model}", tests=str(len(verdict.findings)), failures=str(len(failed))
+    )
+    for finding in verdict.findings:
+        case = ET.SubElement(suite, "testcase", classname=verdict.model, name=finding.name)
+        text = f"measured {finding.measured}, baseline {finding.baseline}, limit {finding.limit}"
+        if finding.holds:
+            ET.SubElement(case, "system-out").text = text
+        else:
+            ET.SubElement(case, "failure", message=text).text = text
+    root = ET.Element("testsuites")
+    root.append(suite)
+    for element in root.iter():  # XML has no way to write control characters
+        element.attrib.update({key: _NOT_XML.sub("\ufffd", value) for key, value in element.attrib.items()})
+        element.text = _NOT_XML.sub("\ufffd", element.text) if element.text else element.text
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def smaller_is_better(verdict: Verdict) -> str:
+    """Return the `customSmallerIsBetter` list of github-action-benchmark: the median latency, and the relative time.
+
+    It is empty for a model that was not timed.
+    """
+    timing = verdict.timing
+    if timing is None:
+        return "[]\n"
+    rows = [
+        {"name": f"{verdict.model}: latency p50", "unit": "ms", "value": timing.p50_ms},
+        {
+            "name": f"{verdict.model}: time relative to the baseline",
+            "unit": "×",
+            "value": 1 + timing.slowdown,
+            "range": f"± {(timing.high - timing.low) / 2:.4f}",
+            "extra": f"p = {timing.p_value:.3g}",
+        },
+    ]
+    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+def markdown(verdict: Verdict) -> str:
+    """Return the verdict as GitHub's Markdown, for a job's summary: one row a finding."""
+    rows = [
+        f"| {' | '.join(map(_cell, (f.name, f.baseline, f.measured, f.limit)))} | {'yes' if f.holds else '**NO**'} |"
+        for f in verdict.findings
+    ]
+    lines = [
+        f"### {'✅' if verdict.holds else '❌'} {_cell(verdict.model)}: {'no regression' if verdict.holds else 'falls short'}",
+        "",
+        "| what | baseline | measured | limit | holds |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"{_times(verdict)} on {_cell(_where(verdict))}.",
+        *(["", f"⚠️ {_cell(verdict.warning)}"] if verdict.warning else []),
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+def workflow_commands(verdict: Verdict) -> str:
+    """Return GitHub's workflow commands, one a line: an error a finding that falls short, a warning on times of another day."""
+    lines = [
+        _command("error", f"{f.name} of {verdict.model}", f"measured {f.measured}, baseline {f.baseline}, limit {f.limit}")
+        for f in verdict.findings
+        if not f.holds
+    ]
+    if verdict.warning:
+        lines.append(_command("warning", f"latency of {verdict.model}", verdict.warning))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _times(verdict: Verdict) -> str:
+    timing = verdict.timing
+    if timing is None:
+        return "Not timed"
+    return f"p50 {timing.p50_ms:.4f} ms, baseline {timing.baseline_p50_ms:.4f} ms, measured {verdict.how}"
+
+
+def _where(verdict: Verdict) -> str:
+    place = verdict.machine
+    return f"{place.processor}, {place.cores} cores, ONNX Runtime {place.onnxruntime}"
+
+
+def _cell(text: str) -> str:
+    """Return text that stays one cell of a table, and plain text: no line break, no Markdown, no HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&@])", r"\\\1", " ".join(text.split()))
+
+
+def _command(kind: str, title: str, message: str) -> str:
+    """Return one workflow command; a line break in it would begin another one."""
+
+    def escaped(text: str) -> str:
+        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    return f"::{kind} title={escaped(title).replace(':', '%3A').replace(',', '%2C')}::{escaped(message)}"

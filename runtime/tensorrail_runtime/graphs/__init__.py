@@ -1,0 +1,1 @@
+"""What is read from a model's graph without running it: files, parameters, FLOPs."""

@@ -1,0 +1,1 @@
+"""What is measured by running models: latency, parity, accuracy, placement, memory."""

@@ -1,0 +1,224 @@
+"""How good the answers of ONNX models are on data: top-1, top-5 or an own metric, and whether two models really differ.
+
+The two models answer the same samples, so the comparison is paired: McNemar's exact test on the samples that only one of
+them gets right (McNemar 1947), and the interval of Agresti and Min (2005) for the difference of the two rates. An own
+metric that gives each sample a score is compared by Wilcoxon's signed ranks and the mean difference's normal interval.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.sessions.inputs import batches_of, samples_of
+from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+
+Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
+"""Takes a batch's outputs by name and its labels, and returns one score a sample: right or wrong, or any number."""
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+class Accuracy(Record):
+    """Correct answers out of all, the percentage, and its 95 % interval (Wilson 1927)."""
+
+    correct: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Correct answers in percent."""
+        return 100 * self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the percentage."""
+        from scipy import stats
+
+        low, high = stats.binomtest(self.correct, self.total).proportion_ci(method="wilson")
+        return 100 * float(low), 100 * float(high)
+
+
+class Evaluation(Record):
+    """The scores of one model, one a sample."""
+
+    model: str
+    metric: str
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean score: for right-or-wrong metrics the share of right answers."""
+        return float(np.mean(self.scores))
+
+
+class Comparison(Record):
+    """Two models on the same samples. `difference` is candidate − reference of the mean score, with its 95 % interval."""
+
+    reference: Evaluation
+    candidate: Evaluation
+    only_reference: int  # samples that only the reference gets right, or scores higher
+    only_candidate: int
+    difference: float
+    low: float
+    high: float
+    test: str
+    p_value: float  # of no difference
+
+
+def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch: int = 64, provider: str = "cpu") -> Accuracy:
+    """Return the top-1 accuracy of a model with one input (N, …) and class scores (N, classes) as its first output."""
+    if not np.size(images) or np.shape(images)[:1] != np.shape(labels)[:1]:
+        raise ModelError(
+            f"accuracy needs as many images as labels, and arrays of shape {np.shape(images)} and {np.shape(labels)} came"
+        )
+    name = _first_input(path, open_session(path, provider=provider))
+    found = evaluate(path, {name: images}, labels, batch=batch, settings=Session(provider=provider))
+    return Accuracy(correct=int(sum(found.scores)), total=len(labels))
+
+
+def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, provider: str = "cpu") -> Accuracy:
+    """Return the top-1 accuracy of a model as `accuracy` does, on batches (B, …), (B,) that come one after another."""
+    session = open_session(path, provider=provider)
+    name, correct, total = _first_input(path, session), 0, 0
+    for images, labels in batches:
+        scores = next(iter(run(session, {name: images}).values()))
+        if np.isnan(scores).any():
+            raise ModelError(f"{path}: its output holds NaN: nothing can be scored")
+        correct += int((scores.argmax(1) == labels).sum())
+        total += len(labels)
+    if not total:
+        raise ModelError("accuracy needs samples, and none came")
+    return Accuracy(correct=correct, total=total)
+
+
+def evaluate(
+    path: Path | str,
+    arrays: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    *,
+    metric: str = "top1",
+    batch: int = 64,
+    settings: Session | None = None,
+    on_batch: Callable[[float], None] = lambda _: None,
+) -> Evaluation:
+    """Run the model on all samples, batch by batch, and score each; `on_batch` is told the share that is done."""
+    scorer = metric_of(metric)
+    session = open_session(path, settings=settings)
+    require_tensors(path, session)
+    feeds = batches_of(session, arrays, batch)
+    count = sum(map(samples_of, feeds))
+    if not count or np.shape(labels)[:1] != (count,):
+        raise ModelError(
+            f"accuracy needs as many labels as samples, and labels of shape {np.shape(labels)} and {count} samples came"
+        )
+    scores: list[float] = []
+    for feed in feeds:
+        size = samples_of(feed)
+        outputs = run(session, feed)
+        for name, output in outputs.items():
+            if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
+                raise ModelError(f"{path}: output {name!r} holds NaN: nothing can be scored")
+        found = np.asarray(scorer(outputs, labels[len(scores) : len(scores) + size]), np.float64)
+        if found.shape != (size,):
+            raise ModelError(f"metric {metric}: expected one score for each of {size} samples, and shape {found.shape} came")
+        if np.isnan(found).any():
+            raise ModelError(f"metric {metric}: scored a sample as NaN, which can be held to nothing")
+        scores += found.tolist()
+        on_batch(len(scores) / count)
+    return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
+
+
+def compare_scores(reference: Evaluation, candidate: Evaluation) -> Comparison:
+    """Return the paired comparison of two evaluations of the same samples."""
+    from scipy import stats  # half a second to import, which every fresh process would pay
+
+    a, b = np.array(reference.scores), np.array(candidate.scores)
+    if a.shape != b.shape:
+        raise ModelError(f"the evaluations are of {len(a)} and {len(b)} samples: expected the same ones")
+    better, worse, count = int((b > a).sum()), int((a > b).sum()), len(a)
+    if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
+        test = "McNemar, exact"
+        p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+        gained, lost, total = better + 0.5, worse + 0.5, count + 2
+        centre = (gained - lost) / total
+        half = _Z * float(np.sqrt((gained + lost) - (gained - lost) ** 2 / total)) / total
+    else:
+        test = "Wilcoxon signed-rank"
+        p = float(stats.wilcoxon(b - a).pvalue) if (a != b).any() else 1.0
+        centre = float((b - a).mean())
+        half = _Z * float((b - a).std(ddof=1)) / float(np.sqrt(count)) if count > 1 else float("inf")
+    return Comparison(
+        reference=reference,
+        candidate=candidate,
+        only_reference=worse,
+        only_candidate=better,
+        difference=float(b.mean() - a.mean()),
+        low=centre - half,
+        high=centre + half,
+        test=test,
+        p_value=p,
+    )
+
+
+def metric_of(name: str) -> Metric:
+    """Return `top1`, `top5`, or the function of `module:function`; `ModelError` when there is none.
+
+    The two named ones score the first output, (N, classes), against integer labels (N).
+    """
+    if name in ("top1", "top5"):
+        return lambda outputs, labels: _top(next(iter(outputs.values())), labels, int(name[3:]))
+    found: Metric = imported(name, "metric", "top1, top5 or module:function")
+    return found
+
+
+def _first_input(path: Path | str, session: ort.InferenceSession) -> str:
+    entries = session.get_inputs()
+    if not entries:
+        raise ModelError(f"{path}: takes no input: there is nothing that images could be given to")
+    return str(entries[0].name)
+
+
+def imported(name: str, what: str, expected: str = "module:function") -> Callable[..., Any]:
+    """Return the function of `module:function`, looked for in the current folder too; `ModelError` when there is none."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ModelError(f"unknown {what} {name!r}: expected {expected}")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does
+        sys.path.insert(0, here)
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{what} {name!r} cannot be imported ({error})") from None
+    if not callable(found):
+        raise ModelError(f"{what} {name!r} is not a function")
+    return found
+
+
+def wrong_labels(labels: np.ndarray, classes: int) -> str:
+    """Return what is wrong with integer labels that are no classes of a model; empty where nothing is."""
+    if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
+        return ""
+    return f"the model has {classes} classes: expected labels 0 to {classes - 1}, and {labels.min()} to {labels.max()} came"
+
+
+def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
+        raise ModelError(
+            f"top{count} scores an output of shape (samples, {count} or more classes) against integer labels, and shape "
+            f"{scores.shape} and {labels.dtype} labels came"
+        )
+    if wrong := wrong_labels(labels, scores.shape[1]):
+        raise ModelError(wrong)
+    best = scores.argmax(1)[:, None] if count == 1 else np.argpartition(scores, -count, axis=1)[:, -count:]
+    return np.asarray((best == labels[:, None]).any(1))

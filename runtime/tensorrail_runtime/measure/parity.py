@@ -1,0 +1,227 @@
+"""Do two models compute the same? Everything runs first and is compared afterwards, on the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.sessions.inputs import Shapes, random_inputs, samples_of
+from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+
+_INDEX = 4  # bytes: integers from here on are indices or counts
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What outputs are held to: their relative L2 difference, or, once `rtol` or `atol` is given, every element.
+
+    Of outputs that are compared exactly (`is_exact`) it is the share of entries that differ in place of the L2 difference.
+    Elements pass as in numpy: |b − a| ≤ atol + rtol·|a|. The mappings are by output, "" for all others.
+    """
+
+    relative_l2: float | None = 1e-4
+    rtol: Mapping[str, float] = field(default_factory=dict)
+    atol: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str) -> tuple[float, float] | None:
+        """Return (rtol, atol) of an output, 0 for the one that is not given; None when it is held to the L2 difference."""
+        found = [table.get(name, table.get("")) for table in (self.rtol, self.atol)]
+        return None if found == [None, None] else (found[0] or 0.0, found[1] or 0.0)
+
+    def check(self, outputs: Sequence[str]) -> None:
+        """Raise `ModelError` for a tolerance of an output that is not there, and for one that is no number of 0 or more."""
+        for name in {*self.rtol, *self.atol} - {*outputs, ""}:
+            raise ModelError(f"a tolerance came for output {name!r}, and the outputs are {', '.join(outputs)}")
+        for value in (*self.rtol.values(), *self.atol.values(), self.relative_l2 or 0.0):
+            if not 0 <= value < math.inf:
+                raise ModelError(f"a tolerance is a number of 0 or more, and {value} came")
+
+
+class OutputParity(Record):
+    """How one output of the second model differs from that of the first, over all runs together.
+
+    `worst_index` starts with the number of the run. `smallest` is the smallest tolerance that would pass: of the relative
+    L2 difference, of the share of entries that differ where `exact`, or the atol beside the given rtol.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float
+    mean_abs: float
+    relative_l2: float  # ‖b − a‖ / ‖a‖
+    cosine: float
+    worst_index: tuple[int, ...]
+    worst_values: tuple[float, float]
+    top1_agreement: float | None  # share of rows with the same largest score; None for outputs that are not (rows, classes)
+    rtol: float | None
+    atol: float | None
+    smallest: float
+    holds: bool
+    exact: bool = False
+
+
+class Parity(Record):
+    """All outputs, and the tolerance they were held to."""
+
+    reference: str
+    candidate: str
+    batches: tuple[int, ...]
+    tolerance: float | None  # None: measured, and held to nothing
+    outputs: tuple[OutputParity, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative L2 difference of any output."""
+        return max(output.relative_l2 for output in self.outputs)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every output is within its tolerance."""
+        return all(output.holds for output in self.outputs)
+
+
+def parity(
+    reference: Path | str,
+    candidate: Path | str,
+    *,
+    inputs: Sequence[Mapping[str, np.ndarray]] | None = None,
+    batches: Sequence[int] = (1, 7),
+    shapes: Shapes | None = None,
+    tolerance: float | None = 1e-4,
+    tolerances: Tolerances | None = None,
+    provider: str = "cpu",
+    settings: Session | None = None,
+    seed: int = 0,
+) -> Parity:
+    """Run both models and compare every output, over all inputs together.
+
+    Without `inputs`, random ones are drawn at each of the batch sizes. `tolerance` is of the relative L2 difference,
+    `tolerances` says it by output and element. Raises `ModelError` for models whose inputs or outputs differ, for outputs
+    that are no tensors or not finite, and where no run gave a single value, so that there is nothing to compare.
+    """
+    held = tolerances or Tolerances(tolerance)
+    settings = settings or Session(provider=provider)
+    first, second = (open_session(path, settings=settings) for path in (reference, candidate))
+    _require_same_signature(first, second)
+    require_tensors(reference, first)
+    held.check([entry.name for entry in first.get_outputs()])
+    feeds = list(inputs) if inputs is not None else [random_inputs(first, batch, seed, shapes) for batch in batches]
+    if not feeds:
+        raise ModelError("nothing to compare: no inputs came")
+    ran = [[run(session, feed) for feed in feeds] for session in (first, second)]
+    names = [entry.name for entry in first.get_outputs()]
+    outputs = [compare(name, [outs[name] for outs in ran[0]], [outs[name] for outs in ran[1]], held) for name in names]
+    if not any(array.size for outs in ran[0] for array in outs.values()):
+        raise ModelError("nothing to compare: no output had a value in any run; give inputs of your own")
+    return Parity(
+        reference=Path(reference).name,
+        candidate=Path(candidate).name,
+        batches=tuple(samples_of(feed) for feed in feeds),
+        tolerance=held.relative_l2,
+        outputs=tuple(outputs),
+    )
+
+
+def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray], held: Tolerances) -> OutputParity:
+    """Return how one output differs, its arrays given run by run; `ModelError` for other shapes and values not finite."""
+    for number, (left, right) in enumerate(zip(first, second, strict=True)):
+        if left.shape != right.shape:
+            raise ModelError(f"output {name!r} has shape {left.shape} in one model and {right.shape} in the other")
+        if not np.issubdtype(left.dtype, np.number) and left.dtype != np.bool_:
+            raise ModelError(f"output {name!r} holds {left.dtype} values, which have no difference")
+        for model, array in (("first", left), ("second", right)):
+            if not np.isfinite(array).all():
+                raise ModelError(f"output {name!r} of the {model} model holds NaN or infinite values in run {number}")
+    a, b = ([np.asarray(array, np.float64) for array in arrays] for arrays in (first, second))
+    apart = [_difference(left, right) for left, right in zip(first, second, strict=True)]
+    x, y, difference = (np.concatenate([part.ravel() for part in parts]) for parts in (a, b, apart))
+    relative, exact = relative_l2(x, y), is_exact(first[0].dtype)
+    limits = held.of(name)
+    index, values = _worst(a, b, apart)
+    if limits is None:
+        smallest = (float(np.mean(difference != 0)) if difference.size else 0.0) if exact else relative
+        holds = held.relative_l2 is None or smallest <= held.relative_l2
+    else:
+        smallest = float((difference - limits[0] * np.abs(x)).max(initial=0.0))
+        holds = smallest <= limits[1]
+    return OutputParity(
+        name=name,
+        shape=tuple(a[0].shape),
+        max_abs=float(difference.max(initial=0.0)),
+        mean_abs=float(difference.mean()) if difference.size else 0.0,
+        relative_l2=relative,
+        cosine=_cosine(x, y),
+        worst_index=index,
+        worst_values=values,
+        top1_agreement=_agreement(a, b),
+        rtol=None if limits is None else limits[0],
+        atol=None if limits is None else limits[1],
+        exact=exact,
+        smallest=smallest,
+        holds=bool(holds),
+    )
+
+
+def is_exact(dtype: np.dtype[Any]) -> bool:
+    """Whether entries of this type are compared exactly: indices, counts and truth values, which are wrong or right.
+
+    Integers of 8 and 16 bits are quantities: pixels and quantized numbers.
+    """
+    return dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize >= _INDEX)
+
+
+def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
+    """Return ‖b − a‖ / ‖a‖, or ‖b‖ where a is zero; no overflow on the way."""
+    scale = float(np.abs(a).max(initial=0.0)) or 1.0
+    return float(np.linalg.norm(b / scale - a / scale) / np.linalg.norm(a / scale)) if a.any() else float(np.linalg.norm(b))
+
+
+def _difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return |right − left| by entry, of integers without the rounding that they have as floats."""
+    if left.dtype.kind in "iu" and left.dtype == right.dtype:
+        larger, smaller = np.maximum(left, right), np.minimum(left, right)
+        return np.asarray(larger.astype(np.uint64) - smaller.astype(np.uint64), np.float64)
+    return np.asarray(np.abs(left.astype(np.float64) - right.astype(np.float64)))
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    if not (x.any() and y.any()):
+        return float(x.any() == y.any())
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+def _worst(
+    a: Sequence[np.ndarray], b: Sequence[np.ndarray], apart: Sequence[np.ndarray]
+) -> tuple[tuple[int, ...], tuple[float, float]]:
+    """Return where the largest absolute difference is, the run first, and the two values there."""
+    worst: tuple[float, tuple[int, ...], tuple[float, float]] = (-1.0, (), (0.0, 0.0))
+    for number, (left, right, difference) in enumerate(zip(a, b, apart, strict=True)):
+        if not left.size:
+            continue
+        at = np.unravel_index(int(difference.argmax()), difference.shape)
+        if difference[at] > worst[0]:
+            worst = (float(difference[at]), (number, *map(int, at)), (float(left[at]), float(right[at])))
+    return worst[1], worst[2]
+
+
+def _agreement(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float | None:
+    if a[0].ndim != 2 or a[0].shape[1] < 2 or not any(map(np.size, a)):
+        return None
+    same = [x.argmax(1) == y.argmax(1) for x, y in zip(a, b, strict=True)]
+    return float(np.mean(np.concatenate(same)))
+
+
+def _require_same_signature(first: ort.InferenceSession, second: ort.InferenceSession) -> None:
+    for kind in ("get_inputs", "get_outputs"):
+        a, b = ({e.name: (e.type, len(e.shape)) for e in getattr(session, kind)()} for session in (first, second))
+        if a != b:
+            raise ModelError(f"the models differ in their {kind[4:]}: {a} against {b}")

@@ -1,0 +1,125 @@
+"""Where every node really ran, and for how long: read from ONNX Runtime's own profile of a run, not from what was asked."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
+from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, run
+
+_RUNS = 10
+_WARMUP = 3
+
+
+class PlacedNode(Record):
+    """One node as it ran, after ONNX Runtime's own rewriting: a fused node has the name of what it was made from."""
+
+    name: str
+    op: str
+    provider: str
+    microseconds: float  # median over the profiled runs, of its kernel alone
+    share: float  # of the sum over all nodes
+
+
+class Placement(Record):
+    """Every node of a model that ran, in order."""
+
+    model: str
+    provider: str
+    nodes: tuple[PlacedNode, ...]
+
+    @property
+    def providers(self) -> dict[str, int]:
+        """How many nodes ran on each provider."""
+        counts: dict[str, int] = defaultdict(int)
+        for node in self.nodes:
+            counts[node.provider] += 1
+        return dict(counts)
+
+    @property
+    def elsewhere(self) -> tuple[PlacedNode, ...]:
+        """The nodes that ran on another provider than the one asked for."""
+        return tuple(node for node in self.nodes if node.provider != PROVIDERS[self.provider])
+
+
+def placement(
+    path: Path | str,
+    *,
+    settings: Session | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+) -> Placement:
+    """Run the model with the profile on and return where each node ran. Kernels inside a CUDA graph are not seen: off here.
+
+    On a GPU a node's time is that of launching its kernels, which run on behind it: it says nothing about how long they take
+    (github.com/microsoft/onnxruntime/issues/20398).
+    """
+    settings = replace(settings or Session(), cuda_graph=False)
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(path, settings=settings, profile=Path(folder) / "profile")
+        feed = dict(inputs) if inputs is not None else random_inputs(session, batch, shapes=shapes)
+        for _ in range(_WARMUP + _RUNS):
+            run(session, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    times: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, tuple[str, str]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            times[name].append(float(event["dur"]))
+            kinds[name] = (event["args"].get("op_name", ""), event["args"].get("provider", ""))
+    # A node of a loop's body runs several times a run: the sum over all runs, spread over them, is its time.
+    medians = {name: _per_run(values) for name, values in times.items()}
+    total = sum(medians.values()) or 1.0
+    nodes = [
+        PlacedNode(name=name, op=kinds[name][0], provider=kinds[name][1], microseconds=value, share=value / total)
+        for name, value in medians.items()
+    ]
+    return Placement(model=Path(path).name, provider=settings.provider, nodes=tuple(nodes))
+
+
+def time_shares(
+    path: Path | str, placed: Placement, layers: Sequence[str], outputs: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Return the share of the time that the nodes of each layer took, by the layer's name; what is left is other nodes'.
+
+    A layer's nodes are named `<layer>/…`; in a dense graph, where they are not, `outputs` says which layer gives a tensor.
+    ONNX Runtime names a fused node by the tensor it ends in, so the product that it was fused from is found by walking up
+    from there.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = {node.name: node for node in graph.node if node.name}
+    producers = {output: node for node in graph.node for output in node.output}
+    shares = dict.fromkeys(layers, 0.0)
+    for one in placed.nodes:
+        origin = nodes.get(one.name) or producers.get(one.name.removesuffix("_nchwc"))
+        while origin is not None and _is_product(one.op) and not _is_product(origin.op_type):
+            origin = producers.get(origin.input[0]) if origin.input else None
+        if origin is None:
+            continue
+        owner = next((layer for layer in layers if origin.name.startswith(f"{layer}/")), None)
+        owner = owner or next((outputs[name] for name in origin.output if outputs and name in outputs), None)
+        if owner in shares:
+            shares[owner] += one.share
+    return shares
+
+
+def _is_product(op: str) -> bool:
+    return any(part in op for part in ("Conv", "Gemm", "MatMul", "LSTM", "GRU"))
+
+
+def _per_run(values: list[float]) -> float:
+    runs = _WARMUP + _RUNS
+    if len(values) % runs:
+        return sum(values) / runs
+    return float(np.median(np.reshape(values, (runs, -1)).sum(1)[_WARMUP:]))

@@ -1,0 +1,269 @@
+"""The HTTP side: Open Inference Protocol 2 as an ASGI application over anything that answers a feed.
+
+It reads and limits requests, counts them, and turns every error into `{"error": reason}`. It knows nothing of Ray: a `Backend`
+answers, in a replica or, in tests, right here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from tensorrail_runtime.serve.http.metrics import CONTENT_TYPE_LATEST, Metrics
+from tensorrail_runtime.serve.http.options import Limits
+from tensorrail_runtime.serve.http.server import ABORT
+from tensorrail_runtime.serve.protocol.errors import ProtocolError
+from tensorrail_runtime.serve.protocol.request import InferRequest, parse_request
+from tensorrail_runtime.serve.protocol.response import VERSION, render_response
+from tensorrail_runtime.serve.protocol.signature import Signature
+from tensorrail_runtime.serve.replicas.batching import Answer, Feed
+from tensorrail_runtime.serve.replicas.shadow import Shadow
+
+_GONE = 499  # the client went away: nobody reads the answer, the metrics do
+_PART = 1 << 18  # bytes of an answer that are handed over at a time
+_LARGE = 1 << 18  # bytes of a request that is read beside the event loop, so that others are answered meanwhile
+_DISCARD = 4  # times the limit: so much of a body that is too long is still read, so that its sender gets to read why
+
+
+class Backend(Protocol):
+    """What answers requests."""
+
+    async def infer(self, feed: Feed) -> Answer:
+        """Return the answer to arrays that fit the model's inputs."""
+
+    async def ready(self) -> bool:
+        """Return whether a request would be answered now."""
+
+
+@dataclass
+class Service:
+    """One served model: what the application needs to know of it."""
+
+    name: str
+    signature: Signature
+    backend: Backend
+    metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
+    shadow: Shadow | None = None
+    server_version: str = ""
+    stopping: bool = False
+
+
+def create_app(service: Service) -> Starlette:
+    """Return the ASGI application that serves the model."""
+
+    async def live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(_: Request) -> Response:
+        answers = not service.stopping and await service.backend.ready()
+        return JSONResponse({"ready": answers}, 200 if answers else 503)
+
+    async def model_ready(request: Request) -> Response:
+        _check_model(service, request)
+        answers = not service.stopping and await service.backend.ready()
+        return JSONResponse({"name": service.name, "ready": answers}, 200 if answers else 503)
+
+    async def server(_: Request) -> Response:
+        return JSONResponse({"name": "tensorrail", "version": service.server_version, "extensions": ["binary_tensor_data"]})
+
+    async def model(request: Request) -> Response:
+        _check_model(service, request)
+        return JSONResponse(
+            {
+                "name": service.name,
+                "versions": [VERSION],
+                "platform": "onnx_onnxv1",
+                "inputs": [tensor.metadata() for tensor in service.signature.inputs],
+                "outputs": [tensor.metadata() for tensor in service.signature.outputs],
+            }
+        )
+
+    async def metrics(_: Request) -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def infer(request: Request) -> Response:
+        return await _infer(service, request)
+
+    models = [
+        (path + end, call, methods)
+        for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        for end, call, methods in (("", model, ["GET"]), ("/ready", model_ready, ["GET"]), ("/infer", infer, ["POST"]))
+    ]
+    routes = [
+        ("/v2/health/live", live, ["GET"]),
+        ("/v2/health/ready", ready, ["GET"]),
+        ("/v2", server, ["GET"]),
+        *models,
+        ("/metrics", metrics, ["GET"]),
+    ]
+    return Starlette(
+        routes=[Route(path, call, methods=methods) for path, call, methods in routes],
+        exception_handlers={ProtocolError: _refused, HTTPException: _http, Exception: _failed},
+    )
+
+
+async def _infer(service: Service, request: Request) -> Response:
+    """Answer one inference request within the limits, and count it whatever becomes of it."""
+    begin = time.perf_counter()
+    service.metrics.in_flight += 1
+    code, sending = 500, False
+    try:
+        response = await _answer(service, request)
+        code, sending = response.status_code, True
+    except ProtocolError as error:
+        code = error.status
+        raise
+    except ClientDisconnect:
+        code = _GONE
+        return Response(status_code=_GONE)
+    finally:
+        if not sending:  # an answer that is being sent is still held here
+            service.metrics.in_flight -= 1
+        service.metrics.answered(code, time.perf_counter() - begin)
+    return Sent(response, service)
+
+
+class Sent(Response):
+    """An answer that is part of the server's load until its client has read it, for as long as a request may take.
+
+    It goes out in parts, each when the one before has left: whole, it would lie in the connection's buffer, where nothing
+    counts it.
+    """
+
+    def __init__(self, response: Response, service: Service) -> None:
+        self._response, self._service = response, service
+        self.status_code, self.background = response.status_code, response.background
+        self.raw_headers = response.raw_headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; a client that does not read it in time is given up, and its connection dropped."""
+        body = memoryview(self._response.body)
+        try:
+            async with asyncio.timeout(self._service.limits.seconds):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for start in range(0, len(body), _PART):
+                    await send({"type": "http.response.body", "body": bytes(body[start : start + _PART]), "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            if (extension := scope.get("extensions", {}).get(ABORT)) is not None:
+                extension["drop"]()  # closing it would wait until all of it has been read
+            return
+        finally:
+            self._service.metrics.in_flight -= 1
+        if self.background is not None:
+            await self.background()
+
+
+async def _answer(service: Service, request: Request) -> Response:
+    _check_model(service, request)
+    if service.metrics.in_flight > service.limits.accepted:
+        raise ProtocolError(f"{service.limits.accepted} requests are being answered: try again", 503)
+    body: bytes | None = None
+    try:
+        async with asyncio.timeout(service.limits.seconds):
+            body = await _read(request, service.limits.body)
+            length = request.headers.get("inference-header-content-length")
+            read = partial(parse_request, body, length, service.signature.datatypes)
+            parsed = await asyncio.to_thread(read) if len(body) > _LARGE else read()
+            _check_name(service, parsed)
+            feed = service.signature.feed(parsed)
+            answer = await _while_wanted(request, service.backend.infer(feed))
+    except TimeoutError:
+        within = f"within {service.limits.seconds:g} s"
+        late = (f"the request did not come {within}", 408) if body is None else (f"no answer {within}", 504)
+        raise ProtocolError(*late) from None
+    service.metrics.ran(answer)
+    if answer.outputs is None:
+        raise ProtocolError(answer.reason, 400 if answer.invalid else 500)
+    content, headers = render_response(service.name, service.signature, parsed, answer.outputs)
+    shadow = service.shadow
+    task = BackgroundTask(shadow.sample, feed, answer.outputs) if shadow else None
+    return Response(content, headers=headers, background=task)
+
+
+async def _while_wanted(request: Request, answering: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return the answer; `ClientDisconnect` as soon as the client has gone, and the answering is cancelled."""
+    answer, gone = asyncio.create_task(answering), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client has left; its request has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """Return the body, never holding more of it than `limit` bytes; `ProtocolError` 413 for a longer one."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ProtocolError(f"the body must come as it is, and Content-Encoding {encoding!r:.40} came", 415)
+    text = request.headers.get("content-length", "")
+    announced = int(text) if text.isascii() and text.isdigit() else 0
+    refusal = ProtocolError(f"a request has at most {limit} bytes, and {announced or 'more'} came", 413)
+    if announced > limit * _DISCARD or (announced > limit and "expect" in request.headers):
+        raise refusal
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+        if size > limit * _DISCARD:
+            break
+    if size > limit:
+        raise refusal
+    return b"".join(parts)
+
+
+def _check_model(service: Service, request: Request) -> None:
+    name, version = request.path_params["model"], request.path_params.get("version", VERSION)
+    if name != service.name:
+        raise ProtocolError(f"unknown model {name!r:.80}: this server has {service.name!r}")
+    if version != VERSION:
+        raise ProtocolError(f"unknown version {version!r:.40} of {service.name!r}: there is version {VERSION}")
+
+
+def _check_name(service: Service, parsed: InferRequest) -> None:
+    if parsed.model_version not in (None, "", VERSION):
+        raise ProtocolError(f"the request is for version {parsed.model_version!r:.40}: there is version {VERSION}")
+    if parsed.model_name is not None and parsed.model_name != service.name:
+        raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server has {service.name!r}")
+
+
+def _refused(_: Request, error: Exception) -> Response:
+    status = error.status if isinstance(error, ProtocolError) else 500
+    return JSONResponse({"error": str(error)}, status)
+
+
+def _http(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    reason = {404: f"there is no {request.url.path!r:.80} here", 405: f"{request.method} is not for {request.url.path!r:.80}"}
+    headers = error.headers if isinstance(error, HTTPException) else None  # a 405 says which methods are allowed
+    return JSONResponse({"error": reason.get(status, str(error))}, status, headers)
+
+
+def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"the server failed ({type(error).__name__}); its log says more"}, 500)

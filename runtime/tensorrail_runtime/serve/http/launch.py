@@ -1,0 +1,149 @@
+"""Serving a model until told to stop: replicas on Ray, and the HTTP side in this process.
+
+    client ── HTTP ── this process ── Ray ── replica 1 … n
+
+This process holds an accepted request until it is answered, and sends it again when its replica dies. Ray Serve's own HTTP
+proxy would not: it answers such a request with an error, and it takes a whole body in before any limit of ours could be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.serve.http.model_file import Model, read_model, read_shadow
+from tensorrail_runtime.serve.http.options import ServeOptions, on_loopback
+from tensorrail_runtime.serve.replicas.deployment import application_name, connect, deployed, set_environment
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+@dataclass(frozen=True)
+class Started:
+    """What is served, and where: `batching` says in words along which axis, or why not; `port` is the one that was taken."""
+
+    model: Path
+    name: str
+    host: str
+    port: int
+    replicas: int
+    threads: int
+    batching: str
+    batched: bool
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return on_loopback(self.host)
+
+
+def serve_model(path: Path, options: ServeOptions, on_ready: Callable[[Started], None]) -> None:
+    """Serve a model until SIGTERM or Ctrl-C, then answer what was accepted and return.
+
+    `on_ready` is told once requests are answered. Raises `ModelError` for a model that cannot be served and
+    for options that cannot be had, such as a port that is taken, `ModuleNotFoundError` without the extra `serve`.
+    """
+    options.check()
+    set_environment(own=options.address is None)
+    import ray
+
+    # All that the extra brings is imported before anything is started.
+    from tensorrail_runtime.serve.http import app, server  # noqa: F401
+    from tensorrail_runtime.serve.replicas import backend, replica  # noqa: F401
+
+    model = read_model(path, options)
+    shadow = None if options.shadow is None else read_shadow(options.shadow, model, options)
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.replicas)
+    with _socket(options.host, options.port) as listening:
+        started = Started(
+            path,
+            options.name,
+            options.host,
+            listening.getsockname()[1],
+            options.replicas,
+            threads,
+            model.batching,
+            model.axes is not None,
+        )
+        try:
+            connect(options)
+            with deployed(options, model, shadow, threads) as (handle, shadow_handle):
+                asyncio.run(_answer(options, model, handle, shadow_handle, listening, partial(on_ready, started)))
+        finally:
+            ray.shutdown()
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address, before anything is started that would have to be stopped again."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise ModelError(f"--host {host}: no address of this name is known here") from None
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise ModelError(f"{host}:{port} cannot be listened at ({error.strerror}): try another --port") from None
+    return made
+
+
+async def _answer(
+    options: ServeOptions,
+    model: Model,
+    handle: DeploymentHandle[Any],
+    shadow_handle: DeploymentHandle[Any] | None,
+    listening: socket.socket,
+    on_ready: Callable[[], None],
+) -> None:
+    """Answer requests at the socket until a signal, then those that were accepted."""
+    from tensorrail_runtime.serve.http.app import Service, create_app
+    from tensorrail_runtime.serve.http.metrics import Metrics
+    from tensorrail_runtime.serve.http.server import run_server
+    from tensorrail_runtime.serve.replicas.backend import RayBackend, compare
+    from tensorrail_runtime.serve.replicas.shadow import Shadow
+
+    metrics = Metrics(options.name)
+    shadow = None
+    if shadow_handle is not None:
+        shadow = Shadow(partial(compare, shadow_handle, options.limits.seconds), options.fraction, metrics)
+    service = Service(
+        name=options.name,
+        signature=model.signature,
+        backend=RayBackend(handle, application_name(options.name), metrics),
+        metrics=metrics,
+        limits=options.limits,
+        shadow=shadow,
+        server_version=_version(),
+    )
+
+    def stopping() -> None:
+        service.stopping = True
+
+    await run_server(
+        create_app(service), listening, options.grace, seconds=options.limits.seconds, on_ready=on_ready, on_stop=stopping
+    )
+    if shadow is not None:
+        await shadow.close()
+
+
+def _version() -> str:
+    try:
+        return version("tensorrail")
+    except PackageNotFoundError:
+        return ""

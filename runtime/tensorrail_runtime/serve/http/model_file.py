@@ -1,0 +1,51 @@
+"""The model that is to be served: read, opened and tried, so that what is wrong with it is known before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.serve.http.options import ServeOptions
+from tensorrail_runtime.serve.protocol.signature import Signature
+from tensorrail_runtime.serve.replicas.batch_axis import Axes, find_batch_axis
+from tensorrail_runtime.sessions.session import Session, open_session
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was read and tried: its bytes with all weights in them, its signature, and its batch axes."""
+
+    content: bytes
+    signature: Signature
+    axes: Axes | None
+    batching: str
+
+
+def read_model(path: Path, options: ServeOptions) -> Model:
+    """Return a model, opened and tried here; `ModelError` says what is wrong with it.
+
+    On a cluster the replicas' provider need not be on this node, so it is tried on the CPU.
+    """
+    provider = options.provider if options.address is None else "cpu"
+    session = open_session(path, settings=Session(provider=provider, threads=1, linger=False))
+    signature = Signature.of(session)
+    axes, batching = find_batch_axis(session, signature)
+    if options.max_batch == 1:
+        axes, batching = None, "batches of 1 were asked for"
+    try:
+        content = onnx.load(path).SerializeToString()
+    except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes, the last for more than 2 GiB
+        raise ModelError(f"{path}: cannot be sent to the replicas ({str(error).partition(chr(10))[0]})") from None
+    return Model(content, signature, axes, batching)
+
+
+def read_shadow(path: Path, served: Model, options: ServeOptions) -> Model:
+    """Return a model that can shadow the served one; `ModelError` says in which inputs or outputs it differs."""
+    model = read_model(path, options)
+    problem = served.signature.like(model.signature)
+    if problem:
+        raise ModelError(f"{path}: cannot shadow the served model: {problem}")
+    return model

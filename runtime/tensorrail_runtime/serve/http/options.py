@@ -1,0 +1,86 @@
+"""What `tensorrail serve` may be told, checked in one place."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorrail_runtime.errors import ModelError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost: bytes of its body, seconds until its answer, and how many are accepted at a time."""
+
+    body: int = 64 * MIB
+    seconds: float = 30.0
+    accepted: int = 256
+
+    def check(self) -> None:
+        """Raise `ModelError` for a limit that no request could keep."""
+        if self.body < 1 or not (math.isfinite(self.seconds) and self.seconds > 0) or self.accepted < 1:
+            raise ModelError(f"limits are 1 byte, more than 0 seconds and 1 request at least, and {self} came")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a model is served.
+
+    `threads` are ONNX Runtime's in each replica, 0 for this machine's cores shared out among the replicas. `cpus` and `gpus`
+    are what Ray reserves for a replica. `wait` is how many seconds a batch that is not full waits for more requests, `grace`
+    how many seconds accepted requests have to finish once the server is told to stop.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    address: str | None = None
+    replicas: int = 1
+    max_batch: int = 8
+    wait: float = 0.005
+    threads: int = 0
+    provider: str = "cpu"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    limits: Limits = Limits()
+    shadow: Path | None = None
+    fraction: float = 0.01
+    grace: float = 30.0
+
+    def check(self) -> None:
+        """Raise `ModelError` for what cannot be; one line that says what was expected."""
+        self.limits.check()
+        for wrong, reason in (
+            (
+                not _NAME.fullmatch(self.name),
+                f"a model's name is letters, digits, `.`, `_` and `-`; {self.name!r} came: try --name",
+            ),
+            (not 0 <= self.port <= 65535, f"a port is 0 (any that is free) to 65535, and {self.port} came"),
+            (self.replicas < 1, f"one replica or more is needed, and {self.replicas} came"),
+            (self.max_batch < 1, f"a batch has one sample or more, and {self.max_batch} came"),
+            (not 0 <= self.wait <= 60, f"a batch waits 0 to 60 seconds, and {self.wait:g} came"),
+            (not 0 < self.cpus < math.inf, f"a replica reserves more than 0 CPUs, and {self.cpus:g} came"),
+            (not 0 <= self.gpus < math.inf, f"a replica reserves 0 or more GPUs, and {self.gpus:g} came"),
+            (
+                not 0 < self.fraction <= 1,
+                f"the share of shadowed requests is above 0 and at most 1, and {self.fraction:g} came",
+            ),
+            (not 0 <= self.grace < math.inf, f"the time to finish is 0 seconds or more, and {self.grace:g} came"),
+            (
+                self.address is not None and "://" in self.address,
+                f"the server calls its replicas itself and must run on a node of the cluster: expected `auto` or HOST:PORT of "
+                f"its head, and {self.address!r} came",
+            ),
+        ):
+            if wrong:
+                raise ModelError(reason)
+
+
+def on_loopback(host: str) -> bool:
+    """Return whether a host's name or address is this machine's own."""
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol 2: requests, responses, datatypes."""

@@ -1,0 +1,169 @@
+"""The protocol's datatypes, NumPy's and ONNX Runtime's names for them, and how one tensor's values are read and written.
+
+JSON values are Python lists, flat or nested as the shape says; binary values are little-endian, row-major, without padding,
+and a BYTES element is its length as a 4-byte unsigned integer followed by its bytes (Open Inference Protocol 2, and its
+extension for binary tensor data). Every function raises `ProtocolError` with the tensor's name.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from tensorrail_runtime.serve.protocol.errors import ProtocolError
+
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BYTES": np.dtype(object),
+}
+ONNX = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+_MOST_AXES = 64  # NumPy's own limit
+_LONGEST = 2**31 - 1  # of an axis
+MOST_STRINGS = 1 << 20  # of a tensor: more than half a second of reading
+_LENGTH = struct.Struct("<I")
+
+
+def check_shape(name: str, shape: object) -> tuple[int, ...]:
+    """Return a shape of JSON as a tuple of sizes of 1 or more; `ProtocolError` for anything else."""
+    if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+        raise ProtocolError(f"tensor {name!r}: its shape is a list of integers, and {shape!r:.80} came")
+    if any(not 1 <= size <= _LONGEST for size in shape):
+        raise ProtocolError(f"tensor {name!r}: every axis of a shape is 1 to {_LONGEST} long, and {_short(shape)} came")
+    if len(shape) > _MOST_AXES:
+        raise ProtocolError(f"tensor {name!r}: a shape has at most {_MOST_AXES} axes, and {len(shape)} came")
+    return tuple(shape)
+
+
+def _short(shape: list[int]) -> str:
+    return str([size if abs(size) <= _LONGEST else "more" for size in shape[:8]])
+
+
+def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -> np.ndarray:
+    """Return the array of JSON values; they must be of the datatype's own kind, as many as the shape says, and finite."""
+    if datatype == "FP16":
+        raise ProtocolError(f"tensor {name!r}: JSON has no FP16: send its values as binary data")
+    dtype = DATATYPES[datatype]
+    values = _flat(name, shape, data)
+    kinds = set(map(type, values))
+    wanted = _KINDS.get(dtype.kind, {int})
+    if not kinds <= wanted:
+        came = ", ".join(sorted(_JSON.get(kind, kind.__name__) for kind in kinds - wanted))
+        raise ProtocolError(
+            f"tensor {name!r}: {datatype} is made of {_KIND_NAMES.get(dtype.kind, 'integers')}, and {came} came"
+        )
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype).reshape(shape)
+    except OverflowError:
+        raise ProtocolError(f"tensor {name!r}: holds a number that {datatype} cannot") from None
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise ProtocolError(f"tensor {name!r}: holds a number that {datatype} cannot: infinity can only be sent as binary data")
+    return array
+
+
+def to_json(name: str, array: np.ndarray) -> list[Any]:
+    """Return an array's values as a flat list; `ProtocolError` for values that JSON does not have."""
+    if array.dtype == np.float16:
+        raise ProtocolError(f"output {name!r} is FP16, which JSON has not: ask for it as binary data")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ProtocolError(f"output {name!r} holds NaN or infinity, which JSON has not: ask for it as binary data")
+    values: list[Any] = array.ravel().tolist()
+    return values
+
+
+def from_binary(name: str, datatype: str, shape: tuple[int, ...], data: memoryview) -> np.ndarray:
+    """Return the array of binary values, a view of `data` where that is possible; the length must fit the shape."""
+    count = math.prod(shape)
+    if datatype == "BYTES":
+        return _strings(name, shape, count, data)
+    dtype = DATATYPES[datatype]
+    if len(data) != count * dtype.itemsize:
+        raise ProtocolError(
+            f"tensor {name!r}: {datatype} of shape {list(shape)} is {count * dtype.itemsize} bytes, and {len(data)} came"
+        )
+    if datatype == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+        raise ProtocolError(f"tensor {name!r}: a BOOL is a byte 0 or 1, and another came")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def to_binary(array: np.ndarray) -> bytes:
+    """Return an array's values as the protocol's bytes."""
+    if array.dtype == object:
+        encoded = [value.encode() for value in array.ravel()]
+        return b"".join(chain.from_iterable((_LENGTH.pack(len(value)), value) for value in encoded))
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+
+
+_KINDS: dict[str, set[type]] = {"b": {bool}, "f": {float, int}, "O": {str}}  # integers otherwise
+_KIND_NAMES = {"b": "true and false", "f": "numbers", "O": "strings"}
+_JSON = {bool: "true or false", int: "an integer", float: "a fraction", str: "a string", list: "a list", dict: "an object"}
+
+
+def _flat(name: str, shape: tuple[int, ...], data: object) -> Sequence[Any]:
+    """Return the values in row-major order: `data` itself when it is flat, its leaves when it is nested as the shape says."""
+    if not isinstance(data, list):
+        raise ProtocolError(f"tensor {name!r}: its data is a list, and {_JSON.get(type(data), 'null')} came")
+    count, values = math.prod(shape), data
+    if len(shape) > 1 and values and type(values[0]) is list:
+        for axis in range(len(shape)):
+            if len(values) != math.prod(shape[: axis + 1]):
+                break
+            if axis == len(shape) - 1:
+                return values
+            if set(map(type, values)) != {list} or set(map(len, values)) != {shape[axis + 1]}:
+                break
+            values = list(chain.from_iterable(values))
+        raise ProtocolError(f"tensor {name!r}: its nested data is not of shape {list(shape)}")
+    if len(values) != count:
+        raise ProtocolError(f"tensor {name!r}: shape {list(shape)} has {count} values, and {len(values)} came")
+    return values
+
+
+def _strings(name: str, shape: tuple[int, ...], count: int, data: memoryview) -> np.ndarray:
+    """Return the strings (UTF-8) of length-prefixed bytes."""
+    if count > MOST_STRINGS:
+        raise ProtocolError(f"tensor {name!r}: at most {MOST_STRINGS:,} strings are read, and shape {list(shape)} came")
+    values: list[str] = []
+    at = 0
+    while at < len(data) and len(values) < count:
+        if len(data) - at < _LENGTH.size or len(data) - at - _LENGTH.size < _LENGTH.unpack_from(data, at)[0]:
+            raise ProtocolError(f"tensor {name!r}: a BYTES element ends after its tensor")
+        start = at + _LENGTH.size
+        at = start + _LENGTH.unpack_from(data, at)[0]
+        try:
+            values.append(bytes(data[start:at]).decode())
+        except UnicodeDecodeError:
+            raise ProtocolError(f"tensor {name!r}: a BYTES element is not UTF-8, and the model takes strings") from None
+    if at != len(data) or len(values) != count:
+        raise ProtocolError(f"tensor {name!r}: shape {list(shape)} has {count} elements, and its bytes hold another number")
+    return np.array(values, object).reshape(shape)

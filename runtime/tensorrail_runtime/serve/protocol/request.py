@@ -1,0 +1,197 @@
+"""Reading an inference request of the Open Inference Protocol 2, JSON or JSON followed by binary tensors.
+
+Pure: bytes in, arrays out, nothing of a server. What the model's own inputs are is `signature.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic_core import from_json as parse_json
+
+from tensorrail_runtime.serve.protocol import datatypes
+from tensorrail_runtime.serve.protocol.errors import ProtocolError
+
+_REQUEST = {"id", "inputs", "model_name", "model_version", "outputs", "parameters"}
+_INPUT = {"data", "datatype", "name", "parameters", "shape"}
+_LONGEST_NAME = 1000
+_OUTPUT = {"name", "parameters"}
+MOST_JSON = 8 << 20  # bytes: a second of parsing
+# Parameters that would change the answer, and that this server does not know. Others are hints, and are left alone.
+_REFUSED = {"classification", "sequence_end", "sequence_id", "sequence_start", "shared_memory_region"}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An output that was asked for by name; `binary` is None where the request's own setting holds."""
+
+    name: str
+    binary: bool | None = None
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A request as it was sent: its inputs by name, in their order; `outputs` is empty where none was asked for by name."""
+
+    inputs: Mapping[str, np.ndarray]
+    datatypes: Mapping[str, str]
+    outputs: tuple[Wish, ...] = ()
+    binary: bool = False
+    id: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+
+
+def parse_request(body: bytes, header_length: str | None = None, known: Mapping[str, str] | None = None) -> InferRequest:
+    """Return the request that an HTTP body holds; `ProtocolError` says in one line what is wrong with it.
+
+    `header_length` is the text of `Inference-Header-Content-Length`: how many bytes of the body are JSON. Without it all are.
+    `known` gives the datatypes of the model's inputs by name: nothing is read for another one.
+    """
+    view = memoryview(body)
+    length = _header_length(header_length, len(view))
+    if length > MOST_JSON:
+        raise ProtocolError(
+            f"the JSON of a request has at most {MOST_JSON:,} bytes, and {length:,} came: send large tensors as binary data",
+            413,
+        )
+    tail = view[length:] if header_length is not None else None
+    try:
+        content = parse_json(bytes(view[:length]), allow_inf_nan=False)
+    except ValueError as error:
+        raise ProtocolError(f"the request is not JSON: {str(error).partition(chr(10))[0]}") from None
+    content = _object("the request", content, _REQUEST)
+    binary = _flag(_parameters("the request", content), "binary_data_output", "the request")
+    inputs, kinds = _inputs(content.get("inputs"), tail, known)
+    return InferRequest(
+        inputs=inputs,
+        datatypes=kinds,
+        outputs=_outputs(content.get("outputs")),
+        binary=bool(binary),
+        id=_text(content, "id", "the request"),
+        model_name=_text(content, "model_name", "the request"),
+        model_version=_text(content, "model_version", "the request"),
+    )
+
+
+def _header_length(text: str | None, size: int) -> int:
+    if text is None:
+        return size
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= size):
+        raise ProtocolError(
+            f"Inference-Header-Content-Length is the length of the JSON part, 0 to {size} here, and {text!r:.40} came"
+        )
+    return int(text)
+
+
+def _inputs(
+    entries: object, tail: memoryview | None, expected: Mapping[str, str] | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return arrays and datatypes by name, the binary ones cut from `tail` in their order."""
+    if not isinstance(entries, list) or not entries:
+        raise ProtocolError("the request: `inputs` is a list of one or more tensors")
+    arrays: dict[str, np.ndarray] = {}
+    kinds: dict[str, str] = {}
+    at = 0
+    for entry in entries:
+        tensor = _object("an input", entry, _INPUT)
+        name = _text(tensor, "name", "an input")
+        if name is None:
+            raise ProtocolError("an input: it needs a name")
+        if len(name) > _LONGEST_NAME:
+            raise ProtocolError(f"an input: its name is {len(name):,} letters long, {name!r:.40} …")
+        if name in arrays:
+            raise ProtocolError(f"tensor {name!r}: came twice")
+        datatype = tensor.get("datatype")
+        if not isinstance(datatype, str) or datatype not in datatypes.DATATYPES:
+            known = ", ".join(datatypes.DATATYPES)
+            raise ProtocolError(f"tensor {name!r}: its datatype is one of {known}, and {datatype!r:.40} came")
+        if expected is not None:
+            require_input(name, datatype, expected)
+        shape = datatypes.check_shape(name, tensor.get("shape"))
+        size = _parameters(f"tensor {name!r}", tensor).get("binary_data_size")
+        if ("data" in tensor) == (size is not None):
+            raise ProtocolError(f"tensor {name!r}: its values come either as `data` or as `binary_data_size` bytes")
+        if size is None:
+            arrays[name] = datatypes.from_json(name, datatype, shape, tensor["data"])
+        else:
+            part = _part(name, size, at, tail)
+            at += len(part)
+            arrays[name] = datatypes.from_binary(name, datatype, shape, part)
+        kinds[name] = datatype
+    if tail is not None and at != len(tail):
+        raise ProtocolError(f"{len(tail)} bytes follow the JSON part, and its tensors are {at} bytes")
+    return arrays, kinds
+
+
+def require_input(name: str, datatype: str, known: Mapping[str, str]) -> None:
+    """Raise `ProtocolError` unless a model whose inputs have these datatypes takes such a tensor."""
+    if name not in known:
+        raise ProtocolError(f"the model has no input {name!r:.80}; its inputs are {', '.join(known)}")
+    if datatype != known[name]:
+        raise ProtocolError(f"input {name!r} is {known[name]}, and {datatype} came")
+
+
+def _part(name: str, size: object, at: int, tail: memoryview | None) -> memoryview:
+    if type(size) is not int or size < 0:
+        raise ProtocolError(f"tensor {name!r}: `binary_data_size` is a number of bytes, and {size!r:.40} came")
+    if tail is None:
+        raise ProtocolError(f"tensor {name!r}: binary data needs the header Inference-Header-Content-Length")
+    if size > len(tail) - at:
+        raise ProtocolError(f"tensor {name!r}: {size} bytes were announced, and {len(tail) - at} are left of the body")
+    return tail[at : at + size]
+
+
+def _outputs(entries: object) -> tuple[Wish, ...]:
+    if entries is None:
+        return ()
+    if not isinstance(entries, list):
+        raise ProtocolError("the request: `outputs` is a list of outputs that are wanted")
+    wishes: dict[str, Wish] = {}
+    for entry in entries:
+        wanted = _object("an output", entry, _OUTPUT)
+        name = _text(wanted, "name", "an output")
+        if name is None:
+            raise ProtocolError("an output: it needs a name")
+        if name in wishes:
+            raise ProtocolError(f"output {name!r:.80}: was asked for twice")
+        wishes[name] = Wish(name, _flag(_parameters(f"output {name!r}", wanted), "binary_data", f"output {name!r:.80}"))
+    return tuple(wishes.values())
+
+
+def _object(what: str, value: object, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{what}: an object was expected, and {type(value).__name__} came")
+    unknown = sorted(set(value) - known)
+    if unknown:
+        raise ProtocolError(f"{what}: unknown key {unknown[0]!r:.40}; known are {', '.join(sorted(known))}")
+    return value
+
+
+def _parameters(what: str, owner: dict[str, Any]) -> dict[str, Any]:
+    parameters = owner.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise ProtocolError(f"{what}: `parameters` is an object")
+    refused = sorted(_REFUSED & {key for key, value in parameters.items() if value})
+    if refused:
+        raise ProtocolError(f"{what}: the parameter {refused[0]!r} is not supported here")
+    return parameters
+
+
+def _flag(parameters: Mapping[str, Any], key: str, what: str) -> bool | None:
+    value = parameters.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ProtocolError(f"{what}: `{key}` is true or false, and {value!r:.40} came")
+    return value
+
+
+def _text(owner: Mapping[str, Any], key: str, what: str) -> str | None:
+    value = owner.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ProtocolError(f"{what}: `{key}` is a string, and {value!r:.40} came")
+    return value

@@ -1,0 +1,44 @@
+"""Writing the answer to an inference request, each output as JSON or as binary data, as the request wished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pydantic_core import to_json as write_json
+
+from tensorrail_runtime.serve.protocol import datatypes
+from tensorrail_runtime.serve.protocol.request import InferRequest, Wish
+from tensorrail_runtime.serve.protocol.signature import Signature
+
+VERSION = "1"  # one model is served, and one version of it
+
+
+def render_response(
+    model: str, signature: Signature, request: InferRequest, outputs: Mapping[str, np.ndarray]
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body and the headers of the answer; `ProtocolError` for values that JSON cannot carry.
+
+    The outputs come in the order in which they were asked for, else in the model's.
+    """
+    kinds = {tensor.name: tensor.datatype for tensor in signature.outputs}
+    entries: list[dict[str, Any]] = []
+    parts: list[bytes] = []
+    for wish in request.outputs or tuple(Wish(tensor.name) for tensor in signature.outputs):
+        array = outputs[wish.name]
+        entry: dict[str, Any] = {"name": wish.name, "datatype": kinds[wish.name], "shape": list(array.shape)}
+        if request.binary if wish.binary is None else wish.binary:
+            parts.append(datatypes.to_binary(array))
+            entry["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            entry["data"] = datatypes.to_json(wish.name, array)
+        entries.append(entry)
+    content: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": entries}
+    if request.id is not None:
+        content["id"] = request.id
+    head = write_json(content)
+    if not parts:
+        return head, {"content-type": "application/json"}
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
+    return b"".join((head, *parts)), headers

@@ -1,0 +1,1 @@
+"""What runs a served model: replicas on Ray, batching, shadow mode."""

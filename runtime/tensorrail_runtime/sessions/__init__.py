@@ -1,0 +1,1 @@
+"""ONNX Runtime sessions, the inputs that they run on, and the machine."""

@@ -1,0 +1,72 @@
+"""Graphs that onnx's checker lets pass and no rule can take: each is refused in one line that names the layer."""
+
+import itertools
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph
+from tensorrail_exporter.rewrite.survey import survey
+
+PLAN = Plan(layers=(LayerPlan(name="c", format="svd", modes=(8, 8), ranks=(4,)),))
+
+
+def graph_of(nodes, weights, shape=("n", 8)):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    stored = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def one(op, shape, **attributes):
+    more = {"r": np.ones((1, 8, 2), np.float32)} if op == "LSTM" else {}
+    node = helper.make_node(op, ["x", "c.weight", *more], ["", "y"] if more else ["y"], **attributes)
+    return graph_of([node], {"c.weight": np.ones(shape, np.float32), **more})
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (one("Gemm", (8,)), r"its weight has shape \[8\], and a Gemm takes a matrix"),
+        (one("Gemm", (8, 8, 1)), r"its weight has shape \[8, 8, 1\], and a Gemm takes a matrix"),
+        (one("Conv", (8,)), r"its weight has shape \[8\], and a kernel is \(outputs, inputs, \*size\)"),
+        (one("Conv", (8,), group=8), r"its weight has shape \[8\], and a kernel is"),
+        (one("LSTM", (8, 8), hidden_size=2), r"its input weight has shape \[8, 8\], and LSTM takes \(1, 4 · hidden, inputs\)"),
+        (
+            one("LSTM", (1, 8, 8), hidden_size=2, direction="bidirectional"),
+            r"its input weight .* and LSTM takes \(2, 4 · hidden, inputs\)",
+        ),
+        (one("LSTM", (1, 7, 8), hidden_size=2), r"its input weight has shape \[1, 7, 8\]"),
+    ],
+)
+def test_weights_of_another_rank_are_refused_and_not_surveyed(model, reason):
+    with pytest.raises(GraphError, match=f"^layer c: cannot be rewritten: {reason}"):
+        decompose_graph(model, PLAN)
+    assert survey(model) == ()
+
+
+def computed(op, sizes, shape):
+    nodes = [helper.make_node(op, ["c.weight", "sizes"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    return graph_of(nodes, {"c.weight": np.ones(shape, np.float32), "sizes": np.array(sizes)})
+
+
+def doubled(times):
+    """W, put beside itself `times` times: 2 to that power as wide."""
+    names = ["c.weight", *(f"w{k}" for k in range(times))]
+    nodes = [helper.make_node("Concat", [a, a], [b], axis=1) for a, b in itertools.pairwise(names)]
+    return graph_of([*nodes, helper.make_node("MatMul", ["x", names[-1]], ["y"])], {"c.weight": np.ones((8, 8), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (computed("Reshape", [7, 8], (8, 8)), "its weight 'w' cannot be computed from constants"),
+        (computed("Expand", [10**7, 10**7], (1, 1)), "its weight 'w' is not computed: 'w' would hold 100,0"),
+        (doubled(40), r"its weight 'w39' is not computed: 'w39' would hold [\d,]+ values"),
+    ],
+)
+def test_weights_that_cannot_be_computed_are_refused_and_not_surveyed(model, reason):
+    with pytest.raises(GraphError, match=f"^layer c: {reason}"):
+        decompose_graph(model, PLAN)
+    assert survey(model) == ()

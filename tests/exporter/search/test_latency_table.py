@@ -1,0 +1,271 @@
+"""Times by layer, form and target: what is measured once, where it is kept, and what happens to a broken file.
+
+No time is asserted here: the function that measures is replaced by one that returns known numbers, but for one test.
+"""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_model
+from onnx import helper
+
+from tensorrail_exporter import GraphError
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search import latency_table
+from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder
+from tensorrail_exporter.search.options import option_for, options_of
+from tensorrail_runtime.sessions import machine
+from tensorrail_runtime.sessions.session import Session
+
+CPU = Session(threads=1)
+
+
+def conv_layer(rng, batch=1, name="w", dtype=np.float32, **attributes):
+    node = helper.make_node("Conv", ["x", name], ["y"], "n", pads=[1] * 4, **attributes)
+    weights = {name: rng.standard_normal((32, 32, 3, 3)).astype(np.float32)}
+    model = make_model([node], weights, {"x": ["n", 32, 8, 8]}, {"y": ["n", 32, None, None]})
+    (layer,) = survey(model, batch)
+    return replace(layer, dtype=np.dtype(dtype))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace the measuring by known numbers: 1 ms dense, a form's MACs in µs; return what was asked for."""
+    asked = []
+
+    def known(layer, options, settings, seconds):
+        asked.append((layer.name, [option.steps for option in options], seconds))
+        found = [Timed(key=latency_table._key(layer, None), layer=layer.describe(), form="dense", milliseconds=1.0)]
+        for option in options:
+            key = latency_table._key(layer, option)
+            found.append(Timed(key=key, layer=layer.describe(), form=option.steps, milliseconds=1e-3 * option.macs))
+        return found
+
+    monkeypatch.setattr(latency_table, "_layer_times", known)
+    return asked
+
+
+def test_times_are_kept_on_disk_and_measured_once(calls, rng, tmp_path):
+    layer = conv_layer(rng)
+    options = options_of(layer, ["auto"], 8)
+    table = LatencyTable.open(CPU, tmp_path)
+    assert table.missing(layer, options) == list(options)
+    table.measure({layer: options}, CPU)
+    assert table.milliseconds(layer) == 1.0
+    assert [table.milliseconds(layer, option) for option in options] == [1e-3 * option.macs for option in options]
+    again = LatencyTable.open(CPU, tmp_path)
+    assert again.times == table.times
+    assert again.missing(layer, options) == []
+    again.measure({layer: options}, CPU)
+    assert len(calls) == 1  # nothing was missing
+
+
+def test_only_what_is_missing_is_measured(calls, rng, tmp_path):
+    layer = conv_layer(rng)
+    first, second, *_ = options_of(layer, ["auto"], 8)
+    table = LatencyTable.open(CPU, tmp_path)
+    table.measure({layer: [first]}, CPU)
+    table.measure({layer: [first, second]}, CPU)
+    assert [steps for _, steps, _ in calls] == [[first.steps], [second.steps]]
+
+
+def test_a_layer_without_options_is_measured_dense(calls, rng):
+    layer = conv_layer(rng)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({layer: []}, CPU)
+    assert table.milliseconds(layer) == 1.0
+    with pytest.raises(KeyError):
+        table.milliseconds(layer, options_of(layer, ["svd"], 8)[0])
+
+
+def test_layers_of_one_signature_are_measured_once_with_the_options_of_all(calls, rng):
+    one, other = conv_layer(rng), conv_layer(rng, name="v")
+    first, second, third, *_ = options_of(one, ["auto"], 8)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({one: [first, second], other: [second, third]}, CPU)
+    assert [sorted(steps) for _, steps, _ in calls] == [sorted([first.steps, second.steps, third.steps])]
+    assert table.milliseconds(other, first) == table.milliseconds(one, first)
+    assert table.missing(other, [first, second, third]) == []
+
+
+def test_the_time_given_is_shared_out(calls, rng):
+    one, other = conv_layer(rng), conv_layer(rng, strides=[2, 2])
+    shares = []
+    table = LatencyTable(Target.here(CPU))
+    wanted = {one: options_of(one, ["tt"], 8)[:2], other: options_of(other, ["tt"], 8)[:1]}
+    table.measure(wanted, CPU, seconds=10.0, on_share=lambda share, text: shares.append((share, text)))
+    assert [seconds for _, _, seconds in calls] == [2.0, 2.0]  # two dense forms and three others
+    assert shares == [(0.0, one.describe()), (0.6, other.describe()), (1.0, "")]
+
+
+def test_equal_steps_of_two_formats_are_one_measurement(calls, rng):
+    layer = conv_layer(rng)
+    (tt, *_), (tucker, *_) = options_of(layer, ["tt"], 8), options_of(layer, ["tucker"], 8)
+    assert (tt.format, tucker.format, tt.steps) == ("tt", "tucker", tucker.steps)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({layer: [tt]}, CPU)
+    assert table.missing(layer, [tucker]) == []
+    assert table.milliseconds(layer, tucker) == table.milliseconds(layer, tt)
+
+
+def test_every_property_of_a_layer_that_changes_its_time_changes_the_key(rng):
+    layers = [
+        conv_layer(rng),
+        conv_layer(rng, batch=2),
+        conv_layer(rng, dtype=np.float16),
+        conv_layer(rng, strides=[2, 2]),
+        conv_layer(rng, dilations=[2, 2]),
+    ]
+    keys = {latency_table._key(layer, None) for layer in layers}
+    keys |= {latency_table._key(layer, option) for layer in layers for option in options_of(layer, ["auto"], 8)}
+    assert len(keys) == len(layers) + sum(len(options_of(layer, ["auto"], 8)) for layer in layers)
+    assert latency_table._key(conv_layer(rng, name="v"), None) in keys  # a name changes nothing
+
+
+def test_modes_and_merge_of_a_chain_and_padding_are_part_of_the_form(rng):
+    layer = conv_layer(rng)
+    tt = options_of(layer, ["tt"], 8)[0]
+    chain = tt.plan("w").model_copy(update={"modes": (4, 8, 9, 8, 4), "ranks": (1, 4, 8, 8, 4, 1), "merge": "none"})
+    forms = [tt, replace(tt, block=8)]
+    forms += [option_for(chain.model_copy(update={"merge": merge}), layer.spec) for merge in ("none", "sides", "input")]
+    assert len({latency_table._key(layer, option) for option in forms}) == len(forms)
+
+
+def test_every_property_of_a_target_changes_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_gpu", lambda: None)
+    settings = [
+        CPU,
+        replace(CPU, threads=2),
+        replace(CPU, level="basic"),
+        replace(CPU, arena=False),
+        replace(CPU, provider="cuda"),
+        replace(CPU, provider="cuda", tf32=True),
+        replace(CPU, provider="cuda", nhwc=True),
+        replace(CPU, provider="cuda", cuda_graph=True),
+        replace(CPU, provider="cuda", conv_search="heuristic"),
+    ]
+    paths = {LatencyTable.open(one, tmp_path).path for one in settings}
+    assert len(paths) == len(settings)
+    assert LatencyTable.open(replace(CPU, linger=False), tmp_path).path in paths  # always off while times are taken
+    monkeypatch.setattr("onnxruntime.__version__", "0.0.0")
+    assert LatencyTable.open(CPU, tmp_path).path not in paths
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "_processor", lambda: "another processor")
+    assert LatencyTable.open(CPU, tmp_path).path not in paths
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(calls, rng, tmp_path):
+    layer, other = conv_layer(rng), conv_layer(rng, strides=[2, 2])
+    mine, theirs = LatencyTable.open(CPU, tmp_path), LatencyTable.open(CPU, tmp_path)
+    theirs.measure({other: []}, CPU)
+    mine.measure({layer: []}, CPU)
+    both = LatencyTable.open(CPU, tmp_path)
+    assert both.milliseconds(layer) == both.milliseconds(other) == 1.0
+    assert mine.times == both.times
+    assert [path.name for path in tmp_path.iterdir()] == [mine.path.name]  # no part of a file is left
+
+
+def test_a_table_without_a_path_is_not_written(calls, rng, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORRAIL_CACHE", str(tmp_path))
+    LatencyTable(Target.here(CPU)).measure({conv_layer(rng): []}, CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+def broken(stored):
+    """Return texts that are no latency table, each with what is said of it."""
+    first = {**stored, "times": [{**stored["times"][0], "milliseconds": -1.0}]}
+    return {
+        "{": "invalid JSON",
+        "[]": "input should be an object",
+        json.dumps({**stored, "version": 2}): "version: input should be 1",
+        json.dumps({**stored, "more": 0}): "more: unknown key",
+        json.dumps(first): "milliseconds: input should be greater than 0",
+        json.dumps({**stored, "target": {**stored["target"], "threads": 64}}): "the latency table of another target",
+    }
+
+
+def test_a_broken_file_is_named_in_one_line_and_never_overwritten(calls, rng, tmp_path):
+    layer = conv_layer(rng)
+    table = LatencyTable.open(CPU, tmp_path)
+    table.measure({layer: []}, CPU)
+    for text, reason in broken(json.loads(table.path.read_text())).items():
+        table.path.write_text(text)
+        with pytest.raises(GraphError) as caught:
+            LatencyTable.open(CPU, tmp_path)
+        assert str(table.path) in str(caught.value)
+        assert reason in str(caught.value)
+        assert "remove it to measure anew" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    table.path.write_bytes(b"\xff\x00")
+    with pytest.raises(GraphError, match="not a latency table"):
+        table.save()
+    assert table.path.read_bytes() == b"\xff\x00"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(calls, rng, tmp_path):
+    (tmp_path / "file").write_text("")
+    table = LatencyTable(Target.here(CPU), tmp_path / "file" / "table.json")
+    with pytest.raises(GraphError, match=r"table.json: .*(cannot be read|cannot be written) \(Not a directory\)"):
+        table.measure({conv_layer(rng): []}, CPU)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    table = LatencyTable(Target.here(CPU), closed / "folder" / "table.json")
+    closed.chmod(0o500)
+    try:
+        if not os.access(closed, os.W_OK):  # root may write everywhere
+            with pytest.raises(GraphError, match=r"cannot be written \(Permission denied\): give a folder of yours, or name"):
+                table.measure({conv_layer(rng): []}, CPU)
+    finally:
+        closed.chmod(0o700)
+    assert calls == []
+
+
+def test_a_folder_in_place_of_the_table_is_said(tmp_path):
+    path = LatencyTable.open(CPU, tmp_path).path
+    path.mkdir()
+    with pytest.raises(GraphError, match=r"json: cannot be read \(Is a directory\): expected a latency table, or no file"):
+        LatencyTable.open(CPU, tmp_path)
+
+
+def test_the_cache_folder_is_the_users_own_choice(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TENSORRAIL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "tensorrail"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "tensorrail"
+    monkeypatch.setenv("TENSORRAIL_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    table = LatencyTable.open(CPU)
+    table.save()
+    assert table.path.parent == tmp_path / "own"
+    assert LatencyTable.open(CPU, tmp_path / "other").path.parent == tmp_path / "other"
+
+
+def test_a_failed_write_leaves_the_old_table(calls, rng, tmp_path, monkeypatch):
+    table = LatencyTable.open(CPU, tmp_path)
+    table.measure({conv_layer(rng): []}, CPU)
+    before = table.path.read_bytes()
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latency_table, "write_text", full)
+    with pytest.raises(GraphError, match="No space left on device"):
+        table.save()
+    assert table.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("strides", [[1, 1], [2, 2]])
+def test_real_times_are_positive_and_finite(rng, tmp_path, strides):
+    layer = conv_layer(rng, strides=strides)
+    options = options_of(layer, ["auto"], 8)[:2]
+    table = LatencyTable.open(CPU, tmp_path)
+    table.measure({layer: options}, CPU, seconds=0.05)
+    times = [table.milliseconds(layer), *(table.milliseconds(layer, option) for option in options)]
+    assert np.isfinite(times).all()
+    assert min(times) > 0
+    assert LatencyTable.open(CPU, tmp_path).times == table.times

@@ -1,0 +1,134 @@
+"""What options cost in accuracy: from weights, from inputs, from labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_model
+from onnx import TensorProto, helper
+
+from tensorrail_exporter import GraphError
+from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search.losses import losses_of, lost_shares
+from tensorrail_exporter.search.options import options_of
+from tensorrail_exporter.search.planner import Search, plan_network
+
+
+@pytest.fixture
+def network(rng):
+    """Two 3×3 convolutions 32→32 and a Gemm 32→10."""
+    weights = {
+        "a.weight": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17,
+        "b.weight": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17,
+        "fc.weight": rng.standard_normal((10, 32)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["ra"], "ra"),
+        helper.make_node("Conv", ["ra", "b.weight"], ["b"], "b", pads=[1] * 4),
+        helper.make_node("Relu", ["b"], ["rb"], "rb"),
+        helper.make_node("GlobalAveragePool", ["rb"], ["p"], "p"),
+        helper.make_node("Flatten", ["p"], ["f"], "f"),
+        helper.make_node("Gemm", ["f", "fc.weight"], ["y"], "fc", transB=1),
+    ]
+    return make_model(nodes, weights, {"x": ["batch", 32, 8, 8]}, {"y": ["batch", 10]})
+
+
+def wanted(model):
+    return {layer: options_of(layer, ["auto"], 8) for layer in survey(model) if layer.spec.op == "conv"}
+
+
+def test_shares_are_exact_for_two_factors_and_a_bound_for_a_train(network):
+    for layer, options in wanted(network).items():
+        weight = np.random.default_rng(1).standard_normal(layer.spec.shape).astype(np.float32)
+        for option, share in zip(options, lost_shares(weight, options), strict=True):
+            plan = option.plan(layer.name)
+            cut = plan.reconstruct(plan.decompose(weight), weight.shape)
+            real = float(np.square(weight - cut).sum() / np.square(weight).sum())
+            if option.format == "svd":
+                assert share == pytest.approx(real, rel=1e-3, abs=1e-6)
+            else:
+                assert real <= share * (1 + 1e-3)
+                assert share <= 2 * real + 1e-6  # each of the two tails is at most the error
+
+
+def test_larger_ranks_cost_less(network):
+    losses = losses_of(network, wanted(network))
+    assert losses.source == "weights"
+    for layer, options in wanted(network).items():
+        by_rank = sorted(
+            (o.ranks, loss) for o, loss in zip(options, losses.values[layer.name], strict=True) if o.format == "svd"
+        )
+        by_modes = [
+            [loss for o, loss in zip(options, losses.values[layer.name], strict=True) if o.modes == m and o.format == "svd"]
+            for m in {o.modes for o in options}
+        ]
+        assert by_rank
+        assert all(one == sorted(one, reverse=True) for one in by_modes)
+
+
+def test_input_channels_that_hardly_occur_cost_little(network):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((64, 32, 8, 8)).astype(np.float32)
+    few = x.copy()
+    few[:, 4:] *= 0.01  # four channels carry all
+    options = wanted(network)
+    first = next(iter(options))
+    plain, narrow = (
+        losses_of(network, options, Calibration(tuple({"x": one[k : k + 16]} for k in range(0, 64, 16)))) for one in (x, few)
+    )
+    assert plain.source == narrow.source == "calibration"
+    place = next(k for k, o in enumerate(options[first]) if o.format == "svd" and o.modes[1] == 32 and o.ranks == (8,))
+    assert narrow.values[first.name][place] < 0.05 * plain.values[first.name][place]
+
+
+def test_labels_measure_the_cross_entropy(network):
+    rng = np.random.default_rng(4)
+    feeds = tuple({"x": rng.standard_normal((16, 32, 8, 8)).astype(np.float32)} for _ in range(4))
+    labels = rng.integers(0, 10, 64)
+    found = losses_of(network, wanted(network), Calibration(feeds, labels))
+    assert found.source == "labels"
+    assert all(value >= 0 for values in found.values.values() for value in values)
+
+
+@pytest.mark.parametrize("kind", ["state", "scalar", "boolean", "count"])
+def test_outputs_of_any_shape_are_compared(kind, rng):
+    """A state whose batch is its second axis, a number, truth values, and as many rows as there are values above zero."""
+    weights = {"w": rng.standard_normal((16, 32)).astype(np.float32), "limit": np.float32(0.1), "axis": np.array([0])}
+    nodes, shape, dtype = {
+        "state": ([helper.make_node("Unsqueeze", ["y", "axis"], ["o"])], [1, "n", 32], TensorProto.FLOAT),
+        "scalar": ([helper.make_node("Exp", ["limit"], ["o"])], [], TensorProto.FLOAT),
+        "boolean": ([helper.make_node("Greater", ["y", "limit"], ["o"])], ["n", 32], TensorProto.BOOL),
+        "count": (
+            [helper.make_node("Relu", ["y"], ["p"]), helper.make_node("NonZero", ["p"], ["o"])],
+            [2, "m"],
+            TensorProto.INT64,
+        ),
+    }[kind]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], "fc")
+    model = make_model([product, *nodes], weights, {"x": ["n", 16]}, {"y": ["n", 32]})
+    model.graph.output.append(helper.make_tensor_value_info("o", dtype, shape))
+    feeds = tuple({"x": rng.standard_normal((count, 16)).astype(np.float32)} for count in (25, 5))
+    (layer,) = survey(model)
+    options = options_of(layer, ("svd",), 4)
+    (found,) = losses_of(model, {layer: options}, Calibration(feeds)).values.values()
+    assert len(found) == len(options)
+    assert all(np.isfinite(found))
+    assert max(found) > 0
+
+
+def test_outputs_that_are_not_finite_are_told_before_anything_is_timed(network, rng):
+    network.graph.node.append(helper.make_node("Log", ["zero"], ["none"], "log"))
+    network.graph.node.insert(0, helper.make_node("Sub", ["x", "x"], ["zero"], "sub"))
+    network.graph.output.append(helper.make_tensor_value_info("none", TensorProto.FLOAT, ["batch", 32, 8, 8]))
+    feeds = ({"x": rng.standard_normal((4, 32, 8, 8)).astype(np.float32)},)
+    with pytest.raises(GraphError, match="output 'none' holds NaN or infinite values on the calibration inputs"):
+        plan_network(network, Search(targets={"flops": 1.5}), calibration=Calibration(feeds))
+
+
+def test_the_loss_of_a_single_sample_is_no_accident(network, rng):
+    """About the mean of one sample nothing is left; about the mean of its values there is."""
+    single = Calibration(({"x": rng.standard_normal((1, 32, 8, 8)).astype(np.float32)},))
+    losses = losses_of(network, wanted(network), single)
+    assert all(0 <= value < 100 for values in losses.values.values() for value in values)

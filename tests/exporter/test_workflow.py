@@ -1,0 +1,187 @@
+"""From an ONNX file to a factored one: what is written, and what the report says of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from conftest import make_model
+from onnx import helper, numpy_helper
+
+from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError
+from tensorrail_exporter import workflow as compressing
+from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.formats import contraction
+from tensorrail_exporter.workflow import CompressReport, compress
+
+pytestmark = pytest.mark.usefixtures("in_this_process")  # no time is looked at
+
+
+@pytest.fixture
+def network(rng):
+    """Two convolutions with a batch-norm between, pooling and a Gemm; inputs whose channels are correlated."""
+    weights = {
+        "a.weight": rng.standard_normal((32, 16, 3, 3)).astype(np.float32) / 12,
+        "scale": rng.random(32).astype(np.float32) + 0.5,
+        "shift": rng.standard_normal(32).astype(np.float32) / 4,
+        "mean": rng.standard_normal(32).astype(np.float32) / 4,
+        "var": rng.random(32).astype(np.float32) + 0.5,
+        "b.weight": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17,
+        "fc.weight": rng.standard_normal((10, 32)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("BatchNormalization", ["a", "scale", "shift", "mean", "var"], ["n"], "bn"),
+        helper.make_node("Relu", ["n"], ["ra"], "ra"),
+        helper.make_node("Conv", ["ra", "b.weight"], ["b"], "b", pads=[1] * 4),
+        helper.make_node("Relu", ["b"], ["rb"], "rb"),
+        helper.make_node("GlobalAveragePool", ["rb"], ["p"], "p"),
+        helper.make_node("Flatten", ["p"], ["f"], "f"),
+        helper.make_node("Gemm", ["f", "fc.weight"], ["y"], "fc", transB=1),
+    ]
+    return make_model(nodes, weights, {"x": ["batch", 16, 8, 8]}, {"y": ["batch", 10]})
+
+
+def images(seed, count=96):
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+    x = np.einsum("ck,nkhw->nchw", mixing, rng.standard_normal((count, 4, 8, 8)).astype(np.float32))
+    return x + 0.05 * rng.standard_normal(x.shape).astype(np.float32)
+
+
+PLAN = Plan(
+    layers=(
+        LayerPlan(name="a", format="tt", modes=(32, 9, 16), ranks=(1, 8, 4, 1)),
+        LayerPlan(name="b", format="svd", modes=(96, 96), ranks=(16,)),
+    )
+)
+
+
+def run(network, out, **options):
+    return compress(network, PLAN, out, seconds=0.05, **options)
+
+
+def test_calibration_makes_the_outputs_nearer(network, tmp_path):
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    plain = run(network, tmp_path / "plain.onnx")
+    fitted = run(network, tmp_path / "fitted.onnx", calibration=Calibration(feeds))
+    held = {"x": images(2)}
+    errors = []
+    from tensorrail_runtime.sessions.session import open_session
+    from tensorrail_runtime.sessions.session import run as run_session
+
+    onnx.save(network, tmp_path / "dense.onnx")
+    outputs = [run_session(open_session(tmp_path / f"{n}.onnx"), held)["y"] for n in ("dense", "plain", "fitted")]
+    errors = [np.linalg.norm(one - outputs[0]) for one in outputs[1:]]
+    assert errors[1] < 0.5 * errors[0]
+    assert fitted.approximation < plain.approximation
+    assert [fit.layer for fit in fitted.fits] == ["a", "b"]
+    assert all(fit.fitted < fit.plain for fit in fitted.fits)
+    assert plain.fits == ()
+
+
+def test_the_report_holds_what_was_measured(network, tmp_path):
+    x = images(3, 40)
+    labels = np.arange(40) % 10
+    report = run(network, tmp_path / "out.onnx", test=({"x": x}, labels), targets={"params": 1.5, "flops": 50.0})
+    assert report.ratios.flops == report.dense.flops / report.factored.flops
+    assert report.ratios.params > 1.5
+    assert not report.meets  # FLOPs do not fall 50 times
+    assert report.numerical < 1e-5
+    assert report.accuracy is not None
+    assert len(report.accuracy.reference.scores) == 40
+    assert report.latency.latencies[0].model == "dense"
+    assert report.ratios.latency_low <= report.ratios.latency <= report.ratios.latency_high
+    assert CompressReport.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """Return a function from which on graphs are written with other cores than came."""
+    real = compressing.factorize
+
+    def factorize(model, plan, cores, **options):
+        return real(model, plan, {name: [core * 1.01 for core in found] for name, found in cores.items()}, **options)
+
+    return lambda: monkeypatch.setattr(compressing, "factorize", factorize)
+
+
+def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, wrong):
+    wrong()
+    with pytest.raises(GraphError, match="differs from what its cores stand for"):
+        run(network, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def half_precision(rng):
+    """One Gemm 64→64 whose input, weight and output are float16."""
+    half = numpy_helper.from_array((rng.standard_normal((64, 64)) / 8).astype(np.float16), "c.weight")
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["n", 64]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Gemm", ["x", "c.weight"], ["y"], transB=1)], "g", ends[:1], ends[1:], [half])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_float16_model_may_differ_by_its_own_rounding_and_no_more(tmp_path, rng, wrong):
+    plan = Plan(layers=(LayerPlan(name="c", format="svd", modes=(64, 64), ranks=(32,)),))
+    report = compress(half_precision(rng), plan, tmp_path / "out.onnx", seconds=0.05)
+    assert 1e-4 < report.numerical < 8 * 2**-11  # eight unit roundoffs
+    wrong()
+    with pytest.raises(GraphError, match=r"differs from what its cores stand for by .*; at most 0\.004 was expected"):
+        compress(half_precision(rng), plan, tmp_path / "wrong.onnx", seconds=0.05)
+    assert not (tmp_path / "wrong.onnx").exists()
+
+
+def test_a_refinement_is_what_is_written(network, tmp_path):
+    def refine(dense, factored, plan, calibration):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(factored)
+        changed.producer_name = "refined"
+        return changed
+
+    feeds = ({"x": images(1)},)
+    run(network, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine)
+    assert onnx.load(tmp_path / "out.onnx").producer_name == "refined"
+
+
+def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(contraction, "SCAN_FROM", 1)
+    weights = {
+        "w": rng.standard_normal((1, 16, 24)).astype(np.float32) / 5,
+        "r": rng.standard_normal((1, 16, 4)).astype(np.float32) / 2,
+    }
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "rnn", hidden_size=4)
+    model = make_model([node], weights, {"x": [5, "n", 24]}, {"y": [5, 1, "n", 4]})
+    plan = Plan(layers=(LayerPlan(name="w", format="ttm", modes=(4, 4, 6, 4), ranks=(1, 2, 1)),))
+    seen = []
+
+    def refine(dense, factored, plan, calibration):
+        seen.append({node.op_type for node in factored.graph.node})
+        changed = onnx.ModelProto()
+        changed.CopyFrom(factored)
+        (core,) = [tensor for tensor in changed.graph.initializer if tensor.name == "w/0"]
+        core.CopyFrom(numpy_helper.from_array(np.zeros(core.dims, np.float32), core.name))
+        return changed
+
+    feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},)
+    compress(model, plan, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine, seconds=0.05)
+    (ops,) = seen
+    assert "LSTM" in ops
+    assert "Scan" not in ops
+    written = onnx.load(tmp_path / "out.onnx").graph
+    assert "Scan" in {node.op_type for node in written.node}
+    (core,) = [tensor for tensor in written.initializer if tensor.name == "w/0"]
+    assert not numpy_helper.to_array(core).any()
+
+
+def test_a_plan_without_layers_is_refused_and_products_in_bodies_count_as_none(tmp_path, rng):
+    weight = rng.standard_normal((16, 16)).astype(np.float32)
+    out = [helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, None)]
+    then = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["t"], "fc")], "then", [], out)
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["t"])], "else", [], out)
+    node = helper.make_node("If", ["yes"], ["y"], then_branch=then, else_branch=other)
+    model = make_model([node], {"w": weight, "yes": np.array(True)}, {"x": ["n", 16]}, {"y": ["n", 16]})
+    plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(16, 16), ranks=(4,)),))
+    report = compress(model, plan, tmp_path / "m.onnx", seconds=0.1)
+    assert (report.ratios.macs, report.ratios.params) == (1.0, 2.0)
+    with pytest.raises(PlanError, match="the plan names no layer"):
+        compress(model, Plan(layers=()), tmp_path / "n.onnx")

@@ -1,0 +1,272 @@
+"""Sessions run where they were asked to, inputs fit, and the profile says where every node was."""
+
+import contextlib
+import os
+import struct
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import make_model
+from onnx import TensorProto, helper
+
+from tensorrail_runtime import ModelError, Session, bench, footprint, open_session, parity, placement, random_inputs
+from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes
+
+HAS_PROVIDER = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+@pytest.mark.skipif(not HAS_PROVIDER, reason="this ONNX Runtime has no CUDA provider to fall back from")
+def test_a_silent_fallback_is_an_error_with_onnx_runtimes_reason(small_path, capfd):
+    reason = ""
+    try:
+        open_session(small_path, provider="cuda")
+    except ModelError as error:
+        reason = str(error)
+    if not reason:
+        pytest.skip("there is a GPU here, and no fallback")
+    assert "fell back to CPUExecutionProvider" in reason
+    assert any(word in reason for word in ("libcu", "CUDA", "cuda", "driver")), reason
+    assert "\n" not in reason
+    assert capfd.readouterr().err == ""  # the reason is in the error, not beside it
+
+
+def test_libraries_of_cuda_are_found_wherever_they_are_installed(small_path, tmp_path, monkeypatch):
+    libraries = tmp_path / "nvidia" / "cudnn" / "lib"
+    libraries.mkdir(parents=True)
+    asked = []
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda directory=None: asked.append(directory), raising=False)
+    with contextlib.suppress(ModelError):  # there may be no GPU here
+        open_session(small_path, provider="cuda")
+    assert asked[0] is None
+    assert str(libraries) in asked
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_every_node_and_its_outputs_stay_there(small_path):
+    settings = Session(provider="cuda")
+    assert placement(small_path, settings=settings).elsewhere == ()
+    found = bench([small_path, small_path], seconds=0.2, settings=settings, io_binding=True)
+    assert not found.transfers
+    assert found.machine.gpu is not None
+    assert parity(small_path, small_path, settings=settings).holds
+
+
+def test_settings_that_do_not_fit_together_are_refused(small_path):
+    for settings, reason in (
+        (Session(level="most"), "unknown graph optimization level 'most': expected one of none, basic"),
+        (Session(threads=-1), "threads are 0"),
+        (Session(cuda_graph=True), "of the CUDA provider"),
+        (Session(provider="tensorrt", tf32=True), "TensorRT chooses layouts by itself, and uses TF32 unless"),
+        (Session(provider="tensorrt", nhwc=True), "TensorRT chooses layouts by itself"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            open_session(small_path, settings=settings)
+
+
+def test_levels_and_threads_reach_the_session(small_path):
+    session = open_session(small_path, settings=Session(level="none", threads=1, arena=False))
+    options = session.get_session_options()
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert (options.intra_op_num_threads, options.enable_cpu_mem_arena) == (1, False)
+
+
+def test_every_node_that_ran_is_placed(small_path):
+    placed = placement(small_path, settings=Session(level="none"), batch=2)
+    assert [node.op for node in placed.nodes] == ["Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"]
+    assert placed.providers == {"CPUExecutionProvider": 5}
+    assert placed.elsewhere == ()
+    assert sum(node.share for node in placed.nodes) == pytest.approx(1)
+
+
+def test_nodes_of_a_loop_are_summed_over_its_iterations(tmp_path):
+    body = helper.make_graph(
+        [helper.make_node("Relu", ["s"], ["t"], "inside"), helper.make_node("Identity", ["go"], ["on"], "go_on")],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("s", TensorProto.FLOAT, ["n"]),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("t", TensorProto.FLOAT, ["n"]),
+        ],
+    )
+    node = helper.make_node("Loop", ["trips", "", "x"], ["y"], "loop", body=body)
+    onnx.save(make_model([node], {"trips": np.array(4)}, {"x": ["n"]}, {"y": ["n"]}), tmp_path / "m.onnx")
+    names = [node.name for node in placement(tmp_path / "m.onnx", settings=Session(level="none")).nodes]
+    assert sorted(names) == ["go_on", "inside", "loop"]
+
+
+def test_random_inputs_have_the_types_and_shapes_asked_for(tmp_path):
+    inputs = [
+        helper.make_tensor_value_info("a", TensorProto.FLOAT16, ["n", 3]),
+        helper.make_tensor_value_info("b", TensorProto.INT64, ["n", "m"]),
+    ]
+    nodes = [helper.make_node("Identity", ["a"], ["y"]), helper.make_node("Identity", ["b"], ["z"])]
+    outputs = [
+        helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", 3]),
+        helper.make_tensor_value_info("z", TensorProto.INT64, ["n", "m"]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 20)], ir_version=9
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx")
+    feed = random_inputs(session, 2, shapes={"b": (2, 5)})
+    assert {name: (value.dtype, value.shape) for name, value in feed.items()} == {
+        "a": (np.float16, (2, 3)),
+        "b": (np.int64, (2, 5)),
+    }
+    for shapes, reason in (({"c": (1,)}, "shape came for input 'c'"), ({"a": (1, 4)}, r"has shape \['n', 3\], and \[1, 4\]")):
+        with pytest.raises(ModelError, match=reason):
+            random_inputs(session, shapes=shapes)
+
+
+def test_shapes_are_written_with_a_name():
+    assert parse_shapes(["x=1,3,8,8", "y=2x4"]) == {"x": (1, 3, 8, 8), "y": (2, 4)}
+    for text in ("1,2", "x=1,-2", "x=", "x=a"):
+        with pytest.raises(ModelError, match="a shape is written as name=1,3,224,224"):
+            parse_shapes([text])
+
+
+def test_data_files_are_plain_arrays(tmp_path, small_path, rng):
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((5, 16, 8, 8)).astype(np.float32), labels=np.arange(5))
+    arrays = load_arrays(tmp_path / "x.npz")
+    feeds = batches_of(open_session(small_path), arrays, 2)
+    assert [feed["x"].shape[0] for feed in feeds] == [2, 2, 1]
+    np.savez(tmp_path / "pickled.npz", x=np.array([{}], object))
+    np.savez(tmp_path / "empty.npz", x=np.zeros((0, 3)))
+    (tmp_path / "garbage.npz").write_bytes(b"garbage")
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    for name, reason in (
+        ("pickled.npz", "not an npz file of plain arrays"),
+        ("empty.npz", "holds no data"),
+        ("garbage.npz", "not an npz file"),
+        ("single.npy", "a single array came"),
+        ("none.npz", "cannot be read"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            load_arrays(tmp_path / name)
+    with pytest.raises(ModelError, match="no array for input 'x'"):
+        batches_of(open_session(small_path), {"labels": np.arange(5)}, 2)
+
+
+def npy(shape, descr="<f4", data=b""):
+    head = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode() + data
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("readme.txt", b"hi", "readme.txt holds no array"),
+        ("folder/", b"", "folder/ holds no array"),
+        ("x.npy", npy((10**7, 10**7)), r"says that it has shape \(10000000, 10000000\), and holds 0 bytes"),
+        ("x.npy", npy((2, 2), data=b"\0" * 12), "says that it has shape"),
+        ("x.npy", npy((0, 10**30)), r"not an npz file of plain arrays \("),
+        ("x.npy", npy((-1, 4), data=b"\0" * 16), r"not an npz file of plain arrays \("),
+        ("x.npy", npy((1,), "<x9"), r"not an npz file of plain arrays \("),
+        ("x.npy", npy("(" * 9), r"not an npz file of plain arrays \("),
+        ("x.npy", b"\x93NUMPY\x09\x00", r"not an npz file of plain arrays \("),
+    ],
+)
+def test_members_that_are_no_arrays_or_claim_more_than_they_hold_are_refused(name, content, reason, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        file.writestr(name, content)
+    with pytest.raises(ModelError, match=reason):
+        load_arrays(tmp_path / "x.npz")
+
+
+def test_a_corrupted_stream_is_refused(tmp_path, rng):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=rng.standard_normal((300, 8)))
+    content = path.read_bytes()
+    entry = content.index(b"PK\x01\x02")  # flags 8 bytes behind it, the compression's method 10
+    for start, garbage in ((100, b"\xff" * 300), (entry + 8, b"\x01"), (entry + 10, b"\x62")):
+        path.write_bytes(content[:start] + garbage + content[start + len(garbage) :])
+        with pytest.raises(ModelError, match="not an npz file of plain arrays"):
+            load_arrays(path)
+
+
+def test_arrays_of_every_plain_type_are_read_as_they_were_written(tmp_path, rng):
+    arrays = {
+        "a": np.asfortranarray(rng.standard_normal((3, 4)).astype(np.float16)),
+        "b": np.arange(5),
+        "c": np.array(3.0),
+        "d": np.array([True]),
+    }
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", **arrays)
+        found = load_arrays(tmp_path / "x.npz")
+        assert list(found) == list(arrays)
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_inputs_that_would_take_the_machines_memory_are_refused(tmp_path):
+    shape = [10**7, 10**7]
+    onnx.save(make_model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": shape}, {"y": shape}), tmp_path / "huge.onnx")
+    for call in (
+        lambda: parity(tmp_path / "huge.onnx", tmp_path / "huge.onnx"),
+        lambda: bench([tmp_path / "huge.onnx"]),
+        lambda: placement(tmp_path / "huge.onnx"),
+    ):
+        with pytest.raises(ModelError, match=r"input 'x' of shape \[10000000, 10000000\] is too large"):
+            call()
+
+
+def test_what_does_not_run_is_said_once(small_path, tmp_path, capfd):
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    model = make_model([node], {"w": np.ones((2, 3, 3, 3), np.float32)}, {"x": ["n", 3, "h", "w_"]}, {"y": ["n", 2, "p", "q"]})
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="cannot run the model on these inputs"):
+        bench([tmp_path / "m.onnx"])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_fresh_process_imports_nothing_of_the_current_folder(small_path, tmp_path, monkeypatch):
+    (tmp_path / "statistics.py").write_text("raise SystemExit(3)\n")
+    path = small_path.resolve()
+    monkeypatch.chdir(tmp_path)
+    assert footprint(path).load_ms > 0
+
+
+def test_a_footprint_is_not_that_of_the_process_that_asks(small_path):
+    held = np.ones(2**26)  # 512 MiB here
+    found = footprint(small_path)
+    assert held[0]
+    assert found.host_peak_mib is None or 0 < found.host_peak_mib < 256
+
+
+def test_a_pipe_is_written_to_and_a_link_stays_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_text(tmp_path / "pipe", "all of it")
+        assert read.result(timeout=30) == "all of it"
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "after"
+
+
+def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):
+    found = footprint(small_path)
+    assert found.load_ms > 0
+    assert found.host_peak_mib is not None
+    assert found.gpu_mib is None
+    with pytest.raises(ModelError, match=r"has shape \['batch', 16, 8, 8\], and \[2, 16, 8, 9\] came"):
+        footprint(small_path, shapes={"x": (2, 16, 8, 9)})
+    with pytest.raises(ModelError, match=r"none\.onnx: ONNX Runtime cannot load it"):
+        footprint(tmp_path / "none.onnx")

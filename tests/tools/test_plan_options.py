@@ -1,0 +1,115 @@
+"""What `plan` and `compress` refuse: before anything is measured, in one line, and no option is ignored in silence."""
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from conftest import make_model
+from onnx import helper
+
+from tensorrail_exporter import LayerPlan, Plan
+from tensorrail_exporter.search.latency_table import LatencyTable
+
+
+@pytest.fixture
+def files(tmp_path, rng, monkeypatch):
+    """Return a folder with models, data and a plan in which nothing may be measured."""
+
+    def never(*_, **__):
+        pytest.fail("something was measured")
+
+    monkeypatch.setattr(LatencyTable, "measure", never)
+    monkeypatch.chdir(tmp_path)
+    weight = rng.standard_normal((64, 64)).astype(np.float32)
+    for name, value in (("dense", 0.0), ("nan", np.nan), ("inf", np.inf)):
+        weight[0, 0] = value
+        node = helper.make_node("Gemm", ["x", "c.weight"], ["y"], transB=1)
+        onnx.save(make_model([node], {"c.weight": weight}, {"x": ["n", 64]}, {"y": ["n", 64]}), f"{name}.onnx")
+    x = rng.standard_normal((30, 64)).astype(np.float32)
+    labels = {
+        "onehot": np.eye(64)[np.arange(30)],
+        "words": np.array(["a"] * 30),
+        "floats": np.zeros(30),
+        "negative": np.arange(-1, 29),
+        "from1": np.arange(35, 65),
+    }
+    for name, found in labels.items():
+        np.savez(f"{name}.npz", x=x, labels=found)
+    np.savez("x.npz", x=x)
+    Plan(layers=(LayerPlan(name="c", format="svd", modes=(64, 64), ranks=(8,)),)).save("p.json")
+    return tmp_path
+
+
+SIZE = ("--target", "params=1.5", "--allow-slower")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("plan", "nan.onnx", *SIZE), "layer c: its weight holds NaN or infinite values"),
+        (("plan", "inf.onnx", *SIZE), "layer c: its weight holds NaN or infinite values"),
+        (("plan", "dense.onnx", *SIZE, "--keep", "tpyo"), "layer tpyo: to be kept dense, and no layer .* has that name: c"),
+        (("compress", "dense.onnx", "-o", "o.onnx", *SIZE, "--keep", "d*"), r"layer d\*: to be kept dense"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "onehot.npz"), r"onehot.npz: labels are integers, one a sample"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "words.npz"), r"labels are integers, one a sample, and <U1 of shape"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz"), "labels are integers, one a sample, and float64"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "negative.npz"), "labels are numbers of classes from 0 on, and -1 is"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "from1.npz"), "64 classes: expected labels 0 to 63, and 35 to 64 came"),
+    ],
+)
+def test_what_no_measuring_can_help_is_refused_before_it(cli, files, arguments, reason):
+    check_refused(cli, files, arguments, reason)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("keep", "c"), ("format", "tt"), ("grid", "8"), ("allow-slower", None), ("seconds", "5"), ("cache", "folder")],
+)
+def test_options_that_a_plan_makes_idle_are_refused(cli, files, option, value):
+    given = [f"--{option}", *([value] if value else [])]
+    arguments = ("compress", "dense.onnx", "-o", "o.onnx", "--plan", "p.json", "--duration", "0.5", *given)
+    check_refused(cli, files, arguments, f"--{option} says how a plan is found, and one came")
+
+
+@pytest.mark.parametrize("option", ["fit", "samples"])
+@pytest.mark.parametrize("way", [("--plan", "p.json"), SIZE])
+def test_options_of_calibration_are_refused_without_any(cli, files, option, way):
+    arguments = ("compress", "dense.onnx", "-o", "o.onnx", *way, "--duration", "0.5", f"--{option}", "5")
+    check_refused(cli, files, arguments, f"--{option} is of calibration inputs, and none came")
+
+
+def test_no_fit_without_calibration_is_what_happens_anyway(cli, in_this_process, files):
+    code = cli("compress", "dense.onnx", "-o", "o.onnx", "--plan", "p.json", "--fit", "0", "--duration", "0.5")[0]
+    assert code in (0, 1)
+    assert (files / "o.onnx").exists()
+
+
+def check_refused(cli, folder, arguments, reason):
+    code, _, errors = cli(*arguments)
+    assert code == 2
+    assert len(errors.strip().splitlines()) == 1
+    assert re.search(reason, errors), errors
+    assert not (folder / "o.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["params", "flops"])
+def test_a_target_on_what_the_model_has_none_of_is_refused(cli, relu, name):
+    code, _, errors = cli("plan", relu, "--target", f"{name}=2", "--seconds", "1")
+    assert code == 2
+    assert errors == f"tensorrail: target {name}=2: the model has 0 {name}, and nothing to divide\n"
+
+
+def test_a_model_without_a_layer_has_a_plan_without_a_layer(cli, in_this_process, relu, tmp_path):
+    code, printed, _ = cli("plan", relu, "--max-loss", "1", "--seconds", "1", "-o", tmp_path / "p.json")
+    assert code == 0
+    assert "FLOPs ÷ 1.00, parameters ÷ 1.00" in " ".join(printed.split())
+    assert "nothing to rewrite" in printed
+    assert Plan.load(tmp_path / "p.json").layers == ()
+
+
+@pytest.fixture
+def relu(tmp_path):
+    path = tmp_path / "relu.onnx"
+    onnx.save(make_model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": ["n", 8]}, {"y": ["n", 8]}), path)
+    return path

@@ -1,0 +1,96 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from tensorrail_exporter import Plan, PlanError, decompose_graph, factorize
+from tensorrail_exporter.formats import FORMATS
+from tensorrail_trainer import plan_layers, to_onnx
+from tensorrail_trainer.layers.swap import swap
+from tensorrail_trainer.planning import ranks as planning
+from tensorrail_trainer.planning.ranks import plan_to_size
+
+
+@pytest.fixture
+def model():
+    """Two convolutions, the second one of low rank, and a small classifier."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32, 10))
+    with torch.no_grad():
+        made[1].weight.copy_((torch.randn(32, 2) @ torch.randn(2, 288)).reshape(32, 32, 3, 3))
+    return made
+
+
+def size(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(name, marks=[pytest.mark.slow] if name == "cp" else []) for name in FORMATS if name != "ttm"]
+)
+@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_the_network_is_as_small_as_asked_and_hardly_smaller(model, form, times):
+    whole = size(model)
+    plan = plan_to_size(model, "[01]", times, format=form)
+    small = size(swap(model, Plan(layers=plan)))
+    assert times <= whole / small < 1.35 * times
+
+
+def test_what_costs_least_is_cut_first(model):
+    (layer,) = plan_to_size(model, "[01]", 1.5, format="svd")
+    assert layer.name == "1"  # two of its singular values hold everything; the other one stays dense
+
+
+def test_ranks_of_fresh_weights_are_not_looked_for(model, monkeypatch):
+    def never(*_):
+        raise AssertionError("a fresh weight was decomposed")
+
+    monkeypatch.setattr(planning, "project", never)
+    plan = plan_to_size(model, "[01]", 3.0, trained=False)
+    assert plan
+    with pytest.raises(PlanError, match="cannot be 500 times fewer"):
+        plan_to_size(model, "[01]", 500.0, trained=False)
+
+
+def test_what_cannot_be_is_refused(model):
+    with pytest.raises(PlanError, match=r"cannot be 500 times fewer: with all layers of '\[01\]' at rank 1 they are .* fewer"):
+        plan_to_size(model, "[01]", 500.0)
+    with pytest.raises(PlanError, match="no layer is named 'x'"):
+        plan_to_size(model, "x", 2.0)
+
+
+def test_given_ranks_are_as_before(model):
+    assert plan_layers(model, "0", ranks=4)[0].ranks == (1, 4, 4, 1)
+
+
+def test_the_size_is_that_of_what_runs():
+    """Two modes a side: the joined sides of this Tucker decomposition store more than its cores, and than the dense weight."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False))
+    plan = Plan(layers=plan_to_size(net, "0", 2.0, format="tucker", modes=(8, 8, 8, 8)))
+    assert net[0].weight.numel() / stored(net, plan) >= 2.0
+
+
+def stored(net, plan):
+    model = to_onnx(net, torch.randn(2, 64))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    return sum(math.prod(t.dims) for t in factored.graph.initializer if t.data_type == TensorProto.FLOAT)
+
+
+def test_the_ladder_is_spread_over_ranks_that_are_smaller_than_dense():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False))
+    (layer,) = plan_to_size(net, "0", 2.0, format="tr")
+    assert 2.0 <= 4096 / layer.params((64, 64)) < 4.0
+
+
+def test_numbers_of_numpy_are_ranks_and_others_are_none(model):
+    assert plan_layers(model, "0", ranks=np.int64(4))[0].ranks == (1, 4, 4, 1)
+    for ranks in (1.5, "16", []):
+        with pytest.raises(PlanError, match="ranks are one number, an upper bound, or a list"):
+            plan_layers(model, "0", ranks=ranks)
+    with pytest.raises(PlanError, match=r"modes are whole numbers, one after another, and \[\[4, 4\], \[4, 4\]\] came"):
+        plan_layers(model, "0", format="ttm", ranks=4, modes=[[4, 4], [4, 4]])

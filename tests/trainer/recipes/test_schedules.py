@@ -1,0 +1,81 @@
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from tensorrail_exporter import Plan
+from tensorrail_trainer import plan_layers
+from tensorrail_trainer.layers.swap import swap
+from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Steps, Training, penalty_weight, rate
+from tensorrail_trainer.training.loop import make_optimizer
+
+
+def test_a_cosine_falls_to_zero_after_its_warmup():
+    schedule = Schedule(epochs=10, lr=0.4, warmup=2.0)
+    assert [rate(schedule, x) for x in (0, 1, 2)] == pytest.approx([0.0, 0.2, 0.4])
+    assert rate(schedule, 6) == pytest.approx(0.2)
+    assert rate(schedule, 10) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_steps_multiply_the_rate_after_so_many_epochs():
+    schedule = Schedule(epochs=200, lr=0.1, decay="steps", steps=Steps(every=55, factor=0.2))
+    assert [rate(schedule, x) for x in (0, 54.9, 55, 110, 199)] == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.0008])
+    assert rate(Schedule(epochs=3, lr=0.1, decay="constant"), 2.5) == 0.1
+
+
+def test_rho_is_constant_or_geometric():
+    assert penalty_weight(AdmmSchedule(epochs=5, lr=0.1, rho=0.5), 3) == 0.5
+    rising = AdmmSchedule(epochs=5, lr=0.1, rho=0.01, rho_end=1.0)
+    assert [penalty_weight(rising, k) for k in range(5)] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        (Schedule, {"decay": "steps"}, "come together"),
+        (Schedule, {"optimizer": "adamw", "nesterov": True}, "nesterov needs optimizer: sgd"),
+        (Schedule, {"warmup": 5.0}, "warmup is shorter"),
+        (AdmmSchedule, {"rho_end": 1.0, "balance": True}, "either rho_end or balance"),
+        (AdmmSchedule, {"every": 2, "every_steps": 10}, "not both"),
+        (AdmmSchedule, {"every": 99}, "99 epochs never pass"),
+        (Schedule, {"decay_on": ("everything",)}, "decay_on"),
+    ],
+)
+def test_schedules_that_contradict_themselves(kind, change, reason):
+    with pytest.raises(ValidationError, match=reason):
+        kind(**{"epochs": 5, "lr": 0.1} | change)
+
+
+def test_the_control_trains_as_long_as_admm_and_fine_tuning():
+    admm = AdmmSchedule(epochs=7, lr=0.3, weight_decay=5e-4, nesterov=True, rho=0.1)
+    training = Training(admm=admm, finetune=Schedule(epochs=3, lr=0.1))
+    control = training.control_schedule
+    assert (control.epochs, control.lr, control.weight_decay, control.nesterov) == (10, 0.3, 5e-4, True)
+    assert type(control) is Schedule
+    assert Training(finetune=Schedule(epochs=3, lr=0.1), control="none").control_schedule is None
+    assert Training(finetune=Schedule(epochs=3, lr=0.1)).control_schedule.epochs == 3
+    steady = Training(admm=admm.model_copy(update={"decay": "constant"}), finetune=Schedule(epochs=3, lr=0.1))
+    assert (steady.control_schedule.decay, steady.control_schedule.lr) == ("cosine", 0.3)  # the cores' rate falls as well
+
+
+@pytest.mark.parametrize("decay_on", [("weights", "cores"), ("weights",), ("cores", "norms", "biases")])
+def test_weight_decay_acts_on_what_it_names(decay_on):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 4))
+    model = swap(model, Plan(layers=plan_layers(model, "2", ranks=4)))
+    decayed, rest = make_optimizer(model, Schedule(epochs=1, lr=0.1, decay_on=decay_on)).param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (1e-4, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    kinds = {
+        "weights": {"0.weight", "4.weight"},
+        "cores": {"2.cores.0", "2.cores.1", "2.cores.2"},
+        "norms": {"1.weight", "1.bias"},
+        "biases": {"0.bias", "2.bias", "4.bias"},
+    }
+    assert {names[id(p)] for p in decayed["params"]} == set().union(*(kinds[kind] for kind in decay_on))
+    assert {id(p) for p in decayed["params"] + rest["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_adamw_can_be_asked_for():
+    optimizer = make_optimizer(nn.Linear(3, 3), Schedule(epochs=1, lr=0.1, optimizer="adamw", weight_decay=0.05))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]

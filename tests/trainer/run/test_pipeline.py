@@ -1,0 +1,587 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from tensorrail_exporter import Plan
+from tensorrail_exporter.search import planner
+from tensorrail_runtime.errors import CheckpointError, RecipeError, TrainingError, WeightsError
+from tensorrail_trainer.data import Dataset, InMemory
+from tensorrail_trainer.layers.swap import swap
+from tensorrail_trainer.networks.weights import save_weights
+from tensorrail_trainer.planning.ranks import plan_layers
+from tensorrail_trainer.recipes.recipe import Recipe
+from tensorrail_trainer.run import pipeline
+from tensorrail_trainer.run.pipeline import Progress, prepare, run, train_all
+from tensorrail_trainer.run.report import Report
+from tensorrail_trainer.training.checkpoints import Checkpoints
+from tensorrail_trainer.training.loop import place
+
+SMALL = {
+    "version": 1,
+    "name": "small",
+    "data": {"name": "digits", "args": {"test_fraction": 0.9, "size": 16}},
+    "model": {"name": "small_resnet", "args": {"widths": [8], "blocks": 1, "hidden": 16}},
+    "plan": [{"layers": "stages.*.conv?", "ranks": 4}, {"layers": "hidden", "modes": [4, 4, 8, 16], "ranks": 4}],
+    "train": {
+        "batch": 32,
+        "augment": {"shift": 1},
+        "dense": {"epochs": 2, "lr": 0.05},
+        "admm": {"epochs": 2, "lr": 0.05, "rho": 0.1},
+        "finetune": {"epochs": 2, "lr": 0.02},
+    },
+    "bench": {"batches": [1], "seconds": 0.2, "processes": 1},
+}
+SHORT = {phase: SMALL["train"][phase] | {"epochs": 1} for phase in ("dense", "admm", "finetune")}
+FILES = ["recipe.yaml", "plan.json", "cores.safetensors", "dense.onnx", "control.onnx", "model.onnx"]
+REPORTS = ["report.json", "report.md", "report.html"]
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changes))
+    return path
+
+
+def small(tmp_path, **changes):
+    return Recipe.load(write(tmp_path, **changes))
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run that ended, its report and what its benchmark told: for several tests, which copy the folder to change it."""
+    folder = tmp_path_factory.mktemp("ended")
+    shares = []
+    report = run(small(folder), folder / "run", progress=Progress(bench=lambda *share: shares.append(share)))
+    return SimpleNamespace(folder=folder / "run", report=report, shares=shares)
+
+
+class Interrupted(Exception):  # noqa: N818 - stands for a signal, not an error
+    pass
+
+
+def test_a_run_leaves_its_files_and_its_errors_apart(ended):
+    folder, report = ended.folder, ended.report
+    assert ended.shares == [(1, 1.0)]
+    assert all((folder / name).stat().st_size for name in FILES + REPORTS)
+    assert not list(folder.rglob("*.part"))
+    assert report.numerical.worst < 1e-5
+    assert report.approximation.worst > report.numerical.worst
+    assert {row.phase for row in report.training} == {"dense", "admm", "finetune", "control"}
+    control, finetune = (sum(row.phase == name for row in report.training) for name in ("control", "finetune"))
+    assert control == finetune + SMALL["train"]["admm"]["epochs"]
+    assert Report.model_validate_json((folder / "report.json").read_bytes()) == report
+    assert [run_.processes for run_ in report.latency] == [1]
+    page = (folder / "report.html").read_text()
+    assert "in 1 fresh process, 95 % intervals" in page
+    assert page.count("<svg") == 3
+    assert not any(load in page for load in ('src="', 'href="http', "url(http", "@import"))  # nothing is loaded from elsewhere
+
+
+@pytest.mark.parametrize("stop", [1, 3, pytest.param(5, marks=pytest.mark.slow), 7])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(ended, tmp_path, stop):
+    recipe = small(tmp_path)
+    whole, broken = ended.folder, tmp_path / "broken"
+    prepare(recipe, broken)
+    seen = []
+
+    def interrupt(row, *_):
+        seen.append(row)
+        if len(seen) == stop:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_all(recipe, broken, Progress(epoch=interrupt))
+    prepare(recipe, broken, resume=True)
+    train_all(recipe, broken, Progress())
+    assert (whole / "cores.safetensors").read_bytes() == (broken / "cores.safetensors").read_bytes()
+    last = [Checkpoints(folder / "checkpoints").latest("control") for folder in (whole, broken)]
+    for name, tensor in last[0]["model"].items():
+        assert torch.equal(tensor, last[1]["model"][name]), name
+
+
+def two_convolutions(**_):
+    conv, cut = torch.nn.Conv2d(1, 8, 3, stride=2), torch.nn.Conv2d(8, 8, 3)
+    return torch.nn.Sequential(conv, torch.nn.ReLU(), cut, torch.nn.Flatten(), torch.nn.Linear(200, 10))
+
+
+def test_a_run_that_ended_is_written_anew_in_its_fastest_form(in_this_process, tmp_path, monkeypatch):
+    changes = {
+        "model": {"name": f"{__name__}:two_convolutions"},
+        "plan": [{"layers": "2", "ranks": 4}, {"layers": "4", "ranks": 4}],
+        "train": SMALL["train"] | SHORT | {"control": "none"},
+    }
+    plain = run(small(tmp_path, **changes), tmp_path / "run")
+    names = [row.layer for row in plain.layers]
+    asked, notes = {}, []
+
+    def fastest_blocks(model, plan, **options):
+        asked.update(options)
+        return {name: 0 if name == names[0] else 8 for name in names}
+
+    monkeypatch.setattr(planner, "fastest_blocks", fastest_blocks)
+    export = {"block": "auto", "dense_if_slower": True, "batch": 4}
+    told = Progress(note=notes.append, epoch=lambda *_: pytest.fail("it trained again"))
+    found = run(small(tmp_path, **changes, export=export), tmp_path / "run", resume=True, progress=told)
+    assert (asked["batch"], asked["blocks"], asked["or_dense"]) == (4, planner.BLOCKS, True)
+    assert [row.layer for row in found.layers] == names[1:]
+    assert f"dense, for no form of their cores is faster here: {names[0]}" in notes
+    assert found.numerical.worst < 1e-5
+    assert found.model("factored").cost.params > plain.model("factored").cost.params  # as it runs
+    monkeypatch.setattr(planner, "fastest_blocks", lambda *_, **__: dict.fromkeys(names, 0))
+    found = run(small(tmp_path, **changes, export=export), tmp_path / "run", resume=True, progress=told)
+    assert [row.layer for row in found.layers] == names
+    assert "every planned layer is faster in dense form here, at batch 4" in notes[-2]
+
+
+def test_a_plan_comes_from_a_file(tmp_path):
+    own = small(tmp_path)
+    plan = own.make_plan(own.make_model())
+    plan.save(tmp_path / "plan.json")
+    read = small(tmp_path, plan=[{"file": str(tmp_path / "plan.json")}])
+    assert read.make_plan(read.make_model()) == plan
+    read.save(tmp_path / "saved.yaml")
+    assert Recipe.load(tmp_path / "saved.yaml") == read
+    Plan(layers=(plan.layers[0].model_copy(update={"name": "other"}),)).save(tmp_path / "plan.json")
+    with pytest.raises(RecipeError, match=r"plan.0: layer other: not in the model"):
+        small(tmp_path, plan=[{"file": str(tmp_path / "plan.json")}])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    notes = []
+    store = Checkpoints(tmp_path, notes.append)
+    for epoch in (1, 2, 3):
+        store.save("dense", epoch, {"value": torch.tensor(epoch)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-0002.pt", "dense-0003.pt"]
+    newest = tmp_path / "dense-0003.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert store.latest("dense")["epoch"] == 2
+    assert notes == ["refused the damaged checkpoint dense-0003.pt; going on from epoch 2"]
+    (tmp_path / "dense-0002.pt").write_bytes(b"")
+    assert store.latest("dense") is None
+    assert notes[1] == "refused the damaged checkpoint dense-0003.pt, dense-0002.pt; phase dense starts anew"
+    store.save("dense", 1, {"value": torch.tensor(1)})  # and what it writes then stays
+    assert [path.name for path in tmp_path.iterdir()] == ["dense-0001.pt"]
+    assert store.latest("dense")["epoch"] == 1
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    store.save("dense", 1, {"value": torch.tensor(1)})
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(
+        CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\): make it readable and go on"
+    ):
+        store.latest("dense")
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_resume(ended, tmp_path):
+    recipe = small(tmp_path)
+    shutil.copytree(ended.folder, tmp_path / "run")
+    whole, _ = train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained again")))
+    for path in (tmp_path / "run" / "checkpoints").glob("control-*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    notes = []
+    again, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
+    assert any("phase control starts anew" in note for note in notes)
+    for name, tensor in whole.dense.state_dict().items():
+        assert torch.equal(tensor, again.dense.state_dict()[name]), name
+    assert [row.loss for row in again.rows] == [row.loss for row in whole.rows]
+
+
+def test_batches_of_one_sample_train(tmp_path):
+    recipe = small(tmp_path, train=SMALL["train"] | {"batch": 1})
+    job = pipeline._try_out(recipe, recipe.make_data(), None, torch.device("cpu"))
+    assert job  # with the channels last
+    bad = small(
+        tmp_path, train=SMALL["train"] | {"batch": 1}, model=SMALL["model"] | {"args": SMALL["model"]["args"] | {"classes": 3}}
+    )
+    with pytest.raises(RecipeError, match=r"gives \[1, 3\] for 1 sample: expected scores of 10 classes, \[1, 10\]"):
+        pipeline._try_out(bad, bad.make_data(), None, torch.device("cpu"))
+
+
+def test_a_checkpoint_whose_numbers_changed_on_the_disk_is_refused(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save("dense", 1, {"value": torch.ones(4096)})
+    path = tmp_path / "dense-0001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # torch reads this without a word
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["value"], torch.ones(4096))
+    assert store.latest("dense") is None
+
+
+def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
+    recipe = small(tmp_path)
+    prepare(recipe, tmp_path / "run")
+    store = Checkpoints(tmp_path / "run" / "checkpoints")
+    for state in ({}, {"model": {}, "optimizer": {}, "rows": [], "done": False}):
+        store.save("dense", 1, state)
+        with pytest.raises(CheckpointError, match=r"phase dense, epoch 1, is of another network or program .*; remove it"):
+            train_all(recipe, tmp_path / "run", Progress())
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
+    prepare(small(tmp_path), tmp_path / "run")
+    with pytest.raises(RecipeError, match="already holds a run: --resume"):
+        prepare(small(tmp_path), tmp_path / "run")
+    with pytest.raises(RecipeError, match="another seed"):
+        prepare(small(tmp_path, seed=3), tmp_path / "run", resume=True)
+    prepare(small(tmp_path, targets={"speedup": 1.1}), tmp_path / "run", resume=True)
+    run_ = tmp_path / "run"
+    (run_ / "plan.json").write_text("old")
+    (run_ / "notes.txt").write_text("mine")
+    (run_ / "checkpoints" / ".dense-0003.pt.0123abcd.part").write_text("half")
+    Checkpoints(run_ / "checkpoints").save("dense", 1, {})
+    prepare(small(tmp_path, seed=3), run_, overwrite=True)
+    assert not (run_ / "plan.json").exists()
+    assert list((run_ / "checkpoints").iterdir()) == []
+    assert (run_ / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    own = write(tmp_path)  # tmp_path/recipe.yaml, as in a project of one's own
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(
+            RecipeError, match=r"recipe.yaml is there, and no run that it is of: give the run a folder of its own"
+        ):
+            prepare(Recipe.load(own), tmp_path, **how)
+    assert own.read_text() == yaml.safe_dump(SMALL)
+    for name in ("model.onnx", "checkpoints/dense-0002.pt"):
+        other = tmp_path / name.replace("/", "_") / name
+        other.parent.mkdir(parents=True)
+        other.write_text("mine")
+        with pytest.raises(RecipeError, match=r"is there, and no recipe that it was made by"):
+            prepare(Recipe.load(own), tmp_path / name.replace("/", "_"))
+        assert other.read_text() == "mine"
+
+
+def linear_attention(**_):
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(256, 10)
+
+        def forward(self, x):
+            return self.out(x.flatten(1)) if type(self.out) is torch.nn.Linear else self.out.out_dim
+
+    return Attention()
+
+
+def two_heads(**_):
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(256, 10)
+
+        def forward(self, x):
+            scores = self.out(x.flatten(1))
+            return (scores, scores) if self.training else scores
+
+    return Heads()
+
+
+def viewing(**_):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=1)
+            self.out = torch.nn.Linear(1024, 10)
+
+        def forward(self, x):
+            return self.out(self.conv(self.first(x)).view(x.size(0), -1))  # which torch refuses with the channels last
+
+    return Net()
+
+
+KNOWN = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 1, "classes": 10}}
+
+
+def viewing_in_training(**_):
+    net = viewing()
+    maps = torch.nn.Sequential(net.first, net.conv)
+    net.forward = lambda x: net.out(maps(x).view(len(x), -1) if net.training else maps(x).flatten(1))
+    return net
+
+
+def wrong_labels(kind="range"):
+    x, y = torch.zeros(40, 1, 16, 16), torch.arange(40) % 11
+    split = InMemory(x, y if kind == "range" else (y % 10).int())
+    return Dataset("made", 10, split, split)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"model": {"name": "small_resnet", "args": SMALL["model"]["args"] | {"classes": 5}}},
+            r"model: gives \[2, 5\] for 2 samples: .*classes: 10",
+        ),
+        (
+            {"model": {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 3}}},
+            r"model: the network cannot take samples of shape \[1, 16, 16\]: RuntimeError: .*channels",
+        ),
+        (
+            {"train": SMALL["train"] | {"augment": {"shift": 16, "border": "reflect"}}},
+            r"train.augment: cannot be done to these data: .*[Pp]adding",
+        ),
+        (
+            {"model": {"name": f"{__name__}:linear_attention"}, "plan": [{"layers": "out", "ranks": 4}]},
+            r"plan: made of cores, the network cannot take samples .*AttributeError: .*out_dim",
+        ),
+        (
+            {"model": {"name": f"{__name__}:two_heads"}, "plan": [{"layers": "out", "ranks": 4}]},
+            r"model: gives tuple for 2 samples in training: expected scores",
+        ),
+        (
+            {"data": {"name": f"{__name__}:wrong_labels"}, "model": KNOWN},
+            r"data: the training labels are 0 to 10: expected 0 to 9, for there are 10 classes",
+        ),
+        (
+            {"data": {"name": f"{__name__}:wrong_labels", "args": {"kind": "type"}}, "model": KNOWN},
+            r"data: the training labels are torch.int32: expected torch.int64",
+        ),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_trained(change, reason, tmp_path):
+    recipe = small(tmp_path, **change)
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=reason):
+        train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
+
+
+def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path):
+    wide = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"classes": 12}}
+    save_weights(small(tmp_path, model=wide).make_model(), tmp_path / "wide.safetensors")
+    teacher = wide | {"weights": str(tmp_path / "wide.safetensors")}
+    recipe = small(tmp_path, train=SMALL["train"] | {"distill": {"teacher": teacher}})
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"train.distill.teacher: gives 12 scores a sample, and the model 10"):
+        train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
+
+
+@pytest.mark.parametrize(("model", "layers"), [("viewing", "out"), ("viewing", "conv"), ("viewing_in_training", "out")])
+def test_a_network_that_views_its_images_trains_with_the_channels_first(model, layers, tmp_path):
+    changes = {"plan": [{"layers": layers, "ranks": 2}], "train": SMALL["train"] | SHORT}
+    recipe = small(tmp_path, model={"name": f"{__name__}:{model}"}, **changes)
+    notes = []
+    prepare(recipe, tmp_path / "run")
+    trained, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
+    assert {row.phase for row in trained.rows} == {"dense", "admm", "finetune", "control"}
+    assert sum("channels last" in note for note in notes) == 1
+
+
+def test_a_run_is_not_removed_that_the_next_one_starts_from(tmp_path):
+    folder = tmp_path / "run"
+    prepare(small(tmp_path), folder)
+    best = folder / "checkpoints" / "finetune-0003-best.pt"  # a user's own
+    best.touch()
+    prepare(small(tmp_path), folder, overwrite=True)
+    assert best.exists()
+    weights = folder / "dense.safetensors"
+    save_weights(small(tmp_path).make_model(), weights)
+    again = small(
+        tmp_path,
+        model=SMALL["model"] | {"weights": str(weights)},
+        train={key: value for key, value in SMALL["train"].items() if key != "dense"},
+    )
+    with pytest.raises(RecipeError, match=r"model.weights: .*dense.safetensors is of the run that --overwrite would remove"):
+        prepare(again, folder, overwrite=True)
+    assert weights.exists()
+    assert (folder / "recipe.yaml").exists()
+
+
+def test_functions_beside_a_recipe_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))\n"
+    )
+    path = write(tmp_path, model={"name": "beside_it:net"}, plan=[{"layers": "1", "ranks": 4}])
+    monkeypatch.chdir("/")
+    assert Recipe.load(path).make_model()[1].out_features == 10
+
+
+def test_a_recipe_survives_being_saved_whatever_its_texts_look_like(tmp_path):
+    recipe = small(tmp_path).model_copy(update={"name": "2e4"})
+    recipe.save(tmp_path / "saved.yaml")
+    assert Recipe.load(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_control_without_a_dense_network_is_refused(tmp_path):
+    scratch = {"finetune": {"epochs": 1, "lr": 0.1}, "control": {"epochs": 2, "lr": 0.1}}
+    with pytest.raises(RecipeError, match=r"train.control: there is no dense network to train on"):
+        small(tmp_path, train=scratch)
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    store = Checkpoints(tmp_path)
+    for epoch in (9998, 9999, 10000, 10001):
+        store.save("dense", epoch, {"x": epoch})
+    assert store.latest("dense")["epoch"] == 10001
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-10000.pt", "dense-10001.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
+    recipe = small(tmp_path, train=SMALL["train"] | {"dense": {"epochs": 2, "lr": 1e30}})
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"phase dense, epoch 1, step \d+: the loss is .*learning rate .*lower"):
+        train_all(recipe, tmp_path / "run", Progress())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"extra": 1}, "extra: unknown key"),
+        ({"seed": 2**63}, "seed: input should be less than"),
+        (
+            {"train": SMALL["train"] | {"dense": {"epochs": 1, "lr": 0.1, "momentum": 1.0}}},
+            "momentum: input should be less than 1",
+        ),
+        (
+            {"train": {"finetune": {"epochs": 1, "lr": 0.1}, "distill": {"weight": 0.9}}},
+            "train.distill: there is nobody to learn from",
+        ),
+        ({"model": {"name": "small_resnet", "args": {"widths": [], "blocks": 1, "hidden": 16}}}, "small_resnet cannot be made"),
+        ({"model": {"name": "vit_tiny", "args": {"patch": 0}}}, "vit_tiny cannot be made with"),
+        ({"plan": []}, "plan"),
+        ({"train": SMALL["train"] | {"admm": SMALL["train"]["admm"] | {"rho": float("inf")}}}, "rho: input should be a finite"),
+        ({"seed": "one"}, "seed: input should be a valid integer, and 'one' came"),
+        ({"version": 2}, "version: input should be 1, and 2 came"),
+        (
+            {"data": {"name": "mnist"}},
+            "data.name: unknown data set 'mnist'; expected one of cifar10, .*digits, .* or module:function",
+        ),
+        ({"data": {"name": "digits", "args": {"scale": 2}}}, "data.args.scale: unknown argument"),
+        ({"model": {"name": "vgg"}}, "model.name: unknown model 'vgg'; expected one of .*lstm, .*resnet18, .*module:function"),
+        ({"plan": [{"layers": "hidden"}]}, "plan.0.*expected either ranks or params"),
+        ({"plan": [{"published": "resnet18", "layers": "x"}]}, "plan.0.published.layers: unknown key"),
+        ({"plan": [{"published": "resnet18"}]}, "plan.0: layer .*: not in the model"),
+        ({"plan": [{"file": "none.json", "ranks": 3}]}, "plan.0.file.ranks: unknown key"),
+        ({"plan": [{"file": "none.json"}]}, "plan.0: none.json: cannot be read"),
+        ({"plan": [{"layers": "hidden", "params": 500.0}]}, "plan.0: parameters cannot be 500 times fewer"),
+        ({"model": {"name": "small_resnet"}}, "model.args: small_resnet cannot be made"),
+        ({"plan": [{"layers": "nothing*", "ranks": 4}]}, "plan.0: no layer is named 'nothing"),
+        ({"plan": [{"layers": "hidden", "ranks": [1, 99, 1]}]}, "plan.0: .*ranks .* cannot be: .* at most"),
+        ({"plan": [{"layers": "hidden", "ranks": [1, 2, 3, 1]}]}, "expected 3 ranks"),
+        ({"plan": [{"layers": "hidden", "ranks": 0}]}, "plan.0: .*1 or larger"),
+        ({"plan": [{"layers": "hidden", "ranks": 2, "format": "xx"}]}, "plan.0: unknown format 'xx': expected one of"),
+        ({"train": SMALL["train"] | {"dense": {"epochs": 0, "lr": 1.0}}}, "train.dense.epochs: .*greater than or equal to 1"),
+        ({"plan": [{"layers": "hidden", "ranks": 2, "merge": "all"}]}, "unknown merge 'all'"),
+        ({"train": SMALL["train"] | {"cuda_graph": True, "mixup": 0.2}}, "train: .*mixup does not do the same"),
+        ({"train": SMALL["train"] | {"cuda_graph": True, "precision": "fp16"}}, "train: .*precision: fp16 does not"),
+        ({"train": SMALL["train"] | {"distill": {"teacher": {"name": "vgg"}}}}, "train.distill.teacher.weights: expected the"),
+        (
+            {"train": SMALL["train"] | {"distill": {"teacher": {"name": "vgg", "weights": "a"}}}},
+            "train.distill.teacher.name: unknown model 'vgg'",
+        ),
+    ],
+)
+def test_a_bad_recipe_is_one_line_with_its_key(tmp_path, change, reason):
+    with pytest.raises(RecipeError, match=reason) as caught:
+        Recipe.load(write(tmp_path, **change))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_a_network_that_was_trained_before_teaches(tmp_path, monkeypatch):
+    teachers = {}
+    real = pipeline.train
+    monkeypatch.setattr(
+        pipeline, "train", lambda phase, *rest: teachers.update({phase.name: phase.teacher}) or real(phase, *rest)
+    )
+
+    def trained(name, **changes):
+        recipe = small(tmp_path, **changes)
+        prepare(recipe, tmp_path / name)
+        return train_all(recipe, tmp_path / name, Progress())[0]
+
+    wider = {"name": "small_resnet", "args": {"widths": [24], "blocks": 1, "hidden": 16}}
+    brief = SMALL["train"] | SHORT | {"control": {"epochs": 1, "lr": 0.02}}
+    trained("wider", model=wider, plan=[{"layers": "hidden", "ranks": 2}], train=brief)
+    weights = tmp_path / "wider" / "dense.safetensors"
+    distill = {"weight": 1.0, "teacher": wider | {"weights": str(weights)}}
+    assert teachers == dict.fromkeys(("dense", "admm", "finetune", "control"))
+    long = brief | {phase: SMALL["train"][phase] for phase in ("dense", "admm")}
+    taught = trained("taught", train=long | {"distill": distill})
+    assert teachers.pop("dense") is None
+    assert [(name, next(one.parameters()).shape[0]) for name, one in teachers.items()] == [
+        ("admm", 24),
+        ("finetune", 24),
+        ("control", 24),
+    ]
+    alone = trained("alone", train=long | {"distill": {"weight": 1.0}})
+    dense, admm = (
+        [row.loss for one in (taught, alone) for row in one.rows if row.phase == phase] for phase in ("dense", "admm")
+    )
+    assert dense[:2] == dense[2:]  # it teaches what comes after
+    assert admm[:2] != admm[2:]
+    weights.unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        small(tmp_path, train=SMALL["train"] | {"distill": distill}).make_teacher()
+
+
+def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        Recipe.load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="the file"):
+        Recipe.load(tmp_path / "list.yaml")
+
+
+def test_a_saved_recipe_reads_back_the_same(tmp_path):
+    recipe = small(tmp_path)
+    recipe.save(tmp_path / "again.yaml")
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
+def test_a_report_is_plain_json(ended):
+    raw = json.loads((ended.folder / "report.json").read_text())
+    assert raw["version"] == 1
+    assert len(raw["latency"][0]["latencies"][0]["samples"]) == raw["latency"][0]["rounds"]
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "seed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match=r"not valid YAML: .*found the key 'seed' twice"):
+        Recipe.load(path)
+
+
+def test_convolutions_of_two_and_three_axes_and_cores_of_five_train_together(tmp_path):
+    net = torch.nn.ModuleDict({"flat": torch.nn.Conv2d(4, 8, 3), "deep": torch.nn.Conv3d(4, 8, 3)})
+    place(net, torch.device("cpu"), channels_last=True)
+    assert net["flat"].weight.is_contiguous(memory_format=torch.channels_last)
+    assert net["deep"].weight.is_contiguous()
+    dense = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3))
+    cores = plan_layers(dense, "0", format="tucker", modes=[4, 2, 9, 4, 2], ranks=2)
+    cut = swap(dense, Plan(layers=cores))
+    place(cut, torch.device("cpu"), channels_last=True)
+    assert cut(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)).shape == (2, 8, 4, 4)
+
+
+def test_a_number_without_a_point_is_a_number(tmp_path):
+    path = write(tmp_path)
+    text = path.read_text()
+    path.write_text(text.replace("lr: 0.05", "lr: 5e-2").replace("rho: 0.1", "rho: 1E-1"))
+    assert path.read_text() != text
+    assert Recipe.load(path) == small(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["version: 1\nname: 2020-13-45", "[" * 1200, "a: [", "{"])
+def test_what_is_no_yaml_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"r.yaml: not valid YAML: .") as found:
+        Recipe.load(tmp_path / "r.yaml")
+    assert "\n" not in str(found.value)

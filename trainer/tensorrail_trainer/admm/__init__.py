@@ -1,0 +1,1 @@
+"""ADMM toward low tensor rank."""

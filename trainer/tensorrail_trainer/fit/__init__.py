@@ -1,0 +1,1 @@
+"""Cores fitted to activations: ONNX graphs run in torch."""

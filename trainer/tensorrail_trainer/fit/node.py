@@ -1,0 +1,135 @@
+"""One node of an ONNX graph as torch runs it, and the tensors that a graph stores.
+
+float16 and bfloat16 are computed in float32: their initializers, constants and casts become float32 here, and go back to
+their own type only where trained values are written to a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import AttributeProto, TensorProto, numpy_helper
+from torch import Tensor
+
+from tensorrail_runtime.errors import GraphError
+
+Inputs = Sequence[Any]
+"""The tensors that a node reads, None where an optional one is left out."""
+
+DTYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float32,
+    TensorProto.BFLOAT16: torch.float32,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.BOOL: torch.bool,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.INT8: torch.int8,
+    TensorProto.INT16: torch.int16,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+}
+"""ONNX's types of elements, and the type that torch computes them in."""
+
+_SMALL = 256  # elements: what a constant shape, list of axes or scalar may have to be read once, at construction
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node: its operator, attributes with strings decoded and tensors read, opset, and the names around it."""
+
+    op: str
+    name: str
+    attributes: Mapping[str, Any]
+    opset: int
+    inputs: tuple[str, ...]  # "" where an optional input is left out
+    outputs: tuple[str, ...]
+    constants: Mapping[int, Any] = field(default_factory=dict)  # values of small constant inputs, by their place
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an attribute, or the default where it is not written."""
+        return self.attributes.get(name, default)
+
+    def integers(self, inputs: Inputs, index: int, attribute: str = "") -> list[int] | None:
+        """Return a list that is an attribute in old opsets and an input in new ones; None when it is left out."""
+        if attribute in self.attributes:
+            return list(self.attributes[attribute])
+        if index in self.constants:
+            values = self.constants[index]
+            return list(values) if isinstance(values, list) else [values]
+        if index >= len(inputs) or inputs[index] is None:
+            return None
+        return [int(value) for value in inputs[index].reshape(-1).tolist()]
+
+    def scalar(self, inputs: Inputs, index: int, attribute: str = "") -> Any:
+        """Return a scalar that is an attribute or an input: a number where it is constant, else a tensor or None."""
+        if attribute in self.attributes:
+            return self.attributes[attribute]
+        constant = self.constants.get(index)
+        if constant is not None and not isinstance(constant, list):
+            return constant
+        return inputs[index] if index < len(inputs) else None
+
+    def __str__(self) -> str:
+        name = self.name or next((output for output in self.outputs if output), "")
+        return f"node {name!r} ({self.op})"
+
+
+def read_node(proto: onnx.NodeProto, opset: int, constants: Mapping[str, Tensor], used: Container[str]) -> Node:
+    """Return a node as the operators take it, outputs that are not `used` left out.
+
+    `constants` are the tensors that no input or training changes. Raises `GraphError` for an attribute that holds a graph,
+    or that stands for one of a function.
+    """
+    outputs = tuple(name if name in used or not index else "" for index, name in enumerate(proto.output))
+    node = Node(proto.op_type, proto.name, {}, opset, tuple(proto.input), outputs)
+    attributes = {attribute.name: _attribute(attribute, node) for attribute in proto.attribute}
+    known = {
+        index: constants[name].tolist()
+        for index, name in enumerate(proto.input)
+        if name in constants and constants[name].numel() <= _SMALL and constants[name].dim() <= 1
+    }
+    return Node(node.op, node.name, attributes, opset, node.inputs, node.outputs, known)
+
+
+def read_tensor(proto: TensorProto) -> Tensor:
+    """Return a stored tensor in the type that it is computed in; `GraphError` for other types and for external data."""
+    if proto.data_location == TensorProto.EXTERNAL:
+        raise GraphError(f"tensor {proto.name!r}: its data is in a file beside the model, not loaded; use load_model")
+    if proto.data_type not in DTYPES:
+        raise GraphError(f"tensor {proto.name!r}: type {_type_name(proto.data_type)} is not one that torch can fit through")
+    try:
+        values = numpy_helper.to_array(proto)
+    except ValueError as error:
+        raise GraphError(f"tensor {proto.name!r}: {error}") from None
+    dtype = DTYPES[proto.data_type]
+    if dtype is torch.float32:
+        values = values.astype(np.float32)  # NumPy has no bfloat16 that torch would take
+    return torch.from_numpy(np.array(values))
+
+
+def _attribute(attribute: AttributeProto, node: Node) -> Any:
+    if attribute.ref_attr_name or attribute.type == AttributeProto.UNDEFINED:
+        raise GraphError(f"{node}: attribute {attribute.name!r} has no value of its own")
+    value = onnx.helper.get_attribute_value(attribute)
+    match value:
+        case bytes():
+            return value.decode(errors="replace")
+        case TensorProto():
+            return read_tensor(value)
+        case int() | float():
+            return value
+        case _ if attribute.type in (AttributeProto.INTS, AttributeProto.FLOATS):
+            return list(value)
+        case _ if attribute.type == AttributeProto.STRINGS:
+            return [text.decode(errors="replace") for text in value]
+        case _:
+            raise GraphError(f"{node}: attribute {attribute.name!r} is a {type(value).__name__}, which no fit runs")
+
+
+def _type_name(data_type: int) -> str:
+    return str(TensorProto.DataType.Name(data_type)) if data_type in TensorProto.DataType.values() else str(data_type)

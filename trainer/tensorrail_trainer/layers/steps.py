@@ -1,0 +1,44 @@
+"""A layer's cores, and running their contraction in torch: the very steps that the exporter writes to ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step, resolve
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Cores(nn.ParameterList):
+    """The cores of one layer. A core of four or five axes is no image: `Module.to(memory_format=…)` leaves its layout alone."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda core: fn(core) if core.dim() < 4 else fn(core.flatten(1)).reshape(core.shape), recurse)
+
+
+def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """Run a contraction on a convolution's input (B, I, *S) or on rows (N, I)."""
+    for step in steps:
+        x = _run(step, x)
+    return x
+
+
+def _run(step: Step, x: Tensor) -> Tensor:
+    match step:
+        case Conv():
+            nd = x.dim() - 2
+            begins, ends = step.pads[:nd], step.pads[nd:]
+            if begins != ends:
+                x = F.pad(x, [amount for axis in reversed(range(nd)) for amount in (begins[axis], ends[axis])])
+                begins = (0,) * nd
+            return _CONVOLUTIONS[nd](x, step.weight, None, step.stride, begins, step.dilation, step.groups)
+        case MatMul(weight=weight, side="right"):
+            return cast(Tensor, x @ weight)
+        case MatMul(weight=weight):
+            return cast(Tensor, weight @ x)
+        case Reshape(shape=shape):
+            return x.reshape(resolve(shape, tuple(x.shape)))

@@ -1,0 +1,151 @@
+"""Weights in files: published ones under the names they are published with, and a network's own.
+
+A file is safetensors, or what `torch.save` wrote, read without running code. Checkpoints are unwrapped and the prefixes of
+wrapped networks taken off. The CIFAR ResNets of two much used collections differ from ours by names alone: `linear` and
+`shortcut` (github.com/akamaster/pytorch_resnet_cifar10, shortcut A) stand for `fc` and `downsample`, which is what
+github.com/chenyaofo/pytorch-cifar-models (shortcut B) has. torchvision's names are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from tensorrail_runtime.errors import WeightsError
+from tensorrail_runtime.records import write_bytes
+from tensorrail_trainer.networks.resnets import CifarResNet
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+_COUNTER = "num_batches_tracked"  # of batch-norm: not there before torch 0.4.1, and read by training alone
+_WRAPPED = 4  # state dicts in one another, at most: a file may hold itself
+_SHOWN = 3  # names in an error
+
+
+def load_weights(model: nn.Module, path: Path | str, *, fresh: Sequence[str] = ()) -> None:
+    """Put the weights of a file into a model, on the model's own device and in its own precision.
+
+    Every parameter and buffer must be there, finite and of the model's shape, and nothing else; those whose names match a
+    pattern of `fresh` (`*` and `?` as in a shell) keep their values instead, such as the classifier for other classes.
+    The model is unchanged when `WeightsError` is raised.
+    """
+    path = Path(path)
+    state = _bare(path, _read(path), model.state_dict().keys())
+    if isinstance(model, CifarResNet):
+        state = {_cifar_name(name): tensor for name, tensor in state.items()}
+    own = model.state_dict()
+    for pattern in fresh:
+        if not any(fnmatchcase(name, pattern) for name in own):
+            raise WeightsError(f"{path}: no weight of the model is named {pattern!r}; it has {_some(list(own))}")
+    kept = {name for name in {*own, *state} if any(fnmatchcase(name, pattern) for pattern in fresh)}
+    state = {name: tensor for name, tensor in state.items() if name not in kept}
+    state |= {name: own[name] for name in own if name in kept or (name.endswith(_COUNTER) and name not in state)}
+    _check(path, state, own, isinstance(model, CifarResNet))
+    model.load_state_dict(state)
+
+
+def save_weights(model: nn.Module, path: Path | str) -> None:
+    """Write a model's parameters and buffers as safetensors, whole or not at all; `WeightsError` when it cannot be written."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    try:
+        write_bytes(path, save(state, metadata={"format": "pt"}))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror}): expected a folder that is there") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":  # the length of a header in JSON, and the header
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}): expected a file of weights") from None
+    except Exception:  # noqa: BLE001 - a broken or hostile file raises whatever its bytes say, over many lines
+        raise WeightsError(
+            f"{path}: is no file of weights that can be read without running code: expected safetensors or torch.save of a "
+            "state dict; in the program that made it, save model.state_dict()"
+        ) from None
+
+
+def _bare(path: Path, found: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the state dict itself, out of a checkpoint and without the prefixes of wrapped networks."""
+    for _ in range(_WRAPPED):
+        if not isinstance(found, Mapping):
+            break
+        inside = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        if inside is None:
+            break
+        found = inside
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{path}: holds a {type(found).__name__}: expected a state dict, which maps names to tensors")
+    state = dict(found)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise WeightsError(f"{path}: entry {name!r:.60} is a {type(tensor).__name__}: expected a state dict of tensors")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise WeightsError(f"{path}: {name} is not a plain dense tensor: expected the weights in float32 or float16")
+    while state:
+        prefix = next((one for one in _PREFIXES if all(name.startswith(one) for name in state)), None)
+        if prefix is None or all(name.startswith(prefix) for name in names):
+            break
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _cifar_name(name: str) -> str:
+    if name.startswith("linear."):
+        return name.replace("linear.", "fc.", 1)
+    return name.replace(".shortcut.", ".downsample.")
+
+
+def _check(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], shortcuts: bool) -> None:
+    missing, unexpected = [name for name in own if name not in state], sorted(name for name in state if name not in own)
+    if missing or unexpected:
+        parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has also", unexpected)) if names]
+        raise WeightsError(
+            f"{path}: {' and '.join(parts)}: expected the model's {len(own)} entries{_advice(missing, unexpected, shortcuts)}"
+        )
+    classifier = list(own)[-2:]
+    for name, tensor in ((name, state[name]) for name in own):  # in the network's order, which a file need not keep
+        if tensor.shape != own[name].shape or tensor.is_floating_point() != own[name].is_floating_point():
+            came, expected = (f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in (tensor, own[name]))
+            raise WeightsError(
+                f"{path}: {name} is {came}: expected {expected}{_fitting(tensor, own[name], name in classifier)}"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path}: {name} holds values that are not finite: the file is of a training that failed")
+
+
+def _advice(missing: Sequence[str], unexpected: Sequence[str], shortcuts: bool) -> str:
+    """Return which argument of the model makes the difference, where one does."""
+    if shortcuts and all(".downsample." in name for name in (*missing, *unexpected)):
+        return f"; try shortcut: {'B' if unexpected else 'A'}"
+    if missing and unexpected:
+        return "; it is of another network"
+    return "; it is of another network, or one of another depth"
+
+
+def _fitting(came: Tensor, own: Tensor, last: bool) -> str:
+    """Return which argument of the model would give the weight the shape that came."""
+    if came.dim() != own.dim():
+        return "; it is of another network"
+    if last and came.shape[1:] == own.shape[1:]:
+        return f"; try classes: {came.shape[0]}"
+    if own.dim() == 4 and came.shape[0] == own.shape[0] and came.shape[2:] == own.shape[2:]:
+        return f"; try channels: {came.shape[1]}"
+    if own.dim() == 4 and came.shape[:2] == own.shape[:2]:
+        return "; try another stem"
+    return "; try another width"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

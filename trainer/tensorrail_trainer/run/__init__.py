@@ -1,0 +1,1 @@
+"""From a recipe to a report: phases, export, measurements, report page."""

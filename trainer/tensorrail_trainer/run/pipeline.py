@@ -1,0 +1,493 @@
+"""The whole job: dense baseline → ADMM → cores → fine-tune → dense control → ONNX → check → bench → report.
+
+A run folder holds `recipe.yaml`, `checkpoints/`, `plan.json`, `cores.safetensors`, the graphs and the report:
+`dense.onnx` is the fine-tuned network in dense form (every planned weight is its cores' reconstruction), so that it, the
+plan and the cores are what `model.onnx` is made of; `control.onnx` is the dense network that was trained for as many
+epochs without any constraint: what one would ship otherwise, and what the factored network is compared with. Where a recipe
+has no control, `baseline.onnx` is the dense network before ADMM, if there was one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.plans.cores import save_cores
+from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
+from tensorrail_exporter.search.fastest_form import factorize_fastest
+from tensorrail_runtime.errors import PlanError, RecipeError
+from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.measure.accuracy import accuracy_of
+from tensorrail_runtime.measure.latency import LatencyReport, bench_fresh
+from tensorrail_runtime.measure.parity import Parity, parity
+from tensorrail_runtime.measure.placement import placement, time_shares
+from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.session import Session
+from tensorrail_trainer.admm.admm import ADMM
+from tensorrail_trainer.data import Dataset
+from tensorrail_trainer.data.splits import arrays
+from tensorrail_trainer.layers.dense import planned_layers
+from tensorrail_trainer.layers.metric import Root
+from tensorrail_trainer.layers.swap import cores_of, swap, to_dense
+from tensorrail_trainer.networks.weights import save_weights
+from tensorrail_trainer.processes import world
+from tensorrail_trainer.recipes.recipe import Export, Recipe
+from tensorrail_trainer.run.export import to_onnx
+from tensorrail_trainer.run.render import html, markdown
+from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
+from tensorrail_trainer.training.checkpoints import Checkpoints, place_of
+from tensorrail_trainer.training.denormals import flushed
+from tensorrail_trainer.training.epochs import Epoch
+from tensorrail_trainer.training.loop import Phase, evaluate, laid_out, place, train
+
+_WRITTEN = (
+    *("plan.json", "cores.safetensors", "dense.safetensors", "training.json", "report.json", "report.md", "report.html"),
+    *(f"{graph}.onnx{data}" for graph in ("dense", "model", "control", "baseline") for data in ("", ".data")),
+)
+_PHASES = ("dense", "admm", "finetune", "control")
+_TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Who is told what happens: `note` one line, `epoch` a finished epoch, `bench` the share of a benchmark done."""
+
+    note: Callable[[str], None] = lambda _: None
+    epoch: Callable[[Epoch, int, int], None] = lambda *_: None
+    """Called with the epoch's row, its phase's number of epochs and the number of epochs still to come in all phases."""
+    bench: Callable[[int, float], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The networks that training leaves: before the cut, fine-tuned, and the dense one to compare with.
+
+    `uncut` is ADMM's network, or the dense one that was cut as it was. `roots` is the metric that it was cut in; empty for the
+    plain one. `cut_accuracy` is the test accuracy in percent right after the cut. `reference` says what `dense` is.
+    """
+
+    plan: Plan
+    uncut: nn.Module
+    factored: nn.Module
+    dense: nn.Module | None
+    reference: str
+    rows: tuple[Epoch, ...]
+    cut_accuracy: float
+    roots: Mapping[str, Root] = field(default_factory=dict)
+
+
+def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make the run folder, or check that the one that is there may be gone on with.
+
+    `overwrite` removes what a run writes and nothing else. Raises `RecipeError` when a run is there and neither `resume` nor
+    `overwrite` is asked for, when it was trained by another recipe, or when there are files of those names and no run.
+    """
+    kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
+    if kept.exists() and not checkpoints.is_dir():
+        raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
+    written = (
+        *(file for file in checkpoints.glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES),
+        *(folder / name for name in _WRITTEN),
+    )
+    if overwrite and checkpoints.is_dir():
+        _require_apart(recipe, written)
+        for file in (*written, kept):
+            file.unlink(missing_ok=True)
+    if not kept.exists():
+        there = next((file for file in written if file.exists()), None)
+        if there is not None:
+            raise RecipeError(f"{there} is there, and no recipe that it was made by: give the run an empty folder")
+    else:
+        if not resume:
+            raise RecipeError(f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew")
+        before = Recipe.load(kept)
+        changed = [key for key in _TRAINED_BY if _deciding(before, key) != _deciding(recipe, key)]
+        if changed:
+            raise RecipeError(
+                f"{folder} was trained by a recipe with another {', '.join(changed)}: give the run another name, "
+                "or start it anew with --overwrite"
+            )
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
+        for left in folder.glob(pattern):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+    recipe.save(kept)
+
+
+def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
+    """Raise `RecipeError` where a file that is about to be removed is one that the recipe starts from."""
+    going = {file.resolve() for file in written}
+    for key, name in recipe.files():
+        if Path(name).resolve() in going:
+            raise RecipeError(f"{key}: {name} is of the run that --overwrite would remove; give the new run another folder")
+
+
+def _deciding(recipe: Recipe, key: str) -> Any:
+    """Return the part of a recipe's key that decides what is trained; how its kernels are launched does not."""
+    return recipe.train.model_copy(update={"cuda_graph": False}) if key == "train" else getattr(recipe, key)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Return the device, processes and precision to train with: as `accelerate launch` set them, or this process alone.
+
+    Raises `RecipeError` for a precision that the device cannot do.
+    """
+    precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another one
+    try:
+        return Accelerator(mixed_precision=precision)
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(f"train.precision: {precision} cannot be used here: {error}") from None
+
+
+@flushed()
+def train_all(
+    recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator | None = None
+) -> tuple[Trained, Dataset]:
+    """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
+
+    With several processes all of them call this, and the first one writes. On a CPU, denormal numbers count as 0.
+    """
+    job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
+    settings, device = recipe.train, job.accelerator.device
+    dense, teacher = recipe.make_model(), recipe.make_teacher()
+    job.channels_last = _try_out(recipe, job.data, teacher, device)
+    if not job.channels_last:
+        progress.note(
+            "a network of this run does not take images with the channels last in memory, which on a CPU train many times "
+            "faster: flatten or reshape them there instead of view"
+        )
+    if settings.dense is not None:
+        dense = job.fit(Phase("dense", dense, settings.dense))
+        job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
+    kept = folder / "plan.json"
+    plan = Plan.load(kept) if kept.exists() else recipe.make_plan(dense)
+    job.accelerator.wait_for_everyone()
+    job.write(lambda: plan.save(kept))
+    start = job.copy_of(dense)
+    if teacher is None and settings.distill is not None:
+        teacher = job.copy_of(dense)
+    roots: Mapping[str, Root] = {}
+    if settings.admm is None:
+        uncut, cut = start, swap(job.copy_of(start), plan)
+    else:
+        admm = ADMM(start, plan, settings.admm.rho, settings.admm.metric)
+        uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
+        cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
+    cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
+    progress.note(f"cut into cores: test accuracy {cut_accuracy:.2f} %")
+    finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
+    job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
+    found: nn.Module | None = dense if settings.dense or recipe.model.weights else None
+    reference = "dense network"
+    if job.control is not None:
+        found = job.fit(Phase("control", job.copy_of(dense), job.control, teacher=teacher))
+        reference = "dense control"
+    return Trained(plan, uncut, finetuned, found, reference, tuple(job.rows), cut_accuracy, roots), job.data
+
+
+def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
+    """Put two samples, or one where a step has one, through every network; `RecipeError` for what would not work in training.
+
+    Returns whether all of them take images with the channels last in memory.
+    """
+    for name, split in (("training", data.train), ("test", data.test)):
+        _check_labels(name, getattr(split, "y", None), data.classes)
+    try:
+        count = min(2, max(1, recipe.train.batch // world()))
+        x, _ = next(data.train.batches([torch.arange(count) % len(data.train)], augment=recipe.train.augment.made()))
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"train.augment: cannot be done to these data: {error}") from None
+    dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
+    plan = recipe.make_plan(cut, trained=False)
+    shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
+    cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
+    networks = [("model", "the network", dense), ("plan", "made of cores, the network", swap(cut, plan, cores))]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw from it
+        channels_last = all(_takes_channels_last(one, x, device) for _, _, one in networks)
+        if teacher is not None:
+            channels_last = channels_last and _takes_channels_last(teacher, x, device, trains=False)
+        x = laid_out(x, channels_last)
+        for key, what, network in networks:
+            place(network, device, channels_last)
+            for train in (False, True):
+                width = _answers(key, what, network, x, data.classes, train)
+        if teacher is not None:
+            place(teacher, device, channels_last)
+            taught = _answers("train.distill.teacher", "the network", teacher, x, data.classes, train=False)
+            if taught != width:
+                raise RecipeError(
+                    f"train.distill.teacher: gives {taught} scores a sample, and the model {width}: expected as many"
+                )
+    return channels_last
+
+
+def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device, trains: bool = True) -> bool:
+    """Return whether a network answers images laid out so, in training too; one that answers neither way is told of later."""
+
+    def answers(channels_last: bool) -> bool:
+        place(network, device, channels_last)
+        try:
+            for train in (False, True)[: 1 + trains]:
+                _run(network, laid_out(x, channels_last), train)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it does not like
+            return False
+        return True
+
+    return answers(channels_last=True) or not answers(channels_last=False)
+
+
+def _run(network: nn.Module, x: torch.Tensor, train: bool) -> Any:
+    """Return what a network gives; in training with the work of a step, for layers of cores run otherwise there."""
+    with torch.set_grad_enabled(train):
+        scores = network.train(train)(x)
+        if train and isinstance(scores, torch.Tensor) and scores.requires_grad:
+            scores.float().sum().backward()
+    return scores
+
+
+def _check_labels(name: str, y: object, classes: int) -> None:
+    """Raise `RecipeError` for labels, where they are at hand, that a loss would not take."""
+    if not isinstance(y, torch.Tensor):
+        return
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise RecipeError(f"data: the {name} labels are {y.dtype}: expected torch.int64")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise RecipeError(
+            f"data: the {name} labels are {low} to {high}: expected 0 to {classes - 1}, for there are {classes} classes"
+        )
+
+
+def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: int, train: bool) -> int:
+    """Return how many scores a network gives a sample; `RecipeError` when it gives none, or fails."""
+    when = " in training" if train else ""
+    try:
+        scores = _run(network, x, train)
+    except Exception as error:  # noqa: BLE001 - whatever a network does not like
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
+        ) from None
+    shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != len(x) or scores.shape[1] < classes:
+        raise RecipeError(
+            f"{key}: gives {shape} for {len(x)} sample{'s' if len(x) > 1 else ''}{when}: expected scores of {classes} classes, "
+            f"[{len(x)}, {classes}]; "
+            f"try args: {{classes: {classes}}}"
+        )
+    return int(scores.shape[1])
+
+
+class _Training:
+    """What the phases of a run share: data, checkpoints, processes, and how many epochs are still to come."""
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
+        if recipe.train.batch % accelerator.num_processes:
+            raise RecipeError(f"train.batch: {recipe.train.batch} cannot be shared by {accelerator.num_processes} processes")
+        if recipe.train.cuda_graph and accelerator.num_processes > 1:
+            raise RecipeError(
+                f"train.cuda_graph: of one process alone, and there are {accelerator.num_processes}; leave it out"
+            )
+        self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
+        self.store = Checkpoints(folder / "checkpoints", progress.note)
+        self.data = recipe.make_data().to(accelerator.device)
+        settings = recipe.train
+        self.control = settings.control_schedule if settings.dense or recipe.model.weights else None
+        schedules = (settings.dense, settings.admm, settings.finetune, self.control)
+        self.left = sum(schedule.epochs for schedule in schedules if schedule is not None)
+        self.rows: list[Epoch] = []
+        self.channels_last = True
+
+    def fit(self, phase: Phase) -> nn.Module:
+        """Train a phase to its end and return its model."""
+        self.left -= phase.schedule.epochs
+        phase.channels_last = self.channels_last
+
+        def told(row: Epoch, epochs: int) -> None:
+            self.progress.epoch(row, epochs, self.left + epochs - row.epoch)
+
+        model = train(phase, self.recipe, self.data, self.accelerator, self.store, told)
+        self.rows.extend(phase.rows)
+        return model
+
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """Return a copy on the device that shares nothing with the model, hooks included."""
+        into = self.recipe.make_model(trained=False)
+        into.load_state_dict(model.state_dict())
+        return into.to(self.accelerator.device)
+
+    def write(self, action: Callable[[], None]) -> None:
+        """Do something in the first process only."""
+        if self.accelerator.is_main_process:
+            action()
+
+
+def export_all(
+    trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export, progress: Progress
+) -> tuple[Factored, dict[str, Path]]:
+    """Write `dense.onnx`, `model.onnx` and the network to compare with; return the factored graph, and paths by what they are.
+
+    `before cut` and `after cut` are written to `scratch`: they are only there to measure the approximation error.
+    """
+    example = data.example()
+    dense = to_onnx(to_dense(trained.factored), example)
+    save_model(dense, folder / "dense.onnx")
+    paths = {"dense form": folder / "dense.onnx", "factored": folder / "model.onnx"}
+    if trained.dense is not None:
+        name = "control.onnx" if trained.reference == "dense control" else "baseline.onnx"
+        paths = {trained.reference: folder / name, **paths}
+        save_model(to_onnx(trained.dense, example), folder / name)
+    factored = _in_form(dense, trained, form, progress)
+    save_model(factored.model, folder / "model.onnx")
+    paths |= {"before cut": scratch / "before_cut.onnx", "after cut": scratch / "after_cut.onnx"}
+    graph = to_onnx(trained.uncut, example)
+    save_model(graph, paths["before cut"])
+    cut = swap(to_dense(trained.uncut), trained.plan, roots=trained.roots)
+    save_model(reconstruct(graph, trained.plan, _numpy(cut)), paths["after cut"])
+    return factored, paths
+
+
+def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: Progress) -> Factored:
+    cores = _numpy(trained.factored)
+    try:
+        factored, slower = factorize_fastest(
+            dense, trained.plan, cores, block=form.block, or_dense=form.dense_if_slower, batch=form.batch
+        )
+    except PlanError as error:  # the trained cores are worth a graph and a report all the same
+        progress.note(str(error))
+        return factorize(dense, trained.plan, cores)
+    if slower.layers:
+        progress.note(f"dense, for no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}")
+    return factored
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    command: str = "tensorrail run",
+    accelerator: Accelerator | None = None,
+) -> Report | None:
+    """Do the whole job and return its report, which also lies in the folder as `report.json`, `.md` and `.html`.
+
+    Of several processes the first one measures and reports; the others return None.
+    """
+    progress = progress or Progress()
+    accelerator = accelerator or make_accelerator(recipe)
+    if accelerator.is_main_process:
+        prepare(recipe, folder, resume=resume, overwrite=overwrite)
+    accelerator.wait_for_everyone()
+    trained, data = train_all(recipe, folder, progress, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    sample = data.example(33).numpy()
+    feeds = [{"image": sample[:1]}, {"image": sample[1:]}]
+    with tempfile.TemporaryDirectory() as scratch:
+        progress.note("exporting to ONNX")
+        factored, paths = export_all(trained, data, folder, Path(scratch), recipe.export, progress)
+        progress.note("checking parity and accuracy in ONNX Runtime")
+        approximation = parity(paths.pop("before cut"), paths.pop("after cut"), inputs=feeds, tolerance=None)
+    target = recipe.targets
+    numerical = parity(paths["dense form"], paths["factored"], inputs=feeds, tolerance=target.numerical_error)
+    models = tuple(
+        Model(label=label, cost=cost(path), accuracy=accuracy_of(path, arrays(data.test))) for label, path in paths.items()
+    )
+    compared = (next(iter(paths)), "factored")
+    latency = tuple(
+        bench_fresh(  # this process has trained and decomposed, and would time one model slower than the other
+            [paths[label] for label in compared],
+            batch=batch,
+            seconds=recipe.bench.seconds,
+            processes=recipe.bench.processes,
+            settings=Session(threads=recipe.bench.threads),
+            labels=compared,
+            on_process=lambda share, batch=batch: progress.bench(batch, share),  # type: ignore[misc]
+        )
+        for batch in recipe.bench.batches
+    )
+    placed = placement(paths["factored"])
+    shares = time_shares(paths["factored"], placed, [row.layer for row in factored.layers])
+    report = Report(
+        name=recipe.name,
+        data=data.source,
+        command=command,
+        models=models,
+        approximation=approximation,
+        numerical=numerical,
+        latency=latency,
+        placement=placed,
+        layers=tuple(
+            LayerRow(**row.model_dump(include=set(LayerRow.model_fields)), time_share=shares[row.layer])
+            for row in factored.layers
+        ),
+        training=trained.rows,
+        cut_accuracy=trained.cut_accuracy,
+        checks=_checks(recipe, models, numerical, latency),
+    )
+    report.save(folder / "report.json")
+    write_text(folder / "report.md", markdown(report))
+    write_text(folder / "report.html", html(report))
+    return report
+
+
+def _checks(
+    recipe: Recipe, models: tuple[Model, ...], numerical: Parity, latency: tuple[LatencyReport, ...]
+) -> tuple[Check, ...]:
+    target = recipe.targets
+    dense, factored = models[0], models[-1]
+    drop = dense.accuracy.percent - factored.accuracy.percent
+    params = dense.cost.params / factored.cost.params
+    checks = [
+        Check(
+            name=f"accuracy against the {dense.label}",
+            target=f"≥ −{target.accuracy_drop} points",
+            measured=f"{0.0 - drop:+.2f} points",
+            holds=drop <= target.accuracy_drop,
+        ),
+        Check(
+            name="parameters of the whole network",
+            target=f"÷ {target.params_ratio} or more",
+            measured=f"÷ {params:.2f}",
+            holds=params >= target.params_ratio,
+        ),
+        Check(
+            name="numerical error, relative",
+            target=f"≤ {target.numerical_error:.0e}",
+            measured=f"{numerical.worst:.2e}",
+            holds=numerical.holds,
+        ),
+    ]
+    for run_ in latency:
+        ratio = run_.ratios[0]
+        checks.append(
+            Check(
+                name=f"speed-up at batch {run_.batch}",
+                target=f"≥ {target.speedup}×, interval above 1",
+                measured=f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]",
+                holds=ratio.value >= target.speedup and ratio.low > 1,
+            )
+        )
+    return tuple(checks)
+
+
+def _numpy(model: nn.Module) -> dict[str, list[np.ndarray]]:
+    return {name: [core.numpy() for core in cores] for name, cores in cores_of(model).items()}

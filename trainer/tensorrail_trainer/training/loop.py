@@ -1,0 +1,413 @@
+"""The training loop of a phase: resumable at every epoch, the same result whether it was interrupted or not.
+
+Nothing is drawn from a state that an interruption would lose: the batches, what is done to them and any randomness of the
+model follow from the seed, the phase and the epoch alone. Nor does it depend on how many processes share the work: each takes
+its part of the same global batches, batch-norm sees all of them, and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tensorrail_runtime.errors import CheckpointError, TrainingError
+from tensorrail_trainer.admm.admm import ADMM, Residual
+from tensorrail_trainer.data import Dataset, Share, Split
+from tensorrail_trainer.data.splits import EVALUATED, InMemory, in_order, shuffled
+from tensorrail_trainer.layers.factored import FactoredLayer
+from tensorrail_trainer.layers.recurrent import FactoredRecurrent
+from tensorrail_trainer.processes import alike, rank, summed, sync_batch_norm, unsync_batch_norm, world
+from tensorrail_trainer.recipes.recipe import Recipe
+from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Training, penalty_weight, rate
+from tensorrail_trainer.training.checkpoints import Checkpoints
+from tensorrail_trainer.training.cuda_graph import IMPLEMENTATION, CaptureError, Replay, on_device
+from tensorrail_trainer.training.epochs import Epoch
+
+OnEpoch = Callable[[Epoch, int], None]
+"""Called after every epoch with its row and the number of epochs of the phase."""
+
+_ON_GPU = 1024  # samples evaluated at once, of those that lie there
+_LOOK = 32  # steps between looks at the loss: each look waits for the device
+
+
+@dataclass
+class Phase:
+    """One phase of a run: what is trained, by which schedule, toward which teacher, and the rows of its epochs.
+
+    `channels_last`: images and two-dimensional convolutions have their channels last in memory, which on a CPU runs many times
+    faster, and which a network that calls `view` on images does not take.
+    """
+
+    name: str
+    model: nn.Module
+    schedule: Schedule
+    admm: ADMM | None = None
+    teacher: nn.Module | None = None
+    channels_last: bool = True
+    rows: list[Epoch] = field(default_factory=list)
+
+
+def train(
+    phase: Phase, recipe: Recipe, data: Dataset, accelerator: Accelerator, store: Checkpoints, on_epoch: OnEpoch
+) -> nn.Module:
+    """Train a phase from its last checkpoint, or from the start, to its last epoch, and return the model.
+
+    With `ema` the model returned is the averaged one. Raises `TrainingError` when the loss is no longer finite.
+    """
+    settings = recipe.train
+    place(phase.model, accelerator.device, phase.channels_last)
+    optimizer = make_optimizer(phase.model, phase.schedule)
+    average = _average(phase.model, settings)
+    state = store.latest(phase.name)
+    first = state["epoch"] if state else 0
+    if not alike(torch.tensor([first], device=accelerator.device)):
+        raise CheckpointError(
+            f"{store.folder}: the processes find phase {phase.name} at different epochs: expected one run folder that all of "
+            "them see"
+        )
+    if state is not None:
+        try:
+            _restore(phase, optimizer, average, accelerator, state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = " ".join(str(error).split())[:160] or type(error).__name__
+            raise CheckpointError(
+                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, is of another network or "
+                f"program ({what}); remove it, or start anew with --overwrite"
+            ) from None
+    if world() > 1 and settings.sync_batch_norm:
+        try:
+            sync_batch_norm(phase.model)
+        except ValueError as error:
+            raise TrainingError(f"phase {phase.name}: {error}") from None
+    if settings.compile:
+        phase.model.compile()
+    if phase.teacher is not None:
+        place(phase.teacher, accelerator.device, phase.channels_last)
+        phase.teacher.eval().requires_grad_(False)
+    model, prepared = accelerator.prepare(phase.model, optimizer)
+    replay = _replay(settings, optimizer, accelerator.device)
+    done = state is not None and state["done"]
+    for epoch in range(first, 0 if done else phase.schedule.epochs):
+        start = time.perf_counter()
+        job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch, replay)
+        loss, accuracy = job.run()
+        residuals, closed = job.close()
+        row = Epoch(
+            phase=phase.name,
+            epoch=epoch + 1,
+            lr=rate(phase.schedule, epoch),
+            loss=loss,
+            train_accuracy=accuracy,
+            test_accuracy=evaluate(
+                phase.model if average is None else average.module, data.test, accelerator, phase.channels_last
+            ),
+            seconds=time.perf_counter() - start,
+            projection_seconds=job.projecting,
+            rho=phase.admm.rho if phase.admm else None,
+            residuals={r.layer: (r.primal, r.dual) for r in residuals},
+        )
+        phase.rows.append(row)
+        if phase.admm is not None:
+            phase.admm.synchronize()
+        if accelerator.is_main_process:
+            store.save(phase.name, epoch + 1, _state(phase, optimizer, average, accelerator, closed))
+        accelerator.wait_for_everyone()
+        on_epoch(row, phase.schedule.epochs)
+        if closed:
+            break
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else the model would compute in bf16 for ever, exported too
+    accelerator.free_memory()
+    unsync_batch_norm(phase.model)
+    if average is not None:
+        phase.model.load_state_dict(average.module.state_dict())
+    return phase.model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, accelerator: Accelerator, channels_last: bool = True) -> float:
+    """Return the top-1 accuracy in percent, each process having answered its share."""
+    model.eval()
+    hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    size = _ON_GPU if accelerator.device.type == "cuda" and isinstance(split, InMemory) else EVALUATED
+    for x, y in split.batches(in_order(len(split), size), Share(rank(), world())):
+        if not len(y):  # a last batch of fewer samples than processes
+            continue
+        with accelerator.autocast():
+            hits += (model(laid_out(x, channels_last)).argmax(1) == y).sum()
+    return 100 * int(summed(hits)) / len(split)
+
+
+def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """Return the schedule's optimizer, weight decay on the kinds of parameters that it names and on no other."""
+    cores = _owned(module.cores for module in model.modules() if isinstance(module, FactoredLayer | FactoredRecurrent))
+    norms = {id(p) for module in model.modules() for p in module.parameters(recurse=False) if _of_norm(module, p)}
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if id(parameter) in cores:
+            kind = "cores"
+        elif id(parameter) in norms:
+            kind = "norms"
+        else:
+            kind = "weights" if parameter.dim() > 1 else "biases"
+        (decayed if kind in schedule.decay_on else rest).append(parameter)
+    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=schedule.lr, betas=(schedule.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.nesterov)
+
+
+def _of_norm(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Return whether a module's own parameter scales or shifts what it normalises; others may have an `eps` as well."""
+    one = sum(size > 1 for size in parameter.shape) <= 1  # as (C,) and (1, C, 1, 1)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (hasattr(module, "eps") and one)
+
+
+def _owned(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+@dataclass
+class _Job:
+    """One epoch of a phase."""
+
+    phase: Phase
+    model: nn.Module  # as the accelerator wrapped it
+    optimizer: Any
+    average: AveragedModel | None
+    recipe: Recipe
+    data: Dataset
+    accelerator: Accelerator
+    epoch: int
+    replay: Replay | None = None
+    projecting: float = 0.0  # seconds
+    residuals: tuple[Residual, ...] = ()
+
+    def run(self) -> tuple[float, float]:
+        """Train the epoch and return the mean loss (penalty included) and the accuracy on the batches as they came."""
+        phase, settings = self.phase, self.recipe.train
+        seed = zlib.crc32(f"{self.recipe.seed}/{phase.name}/{self.epoch}".encode())
+        torch.manual_seed(seed + rank())  # what the model draws, such as dropout, is its process's own
+        self.model.train()
+        picks = shuffled(len(self.data.train), settings.batch, seed)
+        if not picks:
+            raise TrainingError(
+                f"phase {phase.name}: {len(self.data.train)} training samples make no batch of {settings.batch}; lower "
+                "train.batch"
+            )
+        every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
+        if every and every > phase.schedule.epochs * len(picks):
+            raise TrainingError(
+                f"phase {phase.name}: {every} steps never pass in {phase.schedule.epochs} epochs of {len(picks)}, and nothing "
+                "would be updated; lower train.admm.every_steps"
+            )
+        before = self.epoch * len(picks)
+        losses: list[Tensor] = []
+        hits = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        seen = 0
+        stream = self.data.train.batches(picks, Share(rank(), world()), settings.augment.made(), seed)
+        for step, (x, y) in enumerate(stream):
+            self._set_rates(step / len(picks))
+            loss, right = self._step(laid_out(x, phase.channels_last), y, np.random.default_rng([seed, step]))
+            losses.append(loss)
+            hits += right
+            seen += len(y)
+            due = bool(every) and (before + step + 1) % (every or 1) == 0
+            last = step + 1 == len(picks)
+            if (step + 1) % _LOOK == 0 or due or last:
+                self._look(losses, len(picks))
+            if due or last:
+                self._require_finite(step, len(picks))
+            if due:
+                self._update()
+        right, seen = summed(torch.stack([hits, hits.new_tensor(seen)])).tolist()
+        return float(summed(torch.stack(losses).mean())) / world(), 100 * right / seen
+
+    def close(self) -> tuple[tuple[Residual, ...], bool]:
+        """Do what ADMM does between epochs; return the last residuals and whether the phase is at its end."""
+        schedule = self.phase.schedule
+        last = self.epoch + 1 == schedule.epochs
+        if not isinstance(schedule, AdmmSchedule) or self.phase.admm is None:
+            return (), last
+        if last and schedule.hard:
+            self._update(hard=True)
+        elif schedule.every_steps is None and (self.epoch + 1) % schedule.every == 0:
+            self._update()
+        small = schedule.stop is not None and bool(self.residuals)
+        if small and max(max(r.primal, r.moved) for r in self.residuals) < (schedule.stop or 0.0):
+            if schedule.hard and not last:
+                self._update(hard=True)
+            return self.residuals, True
+        return self.residuals, last
+
+    def _step(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        settings = self.recipe.train
+        if self.replay is None:
+            share = float(rng.beta(settings.mixup, settings.mixup)) if settings.mixup else 1.0
+            found = self._work(x, y, share)
+        else:
+            try:
+                loss, right = self.replay(self._work, x, y)
+            except CaptureError as error:
+                raise TrainingError(
+                    f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph ({error}); "
+                    "leave train.cuda_graph out and go on with --resume"
+                ) from None
+            found = loss, right
+        if self.average is not None:
+            self.average.update_parameters(self.phase.model)
+        return found
+
+    def _work(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Do one step of the optimizer; return the loss and how many answers were right, both on the device."""
+        phase, settings = self.phase, self.recipe.train
+        if share < 1.0:
+            x = torch.lerp(x.flip(0), x, share)
+        with self.accelerator.autocast():
+            scores = self.model(x)
+            loss = _cross_entropy(scores, y, share, settings.label_smoothing)
+            if phase.teacher is not None and settings.distill is not None:
+                with torch.no_grad():
+                    taught = phase.teacher(x)
+                weight, heat = settings.distill.weight, settings.distill.temperature
+                loss = (1 - weight) * loss + weight * _divergence(scores, taught, heat)
+        if phase.admm is not None:
+            loss = loss + phase.admm.penalty()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        if phase.schedule.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), phase.schedule.clip)
+        self.optimizer.step()
+        return loss.detach(), (scores.detach().argmax(1) == y).sum()
+
+    def _set_rates(self, share: float) -> None:
+        schedule = self.phase.schedule
+        now = rate(schedule, self.epoch + share)
+        for group in self.optimizer.param_groups:
+            if self.replay is None:
+                group["lr"] = now
+            else:
+                group["lr"].fill_(now)  # where the graph reads it
+        if isinstance(schedule, AdmmSchedule) and self.phase.admm is not None and not schedule.balance:
+            self.phase.admm.set_rho(penalty_weight(schedule, self.epoch))
+
+    def _update(self, hard: bool = False) -> None:
+        admm, schedule = self.phase.admm, self.phase.schedule
+        if admm is None:
+            return
+        start = time.perf_counter()
+        self.residuals = admm.project_weights() if hard else admm.update()
+        if hard and self.average is not None:  # which is what the phase hands on
+            admm.project_copy(self.average.module)
+        if not hard and isinstance(schedule, AdmmSchedule) and schedule.balance:
+            admm.balance()
+        self.projecting += time.perf_counter() - start
+
+    def _look(self, losses: list[Tensor], steps: int) -> None:
+        """Raise `TrainingError` with the first step whose loss was not finite, if there was one since the last look."""
+        first = max(0, len(losses) - _LOOK)
+        values = summed(torch.stack(losses[first:])).tolist()  # not finite on one process: on all
+        for k, value in enumerate(values):
+            if not np.isfinite(value):
+                raise self._diverged(f"the loss is {value}", first + k, steps)
+
+    def _require_finite(self, step: int, steps: int) -> None:
+        """Raise `TrainingError` when a step left weights that are not finite, which its own loss does not show."""
+        with torch.no_grad():
+            finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.phase.model.parameters()]).all()
+        if not finite:
+            raise self._diverged("the weights are no longer finite", step, steps)
+
+    def _diverged(self, what: str, step: int, steps: int) -> TrainingError:
+        lr, name = rate(self.phase.schedule, self.epoch + step / steps), self.phase.name
+        keep = "" if name == "dense" else "; a dense network that is trained goes on as the model.weights of another run"
+        return TrainingError(
+            f"phase {name}, epoch {self.epoch + 1}, step {step + 1}: {what} at learning rate {lr:.3g}; try a lower "
+            f"train.{name}.lr, a warmup or a clip{keep}"
+        )
+
+
+def _cross_entropy(scores: Tensor, y: Tensor, share: float, smoothing: float) -> Tensor:
+    loss = F.cross_entropy(scores, y, label_smoothing=smoothing)
+    if share == 1.0:
+        return loss
+    return share * loss + (1 - share) * F.cross_entropy(scores, y.flip(0), label_smoothing=smoothing)
+
+
+def _divergence(scores: Tensor, taught: Tensor, heat: float) -> Tensor:
+    own, other = (F.log_softmax(one.float() / heat, 1) for one in (scores, taught))
+    return heat**2 * F.kl_div(own, other, reduction="batchmean", log_target=True)
+
+
+def place(model: nn.Module, device: torch.device, channels_last: bool = True) -> None:
+    """Move a model to a device, its two-dimensional convolutions with the channels last or first."""
+    model.to(device)
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for parameter in model.parameters():  # `model.to(memory_format=…)` fails at those with five axes
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def laid_out(x: Tensor, channels_last: bool = True) -> Tensor:
+    """Return images (B, C, H, W) with the channels last in memory, or anything as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+
+
+def _replay(settings: Training, optimizer: torch.optim.Optimizer, device: torch.device) -> Replay | None:
+    if not settings.cuda_graph or device.type != "cuda":
+        return None
+    on_device(optimizer, device)
+    return Replay()
+
+
+def _average(model: nn.Module, settings: Training) -> AveragedModel | None:
+    if settings.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+
+
+def _state(
+    phase: Phase, optimizer: torch.optim.Optimizer, average: AveragedModel | None, accelerator: Accelerator, done: bool
+) -> dict[str, Any]:
+    return {
+        "done": done,
+        "model": phase.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average.state_dict() if average else None,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "admm": phase.admm.state_dict() if phase.admm else None,
+        "rows": [row.model_dump(mode="json") for row in phase.rows],
+    }
+
+
+def _restore(
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    accelerator: Accelerator,
+    state: dict[str, Any],
+) -> None:
+    phase.model.load_state_dict(state["model"])
+    chosen = [{key: group[key] for key in IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, kept in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(kept)  # of this device, and not of the one that wrote the checkpoint
+    if average is not None:
+        average.load_state_dict(state["average"])
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if phase.admm is not None:
+        phase.admm.load_state_dict(state["admm"])
+    phase.rows[:] = [Epoch.model_validate(row) for row in state["rows"]]
