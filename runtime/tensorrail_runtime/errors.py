@@ -15,10 +15,6 @@ class TensorrailError(Exception):
     exit_code = 2
 
 
-class UsageError(TensorrailError, ValueError):
-    """Options or arguments that contradict each other, or that have no effect."""
-
-
 class ModelError(TensorrailError, ValueError):
     """A model cannot be loaded or run as asked."""
 
@@ -39,10 +35,6 @@ class TargetError(PlanError):
 
 class GraphError(TensorrailError, ValueError):
     """A graph cannot be rewritten as the plan says; the message names the layer and the reason."""
-
-
-class CacheError(TensorrailError, OSError):
-    """The cache of measured layer times cannot be read or written."""
 
 
 class RecipeError(TensorrailError, ValueError):

@@ -160,6 +160,14 @@ def test_what_needs_an_extra_names_it_in_one_line(arguments, extra, base, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "extra"), [("ADMM", "export"), ("Plan", "export")])
+def test_a_name_of_the_library_says_which_extra_it_needs(name, extra, base):
+    code = f"import tensorrail; print(tensorrail.Session().provider, tensorrail.ModelError.exit_code); tensorrail.{name}"
+    done = call(base, "-c", code)
+    assert (done.returncode, done.stdout) == (1, "cpu 2\n")
+    assert re.search(rf"MissingExtraError: tensorrail\.{name} needs \w+: pip install 'tensorrail\[{extra}\]'\n$", done.stderr)
+
+
 def test_help_imports_nothing_heavy(base):
     """What `tensorrail --help` imports decides how fast it answers, on every machine."""
     done = call(base, "-X", "importtime", "-m", "tensorrail", "--help")

@@ -30,6 +30,7 @@ from tensorrail.commands import (
     serve,
     train,
 )
+from tensorrail.extras import MissingExtraError, missing_extra
 from tensorrail.show import plain
 
 app = typer.Typer(
@@ -66,11 +67,6 @@ def _root(
 
 
 _INTERRUPTED = "interrupted; `tensorrail run … --resume` goes on from the last finished epoch"
-# The modules of the extras other than `train`.
-_EXTRAS = {
-    "export": ("onnx_graphsurgeon", "safetensors", "tensorly"),
-    "serve": ("fastapi", "prometheus_client", "ray", "starlette", "uvicorn"),
-}
 
 
 def main() -> None:
@@ -82,11 +78,9 @@ def main() -> None:
         # By itself typer would draw its errors as boxes, below two lines of usage.
         code = parser()(prog_name="tensorrail", standalone_mode=False) or 0
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("tensorrail_exporter", "tensorrail_trainer"):
+        if missing_extra(error) is None:
             _crash()
-        extra = next((name for name, modules in _EXTRAS.items() if missing in modules), "train")
-        _fail(f"this command needs {missing}: pip install 'tensorrail[{extra}]'", 2)
+        _fail(str(MissingExtraError("this command", error)), 2)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a measurement that falls short
