@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tensorrail_exporter import Plan, factorize
-from tensorrail_exporter.graphs.io import save_model
+import tensorrail as tr
 from tensorrail_runtime import bench, parity
-from tensorrail_trainer import ADMM, cores_of, plan_layers, to_dense, to_onnx
 
 LR, MOMENTUM, BATCH = 0.05, 0.9, 32
 
@@ -34,7 +32,7 @@ def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return images + 0.5 * torch.randn(images.shape, generator=random), labels
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, admm: ADMM | None = None) -> None:
+def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, admm: tr.ADMM | None = None) -> None:
     """Train in place; with ADMM, its penalty is part of the loss and its variables are updated after each epoch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
     for epoch in range(epochs):
@@ -72,9 +70,9 @@ def main() -> None:
     control = copy.deepcopy(model)
     print(f"dense: {accuracy(model, *test):.1f} %")
 
-    plan = Plan(layers=plan_layers(model, "[25]", ranks=16))
+    plan = tr.Plan(layers=tr.plan_layers(model, "[25]", ranks=16))
     rho = (1 - MOMENTUM) / LR / (len(x) / BATCH)  # the penalty follows its update: rho · lr · steps / (1 − momentum) = 1
-    admm = ADMM(model, plan, rho=rho)
+    admm = tr.ADMM(model, plan, rho=rho)
     train(model, x, y, options.epochs, LR, admm)
     print(f"after ADMM, still dense: {accuracy(model, *test):.1f} %")
     model = admm.factorize()
@@ -85,10 +83,10 @@ def main() -> None:
     train(control, x, y, 2, LR / 5)
     print(f"dense control, as many epochs: {accuracy(control, *test):.1f} %")
 
-    dense = to_onnx(to_dense(model), x[:2])
-    cores = {name: [core.numpy() for core in one] for name, one in cores_of(model).items()}
-    save_model(dense, options.out / "dense.onnx")
-    save_model(factorize(dense, plan, cores).model, options.out / "model.onnx")
+    dense = tr.to_onnx(tr.to_dense(model), x[:2])
+    cores = {name: [core.numpy() for core in one] for name, one in tr.cores_of(model).items()}
+    tr.save_model(dense, options.out / "dense.onnx")
+    tr.save_model(tr.factorize(dense, plan, cores).model, options.out / "model.onnx")
     error = parity(options.out / "dense.onnx", options.out / "model.onnx", tolerance=1e-4).worst
     ratio = bench([options.out / "dense.onnx", options.out / "model.onnx"], batch=8, seconds=1.0).ratios[0]
     print(f"numerical error {error:.1e}; speed-up {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] at batch 8")

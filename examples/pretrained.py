@@ -16,11 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tensorrail_exporter import Plan, decompose_graph, factorize
-from tensorrail_exporter.graphs.io import save_model
+import tensorrail as tr
 from tensorrail_runtime import bench, cost, parity
-from tensorrail_trainer import to_onnx
-from tensorrail_trainer.planning.ranks import plan_to_size
 
 
 def make(name: str, weights: bool) -> nn.Module | None:
@@ -58,12 +55,12 @@ def main() -> None:
     if model is None:
         return
     # Ranks by the spectrum of the weights, one choice over all 3×3 convolutions; random weights have nothing to tell apart.
-    plan = Plan(layers=plan_to_size(model, "layer*.conv?", options.params))
-    dense = to_onnx(model, torch.randn(2, 3, options.image, options.image))
+    plan = tr.Plan(layers=tr.plan_to_size(model, "layer*.conv?", options.params))
+    dense = tr.to_onnx(model, torch.randn(2, 3, options.image, options.image))
     paths = options.out / "dense.onnx", options.out / "model.onnx"
-    save_model(dense, paths[0])
-    factored = factorize(dense, plan, decompose_graph(dense, plan))
-    save_model(factored.model, paths[1])
+    tr.save_model(dense, paths[0])
+    factored = tr.factorize(dense, plan, tr.decompose_graph(dense, plan))
+    tr.save_model(factored.model, paths[1])
     sizes = [cost(path) for path in paths]
     print(f"{len(factored.layers)} layers cut; parameters ÷ {sizes[0].params / sizes[1].params:.2f}", end=", ")
     print(f"FLOPs ÷ {sizes[0].flops / sizes[1].flops:.2f}")

@@ -15,8 +15,8 @@ PACKAGES = ("tensorrail", "tensorrail_trainer", "tensorrail_exporter", "tensorra
 PUBLIC = {
     "tensorrail": """
         ADMM FORMATS CheckpointError DataError GraphError LayerPlan ModelError Plan PlanError RecipeError Session TargetError
-        TensorrailError TrainingError cores_of decompose_graph factorize load_cores load_model plan_layers plan_to_size
-        reconstruct save_cores save_model to_dense to_onnx
+        TensorrailError TrainingError cores_of decompose_graph dense_layers factorize load_cores load_model plan_layers
+        plan_to_size reconstruct save_cores save_model to_dense to_onnx
     """,
     "tensorrail_trainer": "ADMM FactoredLayer Recipe Residual cores_of plan_layers to_dense to_onnx",
     "tensorrail_exporter": """

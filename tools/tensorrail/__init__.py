@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from tensorrail_runtime.sessions.session import Session
     from tensorrail_trainer.admm.admm import ADMM
+    from tensorrail_trainer.layers.dense import dense_layers
     from tensorrail_trainer.layers.swap import cores_of, to_dense
     from tensorrail_trainer.planning.ranks import plan_layers, plan_to_size
     from tensorrail_trainer.run.export import to_onnx
@@ -53,6 +54,7 @@ __all__ = [
     "TrainingError",
     "cores_of",
     "decompose_graph",
+    "dense_layers",
     "factorize",
     "load_cores",
     "load_model",
@@ -74,6 +76,7 @@ _MODULES = {
     "tensorrail_runtime.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "tensorrail_runtime.sessions.session": ("Session",),
     "tensorrail_trainer.admm.admm": ("ADMM",),
+    "tensorrail_trainer.layers.dense": ("dense_layers",),
     "tensorrail_trainer.layers.swap": ("cores_of", "to_dense"),
     "tensorrail_trainer.planning.ranks": ("plan_layers", "plan_to_size"),
     "tensorrail_trainer.run.export": ("to_onnx",),
