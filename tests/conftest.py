@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of several would wait for each other
@@ -17,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of s
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when ONNX Runtime is imported
+
 import numpy as np
 import onnx
 import onnxruntime.transformers  # noqa: F401 - puts its folder on sys.path, once: a test that restores the path would lose it
@@ -24,6 +27,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 pytest_plugins = ["pytester"]
+
+# The layer times of whoever runs the tests are neither read nor written.
+_CACHE = tempfile.TemporaryDirectory(prefix="tensorrail-tests-")
+os.environ["TENSORRAIL_CACHE"] = _CACHE.name
 
 
 def pytest_collection_finish():

@@ -1,5 +1,10 @@
 """ONNX models measured: sessions, parity, accuracy, cost, interleaved latency, report. Nothing of torch."""
 
+import os
+
+# ONNX Runtime would write a name of this device for its telemetry, and warns on stderr where it has no home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.graphs.cost import GraphCost, cost
 from tensorrail_runtime.measure.accuracy import Accuracy, Comparison, Evaluation, accuracy, compare_scores, evaluate

@@ -160,7 +160,7 @@ def test_what_needs_an_extra_names_it_in_one_line(arguments, extra, base, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "extra"), [("ADMM", "export"), ("Plan", "export")])
+@pytest.mark.parametrize(("name", "extra"), [("ADMM", "train"), ("Plan", "export")])
 def test_a_name_of_the_library_says_which_extra_it_needs(name, extra, base):
     code = f"import tensorrail; print(tensorrail.Session().provider, tensorrail.ModelError.exit_code); tensorrail.{name}"
     done = call(base, "-c", code)
