@@ -13,7 +13,7 @@ export PYTHONPYCACHEPREFIX ?= $(abspath $(VENV))/pycache
 # Test processes share the cores: threads of one would wait for those of another.
 test test-all test-environments: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-all test-environments lint format bench bench-gpu docs clean
+.PHONY: demo test test-all test-environments lint format bench bench-gpu docs package clean
 .DEFAULT_GOAL := demo
 
 # torch goes in first and alone, by its exact pin, so that the build found for that very spelling is the one that is used.
@@ -56,5 +56,8 @@ bench-gpu: $(READY)  ## the same on an NVIDIA GPU, with placement, parity, train
 docs: $(READY)  ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+package: $(READY)  ## sdist and wheel, into dist/: built, checked, and the wheel tried in a fresh environment
+	.ci/package $(BIN)/python
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
