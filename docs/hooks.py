@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
-_PICTURE = re.compile(r"!\[[^\]]*\]\(assets/[\w-]+\.svg(?=\))")
+_PICTURE = re.compile(r"!\[[^\]]*\]\((?:docs/)?assets/[\w-]+\.svg(?=\))")
 _FENCES = {".py": "python", ".yml": "yaml", ".yaml": "yaml"}
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _WHOLE = ("CHANGELOG.md", "CONTRIBUTING.md", "results/*.md", "results/*.svg", "examples/README.md")

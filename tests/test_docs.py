@@ -339,7 +339,7 @@ def test_trained_runs_are_read_as_runs_py_writes_them(tmp_path, monkeypatch):
     assert found == [pictures.TrainedRun("a", dense=70.25, factored=69.5, speed=1.8)]
 
 
-@pytest.mark.parametrize("name", ["pipeline", "speed-accuracy", "logo"])
+@pytest.mark.parametrize("name", ["pipeline", "speed-accuracy", "house", "logo"])
 def test_pictures_are_svg_that_loads_nothing(name):
     from xml.etree import ElementTree as Tree
 
