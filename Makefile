@@ -28,7 +28,7 @@ demo: $(READY)  ## train, compress, export, check, bench and report, on embedded
 	$(BIN)/tensorrail run recipes/digits.yaml --resume
 
 test: $(READY)  ## the test suite, without the slow cases
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(OPTIONS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(OPTIONS)
 
 test-all: $(READY)  ## every test: the slow ones, all formats on foreign models, thousands of random cases
 	TENSORRAIL_CASES=all $(BIN)/python -m pytest -n $(JOBS)
