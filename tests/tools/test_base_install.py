@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from test_action import run_step, source
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "tensorly", "onnx_graphsurgeon", "safetensors", "sklearn", "accelerate", "yaml", "onnxscript")
+HEAVY = ("torch", "matplotlib", "tensorly", "onnx_graphsurgeon", "safetensors", "sklearn", "accelerate", "yaml", "onnxscript")
 IN_ONE_PROCESS = """
 import json, pathlib, sys
 from tensorrail.cli import main
