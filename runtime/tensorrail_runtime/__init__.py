@@ -1,4 +1,4 @@
-"""ONNX models measured: sessions, parity, accuracy, cost, interleaved latency, report. Nothing of torch."""
+"""ONNX models measured: sessions, parity, accuracy, cost and interleaved latency. Nothing of torch."""
 
 import os
 

@@ -103,16 +103,20 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
 
 
 def _dense_pays(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
-    if "torch._dynamo" in sys.modules:  # else it would trace what is computed here; its import takes two seconds
-        return bool(torch.compiler.disable(_expected_faster)(plan, spec, shape))
-    return _expected_faster(plan, spec, shape)
+    return _known_to_pay(plan, spec, shape)
 
 
-# What torch.compiler.assume_constant_result sets, which imports the compiler.
+# What torch.compiler.assume_constant_result sets, which imports the compiler: two seconds.
 _dense_pays._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
+def _known_to_pay(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
+    if "torch._dynamo" in sys.modules:  # else the compiler would trace what is computed here
+        return bool(torch.compiler.disable(_expected_faster)(plan, spec, shape))
+    return _expected_faster(plan, spec, shape)
+
+
 def _expected_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
     """Return whether a training step is expected to be faster with the dense weight than core by core.
 
