@@ -51,8 +51,14 @@ def exporter_is_frozen():
 _FROZEN: list[str] = []
 
 
+# What these files share among their tests takes many seconds to make: run first, they are not split between two workers.
+_FIRST = ("test_serving.py", "test_processes.py", "test_faults.py", "test_pipeline.py", "test_regress.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before a random order, where one is asked for
 def pytest_collection_modifyitems(items):
-    """Leave out what needs a GPU where there is none."""
+    """Leave out what needs a GPU where there is none, and run first what takes longest."""
+    items.sort(key=lambda item: item.path.name not in _FIRST)
     if shutil.which("nvidia-smi") is None:
         for item in items:
             if "gpu" in item.keywords:

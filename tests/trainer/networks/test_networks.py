@@ -19,8 +19,9 @@ from tensorrail_runtime import cost
 from tensorrail_trainer import to_onnx
 from tensorrail_trainer.layers.dense import dense_layers
 from tensorrail_trainer.networks.registry import MODELS
+from tensorrail_trainer.networks.resnets import Bottleneck, ResNet
 
-# Arguments of a small instance, and the shape of one sample.
+# Arguments of a small instance, and the shape of one sample. ResNet-50 has one block a stage instead of 3, 4, 6 and 3.
 SMALL = {
     "lstm": ({"inputs": 30, "hidden": 8, "classes": 3}, (6, 30)),
     "mobilenet_v2": ({"width": 0.5, "blocks": 1, "classes": 5}, (3, 64, 64)),
@@ -47,7 +48,8 @@ def exported(networks):
     def make(name):
         args, sample = SMALL[name]
         torch.manual_seed(0)
-        model = networks.randomize(MODELS[name](**args), sample)
+        made = ResNet(Bottleneck, (1, 1, 1, 1), **args) if name == "resnet50" else MODELS[name](**args)
+        model = networks.randomize(made, sample)
         return model, to_onnx(model, torch.randn(2, *sample))
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import socket
 import sys
@@ -249,6 +250,7 @@ def do_all(rank, folder, ports):
         os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     torch.set_num_threads(1)
+    gc.freeze()
 
     def meet(job):
         with joined(rank, folder / f"meeting-{job.__name__}"):
@@ -267,11 +269,13 @@ def do_all(rank, folder, ports):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(forkserver, tmp_path_factory):
     """The folder in which two processes, started once for all tests, left what every job gave."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    processes = multiprocessing.spawn(do_all, (folder, (free_port(), free_port())), nprocs=2, join=False)
+    processes = multiprocessing.start_processes(
+        do_all, (folder, (free_port(), free_port())), nprocs=2, join=False, start_method=forkserver.get_start_method()
+    )
     end = time.monotonic() + 2 * DEADLINE
     try:
         while not processes.join(max(0.0, end - time.monotonic())):

@@ -1,4 +1,4 @@
-"""From a torch module to a plain ONNX graph: one dynamic batch axis, weights under the module's own names."""
+"""From a torch module to a plain ONNX graph, with the weights under the module's own names."""
 
 from __future__ import annotations
 
@@ -6,52 +6,199 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import io
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
 
+from tensorrail_runtime.errors import GraphError
+
 _OPSET = 20
 
 
-def to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """Return the ONNX graph of a module with one input `image` (batch, …) and one output `logits` (batch, …).
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
-    Batch-norm stays a node of its own: folded into a convolution it would change the weight behind an unchanged name, and
+
+def to_onnx(
+    module: nn.Module,
+    example: Example,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> onnx.ModelProto:
+    """Return the ONNX graph of a module, with its weights under the module's own names.
+
+    Batch norm stays a node of its own: folded into a convolution it would change the weight behind an unchanged name, and
     the cores would no longer be those of that weight. ONNX Runtime folds it when it loads the model.
-    `example` has at least two samples, so that the batch axis is not taken for a constant.
-    """
-    from onnxscript import optimizer
-    from onnxscript.rewriter import rewrite
-    from onnxscript.rewriter.rules.common import _materialize_reshape_shape, _no_op
 
-    # Weights with their channels last would be written as strided views of themselves.
-    plain = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    with _quiet():
-        _read_operators_once()
-        program = torch.onnx.export(
-            plain,
-            (example.cpu().contiguous(),),
-            dynamo=True,
-            optimize=False,
-            opset_version=_OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["image"],
-            output_names=["logits"],
-            verbose=False,
-        )
+    Args:
+        module: any module that `torch.export` can trace; it is exported in evaluation mode and is not changed.
+        example: one input (batch, …), several by position, or several by the name of the argument of `forward`. Each dynamic
+            axis has a size of two or more, so that it is not taken for a constant.
+        input_names: names of the graph's inputs; default `image` for one input given by itself, else those of the
+            arguments of `forward`.
+        output_names: names of the graph's outputs; default `logits` for one output, else `output_0`, `output_1`, ….
+        dynamic_axes: for each input the axes of any size, with their names; axes of one name have one size.
+            Default: axis 0 of every input is `batch`.
+
+    Returns:
+        The model; its metadata holds no paths or source lines.
+
+    Raises:
+        GraphError: the module cannot be traced with these inputs, a name is given to no input, or an axis is not there.
+
+    """
+    return Tracing(module, example, input_names=input_names, output_names=output_names, dynamic_axes=dynamic_axes).graph()
+
+
+class Tracing:
+    """A module traced once, from which graphs are made for it and for modules that differ from it in their weights alone.
+
+    Takes the arguments of `to_onnx`, and raises the same errors.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example: Example,
+        *,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    ) -> None:
+        self._architecture = _architecture(module)
+        arguments = _arguments(module, example)
+        names = tuple(input_names or (("image",) if isinstance(example, Tensor) else arguments))
+        if len(names) != len(arguments):
+            raise GraphError(f"input_names: expected {len(arguments)} names, one an input, got {len(names)}")
+        axes = {name: {0: "batch"} for name in names} if dynamic_axes is None else dynamic_axes
+        _check_axes(axes, dict(zip(names, arguments.values(), strict=True)))
+        sizes = {axis: torch.export.Dim(axis) for named in axes.values() for axis in named.values()}
+        shapes = tuple({k: sizes[axis] for k, axis in axes.get(name, {}).items()} for name in names)
+        by_name = isinstance(example, Mapping)
+        # Weights with their channels last would be written as strided views of themselves.
+        plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        with _quiet(), _attention_in_parts():
+            _read_operators_once()
+            try:
+                program = torch.onnx.export(
+                    plain,
+                    () if by_name else tuple(arguments.values()),
+                    kwargs=arguments if by_name else None,
+                    dynamo=True,
+                    optimize=False,
+                    opset_version=_OPSET,
+                    dynamic_shapes=dict(zip(arguments, shapes, strict=True)) if by_name else _as_signature(plain, shapes),
+                    input_names=names,
+                    output_names=output_names,
+                    verbose=False,
+                )
+            except torch.onnx.OnnxExporterError as error:
+                raise GraphError(f"{type(module).__name__} cannot be exported: {_reason(error)}") from error
         if program is None:
-            raise RuntimeError("torch.onnx.export returned no program")
-        named = _name_by_weights(program.model.graph)
-        optimizer.fold_constants(program.model, onnx_shape_inference=True)
-        rewrite(program.model, (*_no_op.rules, *_materialize_reshape_shape.rules))
-        optimizer.remove_unused_nodes(program.model)
-        _name_folded(program.model.graph, named)
-    return _without_traces(program.model_proto)
+            raise GraphError(f"{type(module).__name__} cannot be exported: torch.onnx.export returned no program")
+        if output_names is None and len(program.model.graph.outputs) == 1:
+            program.model.graph.outputs[0].name = "logits"
+        self._program = program.model
+        self._inferred = any(set(named) - {0} for named in axes.values()) and _forget_lengths(self._program.graph)
+
+    def graph(self, module: nn.Module | None = None) -> onnx.ModelProto:
+        """Return the graph of the traced module, or of one that differs from it in its weights alone.
+
+        Args:
+            module: a module of the same architecture; default the one that was traced.
+
+        Returns:
+            The model, as `to_onnx` gives it.
+
+        Raises:
+            GraphError: the module is of another architecture.
+
+        """
+        from onnxscript import ir, optimizer
+        from onnxscript.rewriter import rewrite
+        from onnxscript.rewriter.rules.common import _materialize_reshape_shape, _no_op
+
+        model = self._program.clone()
+        if module is not None:
+            if not self.fits(module):
+                raise GraphError(f"{type(module).__name__} has another architecture than the module that was traced")
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for name, value in model.graph.initializers.items():
+                if name in tensors:
+                    value.const_value = ir.tensor(tensors[name].detach().cpu().contiguous(), name=name)
+        with _quiet():
+            named = _name_by_weights(model.graph)
+            optimizer.fold_constants(model, onnx_shape_inference=True)
+            rewrite(model, (*_no_op.rules, *_materialize_reshape_shape.rules))
+            optimizer.remove_unused_nodes(model)
+            _name_folded(model.graph, named)
+        proto = ir.to_proto(model)
+        return _without_traces(onnx.shape_inference.infer_shapes(proto, data_prop=True) if self._inferred else proto)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Return whether a module has the layers and the shapes of weights of the one that was traced."""
+        return self._architecture == _architecture(module)
+
+
+def _architecture(module: nn.Module) -> tuple[str, tuple[tuple[str, torch.Size, torch.dtype], ...]]:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return repr(module), tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+
+
+def _arguments(module: nn.Module, example: Example) -> dict[str, Tensor]:
+    """Return the inputs on the CPU by the name of the argument of `forward`."""
+    if isinstance(example, Mapping):
+        given = dict(example)
+    else:
+        values = (example,) if isinstance(example, Tensor) else tuple(example)
+        try:
+            bound = inspect.signature(module.forward).bind(*values).arguments
+        except TypeError as error:
+            raise GraphError(f"{type(module).__name__}.forward cannot take {len(values)} inputs: {error}") from None
+        given = {}
+        for name, value in bound.items():
+            given |= {f"{name}_{k}": one for k, one in enumerate(value)} if isinstance(value, tuple) else {name: value}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise GraphError(f"input {name}: expected a tensor, got {type(value).__name__}")
+    return {name: value.cpu().contiguous() for name, value in given.items()}
+
+
+def _as_signature(module: nn.Module, shapes: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:
+    """Return the axes of positional inputs in the nesting that `torch.export` expects: those of `*args` in one tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(shapes)
+    return (*shapes[:first], shapes[first:]) if first < len(shapes) else shapes
+
+
+def _check_axes(axes: Mapping[str, Mapping[int, str]], inputs: Mapping[str, Tensor]) -> None:
+    for name, named in axes.items():
+        if name not in inputs:
+            raise GraphError(f"dynamic_axes: {name} is not an input; the inputs are {', '.join(inputs)}")
+        for axis, label in named.items():
+            shape = list(inputs[name].shape)
+            if not 0 <= axis < len(shape):
+                raise GraphError(f"dynamic_axes: input {name} of shape {shape} has no axis {axis}")
+            if shape[axis] < 2:
+                raise GraphError(
+                    f"dynamic_axes: axis {axis} ({label}) of input {name} has size {shape[axis]} in the example, which "
+                    "torch.export takes for a constant: give an example with size 2 or more"
+                )
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the error that the exporter's own was raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @functools.cache
@@ -64,6 +211,20 @@ def _read_operators_once() -> None:
         exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")  # Any: untyped and private
         apis = exporter.onnxscript_apis
         apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+
+
+def _forget_lengths(graph: Any) -> bool:
+    """Drop the shapes that torch gives what is computed from a recurrent layer: it takes the example's length for a constant.
+
+    Returns whether there are any; ONNX infers them anew.
+    """
+    affected: set[Any] = set()
+    for node in graph:
+        if node.op_type in ("LSTM", "GRU", "RNN") or not affected.isdisjoint(node.inputs):
+            affected.update(node.outputs)
+    for value in affected:
+        value.shape = None
+    return bool(affected)
 
 
 def _name_by_weights(graph: Any) -> list[tuple[Any, str]]:
@@ -113,10 +274,21 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
+def _attention_in_parts():  # type: ignore[no-untyped-def] # a generator that yields nothing of use
+    """Keep torch from running attention without gradients as one operator of its own, which ONNX does not have."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def] # a generator that yields nothing of use
     """Keep the exporter's progress lines and notes about absent packages off the terminal."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # of an error the exception itself tells
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -44,7 +44,7 @@ from tensorrail_trainer.layers.swap import cores_of, swap, to_dense
 from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.processes import world
 from tensorrail_trainer.recipes.recipe import Export, Recipe
-from tensorrail_trainer.run.export import to_onnx
+from tensorrail_trainer.run.export import Tracing
 from tensorrail_trainer.run.render import html, markdown
 from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
 from tensorrail_trainer.training.checkpoints import Checkpoints, place_of
@@ -346,17 +346,18 @@ def export_all(
     `before cut` and `after cut` are written to `scratch`: they are only there to measure the approximation error.
     """
     example = data.example()
-    dense = to_onnx(to_dense(trained.factored), example)
+    tracing = Tracing(to_dense(trained.factored), example)  # the other networks differ in their weights alone
+    dense = tracing.graph()
     save_model(dense, folder / "dense.onnx")
     paths = {"dense form": folder / "dense.onnx", "factored": folder / "model.onnx"}
     if trained.dense is not None:
         name = "control.onnx" if trained.reference == "dense control" else "baseline.onnx"
         paths = {trained.reference: folder / name, **paths}
-        save_model(to_onnx(trained.dense, example), folder / name)
+        save_model(tracing.graph(trained.dense), folder / name)
     factored = _in_form(dense, trained, form, progress)
     save_model(factored.model, folder / "model.onnx")
     paths |= {"before cut": scratch / "before_cut.onnx", "after cut": scratch / "after_cut.onnx"}
-    graph = to_onnx(trained.uncut, example)
+    graph = tracing.graph(trained.uncut)
     save_model(graph, paths["before cut"])
     cut = swap(to_dense(trained.uncut), trained.plan, roots=trained.roots)
     save_model(reconstruct(graph, trained.plan, _numpy(cut)), paths["after cut"])
