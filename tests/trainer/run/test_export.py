@@ -98,6 +98,7 @@ SENTENCES = {"ids": MORE_IDS, "lengths": torch.tensor([11, 4, 1, 8])}
 def tagger():
     """Return a tagger and what was traced of it."""
     module = Tagger()
+    to_onnx(nn.LSTM(4, 3, batch_first=True), torch.zeros(2, 5, 4))  # whatever was exported before, lengths stay dynamic
     return module, Tracing(module, (IDS, torch.tensor([7, 4])), dynamic_axes=AXES)
 
 
@@ -107,6 +108,16 @@ def test_an_lstm_tagger_takes_ids_and_lengths(tagger):
     assert shapes(model.graph.output) == {"logits": ["batch", "length", 5]}  # torch would write 7 for the length
     assert "lstm.weight_ih_l0" in {node.name for node in model.graph.node}
     assert_computes(model, module, SENTENCES)
+
+
+class Fixed(nn.Module):
+    def forward(self, image):
+        return image.flatten(1) @ torch.ones(21, 2)
+
+
+def test_an_axis_that_the_module_fixes_is_not_called_dynamic():
+    with pytest.raises(GraphError, match=r"axis 2 \(length\) of input image is 7 in the graph: .* leave the axis out"):
+        to_onnx(Fixed(), torch.randn(2, 3, 7), dynamic_axes={"image": {2: "length"}})
 
 
 def test_weights_of_another_network_are_put_into_the_traced_graph(tagger):

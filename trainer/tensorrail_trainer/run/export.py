@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import importlib
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_runtime.errors import GraphError
+from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, read_operators_once
 
 _OPSET = 20
 
@@ -86,7 +85,8 @@ class Tracing:
         # Weights with their channels last would be written as strided views of themselves.
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         with _quiet(), _attention_in_parts():
-            _read_operators_once()
+            read_operators_once()
+            forget_recurrent_kernels()
             try:
                 program = torch.onnx.export(
                     plain,
@@ -104,6 +104,7 @@ class Tracing:
                 raise GraphError(f"{type(module).__name__} cannot be exported: {_reason(error)}") from error
         if program is None:
             raise GraphError(f"{type(module).__name__} cannot be exported: torch.onnx.export returned no program")
+        _require_dynamic(axes, program.model.graph.inputs)
         if output_names is None and len(program.model.graph.outputs) == 1:
             program.model.graph.outputs[0].name = "logits"
         self._program = program.model
@@ -194,23 +195,23 @@ def _check_axes(axes: Mapping[str, Mapping[int, str]], inputs: Mapping[str, Tens
                 )
 
 
+def _require_dynamic(axes: Mapping[str, Mapping[int, str]], inputs: Iterable[Any]) -> None:
+    """Raise `GraphError` where the graph has a fixed size for an axis that was to be dynamic: the exporter may say nothing."""
+    shapes = {value.name: [str(size) for size in value.shape] for value in inputs}
+    for name, named in axes.items():
+        for axis, label in named.items():
+            if name in shapes and shapes[name][axis].isdigit():
+                raise GraphError(
+                    f"axis {axis} ({label}) of input {name} is {shapes[name][axis]} in the graph: the module computes with the "
+                    "example's size as a constant; leave the axis out of dynamic_axes, or change the module"
+                )
+
+
 def _reason(error: BaseException) -> str:
     """Return the first line of the error that the exporter's own was raised from."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@functools.cache
-def _read_operators_once() -> None:
-    """Keep the exporter's list of operators, which it makes for every graph from the source of each: a second of CPU time.
-
-    Tested with torch 2.13 and onnxscript 0.7; with versions that keep the list elsewhere, every export makes it anew.
-    """
-    with contextlib.suppress(ImportError, AttributeError):
-        exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")  # Any: untyped and private
-        apis = exporter.onnxscript_apis
-        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
 
 
 def _forget_lengths(graph: Any) -> bool:
