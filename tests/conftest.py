@@ -86,8 +86,8 @@ def in_this_process(monkeypatch):
 
     def call(function, request):
         module, _, name = function.partition(":")
-        if "options" in request:
-            request["options"] |= {"warmup": 0.0, "seconds": 0.01}
+        if "timing" in request:
+            request["timing"] |= {"warmup": 0.0, "seconds": 0.01}
         return getattr(importlib.import_module(module), name)(json.loads(json.dumps(request)))
 
     for module in ("measure.latency", "gate.regress"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,15 +19,18 @@ from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.precision.reduce import PrecisionReport
 from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.rewrite.sites import NamedLayers
-from tensorrail_exporter.search.planner import PlannedLayer
+from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size, times_less
+from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.graphs.cost import cost
-from tensorrail_runtime.measure.accuracy import Comparison, compare_scores, evaluate
-from tensorrail_runtime.measure.latency import LatencyReport, bench_fresh
+from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
+from tensorrail_runtime.measure.latency import LatencyReport, bench
 from tensorrail_runtime.measure.parity import parity
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.ModelProto]
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
@@ -35,17 +39,7 @@ _ROUNDING = 1e-4  # relative: what may differ between reconstructed weights and 
 _ROUNDINGS = 8  # in a layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
 
 
-class Size(Record):
-    """What one model weighs and costs at the batch size of the report. FLOPs are 2 × MACs; milliseconds are the median."""
-
-    params: int
-    macs: int
-    flops: int
-    bytes: int
-    milliseconds: float
-
-
-class Times(Record):
+class Ratios(Record):
     """Dense over factored. `latency` is measured, with its 95 % interval; the others are counted."""
 
     params: float
@@ -57,13 +51,13 @@ class Times(Record):
     latency_high: float
 
 
-class CompressReport(Record):
+class CompressReport(PrintedRecord):
     """What `compress` made, against the dense model."""
 
     version: Literal[1] = 1
     dense: Size
     factored: Size
-    ratios: Times
+    ratios: Ratios
     targets: dict[str, float]
     meets: bool
     predicted_latency: float | None  # the speed-up that the latency table predicted
@@ -76,43 +70,87 @@ class CompressReport(Record):
     fits: tuple[LayerFit, ...]
     latency: LatencyReport
     reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, beside itself in fp32
+    planning: PlanReport | None = None  # how the plan was chosen, where a target was given
+    model: str = ""  # the file that was written
 
     @property
     def faster(self) -> bool:
         """Whether the whole interval of the measured speed-up lies above 1."""
         return self.ratios.latency_low > 1.0
 
+    def shown(self) -> tuple[Part, ...]:
+        """Return the plan, the table of both models, what differs, and the models in reduced precision."""
+        dense, factored, ratios = self.dense, self.factored, self.ratios
+        rows = [
+            ("parameters", f"{dense.params:,}", f"{factored.params:,}", f"÷ {ratios.params:.2f}"),
+            ("FLOPs (2 × MACs)", f"{dense.flops:,}", f"{factored.flops:,}", f"÷ {ratios.flops:.2f}"),
+            ("file (bytes)", f"{dense.bytes:,}", f"{factored.bytes:,}", f"÷ {ratios.bytes:.2f}"),
+            (
+                f"latency p50 (ms), batch {self.latency.batch}",
+                f"{dense.milliseconds:.3f}",
+                f"{factored.milliseconds:.3f}",
+                f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
+            ),
+        ]
+        if (paired := self.accuracy) is not None:
+            before, after = (f"{100 * side.mean:.2f} %" for side in (paired.reference, paired.candidate))
+            rows.append((f"{paired.reference.metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"))
+        parts: list[Part] = list(self.planning.shown()) if self.planning else []
+        parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
+        agreement = "" if self.top1_agreement is None else f"; top-1 agrees on {100 * self.top1_agreement:.1f} %"
+        parts.append(
+            f"outputs differ by {self.approximation:.2e} (relative L2){agreement}; the rewriting itself by {self.numerical:.1e}"
+        )
+        if not self.faster:
+            parts.append("NOT measured to be faster than the dense model")
+        if not self.meets:
+            targets = ", ".join(f"{name}={value:g}" for name, value in self.targets.items())
+            parts.append(f"target {targets} was NOT reached")
+        return (*parts, *(part for report in self.reduced for part in report.shown()))
 
-def compress(
-    model: onnx.ModelProto,
-    plan: Plan,
-    out: Path,
-    *,
-    targets: Mapping[str, float] | None = None,
-    planned: tuple[PlannedLayer, ...] = (),
-    predicted: float | None = None,
-    calibration: Calibration | None = None,
-    test: tuple[Mapping[str, np.ndarray], np.ndarray] | None = None,
-    refine: Refine | None = None,
-    settings: Session | None = None,
-    batch: int = 1,
-    shapes: Shapes | None = None,
-    seconds: float = 10.0,
-    on_stage: Callable[[str, float], None] = lambda _, __: None,
-) -> CompressReport:
-    """Write the factored model of a plan to `out`, and return the report.
 
-    With calibration inputs the cores are fitted layer by layer, and `refine` goes on from there; without, each weight is
-    decomposed by itself. `test` holds arrays by input name and labels (N,). Raises `GraphError` when the factored graph does
-    not compute what its cores stand for: nothing is written then.
+@dataclass(frozen=True)
+class Compression:
+    """How a plan is carried out and measured."""
+
+    calibration: Calibration | None = None
+    """Inputs that cores are fitted to, layer by layer; without them each weight is decomposed by itself."""
+    refine: Refine | None = None
+    """A further fit of the factored graph to the calibration inputs."""
+    test: Labelled | None = None
+    """Labelled inputs for the accuracy; nothing is fitted to them."""
+    conditions: Conditions = field(default_factory=lambda: Conditions(Timing(processes=5)))
+    """How latency is measured and models run."""
+
+
+def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options: Compression | None = None) -> CompressReport:
+    """Write the factored model of a plan to `out`, and measure it against the dense one.
+
+    Args:
+        model: the dense graph.
+        plan: the layers to rewrite; the report of a search brings its targets and predictions with it.
+        out: the file to write.
+        options: the inputs to fit and test with, and how the models are measured.
+
+    Returns:
+        Size, speed, accuracy and the errors of the factored model.
+
+    Raises:
+        PlanError: the plan names no layer.
+        GraphError: the factored graph does not compute what its cores stand for; nothing is written.
+
     """
-    settings = settings or Session()
+    options = options or Compression()
+    planning, plan = (plan, plan.plan) if isinstance(plan, PlanReport) else (None, plan)
+    calibration, test = options.calibration, options.test
+    timing, settings, progress = options.conditions.timing, options.conditions.settings, options.conditions.progress
+    batch, shapes = timing.batch, timing.shapes
     settings.check()
     exact = settings.exact
     if not plan.layers:
         raise PlanError("the plan names no layer: there is nothing to rewrite")
     if calibration is not None:
-        fitted = fit_layers(model, plan, calibration, exact, on_share=lambda share, what: on_stage(f"fitting {what}", share))
+        fitted = fit_layers(model, plan, calibration, exact, progress=progress)
         base, cores, fits = fitted.model, fitted.cores, fitted.layers
     else:
         base, cores, fits = model, decompose_graph(model, plan), ()
@@ -125,51 +163,50 @@ def compress(
         feeds: list[Mapping[str, np.ndarray]]
         feeds = list(calibration.first(100).feeds) if calibration is not None else [random_inputs(session, 7, shapes=shapes)]
         numerical = _numerical(base, plan, cores, path, feeds, Path(folder), exact)
-        made = factored.model
-        if refine is not None and calibration is not None:
-            made = _refined(refine, model, base, plan, cores, factored, calibration)
-            save_model(made, path)
-        on_stage("comparing", 0.5)
+        rewritten = factored.model
+        if options.refine is not None and calibration is not None:
+            rewritten = _refined(options.refine, model, base, plan, cores, factored, calibration)
+            save_model(rewritten, path)
+        progress("comparing outputs", 0.5)
         against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=exact)
-        on_stage("timing", 0.0)
-        times = bench_fresh(
+        times = bench(
             [dense_path, path],
-            batch=batch,
-            seconds=seconds,
-            settings=settings,
-            io_binding=settings.on_gpu,
-            shapes=shapes,
+            replace(timing, io_binding=settings.on_gpu),
+            settings,
             labels=["dense", "factored"],
+            progress=progress,
         )
         sizes = [_size(p, batch, shapes, times.latencies[k].p50) for k, p in enumerate((dense_path, path))]
         accuracy = None
         if test is not None:
-            scores = [evaluate(p, test[0], test[1], settings=exact) for p in (dense_path, path)]
+            scores = [evaluate(p, test.inputs, test.labels, metric=test.metric, settings=exact) for p in (dense_path, path)]
             accuracy = compare_scores(*scores)
-    save_model(made, out)
+    save_model(rewritten, out)
     ratio = times.ratios[0]
-    ratios = Times(
-        **{name: _times(getattr(sizes[0], name), getattr(sizes[1], name)) for name in ("params", "macs", "flops", "bytes")},
+    ratios = Ratios(
+        **{name: times_less(sizes[0], sizes[1], name) for name in ("params", "macs", "flops", "bytes")},
         latency=ratio.value,
         latency_low=ratio.low,
         latency_high=ratio.high,
     )
-    wanted = dict(targets or {})
+    targets = dict(planning.targets) if planning else {}
     return CompressReport(
         dense=sizes[0],
         factored=sizes[1],
         ratios=ratios,
-        targets=wanted,
-        meets=all(_reached(ratios, name) >= value * 0.99 for name, value in wanted.items()),
-        predicted_latency=predicted,
+        targets=targets,
+        meets=all(is_met(float(getattr(ratios, name)), value) for name, value in targets.items()),
+        predicted_latency=planning.predicted if planning else None,
         approximation=against.worst,
         top1_agreement=against.outputs[0].top1_agreement,
         numerical=numerical,
         accuracy=accuracy,
         layers=factored.layers,
-        planned=planned,
+        planned=planning.rows if planning else (),
         fits=fits,
         latency=times,
+        planning=planning,
+        model=str(out),
     )
 
 
@@ -238,13 +275,11 @@ def _rounding(model: onnx.ModelProto, plan: Plan) -> float:
 
 
 def _size(path: Path, batch: int, shapes: Shapes | None, milliseconds: float) -> Size:
-    found = cost(path, batch, shapes)
-    return Size(params=found.params, macs=found.macs, flops=found.flops, bytes=found.bytes, milliseconds=milliseconds)
-
-
-def _times(before: int, after: int) -> float:
-    return before / after if after else 1.0  # none before either: a body's products are not counted
-
-
-def _reached(ratios: Times, name: str) -> float:
-    return float(getattr(ratios, name))
+    counted = cost(path, batch, shapes)
+    return Size(
+        params=counted.params,
+        macs=counted.macs,
+        flops=counted.flops,
+        bytes=counted.bytes,
+        milliseconds=milliseconds,
+    )

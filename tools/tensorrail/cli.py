@@ -1,13 +1,14 @@
 """`tensorrail`: the commands, and how an error ends.
 
-Exit codes: 0 what was asked holds, 1 it was measured and falls short, 2 bad input, 3 a fault of tensorrail's own (with its
-traceback), 130 interrupted.
+Exit codes: 0 what was asked for holds, 1 it was measured and does not hold, 2 bad input, 3 internal error (with its traceback),
+130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -31,7 +32,7 @@ from tensorrail.commands import (
     train,
 )
 from tensorrail.extras import MissingExtraError, missing_extra
-from tensorrail.show import plain
+from tensorrail.terminal import plain
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,16 +44,16 @@ for command in (run, train, plan, compress, export, quantize, check, accuracy, b
 app.add_typer(regress.app, name="regress")
 
 
-def _show_versions(wanted: bool) -> None:
-    if not wanted:
+def _show_versions(asked: bool) -> None:
+    if not asked:
         return
     from importlib.metadata import PackageNotFoundError, version
 
-    found = []
+    versions = []
     for name in ("tensorrail", "onnxruntime-gpu", "onnxruntime", "onnx", "torch"):
         with suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    print(", ".join(found))
+            versions.append(f"{name} {version(name)}")
+    print(", ".join(versions))
     raise typer.Exit
 
 
@@ -60,13 +61,21 @@ def _show_versions(wanted: bool) -> None:
 def _root(
     _: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show what is installed in one line."),
+        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show the installed versions in one line."),
     ] = False,
 ) -> None:
     """Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress."""
 
 
-_INTERRUPTED = "interrupted; `tensorrail run … --resume` goes on from the last finished epoch"
+_INTERRUPTED = "interrupted; `tensorrail run … --resume` continues from the last finished epoch"
+
+
+class _Terminated(BaseException):
+    """SIGTERM: raised, so that temporary copies of models are removed as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def main() -> None:
@@ -74,6 +83,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows `?` for a character that it lacks
             stream.reconfigure(errors="replace")
+    with suppress(ValueError):  # in a thread that is not the main one
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         # By itself typer would draw its errors as boxes, below two lines of usage.
         code = parser()(prog_name="tensorrail", standalone_mode=False) or 0
@@ -81,6 +92,8 @@ def main() -> None:
         if missing_extra(error) is None:
             _crash()
         _fail(str(MissingExtraError("this command", error)), 2)
+    except _Terminated:
+        _fail(_INTERRUPTED, 143)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a measurement that falls short
@@ -119,7 +132,7 @@ def _fail_usage(error: Any) -> NoReturn:
 
 def _crash() -> NoReturn:
     traceback.print_exc()
-    _fail("a fault of its own, not of the files that came: please report it with the lines above", 3)
+    _fail("internal error, not caused by your input; please report it with the lines above", 3)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,56 +1,43 @@
-"""The options that several commands share."""
+"""The settings that all verbs share: one bundle, so that a function takes few arguments."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import typer
+from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.progress import Progress, silent
+from tensorrail_runtime.sessions.session import Session
 
-
-def require_writable(out: Path | None, *inputs: Path | None) -> Path | None:
-    """Return a file that is to be written; `ModelError`, before any work, where it cannot be, or is one that is read."""
-    from tensorrail_runtime.errors import ModelError
-
-    if out is None:
-        return None
-    if out.is_dir() or not out.parent.is_dir():
-        problem = "is a folder" if out.is_dir() else "its folder is not there"
-        raise ModelError(f"{out}: {problem}: expected the name of a file to be written, in a folder that is there")
-    for path in inputs:
-        if path is not None and path.exists() and out.exists() and out.samefile(path):
-            raise ModelError(f"{out}: is read as well, and would be lost: write to another file")
-    return out
+if TYPE_CHECKING:
+    from tensorrail_exporter.search.targets import Search
 
 
-def _json(path: Path | None) -> Path | None:
-    from tensorrail_runtime.errors import ModelError
+@dataclass(frozen=True)
+class Fit:
+    """How cores are fitted to calibration inputs."""
 
-    if path is not None and path.suffix.lower() == ".onnx":
-        raise ModelError(f"{path}: is a model's name, and JSON would be written there: give another one, such as out.json")
-    return require_writable(path)
+    epochs: int | None = None
+    """Passes over the inputs that fit the cores to the dense activations, in torch; 0: none, None: 12 if torch is installed."""
+    samples: int | None = None
+    """Calibration samples that are used at most; default: 512 for `compress`, 128 for `plan`."""
 
 
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the record behind the table as JSON.", callback=_json),
-]
-Provider = Annotated[str, typer.Option(help="ONNX Runtime execution provider: cpu, cuda or tensorrt.")]
-Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")]
-Nhwc = Annotated[bool, typer.Option("--nhwc", help="Let CUDA's convolutions run with the channels last.")]
-CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Time launches as one CUDA graph, as for fixed shapes.")]
-Shape = Annotated[
-    list[str] | None, typer.Option("--shape", metavar="NAME=1,3,224,224", help="An input's shape; may be given again.")
-]
-Data = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="FILE.npz", help="Arrays by input name, and `labels` where a metric needs them."),
-]
-Metric = Annotated[
-    str | None,
-    typer.Option("--metric", help="top1 (where none is given), top5, or module:function of (outputs, labels) → scores."),
-]
-Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; default runs/<the recipe's name>.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch of an interrupted run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start anew.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, and how.")]
+@dataclass(frozen=True)
+class Options:
+    """How a verb does its work; what is left out has the verb's own default."""
+
+    session: Session = field(default_factory=Session)
+    """How models run: provider, threads and what the provider offers."""
+    timing: Timing | None = None
+    """Batch size and shapes, and how long latency is measured."""
+    search: Search | None = None
+    """How a plan is searched for."""
+    fit: Fit = field(default_factory=Fit)
+    """How cores are fitted to calibration inputs."""
+    progress: Progress = silent
+    """Told how far the work is: `progress(stage, share, detail)`."""
+
+    def conditions(self, timing: Timing) -> Conditions:
+        """Return what models are measured under, with this timing where none was given."""
+        return Conditions(self.timing or timing, self.session, self.progress)

@@ -7,7 +7,7 @@ inputs can give: the best weight (with a ridge toward the dense one), cut to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.sites import NamedLayers, walk
 from tensorrail_exporter.rewrite.survey import DenseLayer, dense_layer
 from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import Session
 
@@ -56,7 +57,7 @@ def fit_layers(
     settings: Session | None = None,
     *,
     ridge: float = _RIDGE,
-    on_share: Callable[[float, str], None] = lambda _, __: None,
+    progress: Progress = silent,
 ) -> Fitted:
     """Return cores for every planned layer, fitted in the graph's order to the outputs of the dense network.
 
@@ -79,7 +80,7 @@ def fit_layers(
     rows = []
     current = model
     for number, (name, found) in enumerate(uses.items()):
-        on_share(number / len(uses), name)
+        progress("fitting layers", number / len(uses), name)
         part = planned[name]
         if name in able:
             run = run_to(current, [use.input_name for use in found], settings)
@@ -100,7 +101,7 @@ def fit_layers(
         done[name] = cores[name]
         partial = Plan(layers=tuple(planned[one] for one in done))
         current = reconstruct(add_biases(model, partial, biases), partial, done)
-    on_share(1.0, "")
+    progress("fitting layers", 1.0)
     return Fitted(add_biases(model, plan, biases), cores, tuple(rows))
 
 

@@ -20,11 +20,12 @@ from tensorrail_exporter.precision.weights import Weighted, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import open_session, run
+from tensorrail_runtime.tables import Table
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
-_SHOWN = 8  # names in the message
+_SHOWN = 8  # names in the message, and layers in the table
 NORMAL = float(np.finfo(np.float16).tiny)  # 2⁻¹⁴: smaller values are subnormal
 
 
@@ -52,6 +53,30 @@ class LayerRange(Record):
         """How much this layer is to be suspected: in fp16, and in int8."""
         fp16 = 1e9 if self.overflows else max(self.core_subnormal, self.output_subnormal)
         return fp16, max(self.core_int8_error, self.output_int8_error)
+
+
+def ranges_table(ranges: Sequence[LayerRange]) -> Table:
+    """Return the table of ranges, the most suspicious layers first: those to keep in fp32."""
+    rows = [
+        (
+            r.layer,
+            r.core,
+            f"{r.core_min:.3g} … {r.core_max:.3g}",
+            f"{r.channel_ratio:.3g}",
+            f"{r.output_min:.3g} … {r.output_max:.3g}",
+            "YES" if r.overflows else "no",
+            f"{100 * max(r.core_subnormal, r.output_subnormal):.1f} %",
+            f"{100 * r.core_int8_error:.1f} %",
+            f"{100 * r.output_int8_error:.1f} %",
+        )
+        for r in ranges[:_SHOWN]
+    ]
+    left = f", the first {_SHOWN} of {len(ranges)}" if len(ranges) > _SHOWN else ""
+    head = (
+        *("layer", "core", "range of the core", "ratio of channels", "range of the output", "beyond fp16", "subnormal"),
+        *("int8 error of the core", "8-bit error of the output"),
+    )
+    return Table(f"ranges in fp32, the most suspicious first{left}: try --keep LAYER", head, rows)
 
 
 class RangeError(GraphError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,17 +16,19 @@ from tensorrail_exporter.precision.fp16 import to_fp16 as to_fp16
 from tensorrail_exporter.precision.int8 import METHODS as METHODS
 from tensorrail_exporter.precision.int8 import Method as Method
 from tensorrail_exporter.precision.int8 import to_int8 as to_int8
-from tensorrail_exporter.precision.ranges import LayerRange, layer_ranges, require_finite
+from tensorrail_exporter.precision.ranges import LayerRange, layer_ranges, ranges_table, require_finite
 from tensorrail_exporter.precision.weights import weighted, with_names
-from tensorrail_runtime.errors import GraphError, ModelError
+from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import bytes_of
-from tensorrail_runtime.measure.accuracy import Comparison, compare_scores, evaluate
+from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import Parity, parity
+from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
-from tensorrail_runtime.sessions.session import Session, open_session
+from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.session import open_session
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Precision = Literal["fp16", "int8"]
 
@@ -43,7 +46,7 @@ class Unreduced(Record):
     kept: bool  # named in `keep`
 
 
-class PrecisionReport(Record):
+class PrecisionReport(PrintedRecord):
     """One model reduced, and all that was measured of it beside fp32. The latency's ratio is fp32's time over its time."""
 
     version: Literal[1] = 1
@@ -77,77 +80,131 @@ class PrecisionReport(Record):
         """What the 95 % interval of the ratio says."""
         return "faster" if self.ratio.low > 1 else "slower" if self.ratio.high < 1 else "not proven faster"
 
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of fp32 beside the reduced model, the layers left in fp32, the verdict, and the ranges."""
+        worst = max(self.parity.outputs, key=lambda output: output.relative_l2)
+        before, after = self.latency.latencies
+        rows = [
+            ("file (bytes)", f"{self.bytes_before:,}", f"{self.bytes_after:,}"),
+            (f"relative L2 of {worst.name}", "0", f"{worst.relative_l2:.2e}"),
+        ]
+        if worst.top1_agreement is not None:
+            rows.append(("top-1 agreement", "100.0 %", f"{100 * worst.top1_agreement:.1f} %"))
+        if (paired := self.accuracy) is not None:
+            interval = f"{paired.difference:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}], p = {paired.p_value:.2g}"
+            rows.append((paired.reference.metric, f"{paired.reference.mean:.4f}", f"{paired.candidate.mean:.4f} ({interval})"))
+        ratio = self.ratio
+        rows += [
+            (f"latency p50 (ms), batch {self.latency.batch}", f"{before.p50:.3f}", f"{after.p50:.3f}"),
+            ("speed-up [95 % CI]", "1", f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"),
+        ]
+        title = (
+            f"{self.model} as {self.reduced}; {self.samples} {self.inputs} samples, {self.latency.rounds} rounds on "
+            f"{self.latency.machine.processor}"
+        )
+        parts: list[Part] = [Table(title, ("quantity", "fp32", self.to), rows)]
+        if self.fp32:
+            kept = ", ".join(f"{layer.layer} ({layer.op}{', kept' if layer.kept else ''})" for layer in self.fp32)
+            parts.append(f"still fp32: {kept}")
+        parts.append(f"{self.to} is {self.verdict} than fp32 here{self._why()}")
+        parts += [f"warning: {warning}" for warning in self.latency.warnings]
+        verdict = "within" if self.holds else "OUT OF"
+        parts.append(
+            f"{verdict} tolerance {self.parity.tolerance:g}; the smallest tolerance that would pass is "
+            f"{self.parity.smallest:.2e}"
+        )
+        return (*parts, *((ranges_table(self.ranges),) if self.ranges else ()))
+
+    def _why(self) -> str:
+        if self.to == "fp16" and self.latency.provider == "cpu" and self.verdict != "faster":
+            return ": the CPU provider computes in fp32 and casts around it; fp16 is for GPUs, or for half the file"
+        return ""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The precision that a model is converted to."""
+
+    to: Precision
+    """`fp16` or `int8`."""
+    method: Method | None = None
+    """How int8 finds the ranges of activations: `minmax` (default), `entropy` or `percentile`."""
+    keep: tuple[str, ...] = ()
+    """Layers or nodes that stay fp32."""
+    tolerance: float | None = None
+    """Largest relative L2 difference of any output; default 0.01 for fp16, 0.1 for int8."""
+
 
 def reduced(
     model: Path | str,
     out: Path | str,
+    quantization: Quantization,
     *,
-    to: Precision,
     calibration: Sequence[Mapping[str, np.ndarray]] | None = None,
-    data: Mapping[str, np.ndarray] | None = None,
-    labels: np.ndarray | None = None,
-    metric: str = "top1",
-    method: Method | None = None,
-    keep: Sequence[str] = (),
-    tolerance: float | None = None,
-    batch: int = 1,
-    shapes: Shapes | None = None,
-    seconds: float = 10.0,
-    settings: Session | None = None,
-    seed: int = 0,
-    on_round: Callable[[float], None] = lambda _: None,
+    test: Labelled | None = None,
+    conditions: Conditions | None = None,
 ) -> PrecisionReport:
     """Measure the model in reduced precision beside fp32, and write it to `out`, whole or not at all.
 
-    `calibration` holds inputs, batch by batch: int8 needs them, fp16 is only compared on them, or else on random ones.
-    `data` and `labels` are for the accuracy and are not calibrated on. `tolerance` is of the relative L2 difference of every
-    output, by default that of `TOLERANCES`. Dynamic axes of random inputs, those of the latency among them, are set by
-    `shapes`, or else to `batch`. Nothing is written when fp16 overflows on the inputs: `RangeError`, with the layers' ranges;
-    nor otherwise: `GraphError` for what cannot be converted, `ModelError` for what cannot be run or scored.
+    Args:
+        model: the fp32 model's file, dense or factored.
+        out: the file to write.
+        quantization: the precision, and what stays fp32.
+        calibration: inputs, batch by batch: int8 needs them; outputs are compared on them, else on random inputs.
+        test: labelled inputs for the accuracy; nothing is calibrated on them.
+        conditions: how latency is measured and models run. Dynamic axes of random inputs are set by its shapes and batch size.
+
+    Returns:
+        Parity, accuracy and latency beside fp32; the ranges of layers where the tolerance is missed.
+
+    Raises:
+        RangeError: fp16 overflows on the inputs, with the layers' ranges; nothing is written.
+        GraphError: the model cannot be converted; nothing is written.
+        ModelError: the model cannot be run or scored.
+
     """
-    model, out, settings = Path(model), Path(out).resolve(), settings or Session()  # a link stays one
+    conditions = conditions or Conditions()
+    timing, settings, to, keep = conditions.timing, conditions.settings, quantization.to, quantization.keep
+    model, out = Path(model), Path(out).resolve()  # a link stays one
     settings.check()
     exact = settings.exact
-    _check_request(model, out, to, method, data, labels)
+    _check_request(model, out, quantization)
     session = open_session(model, settings=exact)
     given = None if calibration is None else list(calibration)
-    sizes = _RANDOM_BATCHES[:1] if shapes else _RANDOM_BATCHES  # a shape that is given has its own batch
-    feeds = given if given is not None else [random_inputs(session, size, seed, shapes) for size in sizes]
+    sizes = _RANDOM_BATCHES[:1] if timing.shapes else _RANDOM_BATCHES  # a shape that is given has its own batch
+    feeds = given if given is not None else [random_inputs(session, size, timing.seed, timing.shapes) for size in sizes]
     scores = None
-    if data is not None and labels is not None:  # before anything is written: it shows whether the data fit
-        scores = evaluate(model, data, labels, metric=metric, settings=exact)
+    if test is not None:  # before anything is written: it shows whether the data fit
+        scores = evaluate(model, test.inputs, test.labels, metric=test.metric, settings=exact)
     single = load_model(model)
     if to == "fp16":
         small = to_fp16(single, keep=keep)
         require_finite(single, small, feeds)
     else:
-        small = to_int8(single, given or (), method=method or "minmax", keep=keep)
+        small = to_int8(single, given or (), method=quantization.method or "minmax", keep=keep)
     left = _left_fp32(single, small, keep)
     # Measured in a folder beside `out`, under its own name, which the names of external data are made of; then moved.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         made = Path(folder) / out.name
         save_model(small, made)
-        same = parity(model, made, inputs=feeds, tolerance=TOLERANCES[to] if tolerance is None else tolerance, settings=exact)
+        tolerance = TOLERANCES[to] if quantization.tolerance is None else quantization.tolerance
+        same = parity(model, made, inputs=feeds, tolerance=tolerance, settings=exact)
         accuracy = None
-        if scores is not None and data is not None and labels is not None:
-            accuracy = compare_scores(scores, evaluate(made, data, labels, metric=metric, settings=exact))
+        if scores is not None and test is not None:
+            accuracy = compare_scores(scores, evaluate(made, test.inputs, test.labels, metric=test.metric, settings=exact))
         latency = bench(
             [model, made],
-            batch=batch,
-            seconds=seconds,
-            settings=settings,
-            io_binding=settings.on_gpu,
-            shapes=shapes,
-            seed=seed,
+            replace(timing, io_binding=settings.on_gpu),
+            settings,
             labels=["fp32", to],
-            on_round=on_round,
+            progress=conditions.progress,
         )
         report = PrecisionReport(
             model=model.name,
             reduced=out.name,
             to=to,
-            method=(method or "minmax") if to == "int8" else None,
-            keep=tuple(keep),
+            method=(quantization.method or "minmax") if to == "int8" else None,
+            keep=keep,
             fp32=left,
             bytes_before=bytes_of(model),
             bytes_after=bytes_of(made),
@@ -163,20 +220,12 @@ def reduced(
     return report
 
 
-def _check_request(
-    model: Path,
-    out: Path,
-    to: Precision,
-    method: Method | None,
-    data: Mapping[str, np.ndarray] | None,
-    labels: np.ndarray | None,
-) -> None:
+def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
+    to, method = quantization.to, quantization.method
     if to not in get_args(Precision):
         raise GraphError(f"unknown precision {to!r}: expected one of {', '.join(get_args(Precision))}")
     if method is not None and to != "int8":
-        raise GraphError(f"calibration method {method!r} came, and {to} is not calibrated: leave it out")
-    if (data is None) != (labels is None):
-        raise ModelError("the accuracy needs both data and labels, and one came without the other")
+        raise GraphError(f"calibration method {method!r} was given, but {to} is not calibrated: leave it out")
     if not out.parent.is_dir():
         raise GraphError(f"{out}: its folder is not there: make it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):

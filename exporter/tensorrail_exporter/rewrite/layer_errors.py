@@ -18,18 +18,8 @@ from tensorrail_exporter.plans.cores import Cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import reconstruct
 from tensorrail_exporter.rewrite.sites import NamedLayers
-from tensorrail_runtime.measure.parity import Tolerances, compare
-from tensorrail_runtime.records import Record
+from tensorrail_runtime.measure.parity import LayerError, Tolerances, compare
 from tensorrail_runtime.sessions.session import Session, open_session, run
-
-
-class LayerError(Record):
-    """Relative L2 differences at one layer's output; None where the factored graph has no tensor of that name."""
-
-    layer: str
-    tensor: str
-    approximation: float | None  # dense graph against the one with reconstructed weights
-    numerical: float | None  # that one against the factored graph
 
 
 def layer_errors(

@@ -23,6 +23,7 @@ from tensorrail_exporter.rewrite.rules.scan import holds_scan
 from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 
 class LayerRewrite(Record):
@@ -53,10 +54,22 @@ class LayerRewrite(Record):
     weight_error: float  # ‖W − reconstruct(cores)‖ / ‖W‖, W as it stood in the graph
 
 
-class Rewrites(Record):
-    """All rewritten layers of a graph, as a file."""
+class Rewrites(PrintedRecord):
+    """All rewritten layers of a graph, as a file; `dense` are planned layers that have their cores' dense weight."""
 
     layers: tuple[LayerRewrite, ...]
+    dense: tuple[LayerPlan, ...] = ()
+    model: str = ""  # the file that was written
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of planned layers."""
+        rows = [
+            (r.layer, r.op, r.format, r.steps, f"{r.dense_params:,}", f"{r.stored_params:,}", f"{r.weight_error:.1e}")
+            for r in self.layers
+        ]
+        rows += [(layer.name, "", layer.format, "dense weight, faster here", "", "", "") for layer in self.dense]
+        head = ("layer", "op", "format", "runs as", "dense parameters", "stored parameters", "weight error")
+        return (Table(self.model, head, rows),)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,55 +11,114 @@ import onnx
 from tensorrail_exporter.plans.cores import Cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
+from tensorrail_runtime.progress import Progress, silent
+from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session
+
+BLOCKS = (1, 4, 8, 16)
+_WIDER = 1.02  # a wider block must be 2 % faster
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which forms of given cores may be chosen, and how they are timed."""
+
+    block: int | Literal["auto"] = "auto"
+    """Ranks are widened by zeros to multiples of it; `auto`: the fastest of 1, 4, 8 and 16 for each layer."""
+    dense_if_slower: bool = False
+    """Give a layer that no form of its cores makes faster their dense weight: the same function in a larger file."""
+    fold_batch_norm: bool = False
+    """Take a batch norm behind a convolution into its last core."""
+    scan: bool = True
+    """Let a wide LSTM or GRU without a rank between input and output run as a Scan; never on a GPU."""
+    batch: int = 1
+    """Batch size that layers are timed with."""
+    shapes: Shapes | None = None
+    """Shapes of inputs by name that layers are timed with."""
+    seconds: float = 60.0
+    """Seconds of timing layers that are not in the latency table yet."""
+    cache: Path | None = None
+    """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks to choose from."""
+        return BLOCKS if self.block == "auto" else (self.block,)
 
 
 def factorize_fastest(
     model: onnx.ModelProto,
     plan: Plan,
     cores: Cores,
+    form: Form | None = None,
     *,
-    block: int | Literal["auto"] = "auto",
-    or_dense: bool = False,
-    fold_batch_norm: bool = False,
-    scan: bool = True,
     settings: Session | None = None,
-    batch: int = 1,
-    cache: Path | None = None,
-    on_stage: Callable[[str, float], None] = lambda _, __: None,
+    progress: Progress = silent,
 ) -> tuple[Factored, Plan]:
-    """Return the factored graph in the form that runs fastest here, and the layers in it that have their cores' dense weight.
+    """Return the factored graph in the form that runs fastest here.
 
-    `block` is what ranks are widened to multiples of, by zeros: a number, or `auto` for the fastest of 1, 4, 8 and 16, layer by
-    layer. `or_dense` gives a layer that no form of its cores makes faster their dense weight: the same function in a larger
-    file. On a GPU there is no `scan`. `PlanError` where every planned layer would; else as `rewrite.factorize` and
-    `fastest_blocks`.
+    Args:
+        model: the dense graph.
+        plan: the layers, formats, modes and ranks.
+        cores: the cores of each planned layer, by name.
+        form: which forms may be chosen.
+        settings: how the network will run; default: the CPU provider.
+        progress: told about the timing of layers.
+
+    Returns:
+        The factored graph, and the planned layers in it that have their cores' dense weight.
+
+    Raises:
+        PlanError: every planned layer is faster in dense form; and what `factorize` raises.
+
     """
-    scan = scan and not (settings is not None and settings.on_gpu)
-    widths = {layer.name: 1 if block == "auto" else block for layer in plan.layers}
-    if block == "auto" or or_dense:
-        from tensorrail_exporter.search.planner import (  # only where something is timed: it is slow to load
-            BLOCKS,
-            fastest_blocks,
-        )
-
-        blocks = BLOCKS if block == "auto" else (block,)
-        widths |= fastest_blocks(
-            model,
-            plan,
-            settings=settings,
-            batch=batch,
-            cache=cache,
-            blocks=blocks,
-            or_dense=or_dense,
-            scan=scan,
-            on_stage=on_stage,
-        )
+    form = form or Form()
+    scan = form.scan and not (settings is not None and settings.on_gpu)
+    widths = {layer.name: 1 if form.block == "auto" else form.block for layer in plan.layers}
+    if form.block == "auto" or form.dense_if_slower:
+        widths |= fastest_blocks(model, plan, form, settings=settings, progress=progress)
     slower = Plan(layers=tuple(layer for layer in plan.layers if not widths[layer.name]))
     kept = Plan(layers=tuple(layer for layer in plan.layers if widths[layer.name]))
     if slower.layers:
         if not kept.layers:
-            raise PlanError(f"every planned layer is faster in dense form here, at batch {batch}: plan on this machine instead")
+            raise PlanError(
+                f"every planned layer is faster in dense form here, at batch {form.batch}: make a plan on this machine instead"
+            )
         model = reconstruct(model, slower, cores)
-    return factorize(model, kept, cores, block=widths, fold_batch_norm=fold_batch_norm, scan=scan), slower
+    return factorize(model, kept, cores, block=widths, fold_batch_norm=form.fold_batch_norm, scan=scan), slower
+
+
+def fastest_blocks(
+    model: onnx.ModelProto,
+    plan: Plan,
+    form: Form | None = None,
+    *,
+    settings: Session | None = None,
+    progress: Progress = silent,
+) -> dict[str, int]:
+    """Return for every layer of a plan the block that its ranks run fastest with, when zeros widen them to its multiples.
+
+    A wider block must be 2 % faster to be chosen. With `form.dense_if_slower`, a layer that runs faster with the dense weight
+    of its cores than with any of them gets 0.
+    """
+    form, settings = form or Form(), settings or Session()
+    planned = {layer.name: layer for layer in plan.layers}
+    widest_first = sorted(form.blocks, reverse=True)  # of blocks that give the same steps the narrowest one stays
+    options = {
+        layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in widest_first)}.values())
+        for layer in survey(model, form.batch, form.shapes, scan=form.scan and not settings.on_gpu)
+        if layer.name in planned and layer.output is not None and layer.inputs[layer.data] is not None
+    }
+    table = LatencyTable.open(settings, form.cache)
+    table.measure(options, settings, seconds=form.seconds, progress=progress)
+    narrowest = min(form.blocks)
+    chosen = {}
+    for layer, forms in options.items():
+        best = min(forms, key=lambda o: table.milliseconds(layer, o) * (1.0 if o.block == narrowest else _WIDER))
+        is_slower = table.milliseconds(layer, best) > table.milliseconds(layer)
+        chosen[layer.name] = 0 if form.dense_if_slower and is_slower else best.block
+    return chosen

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from tensorrail_exporter.search.context import copies_of, dense_context, factore
 from tensorrail_exporter.search.options import Option
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.measure.latency import fresh_bursts
+from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record, first_problem, write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
@@ -141,11 +142,11 @@ class LatencyTable:
         settings: Session,
         *,
         seconds: float = 150.0,
-        on_share: Callable[[float, str], None] = lambda _, __: None,
+        progress: Progress = silent,
     ) -> None:
         """Measure what is missing, in about `seconds` and the time that opening the models takes, and save the table.
 
-        `on_share` is told the share that is done and what is measured next.
+        `progress` is told what is measured next.
         """
         jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
         for layer, options in wanted.items():
@@ -159,13 +160,13 @@ class LatencyTable:
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
         for layer, options in jobs.values():
-            on_share(done / total, layer.describe())
+            progress("timing layers", done / total, layer.describe())
             each = seconds / total
             for timed in _layer_times(layer, options, settings, each):
                 self.times[timed.key] = timed
             done += 1 + len(options)
             self.save()
-        on_share(1.0, "")
+        progress("timing layers", 1.0)
 
 
 def _read(path: Path) -> _Stored | None:

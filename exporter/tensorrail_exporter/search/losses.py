@@ -8,7 +8,7 @@ errors of different layers are nearly uncorrelated, and their effect grows with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.options import Option
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.measure.accuracy import wrong_labels
+from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
 
 _SAMPLES = 64  # on which the effect on the network's outputs is measured
@@ -45,7 +46,7 @@ def losses_of(
     calibration: Calibration | None = None,
     settings: Session | None = None,
     *,
-    on_share: Callable[[float, str], None] = lambda _, __: None,
+    progress: Progress = silent,
 ) -> Losses:
     """Return the loss of every option of every layer, by the layer's name and in the options' order."""
     settings = settings or Session()
@@ -56,14 +57,14 @@ def losses_of(
     whitened = {name: on_inputs(weight, metric[name][0]) if name in metric else weight for name, weight in weights.items()}
     shares = {}
     for number, layer in enumerate(layers):
-        on_share(0.5 * number / len(layers), layer.name)
+        progress("measuring losses", 0.5 * number / len(layers), layer.name)
         shares[layer.name] = tuple(lost_shares(whitened[layer.name], wanted[layer]))
     if calibration is None:
         return Losses("weights", shares)
     probe = _Probe(model, calibration.first(_SAMPLES), settings)
     scaled = {}
     for number, layer in enumerate(layers):
-        on_share(0.5 + 0.5 * number / len(layers), layer.name)
+        progress("measuring losses", 0.5 + 0.5 * number / len(layers), layer.name)
         near = min(range(len(shares[layer.name])), key=lambda k: abs(shares[layer.name][k] - _PROBE))
         cut = wanted[layer][near].plan(layer.name)
         weight = cut.reconstruct(cut.decompose(whitened[layer.name]), layer.spec.shape)
@@ -71,7 +72,7 @@ def losses_of(
             weight = on_inputs(weight, metric[layer.name][1])
         effect = probe.effect(cut, weight)
         scaled[layer.name] = tuple(share * effect / max(shares[layer.name][near], 1e-9) for share in shares[layer.name])
-    on_share(1.0, "")
+    progress("measuring losses", 1.0)
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
 
 

@@ -26,11 +26,13 @@ from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.gate.checks import Data, Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.latency import LatencyReport, bench, cycles
+from tensorrail_runtime.measure.timing import Timing as LatencyTiming
 from tensorrail_runtime.records import Record, first_problem
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 __all__ = ["Baseline", "Data", "Effort", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
 
@@ -44,7 +46,7 @@ Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
 """Milliseconds of one process."""
 
 
-class Baseline(Record):
+class Baseline(PrintedRecord):
     """A model's facts and times, to hold later ones against."""
 
     version: Literal[3] = 3
@@ -56,6 +58,11 @@ class Baseline(Record):
     machine: Machine
     facts: Facts
     processes: Annotated[tuple[Times, ...], Field(min_length=1)]
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return one line: the model and its median time."""
+        times = sorted(time for process in self.processes for time in process)
+        return (f"{self.model}, batch {self.batch}: p50 {times[len(times) // 2]:.4f} ms of {len(times)} runs",)
 
     @classmethod
     def load(cls, path: Path | str) -> Baseline:
@@ -105,7 +112,7 @@ class Baseline(Record):
             raise ModelError(f"{what} holds a score on other data than came: give the same, or record the baseline anew")
 
 
-class Verdict(Record):
+class Verdict(PrintedRecord):
     """What a check found."""
 
     model: str
@@ -124,6 +131,12 @@ class Verdict(Record):
         """One line: what falls short, or that nothing does."""
         short = [f"{f.name} {f.measured} (baseline {f.baseline}, limit {f.limit})" for f in self.findings if not f.holds]
         return f"{self.model}: " + ("; ".join(short) if short else "no regression")
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of findings, the warning where there is one, and the reason."""
+        rows = [(f.name, f.baseline, f.measured, f.limit, "yes" if f.holds else "NO") for f in self.findings]
+        table = Table(f"{self.model}, {self.how}", ("quantity", "baseline", "measured", "limit", "holds"), rows)
+        return (table, *((f"warning: {self.warning}",) if self.warning else ()), self.reason)
 
     @property
     def interleaved(self) -> bool:
@@ -308,8 +321,8 @@ def time_here(request: dict[str, object]) -> str:
     """Time the models of a request in this process, in turns, and return the report as JSON."""
     settings = Session(**request["settings"])  # type: ignore[arg-type] # made by `asdict` in `_measure`
     paths, batch, shapes, seconds = (request[name] for name in ("paths", "batch", "shapes", "seconds"))
-    report = bench(paths, settings=settings, batch=batch, shapes=shapes, seconds=seconds, warmup=0.1)  # type: ignore[arg-type]
-    return report.model_dump_json()
+    timing = LatencyTiming(batch, shapes, seconds, warmup=0.1)  # type: ignore[arg-type] # the request is JSON
+    return bench(paths, timing, settings).model_dump_json()  # type: ignore[arg-type] # likewise
 
 
 def _measure(

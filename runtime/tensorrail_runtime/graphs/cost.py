@@ -21,6 +21,7 @@ from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
 from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SCAN_OPSET = 9  # before it a Scan has a batch axis of its own
 
@@ -45,7 +46,7 @@ class NodeCost(Record):
         return 2 * self.macs
 
 
-class GraphCost(Record):
+class GraphCost(PrintedRecord):
     """A whole graph at one batch size."""
 
     model: str
@@ -64,6 +65,30 @@ class GraphCost(Record):
     def flops(self) -> int:
         """2 × MACs."""
         return 2 * self.macs
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of layers and that of the whole graph."""
+        rows = [
+            (
+                layer.weight or layer.name,
+                layer.op,
+                "×".join(map(str, layer.input)),
+                "×".join(map(str, layer.output)),
+                f"{layer.params:,}",
+                f"{layer.params / (self.params or 1):.1%}",
+                f"{layer.flops:,}",
+                f"{layer.macs / (self.macs or 1):.1%}",
+            )
+            for layer in self.layers
+        ]
+        rows.append(("whole graph", "", "", "", f"{self.params:,}", "", f"{self.flops:,}", ""))
+        title = (
+            f"{self.model}, batch {self.batch}: {self.nodes} nodes, {self.kernels} kernels, {self.bytes:,} bytes, "
+            f"{self.activation_bytes:,} bytes of activations moved"
+        )
+        head = ("layer", "op", "input", "output", "parameters", "share", "FLOPs (2 × MACs)", "share")
+        left_out = (f"not counted: {', '.join(self.uncounted)}",) if self.uncounted else ()
+        return (Table(title, head, rows), *left_out)
 
 
 def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> GraphCost:

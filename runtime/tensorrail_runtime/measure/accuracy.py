@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,13 +20,35 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import batches_of, samples_of
+from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, samples_of
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
 """Takes a batch's outputs by name and its labels, and returns one score a sample: right or wrong, or any number."""
 
 _Z = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Inputs with labels that an accuracy is measured on."""
+
+    inputs: Mapping[str, np.ndarray]
+    """Arrays (N, …) by input name."""
+    labels: np.ndarray
+    """One label a sample, (N,)."""
+    metric: str = "top1"
+    """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample."""
+
+    @classmethod
+    def load(cls, path: Path | str, metric: str | None = None) -> Labelled:
+        """Read an npz file with arrays by input name and `labels`; `ModelError` where it has no labels."""
+        arrays = load_arrays(path)
+        if "labels" not in arrays:
+            raise ModelError(f"{path}: expected an array 'labels' beside the inputs, found {', '.join(arrays)}")
+        labels = arrays.pop("labels")
+        return cls(arrays, labels, metric or "top1")
 
 
 class Accuracy(Record):
@@ -48,7 +71,7 @@ class Accuracy(Record):
         return 100 * float(low), 100 * float(high)
 
 
-class Evaluation(Record):
+class Evaluation(PrintedRecord):
     """The scores of one model, one a sample."""
 
     model: str
@@ -60,8 +83,12 @@ class Evaluation(Record):
         """The mean score: for right-or-wrong metrics the share of right answers."""
         return float(np.mean(self.scores))
 
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of the one model."""
+        return (_scores(self),)
 
-class Comparison(Record):
+
+class Comparison(PrintedRecord):
     """Two models on the same samples. `difference` is candidate − reference of the mean score, with its 95 % interval."""
 
     reference: Evaluation
@@ -73,6 +100,19 @@ class Comparison(Record):
     high: float
     test: str
     p_value: float  # of no difference
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of both models, and the paired test."""
+        return (
+            _scores(self.reference, self.candidate),
+            f"difference {self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]; right in A alone {self.only_reference}, "
+            f"in B alone {self.only_candidate}; {self.test}: p = {self.p_value:.3g}",
+        )
+
+
+def _scores(*evaluations: Evaluation) -> Table:
+    rows = [(one.model, f"{one.mean:.4f}", str(len(one.scores))) for one in evaluations]
+    return Table(evaluations[0].metric, ("model", "mean score", "samples"), rows)
 
 
 def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch: int = 64, provider: str = "cpu") -> Accuracy:

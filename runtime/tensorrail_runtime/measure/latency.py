@@ -15,12 +15,16 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.measure.footprint import Footprint
+from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.float16 import holds_fp16
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
 _MIN_ROUNDS = 20
 _MIN_CYCLES = 6  # the fewest values whose smallest and largest hold the median in 95 % of cases
@@ -79,7 +83,7 @@ class Ratio(Record):
     high: float
 
 
-class LatencyReport(Record):
+class LatencyReport(PrintedRecord):
     """One interleaved run; `batch` are the samples of each run.
 
     `transfers` says whether inputs and outputs were copied between host and device in the times; `processes` in how many fresh
@@ -97,51 +101,96 @@ class LatencyReport(Record):
     transfers: bool = True
     cuda_graph: bool = False
     warnings: tuple[str, ...] = ()
+    with_transfers: LatencyReport | None = None  # the same with inputs and outputs copied, where both were asked for
+    footprints: tuple[Footprint, ...] = ()  # where they were asked for
 
     @property
     def fresh(self) -> str:
         """In words in how many fresh processes it was timed, such as ` in 5 fresh processes`; nothing for none."""
         return f" in {self.processes} fresh process{'es' if self.processes > 1 else ''}" if self.processes else ""
 
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of latencies, the warnings, and what was measured beside them."""
+        where = self.machine.gpu.name if self.machine.gpu else self.machine.processor
+        how = "" if self.provider == "cpu" else ", with transfers" if self.transfers else ", on the device"
+        speedups = ["1", *(f"{r.value:.2f}× [{r.low:.2f}, {r.high:.2f}]" for r in self.ratios)]
+        rows = [
+            (
+                latency.model,
+                *(or_dash(value, ".3f") for value in (latency.p50, latency.p90, latency.p99)),
+                f"{latency.throughput:,.0f}",
+                f"{latency.load_ms:.0f}",
+                speedup,
+            )
+            for latency, speedup in zip(self.latencies, speedups, strict=True)
+        ]
+        head = ("model", "p50 (ms)", "p90 (ms)", "p99 (ms)", "samples/s", "load (ms)", "speed-up [95 % CI]")
+        table = Table(f"batch {self.batch}, {self.rounds} rounds{self.fresh}, {where}{how}", head, rows)
+        parts: list[Part] = [table, *(f"warning: {warning}" for warning in self.warnings)]
+        if self.with_transfers is not None:
+            parts += self.with_transfers.shown()
+        if self.footprints:
+            memory = [
+                (f.model, f"{f.load_ms:.0f}", or_dash(f.host_peak_mib, ".0f"), or_dash(f.gpu_mib, "d")) for f in self.footprints
+            ]
+            parts.append(Table("in a fresh process", ("model", "load (ms)", "peak host (MiB)", "GPU (MiB)"), memory))
+        return tuple(parts)
+
 
 def bench(
     paths: Sequence[Path | str],
-    *,
-    batch: int = 1,
-    seconds: float = 10.0,
-    warmup: float = 0.2,
-    threads: int = 0,
-    provider: str = "cpu",
+    timing: Timing | None = None,
     settings: Session | None = None,
-    io_binding: bool = False,
-    shapes: Shapes | None = None,
-    seed: int = 0,
+    *,
     labels: Sequence[str] | None = None,
-    on_round: Callable[[float], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> LatencyReport:
-    """Time the models in turns, A B B A, for about `seconds`, at least 20 rounds and 6 cycles of them after `warmup` seconds.
+    """Time the models in turns, A B B A, at least 20 rounds and 6 cycles of them.
 
-    In a cycle every model runs once after itself and once after each other: what a model finds in the caches is shared out
-    evenly. With `io_binding` inputs and outputs stay on the device and are not part of the times; CUDA graphs need it.
-    `on_round` is told the share of the time that has passed. Raises `ModelError` for fewer than one model, and for inputs
-    that do not fit.
+    In a cycle every model runs once after itself and once after each other, so that what a model finds in the caches is shared
+    out evenly. With `timing.processes`, that many fresh processes do so, `timing.seconds` in all: the same models ran up to 1.3
+    times slower in a process that had decomposed weights before, and not all by the same factor; fresh processes differ as
+    well, by a few per cent. Each process loads another model first, and its ratio is one estimate: their geometric mean counts,
+    and the interval is Student's over processes, however many rounds each of them ran.
+
+    Args:
+        paths: files of the models; the first one is the reference.
+        timing: how long, on what inputs and where they are timed. IO binding keeps inputs and outputs on the device, out of the
+            times; CUDA graphs need it.
+        settings: how the models run; default: the CPU provider.
+        labels: names of the models in the report; default: those of their files.
+        progress: told how much of the measurement is done.
+
+    Returns:
+        Every sample in milliseconds, and how many times faster each model is than the first, with its 95 % interval.
+
+    Raises:
+        ModelError: no model was given, a model does not run, or the inputs do not fit it.
+
     """
     if not paths:
-        raise ModelError("nothing to measure: give at least one model")
-    settings = replace(settings or Session(provider=provider, threads=threads), linger=False)
-    if settings.cuda_graph and not io_binding:
-        raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
-    runners, loads, samples, ran_on = [], [], [], []
-    for path in paths:
-        made = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
-        runners.append(made.run)
-        loads.append(made.load_ms)
-        samples.append(made.samples)
-        ran_on.append(made.shapes)
+        raise ModelError("expected at least one model to measure, got none")
+    timing, settings = timing or Timing(), settings or Session()
     names = list(labels) if labels else _distinct(paths)
-    turns(runners, warmup, 3, lambda _: None)
-    times = turns(runners, seconds, max(_MIN_ROUNDS, _MIN_CYCLES * len(runners)), on_round)
-    latencies = tuple(Latency.of(*one) for one in zip(names, times, samples, loads, strict=True))
+    if timing.processes:
+        return _in_fresh_processes(paths, timing, settings, names, progress)
+    return _here(paths, timing, settings, names, progress)
+
+
+def _here(
+    paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
+) -> LatencyReport:
+    settings = replace(settings, linger=False)
+    if settings.cuda_graph and not timing.io_binding:
+        raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
+    runners = [runner(path, settings, timing) for path in paths]
+    samples, ran_on = [one.samples for one in runners], [one.shapes for one in runners]
+    runs = [one.run for one in runners]
+    turns(runs, timing.warmup, 3)
+    least = max(_MIN_ROUNDS, _MIN_CYCLES * len(runs))
+    times = turns(runs, timing.seconds, least, lambda share: progress("measuring latency", share))
+    loads = [one.load_ms for one in runners]
+    latencies = tuple(Latency.of(*row) for row in zip(names, times, samples, loads, strict=True))
     return LatencyReport(
         batch=samples[0],
         provider=settings.provider,
@@ -150,54 +199,34 @@ def bench(
         machine=machine(gpu=settings.on_gpu),
         latencies=latencies,
         ratios=tuple(ratio(latencies[0], other, cycle=len(paths)) for other in latencies[1:]),
-        transfers=not io_binding,
+        transfers=not timing.io_binding,
         cuda_graph=settings.cuda_graph,
-        warnings=(*_uneven(names, samples, ran_on), *_warnings(paths, latencies, settings, batch, shapes)),
+        warnings=(
+            *_uneven(names, samples, ran_on),
+            *_warnings(paths, latencies, settings, timing.batch, timing.shapes or None),
+        ),
     )
 
 
-def bench_fresh(
-    paths: Sequence[Path | str],
-    *,
-    batch: int = 1,
-    seconds: float = 10.0,
-    warmup: float = 0.2,
-    settings: Session | None = None,
-    io_binding: bool = False,
-    shapes: Shapes | None = None,
-    labels: Sequence[str] | None = None,
-    processes: int = 5,
-    on_process: Callable[[float], None] = lambda _: None,
+def _in_fresh_processes(
+    paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
-    """Return what `bench` returns when it runs in processes of its own, `seconds` in all, the samples of all together.
-
-    The same models ran up to 1.3 times slower in a process that had decomposed weights before than in a fresh one, and not
-    all by the same factor; fresh processes differ as well, by some per cent. So a comparison that is to hold where a model is
-    served is made in several fresh ones, each of which loads another model first. Each process's ratio is one estimate: their
-    geometric mean counts, and the interval is Student's over processes, however many rounds each of them ran. `on_process` is
-    told the share of the processes that have ended.
-    """
-    names = list(labels) if labels else _distinct(paths)
     files = [str(Path(path).resolve()) for path in paths]
+    each = replace(timing, seconds=timing.seconds / timing.processes, processes=0)
     runs = []
-    for number in range(processes):
+    for number in range(timing.processes):
+        progress("measuring latency", number / timing.processes)
         first = number % len(paths)
         request = {
             "paths": files[first:] + files[:first],
-            "settings": asdict(settings or Session()),
-            "options": {
-                "batch": batch,
-                "seconds": seconds / processes,
-                "warmup": warmup,
-                "io_binding": io_binding,
-                "shapes": {name: list(shape) for name, shape in (shapes or {}).items()} or None,
-                "labels": names[first:] + names[:first],
-            },
+            "settings": asdict(settings),
+            "timing": asdict(each),
+            "labels": [*names[first:], *names[:first]],
         }
         run = LatencyReport.model_validate_json(fresh("tensorrail_runtime.measure.latency:_bench_request", request))
         back = len(paths) - first
         runs.append(run.model_copy(update={"latencies": run.latencies[back:] + run.latencies[:back]}))
-        on_process((number + 1) / processes)
+    progress("measuring latency", 1.0)
     latencies = tuple(
         Latency.of(
             same[0].model,
@@ -210,7 +239,7 @@ def bench_fresh(
     return runs[0].model_copy(
         update={
             "rounds": sum(run.rounds for run in runs),
-            "processes": processes,
+            "processes": timing.processes,
             "latencies": latencies,
             "ratios": tuple(_over_processes(runs, index) for index in range(1, len(paths))),
             "warnings": tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
@@ -229,12 +258,13 @@ def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float)
 
 
 def _bench_request(request: dict[str, Any]) -> str:
-    return bench(request["paths"], settings=Session(**request["settings"]), **request["options"]).model_dump_json()
+    timing, settings = Timing(**request["timing"]), Session(**request["settings"])
+    return bench(request["paths"], timing, settings, labels=request["labels"]).model_dump_json()
 
 
 def _bursts_request(request: dict[str, Any]) -> str:
     settings = replace(Session(**request["settings"]), linger=False)
-    runners = [runner(path, settings, io_binding=settings.on_gpu).run for path in request["paths"]]
+    runners = [runner(path, settings, Timing(io_binding=settings.on_gpu)).run for path in request["paths"]]
     rounds: list[list[float]] = []
     start, order = time.perf_counter(), list(range(len(runners)))
     while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
@@ -262,31 +292,27 @@ class Runner:
     shapes: Mapping[str, tuple[int, ...]]  # of the inputs
 
 
-def runner(
-    path: Path | str,
-    settings: Session,
-    *,
-    io_binding: bool = False,
-    batch: int = 1,
-    shapes: Shapes | None = None,
-    seed: int = 0,
-) -> Runner:
-    """Open a model and return what runs it on random inputs; `ModelError` in one line for inputs that do not fit."""
+def runner(path: Path | str, settings: Session, timing: Timing | None = None) -> Runner:
+    """Open a model and return what runs it on random inputs; `ModelError` in one line for inputs that do not fit.
+
+    Of `timing` the batch size, shapes, seed and IO binding count.
+    """
+    timing = timing or Timing()
     holds_fp16(path)  # read once, and no part of the time that opening takes
     begin = time.perf_counter()
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)
-    feed = random_inputs(session, batch, seed, shapes)
+    feed = random_inputs(session, timing.batch, timing.seed, timing.shapes)
     entries = session.get_inputs()
-    samples = batch_of([entry.shape for entry in entries], batch, [(shapes or {}).get(entry.name) for entry in entries])
+    samples = batch_of([entry.shape for entry in entries], timing.batch, [timing.shapes.get(entry.name) for entry in entries])
     # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
     # would capture that run, which is made beside it.
     example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
-    if io_binding:
+    if timing.io_binding:
         for name, array in example.items():
             if not isinstance(array, np.ndarray) or array.dtype == object:
                 raise ModelError(f"{path}: output {name!r} is no tensor of numbers, which IO binding needs: leave it out")
-    run_once = bound(session, feed, example, settings) if io_binding else plain(session, feed)
+    run_once = bound(session, feed, example, settings) if timing.io_binding else plain(session, feed)
     return Runner(run_once, load, samples, {name: array.shape for name, array in feed.items()})
 
 

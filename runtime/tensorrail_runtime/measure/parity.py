@@ -13,9 +13,11 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes, random_inputs, samples_of
+from tensorrail_runtime.sessions.inputs import random_inputs, samples_of
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
+_SHOWN_BATCHES = 4
 _INDEX = 4  # bytes: integers from here on are indices or counts
 
 
@@ -68,7 +70,16 @@ class OutputParity(Record):
     exact: bool = False
 
 
-class Parity(Record):
+class LayerError(Record):
+    """Relative L2 differences at one layer's output; None where the factored graph has no tensor of that name."""
+
+    layer: str
+    tensor: str
+    approximation: float | None  # dense graph against the one with reconstructed weights
+    numerical: float | None  # that one against the factored graph
+
+
+class Parity(PrintedRecord):
     """All outputs, and the tolerance they were held to."""
 
     reference: str
@@ -76,6 +87,7 @@ class Parity(Record):
     batches: tuple[int, ...]
     tolerance: float | None  # None: measured, and held to nothing
     outputs: tuple[OutputParity, ...]
+    layers: tuple[LayerError, ...] = ()  # at the layers of a plan, where one was given
 
     @property
     def worst(self) -> float:
@@ -87,6 +99,45 @@ class Parity(Record):
         """Whether every output is within its tolerance."""
         return all(output.holds for output in self.outputs)
 
+    @property
+    def smallest(self) -> float:
+        """The smallest tolerance that every output would pass."""
+        return max(output.smallest for output in self.outputs)
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of outputs, that of the plan's layers where there is one, and the verdict."""
+        rows = [
+            (
+                o.name,
+                *(f"{value:.2e}" for value in (o.relative_l2, o.max_abs, o.mean_abs)),
+                f"{o.cosine:.8f}",
+                f"{list(o.worst_index)}",
+                "–" if o.top1_agreement is None else f"{100 * o.top1_agreement:.1f} %",
+                f"{o.smallest:.2e}",
+                "yes" if o.holds else "NO",
+            )
+            for o in self.outputs
+        ]
+        head = ("output", "relative L2", "max abs", "mean abs", "cosine", "worst at", "top-1 agreement", "would pass", "holds")
+        several = len(self.batches) > _SHOWN_BATCHES
+        sizes = ", ".join(map(str, self.batches))
+        ran = f"{sum(self.batches)} samples in {len(self.batches)} batches" if several else f"batches of {sizes}"
+        parts: list[Part] = [Table(f"{self.reference} against {self.candidate}, {ran}", head, rows)]
+        if self.layers:
+            errors = [(e.layer, or_dash(e.approximation, ".2e"), or_dash(e.numerical, ".2e")) for e in self.layers]
+            parts.append(Table("relative L2 at each layer's output", ("layer", "approximation", "numerical"), errors))
+            limit = self.tolerance or 0.0
+            first = next((e.layer for e in self.layers if e.numerical is not None and e.numerical > limit), None)
+            parts.append(
+                f"the first layer with a larger numerical error than {limit:g}: {first}"
+                if first
+                else f"no layer has a larger numerical error than {limit:g}"
+            )
+        by_element = any(output.rtol is not None or output.atol is not None for output in self.outputs)
+        limit_text = "the element tolerances" if by_element else f"tolerance {or_dash(self.tolerance, 'g')}"
+        verdict = "within" if self.holds else "OUT OF"
+        return (*parts, f"{verdict} {limit_text}; the smallest tolerance that would pass is {self.smallest:.2e}")
+
 
 def parity(
     reference: Path | str,
@@ -94,26 +145,34 @@ def parity(
     *,
     inputs: Sequence[Mapping[str, np.ndarray]] | None = None,
     batches: Sequence[int] = (1, 7),
-    shapes: Shapes | None = None,
-    tolerance: float | None = 1e-4,
-    tolerances: Tolerances | None = None,
-    provider: str = "cpu",
+    tolerance: float | Tolerances | None = 1e-4,
     settings: Session | None = None,
-    seed: int = 0,
 ) -> Parity:
     """Run both models and compare every output, over all inputs together.
 
-    Without `inputs`, random ones are drawn at each of the batch sizes. `tolerance` is of the relative L2 difference,
-    `tolerances` says it by output and element. Raises `ModelError` for models whose inputs or outputs differ, for outputs
-    that are no tensors or not finite, and where no run gave a single value, so that there is nothing to compare.
+    Args:
+        reference: the file of the model to compare with.
+        candidate: the file of the model that is compared.
+        inputs: arrays by input name, one mapping for each run; default: random ones at each of `batches`.
+        batches: batch sizes of random inputs.
+        tolerance: the largest relative L2 difference of any output; `Tolerances` for limits by output and element; None to
+            measure only.
+        settings: how both run; default: the CPU provider.
+
+    Returns:
+        How each output differs, over all runs together.
+
+    Raises:
+        ModelError: inputs or outputs of the models differ, an output is not a tensor or not finite, or no run gave a value.
+
     """
-    held = tolerances or Tolerances(tolerance)
-    settings = settings or Session(provider=provider)
+    held = tolerance if isinstance(tolerance, Tolerances) else Tolerances(tolerance)
+    settings = settings or Session()
     first, second = (open_session(path, settings=settings) for path in (reference, candidate))
     _require_same_signature(first, second)
     require_tensors(reference, first)
     held.check([entry.name for entry in first.get_outputs()])
-    feeds = list(inputs) if inputs is not None else [random_inputs(first, batch, seed, shapes) for batch in batches]
+    feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
     if not feeds:
         raise ModelError("nothing to compare: no inputs came")
     ran = [[run(session, feed) for feed in feeds] for session in (first, second)]

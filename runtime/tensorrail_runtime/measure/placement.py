@@ -15,6 +15,7 @@ import onnx
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, run
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _RUNS = 10
 _WARMUP = 3
@@ -30,7 +31,7 @@ class PlacedNode(Record):
     share: float  # of the sum over all nodes
 
 
-class Placement(Record):
+class Placement(PrintedRecord):
     """Every node of a model that ran, in order."""
 
     model: str
@@ -49,6 +50,24 @@ class Placement(Record):
     def elsewhere(self) -> tuple[PlacedNode, ...]:
         """The nodes that ran on another provider than the one asked for."""
         return tuple(node for node in self.nodes if node.provider != PROVIDERS[self.provider])
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of nodes, and how many ran elsewhere than asked."""
+        rows = [
+            (
+                node.name,
+                node.op,
+                node.provider.removesuffix("ExecutionProvider"),
+                f"{node.microseconds:,.0f}",
+                f"{node.share:.1%}",
+            )
+            for node in self.nodes
+        ]
+        counts = ", ".join(f"{count} on {name.removesuffix('ExecutionProvider')}" for name, count in self.providers.items())
+        time = "time (µs)" if self.provider == "cpu" else "time to launch (µs)"
+        table = Table(f"{self.model}: {counts}", ("node as it ran", "op", "provider", time, "share"), rows)
+        elsewhere = len(self.elsewhere)
+        return (table, f"{elsewhere} nodes ran elsewhere than on {self.provider}") if elsewhere else (table,)
 
 
 def placement(

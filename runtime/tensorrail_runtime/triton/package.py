@@ -22,6 +22,7 @@ from tensorrail_runtime.graphs.files import external_files
 from tensorrail_runtime.records import Record, write_text
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session, open_session
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
 from tensorrail_runtime.triton.config import MODEL_FILE, Serving, Signature, config, text
 from tensorrail_runtime.triton.model import check_batching, check_warmup, request_shapes, signature
 
@@ -41,12 +42,30 @@ class Packaged(Record):
     batch_difference: float | None  # an answer alone against the same in a batch of two, relative L2; None where none is formed
 
 
-class Package(Record):
+class Package(PrintedRecord):
     """What was written."""
 
     version: Literal[1] = 1
     repository: str
     models: tuple[Packaged, ...]
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return a table of tensors for each model, its versions, and what batching changes."""
+        return tuple(part for model in self.models for part in _shown(model))
+
+
+def _shown(model: Packaged) -> tuple[Part, ...]:
+    rows = [
+        (name, side, model.types[name].removeprefix("TYPE_"), "×".join(map(str, dims)))
+        for side, tensors in (("input", model.inputs), ("output", model.outputs))
+        for name, dims in tensors.items()
+    ]
+    batch = f"batches up to {model.max_batch}" if model.max_batch else "no batching"
+    table = Table(f"{model.folder}: {batch}", ("tensor", "side", "type", "dims"), rows)
+    versions = "; ".join(f"version {version}: {path}" for version, path in model.versions.items())
+    if model.batch_difference is None:
+        return table, versions
+    return table, versions, f"answers in a batch of two differ by {model.batch_difference:.1e} from single ones (relative L2)"
 
 
 def package(

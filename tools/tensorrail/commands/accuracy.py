@@ -3,57 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tensorrail.options import Json, Metric, Provider
-from tensorrail.show import bar, say, table
+from tensorrail.commands.arguments import Json, Metric, provider_option
+from tensorrail.commands.groups import Group, grouped
+from tensorrail.terminal import finish, progress_bar
 
 
+@grouped
 def command(
     reference: Annotated[Path, typer.Argument(metavar="A.onnx")],
     candidate: Annotated[Path | None, typer.Argument(metavar="B.onnx")] = None,
     *,
     data: Annotated[Path, typer.Option(metavar="FILE.npz", help="Arrays by input name, and `labels`.")],
     metric: Metric = None,
-    batch: Annotated[int, typer.Option(min=1)] = 64,
-    provider: Provider = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Samples that are run at a time.")] = 64,
+    session: Any = Group(provider_option),
     max_drop: Annotated[
-        float | None, typer.Option(help="Exit with 1 when B's mean score is lower than A's by more than this share.")
+        float | None, typer.Option(help="Exit code 1 when B's mean score is lower than A's by more than this share.")
     ] = None,
     json: Json = None,
 ) -> None:
     """Score one model on data, or two on the same samples with a paired test."""
+    from tensorrail.options import Options
+    from tensorrail.verbs.accuracy import accuracy
     from tensorrail_runtime.errors import ModelError
-    from tensorrail_runtime.measure.accuracy import compare_scores, evaluate
-    from tensorrail_runtime.sessions.inputs import load_arrays
-    from tensorrail_runtime.sessions.session import Session
+    from tensorrail_runtime.measure.accuracy import Comparison
+    from tensorrail_runtime.measure.timing import Timing
 
     if max_drop is not None and candidate is None:
-        raise ModelError("--max-drop holds B's score against A's: give a second model")
-    metric, arrays = metric or "top1", load_arrays(data)
-    if "labels" not in arrays:
-        raise ModelError(f"{data}: holds no array 'labels'; it has {', '.join(arrays)}")
-    labels = arrays.pop("labels")
-    found = []
-    for path in [reference] if candidate is None else [reference, candidate]:
-        with bar(path.name) as advance:
-            settings = Session(provider=provider)
-            found.append(evaluate(path, arrays, labels, metric=metric, batch=batch, settings=settings, on_batch=advance))
-    rows = [(f.model, f"{f.mean:.4f}", str(len(f.scores))) for f in found]
-    table(f"{metric} on {data.name}", ("model", "mean score", "samples"), rows)
-    if candidate is None:
-        if json is not None:
-            found[0].save(json)
-        return
-    paired = compare_scores(*found)
-    say(
-        f"difference {paired.difference:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}]; only A {paired.only_reference}, only B "
-        f"{paired.only_candidate}; {paired.test}: p = {paired.p_value:.3g}"
-    )
-    if json is not None:
-        paired.save(json)
-    if max_drop is not None and not -paired.difference <= max_drop:
-        say(f"falls short: lower by more than {max_drop:g}")
-        raise typer.Exit(1)
+        raise ModelError("--max-drop compares B's score with A's: expected a second model")
+    with progress_bar() as progress:
+        options = Options(session, Timing(batch), progress=progress)
+        report = accuracy(reference, candidate, data=data, metric=metric, options=options)
+    holds = max_drop is None or not isinstance(report, Comparison) or -report.difference <= max_drop
+    finish(report, json, holds, "" if holds else f"too low: the mean score is lower by more than {max_drop:g}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.options import Provider
-from tensorrail.show import console, say
+from tensorrail.commands.arguments import Provider
+from tensorrail.commands.groups import Group, grouped
+from tensorrail.terminal import console, say
 
 if TYPE_CHECKING:
     from tensorrail_runtime.serve.http.launch import Started
+    from tensorrail_runtime.serve.http.options import ServeOptions
 
 
-def command(
+def serving_options(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
     name: Annotated[str | None, typer.Option(help="The model's name in URLs; default the file's stem.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; anything but loopback lets others send requests.")] = "127.0.0.1",
@@ -43,12 +45,11 @@ def command(
         typer.Option(metavar="DENSE.onnx", help="Answers a sample of the requests too; differences go to /metrics."),
     ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that the shadow gets.")] = 0.01,
-) -> None:
-    """Serve a model over HTTP (Open Inference Protocol 2) on Ray Serve until Ctrl-C or SIGTERM."""
-    from tensorrail_runtime.serve.http.launch import serve_model
+) -> tuple[Path, ServeOptions]:
+    """Return the model and how it is served."""
     from tensorrail_runtime.serve.http.options import MIB, Limits, ServeOptions
 
-    options = ServeOptions(
+    return model, ServeOptions(
         name=name or model.stem,
         host=host,
         port=port,
@@ -65,22 +66,32 @@ def command(
         fraction=fraction,
         grace=grace,
     )
+
+
+@grouped
+def command(served: Any = Group(serving_options)) -> None:
+    """Serve a model over HTTP (Open Inference Protocol 2) on Ray Serve until Ctrl-C or SIGTERM."""
+    from tensorrail.verbs.serve import serve
+
+    model, options = served
     with contextlib.suppress(KeyboardInterrupt):  # before it is ready; afterwards signals are the server's
-        serve_model(model, options, lambda started: _show(started, options.max_batch, wait))
+        serve(model, options, on_start=lambda started: _show(started, options))
     say(f"{options.name}: stopped")
 
 
-def _show(started: Started, max_batch: int, wait: float) -> None:
+def _show(started: Started, options: ServeOptions) -> None:
     lines = [
         f"{started.name}: {started.model} at {started.url}/v2/models/{started.name}/infer, "
         f"{started.replicas} × {started.threads} threads",
-        f"batches of up to {max_batch} {started.batching}, waiting at most {wait:g} ms"
+        f"batches of up to {options.max_batch} {started.batching}, waiting at most {1e3 * options.wait:g} ms"
         if started.batched
         else f"no batching: {started.batching}",
-        f"metrics at {started.url}/metrics; Ctrl-C or SIGTERM: what was accepted is answered first",
+        f"metrics at {started.url}/metrics; Ctrl-C or SIGTERM: accepted requests are answered first",
     ]
     if not started.loopback:
-        lines.append(f"warning: {started.host} is not loopback, and there is no authentication: whoever reaches it may ask")
+        lines.append(
+            f"warning: {started.host} is not loopback and there is no authentication: anyone who reaches it may send requests"
+        )
     for line in lines:
         say(line)
     console.file.flush()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tensorrail.options import Folder, Json, Overwrite, RecipeFile, Resume
-from tensorrail.show import progress, say, say_projections
+from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume
+from tensorrail.terminal import finish, progress_bar
 
 
 def command(
@@ -11,30 +11,12 @@ def command(
 ) -> None:
     """Train only: dense, ADMM, cut, fine-tune, control; writes checkpoints, plan.json, cores and dense.safetensors.
 
-    `tensorrail run --resume` on the same folder goes on from there. Several processes: `accelerate launch --num_processes N
+    `tensorrail run --resume` on the same folder continues from there. Several processes: `accelerate launch --num_processes N
     -m tensorrail train RECIPE`.
     """
-    from pathlib import Path
+    from tensorrail.verbs.run import train
 
-    from tensorrail_trainer.recipes.recipe import Recipe
-    from tensorrail_trainer.run.pipeline import make_accelerator, prepare, train_all
-    from tensorrail_trainer.training.epochs import TrainingLog
-
-    read = Recipe.load(recipe)
-    target = folder or Path("runs") / read.name
-    accelerator = make_accelerator(read)
-    if accelerator.is_main_process:
-        prepare(read, target, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-    with progress(shown=accelerator.is_main_process) as listener:
-        trained, _ = train_all(read, target, listener, accelerator)
-    if not accelerator.is_main_process:
-        return
-    last = {row.phase: row for row in trained.rows}
-    for phase, row in last.items():
-        say(f"{phase:<9} {row.epoch} epochs, test accuracy {row.test_accuracy:.2f} %")
-    say_projections(trained.rows)
-    log = TrainingLog(epochs=trained.rows, cut_accuracy=trained.cut_accuracy)
-    log.save(target / "training.json")
-    if json is not None:
-        log.save(json)
+    with progress_bar(stays=True) as progress:
+        log = train(recipe, folder, resume=resume, overwrite=overwrite, progress=progress)
+    if log is not None:
+        finish(log, json)

@@ -26,13 +26,15 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.cores import save_cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
-from tensorrail_exporter.search.fastest_form import factorize_fastest
+from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
 from tensorrail_runtime.errors import PlanError, RecipeError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import accuracy_of
-from tensorrail_runtime.measure.latency import LatencyReport, bench_fresh
+from tensorrail_runtime.measure.latency import LatencyReport, bench
 from tensorrail_runtime.measure.parity import Parity, parity
 from tensorrail_runtime.measure.placement import placement, time_shares
+from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_trainer.admm.admm import ADMM
@@ -58,16 +60,6 @@ _WRITTEN = (
 )
 _PHASES = ("dense", "admm", "finetune", "control")
 _TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Who is told what happens: `note` one line, `epoch` a finished epoch, `bench` the share of a benchmark done."""
-
-    note: Callable[[str], None] = lambda _: None
-    epoch: Callable[[Epoch, int, int], None] = lambda *_: None
-    """Called with the epoch's row, its phase's number of epochs and the number of epochs still to come in all phases."""
-    bench: Callable[[int, float], None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -166,9 +158,11 @@ def train_all(
     dense, teacher = recipe.make_model(), recipe.make_teacher()
     job.channels_last = _try_out(recipe, job.data, teacher, device)
     if not job.channels_last:
-        progress.note(
+        progress(
+            "note",
+            1.0,
             "a network of this run does not take images with the channels last in memory, which on a CPU train many times "
-            "faster: flatten or reshape them there instead of view"
+            "faster: flatten or reshape them there instead of view",
         )
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
@@ -188,7 +182,7 @@ def train_all(
         uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
         cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
     cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
-    progress.note(f"cut into cores: test accuracy {cut_accuracy:.2f} %")
+    progress("note", 1.0, f"cut into cores: test accuracy {cut_accuracy:.2f} %")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
     job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
     found: nn.Module | None = dense if settings.dense or recipe.model.weights else None
@@ -305,7 +299,7 @@ class _Training:
                 f"train.cuda_graph: of one process alone, and there are {accelerator.num_processes}; leave it out"
             )
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
-        self.store = Checkpoints(folder / "checkpoints", progress.note)
+        self.store = Checkpoints(folder / "checkpoints", lambda text: progress("note", 1.0, text))
         self.data = recipe.make_data().to(accelerator.device)
         settings = recipe.train
         self.control = settings.control_schedule if settings.dense or recipe.model.weights else None
@@ -320,7 +314,8 @@ class _Training:
         phase.channels_last = self.channels_last
 
         def told(row: Epoch, epochs: int) -> None:
-            self.progress.epoch(row, epochs, self.left + epochs - row.epoch)
+            stage = f"{row.phase} epoch {row.epoch}/{epochs}"
+            self.progress(stage, row.epoch / epochs, row.line(self.left + epochs - row.epoch))
 
         model = train(phase, self.recipe, self.data, self.accelerator, self.store, told)
         self.rows.extend(phase.rows)
@@ -367,14 +362,15 @@ def export_all(
 def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: Progress) -> Factored:
     cores = _numpy(trained.factored)
     try:
-        factored, slower = factorize_fastest(
-            dense, trained.plan, cores, block=form.block, or_dense=form.dense_if_slower, batch=form.batch
-        )
+        chosen = Form(block=form.block, dense_if_slower=form.dense_if_slower, batch=form.batch)
+        factored, slower = factorize_fastest(dense, trained.plan, cores, chosen)
     except PlanError as error:  # the trained cores are worth a graph and a report all the same
-        progress.note(str(error))
+        progress("note", 1.0, str(error))
         return factorize(dense, trained.plan, cores)
     if slower.layers:
-        progress.note(f"dense, for no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}")
+        progress(
+            "note", 1.0, f"dense, for no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}"
+        )
     return factored
 
 
@@ -384,7 +380,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     command: str = "tensorrail run",
     accelerator: Accelerator | None = None,
 ) -> Report | None:
@@ -392,7 +388,6 @@ def run(
 
     Of several processes the first one measures and reports; the others return None.
     """
-    progress = progress or Progress()
     accelerator = accelerator or make_accelerator(recipe)
     if accelerator.is_main_process:
         prepare(recipe, folder, resume=resume, overwrite=overwrite)
@@ -403,9 +398,9 @@ def run(
     sample = data.example(33).numpy()
     feeds = [{"image": sample[:1]}, {"image": sample[1:]}]
     with tempfile.TemporaryDirectory() as scratch:
-        progress.note("exporting to ONNX")
+        progress("exporting to ONNX", 0.0)
         factored, paths = export_all(trained, data, folder, Path(scratch), recipe.export, progress)
-        progress.note("checking parity and accuracy in ONNX Runtime")
+        progress("checking parity and accuracy in ONNX Runtime", 0.0)
         approximation = parity(paths.pop("before cut"), paths.pop("after cut"), inputs=feeds, tolerance=None)
     target = recipe.targets
     numerical = parity(paths["dense form"], paths["factored"], inputs=feeds, tolerance=target.numerical_error)
@@ -414,14 +409,12 @@ def run(
     )
     compared = (next(iter(paths)), "factored")
     latency = tuple(
-        bench_fresh(  # this process has trained and decomposed, and would time one model slower than the other
+        bench(  # in fresh processes: this one has trained and decomposed, and would time one model slower than the other
             [paths[label] for label in compared],
-            batch=batch,
-            seconds=recipe.bench.seconds,
-            processes=recipe.bench.processes,
-            settings=Session(threads=recipe.bench.threads),
+            Timing(batch, seconds=recipe.bench.seconds, processes=recipe.bench.processes),
+            Session(threads=recipe.bench.threads),
             labels=compared,
-            on_process=lambda share, batch=batch: progress.bench(batch, share),  # type: ignore[misc]
+            progress=lambda _, share, detail="", batch=batch: progress(f"measuring latency at batch {batch}", share, detail),
         )
         for batch in recipe.bench.batches
     )

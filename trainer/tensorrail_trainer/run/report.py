@@ -10,7 +10,8 @@ from tensorrail_runtime.measure.latency import LatencyReport
 from tensorrail_runtime.measure.parity import Parity
 from tensorrail_runtime.measure.placement import Placement
 from tensorrail_runtime.records import Record
-from tensorrail_trainer.training.epochs import Epoch
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
+from tensorrail_trainer.training.epochs import Epoch, projection_line
 
 
 class LayerRow(Record):
@@ -48,7 +49,7 @@ class Check(Record):
     holds: bool
 
 
-class Report(Record):
+class Report(PrintedRecord):
     """Everything that a run measured.
 
     `approximation`: the dense network at the end of ADMM against the same with each planned weight replaced by its cores'
@@ -68,6 +69,16 @@ class Report(Record):
     training: tuple[Epoch, ...]
     cut_accuracy: float | None = None  # percent, in torch, of the cores as they were cut, before fine-tuning
     checks: tuple[Check, ...]
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the table of networks, the three errors, the targets, and the time that projections took."""
+        checks = [(c.name, c.target, c.measured, "yes" if c.holds else "NO") for c in self.checks]
+        return (
+            Table(self.name, self.head(), self.table()),
+            Table("three errors", ("error", "measured"), self.errors()),
+            Table("targets", ("target", "asked", "measured", "holds"), checks),
+            *projection_line(self.training),
+        )
 
     @property
     def holds(self) -> bool:

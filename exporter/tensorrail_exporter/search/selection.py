@@ -1,0 +1,179 @@
+"""One form for every layer, so that all targets are met at the least loss: the options' costs, and the rows of the choice."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tensorrail_exporter.plans.costs import dense_cost
+from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.survey import DenseLayer
+from tensorrail_exporter.search.knapsack import Limit, choose
+from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.losses import Losses
+from tensorrail_exporter.search.options import Option
+from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
+from tensorrail_exporter.search.targets import Search
+from tensorrail_runtime.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a choice is made from."""
+
+    options: Mapping[DenseLayer, Sequence[Option]]
+    """All forms of each layer that were timed."""
+    faster: Mapping[DenseLayer, tuple[Option, ...]]
+    """Those of them that may be chosen: fast enough."""
+    losses: Losses
+    """The losses of `faster`, in its order."""
+    table: LatencyTable
+    dense: Size
+    """The whole dense network, measured."""
+
+    def without(self, report: PlanReport, slower: Sequence[str]) -> Candidates:
+        """Return the candidates without the chosen forms of the layers that were slower with them."""
+        chosen = {row.layer: row.steps for row in report.rows if row.layer in slower}
+        faster, losses = {}, dict(self.losses.values)
+        for layer, options in self.faster.items():
+            kept = [k for k, option in enumerate(options) if option.steps != chosen.get(layer.name)]
+            faster[layer] = tuple(options[k] for k in kept)
+            if options:
+                losses[layer.name] = tuple(self.losses.values[layer.name][k] for k in kept)
+        return replace(self, faster=faster, losses=replace(self.losses, values=losses))
+
+    def costs(self, target: str, layer: DenseLayer) -> list[float]:
+        """Return what the dense layer and each of its faster options cost toward a target."""
+        options = self.faster[layer]
+        match target:
+            case "latency":
+                times = (self.table.milliseconds(layer), *(self.table.milliseconds(layer, option) for option in options))
+                return [layer.nodes * time for time in times]
+            case "flops":
+                return [2.0 * layer.macs, *(2.0 * macs_of(layer, option) for option in options)]
+            case "params":
+                return [float(layer.params), *(float(option.params) for option in options)]
+            case _:
+                return [float(layer.bytes), *(float(option.params * layer.dtype.itemsize) for option in options)]
+
+    def limits(self, targets: Mapping[str, float]) -> list[Limit]:
+        """Return what all layers together may cost toward each target."""
+        limits = []
+        for name, times in targets.items():
+            costs = [self.costs(name, layer) for layer in self.faster]
+            rest = self.dense.of(name) - sum(options[0] for options in costs)  # of the network, outside these layers
+            limits.append(Limit(name, costs, self.dense.of(name) / times - rest))
+        return limits
+
+    def can_reach(self, targets: Mapping[str, float]) -> bool:
+        """Return whether each target can be met for itself, with the cheapest form of every layer."""
+        return all(_least(limit) <= limit.most for limit in self.limits(targets))
+
+
+def select(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, search: Search) -> PlanReport:
+    """Return the report of the choice with the least loss, or with the least time where the loss is limited.
+
+    Args:
+        start: the report to complete: it holds the targets that were asked for.
+        aims: the targets that the choice is made for; they may be tighter or looser than those asked for.
+        candidates: the layers, their forms, times and losses.
+        search: the largest loss, and which layers stay dense.
+
+    Raises:
+        TargetError: a target cannot be met, with what can be reached.
+
+    """
+    limits = candidates.limits(aims)
+    for limit in limits:
+        _require_reachable(limit, start, search)
+    layers = candidates.faster
+    lost = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in layers]
+    if search.max_loss is None:
+        picks = choose(lost, limits)
+    else:
+        times = [candidates.costs("latency", layer) for layer in layers]
+        picks = choose(times, [*limits, Limit("loss", lost, search.max_loss)])
+    rows, plans = [], []
+    for layer, pick in zip(layers, picks, strict=True):
+        if pick:
+            option = layers[layer][pick - 1]
+            rows.append(_row(layer, option, candidates.table, candidates.losses.values[layer.name][pick - 1]))
+            plans.append(option.plan(layer.name))
+        else:
+            dense_ms = layer.nodes * candidates.table.milliseconds(layer)
+            rows.append(PlannedLayer.dense(layer, dense_ms, _why_dense(layer, candidates, search)))
+    return start.model_copy(
+        update={
+            "planned": _planned(candidates.dense, rows, layers),
+            "rows": tuple(rows),
+            "plan": Plan(layers=tuple(plans)),
+        }
+    )
+
+
+def macs_of(layer: DenseLayer, option: Option) -> int:
+    """Return the MACs of all the layer's nodes in this form, at the survey's batch size."""
+    return round(layer.macs * option.macs / max(1, dense_cost(layer.spec).macs))
+
+
+def _row(layer: DenseLayer, option: Option, table: LatencyTable, loss: float) -> PlannedLayer:
+    return PlannedLayer(
+        layer=layer.name,
+        what=layer.describe(),
+        format=option.format,
+        ranks=option.ranks,
+        steps=option.steps,
+        dense_ms=layer.nodes * table.milliseconds(layer),
+        ms=layer.nodes * table.milliseconds(layer, option),
+        dense_macs=layer.macs,
+        macs=macs_of(layer, option),
+        dense_params=layer.params,
+        params=option.params,
+        loss=loss,
+    )
+
+
+def _planned(dense: Size, rows: Sequence[PlannedLayer], layers: Mapping[DenseLayer, object]) -> Size:
+    """Return the size of the network with these rows: the dense one less what they save."""
+    macs = dense.macs - sum(row.dense_macs - row.macs for row in rows)
+    pairs = zip(rows, layers, strict=True)
+    return Size(
+        params=dense.params - sum(row.dense_params - row.params for row in rows),
+        macs=macs,
+        flops=2 * macs,
+        bytes=dense.bytes - sum((row.dense_params - row.params) * layer.dtype.itemsize for row, layer in pairs),
+        milliseconds=dense.milliseconds - sum(row.dense_ms - row.ms for row in rows),
+    )
+
+
+def _least(limit: Limit) -> float:
+    return sum(min(costs) for costs in limit.costs)
+
+
+def _require_reachable(limit: Limit, start: PlanReport, search: Search) -> None:
+    least = _least(limit)
+    if least <= limit.most:
+        return
+    whole = start.dense.of(limit.name)
+    reachable = whole / (whole - sum(costs[0] for costs in limit.costs) + least)
+    forms = "its cheapest form" if search.allow_slower else "its cheapest form that is faster here"
+    advice = "" if "latency" in start.targets or search.allow_slower else ", or allow slower layers"
+    raise TargetError(
+        f"target {limit.name}={start.targets[limit.name]:g} cannot be met: at most {reachable:.2f}× is reachable, with every "
+        f"layer in {forms}; ask for less{advice}"
+    )
+
+
+def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str:
+    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep):
+        return "kept as asked"
+    if not candidates.options[layer]:
+        return "too narrow for a rank on the grid"
+    if not candidates.faster[layer]:
+        dense_ms = candidates.table.milliseconds(layer)
+        best = max(dense_ms / candidates.table.milliseconds(layer, option) for option in candidates.options[layer])
+        if best * search.gain >= 1:
+            return "slower in the network's profile"
+        return f"no form is faster: the best one {best:.2f}×"
+    return "other layers save more for the same loss"

@@ -1,0 +1,41 @@
+"""How models are timed: one bundle for everything that measures latency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tensorrail_runtime.progress import Progress, silent
+from tensorrail_runtime.sessions.inputs import Shapes
+from tensorrail_runtime.sessions.session import Session
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long, on what inputs and where models are timed."""
+
+    batch: int = 1
+    """Size of the dynamic axes that `shapes` does not give."""
+    shapes: Shapes = field(default_factory=dict)
+    """Shapes of inputs by name; default: those in the graph."""
+    seconds: float = 10.0
+    """Seconds of measuring, all models together."""
+    warmup: float = 0.2
+    """Seconds of running the models before the measurement."""
+    processes: int = 0
+    """Fresh processes to time in, so that the interval covers what they differ by; 0: this process alone."""
+    io_binding: bool = False
+    """Keep inputs and outputs on the device, and leave their transfer out of the times."""
+    seed: int = 0
+    """Seed of the random inputs."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a model is measured under, where a measurement is one step of a longer piece of work."""
+
+    timing: Timing = field(default_factory=Timing)
+    """How latency is measured."""
+    settings: Session = field(default_factory=Session)
+    """How the models run."""
+    progress: Progress = silent
+    """Told about the stages of the work."""

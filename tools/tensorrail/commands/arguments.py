@@ -1,0 +1,158 @@
+"""The options that several commands share, alone and in groups that become one settings object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tensorrail_exporter.search.targets import Search
+    from tensorrail_runtime.measure.timing import Timing
+    from tensorrail_runtime.sessions.session import Session
+
+
+def _json(path: Path | None) -> Path | None:
+    from tensorrail.inputs import require_writable
+    from tensorrail_runtime.errors import ModelError
+
+    if path is None:
+        return None
+    if path.suffix.lower() == ".onnx":
+        raise ModelError(f"--json {path}: expected the name of a JSON file, such as out.json, got that of a model")
+    return require_writable(path)
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the record behind the table as JSON.", callback=_json),
+]
+Provider = Annotated[str, typer.Option(help="ONNX Runtime execution provider: cpu, cuda or tensorrt.")]
+Threads = Annotated[int, typer.Option(min=0, help="Intra-op threads; 0: ONNX Runtime's own choice.")]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")]
+Nhwc = Annotated[bool, typer.Option("--nhwc", help="Let CUDA run convolutions with the channels last.")]
+CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Time launches as one CUDA graph, as for fixed shapes.")]
+Batch = Annotated[int, typer.Option(min=1, help="Batch size: the size of dynamic axes that --shape does not give.")]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1,3,224,224", help="Shape of an input; may be repeated."),
+]
+Duration = Annotated[float, typer.Option(min=0.1, help="Seconds of measuring latency, all models together.")]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE.npz", help="Arrays by input name, and `labels` where a metric needs them."),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option("--metric", help="top1 (default), top5, or module:function of (outputs, labels) that returns scores."),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="X.npz|FOLDER",
+        help="Inputs without labels: arrays by input name, or a folder of npz, npy or image files (ImageNet's scaling).",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples that are used at most.")]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="latency=2.0",
+        help="How many times less: latency, flops, params or bytes. May be repeated: all must hold.",
+    ),
+]
+Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; default: runs/<name of the recipe>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last finished epoch.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start again.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, and how.")]
+
+
+def session_options(
+    provider: Provider = "cpu", threads: Threads = 0, tf32: Tf32 = False, nhwc: Nhwc = False, cuda_graph: CudaGraph = False
+) -> Session:
+    """Return how models run."""
+    from tensorrail_runtime.sessions.session import Session
+
+    return Session(provider=provider, threads=threads, tf32=tf32, nhwc=nhwc, cuda_graph=cuda_graph)
+
+
+def provider_option(provider: Provider = "cpu") -> Session:
+    """Return how models run, of which the provider alone can be chosen."""
+    from tensorrail_runtime.sessions.session import Session
+
+    return Session(provider=provider)
+
+
+def shape_options(batch: Batch = 1, shape: Shape = None) -> Timing:
+    """Return the batch size and shapes that a network is looked at with."""
+    from tensorrail_runtime.measure.timing import Timing
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+
+    return Timing(batch, parse_shapes(shape or []))
+
+
+def timing_options(batch: Batch = 1, shape: Shape = None, duration: Duration = 10.0) -> Timing:
+    """Return how latency is measured."""
+    from tensorrail_runtime.measure.timing import Timing
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+
+    return Timing(batch, parse_shapes(shape or []), duration)
+
+
+def search_options(
+    max_loss: Annotated[
+        float | None,
+        typer.Option("--max-loss", help="The fastest network within this sum of losses, as the plan's table shows them."),
+    ] = None,
+    format: Annotated[  # noqa: A002 - the record's own word
+        list[str] | None, typer.Option("--format", help="auto, or a format such as tt; may be repeated.")
+    ] = None,
+    grid: Annotated[
+        int, typer.Option(min=0, help="Ranks are multiples of it; 0: what the provider's kernels compute at once.")
+    ] = 0,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Layers that stay dense; `*` and `?` match.")
+    ] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="For a target on size: also rewrite layers that are not 5 % faster.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=1, help="Seconds of timing layers that are not in the latency table yet.")
+    ] = 150.0,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."),
+    ] = None,
+) -> Search:
+    """Return how a plan is searched for."""
+    from tensorrail_exporter.search.targets import Search
+
+    return Search(
+        formats=tuple(format or ("auto",)),
+        grid=grid,
+        keep=tuple(keep or ()),
+        max_loss=max_loss,
+        allow_slower=allow_slower,
+        seconds=seconds,
+        check_seconds=min(10.0, seconds),
+        cache=cache,
+    )
+
+
+def read_targets(texts: list[str] | None) -> dict[str, float]:
+    """Return the targets of texts such as `latency=2.0`; `PlanError` says how one is written."""
+    from tensorrail_runtime.errors import PlanError
+
+    targets: dict[str, float] = {}
+    for text in texts or []:
+        name, _, value = text.partition("=")
+        if name.strip() in targets:
+            raise PlanError(f"--target: {name.strip()} is given twice; give it once")
+        try:
+            targets[name.strip()] = float(value)
+        except ValueError:
+            raise PlanError(f"--target: expected NAME=NUMBER, such as latency=2.0, got {text!r}") from None
+    return targets

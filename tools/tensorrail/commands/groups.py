@@ -1,0 +1,46 @@
+"""Options that belong together: each group is a function whose parameters are options and whose result is a settings object."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class Group:
+    """A default value of a command's parameter: the options of `make` stand in the parameter's place."""
+
+    make: Callable[..., Any]  # Any: the settings object of the group
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with the options of its groups as parameters of its own, as typer reads them."""
+    own = _parameters(command)
+    groups = {name: parameter.default for name, parameter in own.items() if isinstance(parameter.default, Group)}
+    options = {name: _parameters(group.make) for name, group in groups.items()}
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:  # Any: the values of the options
+        made = {name: groups[name].make(**{option: given.pop(option) for option in options[name]}) for name in groups}
+        command(**given, **made)
+
+    parameters = []
+    for name, parameter in own.items():
+        parameters += list(options[name].values()) if name in groups else [parameter]
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    call.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined] # what typer reads
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only} | {"return": None}
+    del call.__wrapped__  # or the options would be read from the command itself
+    return call
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters with their annotations as objects; what a function returns may be imported for type checkers only."""
+    annotations = {name: text for name, text in function.__annotations__.items() if name != "return"}
+    hints = get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.replace(annotation=hints[name]) for name, parameter in parameters.items()}

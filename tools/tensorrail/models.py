@@ -1,0 +1,65 @@
+"""Models as a user has them: a file, an ONNX model in memory, or a torch module with example inputs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrail_runtime.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+Model = (
+    "Path | str | onnx.ModelProto | tuple[torch.nn.Module, torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]]"
+)
+"""A file, an ONNX model, or a torch module with example inputs, as `to_onnx` takes them."""
+
+_PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one protobuf message, with room for the graph
+
+
+@contextmanager
+def as_file(model: Any, name: str = "model") -> Iterator[Path]:  # Any: see `Model`
+    """Yield the file of a model; one that is not a file is written to a temporary folder, and removed afterwards.
+
+    Args:
+        model: a path, an `onnx.ModelProto`, or (module, example inputs).
+        name: the name of a temporary file, without its ending.
+
+    Raises:
+        ModelError: the model is none of these.
+
+    """
+    if isinstance(model, Path | str):
+        yield Path(model)
+        return
+    import onnx
+
+    graph = as_graph(model)
+    with tempfile.TemporaryDirectory(prefix="tensorrail-") as folder:
+        path = Path(folder) / f"{name}.onnx"
+        onnx.save_model(graph, path, save_as_external_data=graph.ByteSize() > _PROTOBUF_LIMIT, location=f"{name}.onnx.data")
+        yield path
+
+
+def as_graph(model: Any) -> onnx.ModelProto:  # Any: see `Model`
+    """Return the ONNX model of a path, an ONNX model or (module, example inputs); needs the extra `export` for a path."""
+    import onnx
+
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if isinstance(model, Path | str):
+        from tensorrail_exporter.graphs.io import load_model
+
+        return load_model(model)
+    if isinstance(model, tuple) and len(model) == 2:
+        from tensorrail_trainer.run.export import to_onnx
+
+        module, example = model
+        return to_onnx(module, example)
+    raise ModelError(
+        f"expected a model as a path, an onnx.ModelProto or (torch module, example inputs), got {type(model).__name__}"
+    )

@@ -1,0 +1,135 @@
+"""How reports and progress look on a terminal, and in a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from tensorrail_runtime.progress import Progress as Listener
+    from tensorrail_runtime.sessions.inputs import Shapes
+    from tensorrail_runtime.tables import Part, PrintedRecord
+
+_WIDTH = 160  # characters of a table in a file or a pipe, which has no width of its own
+_MINUTE = 60.0
+
+# Names come from files, which may be a stranger's: no mark-up is read in them.
+console = Console(markup=False, emoji=False)
+if not console.is_terminal:
+    console = Console(markup=False, emoji=False, width=_WIDTH)
+
+
+def plain(text: str) -> str:
+    """Return text without the characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line, whatever the names in it hold."""
+    console.print(plain(text), soft_wrap=True)
+
+
+def show(parts: Sequence[Part]) -> None:
+    """Print the tables and lines of a report."""
+    from tensorrail_runtime.tables import show as show_on
+
+    show_on(parts, console)
+
+
+def finish(report: PrintedRecord, json: Path | None, holds: bool = True, last: str = "") -> NoReturn:
+    """Print a report and a last line, write it as JSON where asked, and end with exit code 0, or 1 where it does not hold."""
+    import typer
+
+    show(report.shown())
+    if last:
+        say(last)
+    if json is not None:
+        report.save(json)
+    raise typer.Exit(0 if holds else 1)
+
+
+def warn_of_open_axes(model: Any, shapes: Shapes) -> None:  # Any: a path or an ONNX model
+    """Say which dynamic axes of a model get the batch size without being named a batch."""
+    from tensorrail.models import as_graph
+    from tensorrail_runtime.sessions.inputs import open_axes
+
+    for line in open_axes(as_graph(model), shapes):
+        say(f"warning: {line}")
+
+
+@contextmanager
+def progress_bar(*, stays: bool = False) -> Iterator[Listener]:
+    """Yield a listener that shows progress: a bar with the time left on a terminal, lines elsewhere.
+
+    Args:
+        stays: bars stay on the terminal when their stage has ended.
+
+    """
+    if not console.is_terminal:
+        with _Log() as log:
+            yield log
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=console, transient=not stays) as bars:
+        yield _Bars(bars)
+
+
+class _Bars:
+    """One bar for each kind of stage; the first word of a stage is its kind."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, share: float, detail: str = "") -> None:
+        if stage == "note":
+            self.bars.print(plain(detail))
+            return
+        kind = stage.partition(" ")[0]
+        if kind not in self.tasks:
+            self.tasks[kind] = self.bars.add_task(plain(stage), total=1.0, detail="")
+        self.bars.update(self.tasks[kind], description=plain(stage), completed=share, detail=plain(detail))
+
+
+class _Log:
+    """One line for each stage, and one a minute while a stage goes on, so that a log shows life."""
+
+    def __init__(self) -> None:
+        self.stage, self.text, self.printed = "", "", time.monotonic()
+        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.clock = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Log:
+        self.clock.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.clock.join()
+
+    def __call__(self, stage: str, share: float, detail: str = "") -> None:
+        with self.lock:
+            if stage == "note":
+                self._print(detail)
+                return
+            self.text = f"{stage}, {100 * share:.0f} %" + (f": {detail}" if detail else "")
+            if stage != self.stage:
+                self.stage = stage
+                self._print(f"{stage}  {detail}" if detail else stage)
+
+    def _watch(self) -> None:
+        while not self.ended.wait(1.0):
+            with self.lock:
+                if self.stage and time.monotonic() - self.printed >= _MINUTE:
+                    self._print(self.text)
+
+    def _print(self, text: str) -> None:
+        print(plain(text), flush=True)
+        self.printed = time.monotonic()

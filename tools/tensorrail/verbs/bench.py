@@ -1,0 +1,54 @@
+"""`tensorrail.bench`: interleaved latency of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tensorrail.models import as_file
+from tensorrail.options import Options
+from tensorrail_runtime.measure import latency
+from tensorrail_runtime.measure.footprint import footprint
+from tensorrail_runtime.measure.latency import LatencyReport
+from tensorrail_runtime.measure.timing import Timing
+
+
+def bench(
+    models: Sequence[Any],  # each a path, a ModelProto, or (module, example inputs)
+    *,
+    memory: bool = False,
+    labels: Sequence[str] | None = None,
+    options: Options | None = None,
+) -> LatencyReport:
+    """Time models in turns, A B B A, and return the speed-up over the first with a 95 % interval.
+
+    Args:
+        models: paths, `onnx.ModelProto`s, or (torch module, example inputs); the first one is the reference.
+        memory: also measure load time and peak memory, each model in a process of its own.
+        labels: names of the models in the report; default: those of their files.
+        options: `session`, `timing` and `progress`. With IO binding and no CUDA graph, latency with transfers is measured as
+            well.
+
+    Returns:
+        Every sample, percentiles and ratios; `print(report)` shows the table.
+
+    Raises:
+        ModelError: a model does not run, or inputs do not fit it.
+
+    """
+    options = options or Options()
+    timing, settings = options.timing or Timing(), options.session
+    with ExitStack() as files:
+        paths: list[Path] = [files.enter_context(as_file(model, f"model{number}")) for number, model in enumerate(models)]
+        report = latency.bench(paths, timing, settings, labels=labels, progress=options.progress)
+        if timing.io_binding and not settings.cuda_graph:
+            copied = replace(timing, io_binding=False)
+            other = latency.bench(paths, copied, settings, labels=labels, progress=options.progress)
+            report = report.model_copy(update={"with_transfers": other})
+        if memory:
+            taken = [footprint(path, settings=settings, batch=timing.batch, shapes=timing.shapes) for path in paths]
+            report = report.model_copy(update={"footprints": tuple(taken)})
+    return report

@@ -1,0 +1,91 @@
+"""`tensorrail.check`: whether two models compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrail.inputs import Arrays, as_feeds
+from tensorrail.models import as_file
+from tensorrail.options import Options
+from tensorrail_runtime.measure.parity import LayerError, Parity, Tolerances, parity
+from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.session import open_session
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tensorrail_exporter.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of a plan at which two models are compared."""
+
+    plan: Plan | Path | str
+    """The plan, or its file."""
+    cores: Mapping[str, Sequence[np.ndarray]] | Path | str | None = None
+    """The cores by layer, or their file; default: the reference's weights are decomposed."""
+
+
+def check(
+    reference: Any,  # a path, a ModelProto, or (module, example inputs)
+    candidate: Any,  # likewise
+    *,
+    inputs: Arrays | Sequence[int] | None = None,
+    tolerance: float | Tolerances | None = 1e-4,
+    layers: Layers | None = None,
+    options: Options | None = None,
+) -> Parity:
+    """Compare the outputs of two models on the same inputs.
+
+    Args:
+        reference: the model to compare with: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        candidate: the model that is compared.
+        inputs: an npz file or arrays by input name; or batch sizes of random inputs, default 1 and 7.
+        tolerance: the largest relative L2 difference of any output, `Tolerances` for limits by output and element, or None.
+        layers: a plan at whose layers approximation and numerical errors are measured as well; needs the extra `export`.
+        options: `session`, and `timing` for the shapes of random inputs and the batch size that given ones are run with.
+
+    Returns:
+        How each output differs; `print(report)` shows the table, `report.holds` says whether all are within the tolerance.
+
+    Raises:
+        ModelError: a model cannot be run, or inputs or outputs differ.
+
+    """
+    options = options or Options()
+    settings, timing = options.session, options.timing
+    with as_file(reference, "reference") as first, as_file(candidate, "candidate") as second:
+        sizes = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str) else None
+        if inputs is not None and sizes is None:
+            feeds = as_feeds(inputs, first, timing.batch if timing else 7, settings)  # type: ignore[arg-type] # no sizes
+        else:
+            session = open_session(first, settings=settings)
+            shapes = timing.shapes if timing else {}
+            feeds = [random_inputs(session, size, shapes=shapes) for size in sizes or ((1,) if shapes else (1, 7))]
+        report = parity(first, second, inputs=feeds, tolerance=tolerance, settings=settings)
+        if layers is None:
+            return report
+        return report.model_copy(update={"layers": _layer_errors(first, second, layers, feeds or [], options)})
+
+
+def _layer_errors(
+    reference: Path, candidate: Path, layers: Layers, feeds: Sequence[Mapping[str, np.ndarray]], options: Options
+) -> tuple[LayerError, ...]:
+    from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_exporter.plans.cores import load_cores
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.layer_errors import layer_errors
+    from tensorrail_exporter.rewrite.rewriter import decompose_graph
+
+    model = load_model(reference)
+    plan = layers.plan if isinstance(layers.plan, Plan) else Plan.load(layers.plan)
+    cores = layers.cores
+    if cores is None:
+        cores = decompose_graph(model, plan)
+    elif isinstance(cores, Path | str):
+        cores = load_cores(cores, plan)
+    return layer_errors(model, load_model(candidate), plan, cores, feeds, options.session)

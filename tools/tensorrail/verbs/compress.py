@@ -1,0 +1,162 @@
+"""`tensorrail.compress`: a faster model from nothing but an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrail.inputs import as_calibration, as_labelled, require_writable
+from tensorrail.models import as_file
+from tensorrail.options import Options
+from tensorrail_runtime.errors import GraphError, PlanError, TargetError
+from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.timing import Timing
+
+if TYPE_CHECKING:
+    import onnx
+
+    from tensorrail_exporter.calibrate.inputs import Calibration
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.search.report import PlanReport
+    from tensorrail_exporter.workflow import CompressReport, Refine
+
+_SAMPLES = 512
+_PROCESSES = 5
+
+
+def compress(
+    model: Any,  # a path, a ModelProto, or (module, example inputs)
+    out: Path | str,
+    target: Mapping[str, float] | Plan | Path | str | None = None,
+    *,
+    calibration: Any = None,  # a path or arrays by input name
+    data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
+    options: Options | None = None,
+) -> CompressReport:
+    """Plan, decompose, rewrite, check and time a model, and write the faster one to `out`.
+
+    Args:
+        model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        out: the file to write.
+        target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; or a plan, or the
+            file of one; may be left out where `options.search.max_loss` is given.
+        calibration: inputs without labels that losses are measured on and cores fitted to: an npz file, a folder, or arrays.
+        data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`.
+        options: `session`, `timing` (batch size, shapes, seconds of the final comparison), `search` (its `also`: other
+            precisions to write), `fit` and `progress`.
+
+    Returns:
+        Sizes, speed and errors; `print(report)` shows the tables. `report.meets` and `report.faster` say whether the target and
+        a speed-up were measured.
+
+    Raises:
+        TargetError: the target cannot be met, or every layer stays dense; nothing is written.
+        PlanError: the target or plan does not fit the model; nothing is written.
+        GraphError: the model cannot be rewritten; nothing is written.
+
+    """
+    from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.search.planner import plan_network
+    from tensorrail_exporter.search.targets import Search
+    from tensorrail_exporter.workflow import Compression
+    from tensorrail_exporter.workflow import compress as carry_out
+
+    options = options or Options()
+    search = options.search or Search()
+    given = Plan.load(target) if isinstance(target, Path | str) else target
+    if not isinstance(given, Plan):
+        search.check(given or {})
+    _check_also(search.also, calibration)
+    out = Path(out)
+    for path in (out, *(_reduced_path(out, precision) for precision in search.also)):
+        require_writable(path, model, target, calibration, data)
+    conditions = options.conditions(Timing(processes=_PROCESSES))
+    if not conditions.timing.processes:
+        conditions = replace(conditions, timing=replace(conditions.timing, processes=_PROCESSES))
+    with as_file(model) as path:
+        graph = load_model(path)
+        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
+        test = as_labelled(data)
+        refine = _refine(options) if inputs is not None else None
+        chosen: Plan | PlanReport
+        if isinstance(given, Plan):
+            chosen = given
+        else:
+            chosen = plan_network(graph, given or {}, search, calibration=inputs, conditions=conditions)
+            if not chosen.plan.layers:
+                raise TargetError("every layer stays dense: no form is faster here, and no model was written")
+        report = carry_out(graph, chosen, out, Compression(inputs, refine, test, conditions))
+    return _reduced(report, out, search.also, inputs, test, options)
+
+
+def _reduced(
+    report: CompressReport,
+    out: Path,
+    precisions: Sequence[str],
+    calibration: Calibration | None,
+    test: Labelled | None,
+    options: Options,
+) -> CompressReport:
+    """Return the report with the models in other precisions, which are written beside `out`."""
+    from tensorrail_exporter.precision.reduce import Quantization, reduced
+
+    reports = []
+    for precision in precisions:
+        reports.append(
+            reduced(
+                out,
+                _reduced_path(out, precision),
+                Quantization(precision),  # type: ignore[arg-type] # checked by `_check_also`
+                calibration=calibration.feeds if calibration is not None else None,
+                test=test,
+                conditions=options.conditions(Timing()),
+            )
+        )
+    return report.model_copy(update={"reduced": tuple(reports)})
+
+
+def _reduced_path(out: Path, precision: str) -> Path:
+    return out.with_suffix(f".{precision}.onnx")
+
+
+def _check_also(precisions: Sequence[str], calibration: object) -> None:
+    from typing import get_args
+
+    from tensorrail_exporter.precision.reduce import Precision
+
+    for precision in precisions:
+        if precision not in get_args(Precision):
+            raise PlanError(f"also: expected {' or '.join(get_args(Precision))}, got {precision!r}")
+    if "int8" in precisions and calibration is None:
+        raise PlanError("int8 needs calibration inputs, on which the ranges of activations are measured: give --calibration")
+
+
+def _refine(options: Options) -> Refine | None:
+    """Return the fit in torch; None when it is switched off, or torch is missing and the fit was not asked for."""
+    epochs = options.fit.epochs
+    if epochs == 0:
+        return None
+    try:
+        from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
+    except ModuleNotFoundError:
+        if epochs is not None:
+            raise
+        return None
+    settings = FitSettings() if epochs is None else FitSettings(block_epochs=epochs)
+
+    def refine(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
+        def told(share: float, what: str) -> None:
+            options.progress("fitting to activations", share, what)
+
+        try:
+            return fit_blocks(dense, factored, plan, inputs, settings, told).model
+        except GraphError as error:
+            if epochs is not None:  # asked for
+                raise
+            options.progress("note", 1.0, f"the fit to activations is left out: {error}")
+            return factored
+
+    return refine

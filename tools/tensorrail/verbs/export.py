@@ -1,0 +1,69 @@
+"""`tensorrail.export`: a dense graph and a plan become a factored graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrail.inputs import require_writable
+from tensorrail.models import as_graph
+from tensorrail.options import Options
+from tensorrail_runtime.errors import PlanError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.rewriter import Rewrites
+    from tensorrail_exporter.search.fastest_form import Form
+
+
+def export(
+    model: Any,  # a path, a ModelProto, or (module, example inputs)
+    out: Path | str,
+    plan: Plan | Path | str,
+    *,
+    cores: Mapping[str, Sequence[np.ndarray]] | Path | str | None = None,
+    form: Form | None = None,
+    options: Options | None = None,
+) -> Rewrites:
+    """Rewrite every planned layer of a dense model to the contraction of its cores, and write the factored model to `out`.
+
+    Args:
+        model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        out: the file to write.
+        plan: the layers, formats, modes and ranks, or the file of them.
+        cores: the cores of each layer by its name, or the file of them; default: the model's own weights are decomposed.
+        form: which forms of the cores may be chosen; default: the cores as they are.
+        options: `session` and `progress`.
+
+    Returns:
+        What was done to each layer; `print(report)` shows the table.
+
+    Raises:
+        PlanError: the plan names no layer, or modes, ranks or cores do not fit.
+        GraphError: a planned layer is not in the model, or cannot be rewritten.
+
+    """
+    from tensorrail_exporter.graphs.io import save_model
+    from tensorrail_exporter.plans.cores import load_cores
+    from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
+    from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
+
+    options = options or Options()
+    require_writable(out, model, plan, cores)
+    graph = as_graph(model)
+    read = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if not read.layers:
+        raise PlanError(f"{'the plan' if plan is read else plan}: names no layer, so there is nothing to rewrite")
+    if cores is None:
+        cores = decompose_graph(graph, read)
+    elif isinstance(cores, Path | str):
+        cores = load_cores(cores, read)
+    factored, dense_again = factorize_fastest(
+        graph, read, cores, form or Form(block=1), settings=options.session, progress=options.progress
+    )
+    save_model(factored.model, Path(out))
+    return Rewrites(layers=factored.layers, dense=dense_again.layers, model=str(out))

@@ -1,0 +1,54 @@
+"""`tensorrail.plan`: which layers become which cores, so that a target is met at the least loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tensorrail.inputs import as_calibration
+from tensorrail.models import as_file
+from tensorrail.options import Options
+from tensorrail_runtime.measure.timing import Timing
+
+if TYPE_CHECKING:
+    from tensorrail_exporter.search.report import PlanReport
+
+_SAMPLES = 128
+
+
+def plan(
+    model: Any,  # a path, a ModelProto, or (module, example inputs)
+    target: Mapping[str, float] | None = None,
+    *,
+    calibration: Any = None,  # a path or arrays by input name
+    options: Options | None = None,
+) -> PlanReport:
+    """Choose formats and ranks for a target, from times measured on this machine.
+
+    Args:
+        model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; may be left out
+            where `options.search.max_loss` is given.
+        calibration: inputs without labels that losses are measured on: an npz file, a folder, or arrays by input name.
+        options: `session`, `timing` (batch size and shapes), `search`, `fit.samples` (default 128) and `progress`.
+
+    Returns:
+        The plan in `report.plan`, and what was predicted and measured; `print(report)` shows the table.
+
+    Raises:
+        TargetError: the target cannot be met; the message says what can be reached.
+        PlanError: the target, or a layer to keep, does not exist.
+        GraphError: the model or its outputs cannot be planned for.
+
+    """
+    from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_exporter.search.planner import plan_network
+    from tensorrail_exporter.search.targets import Search
+
+    options = options or Options()
+    search = options.search or Search()
+    search.check(target or {})
+    with as_file(model) as path:
+        graph = load_model(path)
+        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
+        return plan_network(graph, target or {}, search, calibration=inputs, conditions=options.conditions(Timing()))

@@ -1,0 +1,63 @@
+"""`tensorrail.quantize`: a model in fp16 or int8, measured beside fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorrail.inputs import as_feeds, as_labelled, require_writable
+from tensorrail.models import as_file
+from tensorrail.options import Options
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.measure.timing import Timing
+
+if TYPE_CHECKING:
+    from tensorrail_exporter.precision.reduce import PrecisionReport, Quantization
+
+_BATCH = 16
+
+
+def quantize(
+    model: Any,  # a path, a ModelProto, or (module, example inputs)
+    out: Path | str,
+    to: Quantization | str,
+    *,
+    calibration: Any = None,  # a path or arrays by input name
+    data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
+    options: Options | None = None,
+) -> PrecisionReport:
+    """Convert a model to fp16 or int8, write it to `out`, and measure parity, accuracy and latency beside fp32.
+
+    Args:
+        model: the fp32 model, dense or factored: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        out: the file to write.
+        to: `fp16`, `int8`, or a `Quantization` that says more.
+        calibration: typical inputs: int8 needs them for the ranges of activations; outputs are compared on them.
+        data: labelled inputs for the accuracy: an npz file or arrays, with `labels`.
+        options: `session`, `timing` and `progress`.
+
+    Returns:
+        What was measured; `print(report)` shows the table, `report.holds` says whether outputs are within the tolerance.
+
+    Raises:
+        RangeError: fp16 overflows; nothing is written.
+        GraphError: the model cannot be converted; nothing is written.
+        ModelError: inputs are missing or do not fit.
+
+    """
+    from tensorrail_exporter.precision.reduce import Quantization, reduced
+
+    options = options or Options()
+    quantization = to if isinstance(to, Quantization) else Quantization(to)  # type: ignore[arg-type] # checked by `reduced`
+    if quantization.to == "int8" and calibration is None:
+        raise ModelError("int8 needs typical inputs for the ranges of activations: give --calibration FILE.npz, 100 or more")
+    require_writable(out, model, calibration, data)
+    with as_file(model) as path:
+        return reduced(
+            path,
+            out,
+            quantization,
+            calibration=as_feeds(calibration, path, _BATCH, options.session),
+            test=as_labelled(data),
+            conditions=options.conditions(Timing()),
+        )

@@ -1,0 +1,104 @@
+"""`tensorrail.regress`: record a model's baseline, and check later models against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorrail.inputs import as_labelled
+from tensorrail.models import as_file
+from tensorrail.options import Options
+from tensorrail_runtime.gate import regress
+from tensorrail_runtime.gate.regress import Baseline, Effort, Limits, Verdict
+from tensorrail_runtime.measure.timing import Timing
+
+_TIMING = Timing(seconds=1.0, processes=6)
+
+
+def record(
+    model: Path | str,
+    out: Path | str,
+    *,
+    data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
+    options: Options | None = None,
+) -> Baseline:
+    """Measure a model and write its baseline.
+
+    Args:
+        model: the model's file; the baseline refers to it.
+        out: the file of the baseline.
+        data: labelled inputs for the accuracy.
+        options: `session`, `progress`, and `timing`: batch size, shapes, fresh processes (default 6) and seconds in each
+            (default 1).
+
+    Returns:
+        The baseline, which `check` reads from `out`.
+
+    Raises:
+        ModelError: the model cannot be measured.
+
+    """
+    options = options or Options()
+    timing = options.timing or _TIMING
+    return regress.record(
+        Path(model),
+        Path(out),
+        settings=options.session,
+        batch=timing.batch,
+        shapes=timing.shapes,
+        effort=_effort(timing),
+        data=_data(data),
+        on_process=lambda share: options.progress("measuring latency", share),
+    )
+
+
+def check(
+    baseline: Path | str,
+    model: Any,  # a path, a ModelProto, or (module, example inputs)
+    *,
+    limits: Limits | None = None,
+    data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
+    options: Options | None = None,
+) -> Verdict:
+    """Hold a model against a baseline, or against another model that is measured beside it.
+
+    Args:
+        baseline: the file of a baseline, or a model (`.onnx`).
+        model: the model to check: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        limits: the slow-down to detect (default 5 %), and how far outputs and the metric may differ.
+        data: labelled inputs for the accuracy.
+        options: `progress`, and `timing` as for `record`; `session`, batch size and shapes are for two models, a baseline has
+            its own.
+
+    Returns:
+        The findings; `print(verdict)` shows the table, `verdict.holds` says whether all are within their limits.
+
+    Raises:
+        ModelError: the baseline or the model cannot be read or measured.
+
+    """
+    options = options or Options()
+    timing = options.timing or _TIMING
+    baseline = Path(baseline)
+    paired = baseline.suffix == ".onnx"
+    with as_file(model) as path:
+        return regress.check(
+            baseline,
+            path,
+            limits=limits or Limits(),
+            effort=_effort(timing),
+            settings=options.session if paired else None,
+            batch=timing.batch if paired else None,
+            shapes=timing.shapes,
+            data=_data(data),
+            on_process=lambda share: options.progress("measuring latency", share),
+        )
+
+
+def _effort(timing: Timing) -> Effort:
+    return Effort(processes=timing.processes or _TIMING.processes, seconds=timing.seconds)
+
+
+def _data(data: Any) -> regress.Data | None:  # Any: see `as_labelled`
+    labelled = as_labelled(data)
+    return None if labelled is None else (labelled.inputs, labelled.labels, labelled.metric)
