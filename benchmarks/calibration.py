@@ -20,7 +20,8 @@ from tensorrail_exporter import Plan, decompose_graph, factorize
 from tensorrail_exporter.calibrate.inputs import load_calibration
 from tensorrail_exporter.calibrate.layerwise import fit_layers
 from tensorrail_exporter.graphs.io import load_model, save_model
-from tensorrail_exporter.search.planner import Search, plan_network
+from tensorrail_exporter.search.planner import plan_network
+from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import evaluate
 from tensorrail_runtime.records import write_text
@@ -67,8 +68,9 @@ def main() -> None:
         if options.published:
             plans["published TT ranks"] = published_plan(options.published)
         for flops in options.flops:
-            search = Search(targets={"flops": flops}, cache=options.cache, check_seconds=1.0)
-            plans[f"`--target flops={flops:g}`"] = plan_network(dense, search, calibration=inputs.first(128)).plan
+            search = Search(cache=options.cache, check_seconds=1.0)
+            report = plan_network(dense, {"flops": flops}, search, calibration=inputs.first(128))
+            plans[f"`--target flops={flops:g}`"] = report.plan
         for name, plan in plans.items():
             plain = factorize(dense, plan, decompose_graph(dense, plan)).model
             start = time.perf_counter()

@@ -23,13 +23,18 @@ from tensorrail_exporter import GraphError, PlanError, factorize
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
 from tensorrail_exporter.search.options import options_of
-from tensorrail_exporter.search.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
+from tensorrail_exporter.search.planner import plan_network
+from tensorrail_exporter.search.report import PlanReport
+from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.verification import random_cores
 from tensorrail_runtime.graphs.cost import cost
-from tensorrail_runtime.measure.latency import bench_fresh
+from tensorrail_runtime.measure.latency import bench
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
@@ -49,7 +54,7 @@ def planned(model: onnx.ModelProto, name: str, batch: int, cache: Path | None):
     start = time.perf_counter()
     for target in TARGETS[name]:
         try:
-            report = plan_network(model, Search(targets={"latency": target}, batch=batch, cache=cache))
+            report = plan_network(model, {"latency": target}, Search(cache=cache), conditions=Conditions(Timing(batch)))
         except PlanError as error:
             notes.append(f"latency={target:g}: {error}")
             continue
@@ -76,8 +81,8 @@ def least_cut(model: onnx.ModelProto, report: PlanReport, batch: int, cache: Pat
         times.append([layer.nodes * table.milliseconds(layer, option) for option in (None, *options)])
         dense = max(1, dense_cost(layer.spec).macs)
         cuts.append([0.0, *(max(0.0, layer.macs * (1 - option.macs / dense)) for option in options)])
-    beside = report.dense.ms - sum(row[0] for row in times)
-    picks = choose(cuts, [Limit("latency", times, report.planned.ms - beside)])
+    beside = report.dense.milliseconds - sum(row[0] for row in times)
+    picks = choose(cuts, [Limit("latency", times, report.planned.milliseconds - beside)])
     return report.dense.macs / (report.dense.macs - sum(row[pick] for row, pick in zip(cuts, picks, strict=True)))
 
 
@@ -85,7 +90,7 @@ def baselines(folder: Path, dense: Path, batch: int, cache: Path | None) -> tupl
     """Write ResNet-18's other forms and return their paths, and notes on those that could not be made."""
     model, plan, notes = onnx.load(dense), networks.published_plan("resnet18"), []
     cores = random_cores(model, plan)
-    blocks = fastest_blocks(model, plan, batch=batch, cache=cache)
+    blocks = fastest_blocks(model, plan, Form(batch=batch, cache=cache))
     made = {"published": folder / "published.onnx", "published, padded": folder / "padded.onnx"}
     save_model(factorize(model, plan, cores).model, made["published"])
     save_model(factorize(model, plan, cores, block=blocks).model, made["published, padded"])
@@ -115,7 +120,7 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         if report is not None and report.plan.layers:
             paths[f"planned, latency={target:g}"] = folder / "planned.onnx"
             save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, folder / "planned.onnx")
-        run = bench_fresh(list(paths.values()), batch=batch, seconds=seconds, labels=list(paths))
+        run = bench(list(paths.values()), Timing(batch, seconds=seconds, processes=5), labels=list(paths))
         costs = [cost(path, batch) for path in paths.values()]
         lines = [
             f"### {name}, batch {batch}",

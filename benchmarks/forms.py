@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_runtime.measure.latency import bench
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 
@@ -112,7 +113,7 @@ def main() -> None:
                     f"| `{form_name}` | {modes} | {ranks} | {record.steps} | {record.stored_params:,} "
                     f"| {record.flops / 1e6:,.2f} | {record.activation_bytes / 1e3:,.0f} | {record.kernels} |"
                 )
-            run = bench(paths, seconds=options.seconds * len(paths), threads=options.threads)
+            run = bench(paths, Timing(seconds=options.seconds * len(paths)), Session(threads=options.threads))
         for label, found in zip(labels, run.ratios, strict=True):
             rows.append(f"{label} {found.value:.2f}× | {found.low:.2f}–{found.high:.2f} |")
         head = (

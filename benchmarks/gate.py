@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime.gate.regress import Effort, Limits, Timing, Verdict, check
 from tensorrail_runtime.measure.latency import bench
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import PROVIDERS, Session
@@ -63,7 +64,7 @@ def main() -> None:
         shutil.copy(a, same)
         onnx.save(chain(LENGTH + EXTRA), slower)
         settings = Session(provider=options.provider, threads=options.threads)
-        truth = bench([a, slower], seconds=20, settings=settings)
+        truth = bench([a, slower], Timing(seconds=20), settings)
         injected = 1 / truth.ratios[0].value - 1
         start = time.perf_counter()
         equal = _trials("equal", a, same, options.alarms, limits, effort, settings)

@@ -50,12 +50,15 @@ from tensorrail_exporter.rewrite.rewriter import reconstruct
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.options import options_of
-from tensorrail_exporter.search.planner import Search, plan_network, random_cores
+from tensorrail_exporter.search.planner import plan_network
+from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.verification import random_cores
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.graphs.cost import cost
-from tensorrail_runtime.measure.latency import bench_fresh
+from tensorrail_runtime.measure.latency import bench as time_models
 from tensorrail_runtime.measure.parity import Tolerances, compare
 from tensorrail_runtime.measure.placement import placement
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.machine import machine
@@ -224,8 +227,6 @@ def plan(bench: Bench, name: str) -> None:
         start = time.monotonic()
         for target in TARGETS[name]:
             search = Search(
-                targets={"flops": target},
-                batch=batch,
                 grid=grid,
                 formats=tuple(bench.options.formats),
                 seconds=bench.options.plan_seconds,
@@ -233,7 +234,9 @@ def plan(bench: Bench, name: str) -> None:
                 cache=bench.options.cache,
             )
             try:
-                report = plan_network(onnx.load(bench.dense(name)), search, settings=settings)
+                report = plan_network(
+                    onnx.load(bench.dense(name)), {"flops": target}, search, conditions=Conditions(Timing(batch), settings)
+                )
             except PlanError as error:
                 row["refused"].append(str(error))
                 continue
@@ -318,15 +321,13 @@ def latency(bench: Bench, name: str) -> None:
 
 def _time(bench: Bench, name: str, batch: int, mode: Mode) -> None:
     paths, plain = bench.forms(name, mode.precision), bench.forms(name, "fp32")
-    report = bench_fresh(
-        list(paths.values()),
-        batch=batch,
+    timing = Timing(
+        batch,
         seconds=bench.options.seconds * len(paths),
-        settings=mode.settings(bench.provider),
-        io_binding=bench.provider != "cpu",
-        labels=list(paths),
         processes=bench.options.processes,
+        io_binding=bench.provider != "cpu",
     )
+    report = time_models(list(paths.values()), timing, mode.settings(bench.provider), labels=list(paths))
     card = bench.card()
     costs = [cost(path, batch) for path in plain.values()]
     bounds = [None if card is None else bound_ms(found, card, mode.precision) for found in costs]

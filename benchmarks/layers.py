@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_runtime.measure.latency import bench
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 
@@ -64,7 +65,7 @@ def main() -> None:
                 )
                 paths.append(Path(folder) / f"r{rank}.onnx")
                 save_model(factorize(dense, plan, decompose_graph(dense, plan)).model, paths[-1])
-            run = bench(paths, seconds=options.seconds * len(paths), threads=options.threads)
+            run = bench(paths, Timing(seconds=options.seconds * len(paths)), Session(threads=options.threads))
             for rank, found in zip(ranks, run.ratios, strict=True):
                 macs = 9 * channels**2 / (2 * channels * rank + 9 * rank**2)
                 lines.append(

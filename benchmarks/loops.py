@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.formats import contraction
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_runtime.measure.latency import bench_fresh
+from tensorrail_runtime.measure.latency import bench
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 
@@ -73,7 +74,7 @@ def main() -> None:
             paths = [Path(folder) / f"{name}.onnx" for name in ("node", "scan")]
             for path, scan in zip(paths, (False, True), strict=True):
                 save_model(factorize(dense, plan, cores, scan=scan).model, path)
-            found = bench_fresh(paths, batch=batch, seconds=options.seconds, processes=3)
+            found = bench(paths, Timing(batch, seconds=options.seconds, processes=3))
         (node, scan), ratio = found.latencies, found.ratios[0]
         rows.append(
             f"| {op} | {hidden} | {GATES[op] * hidden} | {steps} | {batch} | {node.p50:.3f} ms | {scan.p50:.3f} ms | "

@@ -159,7 +159,7 @@ def networks_of(folder: Path) -> tuple[Path, Path]:
 
     from tensorrail_exporter import factorize
     from tensorrail_exporter.graphs.io import save_model
-    from tensorrail_exporter.search.planner import random_cores
+    from tensorrail_exporter.search.verification import random_cores
 
     dense, factored = networks.write("resnet18", folder), folder / "factored.onnx"
     model, plan = onnx.load(dense), networks.published_plan("resnet18")

@@ -57,3 +57,17 @@ def random_cores(plan, shape, rng, dtype=np.float32):
 def relative(a, b):
     """Return the L2 norm of a − b, relative to b's; 0 when both are 0."""
     return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
+
+
+def listener(*, note=None, epoch=None, bench=None):
+    """Return a listener to progress that passes on notes, finished epochs, and the shares of benchmarks."""
+
+    def progress(stage, share, detail=""):
+        if stage == "note" and note is not None:
+            note(detail)
+        elif " epoch " in stage and epoch is not None:
+            epoch(stage)
+        elif stage.startswith("measuring latency") and bench is not None:
+            bench(stage, share)
+
+    return progress

@@ -14,7 +14,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -127,16 +127,11 @@ def stand_ins(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(stand_ins, tmp_path_factory, monkeypatch, in_this_process) -> Iterator[Path]:
     """Work in a copy of the stand-ins; what a page registers or imports is taken back."""
-    from tensorrail.commands import compress, plan
-    from tensorrail.targets import read_search
-
     made = tmp_path_factory.mktemp("page") / "here"
     shutil.copytree(stand_ins, made)
     monkeypatch.chdir(made)
     monkeypatch.syspath_prepend(str(made))
     monkeypatch.setenv("TENSORRAIL_CACHE", str(stand_ins / "cache"))
-    for command in (compress, plan):
-        monkeypatch.setattr(command, "read_search", lambda *a, **k: replace(read_search(*a, **k), check_seconds=0.3))
     modules, formats = set(sys.modules), dict(FORMATS)
     yield made
     FORMATS.clear()

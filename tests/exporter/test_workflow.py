@@ -12,7 +12,11 @@ from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError
 from tensorrail_exporter import workflow as compressing
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.formats import contraction
-from tensorrail_exporter.workflow import CompressReport, compress
+from tensorrail_exporter.search.report import PlanReport, Size
+from tensorrail_exporter.workflow import Compression, CompressReport, compress
+from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.sessions.machine import machine
 
 pytestmark = pytest.mark.usefixtures("in_this_process")  # no time is looked at
 
@@ -57,8 +61,11 @@ PLAN = Plan(
 )
 
 
-def run(network, out, **options):
-    return compress(network, PLAN, out, seconds=0.05, **options)
+QUICK = Conditions(Timing(seconds=0.05, processes=5))
+
+
+def run(network, out, plan=PLAN, **options):
+    return compress(network, plan, out, Compression(conditions=QUICK, **options))
 
 
 def test_calibration_makes_the_outputs_nearer(network, tmp_path):
@@ -83,7 +90,21 @@ def test_calibration_makes_the_outputs_nearer(network, tmp_path):
 def test_the_report_holds_what_was_measured(network, tmp_path):
     x = images(3, 40)
     labels = np.arange(40) % 10
-    report = run(network, tmp_path / "out.onnx", test=({"x": x}, labels), targets={"params": 1.5, "flops": 50.0})
+    size = Size(params=2, macs=2, flops=4, bytes=8, milliseconds=1.0)
+    planning = PlanReport(
+        targets={"params": 1.5, "flops": 50.0},
+        provider="cpu",
+        batch=1,
+        grid=1,
+        loss_from="weights",
+        dense=size,
+        planned=size,
+        rows=(),
+        measured=None,
+        machine=machine(),
+        plan=PLAN,
+    )
+    report = run(network, tmp_path / "out.onnx", planning, test=Labelled({"x": x}, labels))
     assert report.ratios.flops == report.dense.flops / report.factored.flops
     assert report.ratios.params > 1.5
     assert not report.meets  # FLOPs do not fall 50 times
@@ -123,11 +144,11 @@ def half_precision(rng):
 
 def test_a_float16_model_may_differ_by_its_own_rounding_and_no_more(tmp_path, rng, wrong):
     plan = Plan(layers=(LayerPlan(name="c", format="svd", modes=(64, 64), ranks=(32,)),))
-    report = compress(half_precision(rng), plan, tmp_path / "out.onnx", seconds=0.05)
+    report = run(half_precision(rng), tmp_path / "out.onnx", plan)
     assert 1e-4 < report.numerical < 8 * 2**-11  # eight unit roundoffs
     wrong()
     with pytest.raises(GraphError, match=r"differs from what its cores stand for by .*; at most 0\.004 was expected"):
-        compress(half_precision(rng), plan, tmp_path / "wrong.onnx", seconds=0.05)
+        run(half_precision(rng), tmp_path / "wrong.onnx", plan)
     assert not (tmp_path / "wrong.onnx").exists()
 
 
@@ -163,7 +184,7 @@ def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng
         return changed
 
     feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},)
-    compress(model, plan, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine, seconds=0.05)
+    run(model, tmp_path / "out.onnx", plan, calibration=Calibration(feeds), refine=refine)
     (ops,) = seen
     assert "LSTM" in ops
     assert "Scan" not in ops
@@ -181,7 +202,7 @@ def test_a_plan_without_layers_is_refused_and_products_in_bodies_count_as_none(t
     node = helper.make_node("If", ["yes"], ["y"], then_branch=then, else_branch=other)
     model = make_model([node], {"w": weight, "yes": np.array(True)}, {"x": ["n", 16]}, {"y": ["n", 16]})
     plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(16, 16), ranks=(4,)),))
-    report = compress(model, plan, tmp_path / "m.onnx", seconds=0.1)
+    report = run(model, tmp_path / "m.onnx", plan)
     assert (report.ratios.macs, report.ratios.params) == (1.0, 2.0)
     with pytest.raises(PlanError, match="the plan names no layer"):
         compress(model, Plan(layers=()), tmp_path / "n.onnx")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tensorrail.cli
 from tensorrail_exporter import LayerPlan, Plan
-from tensorrail_exporter.search import planner
+from tensorrail_exporter.search import fastest_form
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
@@ -65,7 +65,7 @@ def test_export_gives_slower_layers_the_dense_weight_of_their_cores(cli, small_p
         asked.update(options)
         return {"conv": 4, "fc": 0}
 
-    monkeypatch.setattr(planner, "fastest_blocks", fastest_blocks)
+    monkeypatch.setattr(fastest_form, "fastest_blocks", fastest_blocks)
     export = ("export", small_path, "--plan", plan, "-o", out)
     code, printed, _ = cli(*export, "--dense-if-slower", "--batch", 3, "--json", tmp_path / "e.json")
     assert code == 0
@@ -77,7 +77,7 @@ def test_export_gives_slower_layers_the_dense_weight_of_their_cores(cli, small_p
     gemm = next(node for node in onnx.load(out).graph.node if node.op_type == "Gemm")
     assert any(t.name == gemm.input[1] and list(t.dims) == [10, 32] for t in onnx.load(out).graph.initializer)
     out.unlink()
-    monkeypatch.setattr(planner, "fastest_blocks", lambda *_, **__: {"conv": 0, "fc": 0})
+    monkeypatch.setattr(fastest_form, "fastest_blocks", lambda *_, **__: {"conv": 0, "fc": 0})
     code, _, errors = cli(*export, "--dense-if-slower")
     assert code == 2
     assert "every planned layer is faster in dense form here, at batch 1" in errors

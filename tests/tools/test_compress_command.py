@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from tensorrail.commands import plan as planning
-from tensorrail.targets import read_search
 from tensorrail_exporter import Plan
 from tensorrail_trainer.networks.registry import SmallResNet
 from tensorrail_trainer.run.export import to_onnx
@@ -48,8 +45,6 @@ FAST = ("--seconds", "1", "--cache", "cache")
 
 
 def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
-    short = {"check_seconds": 0.3}  # of timing the chosen network
-    monkeypatch.setattr(planning, "read_search", lambda *a, **k: replace(read_search(*a, **k), **short))
     size = ("--target", "params=1.5", "--allow-slower")
     code, printed, errors = inside("plan", "dense.onnx", *size, "-o", "plan.json", "--json", "p.json", *FAST)
     assert code == 0, errors

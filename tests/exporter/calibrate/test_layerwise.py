@@ -172,7 +172,9 @@ def test_the_fit_is_the_same_twice(network, rng):
 def test_layers_are_fitted_in_the_graphs_order_whatever_the_plans(network, rng):
     seen = []
     backwards = Plan(layers=PLAN.layers[::-1])
-    fitted = fit_layers(network, backwards, calibration(rng, 50), CPU, on_share=lambda share, name: seen.append((share, name)))
+    fitted = fit_layers(
+        network, backwards, calibration(rng, 50), CPU, progress=lambda _, share, name="": seen.append((share, name))
+    )
     assert seen == [(0.0, "conv2"), (0.25, "fc"), (0.5, "head"), (0.75, "lstm"), (1.0, "")]
     assert [row.layer for row in fitted.layers] == ["conv2", "fc", "head", "lstm"]
 

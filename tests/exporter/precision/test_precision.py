@@ -12,9 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.precision.ranges import RangeError, layer_ranges, require_finite
-from tensorrail_exporter.precision.reduce import METHODS, PrecisionReport, reduced, to_fp16, to_int8
+from tensorrail_exporter.precision.reduce import METHODS, PrecisionReport, Quantization, reduced, to_fp16, to_int8
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.placement import placement
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.float16 import holds_fp16
 from tensorrail_runtime.sessions.machine import Processor, processor
 from tensorrail_runtime.sessions.session import Session, open_session, run
@@ -516,9 +518,11 @@ def test_lstm_is_converted_to_fp16_and_left_fp32_by_int8_and_the_report_says_so(
     assert initializers(int8)["rnn.W"].dtype == np.float32
     assert "fc.weight_quantized" in initializers(int8)
     onnx.save(model, tmp_path / "m.onnx")
-    report = reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", to="int8", calibration=feeds, seconds=0.1)
+    report = reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", Quantization("int8"), calibration=feeds, conditions=QUICK)
     assert [(one.layer, one.op, one.kept) for one in report.fp32] == [("rnn", "LSTM", False)]
-    kept = reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", to="fp16", keep=["fc"], calibration=feeds, seconds=0.1)
+    kept = reduced(
+        tmp_path / "m.onnx", tmp_path / "o.onnx", Quantization("fp16", keep=("fc",)), calibration=feeds, conditions=QUICK
+    )
     assert [(one.layer, one.op, one.kept) for one in kept.fp32] == [("fc", "Gemm", True)]
 
 
@@ -593,12 +597,20 @@ def test_int8_by_way_of_external_data_is_the_same(factored, rng, monkeypatch):
     assert {values.dtype for values in initializers(half).values()} == {np.dtype(np.float16)}
 
 
+QUICK = Conditions(Timing(seconds=0.1))
+
+
 def test_reduced_measures_and_its_record_is_strict(small_path, small_model, rng, tmp_path):
     feeds = feeds_of(rng, batches=(20,))
     labels = outputs(small_model, feeds, tmp_path)[0]["y"].argmax(1)
     out = tmp_path / "small.onnx"
     report = reduced(
-        small_path, out, to="int8", calibration=feeds, data=feeds[0], labels=labels, method="percentile", seconds=0.1
+        small_path,
+        out,
+        Quantization("int8", method="percentile"),
+        calibration=feeds,
+        test=Labelled(feeds[0], labels),
+        conditions=QUICK,
     )
     assert report.holds
     assert report.accuracy.reference.mean == 1.0
@@ -611,7 +623,7 @@ def test_reduced_measures_and_its_record_is_strict(small_path, small_model, rng,
         PrecisionReport.model_validate(report.model_dump() | {"more": 1})
     with pytest.raises(ValueError, match="version"):
         PrecisionReport.model_validate(report.model_dump() | {"version": 2})
-    missed = reduced(small_path, out, to="fp16", tolerance=1e-9, seconds=0.1)
+    missed = reduced(small_path, out, Quantization("fp16", tolerance=1e-9), conditions=QUICK)
     assert not missed.holds
     assert {one.layer for one in missed.ranges} == {"conv", "fc"}
     ratio = missed.ratio
@@ -623,15 +635,14 @@ def test_reduced_measures_and_its_record_is_strict(small_path, small_model, rng,
 def test_reduced_writes_nothing_when_it_fails(small_path, rng, tmp_path):
     out = tmp_path / "small.onnx"
     onnx.save(scaled(rng, 2e4), tmp_path / "large.onnx")
-    wrong = {"data": {"x": np.zeros((3, 16, 8, 8), np.float32)}, "labels": np.zeros(2, np.int64)}
+    wrong = Labelled({"x": np.zeros((3, 16, 8, 8), np.float32)}, np.zeros(2, np.int64))
     cases = [
-        (lambda: reduced(small_path, out, to="bf16"), "unknown precision 'bf16': expected one of fp16, int8"),
-        (lambda: reduced(small_path, out, to="int8"), "needs calibration data"),
-        (lambda: reduced(small_path, out, to="fp16", method="minmax"), "fp16 is not calibrated"),
-        (lambda: reduced(small_path, small_path, to="fp16"), "is the fp32 model itself"),
-        (lambda: reduced(small_path, out, to="fp16", labels=np.zeros(2, np.int64)), "both data and labels"),
-        (lambda: reduced(small_path, out, to="fp16", **wrong), "as many labels as samples"),
-        (lambda: reduced(tmp_path / "large.onnx", out, to="fp16"), "layer a: overflows in fp16"),
+        (lambda: reduced(small_path, out, Quantization("bf16")), "unknown precision 'bf16': expected one of fp16, int8"),
+        (lambda: reduced(small_path, out, Quantization("int8")), "needs calibration data"),
+        (lambda: reduced(small_path, out, Quantization("fp16", method="minmax")), "fp16 is not calibrated"),
+        (lambda: reduced(small_path, small_path, Quantization("fp16")), "is the fp32 model itself"),
+        (lambda: reduced(small_path, out, Quantization("fp16"), test=wrong), "as many labels as samples"),
+        (lambda: reduced(tmp_path / "large.onnx", out, Quantization("fp16")), "layer a: overflows in fp16"),
     ]
     before = small_path.read_bytes()
     for call, reason in cases:

@@ -96,7 +96,7 @@ def test_the_time_given_is_shared_out(calls, rng):
     shares = []
     table = LatencyTable(Target.here(CPU))
     wanted = {one: options_of(one, ["tt"], 8)[:2], other: options_of(other, ["tt"], 8)[:1]}
-    table.measure(wanted, CPU, seconds=10.0, on_share=lambda share, text: shares.append((share, text)))
+    table.measure(wanted, CPU, seconds=10.0, progress=lambda _, share, text="": shares.append((share, text)))
     assert [seconds for _, _, seconds in calls] == [2.0, 2.0]  # two dense forms and three others
     assert shares == [(0.0, one.describe()), (0.6, other.describe()), (1.0, "")]
 

@@ -12,7 +12,7 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.losses import losses_of, lost_shares
 from tensorrail_exporter.search.options import options_of
-from tensorrail_exporter.search.planner import Search, plan_network
+from tensorrail_exporter.search.planner import plan_network
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_outputs_that_are_not_finite_are_told_before_anything_is_timed(network, 
     network.graph.output.append(helper.make_tensor_value_info("none", TensorProto.FLOAT, ["batch", 32, 8, 8]))
     feeds = ({"x": rng.standard_normal((4, 32, 8, 8)).astype(np.float32)},)
     with pytest.raises(GraphError, match="output 'none' holds NaN or infinite values on the calibration inputs"):
-        plan_network(network, Search(targets={"flops": 1.5}), calibration=Calibration(feeds))
+        plan_network(network, {"flops": 1.5}, calibration=Calibration(feeds))
 
 
 def test_the_loss_of_a_single_sample_is_no_accident(network, rng):

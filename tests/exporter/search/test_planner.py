@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,14 +11,20 @@ from conftest import make_model
 from onnx import helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
-from tensorrail_exporter.search import planner as planning
+from tensorrail_exporter.search import selection, verification
+from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.latency_table import LatencyTable, Timed
 from tensorrail_exporter.search.latency_table import _key as key_of
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
-from tensorrail_exporter.search.planner import PlanReport, Search, fastest_blocks, plan_network, random_cores
+from tensorrail_exporter.search.planner import plan_network
+from tensorrail_exporter.search.report import PlanReport
+from tensorrail_exporter.search.selection import macs_of
+from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.verification import Verification, random_cores
 from tensorrail_runtime.errors import TargetError
 from tensorrail_runtime.measure import latency
 from tensorrail_runtime.measure.latency import Ratio
+from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.sessions.session import Session
 
 
@@ -38,18 +46,19 @@ def known_times(monkeypatch):
     """Make every layer take a microsecond a thousand MACs, times a factor that a test may set by the steps' text."""
     factors: dict[str, float] = {}
 
-    def measure(self, wanted, settings, *, seconds=0.0, on_share=None):
+    def measure(self, wanted, settings, *, seconds=0.0, progress=None):
         for layer, options in wanted.items():
             for option in (None, *options):
-                macs = layer.macs if option is None else planning._macs(layer, option)
+                macs = layer.macs if option is None else macs_of(layer, option)
                 factor = next((f for text, f in factors.items() if option is not None and text in option.steps), 1.0)
                 entry = Timed(key=key_of(layer, option), layer=layer.name, form="", milliseconds=1e-6 * macs * factor)
                 self.times[entry.key] = entry
 
     monkeypatch.setattr(LatencyTable, "measure", measure)
 
-    def bench(paths, *, processes=1, **options):
-        run = latency.bench(paths, **{**options, "seconds": 0.0, "warmup": 0.0})  # in this process, for its times are replaced
+    def bench(paths, timing, settings, **options):
+        here = replace(timing, seconds=0.0, warmup=0.0, processes=0)  # in this process, for its times are replaced
+        run = latency.bench(paths, here, settings, **options)
         total = 1e-6 * (3 * 36864 + 512) * 144
         latencies = tuple(one.model_copy(update={"p50": total}) for one in run.latencies)
         value = factors.get("measured", 2.01)
@@ -59,18 +68,18 @@ def known_times(monkeypatch):
     def profiled(dense, factored, plan, **_):
         return {layer.name: (1.0, factors.get(f"profile {layer.name}", 0.5)) for layer in plan.layers}
 
-    monkeypatch.setattr(planning, "bench_fresh", bench)
-    monkeypatch.setattr(planning, "layer_times", profiled)
+    monkeypatch.setattr(verification, "bench", bench)
+    monkeypatch.setattr(verification, "layer_times", profiled)
     return factors
 
 
-def search(tmp_path, **targets):
-    return Search(targets=targets, grid=16, cache=tmp_path)
+def search(tmp_path):
+    return Search(grid=16, cache=tmp_path)
 
 
 def test_a_plan_keeps_its_budget_and_says_why_a_layer_stays_dense(network, known_times, tmp_path):
-    report = plan_network(network, search(tmp_path, latency=2.0))
-    assert report.planned.ms <= report.dense.ms / 2.0 * (1 + 1e-9)
+    report = plan_network(network, {"latency": 2.0}, search(tmp_path))
+    assert report.planned.milliseconds <= report.dense.milliseconds / 2.0 * (1 + 1e-9)
     assert report.meets
     reasons = {row.layer: row.reason for row in report.rows if row.format is None}
     assert reasons["narrow"] == "too narrow for a rank on the grid"
@@ -78,7 +87,7 @@ def test_a_plan_keeps_its_budget_and_says_why_a_layer_stays_dense(network, known
 
 
 def test_what_is_promised_is_what_factorize_makes(network, known_times, tmp_path):
-    report = plan_network(network, search(tmp_path, flops=2.0))
+    report = plan_network(network, {"flops": 2.0}, search(tmp_path))
     made = factorize(network, report.plan, random_cores(network, report.plan))
     rows = {row.layer: row for row in report.rows if row.format}
     assert rows.keys() == {layer.layer for layer in made.layers}
@@ -92,11 +101,11 @@ def test_what_is_promised_is_what_factorize_makes(network, known_times, tmp_path
 def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     known_times["conv"] = 50.0  # whatever the form, it is slower
     with pytest.raises(PlanError, match=r"latency=2 cannot be met: .* falls 1.00 times; ask for less"):
-        plan_network(network, search(tmp_path, latency=2.0))
+        plan_network(network, {"latency": 2.0}, search(tmp_path))
     with pytest.raises(PlanError, match="allow slower layers"):
-        plan_network(network, search(tmp_path, params=2.0))
-    allowed = Search(targets={"params": 2.0}, grid=16, cache=tmp_path, gain=float("inf"))
-    report = plan_network(network, allowed)
+        plan_network(network, {"params": 2.0}, search(tmp_path))
+    allowed = Search(grid=16, cache=tmp_path, allow_slower=True)
+    report = plan_network(network, {"params": 2.0}, allowed)
     assert report.planned.params <= report.dense.params / 2.0
 
 
@@ -113,7 +122,7 @@ def test_a_layer_in_a_body_is_named_as_not_timed(network, known_times, tmp_path,
         [numpy_helper.from_array(inner, "inner.weight"), numpy_helper.from_array(np.array(True), "flag")]
     )
     network.graph.output.append(helper.make_tensor_value_info("last", onnx.TensorProto.FLOAT, ["batch", 8, 12, 12]))
-    report = plan_network(network, search(tmp_path, latency=2.0))
+    report = plan_network(network, {"latency": 2.0}, search(tmp_path))
     assert [row.layer for row in report.rows] == ["c0", "c1", "c2", "narrow", "inner"]
     assert report.rows[-1].reason == "not timed: the shape of its data is not known"
     assert report.rows[-1].dense_params == report.rows[-1].params == 144
@@ -123,11 +132,11 @@ def test_a_layer_in_a_body_is_named_as_not_timed(network, known_times, tmp_path,
 def test_a_layer_slower_in_its_place_gets_another_form_or_stays_dense(network, known_times, tmp_path):
     known_times["measured"] = 1.4
     known_times["profile c1"] = 1.2  # the profile contradicts the table, whatever the form
-    report = plan_network(network, search(tmp_path, latency=1.4))
+    report = plan_network(network, {"latency": 1.4}, search(tmp_path))
     assert report.meets
     assert report.slower == ()
     assert "c1" not in {layer.name for layer in report.plan.layers}
-    allowed = plan_network(network, Search(targets={"params": 2.5}, grid=16, cache=tmp_path, gain=float("inf")))
+    allowed = plan_network(network, {"params": 2.5}, Search(grid=16, cache=tmp_path, allow_slower=True))
     assert allowed.slower == ("c1",)
 
 
@@ -144,32 +153,32 @@ def test_times_of_layers_come_from_both_profiles(network, tmp_path):
 
 def test_kept_layers_are_kept(network, known_times, tmp_path):
     known_times["measured"] = 1.31
-    report = plan_network(network, Search(targets={"latency": 1.3}, grid=16, cache=tmp_path, keep=("c[01]",)))
+    report = plan_network(network, {"latency": 1.3}, Search(grid=16, cache=tmp_path, keep=("c[01]",)))
     assert [row.layer for row in report.rows if row.reason == "kept as asked"] == ["c0", "c1"]
     assert {layer.name for layer in report.plan.layers} <= {"c2"}
 
 
 def test_the_fastest_network_within_a_loss(network, known_times, tmp_path):
-    small, large = (plan_network(network, Search(targets={}, grid=16, cache=tmp_path, max_loss=loss)) for loss in (0.2, 1.0))
+    small, large = (plan_network(network, {}, Search(grid=16, cache=tmp_path, max_loss=loss)) for loss in (0.2, 1.0))
     assert 0 < sum(row.loss for row in small.rows) <= 0.2
     assert sum(row.loss for row in large.rows) <= 1.0
-    assert large.planned.ms < small.planned.ms < small.dense.ms
+    assert large.planned.milliseconds < small.planned.milliseconds < small.dense.milliseconds
     with pytest.raises(PlanError, match="the largest loss is a positive number"):
-        plan_network(network, Search(targets={}, max_loss=-1.0))
+        plan_network(network, {}, Search(max_loss=-1.0))
 
 
 def test_several_targets_hold_together(network, known_times, tmp_path):
     known_times["measured"] = 1.51
-    report = plan_network(network, search(tmp_path, latency=1.5, params=3.0))
+    report = plan_network(network, {"latency": 1.5, "params": 3.0}, search(tmp_path))
     assert report.planned.params <= report.dense.params / 3.0
-    assert report.planned.ms <= report.dense.ms / 1.5 * (1 + 1e-9)
+    assert report.planned.milliseconds <= report.dense.milliseconds / 1.5 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("measured", "meets"), [(1.8, False), (2.3, True)])
 def test_what_was_measured_moves_the_budget(network, known_times, tmp_path, measured, meets):
-    plain = plan_network(network, search(tmp_path, latency=2.0))
+    plain = plan_network(network, {"latency": 2.0}, search(tmp_path))
     known_times["measured"] = measured  # whatever is chosen: slower, or faster, than the table says
-    moved = plan_network(network, search(tmp_path, latency=2.0))
+    moved = plan_network(network, {"latency": 2.0}, search(tmp_path))
     assert moved.meets == meets
     assert moved.measured.value == measured
     if meets:  # too fast: a looser budget loses less
@@ -189,39 +198,39 @@ def test_what_was_measured_moves_the_budget(network, known_times, tmp_path, meas
 )
 def test_targets_that_are_none(network, targets, reason):
     with pytest.raises(PlanError, match=reason):
-        plan_network(network, Search(targets=targets))
+        plan_network(network, targets)
 
 
 def test_zeros_are_added_where_that_is_faster(network, known_times, tmp_path):
     plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
-    assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 1}  # fewer MACs are less time here
+    assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 1}  # fewer MACs are less time here
     known_times["64→30"] = 3.0
-    assert fastest_blocks(network, plan, cache=tmp_path) == {"c0": 4}
+    assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 4}
 
 
 def test_a_layer_that_no_block_makes_faster_is_dense_again(network, known_times, tmp_path):
     plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
-    assert fastest_blocks(network, plan, cache=tmp_path, or_dense=True) == {"c0": 1}
+    assert fastest_blocks(network, plan, Form(cache=tmp_path, dense_if_slower=True)) == {"c0": 1}
     known_times["→"] = 100.0
-    assert fastest_blocks(network, plan, cache=tmp_path / "slow", or_dense=True) == {"c0": 0}
-    assert fastest_blocks(network, plan, cache=tmp_path / "slow", blocks=(8,)) == {"c0": 8}
+    assert fastest_blocks(network, plan, Form(cache=tmp_path / "slow", dense_if_slower=True)) == {"c0": 0}
+    assert fastest_blocks(network, plan, Form(block=8, cache=tmp_path / "slow")) == {"c0": 8}
 
 
 def test_on_a_gpu_copies_are_not_timed_and_no_profile_is_believed(network, known_times, monkeypatch, tmp_path):
     asked = []
-    timed = planning.bench_fresh
+    timed = verification.bench
 
-    def bench(paths, *, settings, io_binding, **options):
-        asked.append((settings.provider, io_binding))
-        return timed(paths, **options)  # on the CPU: there is no GPU here
+    def bench(paths, timing, settings, **options):
+        asked.append((settings.provider, timing.io_binding))
+        return timed(paths, replace(timing, io_binding=False), Session(), **options)  # on the CPU: there is no GPU here
 
     def refuse(*_, **__):
         raise AssertionError("a profile shows launches there, not kernels")
 
-    monkeypatch.setattr(planning, "bench_fresh", bench)
-    monkeypatch.setattr(planning, "layer_times", refuse)
-    search = Search(targets={"latency": 2.0}, grid=16, batch=1, cache=tmp_path)
-    report = plan_network(network, search, settings=Session(provider="cuda"))
+    monkeypatch.setattr(verification, "bench", bench)
+    monkeypatch.setattr(verification, "layer_times", refuse)
+    conditions = Conditions(settings=Session(provider="cuda"))
+    report = plan_network(network, {"latency": 2.0}, search(tmp_path), conditions=conditions)
     assert report.plan.layers
     assert (report.slower, report.grid) == ((), 16)
     assert set(asked) == {("cuda", True)}
@@ -248,7 +257,7 @@ def test_a_target_that_the_built_network_misses_is_missed(known_times, tmp_path,
         helper.make_node("MatMul", ["sum", "turned"], ["y"], "head"),
     ]
     tied = make_model(nodes, weights, {"x": [8, 64]}, {"y": [8, 256]})
-    report = plan_network(tied, search(tmp_path, params=2.0))
+    report = plan_network(tied, {"params": 2.0}, search(tmp_path))
     assert report.planned.params > report.dense.params
     assert not report.meets
     assert report.missed["params"] < 1
@@ -256,7 +265,7 @@ def test_a_target_that_the_built_network_misses_is_missed(known_times, tmp_path,
 
 def test_what_was_tried_stays_when_nothing_better_can_be_chosen(network, known_times, tmp_path, monkeypatch):
     known_times["measured"] = 2.5  # beyond the target: it is chosen anew
-    real, calls = planning.choose, []
+    real, calls = selection.choose, []
 
     def choose(*arguments):
         calls.append(1)
@@ -264,22 +273,22 @@ def test_what_was_tried_stays_when_nothing_better_can_be_chosen(network, known_t
             raise TargetError("no choice of options meets them together")
         return real(*arguments)
 
-    monkeypatch.setattr(planning, "choose", choose)
-    report = plan_network(network, search(tmp_path, latency=2.0))
+    monkeypatch.setattr(selection, "choose", choose)
+    report = plan_network(network, {"latency": 2.0}, search(tmp_path))
     assert len(calls) == 2
     assert report.meets
 
 
 def test_where_no_try_meets_the_targets_the_nearest_is_returned(network, known_times, tmp_path, monkeypatch):
     tries = iter((1.6, 1.9, 1.7, 1.8))
-    real = planning._measured
+    real = Verification.measured
 
     def measured(*arguments):
         report = real(*arguments)
         value = next(tries)
         return report.model_copy(update={"measured": report.measured.model_copy(update={"value": value})})
 
-    monkeypatch.setattr(planning, "_measured", measured)
-    report = plan_network(network, search(tmp_path, latency=2.0))
+    monkeypatch.setattr(Verification, "measured", measured)
+    report = plan_network(network, {"latency": 2.0}, search(tmp_path))
     assert not report.meets
     assert report.missed == {"latency": 1.9}

@@ -16,6 +16,7 @@ from tensorrail_runtime import ModelError, Session, bench, open_session, parity,
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
 from tensorrail_runtime.gate.regress import Baseline, Effort, Limits, check, compare_times, record
+from tensorrail_runtime.measure.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("in_this_process")  # but for the module's own baseline and verdicts
 QUICK = Effort(processes=2, seconds=0.05)
@@ -362,7 +363,9 @@ def test_both_models_run_on_the_shapes_of_the_baselines(untimed, tmp_path, rng):
     assert verdict.holds, verdict.reason
     flops = next(one for one in verdict.findings if one.name == "flops")
     assert flops.baseline == flops.measured == f"{made.facts.flops:,}"
-    assert "speed-up is not of the same work; give --shape x=1,3,64,64" in bench([fixed, moving], seconds=0.1).warnings[0]
+    assert (
+        "speed-up is not of the same work; give --shape x=1,3,64,64" in bench([fixed, moving], Timing(seconds=0.1)).warnings[0]
+    )
 
 
 def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(untimed, tmp_path):

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
 from tensorrail_runtime.measure import latency as timing
 from tensorrail_runtime.measure.accuracy import metric_of
-from tensorrail_runtime.measure.latency import Latency, LatencyReport, bench_fresh, ratio, turns
+from tensorrail_runtime.measure.latency import Latency, LatencyReport, ratio, turns
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.sessions.inputs import batch_of
 from tensorrail_runtime.sessions.machine import machine
 
@@ -78,7 +79,9 @@ def test_accuracy_counts_right_answers(small_path, rng):
 
 def test_models_are_timed_in_turns(small_path):
     shares = []
-    result = bench([small_path, small_path], seconds=0.2, labels=("a", "b"), on_round=shares.append)
+    result = bench(
+        [small_path, small_path], Timing(seconds=0.2), labels=("a", "b"), progress=lambda _, share: shares.append(share)
+    )
     assert [latency.model for latency in result.latencies] == ["a", "b"]
     assert all(len(latency.samples) == result.rounds >= 20 for latency in result.latencies)
     for latency in result.latencies:  # a percentile is given when ten samples or more lie beyond it
@@ -145,14 +148,14 @@ def test_the_interval_over_processes_covers_what_they_differ_by(rng, monkeypatch
 
     def process(_, request):
         asked.append(request["paths"])
-        own, names = np.exp(0.01 * rng.standard_normal()), request["options"]["labels"]
+        own, names = np.exp(0.01 * rng.standard_normal()), request["labels"]
         scales = {"dense": 2.0 * own, "factored": 1.0}
         found = tuple(Latency.of(name, scales[name] * np.exp(0.02 * rng.standard_normal(1000))) for name in names)
         report = LatencyReport(batch=1, provider="cpu", threads=0, rounds=1000, machine=here, latencies=found, ratios=())
         return report.model_dump_json()
 
     monkeypatch.setattr(timing, "fresh", process)
-    found = [bench_fresh(["dense.onnx", "factored.onnx"], labels=["dense", "factored"]) for _ in range(100)]
+    found = [bench(["dense.onnx", "factored.onnx"], Timing(processes=5), labels=["dense", "factored"]) for _ in range(100)]
     covered = sum(one.ratios[0].low <= 2.0 <= one.ratios[0].high for one in found)
     assert covered >= 88  # 95 % nominal; fewer would come up once in some 500 times
     assert all([row.model for row in one.latencies] == ["dense", "factored"] for one in found)
@@ -204,13 +207,13 @@ def test_a_batch_that_no_axis_takes_is_refused(small_path, tmp_path, rng):
     for size in (1, 3):
         onnx.save(make_model([node], weights, {"x": [size, 4]}, {"y": [size, 5]}), tmp_path / f"{size}.onnx")
     with pytest.raises(ModelError, match="batch 1000 came, and the model takes 3"):
-        bench([tmp_path / "3.onnx"], batch=1000, seconds=0.01)
-    uneven = bench([tmp_path / "1.onnx", tmp_path / "3.onnx"], seconds=0.01)
+        bench([tmp_path / "3.onnx"], Timing(batch=1000, seconds=0.01))
+    uneven = bench([tmp_path / "1.onnx", tmp_path / "3.onnx"], Timing(seconds=0.01))
     assert "of another number of samples (1.onnx 1, 3.onnx 3)" in uneven.warnings[0]
-    report = bench([tmp_path / "3.onnx"], seconds=0.01)
+    report = bench([tmp_path / "3.onnx"], Timing(seconds=0.01))
     assert report.batch == 3
     assert report.latencies[0].throughput == pytest.approx(3e3 / report.latencies[0].p50)
-    wide = bench([small_path], shapes={"x": (6, 16, 8, 8)}, seconds=0.01)
+    wide = bench([small_path], Timing(shapes={"x": (6, 16, 8, 8)}, seconds=0.01))
     assert (wide.batch, wide.latencies[0].throughput) == (6, pytest.approx(6e3 / wide.latencies[0].p50))
 
 
@@ -224,7 +227,7 @@ def test_the_five_largest_of_any_type_count(kind):
 
 
 def test_bound_inputs_and_outputs_are_timed_alike(small_path):
-    result = bench([small_path, small_path], seconds=0.1, io_binding=True, batch=2)
+    result = bench([small_path, small_path], Timing(2, seconds=0.1, io_binding=True))
     assert not result.transfers
     assert [latency.model for latency in result.latencies] == [str(small_path)] * 2
     with pytest.raises(ModelError, match="needs IO binding"):
@@ -247,12 +250,12 @@ def test_elements_are_held_to_rtol_and_atol_by_output(small_path):
         (Tolerances(relative_l2=None), True),
     ]
     for tolerances, holds in held:
-        assert parity(small_path, other, tolerances=tolerances).holds == holds
-    output = parity(small_path, other, tolerances=Tolerances(atol={"y": 0.4})).outputs[0]
+        assert parity(small_path, other, tolerance=tolerances).holds == holds
+    output = parity(small_path, other, tolerance=Tolerances(atol={"y": 0.4})).outputs[0]
     assert output.smallest == pytest.approx(0.5, rel=1e-4)
-    assert parity(small_path, other, tolerances=Tolerances(atol={"": output.smallest})).holds
+    assert parity(small_path, other, tolerance=Tolerances(atol={"": output.smallest})).holds
     with pytest.raises(ModelError, match="came for output 'z', and the outputs are y"):
-        parity(small_path, other, tolerances=Tolerances(atol={"z": 1.0}))
+        parity(small_path, other, tolerance=Tolerances(atol={"z": 1.0}))
 
 
 def test_the_worst_element_is_found(small_path, rng):

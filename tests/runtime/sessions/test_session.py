@@ -14,6 +14,7 @@ from conftest import make_model
 from onnx import TensorProto, helper
 
 from tensorrail_runtime import ModelError, Session, bench, footprint, open_session, parity, placement, random_inputs
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes
 
@@ -52,7 +53,7 @@ def test_libraries_of_cuda_are_found_wherever_they_are_installed(small_path, tmp
 def test_a_gpu_runs_every_node_and_its_outputs_stay_there(small_path):
     settings = Session(provider="cuda")
     assert placement(small_path, settings=settings).elsewhere == ()
-    found = bench([small_path, small_path], seconds=0.2, settings=settings, io_binding=True)
+    found = bench([small_path, small_path], Timing(seconds=0.2, io_binding=True), settings)
     assert not found.transfers
     assert found.machine.gpu is not None
     assert parity(small_path, small_path, settings=settings).holds

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cases import MATRIX_ONLY
+from cases import MATRIX_ONLY, listener
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -20,7 +20,7 @@ from tensorrail_trainer.layers.dense import dense_layer
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import cores_of
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.run.pipeline import Progress, prepare, train_all
+from tensorrail_trainer.run.pipeline import prepare, train_all
 
 LAYERS = {"conv": "0", "linear": "3", "lstm": "5.weight_ih_l0"}
 EXACT = {"tt", "tucker", "svd", "ttm"}  # cp iterates, and finds its own result again but to a few digits
@@ -359,8 +359,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_all(recipe, broken, Progress(epoch=interrupt))
-    trained, _ = train_all(recipe, broken, Progress())
+        train_all(recipe, broken, listener(epoch=interrupt))
+    trained, _ = train_all(recipe, broken)
     assert (whole[0] / "cores.safetensors").read_bytes() == (broken / "cores.safetensors").read_bytes()
     for name, root in whole[1].roots.items():
         assert torch.equal(root.root, trained.roots[name].root), name
@@ -373,7 +373,7 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole")
     recipe = small(path)
     prepare(recipe, path / "run")
-    return path / "run", train_all(recipe, path / "run", Progress())[0]
+    return path / "run", train_all(recipe, path / "run")[0]
 
 
 def test_the_recipes_metric_reaches_training(whole):

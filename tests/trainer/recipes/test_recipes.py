@@ -13,7 +13,7 @@ from tensorrail_trainer.layers.recurrent import FactoredRecurrent
 from tensorrail_trainer.recipes import recipe as recipes
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.recipes.schedules import Schedule
-from tensorrail_trainer.run.pipeline import Progress, prepare, train_all
+from tensorrail_trainer.run.pipeline import prepare, train_all
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 SHAPES = {
@@ -69,7 +69,7 @@ def shortened(recipe):
 def runs(path, tmp_path):
     recipe = shortened(Recipe.load(path))
     prepare(recipe, tmp_path / "run")
-    trained, _ = train_all(recipe, tmp_path / "run", Progress())
+    trained, _ = train_all(recipe, tmp_path / "run")
     made = [m for m in trained.factored.modules() if isinstance(m, FactoredLayer | FactoredRecurrent)]
     assert len(made) == len(trained.plan.layers) > 0
     assert all(torch.isfinite(p).all() for p in trained.factored.parameters())

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from cases import listener
 
 from tensorrail_exporter import Plan
-from tensorrail_exporter.search import planner
+from tensorrail_exporter.search import fastest_form
 from tensorrail_runtime.errors import CheckpointError, RecipeError, TrainingError, WeightsError
 from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.layers.swap import swap
@@ -17,7 +18,7 @@ from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.planning.ranks import plan_layers
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run import pipeline
-from tensorrail_trainer.run.pipeline import Progress, prepare, run, train_all
+from tensorrail_trainer.run.pipeline import prepare, run, train_all
 from tensorrail_trainer.run.report import Report
 from tensorrail_trainer.training.checkpoints import Checkpoints
 from tensorrail_trainer.training.loop import place
@@ -57,7 +58,7 @@ def ended(tmp_path_factory):
     """A run that ended, its report and what its benchmark told: for several tests, which copy the folder to change it."""
     folder = tmp_path_factory.mktemp("ended")
     shares = []
-    report = run(small(folder), folder / "run", progress=Progress(bench=lambda *share: shares.append(share)))
+    report = run(small(folder), folder / "run", progress=listener(bench=lambda *share: shares.append(share)))
     return SimpleNamespace(folder=folder / "run", report=report, shares=shares)
 
 
@@ -96,9 +97,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(ended, tmp_path, stop):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_all(recipe, broken, Progress(epoch=interrupt))
+        train_all(recipe, broken, listener(epoch=interrupt))
     prepare(recipe, broken, resume=True)
-    train_all(recipe, broken, Progress())
+    train_all(recipe, broken)
     assert (whole / "cores.safetensors").read_bytes() == (broken / "cores.safetensors").read_bytes()
     last = [Checkpoints(folder / "checkpoints").latest("control") for folder in (whole, broken)]
     for name, tensor in last[0]["model"].items():
@@ -118,25 +119,25 @@ def test_a_run_that_ended_is_written_anew_in_its_fastest_form(in_this_process, t
     }
     plain = run(small(tmp_path, **changes), tmp_path / "run")
     names = [row.layer for row in plain.layers]
-    asked, notes = {}, []
+    asked, notes = [], []
 
-    def fastest_blocks(model, plan, **options):
-        asked.update(options)
+    def fastest_blocks(model, plan, form, **_):
+        asked.append(form)
         return {name: 0 if name == names[0] else 8 for name in names}
 
-    monkeypatch.setattr(planner, "fastest_blocks", fastest_blocks)
+    monkeypatch.setattr(fastest_form, "fastest_blocks", fastest_blocks)
     export = {"block": "auto", "dense_if_slower": True, "batch": 4}
-    told = Progress(note=notes.append, epoch=lambda *_: pytest.fail("it trained again"))
+    told = listener(note=notes.append, epoch=lambda *_: pytest.fail("it trained again"))
     found = run(small(tmp_path, **changes, export=export), tmp_path / "run", resume=True, progress=told)
-    assert (asked["batch"], asked["blocks"], asked["or_dense"]) == (4, planner.BLOCKS, True)
+    assert asked == [fastest_form.Form(block="auto", dense_if_slower=True, batch=4)]
     assert [row.layer for row in found.layers] == names[1:]
     assert f"dense, for no form of their cores is faster here: {names[0]}" in notes
     assert found.numerical.worst < 1e-5
     assert found.model("factored").cost.params > plain.model("factored").cost.params  # as it runs
-    monkeypatch.setattr(planner, "fastest_blocks", lambda *_, **__: dict.fromkeys(names, 0))
+    monkeypatch.setattr(fastest_form, "fastest_blocks", lambda *_, **__: dict.fromkeys(names, 0))
     found = run(small(tmp_path, **changes, export=export), tmp_path / "run", resume=True, progress=told)
     assert [row.layer for row in found.layers] == names
-    assert "every planned layer is faster in dense form here, at batch 4" in notes[-2]
+    assert "every planned layer is faster in dense form here, at batch 4" in notes[-1]
 
 
 def test_a_plan_comes_from_a_file(tmp_path):
@@ -187,11 +188,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, mo
 def test_a_damaged_checkpoint_is_passed_over_by_resume(ended, tmp_path):
     recipe = small(tmp_path)
     shutil.copytree(ended.folder, tmp_path / "run")
-    whole, _ = train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained again")))
+    whole, _ = train_all(recipe, tmp_path / "run", listener(epoch=lambda *_: pytest.fail("it trained again")))
     for path in (tmp_path / "run" / "checkpoints").glob("control-*.pt"):
         path.write_bytes(path.read_bytes()[:100])
     notes = []
-    again, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
+    again, _ = train_all(recipe, tmp_path / "run", listener(note=notes.append))
     assert any("phase control starts anew" in note for note in notes)
     for name, tensor in whole.dense.state_dict().items():
         assert torch.equal(tensor, again.dense.state_dict()[name]), name
@@ -227,7 +228,7 @@ def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
     for state in ({}, {"model": {}, "optimizer": {}, "rows": [], "done": False}):
         store.save("dense", 1, state)
         with pytest.raises(CheckpointError, match=r"phase dense, epoch 1, is of another network or program .*; remove it"):
-            train_all(recipe, tmp_path / "run", Progress())
+            train_all(recipe, tmp_path / "run")
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
@@ -356,7 +357,7 @@ def test_what_cannot_work_is_found_before_anything_is_trained(change, reason, tm
     recipe = small(tmp_path, **change)
     prepare(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=reason):
-        train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
+        train_all(recipe, tmp_path / "run", listener(epoch=lambda *_: pytest.fail("it trained")))
 
 
 def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path):
@@ -366,7 +367,7 @@ def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path
     recipe = small(tmp_path, train=SMALL["train"] | {"distill": {"teacher": teacher}})
     prepare(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"train.distill.teacher: gives 12 scores a sample, and the model 10"):
-        train_all(recipe, tmp_path / "run", Progress(epoch=lambda *_: pytest.fail("it trained")))
+        train_all(recipe, tmp_path / "run", listener(epoch=lambda *_: pytest.fail("it trained")))
 
 
 @pytest.mark.parametrize(("model", "layers"), [("viewing", "out"), ("viewing", "conv"), ("viewing_in_training", "out")])
@@ -375,7 +376,7 @@ def test_a_network_that_views_its_images_trains_with_the_channels_first(model, l
     recipe = small(tmp_path, model={"name": f"{__name__}:{model}"}, **changes)
     notes = []
     prepare(recipe, tmp_path / "run")
-    trained, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
+    trained, _ = train_all(recipe, tmp_path / "run", listener(note=notes.append))
     assert {row.phase for row in trained.rows} == {"dense", "admm", "finetune", "control"}
     assert sum("channels last" in note for note in notes) == 1
 
@@ -434,7 +435,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
     recipe = small(tmp_path, train=SMALL["train"] | {"dense": {"epochs": 2, "lr": 1e30}})
     prepare(recipe, tmp_path / "run")
     with pytest.raises(TrainingError, match=r"phase dense, epoch 1, step \d+: the loss is .*learning rate .*lower"):
-        train_all(recipe, tmp_path / "run", Progress())
+        train_all(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -502,7 +503,7 @@ def test_a_network_that_was_trained_before_teaches(tmp_path, monkeypatch):
     def trained(name, **changes):
         recipe = small(tmp_path, **changes)
         prepare(recipe, tmp_path / name)
-        return train_all(recipe, tmp_path / name, Progress())[0]
+        return train_all(recipe, tmp_path / name)[0]
 
     wider = {"name": "small_resnet", "args": {"widths": [24], "blocks": 1, "hidden": 16}}
     brief = SMALL["train"] | SHORT | {"control": {"epochs": 1, "lr": 0.02}}

@@ -96,7 +96,7 @@ def test_a_run_killed_in_every_phase_ends_as_one_that_nothing_disturbed(started,
             lines = []
             for line in stdout:
                 lines.append(line)
-                if line.startswith(f"{phase:<9} epoch 1/"):
+                if line.startswith(f"{phase} epoch 1/"):
                     os.kill(process.pid, signal.SIGKILL)
                     break
         assert process.exitcode == -signal.SIGKILL, "it was over before it was killed"

@@ -303,7 +303,7 @@ def test_a_recipe_launched_with_two_processes_ends_as_with_one(pair, of_two):
     for name, ranks in (("trained by one", (0,)), ("trained by two", (0, 1))):
         (code, out, error), *others = of_two(name, ranks)
         assert code == 0, error
-        assert out.count("finetune  epoch 1/1") == 1
+        assert out.count("finetune epoch 1/1") == 1
         assert [(code, out) for code, out, _ in others] == [(0, "")] * len(others)  # one that trained alone would speak
         assert "Warning" not in error
     for name in ("dense.safetensors", "cores.safetensors"):

@@ -147,7 +147,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 @flushed()
 def train_all(
-    recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator | None = None
+    recipe: Recipe, folder: Path, progress: Progress = silent, accelerator: Accelerator | None = None
 ) -> tuple[Trained, Dataset]:
     """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
 
