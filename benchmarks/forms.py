@@ -23,6 +23,7 @@ from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
+from tensorrail_runtime.sessions.session import Session
 
 DEPTH = 4
 SHARE = 0.25  # of the dense parameters

@@ -22,6 +22,7 @@ from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
+from tensorrail_runtime.sessions.session import Session
 
 SHAPES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # channels and image size of ResNet-18's stages
 FRACTIONS = (0.25, 0.5, 0.56)  # of the channels: two multiples of 16, and one rank that is not

@@ -39,7 +39,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters with their annotations as objects; what a function returns may be imported for type checkers only."""
+    """Return the parameters with their annotations as objects; the returned class may be imported for type checkers only."""
     annotations = {name: text for name, text in function.__annotations__.items() if name != "return"}
     hints = get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__, include_extras=True)
     parameters = inspect.signature(function).parameters
