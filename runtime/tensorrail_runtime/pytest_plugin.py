@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that records baselines."""
-    parser.addoption("--latency-record", action="store_true", help="write the baselines of latency_gate anew")
+    parser.addoption(
+        "--latency-record", action="store_true", help="record the baselines of latency_gate again instead of checking them"
+    )
 
 
 @pytest.fixture

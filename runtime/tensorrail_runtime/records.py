@@ -53,13 +53,16 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error as one line: the key, what was expected, what came."""
+    """Return the first problem of a pydantic error as one line: the key, what was expected and what was found."""
     problem = error.errors(include_url=False)[0]
     key = ".".join(map(str, problem["loc"])) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; check its spelling or remove it"
     if problem["type"] == "missing":
-        return f"{key}: required, and missing"
-    came = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", and {problem['input']!r:.80} came"
+        return f"{key}: required but missing"
+    got = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", got {problem['input']!r:.80}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[:1].lower()}{message[1:]}{came}"
+    if message.startswith("Input should be "):
+        expected = message.removeprefix("Input should be ")
+        return f"{key}: expected {'a value ' * expected.startswith(('greater', 'less'))}{expected}{got}"
+    return f"{key}: {message[:1].lower()}{message[1:]}{got}"

@@ -64,17 +64,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, small_path, tmp_path):
         ((garbage,), "garbage.onnx: not an ONNX model"),
         ((truncated,), "truncated.onnx: not an ONNX model"),
         ((tmp_path / "none.onnx",), "none.onnx: cannot be read"),
-        ((small_path, "--name", "../up"), "is no name for a Triton model"),
+        ((small_path, "--name", "../up"), "expected a model name of letters"),
         ((small_path, "--dense", other), "dense.onnx: has x TYPE_FP32 [-1, 16, 8, 8]"),
         ((small_path, "--separate"), "give the dense model as well"),
         ((small_path, "--versions", "new"), "versions are latest, all, or numbers such as 1,2, and 'new' came"),
-        ((small_path, "--versions", "2"), "some of [1], and [2] came"),
+        ((small_path, "--versions", "2"), "some of [1], got [2]"),
         ((small_path, "--level", "most"), "unknown graph optimization level 'most'"),
         ((small_path, "--provider", "tpu"), "unknown provider 'tpu'"),
-        ((small_path, "--preferred", 9, "--max-batch", 4), "lie between 1 and the largest, 4, and 9 came"),
-        ((small_path, "--warmup-data", "ones"), "warm-up data is zero or random, and 'ones' came"),
-        ((small_path, "--shape", "x"), "a shape is written as"),
-        ((small_path, "--shape", "x=1,3,8,8"), "input 'x' has shape [-1, 16, 8, 8], and [1, 3, 8, 8] came"),
+        ((small_path, "--preferred", 9, "--max-batch", 4), "from 1 to the largest batch, 4, got 9"),
+        ((small_path, "--warmup-data", "ones"), "expected warm-up data zero or random, got 'ones'"),
+        ((small_path, "--shape", "x"), "expected a shape such as name=1,3,224,224"),
+        ((small_path, "--shape", "x=1,3,8,8"), "input 'x': expected shape [-1, 16, 8, 8], got [1, 3, 8, 8]"),
     ]
     for arguments, reason in cases:
         code, _, err = cli("package", *arguments, "--triton", repository)

@@ -145,7 +145,7 @@ def facts_of(
 
 def _output(path: Path | str, name: str, array: np.ndarray, declared: Tensor) -> Output:
     if array.dtype.kind not in "fiub":
-        raise ModelError(f"{path}: output {name!r} is a {declared.type}: only numbers can be compared")
+        raise ModelError(f"{path}: output {name!r} has type {declared.type}: only numbers can be compared")
     if np.isnan(array).any():
         raise ModelError(f"{path}: output {name!r} holds NaN")
     exact = is_exact(array.dtype)
@@ -225,7 +225,7 @@ def _size(name: str, before: Facts, after: Facts, share: float) -> Finding:
     old, new = getattr(before, name), getattr(after, name)
     holds, measured = new <= old * (1 + share), f"{new:,}"
     if name == "flops" and (more := sorted(set(after.uncounted) - set(before.uncounted))):
-        holds, measured = False, f"{measured}, and {', '.join(more)} that cannot be counted"
+        holds, measured = False, f"{measured} plus operators that cannot be counted: {', '.join(more)}"
     return Finding(name=name, baseline=f"{old:,}", measured=measured, limit=f"{share:+.1%}", holds=holds)
 
 
@@ -234,7 +234,7 @@ def _placed(before: Facts, after: Facts, provider: str) -> Finding:
         name="placement",
         baseline=_counts(before.placement),
         measured=_counts(after.placement),
-        limit=f"no more elsewhere than on {provider.removesuffix('ExecutionProvider')}",
+        limit=f"no more nodes outside {provider.removesuffix('ExecutionProvider')}",
         holds=all(name == provider or count <= before.placement.get(name, 0) for name, count in after.placement.items()),
     )
 
@@ -286,14 +286,14 @@ def _reads_alike(before: Output, after: Output) -> bool:
 
 def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
     pairs = [(one, after.outputs.get(name)) for name, one in before.outputs.items()]
-    measured, holds = "other outputs", False
+    measured, holds = "different outputs", False
     if varying := sorted({*before.varying, *after.varying}):
-        measured = f"{', '.join(varying)} vary from run to run: --retrained compares none"
+        measured = f"{', '.join(varying)} vary from run to run; use --retrained to skip this check"
     elif not any(one.values for one in before.outputs.values()):
-        measured = "no output has a value on random inputs: --retrained compares none"
+        measured = "no output has a value on random inputs; use --retrained to skip this check"
     elif before.outputs.keys() == after.outputs.keys() and all(_same_form(*pair) for pair in pairs):
         worst = float(np.max([one.apart(other) for one, other in pairs if other is not None]))  # NaN where one is
-        measured, holds = f"{worst:.1e} apart", worst <= tolerance
+        measured, holds = f"{worst:.1e} relative difference", worst <= tolerance
     names = ", ".join(before.outputs)
     return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
 

@@ -64,9 +64,9 @@ def markdown(verdict: Verdict) -> str:
         for f in verdict.findings
     ]
     lines = [
-        f"### {'✅' if verdict.holds else '❌'} {_cell(verdict.model)}: {'no regression' if verdict.holds else 'falls short'}",
+        f"### {'✅' if verdict.holds else '❌'} {_cell(verdict.model)}: {'no regression' if verdict.holds else 'regression'}",
         "",
-        "| what | baseline | measured | limit | holds |",
+        "| check | baseline | measured | limit | within limit |",
         "|---|---|---|---|---|",
         *rows,
         "",

@@ -67,7 +67,7 @@ class Baseline(Record):
         except (ValidationError, UnicodeDecodeError) as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else "not a text file"
             if isinstance(error, ValidationError) and error.errors()[0]["loc"] == ("version",):
-                problem += ": recorded by another version of tensorrail, record it anew"
+                problem += "; it was recorded by another version of tensorrail: record it again"
             raise ModelError(f"{path}: not a baseline: {problem}") from None
 
     def require(
@@ -81,14 +81,15 @@ class Baseline(Record):
         """Raise `ModelError` where something else is asked for than was recorded, which is what a model is measured with."""
         if shapes and {name: tuple(shape) for name, shape in shapes.items()} != self.shapes:
             raise ModelError(
-                f"the baseline of {self.model} was recorded with other shapes, {_shown(self.shapes)}: leave --shape out"
+                f"the baseline of {self.model} was recorded with shapes {_shown(self.shapes)}, got {_shown(shapes)}: "
+                "omit --shape, or record the baseline again"
             )
         for name, asked in (("provider", provider), ("threads", threads), ("batch", batch)):
             own = getattr(self, name)
             if asked not in (None, own):
                 raise ModelError(
-                    f"the baseline of {self.model} was recorded with {name} {own}, and --{name} {asked} came: "
-                    "leave it out, or record the baseline anew"
+                    f"the baseline of {self.model} was recorded with {name} {own}, got --{name} {asked}: "
+                    "omit the option, or record the baseline again"
                 )
 
     def require_data(self, data: Data | None) -> None:
@@ -96,13 +97,15 @@ class Baseline(Record):
         facts, what = self.facts, f"the baseline of {self.model}"
         if data is None:
             if facts.score is not None:
-                raise ModelError(f"{what} holds a score ({facts.metric}): give the data that it was recorded with, --data FILE")
+                raise ModelError(
+                    f"{what} contains a score ({facts.metric}), got no data: pass the data of its recording, --data FILE"
+                )
         elif facts.score is None:
-            raise ModelError(f"{what} holds no score to compare with: record it with --data, or leave --data out here")
+            raise ModelError(f"{what} contains no score: record it with --data, or omit --data here")
         elif data[2] != facts.metric:
-            raise ModelError(f"{what} holds a score by {facts.metric}, and {data[2]} came: give --metric {facts.metric}")
+            raise ModelError(f"{what} contains a {facts.metric} score, got metric {data[2]}: pass --metric {facts.metric}")
         elif facts.data and facts.data != sha256_of_data(data):
-            raise ModelError(f"{what} holds a score on other data than came: give the same, or record the baseline anew")
+            raise ModelError(f"{what} contains a score on different data: pass the same data, or record the baseline again")
 
 
 class Verdict(Record):
@@ -133,7 +136,7 @@ class Verdict(Record):
     @property
     def how(self) -> str:
         """What the times were held against."""
-        return "against recorded times" if self.recorded_on else "in turns with the baseline's model"
+        return "against recorded times" if self.recorded_on else "interleaved with the baseline's model"
 
     @property
     def warning(self) -> str:
@@ -144,9 +147,13 @@ class Verdict(Record):
             (m.processor, f"{m.cores} cores", f"ONNX Runtime {m.onnxruntime}") for m in (self.recorded_on, self.machine)
         )
         if then != now:
-            return f"held against times of another machine ({', '.join(then)}), measured on {', '.join(now)}: record them anew"
+            return (
+                f"compared with times of another machine ({', '.join(then)}), measured on {', '.join(now)}: "
+                "record the baseline again on this machine"
+            )
         return (
-            "held against recorded times: what has changed in the machine since counts as well; keep the baseline's model by it"
+            "compared with recorded times, so changes of the machine since then count as well: "
+            "keep the baseline's model file where it was recorded"
         )
 
 
@@ -182,7 +189,7 @@ def record(
     """Measure a model and write its baseline to `out`; `shapes` are of inputs whose dynamic axes are not all the batch."""
     settings, shapes = settings or Session(), shapes or {}
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
-        raise ModelError(f"{out}: a baseline is written as JSON into a folder that is there, such as baseline.json")
+        raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
     facts = facts_of(path, settings, batch, data, shapes)
     runs = _measure([path], settings, batch, shapes, effort or Effort(), on_process)
     baseline = Baseline(
@@ -256,7 +263,7 @@ def check(
         name="latency",
         baseline=f"{np.median(np.concatenate(old)):.4f} ms",
         measured=f"{slowdown:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}",
-        limit=f"{limits.max_slowdown:.1%} to be found, alarm from {least:+.1%} at p < {_ALPHA}",
+        limit=f"detects slow-downs of {limits.max_slowdown:.1%} or more; fails above {least:+.1%} at p < {_ALPHA}",
         holds=not (slowdown > least and p < _ALPHA),
     )
     timing = Timing(

@@ -95,14 +95,14 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{path}: holds a node that is none of ONNX's: its inputs, outputs or weights do not fit ({error})"
+            f"{path}: contains a node that is not valid ONNX: its inputs, outputs or weights do not fit ({error})"
         ) from None
 
 
 def _loaded(path: Path) -> onnx.ModelProto:
     model = onnx.load(path)
     if not model.graph.node:
-        raise ModelError(f"{path}: holds no node: expected an ONNX model")
+        raise ModelError(f"{path}: contains no nodes: expected an ONNX model")
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
@@ -252,17 +252,17 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
     names = {tensor.name for tensor in model.graph.initializer}
     free = [value for value in model.graph.input if value.name not in names]
     for name in set(shapes) - {value.name for value in free}:
-        raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(v.name for v in free)}")
+        raise ModelError(f"shapes: unknown input {name!r}; the model's inputs are {', '.join(v.name for v in free) or 'none'}")
     for value in free:
         axes = value.type.tensor_type.shape.dim
         wanted = shapes.get(value.name, [batch] * len(axes))
         if len(wanted) != len(axes):
-            raise ModelError(f"input {value.name!r} has {len(axes)} axes, and the shape {list(wanted)} came")
+            raise ModelError(f"input {value.name!r}: expected a shape of {len(axes)} axes, got {list(wanted)}")
         for axis, size in zip(axes, wanted, strict=True):
             if not axis.HasField("dim_value") or axis.dim_value < 0:
                 axis.dim_value = size
             elif value.name in shapes and axis.dim_value != size:
-                raise ModelError(f"input {value.name!r} has an axis of {axis.dim_value}, and the shape {list(wanted)} came")
+                raise ModelError(f"input {value.name!r}: expected {axis.dim_value} for a fixed axis, got shape {list(wanted)}")
     for value in model.graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")

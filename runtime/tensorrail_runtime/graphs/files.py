@@ -29,10 +29,10 @@ def external_files(path: Path) -> list[str]:
         place = PurePosixPath(location)
         if not location or place.is_absolute() or ".." in place.parts or (home / place).resolve() != home / place:
             raise ModelError(
-                f"{path}: its external data {location!r} leave the model's folder, or are a link: neither read nor copied"
+                f"{path}: its external data {location!r} are outside the model's folder or a link: store them beside the model"
             )
         if not (home / place).is_file():
-            raise ModelError(f"{path}: its external data {location!r} are not there: expected beside the model")
+            raise ModelError(f"{path}: its external data {location!r} are missing: expected a file beside the model")
     return list(found)
 
 

@@ -78,9 +78,7 @@ class Comparison(Record):
 def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch: int = 64, provider: str = "cpu") -> Accuracy:
     """Return the top-1 accuracy of a model with one input (N, …) and class scores (N, classes) as its first output."""
     if not np.size(images) or np.shape(images)[:1] != np.shape(labels)[:1]:
-        raise ModelError(
-            f"accuracy needs as many images as labels, and arrays of shape {np.shape(images)} and {np.shape(labels)} came"
-        )
+        raise ModelError(f"expected as many images as labels, got arrays of shape {np.shape(images)} and {np.shape(labels)}")
     name = _first_input(path, open_session(path, provider=provider))
     found = evaluate(path, {name: images}, labels, batch=batch, settings=Session(provider=provider))
     return Accuracy(correct=int(sum(found.scores)), total=len(labels))
@@ -93,11 +91,11 @@ def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray
     for images, labels in batches:
         scores = next(iter(run(session, {name: images}).values()))
         if np.isnan(scores).any():
-            raise ModelError(f"{path}: its output holds NaN: nothing can be scored")
+            raise ModelError(f"{path}: its output holds NaN, which cannot be scored")
         correct += int((scores.argmax(1) == labels).sum())
         total += len(labels)
     if not total:
-        raise ModelError("accuracy needs samples, and none came")
+        raise ModelError("expected at least one sample to score, got none")
     return Accuracy(correct=correct, total=total)
 
 
@@ -118,21 +116,19 @@ def evaluate(
     feeds = batches_of(session, arrays, batch)
     count = sum(map(samples_of, feeds))
     if not count or np.shape(labels)[:1] != (count,):
-        raise ModelError(
-            f"accuracy needs as many labels as samples, and labels of shape {np.shape(labels)} and {count} samples came"
-        )
+        raise ModelError(f"expected as many labels as samples, got labels of shape {np.shape(labels)} and {count} samples")
     scores: list[float] = []
     for feed in feeds:
         size = samples_of(feed)
         outputs = run(session, feed)
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
-                raise ModelError(f"{path}: output {name!r} holds NaN: nothing can be scored")
+                raise ModelError(f"{path}: output {name!r} holds NaN, which cannot be scored")
         found = np.asarray(scorer(outputs, labels[len(scores) : len(scores) + size]), np.float64)
         if found.shape != (size,):
-            raise ModelError(f"metric {metric}: expected one score for each of {size} samples, and shape {found.shape} came")
+            raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {found.shape}")
         if np.isnan(found).any():
-            raise ModelError(f"metric {metric}: scored a sample as NaN, which can be held to nothing")
+            raise ModelError(f"metric {metric}: expected a number for each sample, got NaN")
         scores += found.tolist()
         on_batch(len(scores) / count)
     return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
@@ -144,7 +140,7 @@ def compare_scores(reference: Evaluation, candidate: Evaluation) -> Comparison:
 
     a, b = np.array(reference.scores), np.array(candidate.scores)
     if a.shape != b.shape:
-        raise ModelError(f"the evaluations are of {len(a)} and {len(b)} samples: expected the same ones")
+        raise ModelError(f"expected two evaluations of the same samples, got {len(a)} and {len(b)} samples")
     better, worse, count = int((b > a).sum()), int((a > b).sum()), len(a)
     if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         test = "McNemar, exact"
@@ -184,7 +180,7 @@ def metric_of(name: str) -> Metric:
 def _first_input(path: Path | str, session: ort.InferenceSession) -> str:
     entries = session.get_inputs()
     if not entries:
-        raise ModelError(f"{path}: takes no input: there is nothing that images could be given to")
+        raise ModelError(f"{path}: the model has no inputs, so it cannot be run on images")
     return str(entries[0].name)
 
 
@@ -209,14 +205,14 @@ def wrong_labels(labels: np.ndarray, classes: int) -> str:
     """Return what is wrong with integer labels that are no classes of a model; empty where nothing is."""
     if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
         return ""
-    return f"the model has {classes} classes: expected labels 0 to {classes - 1}, and {labels.min()} to {labels.max()} came"
+    return f"the model has {classes} classes: expected labels 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
 
 
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
         raise ModelError(
-            f"top{count} scores an output of shape (samples, {count} or more classes) against integer labels, and shape "
-            f"{scores.shape} and {labels.dtype} labels came"
+            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels, got shape "
+            f"{scores.shape} and {labels.dtype} labels"
         )
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise ModelError(wrong)

@@ -130,7 +130,7 @@ def bench(
         raise ModelError("nothing to measure: give at least one model")
     settings = replace(settings or Session(provider=provider, threads=threads), linger=False)
     if settings.cuda_graph and not io_binding:
-        raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
+        raise ModelError("a CUDA graph replays fixed addresses and needs IO binding: set IO binding as well")
     runners, loads, samples, ran_on = [], [], [], []
     for path in paths:
         made = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
@@ -285,7 +285,7 @@ def runner(
     if io_binding:
         for name, array in example.items():
             if not isinstance(array, np.ndarray) or array.dtype == object:
-                raise ModelError(f"{path}: output {name!r} is no tensor of numbers, which IO binding needs: leave it out")
+                raise ModelError(f"{path}: output {name!r} is not a tensor of numbers: do not use IO binding")
     run_once = bound(session, feed, example, settings) if io_binding else plain(session, feed)
     return Runner(run_once, load, samples, {name: array.shape for name, array in feed.items()})
 
@@ -435,13 +435,13 @@ def _distinct(paths: Sequence[Path | str]) -> list[str]:
 def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[str]:
     if len(set(samples)) > 1:
         found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
-        return [f"a run of each is of another number of samples ({found}): the speed-up is of runs, not of samples"]
+        return [f"the models process different numbers of samples in a run ({found}): the speed-up compares runs, not samples"]
     for name, fed in zip(names, shapes, strict=True):
         for key in fed.keys() & shapes[0].keys():
             if fed[key] != shapes[0][key]:
                 return [
-                    f"input {key!r} of {names[0]} was {list(shapes[0][key])} and that of {name} {list(fed[key])}: the speed-up "
-                    f"is not of the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
+                    f"input {key!r} had shape {list(shapes[0][key])} for {names[0]} and {list(fed[key])} for {name}: the "
+                    f"models did not do the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
                 ]
     return []
 
@@ -453,8 +453,8 @@ def _warnings(
     from tensorrail_runtime.measure.placement import placement
 
     found = [
-        f"{latency.model}: unstable, its times vary by {latency.variation:.0%} (coefficient of variation); "
-        "close other programs, or measure for longer"
+        f"{latency.model}: unstable times, coefficient of variation {latency.variation:.0%}: "
+        "close other programs, or measure longer"
         for latency in latencies
         if latency.variation > _UNSTABLE
     ]
@@ -464,8 +464,10 @@ def _warnings(
         placed = placement(path, settings=settings, batch=batch, shapes=shapes)
         each = 1e3 * latency.p50 / max(1, len(placed.nodes))
         if each < _LAUNCH and not settings.cuda_graph:
-            found.append(f"{latency.model}: bound by launches, {each:.1f} µs a node; try --cuda-graph or a larger batch")
+            found.append(
+                f"{latency.model}: limited by kernel launches, {each:.1f} µs per node: try --cuda-graph or a larger batch"
+            )
         if placed.elsewhere:
             names = ", ".join(node.name for node in placed.elsewhere[:3])
-            found.append(f"{latency.model}: {len(placed.elsewhere)} nodes ran elsewhere than asked: {names}")
+            found.append(f"{latency.model}: {len(placed.elsewhere)} nodes did not run on the provider asked for: {names}")
     return tuple(found)

@@ -39,10 +39,10 @@ class Tolerances:
     def check(self, outputs: Sequence[str]) -> None:
         """Raise `ModelError` for a tolerance of an output that is not there, and for one that is no number of 0 or more."""
         for name in {*self.rtol, *self.atol} - {*outputs, ""}:
-            raise ModelError(f"a tolerance came for output {name!r}, and the outputs are {', '.join(outputs)}")
+            raise ModelError(f"tolerances: unknown output {name!r}; the model's outputs are {', '.join(outputs)}")
         for value in (*self.rtol.values(), *self.atol.values(), self.relative_l2 or 0.0):
             if not 0 <= value < math.inf:
-                raise ModelError(f"a tolerance is a number of 0 or more, and {value} came")
+                raise ModelError(f"expected a tolerance of 0 or more, got {value}")
 
 
 class OutputParity(Record):
@@ -115,7 +115,7 @@ def parity(
     held.check([entry.name for entry in first.get_outputs()])
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch, seed, shapes) for batch in batches]
     if not feeds:
-        raise ModelError("nothing to compare: no inputs came")
+        raise ModelError("nothing to compare: expected at least one set of inputs, got none")
     ran = [[run(session, feed) for feed in feeds] for session in (first, second)]
     names = [entry.name for entry in first.get_outputs()]
     outputs = [compare(name, [outs[name] for outs in ran[0]], [outs[name] for outs in ran[1]], held) for name in names]
@@ -136,7 +136,7 @@ def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
         if left.shape != right.shape:
             raise ModelError(f"output {name!r} has shape {left.shape} in one model and {right.shape} in the other")
         if not np.issubdtype(left.dtype, np.number) and left.dtype != np.bool_:
-            raise ModelError(f"output {name!r} holds {left.dtype} values, which have no difference")
+            raise ModelError(f"output {name!r} has {left.dtype} values: only numbers and booleans can be compared")
         for model, array in (("first", left), ("second", right)):
             if not np.isfinite(array).all():
                 raise ModelError(f"output {name!r} of the {model} model holds NaN or infinite values in run {number}")
@@ -224,4 +224,4 @@ def _require_same_signature(first: ort.InferenceSession, second: ort.InferenceSe
     for kind in ("get_inputs", "get_outputs"):
         a, b = ({e.name: (e.type, len(e.shape)) for e in getattr(session, kind)()} for session in (first, second))
         if a != b:
-            raise ModelError(f"the models differ in their {kind[4:]}: {a} against {b}")
+            raise ModelError(f"expected two models with the same {kind[4:]}, got {a} and {b}")

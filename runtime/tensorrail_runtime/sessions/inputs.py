@@ -48,18 +48,18 @@ def random_inputs(
     entries = {entry.name: entry for entry in session.get_inputs()}
     for name in shapes or {}:
         if name not in entries:
-            raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(entries) or 'none'}")
+            raise ModelError(f"shapes: unknown input {name!r}; the model's inputs are {', '.join(entries) or 'none'}")
     rng = np.random.default_rng(seed)
     feed: dict[str, np.ndarray] = {}
     left = _MOST
     for name, entry in entries.items():
         if entry.type not in TYPES:
-            raise ModelError(f"input {name!r} is a {entry.type}: give its values, they cannot be drawn at random")
+            raise ModelError(f"input {name!r} has type {entry.type}, which cannot be drawn at random: give its values")
         shape = _shape(entry, batch, (shapes or {}).get(name))
         left -= math.prod(shape)
         if left < 0:
             raise ModelError(
-                f"input {name!r} of shape {shape} is too large: {_MOST:,} random values are drawn for a run at most"
+                f"input {name!r} of shape {shape} is too large: at most {_MOST:,} random values are drawn for one run"
             )
         dtype = np.dtype(TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
@@ -88,7 +88,7 @@ def batch_of(inputs: Sequence[Sequence[object]], batch: int = 1, shapes: Sequenc
         return own
     if any(batch in axes[:2] for axes in sizes):
         return batch
-    raise ModelError(f"batch {batch} came, and the model takes {own}: no axis is left that could be {batch}")
+    raise ModelError(f"expected batch {own}, got {batch}: the model has no dynamic axis that could be {batch}")
 
 
 def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
@@ -101,7 +101,7 @@ def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
             continue
         example = ",".join(str(size or (50 if place else 1)) for place, size in enumerate(axes))
         lines.append(
-            f"input {value.name!r} has {axes.count(None)} dynamic axes, all run at the batch size: say what an input is like, "
+            f"input {value.name!r} has {axes.count(None)} dynamic axes, all set to the batch size: give its shape, "
             f"such as --shape {value.name}={example}"
         )
     return lines
@@ -113,7 +113,7 @@ def _shape(entry: ort.NodeArg, batch: int, wanted: Sequence[int] | None) -> list
         return own
     fits = len(wanted) == len(entry.shape)
     if not fits or any(isinstance(a, int) and a != b for a, b in zip(entry.shape, wanted, strict=True)):
-        raise ModelError(f"input {entry.name!r} has shape {entry.shape}, and {list(wanted)} came")
+        raise ModelError(f"input {entry.name!r}: expected shape {entry.shape}, got {list(wanted)}")
     return list(wanted)
 
 
@@ -124,7 +124,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         name, _, sizes = text.rpartition("=")
         parts = [part.strip() for part in sizes.replace("x", ",").split(",")]
         if not name or not all(part.isascii() and part.isdecimal() and len(part) <= _DIGITS and int(part) for part in parts):
-            raise ModelError(f"a shape is written as name=1,3,224,224, and {text!r} came")
+            raise ModelError(f"expected a shape such as name=1,3,224,224, got {text!r}")
         shapes[name] = tuple(int(part) for part in parts)
     return shapes
 
@@ -144,7 +144,7 @@ def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: not an npz file of plain arrays ({reason})") from None
     if single:
-        raise ModelError(f"{path}: a single array came; expected an npz file with one array a name")
+        raise ModelError(f"{path}: expected an npz file of named arrays, got a single array")
     if not arrays or any(not array.size for array in arrays.values()):
         raise ModelError(f"{path}: holds no data")
     return arrays
@@ -158,19 +158,19 @@ def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], 
     """
     entries = session.get_inputs()
     if not entries:
-        raise ModelError("the model has no inputs: there is nothing that the data could be given to")
+        raise ModelError("the model has no inputs, so it cannot be run on data")
     missing = [entry.name for entry in entries if entry.name not in arrays]
     if missing:
-        raise ModelError(f"no array for input {missing[0]!r}; the data holds {', '.join(arrays) or 'nothing'}")
+        raise ModelError(f"expected an array for input {missing[0]!r}, got {', '.join(arrays) or 'none'}")
     feeds = {entry.name: arrays[entry.name] for entry in entries}
     lengths = {name: len(array) for name, array in feeds.items() if array.ndim}
     if len(set(lengths.values())) > 1:
-        raise ModelError(f"the arrays of the inputs differ in length: {lengths}")
+        raise ModelError(f"expected input arrays of equal length, got {lengths}")
     total = next(iter(lengths.values()), 1)
     fixed = next((entry.shape[0] for entry in entries if entry.shape and isinstance(entry.shape[0], int)), None)
     if fixed is not None:
         if not fixed or total % fixed:
-            raise ModelError(f"the model takes batches of {fixed}, and {total} samples came: give a multiple")
+            raise ModelError(f"the model takes batches of {fixed}, got {total} samples: give a multiple of {fixed}")
         batch = fixed
     return [
         {name: array[start : start + batch] if array.ndim else array for name, array in feeds.items()}
@@ -187,14 +187,14 @@ def _array(members: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     """Return one array of an npz file; its header may not claim more than the member holds, and nothing is unpickled."""
     with members.open(member) as stream:
         if not _is_array(stream):
-            raise ValueError(f"{member.filename} holds no array")
+            raise ValueError(f"{member.filename} is not an array")
     with members.open(member) as stream:
         old = np.lib.format.read_magic(stream) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
         held = member.file_size - stream.tell()
     if math.prod(shape) * dtype.itemsize > held:
-        raise ValueError(f"{member.filename} says that it has shape {shape}, and holds {held:,} bytes")
+        raise ValueError(f"{member.filename}: its header says shape {shape}, but it has {held:,} bytes")
     with members.open(member) as stream:
         found: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
     return found

@@ -71,18 +71,18 @@ class Session:
         if self.level not in LEVELS:
             raise ModelError(f"unknown graph optimization level {self.level!r}: expected one of {', '.join(LEVELS)}")
         if self.conv_search not in SEARCHES:
-            raise ModelError(f"unknown search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
+            raise ModelError(f"unknown conv_search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
         if not 0 <= self.threads <= MOST_THREADS:
-            raise ModelError(f"threads are 0 (ONNX Runtime's own choice) to {MOST_THREADS}, and {self.threads} came")
+            raise ModelError(f"expected 0 (ONNX Runtime's own choice) to {MOST_THREADS} threads, got {self.threads}")
         if not self.on_gpu and (self.cuda_graph or self.nhwc or self.tf32):
-            raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
+            raise ModelError("CUDA graphs, NHWC and TF32 need the CUDA provider: use provider 'cuda'")
         if self.provider == "tensorrt" and (self.nhwc or self.tf32):
             raise ModelError(
-                "NHWC and TF32 are asked of the CUDA provider alone: TensorRT chooses layouts by itself, and uses TF32 unless "
+                "NHWC and TF32 can be set for the CUDA provider only: TensorRT chooses layouts by itself, and uses TF32 unless "
                 "NVIDIA_TF32_OVERRIDE=0 is in the environment"
             )
         if self.provider != "cuda" and self.conv_search != SEARCHES[0]:
-            raise ModelError(f"a {self.conv_search} search is of the CUDA provider: ask for provider 'cuda'")
+            raise ModelError(f"a {self.conv_search} search needs the CUDA provider: use provider 'cuda'")
 
 
 def open_session(
@@ -104,7 +104,7 @@ def open_session(
     name = PROVIDERS[settings.provider]
     if name not in ort.get_available_providers():
         raise ModelError(
-            f"provider {settings.provider!r} is not in this ONNX Runtime, which has {ort.get_available_providers()}"
+            f"provider {settings.provider!r} is not available: this ONNX Runtime has {ort.get_available_providers()}"
         )
     options = ort.SessionOptions()
     # On the CPU all that it logs is in its exceptions too; on a GPU the reason of a fallback stands in the log alone.
@@ -132,7 +132,7 @@ def open_session(
             raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from None
     if session.get_providers()[0] != name:
         reason = said() or "ONNX Runtime gave no reason"
-        raise ModelError(f"{path}: asked for {name}, and ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
+        raise ModelError(f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
     return session
 
 
@@ -140,7 +140,7 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
     """Run a session once and return its outputs by name; `ModelError` names an input that does not fit."""
     wanted = [entry.name for entry in session.get_inputs()]
     if set(wanted) != set(inputs):
-        raise ModelError(f"the model's inputs are {', '.join(wanted)}, and {', '.join(inputs) or 'none'} came")
+        raise ModelError(f"expected inputs {', '.join(wanted) or 'none'}, got {', '.join(inputs) or 'none'}")
     names = [entry.name for entry in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
@@ -153,7 +153,7 @@ def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:
     """Raise `ModelError` for an output that is no tensor, such as a sequence: nothing can be compared or scored there."""
     for entry in session.get_outputs():
         if not entry.type.startswith("tensor("):
-            raise ModelError(f"{path}: output {entry.name!r} is a {entry.type}: only tensors can be compared or scored")
+            raise ModelError(f"{path}: output {entry.name!r} has type {entry.type}: only tensors can be compared or scored")
 
 
 _SAID = 400  # letters of what ONNX Runtime says

@@ -80,19 +80,21 @@ class Serving:
         """Raise `ModelError` for what Triton would refuse, whatever the model is."""
         self.settings.check()
         if self.settings.cuda_graph:
-            raise ModelError("CUDA graphs need inputs that stay in one place, which Triton's do not: leave cuda_graph out")
+            raise ModelError("CUDA graphs need inputs at fixed addresses, which Triton does not have: omit cuda_graph")
         if self.gpus and not self.settings.on_gpu:
-            raise ModelError(f"GPUs {list(self.gpus)} came for provider 'cpu', which has none: ask for cuda or tensorrt")
+            raise ModelError(
+                f"expected provider cuda or tensorrt for GPUs {list(self.gpus)}, got 'cpu': use one of them, or omit the GPUs"
+            )
         if self.instances < 1:
-            raise ModelError(f"instances are 1 or more, and {self.instances} came")
+            raise ModelError(f"expected 1 or more instances, got {self.instances}")
         if min(self.delay, self.warmup, self.max_batch or 0, *self.gpus, 0) < 0:
-            raise ModelError("max_batch, delay, warmup and GPU numbers are 0 or more, and a negative number came")
+            raise ModelError("expected max_batch, delay, warmup and GPU numbers of 0 or more, got a negative number")
         if max(self.instances, self.delay, self.warmup, self.max_batch or 0, *self.preferred, *self.gpus, 0) > _INT32:
-            raise ModelError(f"Triton's numbers are at most {_INT32}, and a larger one came")
+            raise ModelError(f"expected numbers of at most {_INT32}, Triton's limit, got a larger one")
         if self.warmup_data not in ("zero", "random"):
-            raise ModelError(f"warm-up data is zero or random, and {self.warmup_data!r} came")
+            raise ModelError(f"expected warm-up data zero or random, got {self.warmup_data!r}")
         if (self.preferred or self.delay) and not self.dynamic_batching:
-            raise ModelError("preferred sizes and a delay are of dynamic batching, which is off")
+            raise ModelError("preferred sizes and a delay need dynamic batching, which is off: turn it on, or omit them")
 
     def batch_for(self, signature: Signature) -> int:
         """Return the largest batch that is declared for a model; `ModelError` where it cannot be what was asked for."""
@@ -103,11 +105,11 @@ class Serving:
         if single is not None and (largest or self.preferred or self.delay):
             raise ModelError(
                 f"{single.name!r} has shape {list(single.shape)}, whose first axis is not dynamic: Triton cannot batch this "
-                f"model; export it with a dynamic batch, or leave batch sizes and delay out"
+                f"model; export it with a dynamic batch, or omit batch sizes and delay"
             )
         wrong = [size for size in self.preferred if not 1 <= size <= largest]
         if wrong:
-            raise ModelError(f"preferred batch sizes lie between 1 and the largest, {largest}, and {wrong[0]} came")
+            raise ModelError(f"expected preferred batch sizes from 1 to the largest batch, {largest}, got {wrong[0]}")
         return largest
 
 
@@ -195,7 +197,7 @@ def _policy(serving: Serving, written: Sequence[int]) -> Message:
     if versions == "all":
         return {"all": {}}
     if not set(versions) <= set(written):
-        raise ModelError(f"versions to serve are latest, all, or some of {list(written)}, and {list(versions)} came")
+        raise ModelError(f"expected versions latest, all, or some of {list(written)}, got {list(versions)}")
     return {"specific": {"versions": sorted(set(versions))}}
 
 

@@ -34,16 +34,16 @@ def signature(path: Path, session: ort.InferenceSession) -> Signature:
 
     def read(entry: ort.NodeArg) -> Tensor:
         if entry.type not in _TYPES:
-            raise ModelError(f"{path}: {entry.name!r} is a {entry.type}, which Triton's ONNX Runtime backend does not take")
+            raise ModelError(f"{path}: {entry.name!r} has type {entry.type}, which Triton's ONNX Runtime backend does not take")
         if not entry.shape and entry.name in unranked:
             raise ModelError(f"{path}: the graph gives no shape for {entry.name!r}: run onnx.shape_inference on it first")
         shape = tuple(size if isinstance(size, int) else -1 for size in entry.shape)
         if 0 in shape:
-            raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}; Triton takes axes of 1 or more")
+            raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}: Triton needs axes of size 1 or more")
         return Tensor(entry.name, _TYPES[entry.type], shape)
 
     if not session.get_inputs():
-        raise ModelError(f"{path}: takes no input, so there is nothing that a request could bring")
+        raise ModelError(f"{path}: the model has no inputs: expected at least one")
     return Signature(tuple(map(read, session.get_inputs())), tuple(map(read, session.get_outputs())))
 
 
@@ -55,16 +55,16 @@ def request_shapes(found: Signature, batched: bool, shapes: Shapes) -> dict[str,
     names = [tensor.name for tensor in found.inputs]
     unknown = [name for name in shapes if name not in names]
     if unknown:
-        raise ModelError(f"a shape came for input {unknown[0]!r}, and the model's inputs are {', '.join(names) or 'none'}")
+        raise ModelError(f"shapes: unknown input {unknown[0]!r}; the model's inputs are {', '.join(names) or 'none'}")
     made = {}
     for tensor in found.inputs:
         given = tuple(shapes.get(tensor.name, tensor.shape))
         if len(given) != len(tensor.shape) or any(a not in (-1, b) for a, b in zip(tensor.shape, given, strict=True)):
-            raise ModelError(f"input {tensor.name!r} has shape {list(tensor.shape)}, and {list(given)} came")
+            raise ModelError(f"input {tensor.name!r}: expected shape {list(tensor.shape)}, got {list(given)}")
         made[tensor.name] = given[1:] if batched else given
         if -1 in made[tensor.name]:
             raise ModelError(
-                f"input {tensor.name!r} has axes of any size, {list(tensor.shape)}: say what a request is like, "
+                f"input {tensor.name!r} has dynamic axes, {list(tensor.shape)}: give the shape of one request, "
                 f"--shape {tensor.name}={','.join(str(8 if size == -1 else size) for size in tensor.shape)}"
             )
     return made
@@ -83,7 +83,7 @@ def check_warmup(
         run(session, feed)
     except ModelError as error:
         raise ModelError(
-            f"a warm-up request of {serving.warmup_data} data fails, and Triton would not serve the model: {error}"
+            f"a warm-up request with {serving.warmup_data} data fails, so Triton would not serve the model: {error}"
         ) from None
 
 
@@ -111,20 +111,20 @@ def check_batching(
     for name, both in together.items():
         if [np.shape(array)[:1] for array in (both, *(one[name] for one in alone))] != [(2,), (1,), (1,)]:
             raise ModelError(
-                f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, and "
-                f"Triton could not give each request its part; ask for --max-batch 0"
+                f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, so "
+                f"Triton cannot split it between requests; use --max-batch 0"
             )
         for k, one in enumerate(alone):
             if both.shape[1:] != one[name].shape[1:]:
                 raise ModelError(
                     f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and {list(one[name].shape[1:])} "
-                    f"alone: an answer depends on its neighbour; ask for --max-batch 0"
+                    f"alone: an answer depends on other requests in its batch; use --max-batch 0"
                 )
             worst = max(worst, _apart(path, name, one[name][0], both[k]))
     if worst > tolerance:
         raise ModelError(
-            f"{path}: an answer differs by {worst:.1e} with its neighbour in the batch, and {tolerance:g} is allowed: Triton "
-            f"batches requests that have nothing to do with each other; ask for --max-batch 0, or a larger --tolerance"
+            f"{path}: an answer changes by {worst:.1e} with another request in its batch; the tolerance is {tolerance:g}: "
+            f"Triton batches unrelated requests; use --max-batch 0, or a larger --tolerance"
         )
     return worst
 
@@ -133,7 +133,7 @@ def _apart(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -> flo
     if not np.issubdtype(batched.dtype, np.floating):
         return float(np.mean(alone != batched)) if batched.size else 0.0
     if alone.size and np.isnan(alone).all():
-        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, which shows nothing; ask for --max-batch 0")
+        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, so batching cannot be checked; use --max-batch 0")
     if not np.array_equal(np.isnan(alone), np.isnan(batched)):
         return float("inf")
     a, b = (np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone, batched))

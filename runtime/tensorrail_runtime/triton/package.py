@@ -76,7 +76,7 @@ def package(
     elif dense is not None:
         plan[name] = {1: Path(dense), 2: Path(model)}
     elif separate:
-        raise ModelError("two separate models were asked for, and one came: give the dense model as well")
+        raise ModelError("expected two models to package separately, got one: give the dense model as well")
     for one in plan:
         _refuse_taken(repository / one, overwrite)
     with _workshop(repository) as workshop:
@@ -135,9 +135,7 @@ def _copy(path: Path, folder: Path) -> None:
     """Copy a model as `model.onnx`, and its external data to where the graph expects them beside it."""
     locations = external_files(path)
     if any(Path(location).as_posix().casefold() == MODEL_FILE for location in locations):
-        raise ModelError(
-            f"{path}: its external data are called {MODEL_FILE}, as Triton calls the model: give them another name"
-        )
+        raise ModelError(f"{path}: its external data are named {MODEL_FILE}, Triton's name for the model: rename them")
     folder.mkdir()
     shutil.copyfile(path, folder / MODEL_FILE)
     for location in locations:
@@ -153,26 +151,28 @@ def _refuse_other(versions: Mapping[int, Path], version: int, first: Signature, 
         ]
         if described[0] != described[1]:
             raise ModelError(
-                f"{versions[version]}: has {described[1]}, and {next(iter(versions.values()))} has {described[0]}: versions of "
-                f"one model share inputs and outputs; package them as two models (--separate)"
+                f"expected versions with the same inputs and outputs, got {described[0]} in {next(iter(versions.values()))} "
+                f"and {described[1]} in {versions[version]}: package them as two models (--separate)"
             )
 
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ModelError(f"{name!r} is no name for a Triton model: letters, digits, '.', '_' and '-' are; give --name")
+        raise ModelError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}: give --name")
     return name
 
 
 def _refuse_taken(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ModelError(f"{target}: not a folder: nothing is written there")
+        raise ModelError(f"{target}: exists and is not a folder: choose another --name")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ModelError(f"{target}: holds something already: choose another --name, or --overwrite it")
+        raise ModelError(f"{target}: is not empty: choose another --name, or use --overwrite")
     if not (target / "config.pbtxt").is_file():
-        raise ModelError(f"{target}: holds no config.pbtxt, so it is no Triton model: --overwrite does not remove it")
+        raise ModelError(
+            f"{target}: holds no config.pbtxt, so --overwrite does not replace it as a Triton model: choose another --name"
+        )
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def _workshop(repository: Path) -> Iterator[Path]:
     It lies beside the repository, not in it: Triton takes every folder in it for a model, one with a dot before its name too.
     """
     if repository.exists() and not repository.is_dir():
-        raise ModelError(f"{repository}: not a folder: expected a Triton model repository, or a name for a new one")
+        raise ModelError(f"{repository}: not a folder: expected a Triton model repository, or a path for a new one")
     home = repository.resolve()
     beside = not home.exists() or home.parent.stat().st_dev == home.stat().st_dev
     folder = (home.parent if beside else home) / f".{home.name}.{secrets.token_hex(4)}.part"
@@ -191,7 +191,9 @@ def _workshop(repository: Path) -> Iterator[Path]:
     except PermissionError:
         if not beside or not home.exists():
             raise
-        raise ModelError(f"{home.parent}: cannot be written, where a model is made before it moves to {home.name}") from None
+        raise ModelError(
+            f"{home.parent}: no permission to write: a model is prepared there before it moves to {home.name}"
+        ) from None
     try:
         yield folder
     finally:

@@ -170,7 +170,7 @@ class Sent(Response):
 async def _answer(service: Service, request: Request) -> Response:
     _check_model(service, request)
     if service.metrics.in_flight > service.limits.accepted:
-        raise ProtocolError(f"{service.limits.accepted} requests are being answered: try again", 503)
+        raise ProtocolError(f"the server is busy with {service.limits.accepted} requests, its limit: try again later", 503)
     body: bytes | None = None
     try:
         async with asyncio.timeout(service.limits.seconds):
@@ -183,7 +183,7 @@ async def _answer(service: Service, request: Request) -> Response:
             answer = await _while_wanted(request, service.backend.infer(feed))
     except TimeoutError:
         within = f"within {service.limits.seconds:g} s"
-        late = (f"the request did not come {within}", 408) if body is None else (f"no answer {within}", 504)
+        late = (f"the request was not received {within}", 408) if body is None else (f"no answer {within}", 504)
         raise ProtocolError(*late) from None
     service.metrics.ran(answer)
     if answer.outputs is None:
@@ -217,10 +217,10 @@ async def _read(request: Request, limit: int) -> bytes:
     """Return the body, never holding more of it than `limit` bytes; `ProtocolError` 413 for a longer one."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
-        raise ProtocolError(f"the body must come as it is, and Content-Encoding {encoding!r:.40} came", 415)
+        raise ProtocolError(f"expected a body without encoding, got Content-Encoding {encoding!r:.40}", 415)
     text = request.headers.get("content-length", "")
     announced = int(text) if text.isascii() and text.isdigit() else 0
-    refusal = ProtocolError(f"a request has at most {limit} bytes, and {announced or 'more'} came", 413)
+    refusal = ProtocolError(f"expected a request of at most {limit} bytes, got {announced or 'more'}", 413)
     if announced > limit * _DISCARD or (announced > limit and "expect" in request.headers):
         raise refusal
     parts: list[bytes] = []
@@ -241,16 +241,16 @@ async def _read(request: Request, limit: int) -> bytes:
 def _check_model(service: Service, request: Request) -> None:
     name, version = request.path_params["model"], request.path_params.get("version", VERSION)
     if name != service.name:
-        raise ProtocolError(f"unknown model {name!r:.80}: this server has {service.name!r}")
+        raise ProtocolError(f"unknown model {name!r:.80}: this server serves {service.name!r}")
     if version != VERSION:
-        raise ProtocolError(f"unknown version {version!r:.40} of {service.name!r}: there is version {VERSION}")
+        raise ProtocolError(f"unknown version {version!r:.40} of {service.name!r}: expected version {VERSION}")
 
 
 def _check_name(service: Service, parsed: InferRequest) -> None:
     if parsed.model_version not in (None, "", VERSION):
-        raise ProtocolError(f"the request is for version {parsed.model_version!r:.40}: there is version {VERSION}")
+        raise ProtocolError(f"the request is for version {parsed.model_version!r:.40}: expected version {VERSION}")
     if parsed.model_name is not None and parsed.model_name != service.name:
-        raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server has {service.name!r}")
+        raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server serves {service.name!r}")
 
 
 def _refused(_: Request, error: Exception) -> Response:
@@ -260,10 +260,13 @@ def _refused(_: Request, error: Exception) -> Response:
 
 def _http(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    reason = {404: f"there is no {request.url.path!r:.80} here", 405: f"{request.method} is not for {request.url.path!r:.80}"}
+    reason = {
+        404: f"unknown path {request.url.path!r:.80}",
+        405: f"{request.method} is not allowed for {request.url.path!r:.80}",
+    }
     headers = error.headers if isinstance(error, HTTPException) else None  # a 405 says which methods are allowed
     return JSONResponse({"error": reason.get(status, str(error))}, status, headers)
 
 
 def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"the server failed ({type(error).__name__}); its log says more"}, 500)
+    return JSONResponse({"error": f"internal error ({type(error).__name__}); see the server's log"}, 500)

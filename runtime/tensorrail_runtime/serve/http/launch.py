@@ -92,14 +92,16 @@ def _socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise ModelError(f"--host {host}: no address of this name is known here") from None
+        raise ModelError(
+            f"--host {host}: this name cannot be resolved: give a host name or IP address of this machine"
+        ) from None
     made = socket.socket(family, kind, protocol)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except OSError as error:
         made.close()
-        raise ModelError(f"{host}:{port} cannot be listened at ({error.strerror}): try another --port") from None
+        raise ModelError(f"cannot listen at {host}:{port} ({error.strerror}): try another --port") from None
     return made
 
 

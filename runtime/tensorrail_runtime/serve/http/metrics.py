@@ -22,26 +22,26 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model
         self._requests = self._counter("requests", "Inference requests answered, by HTTP status.", "code")
-        self._latency = self._histogram("request_seconds", "From the first byte read to the answer's rendering.", _SECONDS)
-        self._waited = self._histogram(
-            "queue_seconds", "From a replica's having a request to the run that answers it.", _SECONDS
-        )
-        self._ran = self._histogram("run_seconds", "One run of the model, of a whole batch.", _SECONDS)
-        self._rows = self._histogram("batch_size", "Samples of one run of the model.", _ROWS)
+        self._latency = self._histogram("request_seconds", "Seconds from the first byte read to the rendered answer.", _SECONDS)
+        self._waited = self._histogram("queue_seconds", "Seconds that a request waits in a replica for its run.", _SECONDS)
+        self._ran = self._histogram("run_seconds", "Seconds of one run of the model, for a whole batch.", _SECONDS)
+        self._rows = self._histogram("batch_size", "Samples in one run of the model.", _ROWS)
         self._queue = Gauge(
             "tensorrail_queue_length",
-            "Inference requests accepted and not yet answered, waiting or running.",
+            "Inference requests that were accepted and are not answered yet.",
             ("model",),
             registry=self.registry,
         )
         self._retries = self._counter("retries", "Requests sent again because their replica died.")
-        self._shadow = self._counter("shadow", "Sampled requests: compared, failed, or dropped as too many waited.", "outcome")
+        self._shadow = self._counter(
+            "shadow", "Sampled requests: compared, failed, or dropped because too many waited.", "outcome"
+        )
         self._relative = self._histogram(
-            "shadow_relative_l2", "Relative L2 difference of a served output from the shadow model's.", _RELATIVE, "output"
+            "shadow_relative_l2", "Relative L2 difference between a served output and the shadow model's.", _RELATIVE, "output"
         )
         self._largest = Gauge(
             "tensorrail_shadow_max_abs",
-            "Largest difference of an element that was seen in an output.",
+            "Largest element-wise difference seen in an output.",
             ("model", "output"),
             registry=self.registry,
         )

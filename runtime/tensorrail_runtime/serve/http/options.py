@@ -24,7 +24,7 @@ class Limits:
     def check(self) -> None:
         """Raise `ModelError` for a limit that no request could keep."""
         if self.body < 1 or not (math.isfinite(self.seconds) and self.seconds > 0) or self.accepted < 1:
-            raise ModelError(f"limits are 1 byte, more than 0 seconds and 1 request at least, and {self} came")
+            raise ModelError(f"expected limits of at least 1 byte, more than 0 seconds and at least 1 request, got {self}")
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,23 @@ class ServeOptions:
         for wrong, reason in (
             (
                 not _NAME.fullmatch(self.name),
-                f"a model's name is letters, digits, `.`, `_` and `-`; {self.name!r} came: try --name",
+                f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give --name",
             ),
-            (not 0 <= self.port <= 65535, f"a port is 0 (any that is free) to 65535, and {self.port} came"),
-            (self.replicas < 1, f"one replica or more is needed, and {self.replicas} came"),
-            (self.max_batch < 1, f"a batch has one sample or more, and {self.max_batch} came"),
-            (not 0 <= self.wait <= 60, f"a batch waits 0 to 60 seconds, and {self.wait:g} came"),
-            (not 0 < self.cpus < math.inf, f"a replica reserves more than 0 CPUs, and {self.cpus:g} came"),
-            (not 0 <= self.gpus < math.inf, f"a replica reserves 0 or more GPUs, and {self.gpus:g} came"),
+            (not 0 <= self.port <= 65535, f"expected a port from 0 (any free port) to 65535, got {self.port}"),
+            (self.replicas < 1, f"expected 1 or more replicas, got {self.replicas}"),
+            (self.max_batch < 1, f"expected a largest batch of 1 or more samples, got {self.max_batch}"),
+            (not 0 <= self.wait <= 60, f"expected a batch to wait 0 to 60 seconds, got {self.wait:g}"),
+            (not 0 < self.cpus < math.inf, f"expected more than 0 CPUs per replica, got {self.cpus:g}"),
+            (not 0 <= self.gpus < math.inf, f"expected 0 or more GPUs per replica, got {self.gpus:g}"),
             (
                 not 0 < self.fraction <= 1,
-                f"the share of shadowed requests is above 0 and at most 1, and {self.fraction:g} came",
+                f"expected a share of shadowed requests above 0 and at most 1, got {self.fraction:g}",
             ),
-            (not 0 <= self.grace < math.inf, f"the time to finish is 0 seconds or more, and {self.grace:g} came"),
+            (not 0 <= self.grace < math.inf, f"expected 0 or more seconds to finish accepted requests, got {self.grace:g}"),
             (
                 self.address is not None and "://" in self.address,
-                f"the server calls its replicas itself and must run on a node of the cluster: expected `auto` or HOST:PORT of "
-                f"its head, and {self.address!r} came",
+                f"expected `auto` or HOST:PORT of the cluster's head, got {self.address!r}: the server calls its replicas "
+                f"itself and must run on a node of the cluster",
             ),
         ):
             if wrong:

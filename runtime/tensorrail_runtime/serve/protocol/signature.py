@@ -77,7 +77,7 @@ class Signature:
             mine = {tensor.name: tensor.datatype for tensor in ours}
             its = {tensor.name: tensor.datatype for tensor in theirs}
             if mine != its:
-                return f"the {kind} are {_listed(mine)}, and {_listed(its)} came"
+                return f"expected {kind} {_listed(mine)}, got {_listed(its)}"
         return None
 
 
@@ -85,7 +85,7 @@ def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[Tensor, ...]:
     made = []
     for entry in entries:
         if entry.type not in ONNX:
-            raise ModelError(f"{kind} {entry.name!r} is a {entry.type}, which cannot be served: known are {', '.join(ONNX)}")
+            raise ModelError(f"{kind} {entry.name!r} has type {entry.type}, which cannot be served: expected {', '.join(ONNX)}")
         made.append(Tensor(entry.name, ONNX[entry.type], tuple(entry.shape)))
     return tuple(made)
 
@@ -93,11 +93,11 @@ def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[Tensor, ...]:
 def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
     """Raise `ProtocolError` unless the shape is one of the tensor's; `sizes` keeps those of the named axes."""
     if len(shape) != len(tensor.shape) or any(isinstance(a, int) and a != b for a, b in zip(tensor.shape, shape, strict=True)):
-        raise ProtocolError(f"input {tensor.name!r} has shape {tensor.metadata()['shape']}, and {list(shape)} came")
+        raise ProtocolError(f"input {tensor.name!r}: expected shape {tensor.metadata()['shape']}, got {list(shape)}")
     for axis, size in zip(tensor.shape, shape, strict=True):
         if isinstance(axis, str) and sizes.setdefault(axis, (size, tensor.name))[0] != size:
             first, where = sizes[axis]
-            raise ProtocolError(f"input {tensor.name!r}: its axis {axis!r} is {size} long, and {first} in input {where!r}")
+            raise ProtocolError(f"input {tensor.name!r}: expected {first} for axis {axis!r}, as in input {where!r}, got {size}")
 
 
 def _listed(kinds: Mapping[str, str]) -> str:

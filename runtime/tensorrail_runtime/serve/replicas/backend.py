@@ -60,13 +60,13 @@ class RayBackend:
                 response.cancel()
                 raise
             return answer
-        raise ProtocolError(f"{_ATTEMPTS} replicas died, one after the other, while they had this request", 500)
+        raise ProtocolError(f"{_ATTEMPTS} replicas died, one after another, while they ran this request", 500)
 
     def _say(self, error: Exception) -> None:
         """Log that a replica died, once a second however many requests it had."""
         if time.monotonic() - self._said > _FRESH:
             self._said = time.monotonic()
-            _log.warning("a replica died, and its requests are sent to another (%s)", str(error).partition("\n")[0])
+            _log.warning("a replica died; its requests are sent to another one (%s)", str(error).partition("\n")[0])
 
     async def ready(self) -> bool:
         """Return whether a replica runs."""

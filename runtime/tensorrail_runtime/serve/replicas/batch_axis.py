@@ -27,7 +27,7 @@ _RANGES = ((50, 255), (1, 3))  # the largest integers of two requests: of a dark
 
 def find_batch_axis(session: ort.InferenceSession, signature: Signature) -> tuple[Axes | None, str]:
     """Return the proved batch axes, or None, and in words which they are or why there are none."""
-    reason = "it has no dynamic axis that all inputs and outputs share"
+    reason = "no dynamic axis is shared by all inputs and outputs"
     for name, axes in _candidates(signature):
         problem = _disproof(session, signature, axes)
         if problem is None:
@@ -64,7 +64,7 @@ def _disproof(session: ort.InferenceSession, signature: Signature, axes: Axes) -
             problem = problem or str(error)
             continue
         return next((text for name in joined if (text := _differs(name, joined[name], apart, axes[name]))), None)
-    return f"it could not be tried ({problem})"
+    return f"it could not be tested ({problem})"
 
 
 def _draw(
@@ -112,18 +112,18 @@ def unequal(
 def _differs(name: str, joined: np.ndarray, apart: Sequence[Mapping[str, np.ndarray]], axis: int) -> str | None:
     parts = [outputs[name] for outputs in apart]
     if any(part.ndim <= axis or part.shape[axis] != rows for part, rows in zip(parts, _ROWS, strict=True)):
-        return f"output {name!r} has another length along it than the inputs"
+        return f"output {name!r} has a different length along it than the inputs"
     try:
         wanted = np.concatenate(parts, axis)
     except ValueError:
-        return f"output {name!r} has shapes that cannot be joined along it"
+        return f"output {name!r} has shapes that cannot be concatenated along it"
     if joined.shape != wanted.shape:
-        return f"output {name!r} has shape {list(joined.shape)} for a batch, and {list(wanted.shape)} in parts"
+        return f"output {name!r} has shape {list(joined.shape)} for a batch, but {list(wanted.shape)} for its parts"
     if joined.dtype.kind != "f":
-        return None if np.array_equal(joined, wanted) else f"output {name!r} is another for a batch than for its parts"
+        return None if np.array_equal(joined, wanted) else f"output {name!r} differs between a batch and its parts"
     if not np.isfinite(wanted).all():
-        return f"output {name!r} holds NaN or infinity on random inputs, so that nothing can be shown"
+        return f"output {name!r} holds NaN or infinity on random inputs, so batching cannot be tested"
     apart_by = float(np.abs(joined.astype(np.float64) - wanted).max(initial=0))
     if apart_by <= TOLERANCE * float(np.abs(wanted.astype(np.float64)).max(initial=0)):
         return None
-    return f"output {name!r} is another for a batch than for its parts (they differ by {apart_by:.1e})"
+    return f"output {name!r} differs between a batch and its parts (by {apart_by:.1e})"

@@ -67,7 +67,7 @@ def connect(options: ServeOptions) -> None:
             logging_level=logging.ERROR,
         )
         if not on_loopback(ray.util.get_node_ip_address()):
-            raise ModelError("Ray was imported before with other settings, and would be open to the network: use a new process")
+            raise ModelError("Ray was already imported with other settings and would be open to the network: use a new process")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # a replica's death is said by our own `backend`, in one line
     serve.start(proxy_location="Disabled", logging_config=_QUIET)
 
@@ -80,12 +80,12 @@ def _reachable(address: str) -> str:
         found = canonicalize_bootstrap_address("auto")
         if found is None:
             raise ModelError(
-                "no Ray cluster runs on this node: give HOST:PORT of its head, or no --address for a Ray of its own"
+                "no Ray cluster runs on this node: give HOST:PORT of the cluster's head, or omit --address for a local Ray"
             )
         address = found
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()):
-        raise ModelError(f"the address of a Ray cluster is `auto` or HOST:PORT of its head, and {address!r} came")
+        raise ModelError(f"expected a Ray address `auto` or HOST:PORT of the cluster's head, got {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -116,8 +116,8 @@ def deployed(
     application = application_name(options.name)
     if application in serve.status().applications:
         raise ModelError(
-            f"a model {options.name!r} is served on this cluster already: stop that server, or give another "
-            f"--name; what a killed server left is removed by Ray's serve.delete({application!r})"
+            f"a model {options.name!r} is already served on this cluster: stop that server, or give another "
+            f"--name; after a killed server, clean up with Ray's serve.delete({application!r})"
         )
     content = ray.put(model.content)  # held here as long as replicas may be started
     replicas = serve.deployment(name="model", num_replicas=options.replicas, **common)(Replica)
@@ -155,7 +155,7 @@ def _wait_until_running(application: str) -> None:
             raise ModelError(f"{application}: its replicas do not start: {_reason(reasons[0])}")
         time.sleep(0.1)
     raise ModelError(
-        f"{application}: its replicas did not start within {_START_SECONDS:g} s; where the cluster is busy, give fewer "
+        f"{application}: its replicas did not start within {_START_SECONDS:g} s: if the cluster is busy, use fewer "
         "--replicas, --cpus or --gpus"
     )
 

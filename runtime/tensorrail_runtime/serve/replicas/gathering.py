@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed
 
-_GONE = Answer(None, "nobody waits for the answer any more")
+_GONE = Answer(None, "the client no longer waits for the answer")
 
 
 @dataclass
