@@ -55,3 +55,8 @@ class TrainingError(TensorrailError, RuntimeError):
 
 class CheckpointError(TensorrailError, RuntimeError):
     """A checkpoint cannot be read or resumed from."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without surrounding blanks; empty for an error without a message."""
+    return str(error).strip().partition("\n")[0]

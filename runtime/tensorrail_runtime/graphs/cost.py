@@ -16,7 +16,7 @@ import onnx
 import onnx.inliner
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
 from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
 from tensorrail_runtime.records import Record
@@ -82,7 +82,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
-        raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
+        raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({first_line(error)})") from None
     known = _shapes(inferred.graph)
     asked = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
     if any(name and name not in known for node in asked for name in (*node.input, node.output[0])):

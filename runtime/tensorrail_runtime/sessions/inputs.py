@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 
 TYPES = {
     "tensor(float)": np.float32,
@@ -141,7 +141,7 @@ def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an npz file") from None
     except Exception as error:  # noqa: BLE001 - zipfile, its decompressors and NumPy raise a dozen unrelated classes
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise ModelError(f"{path}: not an npz file of plain arrays ({reason})") from None
     if single:
         raise ModelError(f"{path}: expected an npz file of named arrays, got a single array")

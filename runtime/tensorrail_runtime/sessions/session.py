@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.sessions.float16 import holds_fp16
 
 PROVIDERS = {
@@ -129,7 +129,7 @@ def open_session(
                 str(path), options, providers=[_entry(settings)], enable_fallback=0, disabled_optimizers=left_out
             )
         except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
-            raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+            raise ModelError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
     if session.get_providers()[0] != name:
         reason = said() or "ONNX Runtime gave no reason"
         raise ModelError(f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
@@ -215,7 +215,3 @@ def _reason(text: str) -> str:
     if not lines:
         return ""
     return re.sub(r"^.*(\[ONNXRuntimeError\] : \d+ : \w+ : |\[E:[^\]]*\]\s*)", "", lines[0]).strip()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

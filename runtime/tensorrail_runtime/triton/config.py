@@ -29,7 +29,7 @@ class Name(str):
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TritonTensor:
     """An input or output. `shape` is the graph's, -1 for an axis of any size; `data_type` is Triton's name of it."""
 
     name: str
@@ -42,14 +42,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Signature:
+class TritonSignature:
     """What a model takes and gives."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TritonTensor, ...]
+    outputs: tuple[TritonTensor, ...]
 
     @property
-    def unbatched(self) -> Tensor | None:
+    def unbatched(self) -> TritonTensor | None:
         """The first tensor whose first axis is not dynamic, for which Triton could form no batches; None if all are."""
         return next((t for t in (*self.inputs, *self.outputs) if t.shape[:1] != (-1,)), None)
 
@@ -96,7 +96,7 @@ class Serving:
         if (self.preferred or self.delay) and not self.dynamic_batching:
             raise ModelError("preferred sizes and a delay need dynamic batching, which is off: turn it on, or omit them")
 
-    def batch_for(self, signature: Signature) -> int:
+    def batch_for(self, signature: TritonSignature) -> int:
         """Return the largest batch that is declared for a model; `ModelError` where it cannot be what was asked for."""
         single = signature.unbatched
         largest = self.max_batch or 0
@@ -118,7 +118,7 @@ Message = Mapping[str, Value]
 
 
 def config(
-    name: str, signature: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], written: Sequence[int]
+    name: str, signature: TritonSignature, serving: Serving, requests: Mapping[str, tuple[int, ...]], written: Sequence[int]
 ) -> Message:
     """Return the fields of a model's configuration, in the order in which they are written.
 
@@ -183,7 +183,7 @@ def _entries(values: Mapping[str, Value]) -> list[Message]:
     return [{"key": key, "value": value} for key, value in values.items()]
 
 
-def _tensor(tensor: Tensor, batched: bool) -> Message:
+def _tensor(tensor: TritonTensor, batched: bool) -> Message:
     made: dict[str, Value] = {"name": tensor.name, "data_type": Name(tensor.data_type), "dims": tensor.dims(batched)}
     if batched and len(tensor.shape) == 1:
         made["reshape"] = {"shape": ()}  # a value a sample: Triton's [1] is the graph's []
@@ -232,7 +232,7 @@ def _parameters(settings: Session) -> list[Message]:
     return _entries({key: {"string_value": value} for key, value in values.items()})
 
 
-def _warmup(signature: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batch: int) -> Message:
+def _warmup(signature: TritonSignature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batch: int) -> Message:
     inputs: dict[str, Value] = {}
     for tensor in signature.inputs:
         # Triton's random data are random bytes: as integers they would be indices out of range.

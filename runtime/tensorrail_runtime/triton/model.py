@@ -14,7 +14,7 @@ from tensorrail_runtime.serve.protocol.datatypes import DATATYPES, ONNX
 from tensorrail_runtime.serve.replicas.batch_axis import unequal
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import run
-from tensorrail_runtime.triton.config import Serving, Signature, Tensor
+from tensorrail_runtime.triton.config import Serving, TritonSignature, TritonTensor
 
 # The types that Triton's ONNX Runtime backend takes, by ONNX Runtime's names; bfloat16 is not one of them. The protocol that
 # Triton speaks has the same ones, and calls strings otherwise than the configuration does.
@@ -23,7 +23,7 @@ _DTYPES = {_TYPES[onnx_name]: DATATYPES[name] for onnx_name, name in ONNX.items(
 _LOUDER = 10  # times the other request of a batch
 
 
-def signature(path: Path, session: ort.InferenceSession) -> Signature:
+def signature(path: Path, session: ort.InferenceSession) -> TritonSignature:
     """Return a model's inputs and outputs; `ModelError` names one that Triton's ONNX Runtime backend does not take."""
     graph = onnx.load(path, load_external_data=False).graph
     unranked = {
@@ -32,7 +32,7 @@ def signature(path: Path, session: ort.InferenceSession) -> Signature:
         if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
     }
 
-    def read(entry: ort.NodeArg) -> Tensor:
+    def read(entry: ort.NodeArg) -> TritonTensor:
         if entry.type not in _TYPES:
             raise ModelError(f"{path}: {entry.name!r} has type {entry.type}, which Triton's ONNX Runtime backend does not take")
         if not entry.shape and entry.name in unranked:
@@ -40,14 +40,14 @@ def signature(path: Path, session: ort.InferenceSession) -> Signature:
         shape = tuple(size if isinstance(size, int) else -1 for size in entry.shape)
         if 0 in shape:
             raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}: Triton needs axes of size 1 or more")
-        return Tensor(entry.name, _TYPES[entry.type], shape)
+        return TritonTensor(entry.name, _TYPES[entry.type], shape)
 
     if not session.get_inputs():
         raise ModelError(f"{path}: the model has no inputs: expected at least one")
-    return Signature(tuple(map(read, session.get_inputs())), tuple(map(read, session.get_outputs())))
+    return TritonSignature(tuple(map(read, session.get_inputs())), tuple(map(read, session.get_outputs())))
 
 
-def request_shapes(found: Signature, batched: bool, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+def request_shapes(found: TritonSignature, batched: bool, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Return each input's axes in one request, the batch left out, from the graph and from `shapes`, which hold all axes.
 
     `ModelError` for a shape that does not fit its input, and for an axis of any size without one.
@@ -71,7 +71,11 @@ def request_shapes(found: Signature, batched: bool, shapes: Shapes) -> dict[str,
 
 
 def check_warmup(
-    session: ort.InferenceSession, found: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batched: bool
+    session: ort.InferenceSession,
+    found: TritonSignature,
+    serving: Serving,
+    requests: Mapping[str, tuple[int, ...]],
+    batched: bool,
 ) -> None:
     """Run one warm-up request here: one that fails would keep Triton from serving the model. `ModelError` says why it fails."""
     rng = np.random.default_rng(0)
@@ -90,7 +94,7 @@ def check_warmup(
 def check_batching(
     path: Path,
     session: ort.InferenceSession,
-    found: Signature,
+    found: TritonSignature,
     requests: Mapping[str, tuple[int, ...]],
     tolerance: float,
 ) -> float:
@@ -140,7 +144,7 @@ def _apart(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -> flo
     return float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0))
 
 
-def _fill(tensor: Tensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:
+def _fill(tensor: TritonTensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:
     """Return an input: zeros, standard normal values (integers: 0 and 1), or for floats random bytes, as Triton makes them."""
     dtype = _DTYPES[tensor.data_type]
     floating = np.issubdtype(dtype, np.floating)

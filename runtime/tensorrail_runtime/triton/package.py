@@ -22,7 +22,7 @@ from tensorrail_runtime.graphs.files import external_files
 from tensorrail_runtime.records import Record, write_text
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session, open_session
-from tensorrail_runtime.triton.config import MODEL_FILE, Serving, Signature, config, text
+from tensorrail_runtime.triton.config import MODEL_FILE, Serving, TritonSignature, config, text
 from tensorrail_runtime.triton.model import check_batching, check_warmup, request_shapes, signature
 
 __all__ = ["Package", "Packaged", "Serving", "package"]
@@ -96,7 +96,7 @@ def _fill(
     folder: Path, name: str, versions: Mapping[int, Path], serving: Serving, shapes: Shapes, tolerance: float
 ) -> Packaged:
     """Write one model's folder, and hold what Triton will rely on against the copies that it will load."""
-    signatures: dict[int, Signature] = {}
+    signatures: dict[int, TritonSignature] = {}
     differences = []
     requests: dict[str, tuple[int, ...]] = {}
     for version, path in versions.items():
@@ -143,7 +143,7 @@ def _copy(path: Path, folder: Path) -> None:
         shutil.copyfile(path.parent / location, folder / location)
 
 
-def _refuse_other(versions: Mapping[int, Path], version: int, first: Signature, other: Signature) -> None:
+def _refuse_other(versions: Mapping[int, Path], version: int, first: TritonSignature, other: TritonSignature) -> None:
     """Raise `ModelError` where two versions of one model differ in what they take or give: they share one configuration."""
     for mine, its in ((first.inputs, other.inputs), (first.outputs, other.outputs)):
         described = [

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
+from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.app import Service, create_app
 from tensorrail_runtime.serve.http.metrics import Metrics
 from tensorrail_runtime.serve.http.options import Limits
-from tensorrail_runtime.serve.http.server import ABORT
 from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batching import Answer, run_batch
 from tensorrail_runtime.serve.replicas.differences import Difference

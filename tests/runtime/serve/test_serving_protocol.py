@@ -13,7 +13,7 @@ from tensorrail_runtime.serve import ProtocolError
 from tensorrail_runtime.serve.protocol.datatypes import DATATYPES, ONNX, to_binary
 from tensorrail_runtime.serve.protocol.request import parse_request
 from tensorrail_runtime.serve.protocol.response import render_response
-from tensorrail_runtime.serve.protocol.signature import Signature, Tensor
+from tensorrail_runtime.serve.protocol.signature import Signature, TensorSpec
 
 NUMERIC = [name for name in DATATYPES if name != "BYTES"]
 EXAMPLES = {
@@ -270,8 +270,8 @@ def test_what_a_request_asks_for_is_kept():
 
 
 SIGNATURE = Signature(
-    inputs=(Tensor("x", "FP32", ("batch", 2)), Tensor("n", "INT64", ("batch", None))),
-    outputs=(Tensor("y", "FP32", ("batch",)), Tensor("s", "BYTES", ("batch",)), Tensor("h", "FP16", (1,))),
+    inputs=(TensorSpec("x", "FP32", ("batch", 2)), TensorSpec("n", "INT64", ("batch", None))),
+    outputs=(TensorSpec("y", "FP32", ("batch",)), TensorSpec("s", "BYTES", ("batch",)), TensorSpec("h", "FP16", (1,))),
 )
 X, N = tensor(), tensor(name="n", datatype="INT64", shape=[2, 3], data=[0] * 6)
 

@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.metrics import CONTENT_TYPE_LATEST, Metrics
 from tensorrail_runtime.serve.http.options import Limits
-from tensorrail_runtime.serve.http.server import ABORT
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 from tensorrail_runtime.serve.protocol.request import InferRequest, parse_request
 from tensorrail_runtime.serve.protocol.response import VERSION, render_response

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.serve.http.options import ServeOptions
 from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batch_axis import Axes, find_batch_axis
@@ -38,7 +38,7 @@ def read_model(path: Path, options: ServeOptions) -> Model:
     try:
         content = onnx.load(path).SerializeToString()
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes, the last for more than 2 GiB
-        raise ModelError(f"{path}: cannot be sent to the replicas ({str(error).partition(chr(10))[0]})") from None
+        raise ModelError(f"{path}: cannot be sent to the replicas ({first_line(error)})") from None
     return Model(content, signature, axes, batching)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json as parse_json
 
+from tensorrail_runtime.errors import first_line
 from tensorrail_runtime.serve.protocol import datatypes
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 
@@ -62,7 +63,7 @@ def parse_request(body: bytes, header_length: str | None = None, known: Mapping[
     try:
         content = parse_json(bytes(view[:length]), allow_inf_nan=False)
     except ValueError as error:
-        raise ProtocolError(f"the request is not JSON: {str(error).partition(chr(10))[0]}") from None
+        raise ProtocolError(f"the request is not JSON: {first_line(error)}") from None
     content = _object("the request", content, _REQUEST)
     binary = _flag(_parameters("the request", content), "binary_data_output", "the request")
     inputs, kinds = _inputs(content.get("inputs"), tail, known)

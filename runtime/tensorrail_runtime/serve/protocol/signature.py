@@ -18,7 +18,7 @@ Axis = int | str | None  # a fixed size, the name of a dynamic axis, or a dynami
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One input or output of a model."""
 
     name: str
@@ -38,8 +38,8 @@ class Tensor:
 class Signature:
     """A model's inputs and outputs."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     @classmethod
     def of(cls, session: ort.InferenceSession) -> Signature:
@@ -81,16 +81,16 @@ class Signature:
         return None
 
 
-def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[Tensor, ...]:
+def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[TensorSpec, ...]:
     made = []
     for entry in entries:
         if entry.type not in ONNX:
             raise ModelError(f"{kind} {entry.name!r} has type {entry.type}, which cannot be served: expected {', '.join(ONNX)}")
-        made.append(Tensor(entry.name, ONNX[entry.type], tuple(entry.shape)))
+        made.append(TensorSpec(entry.name, ONNX[entry.type], tuple(entry.shape)))
     return tuple(made)
 
 
-def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+def _fits(tensor: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
     """Raise `ProtocolError` unless the shape is one of the tensor's; `sizes` keeps those of the named axes."""
     if len(shape) != len(tensor.shape) or any(isinstance(a, int) and a != b for a, b in zip(tensor.shape, shape, strict=True)):
         raise ProtocolError(f"input {tensor.name!r}: expected shape {tensor.metadata()['shape']}, got {list(shape)}")

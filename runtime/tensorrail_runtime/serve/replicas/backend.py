@@ -14,6 +14,7 @@ from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from tensorrail_runtime.errors import first_line
 from tensorrail_runtime.serve.http.metrics import Metrics
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed
@@ -55,7 +56,7 @@ class RayBackend:
                 self._say(error)
                 continue
             except DeploymentUnavailableError as error:
-                raise ProtocolError(f"no replica can be started: {str(error).partition(chr(10))[0]}", 503) from None
+                raise ProtocolError(f"no replica can be started: {first_line(error)}", 503) from None
             except asyncio.CancelledError:
                 response.cancel()
                 raise
@@ -66,7 +67,7 @@ class RayBackend:
         """Log that a replica died, once a second however many requests it had."""
         if time.monotonic() - self._said > _FRESH:
             self._said = time.monotonic()
-            _log.warning("a replica died; its requests are sent to another one (%s)", str(error).partition("\n")[0])
+            _log.warning("a replica died; its requests are sent to another one (%s)", first_line(error))
 
     async def ready(self) -> bool:
         """Return whether a replica runs."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.serve.protocol.signature import Signature, Tensor
+from tensorrail_runtime.serve.protocol.signature import Signature, TensorSpec
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import run
 
@@ -68,7 +68,7 @@ def _disproof(session: ort.InferenceSession, signature: Signature, axes: Axes) -
 
 
 def _draw(
-    session: ort.InferenceSession, inputs: Sequence[Tensor], axes: Axes, rows: int, size: int, seed: int
+    session: ort.InferenceSession, inputs: Sequence[TensorSpec], axes: Axes, rows: int, size: int, seed: int
 ) -> dict[str, np.ndarray]:
     """Return random inputs of `rows` samples."""
     shapes = {}

@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.serve.http.model_file import Model
 from tensorrail_runtime.serve.http.options import ServeOptions, on_loopback
+from tensorrail_runtime.serve.replicas._compat_ray import address_of_local_cluster
 from tensorrail_runtime.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def connect(options: ServeOptions) -> None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ModelError(f"no Ray cluster at {address} ({str(error).partition(chr(10))[0]})") from None
+            raise ModelError(f"no Ray cluster at {address} ({first_line(error)})") from None
     else:
         reserved = options.cpus * (options.replicas + (options.shadow is not None))
         ray.init(
@@ -74,15 +75,13 @@ def connect(options: ServeOptions) -> None:
 
 def _reachable(address: str) -> str:
     """Return HOST:PORT of a cluster's head; `ModelError` where nothing listens there: Ray itself would try for many minutes."""
-    from ray._private.services import canonicalize_bootstrap_address
-
     if address == "auto":
-        found = canonicalize_bootstrap_address("auto")
-        if found is None:
+        local = address_of_local_cluster()
+        if local is None:
             raise ModelError(
                 "no Ray cluster runs on this node: give HOST:PORT of the cluster's head, or omit --address for a local Ray"
             )
-        address = found
+        address = local
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()):
         raise ModelError(f"expected a Ray address `auto` or HOST:PORT of the cluster's head, got {address!r}")

@@ -6,7 +6,6 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,6 +13,7 @@ import ray
 from ray import serve
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.serve.replicas._compat_ray import bind_replica_to_loopback
 from tensorrail_runtime.serve.replicas.batch_axis import Axes
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed, run_batch
 from tensorrail_runtime.serve.replicas.differences import Difference, differences
@@ -68,26 +68,9 @@ class ShadowReplica:
         return differences(served, made)
 
 
-def _keep_to_loopback() -> None:
-    """Bind this replica's own port, at which it is called, to loopback where its node is there.
-
-    Ray Serve binds it to all interfaces, wherever the node is; it is bound once the constructor has returned. A version of Ray
-    that does so elsewhere shows in the tests.
-    """
-    from ray.serve._private import replica
-
-    bind = getattr(replica, "add_port_to_grpc_server", None)
-    if bind is not None and ray.util.get_node_ip_address().startswith("127."):
-
-        def listen(server: Any, address: str) -> Any:
-            return bind(server, address.replace("[::]", "127.0.0.1"))
-
-        replica.add_port_to_grpc_server = listen  # type: ignore[attr-defined] # there is no option for it
-
-
 def _open(model: ray.ObjectRef[bytes], settings: Session) -> ort.InferenceSession:
     """Return a session of the model's bytes, which come through Ray: the file need not lie on this node."""
-    _keep_to_loopback()
+    bind_replica_to_loopback()
     content = ray.get(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
