@@ -1,4 +1,4 @@
-"""Latency of several models, interleaved in one process, so that whatever the machine does happens to all of them."""
+"""Measures the latency of several models, interleaved in one process, so that disturbances affect all of them alike."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
 _MIN_ROUNDS = 20
-_MIN_CYCLES = 6  # the fewest values whose smallest and largest hold the median in 95 % of cases
-_FEW = 40  # cycles, below which blocks of them are too short
-_BLOCKS, _STUDENT = 8, 2.365  # blocks of cycles, and Student's 0.975 quantile at one degree of freedom less
-_TRIES = 300  # orders of a cycle of which the most even one is taken
-_BURST = 4
+_MIN_CYCLES = 6  # the fewest values whose range contains the median in 95 % of cases
+_FEW_CYCLES = 40  # with fewer, blocks of cycles are too short
+_BLOCKS, _STUDENT = 8, 2.365  # blocks of cycles, and Student's 0.975 quantile for 7 degrees of freedom
+_TRIES = 300  # random orders of a cycle, of which the most even one is used
+_BURST = 4  # runs in a row of each model
 _BURST_ROUNDS = 5
-_ROUNDS_ENOUGH = 400  # of bursts: layers of microseconds come to them long before their seconds are over
-_ENOUGH = {50: 20, 90: 100, 99: 1000}  # samples: at least ten of them lie beyond the percentile
-_UNSTABLE = 0.10  # coefficient of variation
-_LAUNCH = 8.0  # microseconds a node: about what launching one kernel costs on a GPU
+_ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
+_ENOUGH = {50: 20, 90: 100, 99: 1000}  # samples for a percentile: at least ten lie beyond it
+_UNSTABLE = 0.10  # coefficient of variation from which times are called unstable
+_LAUNCH = 8.0  # microseconds per node: about the cost of one kernel launch on a GPU
 
 
 class Latency(Record):
-    """One model's times at one batch size, in milliseconds; `samples` holds every one, in order.
+    """The times of one model at one batch size, in milliseconds.
 
-    A percentile is None when fewer than ten samples would lie beyond it.
+    `samples` holds every time, in order. A percentile is None when fewer than ten samples would lie beyond it.
     """
 
     model: str
@@ -46,31 +46,31 @@ class Latency(Record):
     p50: float
     p90: float | None
     p99: float | None = None
-    variation: float = 0.0  # standard deviation / mean, the slowest hundredth left out
-    throughput: float = 0.0  # samples of the batch a second, at p50
-    load_ms: float = 0.0  # from the file to a session that can run
+    variation: float = 0.0  # standard deviation / mean, without the slowest 1 % of the samples
+    throughput: float = 0.0  # samples of the batch per second, at p50
+    load_ms: float = 0.0  # from the file to a session that is ready to run
 
     @classmethod
     def of(cls, model: str, samples: Sequence[float], batch: int = 1, load_ms: float = 0.0) -> Latency:
-        """Return the record of these times in milliseconds."""
+        """Return the record of these times, in milliseconds."""
         times = np.asarray(samples)
-        found = {p: float(np.percentile(times, p)) if len(times) >= enough else None for p, enough in _ENOUGH.items()}
-        kept = times[times <= np.percentile(times, 99)]
+        percentiles = {p: float(np.percentile(times, p)) if len(times) >= enough else None for p, enough in _ENOUGH.items()}
+        trimmed = times[times <= np.percentile(times, 99)]
         median = float(np.median(times))
         return cls(
             model=model,
             samples=tuple(float(t) for t in samples),
             p50=median,
-            p90=found[90],
-            p99=found[99],
-            variation=float(kept.std() / kept.mean()) if len(kept) > 1 else 0.0,
+            p90=percentiles[90],
+            p99=percentiles[99],
+            variation=float(trimmed.std() / trimmed.mean()) if len(trimmed) > 1 else 0.0,
             throughput=1e3 * batch / median,
             load_ms=load_ms,
         )
 
 
 class Ratio(Record):
-    """How many times faster a model is than the first, with its 95 % interval."""
+    """How many times faster a model is than the reference, with its 95 % confidence interval."""
 
     model: str
     reference: str
@@ -80,10 +80,21 @@ class Ratio(Record):
 
 
 class LatencyReport(Record):
-    """One interleaved run; `batch` are the samples of each run.
+    """The latency of one or more models, measured in turns.
 
-    `transfers` says whether inputs and outputs were copied between host and device in the times; `processes` in how many fresh
-    processes they were taken, 0 for the one that asked.
+    Attributes:
+        batch: the number of samples in each run.
+        provider: the name of the provider: "cpu", "cuda" or "tensorrt".
+        threads: the number of intra-op threads, 0 for ONNX Runtime's choice.
+        rounds: how often each model ran.
+        processes: the number of fresh processes in which the models ran; 0 if they ran in the calling process.
+        machine: the machine of the measurement.
+        latencies: the times of each model.
+        ratios: the speed-up of each other model over the first one.
+        transfers: whether the times contain the copies of inputs and outputs between host and device.
+        cuda_graph: whether CUDA graphs were used.
+        warnings: what makes the times less reliable than they seem.
+
     """
 
     batch: int
@@ -100,7 +111,7 @@ class LatencyReport(Record):
 
     @property
     def fresh(self) -> str:
-        """In words in how many fresh processes it was timed, such as ` in 5 fresh processes`; nothing for none."""
+        """The number of fresh processes as text, such as ` in 5 fresh processes`; empty for none."""
         return f" in {self.processes} fresh process{'es' if self.processes > 1 else ''}" if self.processes else ""
 
 
@@ -119,29 +130,49 @@ def bench(
     labels: Sequence[str] | None = None,
     on_round: Callable[[float], None] = lambda _: None,
 ) -> LatencyReport:
-    """Time the models in turns, A B B A, for about `seconds`, at least 20 rounds and 6 cycles of them after `warmup` seconds.
+    """Measure the latency of models that run in turns, in this process.
 
-    In a cycle every model runs once after itself and once after each other: what a model finds in the caches is shared out
-    evenly. With `io_binding` inputs and outputs stay on the device and are not part of the times; CUDA graphs need it.
-    `on_round` is told the share of the time that has passed. Raises `ModelError` for fewer than one model, and for inputs
-    that do not fit.
+    Two models run in the order A B B A. In general, each model runs in a cycle once after itself and once after each other
+    model, so that no model finds warmer caches than another.
+
+    Args:
+        paths: the ONNX files; the first one is the reference of the speed-ups.
+        batch: the size of dynamic axes that `shapes` does not set.
+        seconds: how long to measure, at least 20 rounds and 6 cycles.
+        warmup: how many seconds the models run before the measurement.
+        threads: the number of intra-op threads, 0 for ONNX Runtime's choice; ignored with `settings`.
+        provider: "cpu", "cuda" or "tensorrt"; ignored with `settings`.
+        settings: all options of the sessions.
+        io_binding: whether inputs and outputs stay on the device and their copies are left out of the times; CUDA graphs
+            need it.
+        shapes: shapes of inputs, by name.
+        seed: the seed of the random inputs.
+        labels: names of the models in the report; without them, the names of their files.
+        on_round: called after each round with the share of the time that has passed.
+
+    Returns:
+        The times of each model and the speed-ups over the first one.
+
+    Raises:
+        ModelError: there is no model, a model cannot be run, or the inputs do not fit it.
+
     """
     if not paths:
         raise ModelError("nothing to measure: give at least one model")
     settings = replace(settings or Session(provider=provider, threads=threads), linger=False)
     if settings.cuda_graph and not io_binding:
         raise ModelError("a CUDA graph replays fixed addresses and needs IO binding: set IO binding as well")
-    runners, loads, samples, ran_on = [], [], [], []
+    runners, loads, samples, input_shapes = [], [], [], []
     for path in paths:
-        made = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
-        runners.append(made.run)
-        loads.append(made.load_ms)
-        samples.append(made.samples)
-        ran_on.append(made.shapes)
+        timed = runner(path, settings, io_binding=io_binding, batch=batch, shapes=shapes, seed=seed)
+        runners.append(timed.run)
+        loads.append(timed.load_ms)
+        samples.append(timed.samples)
+        input_shapes.append(timed.shapes)
     names = list(labels) if labels else _distinct(paths)
     turns(runners, warmup, 3, lambda _: None)
     times = turns(runners, seconds, max(_MIN_ROUNDS, _MIN_CYCLES * len(runners)), on_round)
-    latencies = tuple(Latency.of(*one) for one in zip(names, times, samples, loads, strict=True))
+    latencies = tuple(Latency.of(*row) for row in zip(names, times, samples, loads, strict=True))
     return LatencyReport(
         batch=samples[0],
         provider=settings.provider,
@@ -152,7 +183,7 @@ def bench(
         ratios=tuple(ratio(latencies[0], other, cycle=len(paths)) for other in latencies[1:]),
         transfers=not io_binding,
         cuda_graph=settings.cuda_graph,
-        warnings=(*_uneven(names, samples, ran_on), *_warnings(paths, latencies, settings, batch, shapes)),
+        warnings=(*_uneven(names, samples, input_shapes), *_warnings(paths, latencies, settings, batch, shapes)),
     )
 
 
@@ -169,13 +200,31 @@ def bench_fresh(
     processes: int = 5,
     on_process: Callable[[float], None] = lambda _: None,
 ) -> LatencyReport:
-    """Return what `bench` returns when it runs in processes of its own, `seconds` in all, the samples of all together.
+    """Measure the latency of models as `bench` does, in several fresh processes.
 
     The same models ran up to 1.3 times slower in a process that had decomposed weights before than in a fresh one, and not
-    all by the same factor; fresh processes differ as well, by some per cent. So a comparison that is to hold where a model is
-    served is made in several fresh ones, each of which loads another model first. Each process's ratio is one estimate: their
-    geometric mean counts, and the interval is Student's over processes, however many rounds each of them ran. `on_process` is
-    told the share of the processes that have ended.
+    all by the same factor; fresh processes also differ by some per cent. So a comparison that should hold on a serving host
+    is measured in several fresh processes, each of which loads another model first. The ratio of each process is one
+    estimate: the speed-up is their geometric mean, and its interval is Student's over processes.
+
+    Args:
+        paths: the ONNX files; the first one is the reference of the speed-ups.
+        batch: the size of dynamic axes that `shapes` does not set.
+        seconds: how long to measure, over all processes together.
+        warmup: how many seconds the models run before the measurement, in each process.
+        settings: the options of the sessions.
+        io_binding: whether inputs and outputs stay on the device.
+        shapes: shapes of inputs, by name.
+        labels: names of the models in the report; without them, the names of their files.
+        processes: the number of fresh processes.
+        on_process: called after each process with the share of the processes that have ended.
+
+    Returns:
+        The report, with the samples of all processes.
+
+    Raises:
+        ModelError: a model cannot be run, or the inputs do not fit it.
+
     """
     names = list(labels) if labels else _distinct(paths)
     files = [str(Path(path).resolve()) for path in paths]
@@ -195,17 +244,17 @@ def bench_fresh(
             },
         }
         run = LatencyReport.model_validate_json(fresh("tensorrail_runtime.measure.latency:_bench_request", request))
-        back = len(paths) - first
-        runs.append(run.model_copy(update={"latencies": run.latencies[back:] + run.latencies[:back]}))
+        start = len(paths) - first  # where the first model of `paths` is in this run
+        runs.append(run.model_copy(update={"latencies": run.latencies[start:] + run.latencies[:start]}))
         on_process((number + 1) / processes)
     latencies = tuple(
         Latency.of(
-            same[0].model,
-            [sample for one in same for sample in one.samples],
+            model_runs[0].model,
+            [sample for latency in model_runs for sample in latency.samples],
             runs[0].batch,
-            float(np.median([one.load_ms for one in same])),
+            float(np.median([latency.load_ms for latency in model_runs])),
         )
-        for same in zip(*(run.latencies for run in runs), strict=True)
+        for model_runs in zip(*(run.latencies for run in runs), strict=True)
     )
     return runs[0].model_copy(
         update={
@@ -219,10 +268,18 @@ def bench_fresh(
 
 
 def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> np.ndarray:
-    """Return milliseconds (models, rounds) in a fresh process: in each round every model runs four times in a row.
+    """Time models in a fresh process in which every model runs four times in a row in each round.
 
-    The first run of a burst finds the caches of another model and is left out; the median of the others counts. It takes
-    about `seconds`, or less where 400 rounds are done before. For models whose inputs have fixed shapes.
+    The first of the four runs finds the caches of another model and is left out; the median of the others counts.
+
+    Args:
+        paths: the ONNX files; their inputs have fixed shapes.
+        settings: the options of the sessions.
+        seconds: about how long to measure; 400 rounds are enough.
+
+    Returns:
+        Times in milliseconds, of shape (models, rounds).
+
     """
     request = {"paths": [str(path) for path in paths], "settings": asdict(settings), "seconds": seconds}
     return np.array(json.loads(fresh("tensorrail_runtime.measure.latency:_bursts_request", request)))
@@ -238,7 +295,7 @@ def _bursts_request(request: dict[str, Any]) -> str:
     rounds: list[list[float]] = []
     start, order = time.perf_counter(), list(range(len(runners)))
     while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
-        row = [0.0] * len(runners)
+        medians = [0.0] * len(runners)
         for index in order:
             runners[index]()
             samples = []
@@ -246,19 +303,19 @@ def _bursts_request(request: dict[str, Any]) -> str:
                 begin = time.perf_counter()
                 runners[index]()
                 samples.append(1e3 * (time.perf_counter() - begin))
-            row[index] = float(np.median(samples))
-        rounds.append(row)
+            medians[index] = float(np.median(samples))
+        rounds.append(medians)
         order.reverse()
     return json.dumps(np.array(rounds[1:]).T.tolist())
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A model that is open and ready to be timed."""
+    """A model that is loaded and ready to be timed."""
 
-    run: Callable[[], object]  # once, on the same random inputs
-    load_ms: float  # what opening took
-    samples: int  # of a run
+    run: Callable[[], object]  # runs the model once, on the same random inputs each time
+    load_ms: float  # how long opening took
+    samples: int  # in one run
     shapes: Mapping[str, tuple[int, ...]]  # of the inputs
 
 
@@ -271,16 +328,16 @@ def runner(
     shapes: Shapes | None = None,
     seed: int = 0,
 ) -> Runner:
-    """Open a model and return what runs it on random inputs; `ModelError` in one line for inputs that do not fit."""
-    holds_fp16(path)  # read once, and no part of the time that opening takes
+    """Open a model and return a runner on random inputs; raises `ModelError` for inputs that do not fit the model."""
+    holds_fp16(path)  # cached, so that it is not part of the time that opening takes
     begin = time.perf_counter()
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)
     feed = random_inputs(session, batch, seed, shapes)
     entries = session.get_inputs()
     samples = batch_of([entry.shape for entry in entries], batch, [(shapes or {}).get(entry.name) for entry in entries])
-    # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
-    # would capture that run, which is made beside it.
+    # Run once to report inputs that do not fit in one line, and to learn the outputs' shapes. A session with a CUDA graph
+    # would capture this run, so another session makes it.
     example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
     if io_binding:
         for name, array in example.items():
@@ -293,9 +350,9 @@ def runner(
 def turns(
     runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
 ) -> list[list[float]]:
-    """Run all in turns for about `seconds`, `least` times each or more; milliseconds, one list each.
+    """Run all models in turns for about `seconds`, each at least `least` times, and return one list of milliseconds each.
 
-    Only whole cycles are run, in which each of n models runs n times: see `cycle_of`.
+    Only whole cycles run, in which each of n models runs n times: see `cycle_of`.
     """
     times: list[list[float]] = [[] for _ in runners]
     start, order = time.perf_counter(), cycle_of(len(runners))
@@ -310,43 +367,43 @@ def turns(
 
 @functools.cache
 def cycle_of(models: int) -> tuple[int, ...]:
-    """Return the order of a cycle: repeated, every model runs as often after itself as after each of the others.
+    """Return the order of the models in a cycle: when it repeats, each model runs equally often after every model.
 
     Such orders are the Eulerian circuits of the complete directed graph with loops (de Bruijn sequences of pairs). Of some
-    hundred drawn ones that is returned in which all models run at about the same time on average, so that a machine that
-    slows down meanwhile does so for all: A B B A for two. It ends with the first model, as the cycle before it did.
+    hundred random ones, it returns the order in which the average positions of the models differ least, so that a machine
+    that slows down affects all models alike: A B B A for two. It ends with the first model, as does the cycle before it.
     """
     rng = np.random.default_rng(0)
     best: tuple[int, ...] = ()
     least = math.inf
     for _ in range(_TRIES):
-        left = [list(rng.permutation(models)) for _ in range(models)]
+        unused = [list(rng.permutation(models)) for _ in range(models)]  # edges from each model
         path, circuit = [0], []
         while path:  # Hierholzer's algorithm
-            if left[path[-1]]:
-                path.append(left[path[-1]].pop())
+            if unused[path[-1]]:
+                path.append(unused[path[-1]].pop())
             else:
                 circuit.append(path.pop())
-        drawn = np.array(circuit[1:])
-        middles = [np.flatnonzero(drawn == model).mean() for model in range(models)]
+        order = np.array(circuit[1:])
+        middles = [np.flatnonzero(order == model).mean() for model in range(models)]
         if (spread := max(middles) - min(middles)) < least:
-            best, least = tuple(map(int, drawn)), spread
+            best, least = tuple(map(int, order)), spread
         if not least:
             break
     return best
 
 
 def plain(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    """Return a function that runs the session on arrays of the host, as a caller would."""
+    """Return a function that runs the session on arrays in host memory, as a caller would."""
     return lambda: session.run(None, feed)
 
 
 def bound(
     session: ort.InferenceSession, feed: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray], settings: Session
 ) -> Callable[[], object]:
-    """Return a function that runs the session on inputs that lie on the device, and waits for outputs that stay there.
+    """Return a function that runs the session on inputs on the device and waits for outputs that stay there.
 
-    `example` holds outputs of the right shapes and types: a CUDA graph replays into the same addresses, made once.
+    `example` holds outputs of the right shapes and types: buffers are allocated once, since a CUDA graph replays into them.
     """
     device = "cuda" if settings.on_gpu else "cpu"
     binding = session.io_binding()
@@ -362,7 +419,7 @@ def bound(
     def replay() -> object:
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return inputs, outputs  # kept alive with this function
+        return inputs, outputs  # so that the buffers live as long as this function
 
     return replay
 
@@ -370,14 +427,20 @@ def bound(
 def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
     """Return the speed-up of `other`: the median over cycles of reference time / its time, with its 95 % interval.
 
-    `cycle` runs are added up before they are divided: of single runs, those where a model has just run and finds its weights
-    in the caches differ from the others by more than what is asked for, and the median would lie between the two. Neighbouring
-    cycles share what the machine does beside, so the interval is Student's over the medians of eight long blocks of them. Of
-    fewer than 40 cycles it is the exact one between two of the sorted ratios, which needs six.
+    Times are summed over a cycle of runs before they are divided: a run right after the same model finds its weights in the
+    caches and is faster, and the median of single runs would lie between the two kinds. Adjacent cycles share disturbances of
+    the machine, so the interval is Student's over the medians of eight long blocks of cycles. With fewer than 40 cycles it is
+    the exact interval between two of the sorted ratios, which needs six.
+
+    Args:
+        reference: the times of the reference model.
+        other: the times of the other model, measured in turns with the reference.
+        cycle: the number of runs of each model in a cycle.
+
     """
     paired = _paired(reference, other, cycle)
     value = float(np.median(paired))
-    if len(paired) < _FEW:
+    if len(paired) < _FEW_CYCLES:
         low, high = _order_interval(paired)
         return Ratio(model=other.model, reference=reference.model, value=value, low=low, high=high)
     blocks = np.log([np.median(block) for block in np.array_split(paired, _BLOCKS)])
@@ -388,9 +451,9 @@ def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
 
 
 def _order_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the narrowest interval between the k-th smallest and k-th largest value that holds the median in 95 % of cases.
+    """Return the narrowest interval from the k-th smallest to the k-th largest value that contains the median in 95 % of cases.
 
-    As many of n values lie below the median as heads fall in n throws, so k is the binomial's.
+    The number of values below the median is binomial with probability 1/2, which gives k.
     """
     ranked, count = np.sort(values), len(values)
     beyond, rank = 0.0, 0
@@ -402,46 +465,46 @@ def _order_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def cycles(samples: Sequence[float], cycle: int) -> np.ndarray:
-    """Return the sums of every `cycle` samples, what is left over at the end left out."""
+    """Return the sum of every `cycle` samples; an incomplete cycle at the end is left out."""
     times = np.asarray(samples, np.float64)
     return np.asarray(times[: len(times) // cycle * cycle].reshape(-1, cycle).sum(1))
 
 
 def _paired(reference: Latency, other: Latency, cycle: int) -> np.ndarray:
-    sums = [cycles(one.samples, cycle) for one in (reference, other)]
+    sums = [cycles(latency.samples, cycle) for latency in (reference, other)]
     return np.asarray(sums[0] / sums[1])
 
 
 def _over_processes(runs: Sequence[LatencyReport], index: int) -> Ratio:
-    """Return the speed-up of the model of that index over the first: the geometric mean of the processes' medians."""
+    """Return the speed-up of one model over the first: the geometric mean of the medians of the processes."""
     first, other = (runs[0].latencies[k] for k in (0, index))
     cycle = len(runs[0].latencies)
     if len(runs) == 1:
         return ratio(first, other, cycle=cycle)
-    from scipy import stats  # half a second to import, which every fresh process would pay
+    from scipy import stats  # imported here: half a second that every fresh process would pay
 
-    found = np.log([np.median(_paired(run.latencies[0], run.latencies[index], cycle)) for run in runs])
-    half = float(stats.t.ppf(0.975, len(runs) - 1) * found.std(ddof=1) / np.sqrt(len(runs)))
-    value, low, high = (float(np.exp(found.mean() + shift)) for shift in (0.0, -half, half))
+    logs = np.log([np.median(_paired(run.latencies[0], run.latencies[index], cycle)) for run in runs])
+    half = float(stats.t.ppf(0.975, len(runs) - 1) * logs.std(ddof=1) / np.sqrt(len(runs)))
+    value, low, high = (float(np.exp(logs.mean() + shift)) for shift in (0.0, -half, half))
     return Ratio(model=other.model, reference=first.model, value=value, low=low, high=high)
 
 
 def _distinct(paths: Sequence[Path | str]) -> list[str]:
-    """Return the files' names, or their paths where two files have the same name."""
+    """Return the names of the files, or their paths where two files have the same name."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[str]:
     if len(set(samples)) > 1:
-        found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
-        return [f"the models process different numbers of samples in a run ({found}): the speed-up compares runs, not samples"]
-    for name, fed in zip(names, shapes, strict=True):
-        for key in fed.keys() & shapes[0].keys():
-            if fed[key] != shapes[0][key]:
+        counts = ", ".join(f"{name} {count}" for name, count in zip(names, samples, strict=True))
+        return [f"the models process different numbers of samples in a run ({counts}): the speed-up compares runs, not samples"]
+    for name, model_shapes in zip(names, shapes, strict=True):
+        for key in model_shapes.keys() & shapes[0].keys():
+            if model_shapes[key] != shapes[0][key]:
                 return [
-                    f"input {key!r} had shape {list(shapes[0][key])} for {names[0]} and {list(fed[key])} for {name}: the "
-                    f"models did not do the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
+                    f"input {key!r} had shape {list(shapes[0][key])} for {names[0]} and {list(model_shapes[key])} for {name}: "
+                    f"the models did not do the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
                 ]
     return []
 
@@ -449,25 +512,25 @@ def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mappi
 def _warnings(
     paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, batch: int, shapes: Shapes | None
 ) -> tuple[str, ...]:
-    """Return what makes these times less than they seem: an unstable machine, or kernels too small to be seen."""
+    """Return warnings on unstable times, on kernels too small for a GPU, and on nodes on another provider."""
     from tensorrail_runtime.measure.placement import placement
 
-    found = [
+    warnings = [
         f"{latency.model}: unstable times, coefficient of variation {latency.variation:.0%}: "
         "close other programs, or measure longer"
         for latency in latencies
         if latency.variation > _UNSTABLE
     ]
     if not settings.on_gpu:
-        return tuple(found)
+        return tuple(warnings)
     for path, latency in zip(paths, latencies, strict=True):
         placed = placement(path, settings=settings, batch=batch, shapes=shapes)
-        each = 1e3 * latency.p50 / max(1, len(placed.nodes))
-        if each < _LAUNCH and not settings.cuda_graph:
-            found.append(
-                f"{latency.model}: limited by kernel launches, {each:.1f} µs per node: try --cuda-graph or a larger batch"
+        per_node = 1e3 * latency.p50 / max(1, len(placed.nodes))
+        if per_node < _LAUNCH and not settings.cuda_graph:
+            warnings.append(
+                f"{latency.model}: limited by kernel launches, {per_node:.1f} µs per node: try --cuda-graph or a larger batch"
             )
         if placed.elsewhere:
             names = ", ".join(node.name for node in placed.elsewhere[:3])
-            found.append(f"{latency.model}: {len(placed.elsewhere)} nodes did not run on the provider asked for: {names}")
-    return tuple(found)
+            warnings.append(f"{latency.model}: {len(placed.elsewhere)} nodes did not run on the provider asked for: {names}")
+    return tuple(warnings)
