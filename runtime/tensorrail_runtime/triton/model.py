@@ -143,7 +143,7 @@ def check_batching(
             if both.shape[1:] != outputs[name].shape[1:]:
                 raise ModelError(
                     f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and "
-                    f"{list(outputs[name].shape[1:])} alone: an answer depends on other requests in its batch; use --max-batch 0"
+                    f"{list(outputs[name].shape[1:])} alone: an answer depends on others in its batch; use --max-batch 0"
                 )
             worst = max(worst, _difference(path, name, outputs[name][0], both[k]))
     if worst > tolerance:

@@ -232,9 +232,9 @@ def test_quantized_products_count_like_others(tmp_path):
 def test_shapes_are_taken_and_wrong_ones_refused(small_path):
     assert cost(small_path, shapes={"x": (3, 16, 8, 8)}).macs == cost(small_path, batch=3).macs
     for shapes, reason in (
-        ({"z": (1,)}, "for input 'z'"),
-        ({"x": (1, 2)}, "has 4 axes"),
-        ({"x": (1, 3, 8, 8)}, "an axis of 16"),
+        ({"z": (1,)}, "unknown input 'z'"),
+        ({"x": (1, 2)}, "expected a shape of 4 axes"),
+        ({"x": (1, 3, 8, 8)}, "expected 16 for a fixed axis"),
     ):
         with pytest.raises(ModelError, match=reason):
             cost(small_path, shapes=shapes)

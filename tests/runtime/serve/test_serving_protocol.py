@@ -94,15 +94,15 @@ def test_data_may_be_flat_or_nested_as_the_shape_says():
         ("INT32", [1, 2, 3, 4.0], "expected integers for INT32, got a fraction"),
         ("INT32", [1, 2, 3, True], "expected integers for INT32, got true or false"),
         ("INT32", [1, 2, 3, "4"], "got a string"),
-        ("INT8", [1, 2, 3, 128], "a number that INT8 cannot"),
-        ("UINT8", [1, 2, 3, -1], "a number that UINT8 cannot"),
-        ("UINT64", [1, 2, 3, 2**64], "a number that UINT64 cannot"),
-        ("INT64", [1, 2, 3, 10**40], "a number that INT64 cannot"),
+        ("INT8", [1, 2, 3, 128], "a number outside the range of INT8"),
+        ("UINT8", [1, 2, 3, -1], "a number outside the range of UINT8"),
+        ("UINT64", [1, 2, 3, 2**64], "a number outside the range of UINT64"),
+        ("INT64", [1, 2, 3, 10**40], "a number outside the range of INT64"),
         ("BOOL", [1, 0, 1, 0], "expected true or false for BOOL, got an integer"),
         ("FP32", [1, 2, 3, None], "got null"),
         ("FP32", [1, 2, 3, False], "expected numbers for FP32, got true or false"),
-        ("FP32", [1, 2, 3, 1e39], "a number that FP32 cannot"),
-        ("FP32", [1, 2, 3, 10**400], "a number that FP32 cannot"),
+        ("FP32", [1, 2, 3, 1e39], "a number outside the range of FP32"),
+        ("FP32", [1, 2, 3, 10**400], "a number outside the range of FP32"),
         ("FP16", [1, 2, 3, 4], "JSON has no FP16: send its values as binary data"),
         ("BYTES", ["a", "b", "c", 4], "expected strings for BYTES, got an integer"),
         ("FP32", [1, 2, 3], "expected 4 values for shape [2, 2], got 3"),
@@ -158,13 +158,16 @@ def test_shapes_that_cannot_be_are_refused(shape, reason):
         (b"\xff\xfe", "the request is not JSON"),
         (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [NaN]}]}', "the request is not JSON"),
         (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [-Infinity]}]}', "the request is not JSON"),
-        (b'{"inputs": [{"name": "x", "datatype": "FP64", "shape": [1], "data": [1e999]}]}', "a number that FP64 cannot"),
+        (
+            b'{"inputs": [{"name": "x", "datatype": "FP64", "shape": [1], "data": [1e999]}]}',
+            "a number outside the range of FP64",
+        ),
         (b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the request is not JSON"),
         (b"[]", "the request: expected an object, got list"),
         (b"{}", "expected `inputs` as a list of one or more tensors"),
         (body(tensor(), priority=1), "the request: unknown key 'priority'"),
         (body(tensor(), id=7), "expected `id` as a string, got 7"),
-        (body(tensor(), model_name=["m"]), "`model_name` is a string"),
+        (body(tensor(), model_name=["m"]), "expected `model_name` as a string"),
         (body(tensor(), parameters=[]), "expected `parameters` as an object"),
         (body(tensor(), parameters={"binary_data_output": "yes"}), "expected `binary_data_output` as true or false"),
         (body(tensor(), parameters={"sequence_id": 4}), "the parameter 'sequence_id' is not supported"),
@@ -182,9 +185,9 @@ def test_shapes_that_cannot_be_are_refused(shape, reason):
         (body(tensor(parameters={"binary_data_size": 16})), "either as `data` or as `binary_data_size` bytes"),
         (body(tensor(data=..., parameters={"shared_memory_region": "r"})), "'shared_memory_region' is not supported"),
         (body(announced(16)), "needs the header Inference-Header-Content-Length"),
-        (body(tensor(), outputs={}), "`outputs` is a list"),
+        (body(tensor(), outputs={}), "expected `outputs` as a list"),
         (body(tensor(), outputs=[{}]), "an output: expected a `name`, got none"),
-        (body(tensor(), outputs=["y"]), "an output: an object was expected"),
+        (body(tensor(), outputs=["y"]), "an output: expected an object"),
         (body(tensor(), outputs=[{"name": "y"}, {"name": "y"}]), "output 'y': requested twice"),
         (body(tensor(), outputs=[{"name": "y", "data": []}]), "an output: unknown key 'data'"),
         (body(tensor(), outputs=[{"name": "y", "parameters": {"binary_data": 1}}]), "expected `binary_data` as true or false"),
@@ -236,8 +239,8 @@ def test_binary_tensors_are_cut_from_the_body_in_their_order():
             "a BYTES element is longer than the rest of its tensor",
         ),
         (announced(3, datatype="BYTES", shape=[1]), b"\0\0\0", "a BYTES element is longer than the rest of its tensor"),
-        (announced(5, datatype="BYTES", shape=[2]), struct.pack("<I", 1) + b"a", "has 2 elements"),
-        (announced(10, datatype="BYTES", shape=[1]), 2 * (struct.pack("<I", 1) + b"a"), "has 1 elements"),
+        (announced(5, datatype="BYTES", shape=[2]), struct.pack("<I", 1) + b"a", "expected 2 elements"),
+        (announced(10, datatype="BYTES", shape=[1]), 2 * (struct.pack("<I", 1) + b"a"), "expected 1 elements"),
         (announced(5, datatype="BYTES", shape=[1]), struct.pack("<I", 1) + b"\xff", "expected UTF-8 in a BYTES element"),
         (announced(0, datatype="BYTES", shape=[1 << 20, 2]), b"", "expected at most 1,048,576 strings"),
     ],
@@ -304,7 +307,7 @@ def test_two_signatures_are_alike_when_names_and_datatypes_are():
     assert SIGNATURE.like(SIGNATURE) is None
     other = Signature(SIGNATURE.inputs[:1], SIGNATURE.outputs)
     assert SIGNATURE.like(other) == "expected inputs x (FP32), n (INT64), got x (FP32)"
-    assert "the outputs are y (FP32)" in str(SIGNATURE.like(Signature(SIGNATURE.inputs, SIGNATURE.outputs[1:])))
+    assert "expected outputs y (FP32)" in str(SIGNATURE.like(Signature(SIGNATURE.inputs, SIGNATURE.outputs[1:])))
 
 
 def answer(request, **outputs):

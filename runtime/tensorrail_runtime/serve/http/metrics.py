@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus to scrape at its route /metrics."""
+"""The metrics of the server, which Prometheus reads from the route /metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RELATIVE = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
 
 class Metrics:
-    """Counters, gauges and histograms of one served model, labelled with its name, in a registry of their own."""
+    """Counters, gauges and histograms of one served model, labelled with its name, in their own registry."""
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
@@ -48,37 +48,38 @@ class Metrics:
         self._largest_seen: dict[str, float] = {}
         self.in_flight = 0
         self._queue.labels(model).set_function(lambda: self.in_flight)
-        self._retries.labels(model)  # shown as 0 before the first
+        self._retries.labels(model)  # so that it is shown as 0 before the first retry
         for outcome in ("compared", "failed", "dropped"):
             self._shadow.labels(model, outcome)
 
     def exposition(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
     def answered(self, code: int, seconds: float) -> None:
-        """Count one inference request with its HTTP status and the seconds that it took."""
+        """Count one inference request, with its HTTP status and its time in seconds."""
         self._requests.labels(self._model, str(code)).inc()
         self._latency.labels(self._model).observe(seconds)
 
     def ran(self, answer: Answer) -> None:
-        """Count one request's waiting, and its run if it is the run's first."""
+        """Record how long a request waited, and its run if it is the first request of the run."""
         self._waited.labels(self._model).observe(answer.waited)
         if answer.first:
             self._rows.labels(self._model).observe(answer.rows)
             self._ran.labels(self._model).observe(answer.seconds)
 
     def retried(self) -> None:
-        """Count one request that is sent again."""
+        """Count a request that is sent again."""
         self._retries.labels(self._model).inc()
 
-    def shadowed(self, outcome: str, found: Iterable[Difference] = ()) -> None:
-        """Count one sampled request, and its differences by output."""
+    def shadowed(self, outcome: str, differences: Iterable[Difference] = ()) -> None:
+        """Count one sampled request, and record the differences of its outputs."""
         self._shadow.labels(self._model, outcome).inc()
-        for one in found:
-            self._relative.labels(self._model, one.output).observe(one.relative_l2)
-            self._largest_seen[one.output] = max(one.max_abs, self._largest_seen.get(one.output, 0.0))
-            self._largest.labels(self._model, one.output).set(self._largest_seen[one.output])
+        for difference in differences:
+            output = difference.output
+            self._relative.labels(self._model, output).observe(difference.relative_l2)
+            self._largest_seen[output] = max(difference.max_abs, self._largest_seen.get(output, 0.0))
+            self._largest.labels(self._model, output).set(self._largest_seen[output])
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tensorrail_{name}", text, ("model", *labels), registry=self.registry)

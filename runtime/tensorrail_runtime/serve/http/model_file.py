@@ -1,4 +1,4 @@
-"""The model that is to be served: read, opened and tried, so that what is wrong with it is known before anything is started."""
+"""Reads and tests the model to be served, so that problems are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorrail_runtime.sessions.session import Session, open_session
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was read and tried: its bytes with all weights in them, its signature, and its batch axes."""
+    """A tested model: its bytes with all weights, its signature, its batch axes, and a text about batching."""
 
     content: bytes
     signature: Signature
@@ -25,9 +25,9 @@ class Model:
 
 
 def read_model(path: Path, options: ServeOptions) -> Model:
-    """Return a model, opened and tried here; `ModelError` says what is wrong with it.
+    """Read and test a model; raises `ModelError` if it cannot be served.
 
-    On a cluster the replicas' provider need not be on this node, so it is tried on the CPU.
+    On a cluster, the model is tested on the CPU, since the provider of the replicas may not be available on this node.
     """
     provider = options.provider if options.address is None else "cpu"
     session = open_session(path, settings=Session(provider=provider, threads=1, linger=False))
@@ -43,7 +43,7 @@ def read_model(path: Path, options: ServeOptions) -> Model:
 
 
 def read_shadow(path: Path, served: Model, options: ServeOptions) -> Model:
-    """Return a model that can shadow the served one; `ModelError` says in which inputs or outputs it differs."""
+    """Read a shadow model; raises `ModelError` if its inputs or outputs differ from those of the served model."""
     model = read_model(path, options)
     problem = served.signature.like(model.signature)
     if problem:

@@ -1,4 +1,4 @@
-"""What `tensorrail serve` may be told, checked in one place."""
+"""The options of `tensorrail serve` and their checks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost: bytes of its body, seconds until its answer, and how many are accepted at a time."""
+    """Limits of a request: bytes of its body, seconds until its answer, and the number accepted at the same time."""
 
     body: int = 64 * MIB
     seconds: float = 30.0
     accepted: int = 256
 
     def check(self) -> None:
-        """Raise `ModelError` for a limit that no request could keep."""
+        """Raise `ModelError` for a limit that no request can meet."""
         if self.body < 1 or not (math.isfinite(self.seconds) and self.seconds > 0) or self.accepted < 1:
             raise ModelError(f"expected limits of at least 1 byte, more than 0 seconds and at least 1 request, got {self}")
 
@@ -31,9 +31,23 @@ class Limits:
 class ServeOptions:
     """How a model is served.
 
-    `threads` are ONNX Runtime's in each replica, 0 for this machine's cores shared out among the replicas. `cpus` and `gpus`
-    are what Ray reserves for a replica. `wait` is how many seconds a batch that is not full waits for more requests, `grace`
-    how many seconds accepted requests have to finish once the server is told to stop.
+    Attributes:
+        name: the name of the model in requests.
+        host: the address to listen at.
+        port: the port to listen at, 0 for any free one.
+        address: the Ray cluster: `auto` or HOST:PORT of its head; None starts a local Ray.
+        replicas: the number of replicas.
+        max_batch: the largest number of samples in a run; 1 turns batching off.
+        wait: how many seconds a batch that is not full waits for more requests.
+        threads: the number of ONNX Runtime's threads in each replica; 0 shares this machine's cores among the replicas.
+        provider: "cpu", "cuda" or "tensorrt".
+        cpus: the number of CPUs that Ray reserves for each replica.
+        gpus: the number of GPUs that Ray reserves for each replica.
+        limits: the limits of a request.
+        shadow: the ONNX file of a model that runs on a sample of the requests as well.
+        fraction: the share of requests that the shadow model gets.
+        grace: how many seconds accepted requests have to finish after the server is told to stop.
+
     """
 
     name: str
@@ -53,9 +67,9 @@ class ServeOptions:
     grace: float = 30.0
 
     def check(self) -> None:
-        """Raise `ModelError` for what cannot be; one line that says what was expected."""
+        """Raise `ModelError` for a value outside its range; the message is one line."""
         self.limits.check()
-        for wrong, reason in (
+        for invalid, reason in (
             (
                 not _NAME.fullmatch(self.name),
                 f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give --name",
@@ -77,10 +91,10 @@ class ServeOptions:
                 f"itself and must run on a node of the cluster",
             ),
         ):
-            if wrong:
+            if invalid:
                 raise ModelError(reason)
 
 
 def on_loopback(host: str) -> bool:
-    """Return whether a host's name or address is this machine's own."""
+    """Return whether the name or address of a host is a loopback address."""
     return host in ("localhost", "::1") or host.startswith("127.")

@@ -1,6 +1,6 @@
-"""Reading an inference request of the Open Inference Protocol 2, JSON or JSON followed by binary tensors.
+"""Reads an inference request of the Open Inference Protocol 2: JSON, or JSON followed by binary tensors.
 
-Pure: bytes in, arrays out, nothing of a server. What the model's own inputs are is `signature.py`'s business.
+The functions turn bytes into arrays and need no server. `signature.py` checks that the arrays fit the model.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _REQUEST = {"id", "inputs", "model_name", "model_version", "outputs", "parameter
 _INPUT = {"data", "datatype", "name", "parameters", "shape"}
 _LONGEST_NAME = 1000
 _OUTPUT = {"name", "parameters"}
-MOST_JSON = 8 << 20  # bytes: a second of parsing
-# Parameters that would change the answer, and that this server does not know. Others are hints, and are left alone.
+MOST_JSON = 8 << 20  # bytes: parsing them takes about a second
+# Parameters that would change the answer and that this server does not support. Others are hints, which it ignores.
 _REFUSED = {"classification", "sequence_end", "sequence_id", "sequence_start", "shared_memory_region"}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """An output that was asked for by name; `binary` is None where the request's own setting holds."""
+    """An output that was requested by name; `binary` is None if the setting of the request applies."""
 
     name: str
     binary: bool | None = None
@@ -35,7 +35,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A request as it was sent: its inputs by name, in their order; `outputs` is empty where none was asked for by name."""
+    """A request: its inputs and their datatypes by name, and the requested outputs, empty for all."""
 
     inputs: Mapping[str, np.ndarray]
     datatypes: Mapping[str, str]
@@ -47,10 +47,17 @@ class InferRequest:
 
 
 def parse_request(body: bytes, header_length: str | None = None, known: Mapping[str, str] | None = None) -> InferRequest:
-    """Return the request that an HTTP body holds; `ProtocolError` says in one line what is wrong with it.
+    """Return the request in the body of an HTTP request.
 
-    `header_length` is the text of `Inference-Header-Content-Length`: how many bytes of the body are JSON. Without it all are.
-    `known` gives the datatypes of the model's inputs by name: nothing is read for another one.
+    Args:
+        body: JSON, or JSON followed by binary tensors.
+        header_length: the text of the header `Inference-Header-Content-Length`, the length of the JSON part in bytes; without
+            it, the whole body is JSON.
+        known: the datatypes of the model's inputs by name; a tensor that does not fit is rejected before its values are read.
+
+    Raises:
+        ProtocolError: the request is not valid; the message says why, in one line.
+
     """
     view = memoryview(body)
     length = _header_length(header_length, len(view))
@@ -91,12 +98,12 @@ def _header_length(text: str | None, size: int) -> int:
 def _inputs(
     entries: object, tail: memoryview | None, expected: Mapping[str, str] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return arrays and datatypes by name, the binary ones cut from `tail` in their order."""
+    """Return arrays and datatypes by name; binary tensors are read from `tail` one after another."""
     if not isinstance(entries, list) or not entries:
         raise ProtocolError("the request: expected `inputs` as a list of one or more tensors")
     arrays: dict[str, np.ndarray] = {}
     kinds: dict[str, str] = {}
-    at = 0
+    position = 0
     for entry in entries:
         tensor = _object("an input", entry, _INPUT)
         name = _text(tensor, "name", "an input")
@@ -121,31 +128,31 @@ def _inputs(
         if size is None:
             arrays[name] = datatypes.from_json(name, datatype, shape, tensor["data"])
         else:
-            part = _part(name, size, at, tail)
-            at += len(part)
+            part = _part(name, size, position, tail)
+            position += len(part)
             arrays[name] = datatypes.from_binary(name, datatype, shape, part)
         kinds[name] = datatype
-    if tail is not None and at != len(tail):
-        raise ProtocolError(f"expected {at} bytes of tensors after the JSON part, got {len(tail)}")
+    if tail is not None and position != len(tail):
+        raise ProtocolError(f"expected {position} bytes of tensors after the JSON part, got {len(tail)}")
     return arrays, kinds
 
 
 def require_input(name: str, datatype: str, known: Mapping[str, str]) -> None:
-    """Raise `ProtocolError` unless a model whose inputs have these datatypes takes such a tensor."""
+    """Raise `ProtocolError` for a tensor that is not an input of the model, or has another datatype."""
     if name not in known:
         raise ProtocolError(f"the model has no input {name!r:.80}; its inputs are {', '.join(known)}")
     if datatype != known[name]:
         raise ProtocolError(f"input {name!r}: expected datatype {known[name]}, got {datatype}")
 
 
-def _part(name: str, size: object, at: int, tail: memoryview | None) -> memoryview:
+def _part(name: str, size: object, start: int, tail: memoryview | None) -> memoryview:
     if type(size) is not int or size < 0:
         raise ProtocolError(f"tensor {name!r}: expected `binary_data_size` as a number of bytes, got {size!r:.40}")
     if tail is None:
         raise ProtocolError(f"tensor {name!r}: binary data needs the header Inference-Header-Content-Length")
-    if size > len(tail) - at:
-        raise ProtocolError(f"tensor {name!r}: expected {size} bytes of binary data, got {len(tail) - at}")
-    return tail[at : at + size]
+    if size > len(tail) - start:
+        raise ProtocolError(f"tensor {name!r}: expected {size} bytes of binary data, got {len(tail) - start}")
+    return tail[start : start + size]
 
 
 def _outputs(entries: object) -> tuple[Wish, ...]:
@@ -155,13 +162,13 @@ def _outputs(entries: object) -> tuple[Wish, ...]:
         raise ProtocolError("the request: expected `outputs` as a list of outputs")
     wishes: dict[str, Wish] = {}
     for entry in entries:
-        wanted = _object("an output", entry, _OUTPUT)
-        name = _text(wanted, "name", "an output")
+        output = _object("an output", entry, _OUTPUT)
+        name = _text(output, "name", "an output")
         if name is None:
             raise ProtocolError("an output: expected a `name`, got none")
         if name in wishes:
             raise ProtocolError(f"output {name!r:.80}: requested twice")
-        wishes[name] = Wish(name, _flag(_parameters(f"output {name!r}", wanted), "binary_data", f"output {name!r:.80}"))
+        wishes[name] = Wish(name, _flag(_parameters(f"output {name!r}", output), "binary_data", f"output {name!r:.80}"))
     return tuple(wishes.values())
 
 

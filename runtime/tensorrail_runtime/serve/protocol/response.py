@@ -1,4 +1,4 @@
-"""Writing the answer to an inference request, each output as JSON or as binary data, as the request wished."""
+"""Writes the answer to an inference request, each output as JSON or as binary data, as requested."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tensorrail_runtime.serve.protocol import datatypes
 from tensorrail_runtime.serve.protocol.request import InferRequest, Wish
 from tensorrail_runtime.serve.protocol.signature import Signature
 
-VERSION = "1"  # one model is served, and one version of it
+VERSION = "1"  # the server has one version of one model
 
 
 def render_response(
     model: str, signature: Signature, request: InferRequest, outputs: Mapping[str, np.ndarray]
 ) -> tuple[bytes, dict[str, str]]:
-    """Return the body and the headers of the answer; `ProtocolError` for values that JSON cannot carry.
+    """Return the body and the headers of the answer; raises `ProtocolError` for values that JSON cannot represent.
 
-    The outputs come in the order in which they were asked for, else in the model's.
+    The outputs are in the order in which they were requested, else in the order of the model.
     """
     kinds = {tensor.name: tensor.datatype for tensor in signature.outputs}
     entries: list[dict[str, Any]] = []
