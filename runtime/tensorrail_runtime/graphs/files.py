@@ -26,12 +26,13 @@ def external_files(path: Path) -> list[str]:
             locations |= {entry.value: None for entry in tensor.external_data if entry.key == "location"}
     folder = path.parent.resolve()
     for location in locations:
-        place = PurePosixPath(location)
-        if not location or place.is_absolute() or ".." in place.parts or (folder / place).resolve() != folder / place:
+        relative = PurePosixPath(location)
+        absolute = folder / relative
+        if not location or relative.is_absolute() or ".." in relative.parts or absolute.resolve() != absolute:
             raise ModelError(
                 f"{path}: its external data {location!r} are outside the model's folder or a link: store them beside the model"
             )
-        if not (folder / place).is_file():
+        if not absolute.is_file():
             raise ModelError(f"{path}: its external data {location!r} are missing: expected a file beside the model")
     return list(locations)
 

@@ -21,7 +21,7 @@ _WARMUP = 3
 
 
 class PlacedNode(Record):
-    """One node as it ran, after ONNX Runtime's own graph optimization: a fused node has the name of a node that it replaces."""
+    """One node as it ran, after ONNX Runtime's own graph optimization: a fused node is named after what it was made from."""
 
     name: str
     op: str

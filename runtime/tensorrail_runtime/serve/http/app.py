@@ -223,19 +223,19 @@ async def _read(request: Request, limit: int) -> bytes:
     refusal = ProtocolError(f"expected a request of at most {limit} bytes, got {announced or 'more'}", 413)
     if announced > limit * _DISCARD or (announced > limit and "expect" in request.headers):
         raise refusal
-    parts: list[bytes] = []
+    chunks: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
+    async for chunk in request.stream():
+        size += len(chunk)
         if size <= limit:
-            parts.append(part)
+            chunks.append(chunk)
         else:
-            parts.clear()
+            chunks.clear()
         if size > limit * _DISCARD:
             break
     if size > limit:
         raise refusal
-    return b"".join(parts)
+    return b"".join(chunks)
 
 
 def _check_model(service: Service, request: Request) -> None:

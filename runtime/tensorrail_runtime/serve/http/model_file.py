@@ -34,7 +34,7 @@ def read_model(path: Path, options: ServeOptions) -> Model:
     signature = Signature.of(session)
     axes, batching = find_batch_axis(session, signature)
     if options.max_batch == 1:
-        axes, batching = None, "batches of 1 were asked for"
+        axes, batching = None, "the largest batch is 1"
     try:
         content = onnx.load(path).SerializeToString()
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes, the last for more than 2 GiB

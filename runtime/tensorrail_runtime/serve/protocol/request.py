@@ -128,9 +128,9 @@ def _inputs(
         if size is None:
             arrays[name] = datatypes.from_json(name, datatype, shape, tensor["data"])
         else:
-            part = _part(name, size, position, tail)
-            position += len(part)
-            arrays[name] = datatypes.from_binary(name, datatype, shape, part)
+            values = _slice(name, size, position, tail)
+            position += len(values)
+            arrays[name] = datatypes.from_binary(name, datatype, shape, values)
         kinds[name] = datatype
     if tail is not None and position != len(tail):
         raise ProtocolError(f"expected {position} bytes of tensors after the JSON part, got {len(tail)}")
@@ -145,7 +145,7 @@ def require_input(name: str, datatype: str, known: Mapping[str, str]) -> None:
         raise ProtocolError(f"input {name!r}: expected datatype {known[name]}, got {datatype}")
 
 
-def _part(name: str, size: object, start: int, tail: memoryview | None) -> memoryview:
+def _slice(name: str, size: object, start: int, tail: memoryview | None) -> memoryview:
     if type(size) is not int or size < 0:
         raise ProtocolError(f"tensor {name!r}: expected `binary_data_size` as a number of bytes, got {size!r:.40}")
     if tail is None:

@@ -24,13 +24,13 @@ def render_response(
     """
     kinds = {tensor.name: tensor.datatype for tensor in signature.outputs}
     entries: list[dict[str, Any]] = []
-    parts: list[bytes] = []
+    binary: list[bytes] = []
     for wish in request.outputs or tuple(Wish(tensor.name) for tensor in signature.outputs):
         array = outputs[wish.name]
         entry: dict[str, Any] = {"name": wish.name, "datatype": kinds[wish.name], "shape": list(array.shape)}
         if request.binary if wish.binary is None else wish.binary:
-            parts.append(datatypes.to_binary(array))
-            entry["parameters"] = {"binary_data_size": len(parts[-1])}
+            binary.append(datatypes.to_binary(array))
+            entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
             entry["data"] = datatypes.to_json(wish.name, array)
         entries.append(entry)
@@ -38,7 +38,7 @@ def render_response(
     if request.id is not None:
         content["id"] = request.id
     head = write_json(content)
-    if not parts:
+    if not binary:
         return head, {"content-type": "application/json"}
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
-    return b"".join((head, *parts)), headers
+    return b"".join((head, *binary)), headers

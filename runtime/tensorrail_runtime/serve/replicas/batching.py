@@ -85,10 +85,16 @@ def _joined(session: ort.InferenceSession, feeds: Sequence[Feed], axes: Axes) ->
     if any(array.ndim <= axes[name] or array.shape[axes[name]] != total for name, array in outputs.items()):
         return None
     ends = np.cumsum(rows)[:-1]
-    parts = {name: np.split(array, ends, axes[name]) for name, array in outputs.items()}
+    pieces = {name: np.split(array, ends, axes[name]) for name, array in outputs.items()}
     return [
         Answer(
-            {name: np.ascontiguousarray(part[place]) for name, part in parts.items()}, "", False, total, seconds, 0.0, not place
+            {name: np.ascontiguousarray(arrays[place]) for name, arrays in pieces.items()},
+            "",
+            False,
+            total,
+            seconds,
+            0.0,
+            not place,
         )
         for place in range(len(feeds))
     ]
