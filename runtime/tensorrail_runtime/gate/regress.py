@@ -423,9 +423,9 @@ def _standard_error(reports: Sequence[LatencyReport]) -> float:
     models = len(reports[0].latencies)
     times = np.array([[np.median(cycles(latency.samples, models)) for latency in report.latencies] for report in reports])
     values = times[:, -1] / (times[:, 0] if times.shape[1] > 1 else np.median(times))
-    deviation = 1.4826 * np.median(
-        np.abs(values - np.median(values))
-    )  # the standard deviation of a normal distribution with that median deviation
+    # 1.4826: the standard deviation of a normal distribution over its median absolute deviation. 1.2533 = √(π / 2): the
+    # standard error of a median over that of a mean.
+    deviation = 1.4826 * np.median(np.abs(values - np.median(values)))
     return float(1.2533 * deviation / np.sqrt(len(values)))
 
 

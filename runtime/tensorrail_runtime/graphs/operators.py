@@ -59,9 +59,8 @@ def _conv(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
 
 
 def _conv_transpose(_: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
-    return math.prod(operands[0]) * math.prod(
-        operands[1][1:]
-    )  # weight (I, O / group, *K), multiplied with each input value once
+    # Each input value is multiplied once with each entry of its slice of the weight (I, O / group, *K).
+    return math.prod(operands[0]) * math.prod(operands[1][1:])
 
 
 def _gemm(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
