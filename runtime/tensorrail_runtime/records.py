@@ -26,6 +26,14 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     """Write a file under a temporary name and rename it, so that `path` never shows a partly written file.
 
     The bytes are written directly to a pipe or a device, such as /dev/stdout.
+
+    Args:
+        path: the file, in an existing folder; a file that exists is replaced.
+        data: the content.
+
+    Raises:
+        OSError: the file cannot be written; the error has the name `path`.
+
     """
     path = Path(path)
     if _STREAM.fullmatch(str(path)) or (path.exists() and not path.is_file() and not path.is_dir()):
@@ -53,7 +61,15 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error as one line: the key, what was expected and what was found."""
+    """Return the first problem of a validation error in one line.
+
+    Args:
+        error: the error of pydantic.
+
+    Returns:
+        The key, what was expected and what was found, such as `seed: expected a valid integer, got 'one'`.
+
+    """
     problem = error.errors(include_url=False)[0]
     key = ".".join(map(str, problem["loc"])) or "the file"
     if problem["type"] == "extra_forbidden":

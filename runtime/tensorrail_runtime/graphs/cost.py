@@ -158,7 +158,7 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Return the initializers and the tensors of Constant nodes, by name."""
+    """Return the initializers and the tensors of Constant nodes of a graph, by name."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:
@@ -258,6 +258,18 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
     """Set every dynamic axis of the inputs, and remove the stored shapes of all other tensors.
 
     An axis that is stored as −1 is dynamic too, as in ONNX Runtime.
+
+    Args:
+        model: the model, which is changed.
+        batch: the size of dynamic axes of inputs that `shapes` does not name.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: `shapes` names an unknown input or does not fit an input's axes.
+
     """
     del model.graph.value_info[:]
     initializers = {tensor.name for tensor in model.graph.initializer}
@@ -297,7 +309,14 @@ def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> 
 def seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors in a run of the model, for graphs whose shapes cannot be inferred.
 
-    Returns an empty dict where the model does not run, or is too large to be passed in memory.
+    Args:
+        bound: the model, with inputs of fixed shapes.
+        batch: the size of dynamic axes that `shapes` does not set.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        The shape of each tensor by name; empty if the model does not run or is too large to be passed in memory.
+
     """
     exposed = onnx.ModelProto()  # with every tensor as an output
     exposed.CopyFrom(bound)

@@ -13,7 +13,12 @@ from tensorrail_runtime.errors import ModelError
 
 
 def external_files(path: Path) -> list[str]:
-    """Return the paths of a model's external data, relative to its folder; raises `ModelError` for others and links."""
+    """Return the paths of a model's external data, relative to its folder.
+
+    Raises:
+        ModelError: the file is not a model, or a path is missing, a link, or outside the folder.
+
+    """
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:

@@ -100,7 +100,20 @@ def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch:
 
 
 def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, provider: str = "cpu") -> Accuracy:
-    """Measure the top-1 accuracy of a model as `accuracy` does, on an iterable of batches: images (B, …) and labels (B,)."""
+    """Measure the top-1 accuracy of a model on an iterable of batches, which need not be in memory at once.
+
+    Args:
+        path: the ONNX file; it takes one input, and its first output are class scores of shape (B, classes).
+        batches: pairs of samples, of shape (B, …), and integer labels, of shape (B,).
+        provider: "cpu", "cuda" or "tensorrt".
+
+    Returns:
+        The number of correct answers out of all.
+
+    Raises:
+        ModelError: there are no samples, the model cannot be run on them, or its output is NaN.
+
+    """
     session = open_session(path, provider=provider)
     name, correct, total = _first_input(path, session), 0, 0
     for images, labels in batches:
@@ -230,7 +243,20 @@ def _first_input(path: Path | str, session: ort.InferenceSession) -> str:
 
 
 def imported(name: str, what: str, expected: str = "module:function") -> Callable[..., Any]:
-    """Import the function `module:function`, also from the current folder; raises `ModelError` if that fails."""
+    """Import a function by name, also from the current folder.
+
+    Args:
+        name: `module:function`.
+        what: what the function is, for error messages, such as "metric".
+        expected: the names that are allowed, for error messages.
+
+    Returns:
+        The function.
+
+    Raises:
+        ModelError: the name has another form, or cannot be imported, or is not a function.
+
+    """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ModelError(f"unknown {what} {name!r}: expected {expected}")
@@ -247,7 +273,16 @@ def imported(name: str, what: str, expected: str = "module:function") -> Callabl
 
 
 def wrong_labels(labels: np.ndarray, classes: int) -> str:
-    """Return an error message if integer labels are not classes of a model, else an empty text."""
+    """Check that integer labels are classes of a model.
+
+    Args:
+        labels: the labels, of shape (N,).
+        classes: the number of classes.
+
+    Returns:
+        An error message, or an empty text if the labels are valid.
+
+    """
     if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
         return ""
     return f"the model has {classes} classes: expected labels 0 to {classes - 1}, got {labels.min()} to {labels.max()}"

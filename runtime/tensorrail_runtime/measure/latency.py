@@ -328,7 +328,23 @@ def runner(
     shapes: Shapes | None = None,
     seed: int = 0,
 ) -> Runner:
-    """Open a model and return a runner on random inputs; raises `ModelError` for inputs that do not fit the model."""
+    """Open a model and prepare runs on random inputs.
+
+    Args:
+        path: the ONNX file.
+        settings: the options of the session.
+        io_binding: whether inputs and outputs stay on the device.
+        batch: the size of dynamic axes that `shapes` does not set.
+        shapes: shapes of inputs, by name.
+        seed: the seed of the random inputs.
+
+    Returns:
+        A function that runs the model once, with the time that opening took.
+
+    Raises:
+        ModelError: the model cannot be run, or the inputs do not fit it.
+
+    """
     holds_fp16(path)  # cached, so that it is not part of the time that opening takes
     begin = time.perf_counter()
     session = open_session(path, settings=settings)

@@ -154,7 +154,21 @@ def parity(
 
 
 def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray], tolerances: Tolerances) -> OutputParity:
-    """Compare one output of two models, given run by run; raises `ModelError` for different shapes and non-finite values."""
+    """Compare one output of two models over several runs.
+
+    Args:
+        name: the name of the output.
+        first: the output of the reference in each run.
+        second: the output of the candidate in each run.
+        tolerances: the limits for the difference.
+
+    Returns:
+        The difference over all runs together.
+
+    Raises:
+        ModelError: the shapes differ, or a value is not a number or not finite.
+
+    """
     for number, (left, right) in enumerate(zip(first, second, strict=True)):
         if left.shape != right.shape:
             raise ModelError(f"output {name!r} has shape {left.shape} in one model and {right.shape} in the other")

@@ -114,7 +114,13 @@ def batch_of(inputs: Sequence[Sequence[object]], batch: int = 1, shapes: Sequenc
 
 
 def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
-    """Return a warning for each input without a given shape that has two dynamic axes or more: all get the batch size."""
+    """Return a warning for each input whose dynamic axes are all set to the batch size, although there are several.
+
+    Args:
+        model: the model.
+        shapes: the given shapes of inputs, by name; these inputs get no warning.
+
+    """
     initializers = {tensor.name for tensor in model.graph.initializer}
     lines = []
     for value in model.graph.input:
@@ -140,7 +146,18 @@ def _shape(entry: ort.NodeArg, batch: int, shape: Sequence[int] | None) -> list[
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return shapes by input name, from texts such as `x=1,3,224,224`; raises `ModelError` for other texts."""
+    """Parse the shapes of inputs.
+
+    Args:
+        texts: texts such as `x=1,3,224,224` or `x=1x3x224x224`.
+
+    Returns:
+        The shape of each input, by name.
+
+    Raises:
+        ModelError: a text has another form, or an axis is not a number of 1 or more.
+
+    """
     shapes = {}
     for text in texts:
         name, _, sizes = text.rpartition("=")
@@ -156,7 +173,18 @@ def _is_size(text: str) -> bool:
 
 
 def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file by name, without unpickling; raises `ModelError` for another or an empty file."""
+    """Read the arrays of an npz file, without unpickling.
+
+    Args:
+        path: the npz file.
+
+    Returns:
+        The arrays, by name.
+
+    Raises:
+        ModelError: the file cannot be read, is not an npz file of plain arrays, or has no data.
+
+    """
     arrays: dict[str, np.ndarray] = {}
     try:
         with Path(path).open("rb") as file:

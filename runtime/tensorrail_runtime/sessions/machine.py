@@ -40,7 +40,15 @@ class Machine(Record):
 
 
 def machine(gpu: bool = False) -> Machine:
-    """Return a description of this machine; with `gpu`, also of its first NVIDIA GPU, by nvidia-smi."""
+    """Describe this machine.
+
+    Args:
+        gpu: whether to ask nvidia-smi for the first GPU as well.
+
+    Returns:
+        Processor, versions and, with `gpu`, the GPU; None for what the system does not report.
+
+    """
     return Machine(
         processor=_processor(),
         cores=os.cpu_count() or 1,

@@ -158,7 +158,19 @@ def open_session(
 
 
 def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run a session once and return its outputs by name; raises `ModelError` for inputs that do not fit the model."""
+    """Run a session once.
+
+    Args:
+        session: a session of the model.
+        inputs: one array for each input, by name.
+
+    Returns:
+        The outputs, by name.
+
+    Raises:
+        ModelError: the inputs do not fit the model, or it fails on them; the message has ONNX Runtime's reason.
+
+    """
     expected = [entry.name for entry in session.get_inputs()]
     if set(expected) != set(inputs):
         raise ModelError(f"expected inputs {', '.join(expected) or 'none'}, got {', '.join(inputs) or 'none'}")

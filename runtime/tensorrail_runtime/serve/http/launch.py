@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Started:
-    """What is served and where; `batching` names the batch axis or says why there is none, and `port` is the one in use."""
+    """What is served, and where.
+
+    Attributes:
+        model: the ONNX file.
+        name: the name of the model in requests.
+        host: the address of the server.
+        port: the port in use.
+        replicas: the number of replicas.
+        threads: the number of ONNX Runtime's threads in each replica.
+        batching: a text that names the batch axis or says why there is none.
+        batched: whether requests are batched.
+
+    """
 
     model: Path
     name: str

@@ -15,7 +15,14 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request: bytes of its body, seconds until its answer, and the number accepted at the same time."""
+    """Limits of requests.
+
+    Attributes:
+        body: the largest body of a request, in bytes.
+        seconds: how long a request may take until its answer.
+        accepted: how many requests are accepted at the same time.
+
+    """
 
     body: int = 64 * MIB
     seconds: float = 30.0
