@@ -13,7 +13,10 @@ def address_of_local_cluster() -> str | None:
     """Return HOST:PORT of the head of the Ray cluster that runs on this node; None where there is none."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    address: str | None = canonicalize_bootstrap_address("auto")
+    try:
+        address: str | None = canonicalize_bootstrap_address("auto")
+    except ConnectionError:  # Ray 2.60 raises it where no cluster runs
+        return None
     return address
 
 
