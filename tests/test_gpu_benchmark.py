@@ -52,7 +52,7 @@ def with_a_plan(folder):
 
 
 def test_where_there_is_no_gpu_it_says_why_and_writes_nothing(gpu, monkeypatch, capsys, tmp_path):
-    reason = "provider 'cuda' is not in this ONNX Runtime"
+    reason = "provider 'cuda' is not available"
     monkeypatch.setattr(gpu, "lacking", lambda _: reason)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "-o", str(tmp_path / "out"), "--folder", str(tmp_path / "models")])
     gpu.main()

@@ -1,8 +1,8 @@
-"""ONNX models measured: sessions, parity, accuracy, cost and interleaved latency. Nothing of torch."""
+"""Measures ONNX models with ONNX Runtime: cost, latency, parity, accuracy and memory. It does not need torch."""
 
 import os
 
-# ONNX Runtime would write a name of this device for its telemetry, and warns on stderr where it has no home folder.
+# For its telemetry, ONNX Runtime would store an identifier of this device, and it warns on stderr without a home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from tensorrail_runtime.errors import ModelError

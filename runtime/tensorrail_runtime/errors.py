@@ -1,4 +1,4 @@
-"""The errors that a caller may want to tell apart: one family, below `TensorrailError`.
+"""The errors that tensorrail raises on purpose, all subclasses of `TensorrailError`.
 
 Each message has three parts: what was expected, what was found and where, and what to do next.
 """
@@ -7,51 +7,56 @@ from __future__ import annotations
 
 
 class TensorrailError(Exception):
-    """An error that tensorrail expects: bad input, or a target that cannot be met.
+    """An error with a known cause: invalid input, or a target that cannot be met.
 
-    `exit_code` is what the command line ends with: 2 for bad input.
+    `exit_code` is the exit code of the command line: 2 for invalid input.
     """
 
     exit_code = 2
 
 
 class ModelError(TensorrailError, ValueError):
-    """A model cannot be loaded or run as asked."""
+    """A model cannot be loaded, or cannot run with the given options or inputs."""
 
 
 class DataError(TensorrailError, ValueError):
-    """Data cannot be read, or do not fit the model."""
+    """Data cannot be read or do not fit the model."""
 
 
 class PlanError(TensorrailError, ValueError):
-    """A plan, its modes, ranks or cores do not fit the layer that they name."""
+    """A plan, or the modes, ranks or cores in it, do not fit the layer that they name."""
 
 
 class TargetError(PlanError):
-    """A target was measured to be out of reach; the message says what can be reached. This is no bad input: exit code 1."""
+    """A target cannot be met; the message says what can be reached. The input itself is valid, so the exit code is 1."""
 
     exit_code = 1
 
 
 class GraphError(TensorrailError, ValueError):
-    """A graph cannot be rewritten as the plan says; the message names the layer and the reason."""
+    """A graph cannot be rewritten as the plan says; the message names the layer and gives the reason."""
 
 
 class RecipeError(TensorrailError, ValueError):
-    """A recipe cannot be read, or asks for something that does not exist."""
+    """A recipe cannot be read, or names something that does not exist."""
 
 
 class NetworkError(ModelError):
-    """A network of a recipe cannot be made from the options given."""
+    """The network of a recipe cannot be built with the given options."""
 
 
 class WeightsError(DataError):
-    """Weights in a file do not fit the network."""
+    """The weights in a file do not fit the network."""
 
 
 class TrainingError(TensorrailError, RuntimeError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class CheckpointError(TensorrailError, RuntimeError):
-    """A checkpoint cannot be read or resumed from."""
+    """A checkpoint cannot be read, or training cannot resume from it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without surrounding blanks; empty for an error without a message."""
+    return str(error).strip().partition("\n")[0]

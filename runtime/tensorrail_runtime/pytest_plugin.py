@@ -3,7 +3,7 @@
     def test_the_detector_is_as_fast_as_before(latency_gate):
         latency_gate("detector.onnx", "baselines/detector.json")
 
-`pytest --latency-record` writes the baselines anew instead of checking against them.
+`pytest --latency-record` records the baselines again instead of checking against them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that records baselines."""
-    parser.addoption("--latency-record", action="store_true", help="write the baselines of latency_gate anew")
+    """Add the option `--latency-record`, which records baselines."""
+    parser.addoption(
+        "--latency-record", action="store_true", help="record the baselines of latency_gate again instead of checking them"
+    )
 
 
 @pytest.fixture
 def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None]:
-    """Return a function (model, baseline, **options of `regress.check`) that fails the test with the gate's reason."""
+    """Return a function (model, baseline, **options of `regress.check`) that fails the test when the check fails."""
 
     def gate(model: Path | str, baseline: Path | str, **options: Any) -> Verdict | None:
         from tensorrail_runtime.errors import ModelError
@@ -33,8 +35,8 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
 
         try:
             if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":
-                taken = ("settings", "batch", "shapes", "effort", "data")
-                regress.record(model, baseline, **{name: value for name, value in options.items() if name in taken})
+                recordable = ("settings", "batch", "shapes", "effort", "data")
+                regress.record(model, baseline, **{name: value for name, value in options.items() if name in recordable})
                 return None
             verdict = regress.check(baseline, model, **options)
         except ModelError as error:

@@ -1,4 +1,4 @@
-"""What every record shares: strictness, one-line errors, and files that are written whole or not at all."""
+"""The base class of all records, files that are written completely or not at all, and one-line validation errors."""
 
 from __future__ import annotations
 
@@ -13,53 +13,72 @@ _STREAM = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
 class Record(BaseModel):
-    """A frozen record that refuses unknown keys by name and writes itself as JSON."""
+    """An immutable record that rejects unknown keys and can be written as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def save(self, path: Path | str) -> None:
-        """Write the record as JSON."""
+        """Write the record to a file as JSON."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that no half-written file is ever seen under `path`.
+    """Write a file under a temporary name and rename it, so that `path` never shows a partly written file.
 
-    A pipe or a device, such as /dev/stdout, gets the bytes themselves.
+    The bytes are written directly to a pipe or a device, such as /dev/stdout.
+
+    Args:
+        path: the file, in an existing folder; a file that exists is replaced.
+        data: the content.
+
+    Raises:
+        OSError: the file cannot be written; the error has the name `path`.
+
     """
     path = Path(path)
     if _STREAM.fullmatch(str(path)) or (path.exists() and not path.is_file() and not path.is_dir()):
-        with path.open("ab") as stream:  # a pipe or a device is written to: a file in its place would take it away
+        with path.open("ab") as stream:  # renaming would replace the pipe or device by a file
             stream.write(data)
         return
-    path = path.resolve()  # a link stays one
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    path = path.resolve()  # so that a link stays a link
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with part.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        temporary.replace(path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # the name that was asked for, not the temporary one
+        error.filename, error.filename2 = str(path), None  # the caller's name, not the temporary one
         raise
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all, as UTF-8."""
     write_bytes(path, text.encode())
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error as one line: the key, what was expected, what came."""
+    """Return the first problem of a validation error in one line.
+
+    Args:
+        error: the error of pydantic.
+
+    Returns:
+        The key, what was expected and what was found, such as `seed: expected a valid integer, got 'one'`.
+
+    """
     problem = error.errors(include_url=False)[0]
     key = ".".join(map(str, problem["loc"])) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; check its spelling or remove it"
     if problem["type"] == "missing":
-        return f"{key}: required, and missing"
-    came = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", and {problem['input']!r:.80} came"
+        return f"{key}: required but missing"
+    got = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", got {problem['input']!r:.80}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[:1].lower()}{message[1:]}{came}"
+    if message.startswith("Input should be "):
+        expected = message.removeprefix("Input should be ")
+        return f"{key}: expected {'a value ' * expected.startswith(('greater', 'less'))}{expected}{got}"
+    return f"{key}: {message[:1].lower()}{message[1:]}{got}"

@@ -182,10 +182,10 @@ def test_a_baseline_is_recorded_and_a_larger_and_wrong_model_fails_against_it(ga
     onnx.save(larger, tmp_path / "larger.onnx")
     done, outputs, summary = gate(model="larger.onnx", baseline="baseline/baseline.json")
     assert (done.returncode, outputs["holds"]) == (1, "false")
-    assert "### ❌ larger.onnx: falls short" in summary
+    assert "### ❌ larger.onnx: regression" in summary
     assert "| nodes | 5 | 6 | +0.0% | **NO** |" in summary
     assert re.search(r"\| parity \| y \| .* apart \| 0\.001 relative \| \*\*NO\*\* \|", summary)
-    assert "in turns with the baseline's model" in summary
+    assert "interleaved with the baseline's model" in summary
     nodes, parity = obeyed(done.stdout)
     assert nodes == "::error title=nodes of larger.onnx::measured 6, baseline 5, limit +0.0%25"
     assert parity.startswith("::error title=parity of larger.onnx::measured ")
@@ -197,7 +197,7 @@ def test_a_baseline_is_recorded_and_a_larger_and_wrong_model_fails_against_it(ga
     assert "parity" not in summary
     nodes, latency = obeyed(done.stdout)
     assert nodes == "::warning title=nodes of larger.onnx::measured 6, baseline 5, limit +0.0%25"
-    assert latency.startswith("::warning title=latency of larger.onnx::held against recorded times")
+    assert latency.startswith("::warning title=latency of larger.onnx::compared with recorded times")
 
 
 def test_the_first_model_has_no_baseline(gate, small_path):

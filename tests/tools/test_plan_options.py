@@ -55,7 +55,7 @@ SIZE = ("--target", "params=1.5", "--allow-slower")
         (("plan", "dense.onnx", *SIZE, "--calibration", "words.npz"), r"labels are integers, one a sample, and <U1 of shape"),
         (("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz"), "labels are integers, one a sample, and float64"),
         (("plan", "dense.onnx", *SIZE, "--calibration", "negative.npz"), "labels are numbers of classes from 0 on, and -1 is"),
-        (("plan", "dense.onnx", *SIZE, "--calibration", "from1.npz"), "64 classes: expected labels 0 to 63, and 35 to 64 came"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "from1.npz"), "64 classes: expected labels 0 to 63, got 35 to 64"),
     ],
 )
 def test_what_no_measuring_can_help_is_refused_before_it(cli, files, arguments, reason):

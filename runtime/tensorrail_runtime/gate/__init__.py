@@ -1,1 +1,1 @@
-"""The latency regression gate: baselines, checks, outputs for CI systems."""
+"""The latency regression gate: baselines, checks and reports for CI systems."""

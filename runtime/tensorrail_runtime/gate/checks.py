@@ -1,4 +1,4 @@
-"""What a model is, apart from how fast it runs: its interface, cost, placement, outputs and score, and the limits for them."""
+"""Checks everything about a model but its speed: interface, cost, placement, outputs and score, and their limits."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, require_tensors, run
 
-_KEPT = 1024  # numbers kept of an output, for parity
-_NOISE = 1e-4  # kernels that add up in another order differ by less from run to run
-_CHUNK = 2**20  # values that are summed up at a time
+_SKETCH_SIZE = 1024  # numbers kept of an output, for parity
+_NOISE = 1e-4  # sums in another order differ by less between runs
+_CHUNK = 2**20  # values that are processed at a time
 
 Data = tuple[Mapping[str, np.ndarray], np.ndarray, str]
 """Input arrays, labels and the metric."""
 
 
 class Tensor(Record):
-    """An input as the model declares it, or an output as it ran; None is an axis of any size."""
+    """The type and shape of an input as the model declares it, or of an output in a run; None is a dynamic axis."""
 
-    type: str  # in ONNX Runtime's words
+    type: str  # ONNX Runtime's name, such as tensor(float)
     shape: tuple[int | None, ...]
 
     def takes(self, other: Tensor) -> bool:
-        """Whether what could be given to `other` could be given to this one."""
+        """Return whether every array that fits `other` fits this tensor too."""
         return (
             self.type == other.type
             and len(self.shape) == len(other.shape)
-            and all(mine in (None, its) for mine, its in zip(self.shape, other.shape, strict=True))
+            and all(own in (None, size) for own, size in zip(self.shape, other.shape, strict=True))
         )
 
     def at(self, batch: int, shape: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Return the shape that it has in a run: `shape` where it is given, else with dynamic axes of `batch`."""
+        """Return the shape in a run: `shape` if given, else the declared one with dynamic axes of size `batch`."""
         return tuple(shape or (batch if size is None else size for size in self.shape))
 
     def __str__(self) -> str:
@@ -52,57 +52,68 @@ class Tensor(Record):
 
 
 class Output(Tensor):
-    """An output on random inputs of seed 0, its shape as it ran; `values` are what `sketch` keeps of it.
+    """An output on random inputs of seed 0, with its shape in that run; `values` is its sketch.
 
-    Of an output that is compared exactly, as indices are, numbers are kept that are drawn by its values.
+    For an output that is compared exactly, such as indices, the sketch is of random numbers that depend on its values.
     """
 
     declared: tuple[int | None, ...]
     values: tuple[float, ...]
     exact: bool
-    infinite: str = ""  # digest of where it is, which counts as 0 in the values
+    infinite: str = ""  # digest of where it is infinite; such values count as 0 in `values`
 
     def apart(self, other: Output) -> float:
-        """Return the relative L2 difference of `other`, or of exact ones the share of entries that differ, both estimated."""
+        """Estimate the relative L2 difference of `other`, or the share of entries that differ for exact outputs."""
         a, b = np.array(self.values), np.array(other.values)
         if not self.exact:
             return relative_l2(a, b)
         count = math.prod(size or 0 for size in self.shape)
-        return float((a != b).sum() / max(count, 1)) if count <= _KEPT else float(np.square(b - a).sum() / (2 * count))
+        return float((a != b).sum() / max(count, 1)) if count <= _SKETCH_SIZE else float(np.square(b - a).sum() / (2 * count))
 
 
 class Facts(Record):
-    """What does not vary between runs of one model."""
+    """The properties of a model that do not vary between runs."""
 
-    sha256: str  # of its files, external data included
+    sha256: str  # of its files, including external data
     flops: int
-    uncounted: tuple[str, ...]  # operators that may multiply and are not in the FLOPs
+    uncounted: tuple[str, ...]  # operators that may multiply and that `flops` does not contain
     params: int
     bytes: int
     nodes: int
     placement: dict[str, int]  # nodes by provider, as ONNX Runtime ran them
     inputs: dict[str, Tensor]
     outputs: dict[str, Output]
-    varying: tuple[str, ...]  # outputs that are others when the model runs again on the same inputs
-    score: float | None = None  # mean of the metric, where data came
+    varying: tuple[str, ...]  # outputs that differ when the model runs again on the same inputs
+    score: float | None = None  # mean of the metric; None without data
     metric: str = ""
-    data: str = ""  # the SHA-256 of the data that were scored
+    data: str = ""  # SHA-256 of the scored data
 
 
 class Limits(Record):
-    """What a model is held to. `max_slowdown` is the slow-down to be found: an alarm is raised from half of it on."""
+    """The limits for a model, relative to the baseline.
+
+    Attributes:
+        max_slowdown: the slow-down that the check must detect, as a share; it fails above half of it.
+        flops: the allowed increase of the FLOPs, as a share.
+        params: the allowed increase of the parameters, as a share.
+        bytes: the allowed increase of the files' size, as a share; names and metadata change a few bytes.
+        nodes: the allowed increase of the number of nodes, as a share.
+        score: the allowed decrease of the metric's mean.
+        tolerance: the largest relative L2 difference of an output; None for a model that was trained again.
+
+    """
 
     max_slowdown: float = Field(default=0.05, gt=0)
-    flops: float = Field(default=0.0, ge=0)  # how much more is allowed, as a share
+    flops: float = Field(default=0.0, ge=0)
     params: float = Field(default=0.0, ge=0)
-    bytes: float = Field(default=0.01, ge=0)  # names and metadata move a few
+    bytes: float = Field(default=0.01, ge=0)
     nodes: float = Field(default=0.0, ge=0)
-    score: float = Field(default=0.005, ge=0)  # how much lower the metric's mean may be
-    tolerance: float | None = 1e-3  # relative L2 difference of the outputs; None for a model that was trained again
+    score: float = Field(default=0.005, ge=0)
+    tolerance: float | None = 1e-3
 
 
 class Finding(Record):
-    """One thing that was held to a limit."""
+    """The result of one check: the baseline, the measured value, its limit, and whether it holds."""
 
     name: str
     baseline: str
@@ -114,8 +125,23 @@ class Finding(Record):
 def facts_of(
     path: Path | str, settings: Session, batch: int = 1, data: Data | None = None, shapes: Shapes | None = None
 ) -> Facts:
-    """Return the facts of a model; `ModelError` when it cannot be run, or its outputs are no tensors of numbers."""
-    found = cost(path, batch, shapes)
+    """Measure the properties of a model.
+
+    Args:
+        path: the ONNX file.
+        settings: the options of the session.
+        batch: the size of dynamic axes that `shapes` does not set.
+        data: inputs, labels and metric of the score; without them there is none.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        The properties that do not vary between runs.
+
+    Raises:
+        ModelError: the model cannot be run, or an output is not a tensor of numbers.
+
+    """
+    graph_cost = cost(path, batch, shapes)
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     declared = {entry.name: _declared(entry) for entry in session.get_outputs()}
@@ -128,15 +154,15 @@ def facts_of(
         score = evaluate(path, data[0], data[1], metric=data[2], settings=settings).mean
     return Facts(
         sha256=sha256_of(Path(path)),
-        flops=found.flops,
-        uncounted=found.uncounted,
-        params=found.params,
-        bytes=found.bytes,
-        nodes=found.nodes,
+        flops=graph_cost.flops,
+        uncounted=graph_cost.uncounted,
+        params=graph_cost.params,
+        bytes=graph_cost.bytes,
+        nodes=graph_cost.nodes,
         placement=placed.providers,
         inputs={entry.name: _declared(entry) for entry in session.get_inputs()},
         outputs=outputs,
-        varying=tuple(name for name, one in outputs.items() if not _alike(one, again[name], _NOISE)),
+        varying=tuple(name for name, output in outputs.items() if not _alike(output, again[name], _NOISE)),
         score=score,
         metric=data[2] if data is not None else "",
         data=sha256_of_data(data) if data is not None else "",
@@ -145,7 +171,7 @@ def facts_of(
 
 def _output(path: Path | str, name: str, array: np.ndarray, declared: Tensor) -> Output:
     if array.dtype.kind not in "fiub":
-        raise ModelError(f"{path}: output {name!r} is a {declared.type}: only numbers can be compared")
+        raise ModelError(f"{path}: output {name!r} has type {declared.type}: only numbers can be compared")
     if np.isnan(array).any():
         raise ModelError(f"{path}: output {name!r} holds NaN")
     exact = is_exact(array.dtype)
@@ -160,33 +186,44 @@ def _output(path: Path | str, name: str, array: np.ndarray, declared: Tensor) ->
 
 
 def _drawn(array: np.ndarray) -> np.ndarray:
-    """Return a number an entry, of mean 0 and variance 1, the same where the same value stands and else independent of it."""
+    """Return a random number of mean 0 and variance 1 for each entry, which depends only on its value and its place."""
     values = array.ravel()
     places = np.arange(len(values), dtype=np.uint64)
-    drawn = _hashed(_hashed(values.astype(np.int64).view(np.uint64)) ^ places)
-    return np.asarray((drawn / 2.0**64 - 0.5) * math.sqrt(12))
+    bits = _hashed(_hashed(values.astype(np.int64).view(np.uint64)) ^ places)
+    return np.asarray((bits / 2.0**64 - 0.5) * math.sqrt(12))
 
 
 def sketch(array: np.ndarray) -> np.ndarray:
-    """Return the values themselves up to 1024, or 1024 sums of them all, each value with a sign, both drawn by its index.
+    """Return up to 1024 values as they are, or a count sketch of more: 1024 sums, of values with random signs.
 
-    The sums of a difference have the same L2 norm as the difference itself, to within some per cent (a count sketch: Charikar,
-    Chen and Farach-Colton 2002), so a change of any value shows, of whatever size the output is.
+    The index of a value decides its sum and its sign. The sketch of a difference has the same L2 norm as the difference, to
+    within some per cent (Charikar, Chen and Farach-Colton 2002), so a change of any value is visible in an output of any size.
     """
     values = array.ravel().astype(np.float64)
-    if len(values) <= _KEPT:
+    if len(values) <= _SKETCH_SIZE:
         return values
-    sums = np.zeros(_KEPT)
+    sums = np.zeros(_SKETCH_SIZE)
     for start in range(0, len(values), _CHUNK):
-        part = values[start : start + _CHUNK]
-        drawn = _hashed(np.arange(start, start + len(part), dtype=np.uint64))
-        signed = np.where(drawn & np.uint64(1), part, -part)
-        sums += np.bincount((drawn >> np.uint64(54)).astype(np.int64), weights=signed, minlength=_KEPT)
+        chunk = values[start : start + _CHUNK]
+        bits = _hashed(np.arange(start, start + len(chunk), dtype=np.uint64))
+        signed = np.where(bits & np.uint64(1), chunk, -chunk)
+        sums += np.bincount((bits >> np.uint64(54)).astype(np.int64), weights=signed, minlength=_SKETCH_SIZE)
     return sums
 
 
 def held(before: Facts, after: Facts, limits: Limits, provider: str) -> list[Finding]:
-    """Return what the facts of a model are beside those before, everything but time."""
+    """Compare the properties of a model with those of the baseline: everything but time.
+
+    Args:
+        before: the properties of the baseline's model.
+        after: the properties of the checked model.
+        limits: the limits for the differences.
+        provider: the provider on which the nodes should run.
+
+    Returns:
+        One finding per property.
+
+    """
     return [
         *(_size(name, before, after, getattr(limits, name)) for name in ("flops", "params", "bytes", "nodes")),
         _placed(before, after, PROVIDERS[provider]),
@@ -197,12 +234,12 @@ def held(before: Facts, after: Facts, limits: Limits, provider: str) -> list[Fin
 
 
 def sha256_of_data(data: Data) -> str:
-    """Return the digest of arrays and labels, so that a score is only held against one on the same data."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of arrays and labels: only scores on the same data are compared."""
+    digest = hashlib.sha256()
     for name, array in [*sorted(data[0].items()), ("labels", data[1])]:
-        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _digest(*masks: np.ndarray) -> str:
@@ -225,7 +262,7 @@ def _size(name: str, before: Facts, after: Facts, share: float) -> Finding:
     old, new = getattr(before, name), getattr(after, name)
     holds, measured = new <= old * (1 + share), f"{new:,}"
     if name == "flops" and (more := sorted(set(after.uncounted) - set(before.uncounted))):
-        holds, measured = False, f"{measured}, and {', '.join(more)} that cannot be counted"
+        holds, measured = False, f"{measured} plus operators that cannot be counted: {', '.join(more)}"
     return Finding(name=name, baseline=f"{old:,}", measured=measured, limit=f"{share:+.1%}", holds=holds)
 
 
@@ -234,7 +271,7 @@ def _placed(before: Facts, after: Facts, provider: str) -> Finding:
         name="placement",
         baseline=_counts(before.placement),
         measured=_counts(after.placement),
-        limit=f"no more elsewhere than on {provider.removesuffix('ExecutionProvider')}",
+        limit=f"no more nodes outside {provider.removesuffix('ExecutionProvider')}",
         holds=all(name == provider or count <= before.placement.get(name, 0) for name, count in after.placement.items()),
     )
 
@@ -244,14 +281,14 @@ def _counts(placement: Mapping[str, int]) -> str:
 
 
 def interface_of(path: Path | str, settings: Session, before: Facts) -> Finding | None:
-    """Return what falls short in the inputs of a model, None where it takes what the one before took."""
+    """Return a failed finding if a model does not take every input that the baseline's model took, else None."""
     if not Path(path).is_file():
         raise ModelError(f"{path}: cannot be read (no such file): expected an ONNX model")
     entries = open_session(path, settings=settings).get_inputs()
     inputs = {entry.name: _declared(entry) for entry in entries}
     if _takes(before, inputs):
         return None
-    old, new = ("; ".join(f"{name} {tensor}" for name, tensor in some.items()) for some in (before.inputs, inputs))
+    old, new = ("; ".join(f"{name} {tensor}" for name, tensor in tensors.items()) for tensors in (before.inputs, inputs))
     return Finding(name="interface", baseline=old, measured=new, limit="the same", holds=False)
 
 
@@ -261,7 +298,7 @@ def _takes(before: Facts, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def _interface(before: Facts, after: Facts) -> Finding:
-    """Hold inputs and outputs to those before: whoever ran that model must be able to run this one, and read its answers."""
+    """Compare inputs and outputs: a program that uses the baseline's model must be able to use this one instead."""
     same = (
         _takes(before, after.inputs)
         and list(before.outputs) == list(after.outputs)
@@ -269,42 +306,42 @@ def _interface(before: Facts, after: Facts) -> Finding:
     )
     old, new = (
         f"{'; '.join(f'{name} {tensor}' for name, tensor in facts.inputs.items())} → "
-        f"{'; '.join(f'{name} {Tensor(type=o.type, shape=o.declared)}' for name, o in facts.outputs.items())}"
+        f"{'; '.join(f'{name} {Tensor(type=output.type, shape=output.declared)}' for name, output in facts.outputs.items())}"
         for facts in (before, after)
     )
     return Finding(name="interface", baseline=old, measured="the same" if old == new else new, limit="the same", holds=same)
 
 
 def _reads_alike(before: Output, after: Output) -> bool:
-    """Return whether who reads one output can read the other: how many entries a dynamic axis has may depend on the weights."""
+    """Return whether a reader of one output can read the other; the size of a dynamic axis may depend on the weights."""
     return (
         before.type == after.type
         and len(before.declared) == len(before.shape) == len(after.shape)
-        and all(size in (None, ran) for size, ran in zip(before.declared, after.shape, strict=True))
+        and all(declared in (None, size) for declared, size in zip(before.declared, after.shape, strict=True))
     )
 
 
 def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
-    pairs = [(one, after.outputs.get(name)) for name, one in before.outputs.items()]
-    measured, holds = "other outputs", False
+    pairs = [(output, after.outputs.get(name)) for name, output in before.outputs.items()]
+    measured, holds = "different outputs", False
     if varying := sorted({*before.varying, *after.varying}):
-        measured = f"{', '.join(varying)} vary from run to run: --retrained compares none"
-    elif not any(one.values for one in before.outputs.values()):
-        measured = "no output has a value on random inputs: --retrained compares none"
+        measured = f"{', '.join(varying)} vary from run to run; use --retrained to skip this check"
+    elif not any(output.values for output in before.outputs.values()):
+        measured = "no output has a value on random inputs; use --retrained to skip this check"
     elif before.outputs.keys() == after.outputs.keys() and all(_same_form(*pair) for pair in pairs):
-        worst = float(np.max([one.apart(other) for one, other in pairs if other is not None]))  # NaN where one is
-        measured, holds = f"{worst:.1e} apart", worst <= tolerance
+        worst = float(np.max([old.apart(new) for old, new in pairs if new is not None]))  # NaN if one of them is
+        measured, holds = f"{worst:.1e} relative difference", worst <= tolerance
     names = ", ".join(before.outputs)
     return Finding(name="parity", baseline=names, measured=measured, limit=f"{tolerance:g} relative", holds=holds)
 
 
-def _same_form(one: Output, other: Output | None) -> bool:
-    mine, its = ((o.shape, o.exact, len(o.values), o.infinite) if o is not None else None for o in (one, other))
-    return mine == its
+def _same_form(old: Output, new: Output | None) -> bool:
+    forms = [(output.shape, output.exact, len(output.values), output.infinite) for output in (old, new) if output is not None]
+    return new is not None and forms[0] == forms[1]
 
 
-def _alike(one: Output, other: Output, tolerance: float) -> bool:
-    return _same_form(one, other) and one.apart(other) <= tolerance
+def _alike(old: Output, new: Output, tolerance: float) -> bool:
+    return _same_form(old, new) and old.apart(new) <= tolerance
 
 
 def _score(old: float, after: Facts, drop: float) -> Finding:

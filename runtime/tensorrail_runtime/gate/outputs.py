@@ -1,6 +1,6 @@
-"""A verdict in the forms that CI systems read: JUnit XML, the JSON of github-action-benchmark, a summary and annotations.
+"""Writes a verdict in the formats of CI systems: JUnit XML, JSON for github-action-benchmark, a summary and annotations.
 
-Names in a verdict come from the files that were checked, which may be a stranger's: each form escapes them.
+Names in a verdict come from the checked files, which may be untrusted: each format escapes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def junit(verdict: Verdict) -> str:
-    """Return one test suite with a test case a finding."""
+    """Return JUnit XML: one test suite with one test case per finding."""
     failed = [finding for finding in verdict.findings if not finding.holds]
     suite = ET.Element(
         "testsuite", name=f"tensorrail regress {verdict.model}", tests=str(len(verdict.findings)), failures=str(len(failed))
@@ -29,7 +29,7 @@ def junit(verdict: Verdict) -> str:
             ET.SubElement(case, "failure", message=text).text = text
     root = ET.Element("testsuites")
     root.append(suite)
-    for element in root.iter():  # XML has no way to write control characters
+    for element in root.iter():  # XML cannot represent control characters
         element.attrib.update({key: _NOT_XML.sub("\ufffd", value) for key, value in element.attrib.items()})
         element.text = _NOT_XML.sub("\ufffd", element.text) if element.text else element.text
     ET.indent(root)
@@ -37,9 +37,9 @@ def junit(verdict: Verdict) -> str:
 
 
 def smaller_is_better(verdict: Verdict) -> str:
-    """Return the `customSmallerIsBetter` list of github-action-benchmark: the median latency, and the relative time.
+    """Return the JSON list `customSmallerIsBetter` of github-action-benchmark: the median latency and the relative time.
 
-    It is empty for a model that was not timed.
+    The list is empty for a model that was not timed.
     """
     timing = verdict.timing
     if timing is None:
@@ -58,15 +58,15 @@ def smaller_is_better(verdict: Verdict) -> str:
 
 
 def markdown(verdict: Verdict) -> str:
-    """Return the verdict as GitHub's Markdown, for a job's summary: one row a finding."""
+    """Return the verdict as GitHub Markdown for the summary of a job: one row per finding."""
     rows = [
         f"| {' | '.join(map(_cell, (f.name, f.baseline, f.measured, f.limit)))} | {'yes' if f.holds else '**NO**'} |"
         for f in verdict.findings
     ]
     lines = [
-        f"### {'✅' if verdict.holds else '❌'} {_cell(verdict.model)}: {'no regression' if verdict.holds else 'falls short'}",
+        f"### {'✅' if verdict.holds else '❌'} {_cell(verdict.model)}: {'no regression' if verdict.holds else 'regression'}",
         "",
-        "| what | baseline | measured | limit | holds |",
+        "| check | baseline | measured | limit | within limit |",
         "|---|---|---|---|---|",
         *rows,
         "",
@@ -77,7 +77,7 @@ def markdown(verdict: Verdict) -> str:
 
 
 def workflow_commands(verdict: Verdict) -> str:
-    """Return GitHub's workflow commands, one a line: an error a finding that falls short, a warning on times of another day."""
+    """Return GitHub's workflow commands, one per line: an error for each failed finding, a warning on recorded times."""
     lines = [
         _command("error", f"{f.name} of {verdict.model}", f"measured {f.measured}, baseline {f.baseline}, limit {f.limit}")
         for f in verdict.findings
@@ -96,17 +96,17 @@ def _times(verdict: Verdict) -> str:
 
 
 def _where(verdict: Verdict) -> str:
-    place = verdict.machine
-    return f"{place.processor}, {place.cores} cores, ONNX Runtime {place.onnxruntime}"
+    machine = verdict.machine
+    return f"{machine.processor}, {machine.cores} cores, ONNX Runtime {machine.onnxruntime}"
 
 
 def _cell(text: str) -> str:
-    """Return text that stays one cell of a table, and plain text: no line break, no Markdown, no HTML."""
+    """Escape text so that it is one cell of a table: no line break, no Markdown, no HTML."""
     return re.sub(r"([\\`*_{}\[\]<>|#!~&@])", r"\\\1", " ".join(text.split()))
 
 
 def _command(kind: str, title: str, message: str) -> str:
-    """Return one workflow command; a line break in it would begin another one."""
+    """Return one workflow command; line breaks are escaped, since they would start another command."""
 
     def escaped(text: str) -> str:
         return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

@@ -1,8 +1,8 @@
-"""What a graph costs on paper: parameters, MACs, FLOPs, bytes moved and kernels, from its shapes. FLOPs = 2 × MACs.
+"""Computes the cost of a graph from its shapes: parameters, MACs, FLOPs, bytes moved and kernels. FLOPs = 2 × MACs.
 
 Only products are counted: Conv, ConvTranspose, Einsum, Gemm, MatMul, their quantized forms, and those of LSTM, GRU, RNN and the
-body of a Scan at every time step. Any operator that `operators` knows neither to multiply nor not to is listed in `uncounted`,
-never taken for zero in silence: If and Loop among them, whose bodies run an unknown number of times.
+body of a Scan at every time step. An operator that `operators` does not know is listed in `uncounted` and never silently
+counted as zero; so are If and Loop, whose bodies run an unknown number of times.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import onnx
 import onnx.inliner
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
 from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
-_SCAN_OPSET = 9  # before it a Scan has a batch axis of its own
+_SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
-"""Nodes that compute nothing: views of what is there, and what ONNX Runtime folds away."""
+"""Nodes that launch no kernel: views, and nodes that ONNX Runtime folds into constants."""
 
 
 class NodeCost(Record):
-    """One node that multiplies."""
+    """The cost of one node that multiplies."""
 
     name: str
     op: str
-    weight: str  # the constant operand's name; empty when both are computed
+    weight: str  # name of the constant operand; empty when both operands are computed
     input: tuple[int, ...]
     output: tuple[int, ...]
     params: int
@@ -47,17 +47,17 @@ class NodeCost(Record):
 
 
 class GraphCost(PrintedRecord):
-    """A whole graph at one batch size."""
+    """The cost of a whole graph at one batch size."""
 
     model: str
     batch: int
-    params: int  # values in floating-point constants, those of bodies included, each counted once
-    bytes: int  # of the files on disk, external data included
+    params: int  # values in floating-point constants, including those of bodies, each counted once
+    bytes: int  # of the files on disk, including external data
     macs: int
-    activation_bytes: int  # read and written by all nodes, constants left out, nothing fused
-    kernels: int  # nodes that compute, nothing fused, those of a Scan's body at every step if their number is known
-    nodes: int  # those of bodies included, once
-    unshaped: int  # tensors whose size is not known, left out of activation_bytes
+    activation_bytes: int  # read and written by all nodes, without constants and without fusion
+    kernels: int  # nodes that compute, without fusion; those of a Scan's body at every step, if the number of steps is known
+    nodes: int  # including those of bodies, each counted once
+    unshaped: int  # tensors of unknown size, which activation_bytes leaves out
     layers: tuple[NodeCost, ...]
     uncounted: tuple[str, ...]
 
@@ -92,9 +92,20 @@ class GraphCost(PrintedRecord):
 
 
 def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> GraphCost:
-    """Return the cost of a model, its dynamic axes set by `shapes` or else to `batch`.
+    """Return the cost of a model, computed from its shapes.
 
-    Raises `ModelError` when shapes cannot be inferred, and for a shape of an input that is not there or has other axes.
+    Args:
+        path: the ONNX file.
+        batch: the size of dynamic axes that `shapes` does not set.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        Parameters, MACs, bytes and kernels of the graph, and the cost of each node that multiplies.
+
+    Raises:
+        ModelError: the file is not a valid model, a shape that is needed cannot be inferred, or `shapes` names an unknown
+            input or does not fit an input's axes.
+
     """
     path = Path(path)
     try:
@@ -107,27 +118,27 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
-        raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({str(error).splitlines()[0]})") from None
+        raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({first_line(error)})") from None
     known = _shapes(inferred.graph)
-    asked = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
-    if any(name and name not in known for node in asked for name in (*node.input, node.output[0])):
-        seen = seen_shapes(bound, batch, shapes)
-        inferred = _with_shapes(inferred, seen)
-        known = _shapes(inferred.graph) | seen
+    counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
+    if any(name and name not in known for node in counted for name in (*node.input, node.output[0])):
+        observed = seen_shapes(bound, batch, shapes)
+        inferred = _with_shapes(inferred, observed)
+        known = _shapes(inferred.graph) | observed
     try:
         return _counted(inferred, known, path, samples)
     except ModelError:
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{path}: holds a node that is none of ONNX's: its inputs, outputs or weights do not fit ({error})"
+            f"{path}: contains a node that is not valid ONNX: its inputs, outputs or weights do not fit ({error})"
         ) from None
 
 
 def _loaded(path: Path) -> onnx.ModelProto:
     model = onnx.load(path)
     if not model.graph.node:
-        raise ModelError(f"{path}: holds no node: expected an ONNX model")
+        raise ModelError(f"{path}: contains no nodes: expected an ONNX model")
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
@@ -145,7 +156,7 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
             elif node.op_type in MACS:
                 layers.append(_node(node, scope, path))
             elif node.op_type == "Scan" and (body := _body(node, scope, opset)) is not None:
-                scopes.append(body)  # and counted in its turn
+                scopes.append(body)  # which this loop reaches later
                 continue
             elif node.op_type not in (CONTRIB_NO_MACS if node.domain == "com.microsoft" else NO_MACS):
                 uncounted.add(node.op_type)
@@ -172,7 +183,7 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Return initializers and the tensors of Constant nodes by name."""
+    """Return the initializers and the tensors of Constant nodes of a graph, by name."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:
@@ -183,36 +194,36 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 @dataclass(frozen=True)
 class _Scope:
-    """A graph or a Scan's body, how often it runs, and what is known of the tensors that are seen there."""
+    """A graph or the body of a Scan, how often it runs, and the shapes and constants that are visible in it."""
 
     graph: onnx.GraphProto
     times: int
     shapes: dict[str, tuple[int, ...]]
     itemsizes: dict[str, int]
-    constants: dict[str, onnx.TensorProto | None]  # None: one that is no tensor
+    constants: dict[str, onnx.TensorProto | None]  # None for a constant that is not a tensor
 
     @classmethod
     def of(
-        cls, graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]], around: _Scope | None = None, times: int = 1
+        cls, graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]], outer: _Scope | None = None, times: int = 1
     ) -> _Scope:
         values = [*graph.input, *graph.value_info, *graph.output]
-        other = {name: None for node in graph.node if node.op_type == "Constant" for name in node.output}
+        not_tensors = {name: None for node in graph.node if node.op_type == "Constant" for name in node.output}
         return cls(
             graph=graph,
-            times=times * (around.times if around else 1),
-            shapes={**(around.shapes if around else {}), **shapes},
-            itemsizes={**(around.itemsizes if around else {}), **{value.name: _itemsize(value) for value in values}},
-            constants={**(around.constants if around else {}), **other, **constants_of(graph)},
+            times=times * (outer.times if outer else 1),
+            shapes={**(outer.shapes if outer else {}), **shapes},
+            itemsizes={**(outer.itemsizes if outer else {}), **{value.name: _itemsize(value) for value in values}},
+            constants={**(outer.constants if outer else {}), **not_tensors, **constants_of(graph)},
         )
 
     def size_of(self, name: str) -> int | None:
-        """Return the bytes of a tensor; None where its shape or type is not known."""
+        """Return the size of a tensor in bytes; None where its shape or type is unknown."""
         known = name in self.shapes and name in self.itemsizes
         return math.prod(self.shapes[name]) * self.itemsizes[name] if known else None
 
 
 def _body(node: onnx.NodeProto, scope: _Scope, opset: int) -> _Scope | None:
-    """Return a Scan's body; None where its number of steps, or a shape that its products need, is not known."""
+    """Return the body of a Scan; None where the number of steps, or a shape that its products need, is unknown."""
     attributes = {attribute.name: attribute for attribute in node.attribute}
     count = attributes["num_scan_inputs"].i if "num_scan_inputs" in attributes else 0
     known = node.domain in ("", "ai.onnx") and opset >= _SCAN_OPSET and "body" in attributes and 0 < count <= len(node.input)
@@ -235,20 +246,20 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
         if name and name not in shapes:
             raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
     sizes, out = [shapes[name] for name in operands], shapes.get(node.output[0], ())
-    stored = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
+    constants = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
     return NodeCost(
         name=node.name,
         op=node.op_type,
-        weight=next((name for name in operands if name in stored), ""),
+        weight=next((name for name in operands if name in constants), ""),
         input=sizes[0],
         output=out,
-        params=sum(math.prod(stored[name].dims) for name in _weights(node, operands) if name in stored),
+        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants),
         macs=scope.times * MACS[node.op_type](node, sizes, out),
     )
 
 
 def _weights(node: onnx.NodeProto, operands: list[str]) -> list[str]:
-    """Return the operands that may be weights: both of a product, W and R of a recurrent layer."""
+    """Return the operands that may be weights: both of a product, or W and R of a recurrent layer."""
     return list(node.input[1:3]) if node.op_type in ("LSTM", "GRU", "RNN") else operands
 
 
@@ -258,36 +269,50 @@ def _itemsize(value: onnx.ValueInfoProto) -> int:
 
 
 def _samples(model: onnx.ModelProto, batch: int, shapes: Shapes) -> int:
-    """Return the samples of a run, as `inputs.batch_of` tells them."""
-    names = {tensor.name for tensor in model.graph.initializer}
-    free = [value for value in model.graph.input if value.name not in names]
+    """Return the number of samples in a run, as `inputs.batch_of` computes it."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in initializers]
     axes = [
         [a.dim_value if a.HasField("dim_value") and a.dim_value >= 0 else None for a in v.type.tensor_type.shape.dim]
-        for v in free
+        for v in inputs
     ]
-    return batch_of(axes, batch, [shapes.get(value.name) for value in free])
+    return batch_of(axes, batch, [shapes.get(value.name) for value in inputs])
 
 
 def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
-    """Set every dynamic axis of the inputs and forget the shapes that were stored for others.
+    """Set every dynamic axis of the inputs, and remove the stored shapes of all other tensors.
 
-    An axis that is stored as −1 is dynamic too, as ONNX Runtime takes it.
+    An axis that is stored as −1 is dynamic too, as in ONNX Runtime.
+
+    Args:
+        model: the model, which is changed.
+        batch: the size of dynamic axes of inputs that `shapes` does not name.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: `shapes` names an unknown input or does not fit an input's axes.
+
     """
     del model.graph.value_info[:]
-    names = {tensor.name for tensor in model.graph.initializer}
-    free = [value for value in model.graph.input if value.name not in names]
-    for name in set(shapes) - {value.name for value in free}:
-        raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(v.name for v in free)}")
-    for value in free:
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in initializers]
+    for name in set(shapes) - {value.name for value in inputs}:
+        raise ModelError(
+            f"shapes: unknown input {name!r}; the model's inputs are {', '.join(v.name for v in inputs) or 'none'}"
+        )
+    for value in inputs:
         axes = value.type.tensor_type.shape.dim
-        wanted = shapes.get(value.name, [batch] * len(axes))
-        if len(wanted) != len(axes):
-            raise ModelError(f"input {value.name!r} has {len(axes)} axes, and the shape {list(wanted)} came")
-        for axis, size in zip(axes, wanted, strict=True):
+        shape = shapes.get(value.name, [batch] * len(axes))
+        if len(shape) != len(axes):
+            raise ModelError(f"input {value.name!r}: expected a shape of {len(axes)} axes, got {list(shape)}")
+        for axis, size in zip(axes, shape, strict=True):
             if not axis.HasField("dim_value") or axis.dim_value < 0:
                 axis.dim_value = size
             elif value.name in shapes and axis.dim_value != size:
-                raise ModelError(f"input {value.name!r} has an axis of {axis.dim_value}, and the shape {list(wanted)} came")
+                raise ModelError(f"input {value.name!r}: expected {axis.dim_value} for a fixed axis, got shape {list(shape)}")
     for value in model.graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
@@ -295,7 +320,7 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
 
 
 def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """Return the model with these shapes where the types of tensors are known, and inferred anew: for the bodies within it."""
+    """Set these shapes where the types of the tensors are known, and infer the shapes in the bodies from them."""
     for value in model.graph.value_info:
         if value.name in shapes and value.type.tensor_type.elem_type:
             kind = value.type.tensor_type.elem_type
@@ -307,25 +332,31 @@ def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a run of the model shows, where inference cannot follow how they are computed.
+    """Return the shapes of all tensors in a run of the model, for graphs whose shapes cannot be inferred.
 
-    Nothing where the model does not run, or is too large to be handed over in memory.
+    Args:
+        bound: the model, with inputs of fixed shapes.
+        batch: the size of dynamic axes that `shapes` does not set.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        The shape of each tensor by name; empty if the model does not run or is too large to be passed in memory.
+
     """
-    shown = onnx.ModelProto()
-    shown.CopyFrom(bound)
-    given = {value.name for value in bound.graph.output}
-    names = [name for node in bound.graph.node for name in node.output if name and name not in given]
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    exposed = onnx.ModelProto()  # with every tensor as an output
+    exposed.CopyFrom(bound)
+    outputs = {value.name for value in bound.graph.output}
+    names = [name for node in bound.graph.node for name in node.output if name and name not in outputs]
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
         arrays = session.run(None, random_inputs(session, batch, shapes=shapes))
-    except Exception:  # noqa: BLE001 - what cannot be seen is reported by its node, where it is needed
+    except Exception:  # noqa: BLE001 - a missing shape is reported later, with the node that needs it
         return {}
-    found = {value.name: np.shape(array) for value, array in zip(session.get_outputs(), arrays, strict=True)}
-    return {name: tuple(shape) for name, shape in found.items()}
+    return {value.name: tuple(np.shape(array)) for value, array in zip(session.get_outputs(), arrays, strict=True)}
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:

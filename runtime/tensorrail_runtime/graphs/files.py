@@ -1,4 +1,4 @@
-"""The files that make up a model, the graph's own and the external data beside it, and the graphs within a graph."""
+"""The files of a model (the graph and its external data), and the graphs inside a graph."""
 
 from __future__ import annotations
 
@@ -13,51 +13,57 @@ from tensorrail_runtime.errors import ModelError
 
 
 def external_files(path: Path) -> list[str]:
-    """Return where a model's external data lie, relative to its folder; `ModelError` for a place outside it, or a link."""
+    """Return the paths of a model's external data, relative to its folder.
+
+    Raises:
+        ModelError: the file is not a model, or a path is missing, a link, or outside the folder.
+
+    """
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except DecodeError:
         raise ModelError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
-    found: dict[str, None] = {}
+    locations: dict[str, None] = {}
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            found |= {entry.value: None for entry in tensor.external_data if entry.key == "location"}
-    home = path.parent.resolve()
-    for location in found:
-        place = PurePosixPath(location)
-        if not location or place.is_absolute() or ".." in place.parts or (home / place).resolve() != home / place:
+            locations |= {entry.value: None for entry in tensor.external_data if entry.key == "location"}
+    folder = path.parent.resolve()
+    for location in locations:
+        relative = PurePosixPath(location)
+        absolute = folder / relative
+        if not location or relative.is_absolute() or ".." in relative.parts or absolute.resolve() != absolute:
             raise ModelError(
-                f"{path}: its external data {location!r} leave the model's folder, or are a link: neither read nor copied"
+                f"{path}: its external data {location!r} are outside the model's folder or a link: store them beside the model"
             )
-        if not (home / place).is_file():
-            raise ModelError(f"{path}: its external data {location!r} are not there: expected beside the model")
-    return list(found)
+        if not absolute.is_file():
+            raise ModelError(f"{path}: its external data {location!r} are missing: expected a file beside the model")
+    return list(locations)
 
 
 def bytes_of(path: Path) -> int:
-    """Return the size of a model's file and of the external data beside it."""
+    """Return the size in bytes of a model's file and its external data."""
     return sum(file.stat().st_size for file in _files(path))
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hash of a model's file, followed by its external data in the order of their names."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of a model's file followed by its external data in the order of their names."""
+    digest = hashlib.sha256()
     for file in _files(path):
         with file.open("rb") as stream:
             while block := stream.read(2**20):
-                found.update(block)
-    return found.hexdigest()
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Return the version of ONNX's own operators that a model is written in; 0 where it names none."""
-    return next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
+    """Return the version of ONNX's own operator set that a model uses; 0 where it names none."""
+    return next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0)
 
 
 def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield the bodies of a graph's If, Loop and Scan nodes."""
+    """Yield the graphs in the attributes of a graph's nodes: the bodies of If, Loop and Scan."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
@@ -66,7 +72,7 @@ def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def descendants(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield the bodies of a graph's nodes, and the bodies within them."""
+    """Yield the bodies of a graph's nodes, and all bodies inside them."""
     for body in bodies(graph):
         yield body
         yield from descendants(body)
@@ -77,12 +83,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Return every tensor of a message, wherever it stands: initializers, attributes, bodies, functions."""
+    """Yield every tensor in a message: of initializers, attributes, bodies and functions."""
     for kind, value in message.ListFields():
         if kind.message_type is None:
             continue
-        for part in [value] if isinstance(value, Message) else value:
-            if isinstance(part, onnx.TensorProto):
-                yield part
+        for item in [value] if isinstance(value, Message) else value:
+            if isinstance(item, onnx.TensorProto):
+                yield item
             else:
-                yield from _tensors(part)
+                yield from _tensors(item)

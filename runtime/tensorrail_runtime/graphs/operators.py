@@ -1,4 +1,4 @@
-"""What the operators of ONNX multiply: the MACs of each that has any, and those that have none.
+"""Counts the MACs of ONNX operators, and lists the operators that have none.
 
 Element-wise, pooling, normalising and data-moving operators have no MACs in this convention.
 """
@@ -11,7 +11,7 @@ import onnx
 
 Shape = tuple[int, ...]
 
-DOMAINS = ("", "ai.onnx", "com.microsoft")  # others mean something else by the same names
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # other domains use the same names for other operators
 
 # fmt: off
 NO_MACS = frozenset((
@@ -37,7 +37,7 @@ NO_MACS = frozenset((
     "Unsqueeze", "Upsample", "Where", "Xor",
 ))
 
-CONTRIB_NO_MACS = frozenset((  # of com.microsoft, which ONNX Runtime's optimizer and quantizer write
+CONTRIB_NO_MACS = frozenset((  # of com.microsoft: ONNX Runtime's optimizer and quantizer create them
     "BiasAdd", "BiasDropout", "BiasGelu", "BiasSoftmax", "BiasSplitGelu", "CropAndResize", "DequantizeLinear",
     "EmbedLayerNormalization", "ExpandDims", "FastGelu", "GatherND", "Gelu", "GroupNorm", "LayerNormalization", "NhwcMaxPool",
     "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMul",
@@ -49,9 +49,9 @@ CONTRIB_NO_MACS = frozenset((  # of com.microsoft, which ONNX Runtime's optimize
 
 
 def operands_of(node: onnx.NodeProto) -> list[str]:
-    """Return the tensors that a product multiplies, whose shapes say how much."""
-    picked = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS.get(node.op_type, (0, 1))
-    return [node.input[index] for index in picked]
+    """Return the names of the tensors that a node multiplies."""
+    indices = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS.get(node.op_type, (0, 1))
+    return [node.input[index] for index in indices]
 
 
 def _conv(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
@@ -59,7 +59,8 @@ def _conv(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
 
 
 def _conv_transpose(_: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
-    return math.prod(operands[0]) * math.prod(operands[1][1:])  # weight (I, O / group, *K), every input value meets it once
+    # Each input value is multiplied once with each entry of its slice of the weight (I, O / group, *K).
+    return math.prod(operands[0]) * math.prod(operands[1][1:])
 
 
 def _gemm(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
@@ -70,7 +71,7 @@ def _gemm(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
 def _matmul(node: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
     flags = {attribute.name for attribute in node.attribute if attribute.i}  # of a FusedMatMul
     shape = operands[0]
-    if "transBatchA" in flags and len(shape) > 2:  # (M, batch, K) is taken as (batch, M, K)
+    if "transBatchA" in flags and len(shape) > 2:  # (M, batch, K) is read as (batch, M, K)
         shape = (*shape[1:-1], shape[0], shape[-1])
     return math.prod(out) * shape[-2 if "transA" in flags else -1]
 
@@ -82,9 +83,9 @@ def _recurrent(node: onnx.NodeProto, operands: list[Shape], _: Shape) -> int:
 
 
 def _einsum(node: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
-    """Count the products of two operands after the other, as ONNX Runtime contracts them: from the left.
+    """Count the MACs of contracting two operands at a time, from the left, as ONNX Runtime does.
 
-    What only one operand has is summed up first.
+    An axis that only one operand has is summed first.
     """
     equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation").replace(" ", "")
     left, arrow, right = equation.partition("->")
@@ -93,18 +94,18 @@ def _einsum(node: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
     for term, shape in zip(left.split(","), operands, strict=True):
         rest = len(shape) - len(term.replace("...", ""))
         before, _, after = term.partition("...")
-        labels = [*before, *(f"...{k}" for k in range(rest, 0, -1)), *after]  # what it stands for is aligned right
+        labels = [*before, *(f"...{k}" for k in range(rest, 0, -1)), *after]  # the axes of ... are aligned on the right
         for label, size in zip(labels, shape, strict=True):
             sizes[label] = max(size, sizes.get(label, 1))
         terms.append(set(labels))
-    kept = right if arrow else [label for label in sizes if left.count(label) == 1]
-    out = {label for label in sizes if label in kept or label.startswith("...")}
-    macs, held = 0, terms[0]
+    output_labels = right if arrow else [label for label in sizes if left.count(label) == 1]
+    out = {label for label in sizes if label in output_labels or label.startswith("...")}
+    macs, contracted = 0, terms[0]
     for number, term in enumerate(terms[1:], 1):
-        wanted = out.union(*terms[number + 1 :])
-        held = (held & (wanted | term)) | (term & (wanted | held))
-        macs += math.prod(sizes[label] for label in held)
-        held &= wanted
+        needed = out.union(*terms[number + 1 :])  # labels of the output and of later operands
+        contracted = (contracted & (needed | term)) | (term & (needed | contracted))
+        macs += math.prod(sizes[label] for label in contracted)
+        contracted &= needed
     return macs
 
 

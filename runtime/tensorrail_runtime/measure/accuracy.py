@@ -1,8 +1,8 @@
-"""How good the answers of ONNX models are on data: top-1, top-5 or an own metric, and whether two models really differ.
+"""Measures the accuracy of ONNX models on labelled data, by top-1, top-5 or a custom metric, and compares two models.
 
-The two models answer the same samples, so the comparison is paired: McNemar's exact test on the samples that only one of
-them gets right (McNemar 1947), and the interval of Agresti and Min (2005) for the difference of the two rates. An own
-metric that gives each sample a score is compared by Wilcoxon's signed ranks and the mean difference's normal interval.
+Both models are scored on the same samples, so the comparison is paired: McNemar's exact test on the samples that only one of
+them gets right (McNemar 1947), and the interval of Agresti and Min (2005) for the difference of the two rates. Scores of
+another kind are compared by Wilcoxon's signed-rank test and a normal interval of the mean difference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorrail_runtime.sessions.session import Session, open_session, require_t
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
-"""Takes a batch's outputs by name and its labels, and returns one score a sample: right or wrong, or any number."""
+"""Takes the outputs of a batch by name and its labels, and returns one score per sample: 0 or 1, or any number."""
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -52,19 +52,19 @@ class Labelled:
 
 
 class Accuracy(Record):
-    """Correct answers out of all, the percentage, and its 95 % interval (Wilson 1927)."""
+    """The number of correct answers, their percentage, and its 95 % confidence interval (Wilson 1927)."""
 
     correct: int
     total: int
 
     @property
     def percent(self) -> float:
-        """Correct answers in percent."""
+        """The percentage of correct answers."""
         return 100 * self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the percentage."""
+        """The 95 % confidence interval of the percentage."""
         from scipy import stats
 
         low, high = stats.binomtest(self.correct, self.total).proportion_ci(method="wilson")
@@ -72,7 +72,7 @@ class Accuracy(Record):
 
 
 class Evaluation(PrintedRecord):
-    """The scores of one model, one a sample."""
+    """The scores of one model, one per sample."""
 
     model: str
     metric: str
@@ -80,7 +80,7 @@ class Evaluation(PrintedRecord):
 
     @property
     def mean(self) -> float:
-        """The mean score: for right-or-wrong metrics the share of right answers."""
+        """The mean score: for metrics of 0 and 1, the share of correct answers."""
         return float(np.mean(self.scores))
 
     def shown(self) -> tuple[Part, ...]:
@@ -89,17 +89,17 @@ class Evaluation(PrintedRecord):
 
 
 class Comparison(PrintedRecord):
-    """Two models on the same samples. `difference` is candidate − reference of the mean score, with its 95 % interval."""
+    """Two models on the same samples. `difference` is the mean score of candidate − reference, with its 95 % interval."""
 
     reference: Evaluation
     candidate: Evaluation
-    only_reference: int  # samples that only the reference gets right, or scores higher
+    only_reference: int  # samples that only the reference gets right, or on which it scores higher
     only_candidate: int
     difference: float
     low: float
     high: float
     test: str
-    p_value: float  # of no difference
+    p_value: float  # of the hypothesis that the models do not differ
 
     def shown(self) -> tuple[Part, ...]:
         """Return the table of both models, and the paired test."""
@@ -116,28 +116,54 @@ def _scores(*evaluations: Evaluation) -> Table:
 
 
 def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch: int = 64, provider: str = "cpu") -> Accuracy:
-    """Return the top-1 accuracy of a model with one input (N, …) and class scores (N, classes) as its first output."""
+    """Measure the top-1 accuracy of a model.
+
+    Args:
+        path: the ONNX file; it takes one input, and its first output are class scores of shape (N, classes).
+        images: the samples, of shape (N, …).
+        labels: the integer labels, of shape (N,).
+        batch: the number of samples in each run.
+        provider: "cpu", "cuda" or "tensorrt".
+
+    Returns:
+        The number of correct answers out of all.
+
+    Raises:
+        ModelError: there are not as many images as labels, or the model cannot be run on them.
+
+    """
     if not np.size(images) or np.shape(images)[:1] != np.shape(labels)[:1]:
-        raise ModelError(
-            f"accuracy needs as many images as labels, and arrays of shape {np.shape(images)} and {np.shape(labels)} came"
-        )
+        raise ModelError(f"expected as many images as labels, got arrays of shape {np.shape(images)} and {np.shape(labels)}")
     name = _first_input(path, open_session(path, provider=provider))
-    found = evaluate(path, {name: images}, labels, batch=batch, settings=Session(provider=provider))
-    return Accuracy(correct=int(sum(found.scores)), total=len(labels))
+    evaluation = evaluate(path, {name: images}, labels, batch=batch, settings=Session(provider=provider))
+    return Accuracy(correct=int(sum(evaluation.scores)), total=len(labels))
 
 
 def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, provider: str = "cpu") -> Accuracy:
-    """Return the top-1 accuracy of a model as `accuracy` does, on batches (B, …), (B,) that come one after another."""
+    """Measure the top-1 accuracy of a model on an iterable of batches, which need not be in memory at once.
+
+    Args:
+        path: the ONNX file; it takes one input, and its first output are class scores of shape (B, classes).
+        batches: pairs of samples, of shape (B, …), and integer labels, of shape (B,).
+        provider: "cpu", "cuda" or "tensorrt".
+
+    Returns:
+        The number of correct answers out of all.
+
+    Raises:
+        ModelError: there are no samples, the model cannot be run on them, or its output is NaN.
+
+    """
     session = open_session(path, provider=provider)
     name, correct, total = _first_input(path, session), 0, 0
     for images, labels in batches:
         scores = next(iter(run(session, {name: images}).values()))
         if np.isnan(scores).any():
-            raise ModelError(f"{path}: its output holds NaN: nothing can be scored")
+            raise ModelError(f"{path}: its output holds NaN, which cannot be scored")
         correct += int((scores.argmax(1) == labels).sum())
         total += len(labels)
     if not total:
-        raise ModelError("accuracy needs samples, and none came")
+        raise ModelError("expected at least one sample to score, got none")
     return Accuracy(correct=correct, total=total)
 
 
@@ -151,40 +177,68 @@ def evaluate(
     settings: Session | None = None,
     on_batch: Callable[[float], None] = lambda _: None,
 ) -> Evaluation:
-    """Run the model on all samples, batch by batch, and score each; `on_batch` is told the share that is done."""
+    """Run a model on all samples, batch by batch, and score each sample.
+
+    Args:
+        path: the ONNX file.
+        arrays: the samples by the name of the input, each of shape (N, …).
+        labels: the labels, of shape (N, …).
+        metric: "top1", "top5", or `module:function` of a custom metric (see `Metric`).
+        batch: the number of samples in each run.
+        settings: the options of the session.
+        on_batch: called after each batch with the share of the samples that are scored.
+
+    Returns:
+        One score per sample.
+
+    Raises:
+        ModelError: the data do not fit the model, an output is NaN or not a tensor, or the metric is unknown or gives other
+            than one number per sample.
+
+    """
     scorer = metric_of(metric)
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     feeds = batches_of(session, arrays, batch)
     count = sum(map(samples_of, feeds))
     if not count or np.shape(labels)[:1] != (count,):
-        raise ModelError(
-            f"accuracy needs as many labels as samples, and labels of shape {np.shape(labels)} and {count} samples came"
-        )
+        raise ModelError(f"expected as many labels as samples, got labels of shape {np.shape(labels)} and {count} samples")
     scores: list[float] = []
     for feed in feeds:
         size = samples_of(feed)
         outputs = run(session, feed)
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
-                raise ModelError(f"{path}: output {name!r} holds NaN: nothing can be scored")
-        found = np.asarray(scorer(outputs, labels[len(scores) : len(scores) + size]), np.float64)
-        if found.shape != (size,):
-            raise ModelError(f"metric {metric}: expected one score for each of {size} samples, and shape {found.shape} came")
-        if np.isnan(found).any():
-            raise ModelError(f"metric {metric}: scored a sample as NaN, which can be held to nothing")
-        scores += found.tolist()
+                raise ModelError(f"{path}: output {name!r} holds NaN, which cannot be scored")
+        batch_scores = np.asarray(scorer(outputs, labels[len(scores) : len(scores) + size]), np.float64)
+        if batch_scores.shape != (size,):
+            raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {batch_scores.shape}")
+        if np.isnan(batch_scores).any():
+            raise ModelError(f"metric {metric}: expected a number for each sample, got NaN")
+        scores += batch_scores.tolist()
         on_batch(len(scores) / count)
     return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
 
 
 def compare_scores(reference: Evaluation, candidate: Evaluation) -> Comparison:
-    """Return the paired comparison of two evaluations of the same samples."""
-    from scipy import stats  # half a second to import, which every fresh process would pay
+    """Compare two evaluations of the same samples, as pairs.
+
+    Args:
+        reference: the scores of the reference, for example the dense model.
+        candidate: the scores of the other model.
+
+    Returns:
+        The difference of the mean scores with its 95 % interval, and the p-value of no difference.
+
+    Raises:
+        ModelError: the evaluations have different numbers of samples.
+
+    """
+    from scipy import stats  # imported here: half a second that every fresh process would pay
 
     a, b = np.array(reference.scores), np.array(candidate.scores)
     if a.shape != b.shape:
-        raise ModelError(f"the evaluations are of {len(a)} and {len(b)} samples: expected the same ones")
+        raise ModelError(f"expected two evaluations of the same samples, got {len(a)} and {len(b)} samples")
     better, worse, count = int((b > a).sum()), int((a > b).sum()), len(a)
     if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         test = "McNemar, exact"
@@ -211,52 +265,74 @@ def compare_scores(reference: Evaluation, candidate: Evaluation) -> Comparison:
 
 
 def metric_of(name: str) -> Metric:
-    """Return `top1`, `top5`, or the function of `module:function`; `ModelError` when there is none.
+    """Return the metric `top1`, `top5` or `module:function`; raises `ModelError` for an unknown one.
 
-    The two named ones score the first output, (N, classes), against integer labels (N).
+    `top1` and `top5` compare the first output, of shape (N, classes), with integer labels of shape (N,).
     """
     if name in ("top1", "top5"):
         return lambda outputs, labels: _top(next(iter(outputs.values())), labels, int(name[3:]))
-    found: Metric = imported(name, "metric", "top1, top5 or module:function")
-    return found
+    metric: Metric = imported(name, "metric", "top1, top5 or module:function")
+    return metric
 
 
 def _first_input(path: Path | str, session: ort.InferenceSession) -> str:
     entries = session.get_inputs()
     if not entries:
-        raise ModelError(f"{path}: takes no input: there is nothing that images could be given to")
+        raise ModelError(f"{path}: the model has no inputs, so it cannot be run on images")
     return str(entries[0].name)
 
 
 def imported(name: str, what: str, expected: str = "module:function") -> Callable[..., Any]:
-    """Return the function of `module:function`, looked for in the current folder too; `ModelError` when there is none."""
-    module, _, function = name.partition(":")
-    if not module or not function:
+    """Import a function by name, also from the current folder.
+
+    Args:
+        name: `module:function`.
+        what: what the function is, for error messages, such as "metric".
+        expected: the names that are allowed, for error messages.
+
+    Returns:
+        The function.
+
+    Raises:
+        ModelError: the name has another form, or cannot be imported, or is not a function.
+
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
         raise ModelError(f"unknown {what} {name!r}: expected {expected}")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does
-        sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as `python -m` does
+        sys.path.insert(0, folder)
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{what} {name!r} cannot be imported ({error})") from None
-    if not callable(found):
+    if not callable(function):
         raise ModelError(f"{what} {name!r} is not a function")
-    return found
+    return function
 
 
 def wrong_labels(labels: np.ndarray, classes: int) -> str:
-    """Return what is wrong with integer labels that are no classes of a model; empty where nothing is."""
+    """Check that integer labels are classes of a model.
+
+    Args:
+        labels: the labels, of shape (N,).
+        classes: the number of classes.
+
+    Returns:
+        An error message, or an empty text if the labels are valid.
+
+    """
     if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
         return ""
-    return f"the model has {classes} classes: expected labels 0 to {classes - 1}, and {labels.min()} to {labels.max()} came"
+    return f"the model has {classes} classes: expected labels 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
 
 
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
         raise ModelError(
-            f"top{count} scores an output of shape (samples, {count} or more classes) against integer labels, and shape "
-            f"{scores.shape} and {labels.dtype} labels came"
+            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels, got shape "
+            f"{scores.shape} and {labels.dtype} labels"
         )
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise ModelError(wrong)

@@ -1,4 +1,4 @@
-"""What a model takes beside time: load time and peak memory, each measured in a fresh process of its own."""
+"""Measures the load time and the memory of a model, in a fresh process."""
 
 from __future__ import annotations
 
@@ -12,22 +12,33 @@ from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import Session
 
-_RUNS = 3
+_RUNS = 3  # memory is allocated in the first runs
 
 
 class Footprint(Record):
-    """Load time in milliseconds, memory in MiB above that of the process without the model."""
+    """The load time in milliseconds and the memory in MiB, above that of the process without the model."""
 
     model: str
     load_ms: float
-    host_peak_mib: float | None  # None where the system does not tell
+    host_peak_mib: float | None  # None where the system does not report it
     gpu_mib: int | None  # None on the CPU
 
 
 def footprint(path: Path | str, *, settings: Session | None = None, batch: int = 1, shapes: Shapes | None = None) -> Footprint:
-    """Open the model in a fresh process, run it three times, and return what that took.
+    """Measure the load time and the memory of a model, which runs three times in a fresh process.
 
-    Dynamic axes are set by `shapes`, or else to `batch`.
+    Args:
+        path: the ONNX file.
+        settings: the options of the session.
+        batch: the size of dynamic axes that `shapes` does not set.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        The load time and the memory of host and GPU.
+
+    Raises:
+        ModelError: the model cannot be loaded or run.
+
     """
     request = {
         "path": str(path),
@@ -39,7 +50,7 @@ def footprint(path: Path | str, *, settings: Session | None = None, batch: int =
 
 
 def measure(request: dict[str, object]) -> str:
-    """Measure in this process, and return the record as JSON."""
+    """Measure in this process and return the record as JSON; `footprint` calls it in a fresh process."""
     from tensorrail_runtime.sessions.machine import gpu_memory_used
     from tensorrail_runtime.sessions.session import open_session, run
 
@@ -53,19 +64,19 @@ def measure(request: dict[str, object]) -> str:
     for _ in range(_RUNS):
         run(session, feed)
     after, gpu_after = _peak_mib(), gpu_memory_used() if on_gpu else None
-    found = Footprint(
+    measured = Footprint(
         model=Path(str(request["path"])).name,
         load_ms=load_ms,
         host_peak_mib=None if before is None or after is None else after - before,
         gpu_mib=None if gpu_before is None or gpu_after is None else gpu_after - gpu_before,
     )
-    return found.model_dump_json()
+    return measured.model_dump_json()
 
 
 def _peak_mib() -> float | None:
-    """Return the largest memory that this process had, None where the system does not tell.
+    """Return the peak memory of this process in MiB; None where the system does not report it.
 
-    Linux's getrusage counts what the process had before it became this program, which is its parent's: /proc does not.
+    On Linux, getrusage also counts the memory of the parent process before exec; /proc does not.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,4 +1,4 @@
-"""Latency of several models, interleaved in one process, so that whatever the machine does happens to all of them."""
+"""Measures the latency of several models, interleaved in one process, so that disturbances affect all of them alike."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from tensorrail_runtime.sessions.session import Session, open_session, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
 _MIN_ROUNDS = 20
-_MIN_CYCLES = 6  # the fewest values whose smallest and largest hold the median in 95 % of cases
-_FEW = 40  # cycles, below which blocks of them are too short
-_BLOCKS, _STUDENT = 8, 2.365  # blocks of cycles, and Student's 0.975 quantile at one degree of freedom less
-_TRIES = 300  # orders of a cycle of which the most even one is taken
-_BURST = 4
+_MIN_CYCLES = 6  # the fewest values whose range contains the median in 95 % of cases
+_FEW_CYCLES = 40  # with fewer, blocks of cycles are too short
+_BLOCKS, _STUDENT = 8, 2.365  # blocks of cycles, and Student's 0.975 quantile for 7 degrees of freedom
+_TRIES = 300  # random orders of a cycle, of which the most even one is used
+_BURST = 4  # runs in a row of each model
 _BURST_ROUNDS = 5
-_ROUNDS_ENOUGH = 400  # of bursts: layers of microseconds come to them long before their seconds are over
-_ENOUGH = {50: 20, 90: 100, 99: 1000}  # samples: at least ten of them lie beyond the percentile
-_UNSTABLE = 0.10  # coefficient of variation
-_LAUNCH = 8.0  # microseconds a node: about what launching one kernel costs on a GPU
+_ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
+_ENOUGH = {50: 20, 90: 100, 99: 1000}  # samples for a percentile: at least ten lie beyond it
+_UNSTABLE = 0.10  # coefficient of variation from which times are called unstable
+_LAUNCH = 8.0  # microseconds per node: about the cost of one kernel launch on a GPU
 
 
 class Latency(Record):
-    """One model's times at one batch size, in milliseconds; `samples` holds every one, in order.
+    """The times of one model at one batch size, in milliseconds.
 
-    A percentile is None when fewer than ten samples would lie beyond it.
+    `samples` holds every time, in order. A percentile is None when fewer than ten samples would lie beyond it.
     """
 
     model: str
@@ -50,31 +50,31 @@ class Latency(Record):
     p50: float
     p90: float | None
     p99: float | None = None
-    variation: float = 0.0  # standard deviation / mean, the slowest hundredth left out
-    throughput: float = 0.0  # samples of the batch a second, at p50
-    load_ms: float = 0.0  # from the file to a session that can run
+    variation: float = 0.0  # standard deviation / mean, without the slowest 1 % of the samples
+    throughput: float = 0.0  # samples of the batch per second, at p50
+    load_ms: float = 0.0  # from the file to a session that is ready to run
 
     @classmethod
     def of(cls, model: str, samples: Sequence[float], batch: int = 1, load_ms: float = 0.0) -> Latency:
-        """Return the record of these times in milliseconds."""
+        """Return the record of these times, in milliseconds."""
         times = np.asarray(samples)
-        found = {p: float(np.percentile(times, p)) if len(times) >= enough else None for p, enough in _ENOUGH.items()}
-        kept = times[times <= np.percentile(times, 99)]
+        percentiles = {p: float(np.percentile(times, p)) if len(times) >= enough else None for p, enough in _ENOUGH.items()}
+        trimmed = times[times <= np.percentile(times, 99)]
         median = float(np.median(times))
         return cls(
             model=model,
             samples=tuple(float(t) for t in samples),
             p50=median,
-            p90=found[90],
-            p99=found[99],
-            variation=float(kept.std() / kept.mean()) if len(kept) > 1 else 0.0,
+            p90=percentiles[90],
+            p99=percentiles[99],
+            variation=float(trimmed.std() / trimmed.mean()) if len(trimmed) > 1 else 0.0,
             throughput=1e3 * batch / median,
             load_ms=load_ms,
         )
 
 
 class Ratio(Record):
-    """How many times faster a model is than the first, with its 95 % interval."""
+    """How many times faster a model is than the reference, with its 95 % confidence interval."""
 
     model: str
     reference: str
@@ -84,10 +84,21 @@ class Ratio(Record):
 
 
 class LatencyReport(PrintedRecord):
-    """One interleaved run; `batch` are the samples of each run.
+    """The latency of one or more models, measured in turns.
 
-    `transfers` says whether inputs and outputs were copied between host and device in the times; `processes` in how many fresh
-    processes they were taken, 0 for the one that asked.
+    Attributes:
+        batch: the number of samples in each run.
+        provider: the name of the provider: "cpu", "cuda" or "tensorrt".
+        threads: the number of intra-op threads, 0 for ONNX Runtime's choice.
+        rounds: how often each model ran.
+        processes: the number of fresh processes in which the models ran; 0 if they ran in the calling process.
+        machine: the machine of the measurement.
+        latencies: the times of each model.
+        ratios: the speed-up of each other model over the first one.
+        transfers: whether the times contain the copies of inputs and outputs between host and device.
+        cuda_graph: whether CUDA graphs were used.
+        warnings: what makes the times less reliable than they seem.
+
     """
 
     batch: int
@@ -106,7 +117,7 @@ class LatencyReport(PrintedRecord):
 
     @property
     def fresh(self) -> str:
-        """In words in how many fresh processes it was timed, such as ` in 5 fresh processes`; nothing for none."""
+        """The number of fresh processes as text, such as ` in 5 fresh processes`; empty for none."""
         return f" in {self.processes} fresh process{'es' if self.processes > 1 else ''}" if self.processes else ""
 
     def shown(self) -> tuple[Part, ...]:
@@ -169,7 +180,7 @@ def bench(
 
     """
     if not paths:
-        raise ModelError("expected at least one model to measure, got none")
+        raise ModelError("nothing to measure: give at least one model")
     timing, settings = timing or Timing(), settings or Session()
     names = list(labels) if labels else _distinct(paths)
     if timing.processes:
@@ -182,7 +193,7 @@ def _here(
 ) -> LatencyReport:
     settings = replace(settings, linger=False)
     if settings.cuda_graph and not timing.io_binding:
-        raise ModelError("a CUDA graph replays fixed addresses: it needs IO binding as well")
+        raise ModelError("a CUDA graph replays fixed addresses and needs IO binding: set IO binding as well")
     runners = [runner(path, settings, timing) for path in paths]
     samples, ran_on = [one.samples for one in runners], [one.shapes for one in runners]
     runs = [one.run for one in runners]
@@ -229,12 +240,12 @@ def _in_fresh_processes(
     progress("measuring latency", 1.0)
     latencies = tuple(
         Latency.of(
-            same[0].model,
-            [sample for one in same for sample in one.samples],
+            model_runs[0].model,
+            [sample for latency in model_runs for sample in latency.samples],
             runs[0].batch,
-            float(np.median([one.load_ms for one in same])),
+            float(np.median([latency.load_ms for latency in model_runs])),
         )
-        for same in zip(*(run.latencies for run in runs), strict=True)
+        for model_runs in zip(*(run.latencies for run in runs), strict=True)
     )
     return runs[0].model_copy(
         update={
@@ -248,10 +259,18 @@ def _in_fresh_processes(
 
 
 def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> np.ndarray:
-    """Return milliseconds (models, rounds) in a fresh process: in each round every model runs four times in a row.
+    """Time models in a fresh process in which every model runs four times in a row in each round.
 
-    The first run of a burst finds the caches of another model and is left out; the median of the others counts. It takes
-    about `seconds`, or less where 400 rounds are done before. For models whose inputs have fixed shapes.
+    The first of the four runs finds the caches of another model and is left out; the median of the others counts.
+
+    Args:
+        paths: the ONNX files; their inputs have fixed shapes.
+        settings: the options of the sessions.
+        seconds: about how long to measure; 400 rounds are enough.
+
+    Returns:
+        Times in milliseconds, of shape (models, rounds).
+
     """
     request = {"paths": [str(path) for path in paths], "settings": asdict(settings), "seconds": seconds}
     return np.array(json.loads(fresh("tensorrail_runtime.measure.latency:_bursts_request", request)))
@@ -268,7 +287,7 @@ def _bursts_request(request: dict[str, Any]) -> str:
     rounds: list[list[float]] = []
     start, order = time.perf_counter(), list(range(len(runners)))
     while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
-        row = [0.0] * len(runners)
+        medians = [0.0] * len(runners)
         for index in order:
             runners[index]()
             samples = []
@@ -276,19 +295,19 @@ def _bursts_request(request: dict[str, Any]) -> str:
                 begin = time.perf_counter()
                 runners[index]()
                 samples.append(1e3 * (time.perf_counter() - begin))
-            row[index] = float(np.median(samples))
-        rounds.append(row)
+            medians[index] = float(np.median(samples))
+        rounds.append(medians)
         order.reverse()
     return json.dumps(np.array(rounds[1:]).T.tolist())
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A model that is open and ready to be timed."""
+    """A model that is loaded and ready to be timed."""
 
-    run: Callable[[], object]  # once, on the same random inputs
-    load_ms: float  # what opening took
-    samples: int  # of a run
+    run: Callable[[], object]  # runs the model once, on the same random inputs each time
+    load_ms: float  # how long opening took
+    samples: int  # in one run
     shapes: Mapping[str, tuple[int, ...]]  # of the inputs
 
 
@@ -311,7 +330,7 @@ def runner(path: Path | str, settings: Session, timing: Timing | None = None) ->
     if timing.io_binding:
         for name, array in example.items():
             if not isinstance(array, np.ndarray) or array.dtype == object:
-                raise ModelError(f"{path}: output {name!r} is no tensor of numbers, which IO binding needs: leave it out")
+                raise ModelError(f"{path}: output {name!r} is not a tensor of numbers: do not use IO binding")
     run_once = bound(session, feed, example, settings) if timing.io_binding else plain(session, feed)
     return Runner(run_once, load, samples, {name: array.shape for name, array in feed.items()})
 
@@ -319,9 +338,9 @@ def runner(path: Path | str, settings: Session, timing: Timing | None = None) ->
 def turns(
     runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
 ) -> list[list[float]]:
-    """Run all in turns for about `seconds`, `least` times each or more; milliseconds, one list each.
+    """Run all models in turns for about `seconds`, each at least `least` times, and return one list of milliseconds each.
 
-    Only whole cycles are run, in which each of n models runs n times: see `cycle_of`.
+    Only whole cycles run, in which each of n models runs n times: see `cycle_of`.
     """
     times: list[list[float]] = [[] for _ in runners]
     start, order = time.perf_counter(), cycle_of(len(runners))
@@ -336,43 +355,43 @@ def turns(
 
 @functools.cache
 def cycle_of(models: int) -> tuple[int, ...]:
-    """Return the order of a cycle: repeated, every model runs as often after itself as after each of the others.
+    """Return the order of the models in a cycle: when it repeats, each model runs equally often after every model.
 
     Such orders are the Eulerian circuits of the complete directed graph with loops (de Bruijn sequences of pairs). Of some
-    hundred drawn ones that is returned in which all models run at about the same time on average, so that a machine that
-    slows down meanwhile does so for all: A B B A for two. It ends with the first model, as the cycle before it did.
+    hundred random ones, it returns the order in which the average positions of the models differ least, so that a machine
+    that slows down affects all models alike: A B B A for two. It ends with the first model, as does the cycle before it.
     """
     rng = np.random.default_rng(0)
     best: tuple[int, ...] = ()
     least = math.inf
     for _ in range(_TRIES):
-        left = [list(rng.permutation(models)) for _ in range(models)]
+        unused = [list(rng.permutation(models)) for _ in range(models)]  # edges from each model
         path, circuit = [0], []
         while path:  # Hierholzer's algorithm
-            if left[path[-1]]:
-                path.append(left[path[-1]].pop())
+            if unused[path[-1]]:
+                path.append(unused[path[-1]].pop())
             else:
                 circuit.append(path.pop())
-        drawn = np.array(circuit[1:])
-        middles = [np.flatnonzero(drawn == model).mean() for model in range(models)]
+        order = np.array(circuit[1:])
+        middles = [np.flatnonzero(order == model).mean() for model in range(models)]
         if (spread := max(middles) - min(middles)) < least:
-            best, least = tuple(map(int, drawn)), spread
+            best, least = tuple(map(int, order)), spread
         if not least:
             break
     return best
 
 
 def plain(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    """Return a function that runs the session on arrays of the host, as a caller would."""
+    """Return a function that runs the session on arrays in host memory, as a caller would."""
     return lambda: session.run(None, feed)
 
 
 def bound(
     session: ort.InferenceSession, feed: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray], settings: Session
 ) -> Callable[[], object]:
-    """Return a function that runs the session on inputs that lie on the device, and waits for outputs that stay there.
+    """Return a function that runs the session on inputs on the device and waits for outputs that stay there.
 
-    `example` holds outputs of the right shapes and types: a CUDA graph replays into the same addresses, made once.
+    `example` holds outputs of the right shapes and types: buffers are allocated once, since a CUDA graph replays into them.
     """
     device = "cuda" if settings.on_gpu else "cpu"
     binding = session.io_binding()
@@ -388,7 +407,7 @@ def bound(
     def replay() -> object:
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return inputs, outputs  # kept alive with this function
+        return inputs, outputs  # so that the buffers live as long as this function
 
     return replay
 
@@ -396,14 +415,20 @@ def bound(
 def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
     """Return the speed-up of `other`: the median over cycles of reference time / its time, with its 95 % interval.
 
-    `cycle` runs are added up before they are divided: of single runs, those where a model has just run and finds its weights
-    in the caches differ from the others by more than what is asked for, and the median would lie between the two. Neighbouring
-    cycles share what the machine does beside, so the interval is Student's over the medians of eight long blocks of them. Of
-    fewer than 40 cycles it is the exact one between two of the sorted ratios, which needs six.
+    Times are summed over a cycle of runs before they are divided: a run right after the same model finds its weights in the
+    caches and is faster, and the median of single runs would lie between the two kinds. Adjacent cycles share disturbances of
+    the machine, so the interval is Student's over the medians of eight long blocks of cycles. With fewer than 40 cycles it is
+    the exact interval between two of the sorted ratios, which needs six.
+
+    Args:
+        reference: the times of the reference model.
+        other: the times of the other model, measured in turns with the reference.
+        cycle: the number of runs of each model in a cycle.
+
     """
     paired = _paired(reference, other, cycle)
     value = float(np.median(paired))
-    if len(paired) < _FEW:
+    if len(paired) < _FEW_CYCLES:
         low, high = _order_interval(paired)
         return Ratio(model=other.model, reference=reference.model, value=value, low=low, high=high)
     blocks = np.log([np.median(block) for block in np.array_split(paired, _BLOCKS)])
@@ -414,9 +439,9 @@ def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
 
 
 def _order_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the narrowest interval between the k-th smallest and k-th largest value that holds the median in 95 % of cases.
+    """Return the narrowest interval from the k-th smallest to the k-th largest value that contains the median in 95 % of cases.
 
-    As many of n values lie below the median as heads fall in n throws, so k is the binomial's.
+    The number of values below the median is binomial with probability 1/2, which gives k.
     """
     ranked, count = np.sort(values), len(values)
     beyond, rank = 0.0, 0
@@ -428,46 +453,46 @@ def _order_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def cycles(samples: Sequence[float], cycle: int) -> np.ndarray:
-    """Return the sums of every `cycle` samples, what is left over at the end left out."""
+    """Return the sum of every `cycle` samples; an incomplete cycle at the end is left out."""
     times = np.asarray(samples, np.float64)
     return np.asarray(times[: len(times) // cycle * cycle].reshape(-1, cycle).sum(1))
 
 
 def _paired(reference: Latency, other: Latency, cycle: int) -> np.ndarray:
-    sums = [cycles(one.samples, cycle) for one in (reference, other)]
+    sums = [cycles(latency.samples, cycle) for latency in (reference, other)]
     return np.asarray(sums[0] / sums[1])
 
 
 def _over_processes(runs: Sequence[LatencyReport], index: int) -> Ratio:
-    """Return the speed-up of the model of that index over the first: the geometric mean of the processes' medians."""
+    """Return the speed-up of one model over the first: the geometric mean of the medians of the processes."""
     first, other = (runs[0].latencies[k] for k in (0, index))
     cycle = len(runs[0].latencies)
     if len(runs) == 1:
         return ratio(first, other, cycle=cycle)
-    from scipy import stats  # half a second to import, which every fresh process would pay
+    from scipy import stats  # imported here: half a second that every fresh process would pay
 
-    found = np.log([np.median(_paired(run.latencies[0], run.latencies[index], cycle)) for run in runs])
-    half = float(stats.t.ppf(0.975, len(runs) - 1) * found.std(ddof=1) / np.sqrt(len(runs)))
-    value, low, high = (float(np.exp(found.mean() + shift)) for shift in (0.0, -half, half))
+    logs = np.log([np.median(_paired(run.latencies[0], run.latencies[index], cycle)) for run in runs])
+    half = float(stats.t.ppf(0.975, len(runs) - 1) * logs.std(ddof=1) / np.sqrt(len(runs)))
+    value, low, high = (float(np.exp(logs.mean() + shift)) for shift in (0.0, -half, half))
     return Ratio(model=other.model, reference=first.model, value=value, low=low, high=high)
 
 
 def _distinct(paths: Sequence[Path | str]) -> list[str]:
-    """Return the files' names, or their paths where two files have the same name."""
+    """Return the names of the files, or their paths where two files have the same name."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[str]:
     if len(set(samples)) > 1:
-        found = ", ".join(f"{name} {held}" for name, held in zip(names, samples, strict=True))
-        return [f"a run of each is of another number of samples ({found}): the speed-up is of runs, not of samples"]
-    for name, fed in zip(names, shapes, strict=True):
-        for key in fed.keys() & shapes[0].keys():
-            if fed[key] != shapes[0][key]:
+        counts = ", ".join(f"{name} {count}" for name, count in zip(names, samples, strict=True))
+        return [f"the models process different numbers of samples in a run ({counts}): the speed-up compares runs, not samples"]
+    for name, model_shapes in zip(names, shapes, strict=True):
+        for key in model_shapes.keys() & shapes[0].keys():
+            if model_shapes[key] != shapes[0][key]:
                 return [
-                    f"input {key!r} of {names[0]} was {list(shapes[0][key])} and that of {name} {list(fed[key])}: the speed-up "
-                    f"is not of the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
+                    f"input {key!r} had shape {list(shapes[0][key])} for {names[0]} and {list(model_shapes[key])} for {name}: "
+                    f"the models did not do the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
                 ]
     return []
 
@@ -475,23 +500,25 @@ def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mappi
 def _warnings(
     paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, batch: int, shapes: Shapes | None
 ) -> tuple[str, ...]:
-    """Return what makes these times less than they seem: an unstable machine, or kernels too small to be seen."""
+    """Return warnings on unstable times, on kernels too small for a GPU, and on nodes on another provider."""
     from tensorrail_runtime.measure.placement import placement
 
-    found = [
-        f"{latency.model}: unstable, its times vary by {latency.variation:.0%} (coefficient of variation); "
-        "close other programs, or measure for longer"
+    warnings = [
+        f"{latency.model}: unstable times, coefficient of variation {latency.variation:.0%}: "
+        "close other programs, or measure longer"
         for latency in latencies
         if latency.variation > _UNSTABLE
     ]
     if not settings.on_gpu:
-        return tuple(found)
+        return tuple(warnings)
     for path, latency in zip(paths, latencies, strict=True):
         placed = placement(path, settings=settings, batch=batch, shapes=shapes)
-        each = 1e3 * latency.p50 / max(1, len(placed.nodes))
-        if each < _LAUNCH and not settings.cuda_graph:
-            found.append(f"{latency.model}: bound by launches, {each:.1f} µs a node; try --cuda-graph or a larger batch")
+        per_node = 1e3 * latency.p50 / max(1, len(placed.nodes))
+        if per_node < _LAUNCH and not settings.cuda_graph:
+            warnings.append(
+                f"{latency.model}: limited by kernel launches, {per_node:.1f} µs per node: try --cuda-graph or a larger batch"
+            )
         if placed.elsewhere:
             names = ", ".join(node.name for node in placed.elsewhere[:3])
-            found.append(f"{latency.model}: {len(placed.elsewhere)} nodes ran elsewhere than asked: {names}")
-    return tuple(found)
+            warnings.append(f"{latency.model}: {len(placed.elsewhere)} nodes did not run on the provider asked for: {names}")
+    return tuple(warnings)

@@ -1,4 +1,4 @@
-"""Do two models compute the same? Everything runs first and is compared afterwards, on the same inputs."""
+"""Compares the outputs of two models on the same inputs. Both models run first and are compared afterwards."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from tensorrail_runtime.sessions.session import Session, open_session, require_t
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
 _SHOWN_BATCHES = 4
-_INDEX = 4  # bytes: integers from here on are indices or counts
+_INDEX_BYTES = 4  # integers of this size and larger are indices or counts
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What outputs are held to: their relative L2 difference, or, once `rtol` or `atol` is given, every element.
+    """Limits on the differences between outputs: on their relative L2 difference, or on every element.
 
-    Of outputs that are compared exactly (`is_exact`) it is the share of entries that differ in place of the L2 difference.
-    Elements pass as in numpy: |b − a| ≤ atol + rtol·|a|. The mappings are by output, "" for all others.
+    Attributes:
+        relative_l2: the largest ‖b − a‖ / ‖a‖ of an output; for outputs that are compared exactly (see `is_exact`), the largest
+            share of entries that differ. None sets no limit. It is ignored for outputs with an `rtol` or `atol`.
+        rtol: by the name of an output, "" for all others: elements pass as in NumPy, if |b − a| ≤ atol + rtol·|a|.
+        atol: likewise; one of the two that is not given is 0.
+
     """
 
     relative_l2: float | None = 1e-4
@@ -34,24 +38,24 @@ class Tolerances:
     atol: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, name: str) -> tuple[float, float] | None:
-        """Return (rtol, atol) of an output, 0 for the one that is not given; None when it is held to the L2 difference."""
-        found = [table.get(name, table.get("")) for table in (self.rtol, self.atol)]
-        return None if found == [None, None] else (found[0] or 0.0, found[1] or 0.0)
+        """Return (rtol, atol) of an output, 0 for one that is not given; None if neither is given."""
+        limits = [table.get(name, table.get("")) for table in (self.rtol, self.atol)]
+        return None if limits == [None, None] else (limits[0] or 0.0, limits[1] or 0.0)
 
     def check(self, outputs: Sequence[str]) -> None:
-        """Raise `ModelError` for a tolerance of an output that is not there, and for one that is no number of 0 or more."""
+        """Raise `ModelError` for a tolerance of an unknown output, and for one that is not a finite number of 0 or more."""
         for name in {*self.rtol, *self.atol} - {*outputs, ""}:
-            raise ModelError(f"a tolerance came for output {name!r}, and the outputs are {', '.join(outputs)}")
+            raise ModelError(f"tolerances: unknown output {name!r}; the model's outputs are {', '.join(outputs)}")
         for value in (*self.rtol.values(), *self.atol.values(), self.relative_l2 or 0.0):
             if not 0 <= value < math.inf:
-                raise ModelError(f"a tolerance is a number of 0 or more, and {value} came")
+                raise ModelError(f"expected a tolerance of 0 or more, got {value}")
 
 
 class OutputParity(Record):
-    """How one output of the second model differs from that of the first, over all runs together.
+    """How one output b of the candidate differs from the output a of the reference, over all runs together.
 
-    `worst_index` starts with the number of the run. `smallest` is the smallest tolerance that would pass: of the relative
-    L2 difference, of the share of entries that differ where `exact`, or the atol beside the given rtol.
+    `worst_index` starts with the number of the run. `smallest` is the smallest tolerance that would pass: on the relative
+    L2 difference, on the share of entries that differ if `exact`, or the atol for the given rtol.
     """
 
     name: str
@@ -62,7 +66,7 @@ class OutputParity(Record):
     cosine: float
     worst_index: tuple[int, ...]
     worst_values: tuple[float, float]
-    top1_agreement: float | None  # share of rows with the same largest score; None for outputs that are not (rows, classes)
+    top1_agreement: float | None  # share of rows with the same largest score; None if the shape is not (rows, classes)
     rtol: float | None
     atol: float | None
     smallest: float
@@ -80,12 +84,12 @@ class LayerError(Record):
 
 
 class Parity(PrintedRecord):
-    """All outputs, and the tolerance they were held to."""
+    """The differences between all outputs of two models, and the tolerance for them."""
 
     reference: str
     candidate: str
     batches: tuple[int, ...]
-    tolerance: float | None  # None: measured, and held to nothing
+    tolerance: float | None  # None: no limit
     outputs: tuple[OutputParity, ...]
     layers: tuple[LayerError, ...] = ()  # at the layers of a plan, where one was given
 
@@ -148,7 +152,26 @@ def parity(
     tolerance: float | Tolerances | None = 1e-4,
     settings: Session | None = None,
 ) -> Parity:
-    """Run both models and compare every output, over all inputs together.
+    """Run two models on the same inputs and compare every output, over all runs together.
+
+    Args:
+        reference: the ONNX file of the reference, for example the dense model.
+        candidate: the ONNX file of the model to compare with it.
+        inputs: the inputs of each run, by name; without them, random ones.
+        batches: the batch sizes of random inputs.
+        shapes: shapes of random inputs, by name.
+        tolerance: the largest relative L2 difference of an output; None sets no limit. Ignored with `tolerances`.
+        tolerances: limits by output and element.
+        provider: "cpu", "cuda" or "tensorrt"; ignored with `settings`.
+        settings: all options of the sessions.
+        seed: the seed of the random inputs.
+
+    Returns:
+        The differences of each output, and whether they are within the tolerance.
+
+    Raises:
+        ModelError: the models have different inputs or outputs, an output is not a tensor or not finite, or no run gave any
+            value to compare.
 
     Args:
         reference: the file of the model to compare with.
@@ -166,48 +189,65 @@ def parity(
         ModelError: inputs or outputs of the models differ, an output is not a tensor or not finite, or no run gave a value.
 
     """
-    held = tolerance if isinstance(tolerance, Tolerances) else Tolerances(tolerance)
+    limits = tolerance if isinstance(tolerance, Tolerances) else Tolerances(tolerance)
     settings = settings or Session()
     first, second = (open_session(path, settings=settings) for path in (reference, candidate))
     _require_same_signature(first, second)
     require_tensors(reference, first)
-    held.check([entry.name for entry in first.get_outputs()])
+    limits.check([entry.name for entry in first.get_outputs()])
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
     if not feeds:
-        raise ModelError("nothing to compare: no inputs came")
-    ran = [[run(session, feed) for feed in feeds] for session in (first, second)]
+        raise ModelError("nothing to compare: expected at least one set of inputs, got none")
+    first_runs, second_runs = ([run(session, feed) for feed in feeds] for session in (first, second))
     names = [entry.name for entry in first.get_outputs()]
-    outputs = [compare(name, [outs[name] for outs in ran[0]], [outs[name] for outs in ran[1]], held) for name in names]
-    if not any(array.size for outs in ran[0] for array in outs.values()):
+    outputs = [
+        compare(name, [arrays[name] for arrays in first_runs], [arrays[name] for arrays in second_runs], limits)
+        for name in names
+    ]
+    if not any(array.size for arrays in first_runs for array in arrays.values()):
         raise ModelError("nothing to compare: no output had a value in any run; give inputs of your own")
     return Parity(
         reference=Path(reference).name,
         candidate=Path(candidate).name,
         batches=tuple(samples_of(feed) for feed in feeds),
-        tolerance=held.relative_l2,
+        tolerance=limits.relative_l2,
         outputs=tuple(outputs),
     )
 
 
-def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray], held: Tolerances) -> OutputParity:
-    """Return how one output differs, its arrays given run by run; `ModelError` for other shapes and values not finite."""
+def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray], tolerances: Tolerances) -> OutputParity:
+    """Compare one output of two models over several runs.
+
+    Args:
+        name: the name of the output.
+        first: the output of the reference in each run.
+        second: the output of the candidate in each run.
+        tolerances: the limits for the difference.
+
+    Returns:
+        The difference over all runs together.
+
+    Raises:
+        ModelError: the shapes differ, or a value is not a number or not finite.
+
+    """
     for number, (left, right) in enumerate(zip(first, second, strict=True)):
         if left.shape != right.shape:
             raise ModelError(f"output {name!r} has shape {left.shape} in one model and {right.shape} in the other")
         if not np.issubdtype(left.dtype, np.number) and left.dtype != np.bool_:
-            raise ModelError(f"output {name!r} holds {left.dtype} values, which have no difference")
+            raise ModelError(f"output {name!r} has {left.dtype} values: only numbers and booleans can be compared")
         for model, array in (("first", left), ("second", right)):
             if not np.isfinite(array).all():
                 raise ModelError(f"output {name!r} of the {model} model holds NaN or infinite values in run {number}")
     a, b = ([np.asarray(array, np.float64) for array in arrays] for arrays in (first, second))
-    apart = [_difference(left, right) for left, right in zip(first, second, strict=True)]
-    x, y, difference = (np.concatenate([part.ravel() for part in parts]) for parts in (a, b, apart))
+    differences = [_difference(left, right) for left, right in zip(first, second, strict=True)]
+    x, y, difference = (np.concatenate([array.ravel() for array in arrays]) for arrays in (a, b, differences))
     relative, exact = relative_l2(x, y), is_exact(first[0].dtype)
-    limits = held.of(name)
-    index, values = _worst(a, b, apart)
+    limits = tolerances.of(name)
+    index, values = _worst(a, b, differences)
     if limits is None:
         smallest = (float(np.mean(difference != 0)) if difference.size else 0.0) if exact else relative
-        holds = held.relative_l2 is None or smallest <= held.relative_l2
+        holds = tolerances.relative_l2 is None or smallest <= tolerances.relative_l2
     else:
         smallest = float((difference - limits[0] * np.abs(x)).max(initial=0.0))
         holds = smallest <= limits[1]
@@ -230,21 +270,21 @@ def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
 
 
 def is_exact(dtype: np.dtype[Any]) -> bool:
-    """Whether entries of this type are compared exactly: indices, counts and truth values, which are wrong or right.
+    """Return whether values of this type are compared exactly: indices, counts and booleans.
 
-    Integers of 8 and 16 bits are quantities: pixels and quantized numbers.
+    Integers of 8 and 16 bits are compared as quantities: they are pixels and quantized numbers.
     """
-    return dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize >= _INDEX)
+    return dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize >= _INDEX_BYTES)
 
 
 def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
-    """Return ‖b − a‖ / ‖a‖, or ‖b‖ where a is zero; no overflow on the way."""
+    """Return ‖b − a‖ / ‖a‖, or ‖b‖ where a is zero, without overflow."""
     scale = float(np.abs(a).max(initial=0.0)) or 1.0
     return float(np.linalg.norm(b / scale - a / scale) / np.linalg.norm(a / scale)) if a.any() else float(np.linalg.norm(b))
 
 
 def _difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return |right − left| by entry, of integers without the rounding that they have as floats."""
+    """Return |right − left| for each entry; integers are subtracted as integers, without rounding to floats."""
     if left.dtype.kind in "iu" and left.dtype == right.dtype:
         larger, smaller = np.maximum(left, right), np.minimum(left, right)
         return np.asarray(larger.astype(np.uint64) - smaller.astype(np.uint64), np.float64)
@@ -259,16 +299,16 @@ def _cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _worst(
-    a: Sequence[np.ndarray], b: Sequence[np.ndarray], apart: Sequence[np.ndarray]
+    a: Sequence[np.ndarray], b: Sequence[np.ndarray], differences: Sequence[np.ndarray]
 ) -> tuple[tuple[int, ...], tuple[float, float]]:
-    """Return where the largest absolute difference is, the run first, and the two values there."""
+    """Return the index of the largest absolute difference, run first, and the two values there."""
     worst: tuple[float, tuple[int, ...], tuple[float, float]] = (-1.0, (), (0.0, 0.0))
-    for number, (left, right, difference) in enumerate(zip(a, b, apart, strict=True)):
+    for number, (left, right, difference) in enumerate(zip(a, b, differences, strict=True)):
         if not left.size:
             continue
-        at = np.unravel_index(int(difference.argmax()), difference.shape)
-        if difference[at] > worst[0]:
-            worst = (float(difference[at]), (number, *map(int, at)), (float(left[at]), float(right[at])))
+        index = np.unravel_index(int(difference.argmax()), difference.shape)
+        if difference[index] > worst[0]:
+            worst = (float(difference[index]), (number, *map(int, index)), (float(left[index]), float(right[index])))
     return worst[1], worst[2]
 
 
@@ -283,4 +323,4 @@ def _require_same_signature(first: ort.InferenceSession, second: ort.InferenceSe
     for kind in ("get_inputs", "get_outputs"):
         a, b = ({e.name: (e.type, len(e.shape)) for e in getattr(session, kind)()} for session in (first, second))
         if a != b:
-            raise ModelError(f"the models differ in their {kind[4:]}: {a} against {b}")
+            raise ModelError(f"expected two models with the same {kind[4:]}, got {a} and {b}")

@@ -1,4 +1,4 @@
-"""Where every node really ran, and for how long: read from ONNX Runtime's own profile of a run, not from what was asked."""
+"""Reports on which provider each node ran and how long it took, from ONNX Runtime's own profile."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _WARMUP = 3
 
 
 class PlacedNode(Record):
-    """One node as it ran, after ONNX Runtime's own rewriting: a fused node has the name of what it was made from."""
+    """One node as it ran, after ONNX Runtime's own graph optimization: a fused node is named after what it was made from."""
 
     name: str
     op: str
     provider: str
-    microseconds: float  # median over the profiled runs, of its kernel alone
-    share: float  # of the sum over all nodes
+    microseconds: float  # median time of its kernel over the profiled runs
+    share: float  # of the sum of all nodes' times
 
 
 class Placement(PrintedRecord):
-    """Every node of a model that ran, in order."""
+    """All nodes of a model that ran, in order."""
 
     model: str
     provider: str
@@ -40,7 +40,7 @@ class Placement(PrintedRecord):
 
     @property
     def providers(self) -> dict[str, int]:
-        """How many nodes ran on each provider."""
+        """The number of nodes that ran on each provider."""
         counts: dict[str, int] = defaultdict(int)
         for node in self.nodes:
             counts[node.provider] += 1
@@ -78,10 +78,24 @@ def placement(
     batch: int = 1,
     shapes: Shapes | None = None,
 ) -> Placement:
-    """Run the model with the profile on and return where each node ran. Kernels inside a CUDA graph are not seen: off here.
+    """Run a model with ONNX Runtime's profiler and return where each node ran.
 
-    On a GPU a node's time is that of launching its kernels, which run on behind it: it says nothing about how long they take
+    On a GPU, the time of a node is that of launching its kernels, which run asynchronously: it does not say how long they take
     (github.com/microsoft/onnxruntime/issues/20398).
+
+    Args:
+        path: the ONNX file.
+        settings: the options of the session; CUDA graphs are turned off, since the profiler does not see kernels in them.
+        inputs: the inputs by name; without them, random ones.
+        batch: the size of dynamic axes that `shapes` does not set, for random inputs.
+        shapes: shapes of inputs by name, for random inputs.
+
+    Returns:
+        The nodes in the order in which they ran.
+
+    Raises:
+        ModelError: the model cannot be loaded or run.
+
     """
     settings = replace(settings or Session(), cuda_graph=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +111,7 @@ def placement(
             name = event["name"].removesuffix("_kernel_time")
             times[name].append(float(event["dur"]))
             kinds[name] = (event["args"].get("op_name", ""), event["args"].get("provider", ""))
-    # A node of a loop's body runs several times a run: the sum over all runs, spread over them, is its time.
+    # A node in the body of a loop runs several times in each run of the model: its time is their sum per run.
     medians = {name: _per_run(values) for name, values in times.items()}
     total = sum(medians.values()) or 1.0
     nodes = [
@@ -110,31 +124,36 @@ def placement(
 def time_shares(
     path: Path | str, placed: Placement, layers: Sequence[str], outputs: Mapping[str, str] | None = None
 ) -> dict[str, float]:
-    """Return the share of the time that the nodes of each layer took, by the layer's name; what is left is other nodes'.
+    """Return the share of the time that each layer's nodes took, by the name of the layer; the rest is that of other nodes.
 
-    A layer's nodes are named `<layer>/…`; in a dense graph, where they are not, `outputs` says which layer gives a tensor.
-    ONNX Runtime names a fused node by the tensor it ends in, so the product that it was fused from is found by walking up
-    from there.
+    ONNX Runtime names a fused node after its output tensor, so the product in it is found by walking up the graph from there.
+
+    Args:
+        path: the ONNX file of the placement.
+        placed: where the nodes ran and how long they took.
+        layers: names of layers, whose nodes are named `<layer>/…`.
+        outputs: the layer that computes a tensor, by the name of the tensor: for a dense graph without such node names.
+
     """
     graph = onnx.load(path, load_external_data=False).graph
-    nodes = {node.name: node for node in graph.node if node.name}
+    nodes_by_name = {node.name: node for node in graph.node if node.name}
     producers = {output: node for node in graph.node for output in node.output}
     shares = dict.fromkeys(layers, 0.0)
-    for one in placed.nodes:
-        origin = nodes.get(one.name) or producers.get(one.name.removesuffix("_nchwc"))
-        while origin is not None and _is_product(one.op) and not _is_product(origin.op_type):
+    for node in placed.nodes:
+        origin = nodes_by_name.get(node.name) or producers.get(node.name.removesuffix("_nchwc"))
+        while origin is not None and _is_product(node.op) and not _is_product(origin.op_type):
             origin = producers.get(origin.input[0]) if origin.input else None
         if origin is None:
             continue
         owner = next((layer for layer in layers if origin.name.startswith(f"{layer}/")), None)
         owner = owner or next((outputs[name] for name in origin.output if outputs and name in outputs), None)
         if owner in shares:
-            shares[owner] += one.share
+            shares[owner] += node.share
     return shares
 
 
 def _is_product(op: str) -> bool:
-    return any(part in op for part in ("Conv", "Gemm", "MatMul", "LSTM", "GRU"))
+    return any(kind in op for kind in ("Conv", "Gemm", "MatMul", "LSTM", "GRU"))
 
 
 def _per_run(values: list[float]) -> float:

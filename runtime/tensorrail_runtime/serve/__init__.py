@@ -1,6 +1,6 @@
-"""Serving a model over HTTP: Open Inference Protocol 2, replicas and dynamic batching on Ray Serve. The extra `serve`.
+"""Serves a model over HTTP by the Open Inference Protocol 2, with replicas and dynamic batching on Ray Serve.
 
-What needs no Ray (the protocol, the signature, the batch axis) is importable without it, and so is this package.
+Needs the extra `serve`. This package, the protocol, the signature and the batch axis can be imported without Ray.
 """
 
 from tensorrail_runtime.serve.http.options import Limits, ServeOptions

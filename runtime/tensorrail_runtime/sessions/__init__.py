@@ -1,1 +1,1 @@
-"""ONNX Runtime sessions, the inputs that they run on, and the machine."""
+"""ONNX Runtime sessions, inputs for them, and a description of the machine."""

@@ -1,4 +1,4 @@
-"""Whether a model computes in float16: ONNX Runtime's CPU provider needs other settings for it."""
+"""Detects models that compute in float16: ONNX Runtime's CPU provider needs other settings for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HALF = onnx.TensorProto.FLOAT16
 
 
 def holds_fp16(path: Path | str) -> bool:
-    """Return whether a model has a tensor in float16; its external data are not read. A file that is no model has none."""
+    """Return whether a model has a float16 tensor; False for a file that is not a model. External data are not read."""
     try:
         stat = Path(path).stat()
     except OSError:
@@ -23,7 +23,7 @@ def holds_fp16(path: Path | str) -> bool:
 def _read(path: str, *_: int) -> bool:
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception:  # noqa: BLE001 - protobuf's own; ONNX Runtime says what is wrong
+    except Exception:  # noqa: BLE001 - protobuf raises its own classes; opening a session reports the error
         return False
     return _in_graph(model.graph) or any(_in_node(node) for function in model.functions for node in function.node)
 

@@ -1,4 +1,4 @@
-"""Calling a function in a fresh process: its own memory, its own load of the libraries, nothing warm."""
+"""Runs a function in a fresh process, which has its own memory, loads the libraries itself and has no warm caches."""
 
 from __future__ import annotations
 
@@ -20,13 +20,24 @@ _START = (
 
 
 def fresh(function: str, request: object) -> str:
-    """Return what `module:function` of this package returns for a JSON value; its `ModelError` is raised here.
+    """Run a function of this package in a fresh process and return its result.
 
-    Nothing is imported from the current folder, which may hold a stranger's files.
+    Nothing is imported from the current folder, which may contain untrusted files.
+
+    Args:
+        function: `module:function`; the function takes the request and returns a string.
+        request: the argument, a JSON value.
+
+    Returns:
+        The string that the function returned.
+
+    Raises:
+        ModelError: the function raised it, or the process failed.
+
     """
     command = [sys.executable, "-P", "-c", _START, function]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)  # noqa: S603 - ours
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(last.removeprefix("ModelError: "))
-    return done.stdout
+    completed = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    if completed.returncode:
+        last_line = (completed.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(last_line.removeprefix("ModelError: "))
+    return completed.stdout

@@ -1,4 +1,4 @@
-"""What models are run on: random inputs of their own types and shapes, or arrays from an npz file."""
+"""Inputs for models: random values of the right types and shapes, or arrays from an npz file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 
 TYPES = {
     "tensor(float)": np.float32,
@@ -29,9 +29,9 @@ TYPES = {
     "tensor(bool)": np.bool_,
 }
 
-_MOST = 2**29  # values that are drawn for one run: 2 GiB as float32
+_MOST_VALUES = 2**29  # random values for one run: 2 GiB as float32
 
-_DIGITS = 18  # of a size in 64 bits
+_DIGITS = 18  # largest number of digits of a size, which has 64 bits
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -39,27 +39,37 @@ Shapes = Mapping[str, Sequence[int]]
 def random_inputs(
     session: ort.InferenceSession, batch: int = 1, seed: int = 0, shapes: Shapes | None = None
 ) -> dict[str, np.ndarray]:
-    """Return inputs of the model's own types: standard normal, or integers 0 and 1.
+    """Return random inputs for a model: standard normal values, or integers 0 and 1, of the types of its inputs.
 
-    `shapes` gives an input's shape; where it does not, dynamic axes are `batch`. `ModelError` for a shape of an input that
-    is not there or has other axes, for types that cannot be drawn, and for more than 2²⁹ values, which take the memory of
-    the machine.
+    Args:
+        session: a session of the model.
+        batch: the size of every dynamic axis of inputs that `shapes` does not name.
+        seed: the seed of the random numbers.
+        shapes: shapes of inputs, by name.
+
+    Returns:
+        One array for each input, by name.
+
+    Raises:
+        ModelError: `shapes` names an unknown input or does not fit an input's axes, an input has a type for which no random
+            values can be drawn, or the inputs have more than 2²⁹ values.
+
     """
     entries = {entry.name: entry for entry in session.get_inputs()}
     for name in shapes or {}:
         if name not in entries:
-            raise ModelError(f"a shape came for input {name!r}, and the model's inputs are {', '.join(entries) or 'none'}")
+            raise ModelError(f"shapes: unknown input {name!r}; the model's inputs are {', '.join(entries) or 'none'}")
     rng = np.random.default_rng(seed)
     feed: dict[str, np.ndarray] = {}
-    left = _MOST
+    remaining = _MOST_VALUES
     for name, entry in entries.items():
         if entry.type not in TYPES:
-            raise ModelError(f"input {name!r} is a {entry.type}: give its values, they cannot be drawn at random")
+            raise ModelError(f"input {name!r} has type {entry.type}, which cannot be drawn at random: give its values")
         shape = _shape(entry, batch, (shapes or {}).get(name))
-        left -= math.prod(shape)
-        if left < 0:
+        remaining -= math.prod(shape)
+        if remaining < 0:
             raise ModelError(
-                f"input {name!r} of shape {shape} is too large: {_MOST:,} random values are drawn for a run at most"
+                f"input {name!r} of shape {shape} is too large: at most {_MOST_VALUES:,} random values are drawn for one run"
             )
         dtype = np.dtype(TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
@@ -68,109 +78,163 @@ def random_inputs(
 
 
 def batch_of(inputs: Sequence[Sequence[object]], batch: int = 1, shapes: Sequence[Sequence[int] | None] = ()) -> int:
-    """Return how many samples a run holds when the dynamic axes of the inputs are `batch`, or where given of `shapes`.
+    """Return the number of samples in one run of a model.
 
-    An axis that is no number is dynamic. The batch is the first axis of an input, or the second where time comes first; where
-    neither is dynamic it is the first axis of the first input, but of one with three fixed axes, of which nobody knows. Raises
-    `ModelError` for a batch above 1 that no axis takes.
+    The batch axis is the first axis of an input, or the second one where time comes first. Where neither is dynamic, it is the
+    first axis of the first input, except for an input of three fixed axes, whose batch axis is ambiguous: it counts as one
+    sample.
+
+    Args:
+        inputs: the shape of each input as the model declares it; an axis that is not a number is dynamic.
+        batch: the size of the dynamic axes.
+        shapes: the shape of each input where one is given, else None.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ModelError: `batch` is above 1, and no axis of the model can have that size.
+
     """
     given = [*shapes, *[None] * (len(inputs) - len(shapes))]
     sizes = [
-        [None if wanted is None and not isinstance(size, int) else int(str(size)) for size in (wanted or axes)]
-        for axes, wanted in zip(inputs, given, strict=True)
+        [None if shape is None and not isinstance(size, int) else int(str(size)) for size in (shape or axes)]
+        for axes, shape in zip(inputs, given, strict=True)
     ]
     if any(size is None for axes in sizes for size in axes[:2]):
         return batch
     first, declared = next(((axes, own) for axes, own in zip(sizes, inputs, strict=True) if axes), ([1], [1]))
     own = 1 if len(first) == 3 and isinstance(declared[0], int) else first[0] or 1
-    free = any(size is None for axes in sizes for size in axes)
-    if free or batch in (1, own):
+    dynamic = any(size is None for axes in sizes for size in axes)
+    if dynamic or batch in (1, own):
         return own
     if any(batch in axes[:2] for axes in sizes):
         return batch
-    raise ModelError(f"batch {batch} came, and the model takes {own}: no axis is left that could be {batch}")
+    raise ModelError(f"expected batch {own}, got {batch}: the model has no dynamic axis that could be {batch}")
 
 
 def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
-    """Return a line for each input without a shape that has dynamic axes beside its batch: they are run as long as that is."""
-    stored = {tensor.name for tensor in model.graph.initializer}
+    """Return a warning for each input whose dynamic axes are all set to the batch size, although there are several.
+
+    Args:
+        model: the model.
+        shapes: the given shapes of inputs, by name; these inputs get no warning.
+
+    """
+    initializers = {tensor.name for tensor in model.graph.initializer}
     lines = []
     for value in model.graph.input:
         axes = [axis.dim_value if axis.dim_value > 0 else None for axis in value.type.tensor_type.shape.dim]
-        if value.name in stored or value.name in shapes or axes.count(None) < 2:
+        if value.name in initializers or value.name in shapes or axes.count(None) < 2:
             continue
         example = ",".join(str(size or (50 if place else 1)) for place, size in enumerate(axes))
         lines.append(
-            f"input {value.name!r} has {axes.count(None)} dynamic axes, all run at the batch size: say what an input is like, "
+            f"input {value.name!r} has {axes.count(None)} dynamic axes, all set to the batch size: give its shape, "
             f"such as --shape {value.name}={example}"
         )
     return lines
 
 
-def _shape(entry: ort.NodeArg, batch: int, wanted: Sequence[int] | None) -> list[int]:
-    own = [size if isinstance(size, int) else batch for size in entry.shape]
-    if wanted is None:
-        return own
-    fits = len(wanted) == len(entry.shape)
-    if not fits or any(isinstance(a, int) and a != b for a, b in zip(entry.shape, wanted, strict=True)):
-        raise ModelError(f"input {entry.name!r} has shape {entry.shape}, and {list(wanted)} came")
-    return list(wanted)
+def _shape(entry: ort.NodeArg, batch: int, shape: Sequence[int] | None) -> list[int]:
+    declared = [size if isinstance(size, int) else batch for size in entry.shape]
+    if shape is None:
+        return declared
+    fits = len(shape) == len(entry.shape)
+    if not fits or any(isinstance(a, int) and a != b for a, b in zip(entry.shape, shape, strict=True)):
+        raise ModelError(f"input {entry.name!r}: expected shape {entry.shape}, got {list(shape)}")
+    return list(shape)
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of texts such as `x=1,3,224,224`; `ModelError` says how one is written."""
+    """Parse the shapes of inputs.
+
+    Args:
+        texts: texts such as `x=1,3,224,224` or `x=1x3x224x224`.
+
+    Returns:
+        The shape of each input, by name.
+
+    Raises:
+        ModelError: a text has another form, or an axis is not a number of 1 or more.
+
+    """
     shapes = {}
     for text in texts:
         name, _, sizes = text.rpartition("=")
-        parts = [part.strip() for part in sizes.replace("x", ",").split(",")]
-        if not name or not all(part.isascii() and part.isdecimal() and len(part) <= _DIGITS and int(part) for part in parts):
-            raise ModelError(f"a shape is written as name=1,3,224,224, and {text!r} came")
-        shapes[name] = tuple(int(part) for part in parts)
+        numbers = [number.strip() for number in sizes.replace("x", ",").split(",")]
+        if not name or not all(_is_size(number) for number in numbers):
+            raise ModelError(f"expected a shape such as name=1,3,224,224, got {text!r}")
+        shapes[name] = tuple(int(number) for number in numbers)
     return shapes
 
 
+def _is_size(text: str) -> bool:
+    return bool(text.isascii() and text.isdecimal() and len(text) <= _DIGITS and int(text))
+
+
 def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file, nothing of it unpickled; `ModelError` when it is not one, or is empty."""
+    """Read the arrays of an npz file, without unpickling.
+
+    Args:
+        path: the npz file.
+
+    Returns:
+        The arrays, by name.
+
+    Raises:
+        ModelError: the file cannot be read, is not an npz file of plain arrays, or has no data.
+
+    """
     arrays: dict[str, np.ndarray] = {}
     try:
         with Path(path).open("rb") as file:
             single = _is_array(file)
             if not single:
                 with zipfile.ZipFile(file) as members:
-                    arrays = {one.filename.removesuffix(".npy"): _array(members, one) for one in members.infolist()}
+                    arrays = {member.filename.removesuffix(".npy"): _array(members, member) for member in members.infolist()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an npz file") from None
     except Exception as error:  # noqa: BLE001 - zipfile, its decompressors and NumPy raise a dozen unrelated classes
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise ModelError(f"{path}: not an npz file of plain arrays ({reason})") from None
     if single:
-        raise ModelError(f"{path}: a single array came; expected an npz file with one array a name")
+        raise ModelError(f"{path}: expected an npz file of named arrays, got a single array")
     if not arrays or any(not array.size for array in arrays.values()):
         raise ModelError(f"{path}: holds no data")
     return arrays
 
 
 def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], batch: int) -> list[dict[str, np.ndarray]]:
-    """Return the arrays that are the model's inputs, cut along their first axis into batches of `batch` or fewer.
+    """Return the arrays of the model's inputs, cut along their first axis into batches.
 
-    A model with a batch axis of fixed size gets batches of that size; an array without axes, a scalar, goes into each batch.
-    `ModelError` names an input without an array, and arrays of unequal length.
+    Args:
+        session: a session of the model.
+        arrays: arrays (N, …) by the name of the input; others are ignored, and a scalar goes into every batch.
+        batch: the largest number of samples of a batch; a model whose batch axis is fixed gets batches of that size.
+
+    Returns:
+        The inputs of each batch, by name.
+
+    Raises:
+        ModelError: an input has no array, the arrays have different lengths, or the samples do not fill whole batches of a
+            model with a fixed batch size.
+
     """
     entries = session.get_inputs()
     if not entries:
-        raise ModelError("the model has no inputs: there is nothing that the data could be given to")
+        raise ModelError("the model has no inputs, so it cannot be run on data")
     missing = [entry.name for entry in entries if entry.name not in arrays]
     if missing:
-        raise ModelError(f"no array for input {missing[0]!r}; the data holds {', '.join(arrays) or 'nothing'}")
+        raise ModelError(f"expected an array for input {missing[0]!r}, got {', '.join(arrays) or 'none'}")
     feeds = {entry.name: arrays[entry.name] for entry in entries}
     lengths = {name: len(array) for name, array in feeds.items() if array.ndim}
     if len(set(lengths.values())) > 1:
-        raise ModelError(f"the arrays of the inputs differ in length: {lengths}")
+        raise ModelError(f"expected input arrays of equal length, got {lengths}")
     total = next(iter(lengths.values()), 1)
     fixed = next((entry.shape[0] for entry in entries if entry.shape and isinstance(entry.shape[0], int)), None)
     if fixed is not None:
         if not fixed or total % fixed:
-            raise ModelError(f"the model takes batches of {fixed}, and {total} samples came: give a multiple")
+            raise ModelError(f"the model takes batches of {fixed}, got {total} samples: give a multiple of {fixed}")
         batch = fixed
     return [
         {name: array[start : start + batch] if array.ndim else array for name, array in feeds.items()}
@@ -179,25 +243,25 @@ def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], 
 
 
 def samples_of(feed: Mapping[str, np.ndarray]) -> int:
-    """Return how many samples a batch holds: 1 where no input has an axis."""
+    """Return the number of samples in a batch: 1 where no input has an axis."""
     return next((len(array) for array in feed.values() if array.ndim), 1)
 
 
 def _array(members: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Return one array of an npz file; its header may not claim more than the member holds, and nothing is unpickled."""
+    """Return one array of an npz file, without unpickling; the shape in its header may not exceed its bytes."""
     with members.open(member) as stream:
         if not _is_array(stream):
-            raise ValueError(f"{member.filename} holds no array")
+            raise ValueError(f"{member.filename} is not an array")
     with members.open(member) as stream:
-        old = np.lib.format.read_magic(stream) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        held = member.file_size - stream.tell()
-    if math.prod(shape) * dtype.itemsize > held:
-        raise ValueError(f"{member.filename} says that it has shape {shape}, and holds {held:,} bytes")
+        first_version = np.lib.format.read_magic(stream) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if first_version else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+        available = member.file_size - stream.tell()
+    if math.prod(shape) * dtype.itemsize > available:
+        raise ValueError(f"{member.filename}: its header says shape {shape}, but it has {available:,} bytes")
     with members.open(member) as stream:
-        found: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
-    return found
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 def _is_array(stream: IO[bytes]) -> bool:

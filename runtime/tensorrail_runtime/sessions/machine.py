@@ -1,4 +1,4 @@
-"""What a measurement was taken on: processor, GPU, driver, clocks, versions."""
+"""Describes the machine of a measurement: processor, GPU, driver, clocks and versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
 
 
 class Gpu(Record):
-    """An NVIDIA GPU as nvidia-smi names it; clocks in MHz at the time of the measurement, with their units."""
+    """An NVIDIA GPU, in the words of nvidia-smi; clocks, power and memory are texts with their units, as measured."""
 
     name: str
     driver: str
@@ -28,19 +28,27 @@ class Gpu(Record):
 
 
 class Machine(Record):
-    """Where times were taken."""
+    """The machine on which times were measured."""
 
     processor: str
     cores: int
     system: str
     onnxruntime: str
     python: str = ""
-    mhz: float | None = None  # of the first core, now
+    mhz: float | None = None  # clock of the first core at the time of the measurement
     gpu: Gpu | None = None
 
 
 def machine(gpu: bool = False) -> Machine:
-    """Return the machine that this runs on; `gpu` asks nvidia-smi as well."""
+    """Describe this machine.
+
+    Args:
+        gpu: whether to ask nvidia-smi for the first GPU as well.
+
+    Returns:
+        Processor, versions and, with `gpu`, the GPU; None for what the system does not report.
+
+    """
     return Machine(
         processor=_processor(),
         cores=os.cpu_count() or 1,
@@ -54,7 +62,7 @@ def machine(gpu: bool = False) -> Machine:
 
 @dataclass(frozen=True)
 class Processor:
-    """What of a processor decides how ONNX Runtime's CPU kernels compute.
+    """The properties of a processor that decide how ONNX Runtime's CPU kernels compute.
 
     Args:
         architecture: as `platform.machine()` gives it: "x86_64", "AMD64", "aarch64", …
@@ -67,12 +75,12 @@ class Processor:
 
     @property
     def channel_block(self) -> int:
-        """How many channels a convolution computes at once: 16 with AVX-512, 8 without."""
+        """The number of channels that a convolution computes at once: 16 with AVX-512, else 8."""
         return 16 if "avx512f" in self.flags else 8
 
     @property
     def saturates(self) -> bool:
-        """Whether products of uint8 and int8 are added in pairs of 16 bits, which may saturate: x86 without VNNI.
+        """Whether products of uint8 and int8 are added in pairs as 16-bit integers, which may saturate: x86 without VNNI.
 
         Source: "Quantize ONNX Models", section Data type selection, ONNX Runtime's documentation.
         """
@@ -80,15 +88,15 @@ class Processor:
 
 
 def processor() -> Processor:
-    """Return the processor that this runs on."""
+    """Return the processor of this machine."""
     flags = next((line.partition(":")[2] for line in _cpuinfo() if line.startswith("flags")), "")
     return Processor(platform.machine(), frozenset(flags.split()))
 
 
 def gpu_memory_used() -> int | None:
-    """Return the MiB that are taken on the first GPU; None without nvidia-smi."""
-    answer = _smi("memory.used")
-    return int(answer[0].split()[0]) if answer else None
+    """Return the used memory of the first GPU in MiB; None without nvidia-smi."""
+    values = _smi("memory.used")
+    return int(values[0].split()[0]) if values else None
 
 
 def _processor() -> str:
@@ -111,8 +119,8 @@ def _cpuinfo() -> list[str]:
 
 
 def _gpu() -> Gpu | None:
-    answer = _smi(_QUERY)
-    return Gpu(**dict(zip(Gpu.model_fields, answer, strict=True))) if answer else None
+    values = _smi(_QUERY)
+    return Gpu(**dict(zip(Gpu.model_fields, values, strict=True))) if values else None
 
 
 def _smi(query: str) -> list[str] | None:
@@ -120,5 +128,5 @@ def _smi(query: str) -> list[str] | None:
     if program is None:
         return None
     command = [program, f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - a fixed program
-    return [part.strip() for part in done.stdout.split(",")] if done.returncode == 0 else None
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - a fixed program
+    return [value.strip() for value in completed.stdout.split(",")] if completed.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The one place that opens ONNX Runtime sessions, and refuses one that runs elsewhere than asked."""
+"""Opens ONNX Runtime sessions; a session that would run on another provider than the one asked for is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.sessions.float16 import holds_fp16
 
 PROVIDERS = {
@@ -35,13 +35,21 @@ SEARCHES = ("exhaustive", "heuristic", "default")
 
 @dataclass(frozen=True)
 class Session:
-    """How a session runs. TF32 is off unless asked for: it changes results in the fourth digit.
+    """Options of a session.
 
-    `threads` is the number of intra-op threads, 0 for ONNX Runtime's own choice. `cuda_graph`, `nhwc` and `conv_search` are of
-    the CUDA provider; the last says how it chooses cuDNN's algorithm for a convolution: by trying all (`exhaustive`, ONNX
-    Runtime's own choice), by cuDNN's `heuristic`, or its `default` one. `arena` is the CPU's memory pool. With `linger` off,
-    threads stop waiting for work as soon as a run has ended: where several sessions take turns, the waiting threads of one
-    would otherwise take cores from the next.
+    Attributes:
+        provider: "cpu", "cuda" or "tensorrt".
+        threads: the number of intra-op threads; 0 lets ONNX Runtime choose.
+        level: the graph optimization level: "none", "basic", "extended" or "all".
+        tf32: whether the CUDA provider uses TF32, which changes results in the fourth digit.
+        cuda_graph: whether runs are captured in a CUDA graph and replayed; it needs IO binding and fixed shapes.
+        nhwc: whether the CUDA provider runs convolutions with the channels last.
+        conv_search: how the CUDA provider chooses cuDNN's algorithm for a convolution: "exhaustive" tries all (ONNX Runtime's
+            default), "heuristic" asks cuDNN, "default" takes a fixed one.
+        arena: whether the CPU's memory arena is used.
+        linger: whether threads keep waiting for work after a run. Turn it off where several sessions run in turns: the waiting
+            threads of one session would take cores from the next.
+
     """
 
     provider: str = "cpu"
@@ -56,33 +64,33 @@ class Session:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it runs on a GPU: what is timed then has its inputs and outputs there, for copies are not the network's."""
+        """Whether the session runs on a GPU."""
         return self.provider != "cpu"
 
     @property
     def exact(self) -> Session:
-        """The same for outputs that are compared: without TF32, and without a graph, which takes one shape alone."""
+        """The same options for comparing outputs: without TF32, and without a CUDA graph, which allows only one shape."""
         return replace(self, tf32=False, cuda_graph=False)
 
     def check(self) -> None:
-        """Raise `ModelError` for a provider or level that is unknown, or an option that the provider does not have."""
+        """Raise `ModelError` for an unknown value, or an option that the provider does not have."""
         if self.provider not in PROVIDERS:
             raise ModelError(f"unknown provider {self.provider!r}: expected one of {', '.join(PROVIDERS)}")
         if self.level not in LEVELS:
             raise ModelError(f"unknown graph optimization level {self.level!r}: expected one of {', '.join(LEVELS)}")
         if self.conv_search not in SEARCHES:
-            raise ModelError(f"unknown search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
+            raise ModelError(f"unknown conv_search {self.conv_search!r}: expected one of {', '.join(SEARCHES)}")
         if not 0 <= self.threads <= MOST_THREADS:
-            raise ModelError(f"threads are 0 (ONNX Runtime's own choice) to {MOST_THREADS}, and {self.threads} came")
+            raise ModelError(f"expected 0 (ONNX Runtime's own choice) to {MOST_THREADS} threads, got {self.threads}")
         if not self.on_gpu and (self.cuda_graph or self.nhwc or self.tf32):
-            raise ModelError("CUDA graphs, NHWC and TF32 are of the CUDA provider: ask for provider 'cuda'")
+            raise ModelError("CUDA graphs, NHWC and TF32 need the CUDA provider: use provider 'cuda'")
         if self.provider == "tensorrt" and (self.nhwc or self.tf32):
             raise ModelError(
-                "NHWC and TF32 are asked of the CUDA provider alone: TensorRT chooses layouts by itself, and uses TF32 unless "
+                "NHWC and TF32 can be set for the CUDA provider only: TensorRT chooses layouts by itself, and uses TF32 unless "
                 "NVIDIA_TF32_OVERRIDE=0 is in the environment"
             )
         if self.provider != "cuda" and self.conv_search != SEARCHES[0]:
-            raise ModelError(f"a {self.conv_search} search is of the CUDA provider: ask for provider 'cuda'")
+            raise ModelError(f"a {self.conv_search} search needs the CUDA provider: use provider 'cuda'")
 
 
 def open_session(
@@ -94,20 +102,33 @@ def open_session(
     optimized: Path | str | None = None,
     profile: Path | str | None = None,
 ) -> ort.InferenceSession:
-    """Open a model; `ModelError` when it is no model or does not run on the provider asked for, with the reason given.
+    """Open an ONNX model in an ONNX Runtime session.
 
-    `settings` says all there is to say, `provider` and `threads` the most common two. `optimized` names a file for the graph
-    as ONNX Runtime runs it, `profile` a prefix for its profile.
+    Args:
+        path: the ONNX file.
+        provider: "cpu", "cuda" or "tensorrt"; ignored with `settings`.
+        threads: the number of intra-op threads, 0 for ONNX Runtime's choice; ignored with `settings`.
+        settings: all options of the session.
+        optimized: a file to which ONNX Runtime writes the graph as it runs it.
+        profile: a prefix for the file of ONNX Runtime's profile; without it nothing is profiled.
+
+    Returns:
+        The session, which runs on the provider that was asked for.
+
+    Raises:
+        ModelError: the file is not a model that ONNX Runtime can load, the options do not fit together, or ONNX Runtime would
+            run the model on another provider; the message has its reason.
+
     """
     settings = settings or Session(provider=provider, threads=threads)
     settings.check()
     name = PROVIDERS[settings.provider]
     if name not in ort.get_available_providers():
         raise ModelError(
-            f"provider {settings.provider!r} is not in this ONNX Runtime, which has {ort.get_available_providers()}"
+            f"provider {settings.provider!r} is not available: this ONNX Runtime has {ort.get_available_providers()}"
         )
     options = ort.SessionOptions()
-    # On the CPU all that it logs is in its exceptions too; on a GPU the reason of a fallback stands in the log alone.
+    # On the CPU all that ONNX Runtime logs is in its exceptions; on a GPU only the log has the reason of a fallback.
     options.log_severity_level = 3 if settings.on_gpu else 4
     options.intra_op_num_threads = settings.threads
     options.graph_optimization_level = LEVELS[settings.level]
@@ -119,44 +140,56 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    # In fp16 ONNX Runtime 1.31 fuses Transpose(1, 0, 2) → MatMul on the CPU in a way that ends the process.
-    left_out = ["MatmulTransposeFusion"] if not settings.on_gpu and holds_fp16(path) else []
-    with _native_errors(quiet=not settings.on_gpu) as said:
+    # On the CPU, ONNX Runtime 1.31 fuses Transpose(1, 0, 2) → MatMul in fp16 in a way that crashes the process.
+    disabled = ["MatmulTransposeFusion"] if not settings.on_gpu and holds_fp16(path) else []
+    with _native_errors(quiet=not settings.on_gpu) as first_error:
         if settings.on_gpu:
             _preload()
         try:
             session = ort.InferenceSession(
-                str(path), options, providers=[_entry(settings)], enable_fallback=0, disabled_optimizers=left_out
+                str(path), options, providers=[_entry(settings)], enable_fallback=0, disabled_optimizers=disabled
             )
         except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
-            raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+            raise ModelError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
     if session.get_providers()[0] != name:
-        reason = said() or "ONNX Runtime gave no reason"
-        raise ModelError(f"{path}: asked for {name}, and ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
+        reason = first_error() or "ONNX Runtime gave no reason"
+        raise ModelError(f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
     return session
 
 
 def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run a session once and return its outputs by name; `ModelError` names an input that does not fit."""
-    wanted = [entry.name for entry in session.get_inputs()]
-    if set(wanted) != set(inputs):
-        raise ModelError(f"the model's inputs are {', '.join(wanted)}, and {', '.join(inputs) or 'none'} came")
+    """Run a session once.
+
+    Args:
+        session: a session of the model.
+        inputs: one array for each input, by name.
+
+    Returns:
+        The outputs, by name.
+
+    Raises:
+        ModelError: the inputs do not fit the model, or it fails on them; the message has ONNX Runtime's reason.
+
+    """
+    expected = [entry.name for entry in session.get_inputs()]
+    if set(expected) != set(inputs):
+        raise ModelError(f"expected inputs {', '.join(expected) or 'none'}, got {', '.join(inputs) or 'none'}")
     names = [entry.name for entry in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
-        lines = " ".join(str(error).split())  # which input and axis it is stands behind the first line
-        raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({lines[:_SAID]})") from None
+        lines = " ".join(str(error).split())  # the input and the axis are named after the first line
+        raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({lines[:_MESSAGE_LENGTH]})") from None
 
 
 def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:
-    """Raise `ModelError` for an output that is no tensor, such as a sequence: nothing can be compared or scored there."""
+    """Raise `ModelError` for an output that is not a tensor, such as a sequence: it cannot be compared or scored."""
     for entry in session.get_outputs():
         if not entry.type.startswith("tensor("):
-            raise ModelError(f"{path}: output {entry.name!r} is a {entry.type}: only tensors can be compared or scored")
+            raise ModelError(f"{path}: output {entry.name!r} has type {entry.type}: only tensors can be compared or scored")
 
 
-_SAID = 400  # letters of what ONNX Runtime says
+_MESSAGE_LENGTH = 400  # characters of ONNX Runtime's message that an error repeats
 
 
 def _entry(settings: Session) -> str | tuple[str, dict[str, str]]:
@@ -171,51 +204,47 @@ def _entry(settings: Session) -> str | tuple[str, dict[str, str]]:
 
 
 def _preload() -> None:
-    """Load CUDA's libraries from where pip puts them, when ONNX Runtime can and they are there; it prints what it misses.
+    """Load CUDA's libraries from the folders in which pip installs them.
 
-    By itself it looks beside its own package alone; torch, which brings them, may be installed in another folder.
+    ONNX Runtime looks only beside its own package; torch, which installs the libraries, may be in another folder.
     """
     if not hasattr(ort, "preload_dlls"):
         return
-    own = Path(ort.__file__).resolve().parents[1]
-    others = [path for path in map(Path, sys.path) if (path / "nvidia").is_dir() and path.resolve() != own]
-    with contextlib.redirect_stdout(io.StringIO()):
+    own_folder = Path(ort.__file__).resolve().parents[1]
+    other_folders = [path for path in map(Path, sys.path) if (path / "nvidia").is_dir() and path.resolve() != own_folder]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints which libraries are missing
         ort.preload_dlls()
-        for libraries in (found for path in others for found in sorted((path / "nvidia").glob("*/lib"))):
+        for libraries in (folder for path in other_folders for folder in sorted((path / "nvidia").glob("*/lib"))):
             ort.preload_dlls(directory=str(libraries.resolve()))
 
 
 @contextlib.contextmanager
 def _native_errors(quiet: bool) -> Iterator[Callable[[], str]]:
-    """Catch what ONNX Runtime's C++ side writes to stderr, and yield a function that returns its first error.
+    """Capture what ONNX Runtime's C++ code writes to stderr, and yield a function that returns the first error in it.
 
-    That is the only place where it says why a provider could not be had.
+    It says nowhere else why a provider is not available.
     """
     if quiet:
         yield lambda: ""
         return
     sys.stderr.flush()
     text = ""
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
             yield lambda: _reason(text)
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
             file.seek(0)
             text = file.read().decode(errors="replace")
 
 
 def _reason(text: str) -> str:
-    """Return the message of the first error line, without colours, time and source position."""
+    """Return the message of the first error line, without colours, time and position in the source."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line for line in plain.splitlines() if "[E:" in line or "rror" in line or "ailed" in line]
     if not lines:
         return ""
     return re.sub(r"^.*(\[ONNXRuntimeError\] : \d+ : \w+ : |\[E:[^\]]*\]\s*)", "", lines[0]).strip()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

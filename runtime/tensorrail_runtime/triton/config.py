@@ -1,8 +1,8 @@
-"""Triton's `config.pbtxt` for an ONNX model: how it is served, as fields and as protobuf text.
+"""Writes Triton's `config.pbtxt` for an ONNX model: the options of serving, as fields and as protobuf text.
 
-Fields and their rules are those of `ModelConfig` (triton-inference-server/common, protobuf/model_config.proto); what the ONNX
-Runtime backend makes of them is in its README and `src/onnxruntime.cc` (triton-inference-server/onnxruntime_backend). The text
-is written here, so that a serving host needs no package of Triton's; the tests parse it with Triton's own schema.
+The fields and their rules are those of `ModelConfig` (triton-inference-server/common, protobuf/model_config.proto). The README
+and `src/onnxruntime.cc` of triton-inference-server/onnxruntime_backend say how the ONNX Runtime backend uses them. The text is
+written here, so that no package of Triton is needed; the tests parse it with Triton's own schema.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ _FLOATS = ("TYPE_FP16", "TYPE_FP32", "TYPE_FP64")
 
 
 class Name(str):
-    """A value that is written without quotes: an enum's, `true` or `false`."""
+    """A value that is written without quotes: the name of an enum value, `true` or `false`."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """An input or output. `shape` is the graph's, -1 for an axis of any size; `data_type` is Triton's name of it."""
+class TritonTensor:
+    """An input or output: its name, Triton's name of its data type, and its shape in the graph, -1 for a dynamic axis."""
 
     name: str
     data_type: str
     shape: tuple[int, ...]
 
     def dims(self, batched: bool) -> tuple[int, ...]:
-        """Return the axes that the configuration lists: the batch left out, a single value as [1]."""
+        """Return the axes that the configuration lists: without the batch, and [1] for a scalar."""
         return (self.shape[1:] if batched else self.shape) or (1,)
 
 
 @dataclass(frozen=True)
-class Signature:
-    """What a model takes and gives."""
+class TritonSignature:
+    """The inputs and outputs of a model."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TritonTensor, ...]
+    outputs: tuple[TritonTensor, ...]
 
     @property
-    def unbatched(self) -> Tensor | None:
-        """The first tensor whose first axis is not dynamic, for which Triton could form no batches; None if all are."""
+    def unbatched(self) -> TritonTensor | None:
+        """The first tensor whose first axis is not dynamic, so that Triton cannot batch it; None if there is none."""
         return next((t for t in (*self.inputs, *self.outputs) if t.shape[:1] != (-1,)), None)
 
 
@@ -58,11 +58,20 @@ class Signature:
 class Serving:
     """How Triton serves a model.
 
-    `max_batch` is the largest batch, 0 for a model whose first axis is not the batch; without it, 8 where every input and
-    output begins with a dynamic axis and 0 elsewhere. `preferred` are batch sizes that run at once, `delay` the microseconds
-    that a request waits for others. `instances` run at the same time, on each GPU of `gpus` (none named: all) or on the CPU.
-    `warmup` requests of each batch size run before the first real one. `versions` are served: "latest", "all", or numbers;
-    without it, every version that is written when there are several, else the latest.
+    Attributes:
+        settings: the provider and the options of the session.
+        max_batch: the largest batch; 0 for a model whose first axis is not the batch. None means 8 if the first axis of every
+            input and output is dynamic, else 0.
+        dynamic_batching: whether Triton puts several requests into one batch.
+        preferred: batch sizes that run without further waiting.
+        delay: how many microseconds a request waits for others.
+        instances: how many instances run at the same time, on each GPU or on the CPU.
+        gpus: the numbers of the GPUs; empty for all.
+        warmup: how many requests of each batch size run before the model is ready.
+        warmup_data: the values of these requests, "zero" or "random"; integers are always zero.
+        versions: the versions to serve: "latest", "all" or their numbers. None means all versions that are written, if there
+            are several, else the latest.
+
     """
 
     settings: Session = field(default_factory=Session)
@@ -77,37 +86,39 @@ class Serving:
     versions: Literal["latest", "all"] | tuple[int, ...] | None = None
 
     def check(self) -> None:
-        """Raise `ModelError` for what Triton would refuse, whatever the model is."""
+        """Raise `ModelError` for options that Triton would reject for any model."""
         self.settings.check()
         if self.settings.cuda_graph:
-            raise ModelError("CUDA graphs need inputs that stay in one place, which Triton's do not: leave cuda_graph out")
+            raise ModelError("CUDA graphs need inputs at fixed addresses, which Triton does not have: omit cuda_graph")
         if self.gpus and not self.settings.on_gpu:
-            raise ModelError(f"GPUs {list(self.gpus)} came for provider 'cpu', which has none: ask for cuda or tensorrt")
-        if self.instances < 1:
-            raise ModelError(f"instances are 1 or more, and {self.instances} came")
-        if min(self.delay, self.warmup, self.max_batch or 0, *self.gpus, 0) < 0:
-            raise ModelError("max_batch, delay, warmup and GPU numbers are 0 or more, and a negative number came")
-        if max(self.instances, self.delay, self.warmup, self.max_batch or 0, *self.preferred, *self.gpus, 0) > _INT32:
-            raise ModelError(f"Triton's numbers are at most {_INT32}, and a larger one came")
-        if self.warmup_data not in ("zero", "random"):
-            raise ModelError(f"warm-up data is zero or random, and {self.warmup_data!r} came")
-        if (self.preferred or self.delay) and not self.dynamic_batching:
-            raise ModelError("preferred sizes and a delay are of dynamic batching, which is off")
-
-    def batch_for(self, signature: Signature) -> int:
-        """Return the largest batch that is declared for a model; `ModelError` where it cannot be what was asked for."""
-        single = signature.unbatched
-        largest = self.max_batch or 0
-        if self.max_batch is None and single is None:
-            largest = max((_DEFAULT_BATCH, *self.preferred))
-        if single is not None and (largest or self.preferred or self.delay):
             raise ModelError(
-                f"{single.name!r} has shape {list(single.shape)}, whose first axis is not dynamic: Triton cannot batch this "
-                f"model; export it with a dynamic batch, or leave batch sizes and delay out"
+                f"expected provider cuda or tensorrt for GPUs {list(self.gpus)}, got 'cpu': use one of them, or omit the GPUs"
             )
-        wrong = [size for size in self.preferred if not 1 <= size <= largest]
-        if wrong:
-            raise ModelError(f"preferred batch sizes lie between 1 and the largest, {largest}, and {wrong[0]} came")
+        if self.instances < 1:
+            raise ModelError(f"expected 1 or more instances, got {self.instances}")
+        if min(self.delay, self.warmup, self.max_batch or 0, *self.gpus, 0) < 0:
+            raise ModelError("expected max_batch, delay, warmup and GPU numbers of 0 or more, got a negative number")
+        if max(self.instances, self.delay, self.warmup, self.max_batch or 0, *self.preferred, *self.gpus, 0) > _INT32:
+            raise ModelError(f"expected numbers of at most {_INT32}, Triton's limit, got a larger one")
+        if self.warmup_data not in ("zero", "random"):
+            raise ModelError(f"expected warm-up data zero or random, got {self.warmup_data!r}")
+        if (self.preferred or self.delay) and not self.dynamic_batching:
+            raise ModelError("preferred sizes and a delay need dynamic batching, which is off: turn it on, or omit them")
+
+    def batch_for(self, signature: TritonSignature) -> int:
+        """Return the largest batch to declare for a model; raises `ModelError` if it does not allow the given options."""
+        unbatched = signature.unbatched
+        largest = self.max_batch or 0
+        if self.max_batch is None and unbatched is None:
+            largest = max((_DEFAULT_BATCH, *self.preferred))
+        if unbatched is not None and (largest or self.preferred or self.delay):
+            raise ModelError(
+                f"{unbatched.name!r} has shape {list(unbatched.shape)}, whose first axis is not dynamic: Triton cannot batch "
+                f"this model; export it with a dynamic batch, or omit batch sizes and delay"
+            )
+        invalid = [size for size in self.preferred if not 1 <= size <= largest]
+        if invalid:
+            raise ModelError(f"expected preferred batch sizes from 1 to the largest batch, {largest}, got {invalid[0]}")
         return largest
 
 
@@ -116,14 +127,23 @@ Message = Mapping[str, Value]
 
 
 def config(
-    name: str, signature: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], written: Sequence[int]
+    name: str, signature: TritonSignature, serving: Serving, requests: Mapping[str, tuple[int, ...]], written: Sequence[int]
 ) -> Message:
     """Return the fields of a model's configuration, in the order in which they are written.
 
-    `requests` gives each input's axes in a warm-up request, the batch left out; `written` the versions there are.
+    Args:
+        name: the name of the model in Triton.
+        signature: its inputs and outputs.
+        serving: how it is served.
+        requests: the axes of each input in a warm-up request, without the batch, by name.
+        written: the versions in the repository.
+
+    Raises:
+        ModelError: Triton would reject the options for this model.
+
     """
     largest = serving.batch_for(signature)
-    made: dict[str, Value] = {
+    fields: dict[str, Value] = {
         "name": name,
         "backend": "onnxruntime",
         "default_model_filename": MODEL_FILE,
@@ -135,22 +155,22 @@ def config(
         "parameters": _parameters(serving.settings),
     }
     if optimization := _optimization(serving.settings):
-        made["optimization"] = optimization
+        fields["optimization"] = optimization
     if largest and serving.dynamic_batching:
         batching: dict[str, Value] = {}
         if serving.preferred:
             batching["preferred_batch_size"] = sorted(set(serving.preferred))
         if serving.delay:
             batching["max_queue_delay_microseconds"] = serving.delay
-        made["dynamic_batching"] = batching
+        fields["dynamic_batching"] = batching
     if serving.warmup:
         sizes = sorted({1, largest, *serving.preferred} - {0})
-        made["model_warmup"] = [_warmup(signature, serving, requests, size) for size in sizes]
-    return made
+        fields["model_warmup"] = [_warmup(signature, serving, requests, size) for size in sizes]
+    return fields
 
 
 def text(message: Message, indent: str = "") -> str:
-    """Return a message in protobuf's text format, one field a line."""
+    """Return a message in protobuf's text format, one field per line."""
     lines = []
     for name, value in message.items():
         if isinstance(value, Name | int):
@@ -159,10 +179,10 @@ def text(message: Message, indent: str = "") -> str:
             lines.append(f"{name}: {_quoted(value)}")
         elif isinstance(value, Mapping):
             lines.append(_block(name, value, indent))
-        elif all(isinstance(one, int) for one in value):
+        elif all(isinstance(item, int) for item in value):
             lines.append(f"{name}: [{', '.join(map(str, value))}]")
         else:
-            lines += [_block(name, one, indent) for one in value if isinstance(one, Mapping)]
+            lines += [_block(name, item, indent) for item in value if isinstance(item, Mapping)]
     return "".join(f"{indent}{line}\n" for line in lines)
 
 
@@ -171,21 +191,21 @@ def _block(name: str, message: Message, indent: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Return a string as a literal: names come from the graph, and may hold anything."""
-    plain = [chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in value.encode()]
-    return f'"{"".join(plain)}"'
+    """Return a string literal; names come from the graph and may contain any character."""
+    escaped = [chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in value.encode()]
+    return f'"{"".join(escaped)}"'
 
 
 def _entries(values: Mapping[str, Value]) -> list[Message]:
-    """Return a map field: one message an entry."""
+    """Return a map field: one message per entry."""
     return [{"key": key, "value": value} for key, value in values.items()]
 
 
-def _tensor(tensor: Tensor, batched: bool) -> Message:
-    made: dict[str, Value] = {"name": tensor.name, "data_type": Name(tensor.data_type), "dims": tensor.dims(batched)}
+def _tensor(tensor: TritonTensor, batched: bool) -> Message:
+    fields: dict[str, Value] = {"name": tensor.name, "data_type": Name(tensor.data_type), "dims": tensor.dims(batched)}
     if batched and len(tensor.shape) == 1:
-        made["reshape"] = {"shape": ()}  # a value a sample: Triton's [1] is the graph's []
-    return made
+        fields["reshape"] = {"shape": ()}  # one value per sample: [1] in Triton, [] in the graph
+    return fields
 
 
 def _policy(serving: Serving, written: Sequence[int]) -> Message:
@@ -195,34 +215,34 @@ def _policy(serving: Serving, written: Sequence[int]) -> Message:
     if versions == "all":
         return {"all": {}}
     if not set(versions) <= set(written):
-        raise ModelError(f"versions to serve are latest, all, or some of {list(written)}, and {list(versions)} came")
+        raise ModelError(f"expected versions latest, all, or some of {list(written)}, got {list(versions)}")
     return {"specific": {"versions": sorted(set(versions))}}
 
 
 def _group(serving: Serving) -> Message:
-    made: dict[str, Value] = {"count": serving.instances}
+    fields: dict[str, Value] = {"count": serving.instances}
     if not serving.settings.on_gpu:
-        return made | {"kind": Name("KIND_CPU")}
-    return made | {"kind": Name("KIND_GPU")} | ({"gpus": sorted(set(serving.gpus))} if serving.gpus else {})
+        return fields | {"kind": Name("KIND_CPU")}
+    return fields | {"kind": Name("KIND_GPU")} | ({"gpus": sorted(set(serving.gpus))} if serving.gpus else {})
 
 
 def _optimization(settings: Session) -> Message:
-    made: dict[str, Value] = {}
+    fields: dict[str, Value] = {}
     if settings.level in _LEVELS:
-        made["graph"] = {"level": _LEVELS[settings.level]}
+        fields["graph"] = {"level": _LEVELS[settings.level]}
     accelerators: list[Message] = []
     if settings.provider == "tensorrt":
         accelerators.append({"name": "tensorrt", "parameters": _entries({"precision_mode": "FP32"})})
     if settings.on_gpu:
-        # TF32 is on in ONNX Runtime's CUDA provider unless it is told otherwise; here it is told what was measured.
+        # ONNX Runtime's CUDA provider uses TF32 by default; here it is set as it was measured.
         flags = {"use_tf32": str(int(settings.tf32)), **({"prefer_nhwc": "1"} if settings.nhwc else {})}
         accelerators.append({"name": "cuda", "parameters": _entries(flags)})
-        made["execution_accelerators"] = {"gpu_execution_accelerator": accelerators}
-    return made
+        fields["execution_accelerators"] = {"gpu_execution_accelerator": accelerators}
+    return fields
 
 
 def _parameters(settings: Session) -> list[Message]:
-    values = {"execution_mode": "0"}  # one node after the other, as everything here is measured
+    values = {"execution_mode": "0"}  # sequential, as in all measurements of this package
     if settings.threads:
         values["intra_op_thread_count"] = str(settings.threads)
     if not settings.arena:
@@ -230,10 +250,10 @@ def _parameters(settings: Session) -> list[Message]:
     return _entries({key: {"string_value": value} for key, value in values.items()})
 
 
-def _warmup(signature: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batch: int) -> Message:
+def _warmup(signature: TritonSignature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batch: int) -> Message:
     inputs: dict[str, Value] = {}
     for tensor in signature.inputs:
-        # Triton's random data are random bytes: as integers they would be indices out of range.
+        # Triton's random data are random bytes, which as integers would be indices out of range.
         kind = "random_data" if serving.warmup_data == "random" and tensor.data_type in _FLOATS else "zero_data"
         dims = requests[tensor.name] or (1,)
         inputs[tensor.name] = {"data_type": Name(tensor.data_type), "dims": dims, kind: Name("true")}

@@ -1,4 +1,4 @@
-"""What Triton needs to know of a model, read from its session, and whether it holds: that requests may share a batch."""
+"""Reads the inputs and outputs of a model for Triton, and checks that requests may share a batch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tensorrail_runtime.serve.protocol.datatypes import DATATYPES, ONNX
 from tensorrail_runtime.serve.replicas.batch_axis import unequal
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import run
-from tensorrail_runtime.triton.config import Serving, Signature, Tensor
+from tensorrail_runtime.triton.config import Serving, TritonSignature, TritonTensor
 
-# The types that Triton's ONNX Runtime backend takes, by ONNX Runtime's names; bfloat16 is not one of them. The protocol that
-# Triton speaks has the same ones, and calls strings otherwise than the configuration does.
+# The types that Triton's ONNX Runtime backend takes, by ONNX Runtime's names; bfloat16 is not one of them. Triton's protocol
+# has the same types; only strings have another name there than in the configuration.
 _TYPES = {onnx_name: f"TYPE_{'STRING' if name == 'BYTES' else name}" for onnx_name, name in ONNX.items()}
 _DTYPES = {_TYPES[onnx_name]: DATATYPES[name] for onnx_name, name in ONNX.items()}
-_LOUDER = 10  # times the other request of a batch
+_LOUDER = 10  # the values of the second request in a batch are this many times larger
 
 
-def signature(path: Path, session: ort.InferenceSession) -> Signature:
-    """Return a model's inputs and outputs; `ModelError` names one that Triton's ONNX Runtime backend does not take."""
+def signature(path: Path, session: ort.InferenceSession) -> TritonSignature:
+    """Return a model's inputs and outputs; raises `ModelError` for one that Triton's backend does not take."""
     graph = onnx.load(path, load_external_data=False).graph
     unranked = {
         value.name
@@ -32,116 +32,141 @@ def signature(path: Path, session: ort.InferenceSession) -> Signature:
         if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
     }
 
-    def read(entry: ort.NodeArg) -> Tensor:
+    def read(entry: ort.NodeArg) -> TritonTensor:
         if entry.type not in _TYPES:
-            raise ModelError(f"{path}: {entry.name!r} is a {entry.type}, which Triton's ONNX Runtime backend does not take")
+            raise ModelError(f"{path}: {entry.name!r} has type {entry.type}, which Triton's ONNX Runtime backend does not take")
         if not entry.shape and entry.name in unranked:
             raise ModelError(f"{path}: the graph gives no shape for {entry.name!r}: run onnx.shape_inference on it first")
         shape = tuple(size if isinstance(size, int) else -1 for size in entry.shape)
         if 0 in shape:
-            raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}; Triton takes axes of 1 or more")
-        return Tensor(entry.name, _TYPES[entry.type], shape)
+            raise ModelError(f"{path}: {entry.name!r} has shape {list(shape)}: Triton needs axes of size 1 or more")
+        return TritonTensor(entry.name, _TYPES[entry.type], shape)
 
     if not session.get_inputs():
-        raise ModelError(f"{path}: takes no input, so there is nothing that a request could bring")
-    return Signature(tuple(map(read, session.get_inputs())), tuple(map(read, session.get_outputs())))
+        raise ModelError(f"{path}: the model has no inputs: expected at least one")
+    return TritonSignature(tuple(map(read, session.get_inputs())), tuple(map(read, session.get_outputs())))
 
 
-def request_shapes(found: Signature, batched: bool, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Return each input's axes in one request, the batch left out, from the graph and from `shapes`, which hold all axes.
+def request_shapes(signature: TritonSignature, batched: bool, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return the axes of each input in one request, without the batch.
 
-    `ModelError` for a shape that does not fit its input, and for an axis of any size without one.
+    Args:
+        signature: the inputs of the model.
+        batched: whether the first axis of the inputs is the batch.
+        shapes: shapes of inputs with all their axes, by name, needed for dynamic axes.
+
+    Raises:
+        ModelError: a shape does not fit its input, or an input with dynamic axes has no shape.
+
     """
-    names = [tensor.name for tensor in found.inputs]
+    names = [tensor.name for tensor in signature.inputs]
     unknown = [name for name in shapes if name not in names]
     if unknown:
-        raise ModelError(f"a shape came for input {unknown[0]!r}, and the model's inputs are {', '.join(names) or 'none'}")
-    made = {}
-    for tensor in found.inputs:
+        raise ModelError(f"shapes: unknown input {unknown[0]!r}; the model's inputs are {', '.join(names) or 'none'}")
+    requests = {}
+    for tensor in signature.inputs:
         given = tuple(shapes.get(tensor.name, tensor.shape))
         if len(given) != len(tensor.shape) or any(a not in (-1, b) for a, b in zip(tensor.shape, given, strict=True)):
-            raise ModelError(f"input {tensor.name!r} has shape {list(tensor.shape)}, and {list(given)} came")
-        made[tensor.name] = given[1:] if batched else given
-        if -1 in made[tensor.name]:
+            raise ModelError(f"input {tensor.name!r}: expected shape {list(tensor.shape)}, got {list(given)}")
+        requests[tensor.name] = given[1:] if batched else given
+        if -1 in requests[tensor.name]:
             raise ModelError(
-                f"input {tensor.name!r} has axes of any size, {list(tensor.shape)}: say what a request is like, "
+                f"input {tensor.name!r} has dynamic axes, {list(tensor.shape)}: give the shape of one request, "
                 f"--shape {tensor.name}={','.join(str(8 if size == -1 else size) for size in tensor.shape)}"
             )
-    return made
+    return requests
 
 
 def check_warmup(
-    session: ort.InferenceSession, found: Signature, serving: Serving, requests: Mapping[str, tuple[int, ...]], batched: bool
+    session: ort.InferenceSession,
+    signature: TritonSignature,
+    serving: Serving,
+    requests: Mapping[str, tuple[int, ...]],
+    batched: bool,
 ) -> None:
-    """Run one warm-up request here: one that fails would keep Triton from serving the model. `ModelError` says why it fails."""
+    """Run one warm-up request; raises `ModelError` if it fails, since Triton would then not serve the model."""
     rng = np.random.default_rng(0)
     feed = {}
-    for tensor in found.inputs:
+    for tensor in signature.inputs:
         shape = (1, *requests[tensor.name]) if batched else requests[tensor.name]
         feed[tensor.name] = _fill(tensor, shape, rng, "bytes" if serving.warmup_data == "random" else "zero")
     try:
         run(session, feed)
     except ModelError as error:
         raise ModelError(
-            f"a warm-up request of {serving.warmup_data} data fails, and Triton would not serve the model: {error}"
+            f"a warm-up request with {serving.warmup_data} data fails, so Triton would not serve the model: {error}"
         ) from None
 
 
 def check_batching(
     path: Path,
     session: ort.InferenceSession,
-    found: Signature,
+    signature: TritonSignature,
     requests: Mapping[str, tuple[int, ...]],
     tolerance: float,
 ) -> float:
-    """Hold both answers of a batch of two against the same alone; return the largest difference.
+    """Compare both answers of a batch of two requests with the answers to the same requests alone.
 
-    Triton puts requests of different clients into one batch, so no answer may depend on its neighbour. It is the relative L2
-    difference of floating-point numbers, and the share of others that differ. `ModelError` when the first axis of an output is
-    not the batch, an answer has another shape alone, or differs by more than `tolerance`.
+    Triton puts requests of different clients into one batch, so no answer may depend on the other requests.
+
+    Args:
+        path: the ONNX file, for error messages.
+        session: a session of the model.
+        signature: its inputs and outputs.
+        requests: the axes of each input in one request, without the batch.
+        tolerance: the largest difference of an answer.
+
+    Returns:
+        The largest difference: the relative L2 difference of floating-point outputs, the share of different entries of others.
+
+    Raises:
+        ModelError: the first axis of an output is not the batch, or an answer has another shape or differs by more than the
+            tolerance.
+
     """
     rng = np.random.default_rng(0)
-    drawn = [
-        {tensor.name: _fill(tensor, (1, *requests[tensor.name]), rng, "normal") for tensor in found.inputs} for _ in range(2)
+    random = [
+        {tensor.name: _fill(tensor, (1, *requests[tensor.name]), rng, "normal") for tensor in signature.inputs}
+        for _ in range(2)
     ]
-    alone_on = unequal(session, drawn[0], drawn[1], _LOUDER)
-    together = run(session, {name: np.concatenate([one[name] for one in alone_on]) for name in drawn[0]})
-    alone = [run(session, one) for one in alone_on]
+    feeds = unequal(session, random[0], random[1], _LOUDER)
+    batched = run(session, {name: np.concatenate([feed[name] for feed in feeds]) for name in random[0]})
+    alone = [run(session, feed) for feed in feeds]
     worst = 0.0
-    for name, both in together.items():
-        if [np.shape(array)[:1] for array in (both, *(one[name] for one in alone))] != [(2,), (1,), (1,)]:
+    for name, both in batched.items():
+        if [np.shape(array)[:1] for array in (both, *(outputs[name] for outputs in alone))] != [(2,), (1,), (1,)]:
             raise ModelError(
-                f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, and "
-                f"Triton could not give each request its part; ask for --max-batch 0"
+                f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, so "
+                f"Triton cannot split it between requests; use --max-batch 0"
             )
-        for k, one in enumerate(alone):
-            if both.shape[1:] != one[name].shape[1:]:
+        for k, outputs in enumerate(alone):
+            if both.shape[1:] != outputs[name].shape[1:]:
                 raise ModelError(
-                    f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and {list(one[name].shape[1:])} "
-                    f"alone: an answer depends on its neighbour; ask for --max-batch 0"
+                    f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and "
+                    f"{list(outputs[name].shape[1:])} alone: an answer depends on others in its batch; use --max-batch 0"
                 )
-            worst = max(worst, _apart(path, name, one[name][0], both[k]))
+            worst = max(worst, _difference(path, name, outputs[name][0], both[k]))
     if worst > tolerance:
         raise ModelError(
-            f"{path}: an answer differs by {worst:.1e} with its neighbour in the batch, and {tolerance:g} is allowed: Triton "
-            f"batches requests that have nothing to do with each other; ask for --max-batch 0, or a larger --tolerance"
+            f"{path}: an answer changes by {worst:.1e} with another request in its batch; the tolerance is {tolerance:g}: "
+            f"Triton batches unrelated requests; use --max-batch 0, or a larger --tolerance"
         )
     return worst
 
 
-def _apart(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -> float:
+def _difference(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -> float:
     if not np.issubdtype(batched.dtype, np.floating):
         return float(np.mean(alone != batched)) if batched.size else 0.0
     if alone.size and np.isnan(alone).all():
-        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, which shows nothing; ask for --max-batch 0")
+        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, so batching cannot be checked; use --max-batch 0")
     if not np.array_equal(np.isnan(alone), np.isnan(batched)):
         return float("inf")
     a, b = (np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone, batched))
     return float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0))
 
 
-def _fill(tensor: Tensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:
-    """Return an input: zeros, standard normal values (integers: 0 and 1), or for floats random bytes, as Triton makes them."""
+def _fill(tensor: TritonTensor, shape: Sequence[int], rng: np.random.Generator, how: str) -> np.ndarray:
+    """Return an input: zeros, standard normal values (integers: 0 and 1), or, for floats, random bytes as Triton uses."""
     dtype = _DTYPES[tensor.data_type]
     floating = np.issubdtype(dtype, np.floating)
     if tensor.data_type == "TYPE_STRING":

@@ -1,10 +1,10 @@
-"""A model as Triton Inference Server takes it: a folder with `config.pbtxt` and the model, whole or not at all.
+"""Writes a model into a model repository of Triton Inference Server, completely or not at all.
 
     REPOSITORY/NAME/config.pbtxt
     REPOSITORY/NAME/1/model.onnx   and its external data beside it
 
 With a dense model, version 1 is the dense one and version 2 the other, or they are two models, `NAME` and `NAME-dense`.
-Nothing is written that has not been loaded and run here, from the very files that are served.
+The written files themselves are loaded and run before they move into the repository.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from tensorrail_runtime.records import Record, write_text
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
-from tensorrail_runtime.triton.config import MODEL_FILE, Serving, Signature, config, text
+from tensorrail_runtime.triton.config import MODEL_FILE, Serving, TritonSignature, config, text
 from tensorrail_runtime.triton.model import check_batching, check_warmup, request_shapes, signature
 
 __all__ = ["Package", "Packaged", "Serving", "package"]
 
 
 class Packaged(Record):
-    """One model of the repository. Shapes are those of `config.pbtxt`: without the batch where Triton batches."""
+    """One model in the repository. Shapes are those of `config.pbtxt`: without the batch if Triton batches the model."""
 
     name: str
     folder: str
-    versions: dict[int, str]  # the file that each version was made of
+    versions: dict[int, str]  # the source file of each version
     max_batch: int
     inputs: dict[str, tuple[int, ...]]
     outputs: dict[str, tuple[int, ...]]
     types: dict[str, str]
-    batch_difference: float | None  # an answer alone against the same in a batch of two, relative L2; None where none is formed
+    batch_difference: float | None  # relative L2 difference of an answer alone and in a batch of two; None without batches
 
 
 class Package(PrintedRecord):
-    """What was written."""
+    """The models that were written into a repository."""
 
     version: Literal[1] = 1
     repository: str
@@ -80,11 +80,25 @@ def package(
     tolerance: float = 1e-3,
     overwrite: bool = False,
 ) -> Package:
-    """Write a model into a Triton model repository, other models there untouched.
+    """Write a model into a Triton model repository; other models in it do not change.
 
-    `name` is the model's in Triton; without it, the file's. `shapes` says what a request is like where axes have any size.
-    `tolerance` is the largest relative L2 difference between an answer alone and in a batch. A folder of that name that holds
-    anything is refused, or replaced with `overwrite` when it is a Triton model. Raises `ModelError`, and leaves nothing behind.
+    Args:
+        model: the ONNX file.
+        repository: the folder of the repository, which may be new.
+        name: the name of the model in Triton; without it, that of the file.
+        dense: the dense model, as version 1 of the same name.
+        separate: whether the dense model becomes a model of its own, `NAME-dense`.
+        serving: how Triton serves the model.
+        shapes: shapes of one request by input, needed for dynamic axes other than the batch.
+        tolerance: the largest relative L2 difference between an answer alone and in a batch.
+        overwrite: whether to replace an existing Triton model of that name.
+
+    Returns:
+        The models that were written.
+
+    Raises:
+        ModelError: the model cannot be served as asked, or its folder is not empty; nothing was written.
+
     """
     serving, repository = serving or Serving(), Path(repository)
     serving.check()
@@ -95,44 +109,44 @@ def package(
     elif dense is not None:
         plan[name] = {1: Path(dense), 2: Path(model)}
     elif separate:
-        raise ModelError("two separate models were asked for, and one came: give the dense model as well")
-    for one in plan:
-        _refuse_taken(repository / one, overwrite)
+        raise ModelError("expected two models to package separately, got one: give the dense model as well")
+    for model_name in plan:
+        _refuse_taken(repository / model_name, overwrite)
     with _workshop(repository) as workshop:
-        made = []
-        for one, versions in plan.items():
-            (workshop / one).mkdir()
-            found = _fill(workshop / one, one, versions, serving, shapes or {}, tolerance)
-            made.append(found.model_copy(update={"folder": str(repository / one)}))
+        packaged = []
+        for model_name, versions in plan.items():
+            (workshop / model_name).mkdir()
+            written = _fill(workshop / model_name, model_name, versions, serving, shapes or {}, tolerance)
+            packaged.append(written.model_copy(update={"folder": str(repository / model_name)}))
         repository.mkdir(exist_ok=True)
-        for one in plan:
-            _refuse_taken(repository / one, overwrite)  # another may have written it meanwhile
-            _replace(workshop / one, repository / one, workshop)
-    return Package(repository=str(repository), models=tuple(made))
+        for model_name in plan:
+            _refuse_taken(repository / model_name, overwrite)  # another process may have written it meanwhile
+            _replace(workshop / model_name, repository / model_name, workshop)
+    return Package(repository=str(repository), models=tuple(packaged))
 
 
 def _fill(
     folder: Path, name: str, versions: Mapping[int, Path], serving: Serving, shapes: Shapes, tolerance: float
 ) -> Packaged:
-    """Write one model's folder, and hold what Triton will rely on against the copies that it will load."""
-    signatures: dict[int, Signature] = {}
+    """Write the folder of one model, and check the copies that Triton will load."""
+    signatures: dict[int, TritonSignature] = {}
     differences = []
     requests: dict[str, tuple[int, ...]] = {}
     for version, path in versions.items():
         _copy(path, folder / str(version))
         copy = folder / str(version) / MODEL_FILE
-        # Read on the CPU, which every host has: the provider asked for is that of the host that serves.
+        # Checked on the CPU, which every host has; the provider is that of the serving host.
         settings = Session(level=serving.settings.level, threads=serving.settings.threads)
         with _named(path, copy):
             session = open_session(copy, settings=settings)
-            found = signatures[version] = signature(copy, session)
-            batched = serving.batch_for(found) > 0
+            own = signatures[version] = signature(copy, session)
+            batched = serving.batch_for(own) > 0
             if batched or serving.warmup:
-                requests = request_shapes(found, batched, shapes)
+                requests = request_shapes(own, batched, shapes)
             if serving.warmup:
-                check_warmup(session, found, serving, requests, batched)
+                check_warmup(session, own, serving, requests, batched)
             if batched:
-                differences.append(check_batching(copy, session, found, requests, tolerance))
+                differences.append(check_batching(copy, session, own, requests, tolerance))
     first, *others = signatures.values()
     for version, other in zip(list(versions)[1:], others, strict=True):
         _refuse_other(versions, version, first, other)
@@ -151,12 +165,10 @@ def _fill(
 
 
 def _copy(path: Path, folder: Path) -> None:
-    """Copy a model as `model.onnx`, and its external data to where the graph expects them beside it."""
+    """Copy a model as `model.onnx`, and its external data to the paths that the graph gives."""
     locations = external_files(path)
     if any(Path(location).as_posix().casefold() == MODEL_FILE for location in locations):
-        raise ModelError(
-            f"{path}: its external data are called {MODEL_FILE}, as Triton calls the model: give them another name"
-        )
+        raise ModelError(f"{path}: its external data are named {MODEL_FILE}, Triton's name for the model: rename them")
     folder.mkdir()
     shutil.copyfile(path, folder / MODEL_FILE)
     for location in locations:
@@ -164,66 +176,68 @@ def _copy(path: Path, folder: Path) -> None:
         shutil.copyfile(path.parent / location, folder / location)
 
 
-def _refuse_other(versions: Mapping[int, Path], version: int, first: Signature, other: Signature) -> None:
-    """Raise `ModelError` where two versions of one model differ in what they take or give: they share one configuration."""
-    for mine, its in ((first.inputs, other.inputs), (first.outputs, other.outputs)):
-        described = [
-            ", ".join(f"{t.name} {t.data_type} {list(t.shape)}" for t in sorted(side, key=str)) for side in (mine, its)
-        ]
+def _refuse_other(versions: Mapping[int, Path], version: int, first: TritonSignature, other: TritonSignature) -> None:
+    """Raise `ModelError` if two versions of a model have different inputs or outputs: they share one configuration."""
+    for sides in ((first.inputs, other.inputs), (first.outputs, other.outputs)):
+        described = [", ".join(f"{t.name} {t.data_type} {list(t.shape)}" for t in sorted(side, key=str)) for side in sides]
         if described[0] != described[1]:
             raise ModelError(
-                f"{versions[version]}: has {described[1]}, and {next(iter(versions.values()))} has {described[0]}: versions of "
-                f"one model share inputs and outputs; package them as two models (--separate)"
+                f"expected versions with the same inputs and outputs, got {described[0]} in {next(iter(versions.values()))} "
+                f"and {described[1]} in {versions[version]}: package them as two models (--separate)"
             )
 
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ModelError(f"{name!r} is no name for a Triton model: letters, digits, '.', '_' and '-' are; give --name")
+        raise ModelError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}: give --name")
     return name
 
 
 def _refuse_taken(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ModelError(f"{target}: not a folder: nothing is written there")
+        raise ModelError(f"{target}: exists and is not a folder: choose another --name")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ModelError(f"{target}: holds something already: choose another --name, or --overwrite it")
+        raise ModelError(f"{target}: is not empty: choose another --name, or use --overwrite")
     if not (target / "config.pbtxt").is_file():
-        raise ModelError(f"{target}: holds no config.pbtxt, so it is no Triton model: --overwrite does not remove it")
+        raise ModelError(
+            f"{target}: holds no config.pbtxt, so --overwrite does not replace it as a Triton model: choose another --name"
+        )
 
 
 @contextmanager
 def _workshop(repository: Path) -> Iterator[Path]:
-    """Yield a folder on the repository's file system that is removed afterwards.
+    """Yield a temporary folder on the file system of the repository.
 
-    It lies beside the repository, not in it: Triton takes every folder in it for a model, one with a dot before its name too.
+    It is beside the repository, not in it: Triton takes every folder in it for a model, even one whose name starts with a dot.
     """
     if repository.exists() and not repository.is_dir():
-        raise ModelError(f"{repository}: not a folder: expected a Triton model repository, or a name for a new one")
-    home = repository.resolve()
-    beside = not home.exists() or home.parent.stat().st_dev == home.stat().st_dev
-    folder = (home.parent if beside else home) / f".{home.name}.{secrets.token_hex(4)}.part"
+        raise ModelError(f"{repository}: not a folder: expected a Triton model repository, or a path for a new one")
+    target = repository.resolve()
+    beside = not target.exists() or target.parent.stat().st_dev == target.stat().st_dev
+    folder = (target.parent if beside else target) / f".{target.name}.{secrets.token_hex(4)}.part"
     try:
         folder.mkdir()
     except PermissionError:
-        if not beside or not home.exists():
+        if not beside or not target.exists():
             raise
-        raise ModelError(f"{home.parent}: cannot be written, where a model is made before it moves to {home.name}") from None
+        raise ModelError(
+            f"{target.parent}: no permission to write: a model is prepared there before it moves to {target.name}"
+        ) from None
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(made: Path, target: Path, workshop: Path) -> None:
-    """Move a finished folder to its place; what was there goes only when the new one stands."""
+def _replace(new: Path, target: Path, workshop: Path) -> None:
+    """Move a finished folder to its place; the old one is restored if that fails."""
     old = workshop / f"{target.name}.old"
     if target.exists():
         target.rename(old)
     try:
-        made.rename(target)
+        new.rename(target)
     except OSError:
         if old.exists():
             old.rename(target)
@@ -232,7 +246,7 @@ def _replace(made: Path, target: Path, workshop: Path) -> None:
 
 @contextmanager
 def _named(path: Path, copy: Path) -> Iterator[None]:
-    """Let errors of the copy name the file that it was made of."""
+    """Make errors about the copy name its source file."""
     try:
         yield
     except ModelError as error:

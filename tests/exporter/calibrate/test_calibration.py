@@ -80,7 +80,7 @@ def test_a_batch_of_fixed_size_is_kept(rng, tmp_path):
     assert [len(feed["a"]) for feed in load_calibration(tmp_path / "data.npz", path).feeds] == [8] * 8
     assert load_calibration(tmp_path / "data.npz", path, most=30).count == 24  # whole batches
     np.savez(tmp_path / "odd.npz", a=weight(rng, 12, 5), b=weight(rng, 12, 4))
-    with pytest.raises(ModelError, match="the model takes batches of 8, and 12 samples came: give a multiple"):
+    with pytest.raises(ModelError, match="the model takes batches of 8, got 12 samples: give a multiple"):
         load_calibration(tmp_path / "odd.npz", path)
 
 
@@ -334,7 +334,7 @@ def test_unknown_tensors_and_wrong_inputs_are_refused(small_model, rng):
     with pytest.raises(GraphError, match="tensor 'nowhere' is not in the graph"):
         run_to(small_model, ["a", "nowhere"], Session())
     run = run_to(small_model, ["a"], Session())
-    with pytest.raises(ModelError, match="the model's inputs are x, and none came"):
+    with pytest.raises(ModelError, match="expected inputs x, got none"):
         run({})
     with pytest.raises(ModelError, match="ONNX Runtime cannot run the model on these inputs") as caught:
         run({"x": weight(rng, 1, 3, 8, 8)})

@@ -16,7 +16,7 @@ def test_plan_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"version": 2, "layers": []}', "version: input should be 1, and 2 came"),
+        ('{"version": 2, "layers": []}', "version: expected 1, got 2"),
         ('{"version": 1, "layers": [], "more": 1}', "more: unknown key"),
         ('{"version": 1}', "layers: required"),
         ("{", "Invalid JSON"),

@@ -192,7 +192,7 @@ def test_shapes_of_inputs_are_taken_and_wrong_ones_refused(rng):
     model = recurrent_model("GRU", "forward", 5, 8, rng)
     (layer,) = survey(model, 2, {"x": (11, 2, 8)})
     assert layer.inputs[0] == (11, 2, 8)
-    with pytest.raises(ModelError, match="a shape came for input 'z', and the model's inputs are x"):
+    with pytest.raises(ModelError, match="shapes: unknown input 'z'; the model's inputs are x"):
         survey(model, 2, {"z": (1, 2)})
 
 

@@ -179,10 +179,10 @@ def broken(stored):
     first = {**stored, "times": [{**stored["times"][0], "milliseconds": -1.0}]}
     return {
         "{": "invalid JSON",
-        "[]": "input should be an object",
-        json.dumps({**stored, "version": 2}): "version: input should be 1",
+        "[]": "expected an object",
+        json.dumps({**stored, "version": 2}): "version: expected 1",
         json.dumps({**stored, "more": 0}): "more: unknown key",
-        json.dumps(first): "milliseconds: input should be greater than 0",
+        json.dumps(first): "milliseconds: expected a value greater than 0",
         json.dumps({**stored, "target": {**stored["target"], "threads": 64}}): "the latency table of another target",
     }
 

@@ -218,11 +218,11 @@ def test_concurrent_clients_get_what_the_session_says(server):
 def test_refusals_come_over_http_as_json(server):
     entry = {"name": "x", "datatype": "FP32", "shape": [1, 16, 8, 8], "data": [0] * 1024}
     for content, path, status, reason in (
-        ({"inputs": [entry | {"datatype": "INT32"}]}, "net", 400, "input 'x' is FP32, and INT32 came"),
-        ({"inputs": [entry | {"shape": [16, 8, 8]}]}, "net", 400, "has shape [-1, 16, 8, 8], and [16, 8, 8] came"),
+        ({"inputs": [entry | {"datatype": "INT32"}]}, "net", 400, "input 'x': expected datatype FP32, got INT32"),
+        ({"inputs": [entry | {"shape": [16, 8, 8]}]}, "net", 400, "expected shape [-1, 16, 8, 8], got [16, 8, 8]"),
         ({"inputs": [entry | {"name": "z"}]}, "net", 400, "the model has no input 'z'"),
         ({"inputs": [entry]}, "other", 400, "unknown model 'other'"),
-        ({"inputs": [entry], "padding": " " * (1 << 20)}, "net", 413, "a request has at most 1048576 bytes"),
+        ({"inputs": [entry], "padding": " " * (1 << 20)}, "net", 413, "expected a request of at most 1048576 bytes"),
     ):
         found, text, headers = server.ask("POST", f"/v2/models/{path}/infer", json.dumps(content))
         assert (found, headers["Content-Type"]) == (status, "application/json")
@@ -380,7 +380,7 @@ def test_on_a_cluster_a_model_without_a_batch_axis(cluster, tmp_path):
     process, port, said, log = start(tmp_path, *arguments, **environment)
     server = Server(process, port, said, None, log)
     try:
-        assert said[1] == "no batching: it has no dynamic axis that all inputs and outputs share"
+        assert said[1] == "no batching: no dynamic axis is shared by all inputs and outputs"
 
         def ask(index):
             content = {"inputs": [{"name": "i", "datatype": "INT64", "shape": [1], "data": [index]}]}

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
+from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.app import Service, create_app
 from tensorrail_runtime.serve.http.metrics import Metrics
 from tensorrail_runtime.serve.http.options import Limits
-from tensorrail_runtime.serve.http.server import ABORT
 from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batching import Answer, run_batch
 from tensorrail_runtime.serve.replicas.differences import Difference
@@ -158,15 +158,15 @@ def test_what_cannot_be_answered_is_refused_with_the_reason_as_json(client, x):
     entry = request(x)["inputs"][0]
     cases = [
         (INFER, b"{", 400, "the request is not JSON"),
-        (INFER, {"inputs": [entry | {"datatype": "FP64"}]}, 400, "input 'x' is FP32, and FP64 came"),
-        (INFER, {"inputs": [entry | {"shape": [2, 16, 64]}]}, 400, "has shape [-1, 16, 8, 8], and [2, 16, 64] came"),
+        (INFER, {"inputs": [entry | {"datatype": "FP64"}]}, 400, "input 'x': expected datatype FP32, got FP64"),
+        (INFER, {"inputs": [entry | {"shape": [2, 16, 64]}]}, 400, "expected shape [-1, 16, 8, 8], got [2, 16, 64]"),
         (INFER, {"inputs": [entry | {"name": "z"}]}, 400, "the model has no input 'z'; its inputs are x"),
         (INFER, request(x, outputs=[{"name": "z"}]), 400, "the model has no output 'z'; its outputs are y"),
-        (INFER, request(x, model_name="other"), 400, "the request is for model 'other': this server has 'm'"),
-        ("/v2/models/other/infer", request(x), 400, "unknown model 'other': this server has 'm'"),
-        ("/v2/models/m/versions/2/infer", request(x), 400, "unknown version '2' of 'm': there is version 1"),
-        ("/v2/models/m/generate", request(x), 404, "there is no '/v2/models/m/generate' here"),
-        ("/v2/models/m", request(x), 405, "POST is not for '/v2/models/m'"),
+        (INFER, request(x, model_name="other"), 400, "the request is for model 'other': this server serves 'm'"),
+        ("/v2/models/other/infer", request(x), 400, "unknown model 'other': this server serves 'm'"),
+        ("/v2/models/m/versions/2/infer", request(x), 400, "unknown version '2' of 'm': expected version 1"),
+        ("/v2/models/m/generate", request(x), 404, "unknown path '/v2/models/m/generate'"),
+        ("/v2/models/m", request(x), 405, "POST is not allowed for '/v2/models/m'"),
     ]
     for path, content, status, reason in cases:
         found, text, headers = client.infer(content, path)
@@ -181,15 +181,15 @@ def test_what_cannot_be_answered_is_refused_with_the_reason_as_json(client, x):
 def test_bodies_that_are_too_long_are_never_held(client, x):
     big = [b" " * 60_000, b" " * 60_000]
     status, text, _ = client.infer(b"", parts=big)  # of unknown length, as chunks
-    assert (status, json.loads(text)["error"]) == (413, "a request has at most 100000 bytes, and more came")
+    assert (status, json.loads(text)["error"]) == (413, "expected a request of at most 100000 bytes, got more")
     status, text, _ = client.infer(b"", parts=big, headers={"content-length": "120000"})
-    assert (status, json.loads(text)["error"]) == (413, "a request has at most 100000 bytes, and 120000 came")
+    assert (status, json.loads(text)["error"]) == (413, "expected a request of at most 100000 bytes, got 120000")
     for headers in ({"content-length": "1000000"}, {"content-length": "120000", "expect": "100-continue"}):
         assert client.infer(b"", parts=[None], headers=headers)[0] == 413  # not one byte was read
     left = [b" " * 100_000] * 10
     assert client.infer(b"", parts=left)[0] == 413
     status, text, _ = client.infer(request(x), headers={"content-encoding": "gzip"})
-    assert (status, json.loads(text)["error"]) == (415, "the body must come as it is, and Content-Encoding 'gzip' came")
+    assert (status, json.loads(text)["error"]) == (415, "expected a body without encoding, got Content-Encoding 'gzip'")
     assert client.metric("requests_total", code="413") == 5
 
 
@@ -199,7 +199,7 @@ def test_a_request_that_takes_too_long_ends_with_504_or_408(client, x):
     status, text, _ = client.infer(request(x))
     assert (status, json.loads(text)["error"]) == (504, "no answer within 0.01 s")
     status, text, _ = client.infer(b"", parts=[])  # a body that never comes
-    assert (status, json.loads(text)["error"]) == (408, "the request did not come within 0.01 s")
+    assert (status, json.loads(text)["error"]) == (408, "the request was not received within 0.01 s")
     assert client.metric("queue_length") == 0
 
 
@@ -218,7 +218,7 @@ def test_more_requests_than_are_accepted_get_503_and_the_others_their_answers(cl
     length, refused, answered = asyncio.run(scenario())
     assert length == 3
     assert refused[0] == 503
-    assert "3 requests are being answered: try again" in json.loads(refused[1])["error"]
+    assert "the server is busy with 3 requests, its limit: try again later" in json.loads(refused[1])["error"]
     assert [status for status, _, _ in answered] == [200] * 3
 
 
@@ -265,7 +265,7 @@ def test_json_has_a_limit_of_its_own_and_names_and_versions_are_checked(client, 
     assert "send large tensors as binary data" in json.loads(content)["error"]
     monkeypatch.undo()
     status, content, _ = client.infer(request(x, model_version="99"))
-    assert (status, json.loads(content)["error"]) == (400, "the request is for version '99': there is version 1")
+    assert (status, json.loads(content)["error"]) == (400, "the request is for version '99': expected version 1")
     named = request(x)
     named["inputs"][0]["name"] = "n" * 30_000
     status, content, _ = client.infer(named)

@@ -64,7 +64,7 @@ def test_a_network_that_looks_at_the_whole_batch_is_not_batched(tmp_path, rng):
     session, signature = opened(tmp_path / "s.onnx", one_node("Softmax", inputs, outputs, axis=0))
     axes, reason = find_batch_axis(session, signature)
     assert axes is None
-    assert reason.startswith("axis 0 (batch): output 'y' is another for a batch than for its parts")
+    assert reason.startswith("axis 0 (batch): output 'y' differs between a batch and its parts")
     # One scale for all rows, as dynamic quantization has.
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
@@ -104,13 +104,16 @@ def test_a_scale_or_a_length_that_integers_share_is_no_batch(tmp_path, rng):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (one_node("Relu", {"x": [2, 4]}, {"y": [2, 4]}), "no dynamic axis that all inputs and outputs share"),
-        (one_node("Relu", {"x": []}, {"y": []}), "no dynamic axis that all inputs and outputs share"),
-        (one_node("ReduceSum", {"x": ["n", 4]}, {"y": [1, 1]}, opset=13), "no dynamic axis that all inputs and outputs share"),
-        (one_node("Reshape", {"x": ["n", 4]}, {"y": ["m"]}, {"shape": np.array([-1])}), "another length along it"),
+        (one_node("Relu", {"x": [2, 4]}, {"y": [2, 4]}), "no dynamic axis is shared by all inputs and outputs"),
+        (one_node("Relu", {"x": []}, {"y": []}), "no dynamic axis is shared by all inputs and outputs"),
+        (
+            one_node("ReduceSum", {"x": ["n", 4]}, {"y": [1, 1]}, opset=13),
+            "no dynamic axis is shared by all inputs and outputs",
+        ),
+        (one_node("Reshape", {"x": ["n", 4]}, {"y": ["m"]}, {"shape": np.array([-1])}), "a different length along it"),
         (
             one_node("Identity", {"x": ["n"]}, {"y": ["n"]}, types={"x": TensorProto.STRING, "y": TensorProto.STRING}),
-            "it could not be tried (input 'x' is a tensor(string)",
+            "it could not be tested (input 'x' has type tensor(string)",
         ),
     ],
 )
@@ -209,7 +212,7 @@ def test_what_nobody_waits_for_is_not_run():
     answers = [one for (one,) in asyncio.run(scenario())]
     assert ran == [0, 2]
     assert [answer.outputs is None for answer in answers] == [False, True, False, True]
-    assert "nobody waits" in answers[1].reason
+    assert "no longer waits" in answers[1].reason
 
 
 def test_what_waits_while_the_model_is_busy_is_run_together():
@@ -269,18 +272,18 @@ def test_differences_are_relative_and_by_output():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"name": "a/b"}, "a model's name is letters, digits"),
-        ({"name": ""}, "a model's name is letters, digits"),
-        ({"port": 70000}, "a port is 0"),
-        ({"replicas": 0}, "one replica or more"),
-        ({"max_batch": 0}, "a batch has one sample or more"),
-        ({"wait": -1.0}, "a batch waits 0 to 60 seconds"),
-        ({"wait": float("nan")}, "a batch waits 0 to 60 seconds"),
-        ({"fraction": 0.0}, "the share of shadowed requests"),
-        ({"cpus": 0.0}, "a replica reserves more than 0 CPUs"),
+        ({"name": "a/b"}, "expected a model name of letters, digits"),
+        ({"name": ""}, "expected a model name of letters, digits"),
+        ({"port": 70000}, "expected a port from 0"),
+        ({"replicas": 0}, "expected 1 or more replicas"),
+        ({"max_batch": 0}, "expected a largest batch of 1 or more samples"),
+        ({"wait": -1.0}, "expected a batch to wait 0 to 60 seconds"),
+        ({"wait": float("nan")}, "expected a batch to wait 0 to 60 seconds"),
+        ({"fraction": 0.0}, "expected a share of shadowed requests"),
+        ({"cpus": 0.0}, "expected more than 0 CPUs per replica"),
         ({"address": "ray://head:10001"}, "expected `auto` or HOST:PORT"),
-        ({"limits": Limits(seconds=float("inf"))}, "limits are 1 byte"),
-        ({"limits": Limits(body=0)}, "limits are 1 byte"),
+        ({"limits": Limits(seconds=float("inf"))}, "expected limits of at least 1 byte"),
+        ({"limits": Limits(body=0)}, "expected limits of at least 1 byte"),
     ],
 )
 def test_options_that_cannot_be_are_refused(changes, reason):

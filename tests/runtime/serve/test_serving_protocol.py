@@ -13,7 +13,7 @@ from tensorrail_runtime.serve import ProtocolError
 from tensorrail_runtime.serve.protocol.datatypes import DATATYPES, ONNX, to_binary
 from tensorrail_runtime.serve.protocol.request import parse_request
 from tensorrail_runtime.serve.protocol.response import render_response
-from tensorrail_runtime.serve.protocol.signature import Signature, Tensor
+from tensorrail_runtime.serve.protocol.signature import Signature, TensorSpec
 
 NUMERIC = [name for name in DATATYPES if name != "BYTES"]
 EXAMPLES = {
@@ -91,29 +91,29 @@ def test_data_may_be_flat_or_nested_as_the_shape_says():
 @pytest.mark.parametrize(
     ("datatype", "data", "reason"),
     [
-        ("INT32", [1, 2, 3, 4.0], "INT32 is made of integers, and a fraction came"),
-        ("INT32", [1, 2, 3, True], "INT32 is made of integers, and true or false came"),
-        ("INT32", [1, 2, 3, "4"], "and a string came"),
-        ("INT8", [1, 2, 3, 128], "a number that INT8 cannot"),
-        ("UINT8", [1, 2, 3, -1], "a number that UINT8 cannot"),
-        ("UINT64", [1, 2, 3, 2**64], "a number that UINT64 cannot"),
-        ("INT64", [1, 2, 3, 10**40], "a number that INT64 cannot"),
-        ("BOOL", [1, 0, 1, 0], "BOOL is made of true and false, and an integer came"),
-        ("FP32", [1, 2, 3, None], "and NoneType came"),
-        ("FP32", [1, 2, 3, False], "FP32 is made of numbers, and true or false came"),
-        ("FP32", [1, 2, 3, 1e39], "a number that FP32 cannot"),
-        ("FP32", [1, 2, 3, 10**400], "a number that FP32 cannot"),
+        ("INT32", [1, 2, 3, 4.0], "expected integers for INT32, got a fraction"),
+        ("INT32", [1, 2, 3, True], "expected integers for INT32, got true or false"),
+        ("INT32", [1, 2, 3, "4"], "got a string"),
+        ("INT8", [1, 2, 3, 128], "a number outside the range of INT8"),
+        ("UINT8", [1, 2, 3, -1], "a number outside the range of UINT8"),
+        ("UINT64", [1, 2, 3, 2**64], "a number outside the range of UINT64"),
+        ("INT64", [1, 2, 3, 10**40], "a number outside the range of INT64"),
+        ("BOOL", [1, 0, 1, 0], "expected true or false for BOOL, got an integer"),
+        ("FP32", [1, 2, 3, None], "got null"),
+        ("FP32", [1, 2, 3, False], "expected numbers for FP32, got true or false"),
+        ("FP32", [1, 2, 3, 1e39], "a number outside the range of FP32"),
+        ("FP32", [1, 2, 3, 10**400], "a number outside the range of FP32"),
         ("FP16", [1, 2, 3, 4], "JSON has no FP16: send its values as binary data"),
-        ("BYTES", ["a", "b", "c", 4], "BYTES is made of strings, and an integer came"),
-        ("FP32", [1, 2, 3], "has 4 values, and 3 came"),
-        ("FP32", [[1, 2], [3]], "its nested data is not of shape [2, 2]"),
-        ("FP32", [[1, 2], 3], "its nested data is not of shape [2, 2]"),
-        ("FP32", [[1, 2, 3, 4]], "its nested data is not of shape [2, 2]"),
-        ("FP32", [[[1], [2]], [[3], [4]]], "and a list came"),
-        ("FP32", [1, 2, 3, [4]], "and a list came"),
-        ("FP32", "1234", "its data is a list, and a string came"),
-        ("FP32", {"0": 1}, "its data is a list, and an object came"),
-        ("FP32", None, "its data is a list, and null came"),
+        ("BYTES", ["a", "b", "c", 4], "expected strings for BYTES, got an integer"),
+        ("FP32", [1, 2, 3], "expected 4 values for shape [2, 2], got 3"),
+        ("FP32", [[1, 2], [3]], "expected nested data of shape [2, 2]"),
+        ("FP32", [[1, 2], 3], "expected nested data of shape [2, 2]"),
+        ("FP32", [[1, 2, 3, 4]], "expected nested data of shape [2, 2]"),
+        ("FP32", [[[1], [2]], [[3], [4]]], "got a list"),
+        ("FP32", [1, 2, 3, [4]], "got a list"),
+        ("FP32", "1234", "expected its data as a list, got a string"),
+        ("FP32", {"0": 1}, "expected its data as a list, got an object"),
+        ("FP32", None, "expected its data as a list, got null"),
     ],
 )
 def test_data_that_is_not_what_it_says_is_refused(datatype, data, reason):
@@ -127,18 +127,18 @@ def test_data_that_is_not_what_it_says_is_refused(datatype, data, reason):
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ([-1, 2], "every axis of a shape is 1 to 2147483647 long, and [-1, 2] came"),
-        ([0, 4], "every axis of a shape is 1 to 2147483647 long"),
-        ([2**31, 2], "every axis of a shape is 1 to 2147483647 long, and ['more', 2] came"),
-        ([int("9" * 4200), int("9" * 4200)], "every axis of a shape is 1 to 2147483647 long"),  # more digits than Python prints
-        ([2**31 - 1, 2**31 - 1, 4], "values, and 4 came"),  # their product is beyond 64 bits
-        ([2.0, 2], "its shape is a list of integers"),
-        ([True, 4], "its shape is a list of integers"),
-        (["2", 2], "its shape is a list of integers"),
-        (4, "its shape is a list of integers"),
-        (None, "its shape is a list of integers"),
+        ([-1, 2], "expected axes of size 1 to 2147483647, got shape [-1, 2]"),
+        ([0, 4], "expected axes of size 1 to 2147483647"),
+        ([2**31, 2], "expected axes of size 1 to 2147483647, got shape ['more', 2]"),
+        ([int("9" * 4200), int("9" * 4200)], "expected axes of size 1 to 2147483647"),  # more digits than Python prints
+        ([2**31 - 1, 2**31 - 1, 4], "got 4"),  # their product is beyond 64 bits
+        ([2.0, 2], "expected its shape as a list of integers"),
+        ([True, 4], "expected its shape as a list of integers"),
+        (["2", 2], "expected its shape as a list of integers"),
+        (4, "expected its shape as a list of integers"),
+        (None, "expected its shape as a list of integers"),
         ([1] * 65, "at most 64 axes"),
-        ([[2], 2], "its shape is a list of integers"),
+        ([[2], 2], "expected its shape as a list of integers"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(shape, reason):
@@ -158,36 +158,39 @@ def test_shapes_that_cannot_be_are_refused(shape, reason):
         (b"\xff\xfe", "the request is not JSON"),
         (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [NaN]}]}', "the request is not JSON"),
         (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [-Infinity]}]}', "the request is not JSON"),
-        (b'{"inputs": [{"name": "x", "datatype": "FP64", "shape": [1], "data": [1e999]}]}', "a number that FP64 cannot"),
+        (
+            b'{"inputs": [{"name": "x", "datatype": "FP64", "shape": [1], "data": [1e999]}]}',
+            "a number outside the range of FP64",
+        ),
         (b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the request is not JSON"),
-        (b"[]", "the request: an object was expected, and list came"),
-        (b"{}", "`inputs` is a list of one or more tensors"),
+        (b"[]", "the request: expected an object, got list"),
+        (b"{}", "expected `inputs` as a list of one or more tensors"),
         (body(tensor(), priority=1), "the request: unknown key 'priority'"),
-        (body(tensor(), id=7), "`id` is a string, and 7 came"),
-        (body(tensor(), model_name=["m"]), "`model_name` is a string"),
-        (body(tensor(), parameters=[]), "`parameters` is an object"),
-        (body(tensor(), parameters={"binary_data_output": "yes"}), "`binary_data_output` is true or false"),
+        (body(tensor(), id=7), "expected `id` as a string, got 7"),
+        (body(tensor(), model_name=["m"]), "expected `model_name` as a string"),
+        (body(tensor(), parameters=[]), "expected `parameters` as an object"),
+        (body(tensor(), parameters={"binary_data_output": "yes"}), "expected `binary_data_output` as true or false"),
         (body(tensor(), parameters={"sequence_id": 4}), "the parameter 'sequence_id' is not supported"),
-        (b'{"inputs": {}}', "`inputs` is a list of one or more tensors"),
-        (b'{"inputs": []}', "`inputs` is a list of one or more tensors"),
-        (b'{"inputs": [4]}', "an input: an object was expected, and int came"),
-        (body(tensor(name=...)), "an input: it needs a name"),
-        (body(tensor(name=4)), "`name` is a string, and 4 came"),
-        (body(tensor(dtype="FP32")), "an input: unknown key 'dtype'; known are data, datatype"),
-        (body(tensor(datatype=...)), "its datatype is one of BOOL, UINT8"),
-        (body(tensor(datatype="fp32")), "its datatype is one of BOOL, UINT8"),
-        (body(tensor(datatype=["FP32"])), "its datatype is one of BOOL, UINT8"),
+        (b'{"inputs": {}}', "expected `inputs` as a list of one or more tensors"),
+        (b'{"inputs": []}', "expected `inputs` as a list of one or more tensors"),
+        (b'{"inputs": [4]}', "an input: expected an object, got int"),
+        (body(tensor(name=...)), "an input: expected a `name`, got none"),
+        (body(tensor(name=4)), "expected `name` as a string, got 4"),
+        (body(tensor(dtype="FP32")), "an input: unknown key 'dtype'; expected data, datatype"),
+        (body(tensor(datatype=...)), "expected a datatype among BOOL, UINT8"),
+        (body(tensor(datatype="fp32")), "expected a datatype among BOOL, UINT8"),
+        (body(tensor(datatype=["FP32"])), "expected a datatype among BOOL, UINT8"),
         (body(tensor(data=...)), "either as `data` or as `binary_data_size` bytes"),
-        (body(tensor(), tensor()), "tensor 'x': came twice"),
+        (body(tensor(), tensor()), "tensor 'x': given twice"),
         (body(tensor(parameters={"binary_data_size": 16})), "either as `data` or as `binary_data_size` bytes"),
         (body(tensor(data=..., parameters={"shared_memory_region": "r"})), "'shared_memory_region' is not supported"),
         (body(announced(16)), "needs the header Inference-Header-Content-Length"),
-        (body(tensor(), outputs={}), "`outputs` is a list"),
-        (body(tensor(), outputs=[{}]), "an output: it needs a name"),
-        (body(tensor(), outputs=["y"]), "an output: an object was expected"),
-        (body(tensor(), outputs=[{"name": "y"}, {"name": "y"}]), "output 'y': was asked for twice"),
+        (body(tensor(), outputs={}), "expected `outputs` as a list"),
+        (body(tensor(), outputs=[{}]), "an output: expected a `name`, got none"),
+        (body(tensor(), outputs=["y"]), "an output: expected an object"),
+        (body(tensor(), outputs=[{"name": "y"}, {"name": "y"}]), "output 'y': requested twice"),
         (body(tensor(), outputs=[{"name": "y", "data": []}]), "an output: unknown key 'data'"),
-        (body(tensor(), outputs=[{"name": "y", "parameters": {"binary_data": 1}}]), "`binary_data` is true or false"),
+        (body(tensor(), outputs=[{"name": "y", "parameters": {"binary_data": 1}}]), "expected `binary_data` as true or false"),
         (body(tensor(), outputs=[{"name": "y", "parameters": {"classification": 3}}]), "'classification' is not supported"),
     ],
 )
@@ -222,20 +225,24 @@ def test_binary_tensors_are_cut_from_the_body_in_their_order():
 @pytest.mark.parametrize(
     ("entry", "data", "reason"),
     [
-        (announced(16), bytes(15), "16 bytes were announced, and 15 are left"),
-        (announced(16), bytes(17), "17 bytes follow the JSON part, and its tensors are 16 bytes"),
-        (announced(12), bytes(12), "FP32 of shape [2, 2] is 16 bytes, and 12 came"),
-        (announced(-16), b"", "`binary_data_size` is a number of bytes, and -16 came"),
-        (announced(True), bytes(1), "`binary_data_size` is a number of bytes, and True came"),
-        (announced(2.0), bytes(2), "`binary_data_size` is a number of bytes, and 2.0 came"),
-        (announced(2**70), bytes(2), "bytes were announced, and 2 are left"),
-        (announced(4, datatype="BOOL"), b"\0\1\2\0", "a BOOL is a byte 0 or 1"),
-        (announced(8, datatype="BYTES", shape=[1]), struct.pack("<I", 5) + b"abcd", "a BYTES element ends after its tensor"),
-        (announced(3, datatype="BYTES", shape=[1]), b"\0\0\0", "a BYTES element ends after its tensor"),
-        (announced(5, datatype="BYTES", shape=[2]), struct.pack("<I", 1) + b"a", "has 2 elements"),
-        (announced(10, datatype="BYTES", shape=[1]), 2 * (struct.pack("<I", 1) + b"a"), "has 1 elements"),
-        (announced(5, datatype="BYTES", shape=[1]), struct.pack("<I", 1) + b"\xff", "is not UTF-8"),
-        (announced(0, datatype="BYTES", shape=[1 << 20, 2]), b"", "at most 1,048,576 strings are read"),
+        (announced(16), bytes(15), "expected 16 bytes of binary data, got 15"),
+        (announced(16), bytes(17), "expected 16 bytes of tensors after the JSON part, got 17"),
+        (announced(12), bytes(12), "expected 16 bytes for FP32 of shape [2, 2], got 12"),
+        (announced(-16), b"", "expected `binary_data_size` as a number of bytes, got -16"),
+        (announced(True), bytes(1), "expected `binary_data_size` as a number of bytes, got True"),
+        (announced(2.0), bytes(2), "expected `binary_data_size` as a number of bytes, got 2.0"),
+        (announced(2**70), bytes(2), "bytes of binary data, got 2"),
+        (announced(4, datatype="BOOL"), b"\0\1\2\0", "expected bytes 0 or 1 for BOOL"),
+        (
+            announced(8, datatype="BYTES", shape=[1]),
+            struct.pack("<I", 5) + b"abcd",
+            "a BYTES element is longer than the rest of its tensor",
+        ),
+        (announced(3, datatype="BYTES", shape=[1]), b"\0\0\0", "a BYTES element is longer than the rest of its tensor"),
+        (announced(5, datatype="BYTES", shape=[2]), struct.pack("<I", 1) + b"a", "expected 2 elements"),
+        (announced(10, datatype="BYTES", shape=[1]), 2 * (struct.pack("<I", 1) + b"a"), "expected 1 elements"),
+        (announced(5, datatype="BYTES", shape=[1]), struct.pack("<I", 1) + b"\xff", "expected UTF-8 in a BYTES element"),
+        (announced(0, datatype="BYTES", shape=[1 << 20, 2]), b"", "expected at most 1,048,576 strings"),
     ],
 )
 def test_bytes_that_do_not_fit_their_tensor_are_refused(entry, data, reason):
@@ -246,7 +253,7 @@ def test_bytes_that_do_not_fit_their_tensor_are_refused(entry, data, reason):
 
 def test_nothing_is_read_that_the_model_does_not_take():
     strings = binary({"inputs": [announced(5, datatype="BYTES", shape=[1])]}, struct.pack("<I", 1) + b"\xff")
-    with pytest.raises(ProtocolError, match="input 'x' is INT64, and BYTES came"):
+    with pytest.raises(ProtocolError, match="input 'x': expected datatype INT64, got BYTES"):
         parse_request(*strings, {"x": "INT64"})
     with pytest.raises(ProtocolError, match="the model has no input 'x'; its inputs are a, b"):
         parse_request(*strings, {"a": "INT64", "b": "INT64"})
@@ -254,7 +261,7 @@ def test_nothing_is_read_that_the_model_does_not_take():
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "9" * 30, "100000", "٣", " 4"])
 def test_a_header_length_that_is_none_is_refused(text):
-    with pytest.raises(ProtocolError, match="Inference-Header-Content-Length is the length of the JSON part"):
+    with pytest.raises(ProtocolError, match="expected Inference-Header-Content-Length to be the length of the JSON part"):
         parse_request(body(), text)
 
 
@@ -266,8 +273,8 @@ def test_what_a_request_asks_for_is_kept():
 
 
 SIGNATURE = Signature(
-    inputs=(Tensor("x", "FP32", ("batch", 2)), Tensor("n", "INT64", ("batch", None))),
-    outputs=(Tensor("y", "FP32", ("batch",)), Tensor("s", "BYTES", ("batch",)), Tensor("h", "FP16", (1,))),
+    inputs=(TensorSpec("x", "FP32", ("batch", 2)), TensorSpec("n", "INT64", ("batch", None))),
+    outputs=(TensorSpec("y", "FP32", ("batch",)), TensorSpec("s", "BYTES", ("batch",)), TensorSpec("h", "FP16", (1,))),
 )
 X, N = tensor(), tensor(name="n", datatype="INT64", shape=[2, 3], data=[0] * 6)
 
@@ -284,10 +291,10 @@ def test_a_request_that_fits_becomes_the_sessions_feed():
         ([X], [], "the model's input 'n' is missing; its inputs are x, n"),
         ([X, N, tensor(name="m")], [], "the model has no input 'm'; its inputs are x, n"),
         ([X, N], [{"name": "q"}], "the model has no output 'q'; its outputs are y, s, h"),
-        ([tensor(datatype="FP64"), N], [], "input 'x' is FP32, and FP64 came"),
-        ([tensor(shape=[1, 4]), N], [], "input 'x' has shape [-1, 2], and [1, 4] came"),
-        ([tensor(shape=[4]), N], [], "input 'x' has shape [-1, 2], and [4] came"),
-        ([X, N | {"shape": [3, 2]}], [], "input 'n': its axis 'batch' is 3 long, and 2 in input 'x'"),
+        ([tensor(datatype="FP64"), N], [], "input 'x': expected datatype FP32, got FP64"),
+        ([tensor(shape=[1, 4]), N], [], "input 'x': expected shape [-1, 2], got [1, 4]"),
+        ([tensor(shape=[4]), N], [], "input 'x': expected shape [-1, 2], got [4]"),
+        ([X, N | {"shape": [3, 2]}], [], "input 'n': expected 2 for axis 'batch', as in input 'x', got 3"),
     ],
 )
 def test_a_request_that_does_not_fit_the_model_is_refused(inputs, outputs, reason):
@@ -299,8 +306,8 @@ def test_a_request_that_does_not_fit_the_model_is_refused(inputs, outputs, reaso
 def test_two_signatures_are_alike_when_names_and_datatypes_are():
     assert SIGNATURE.like(SIGNATURE) is None
     other = Signature(SIGNATURE.inputs[:1], SIGNATURE.outputs)
-    assert SIGNATURE.like(other) == "the inputs are x (FP32), n (INT64), and x (FP32) came"
-    assert "the outputs are y (FP32)" in str(SIGNATURE.like(Signature(SIGNATURE.inputs, SIGNATURE.outputs[1:])))
+    assert SIGNATURE.like(other) == "expected inputs x (FP32), n (INT64), got x (FP32)"
+    assert "expected outputs y (FP32)" in str(SIGNATURE.like(Signature(SIGNATURE.inputs, SIGNATURE.outputs[1:])))
 
 
 def answer(request, **outputs):
@@ -339,7 +346,7 @@ def test_outputs_come_as_they_were_asked_for():
 
 
 def test_outputs_that_json_does_not_have_are_refused_with_what_to_ask_for():
-    with pytest.raises(ProtocolError, match="output 'h' is FP16, which JSON has not: ask for it as binary data"):
+    with pytest.raises(ProtocolError, match="output 'h' is FP16, which JSON cannot represent: request it as binary data"):
         answer(body())
     with pytest.raises(ProtocolError, match="output 'y' holds NaN or infinity"):
         answer(body(outputs=[{"name": "y"}]), y=np.array([1, np.nan], np.float32))

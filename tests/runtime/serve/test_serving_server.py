@@ -13,7 +13,7 @@ pytest.importorskip("httptools", reason="uvicorn reads HTTP with h11 here, which
 
 import uvicorn
 
-from tensorrail_runtime.serve.http.server import _protocol
+from tensorrail_runtime.serve.http._compat_uvicorn import http_protocol
 
 
 async def echo(scope, receive, send):
@@ -32,7 +32,7 @@ def port(request):
     """Serve `echo` with half a second for the head of a request, or as long as a test says, and return the port."""
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        echo, http=_protocol(getattr(request, "param", 0.5)), lifespan="off", log_level="critical", ws="none"
+        echo, http=http_protocol(getattr(request, "param", 0.5)), lifespan="off", log_level="critical", ws="none"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

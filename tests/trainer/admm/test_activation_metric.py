@@ -387,5 +387,5 @@ def test_a_recipe_with_several_input_modes_is_refused_before_training(tmp_path):
     with pytest.raises(RecipeError, match=r"train.admm.metric: layer hidden: .*several input modes need `metric: weight`"):
         small(tmp_path, plan=rules)
     admm = {"epochs": 1, "lr": 0.1, "metric": "inputs"}
-    with pytest.raises(RecipeError, match=r"train.admm.metric: .*'weight' or 'activation', and 'inputs' came"):
+    with pytest.raises(RecipeError, match=r"train.admm.metric: .*'weight' or 'activation', got 'inputs'"):
         small(tmp_path, train=SMALL["train"] | {"admm": admm})

@@ -442,10 +442,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
     ("change", "reason"),
     [
         ({"extra": 1}, "extra: unknown key"),
-        ({"seed": 2**63}, "seed: input should be less than"),
+        ({"seed": 2**63}, "seed: expected a value less than"),
         (
             {"train": SMALL["train"] | {"dense": {"epochs": 1, "lr": 0.1, "momentum": 1.0}}},
-            "momentum: input should be less than 1",
+            "momentum: expected a value less than 1",
         ),
         (
             {"train": {"finetune": {"epochs": 1, "lr": 0.1}, "distill": {"weight": 0.9}}},
@@ -454,9 +454,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(tmp_path):
         ({"model": {"name": "small_resnet", "args": {"widths": [], "blocks": 1, "hidden": 16}}}, "small_resnet cannot be made"),
         ({"model": {"name": "vit_tiny", "args": {"patch": 0}}}, "vit_tiny cannot be made with"),
         ({"plan": []}, "plan"),
-        ({"train": SMALL["train"] | {"admm": SMALL["train"]["admm"] | {"rho": float("inf")}}}, "rho: input should be a finite"),
-        ({"seed": "one"}, "seed: input should be a valid integer, and 'one' came"),
-        ({"version": 2}, "version: input should be 1, and 2 came"),
+        ({"train": SMALL["train"] | {"admm": SMALL["train"]["admm"] | {"rho": float("inf")}}}, "rho: expected a finite"),
+        ({"seed": "one"}, "seed: expected a valid integer, got 'one'"),
+        ({"version": 2}, "version: expected 1, got 2"),
         (
             {"data": {"name": "mnist"}},
             "data.name: unknown data set 'mnist'; expected one of cifar10, .*digits, .* or module:function",

@@ -1,7 +1,7 @@
-"""The HTTP side: Open Inference Protocol 2 as an ASGI application over anything that answers a feed.
+"""The HTTP application: the Open Inference Protocol 2 in ASGI, on top of any `Backend` that answers requests.
 
-It reads and limits requests, counts them, and turns every error into `{"error": reason}`. It knows nothing of Ray: a `Backend`
-answers, in a replica or, in tests, right here.
+It reads requests, applies the limits, counts requests, and turns every error into `{"error": reason}`. It does not depend on
+Ray: the backend may run in a replica or, in tests, in the same process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.metrics import CONTENT_TYPE_LATEST, Metrics
 from tensorrail_runtime.serve.http.options import Limits
-from tensorrail_runtime.serve.http.server import ABORT
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 from tensorrail_runtime.serve.protocol.request import InferRequest, parse_request
 from tensorrail_runtime.serve.protocol.response import VERSION, render_response
@@ -31,25 +31,25 @@ from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed
 from tensorrail_runtime.serve.replicas.shadow import Shadow
 
-_GONE = 499  # the client went away: nobody reads the answer, the metrics do
-_PART = 1 << 18  # bytes of an answer that are handed over at a time
-_LARGE = 1 << 18  # bytes of a request that is read beside the event loop, so that others are answered meanwhile
-_DISCARD = 4  # times the limit: so much of a body that is too long is still read, so that its sender gets to read why
+_GONE = 499  # the client has left; only the metrics show this status
+_PART = 1 << 18  # bytes of an answer that are sent at a time
+_LARGE = 1 << 18  # bytes of a request from which it is parsed in a thread, so that others are answered meanwhile
+_DISCARD = 4  # times the limit: this much of a body that is too long is still read, so that its sender gets the error
 
 
 class Backend(Protocol):
-    """What answers requests."""
+    """Answers requests."""
 
     async def infer(self, feed: Feed) -> Answer:
-        """Return the answer to arrays that fit the model's inputs."""
+        """Return the answer to a request, given as the inputs of the model by name."""
 
     async def ready(self) -> bool:
-        """Return whether a request would be answered now."""
+        """Return whether requests are answered now."""
 
 
 @dataclass
 class Service:
-    """One served model: what the application needs to know of it."""
+    """One served model, with everything that the application needs."""
 
     name: str
     signature: Signature
@@ -116,7 +116,7 @@ def create_app(service: Service) -> Starlette:
 
 
 async def _infer(service: Service, request: Request) -> Response:
-    """Answer one inference request within the limits, and count it whatever becomes of it."""
+    """Answer one inference request within the limits, and count it, whether it succeeds or not."""
     begin = time.perf_counter()
     service.metrics.in_flight += 1
     code, sending = 500, False
@@ -130,17 +130,17 @@ async def _infer(service: Service, request: Request) -> Response:
         code = _GONE
         return Response(status_code=_GONE)
     finally:
-        if not sending:  # an answer that is being sent is still held here
+        if not sending:  # an answer is part of the load until it has been sent
             service.metrics.in_flight -= 1
         service.metrics.answered(code, time.perf_counter() - begin)
     return Sent(response, service)
 
 
 class Sent(Response):
-    """An answer that is part of the server's load until its client has read it, for as long as a request may take.
+    """An answer that counts as load of the server until its client has read it, at most as long as a request may take.
 
-    It goes out in parts, each when the one before has left: whole, it would lie in the connection's buffer, where nothing
-    counts it.
+    It is sent in parts, each after the previous one has left; otherwise the whole answer would be in the buffer of the
+    connection, where it is not counted.
     """
 
     def __init__(self, response: Response, service: Service) -> None:
@@ -149,7 +149,7 @@ class Sent(Response):
         self.raw_headers = response.raw_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it; a client that does not read it in time is given up, and its connection dropped."""
+        """Send the answer; the connection of a client that does not read it in time is dropped."""
         body = memoryview(self._response.body)
         try:
             async with asyncio.timeout(self._service.limits.seconds):
@@ -159,7 +159,7 @@ class Sent(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             if (extension := scope.get("extensions", {}).get(ABORT)) is not None:
-                extension["drop"]()  # closing it would wait until all of it has been read
+                extension["drop"]()  # closing it would wait until the client has read everything
             return
         finally:
             self._service.metrics.in_flight -= 1
@@ -170,7 +170,7 @@ class Sent(Response):
 async def _answer(service: Service, request: Request) -> Response:
     _check_model(service, request)
     if service.metrics.in_flight > service.limits.accepted:
-        raise ProtocolError(f"{service.limits.accepted} requests are being answered: try again", 503)
+        raise ProtocolError(f"the server is busy with {service.limits.accepted} requests, its limit: try again later", 503)
     body: bytes | None = None
     try:
         async with asyncio.timeout(service.limits.seconds):
@@ -183,7 +183,7 @@ async def _answer(service: Service, request: Request) -> Response:
             answer = await _while_wanted(request, service.backend.infer(feed))
     except TimeoutError:
         within = f"within {service.limits.seconds:g} s"
-        late = (f"the request did not come {within}", 408) if body is None else (f"no answer {within}", 504)
+        late = (f"the request was not received {within}", 408) if body is None else (f"no answer {within}", 504)
         raise ProtocolError(*late) from None
     service.metrics.ran(answer)
     if answer.outputs is None:
@@ -195,7 +195,7 @@ async def _answer(service: Service, request: Request) -> Response:
 
 
 async def _while_wanted(request: Request, answering: Coroutine[Any, Any, Answer]) -> Answer:
-    """Return the answer; `ClientDisconnect` as soon as the client has gone, and the answering is cancelled."""
+    """Return the answer; raises `ClientDisconnect` and cancels `answering` as soon as the client has left."""
     answer, gone = asyncio.create_task(answering), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -208,49 +208,49 @@ async def _while_wanted(request: Request, answering: Coroutine[Any, Any, Answer]
 
 
 async def _gone(request: Request) -> None:
-    """Wait until the client has left; its request has been read."""
+    """Wait until the client has left; its request must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    """Return the body, never holding more of it than `limit` bytes; `ProtocolError` 413 for a longer one."""
+    """Return the body; raises `ProtocolError` 413 for one over `limit` bytes, without keeping more than that in memory."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
-        raise ProtocolError(f"the body must come as it is, and Content-Encoding {encoding!r:.40} came", 415)
+        raise ProtocolError(f"expected a body without encoding, got Content-Encoding {encoding!r:.40}", 415)
     text = request.headers.get("content-length", "")
     announced = int(text) if text.isascii() and text.isdigit() else 0
-    refusal = ProtocolError(f"a request has at most {limit} bytes, and {announced or 'more'} came", 413)
+    refusal = ProtocolError(f"expected a request of at most {limit} bytes, got {announced or 'more'}", 413)
     if announced > limit * _DISCARD or (announced > limit and "expect" in request.headers):
         raise refusal
-    parts: list[bytes] = []
+    chunks: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
+    async for chunk in request.stream():
+        size += len(chunk)
         if size <= limit:
-            parts.append(part)
+            chunks.append(chunk)
         else:
-            parts.clear()
+            chunks.clear()
         if size > limit * _DISCARD:
             break
     if size > limit:
         raise refusal
-    return b"".join(parts)
+    return b"".join(chunks)
 
 
 def _check_model(service: Service, request: Request) -> None:
     name, version = request.path_params["model"], request.path_params.get("version", VERSION)
     if name != service.name:
-        raise ProtocolError(f"unknown model {name!r:.80}: this server has {service.name!r}")
+        raise ProtocolError(f"unknown model {name!r:.80}: this server serves {service.name!r}")
     if version != VERSION:
-        raise ProtocolError(f"unknown version {version!r:.40} of {service.name!r}: there is version {VERSION}")
+        raise ProtocolError(f"unknown version {version!r:.40} of {service.name!r}: expected version {VERSION}")
 
 
 def _check_name(service: Service, parsed: InferRequest) -> None:
     if parsed.model_version not in (None, "", VERSION):
-        raise ProtocolError(f"the request is for version {parsed.model_version!r:.40}: there is version {VERSION}")
+        raise ProtocolError(f"the request is for version {parsed.model_version!r:.40}: expected version {VERSION}")
     if parsed.model_name is not None and parsed.model_name != service.name:
-        raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server has {service.name!r}")
+        raise ProtocolError(f"the request is for model {parsed.model_name!r:.80}: this server serves {service.name!r}")
 
 
 def _refused(_: Request, error: Exception) -> Response:
@@ -260,10 +260,13 @@ def _refused(_: Request, error: Exception) -> Response:
 
 def _http(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    reason = {404: f"there is no {request.url.path!r:.80} here", 405: f"{request.method} is not for {request.url.path!r:.80}"}
-    headers = error.headers if isinstance(error, HTTPException) else None  # a 405 says which methods are allowed
+    reason = {
+        404: f"unknown path {request.url.path!r:.80}",
+        405: f"{request.method} is not allowed for {request.url.path!r:.80}",
+    }
+    headers = error.headers if isinstance(error, HTTPException) else None  # a 405 names the allowed methods
     return JSONResponse({"error": reason.get(status, str(error))}, status, headers)
 
 
 def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"the server failed ({type(error).__name__}); its log says more"}, 500)
+    return JSONResponse({"error": f"internal error ({type(error).__name__}); see the server's log"}, 500)

@@ -1,9 +1,9 @@
-"""Serving a model until told to stop: replicas on Ray, and the HTTP side in this process.
+"""Serves a model until it is told to stop: replicas on Ray, and the HTTP server in this process.
 
     client ── HTTP ── this process ── Ray ── replica 1 … n
 
-This process holds an accepted request until it is answered, and sends it again when its replica dies. Ray Serve's own HTTP
-proxy would not: it answers such a request with an error, and it takes a whole body in before any limit of ours could be seen.
+This process keeps an accepted request until it is answered, and sends it again if its replica dies. Ray Serve's own HTTP proxy
+would answer such a request with an error, and it reads the whole body before any limit can be checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Started:
-    """What is served, and where: `batching` says in words along which axis, or why not; `port` is the one that was taken."""
+    """What is served, and where.
+
+    Attributes:
+        model: the ONNX file.
+        name: the name of the model in requests.
+        host: the address of the server.
+        port: the port in use.
+        replicas: the number of replicas.
+        threads: the number of ONNX Runtime's threads in each replica.
+        batching: a text that names the batch axis or says why there is none.
+        batched: whether requests are batched.
+
+    """
 
     model: Path
     name: str
@@ -42,26 +54,33 @@ class Started:
 
     @property
     def url(self) -> str:
-        """The server's address."""
+        """The URL of the server."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the server."""
         return on_loopback(self.host)
 
 
 def serve_model(path: Path, options: ServeOptions, on_ready: Callable[[Started], None]) -> None:
-    """Serve a model until SIGTERM or Ctrl-C, then answer what was accepted and return.
+    """Serve a model until SIGTERM or Ctrl-C, then answer the accepted requests and return.
 
-    `on_ready` is told once requests are answered. Raises `ModelError` for a model that cannot be served and
-    for options that cannot be had, such as a port that is taken, `ModuleNotFoundError` without the extra `serve`.
+    Args:
+        path: the ONNX file.
+        options: how it is served.
+        on_ready: called once the server answers requests.
+
+    Raises:
+        ModelError: the model cannot be served, or an option cannot be met, such as a port that is in use.
+        ModuleNotFoundError: the extra `serve` is not installed.
+
     """
     options.check()
     set_environment(own=options.address is None)
     import ray
 
-    # All that the extra brings is imported before anything is started.
+    # Everything from the extra is imported before anything starts, so that a missing package is reported at once.
     from tensorrail_runtime.serve.http import app, server  # noqa: F401
     from tensorrail_runtime.serve.replicas import backend, replica  # noqa: F401
 
@@ -88,19 +107,21 @@ def serve_model(path: Path, options: ServeOptions, on_ready: Callable[[Started],
 
 
 def _socket(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address, before anything is started that would have to be stopped again."""
+    """Return a socket bound to the address; this fails before anything starts that would have to be stopped."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise ModelError(f"--host {host}: no address of this name is known here") from None
-    made = socket.socket(family, kind, protocol)
+        raise ModelError(
+            f"--host {host}: this name cannot be resolved: give a host name or IP address of this machine"
+        ) from None
+    listening = socket.socket(family, kind, protocol)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
     except OSError as error:
-        made.close()
-        raise ModelError(f"{host}:{port} cannot be listened at ({error.strerror}): try another --port") from None
-    return made
+        listening.close()
+        raise ModelError(f"cannot listen at {host}:{port} ({error.strerror}): try another --port") from None
+    return listening
 
 
 async def _answer(
@@ -111,7 +132,7 @@ async def _answer(
     listening: socket.socket,
     on_ready: Callable[[], None],
 ) -> None:
-    """Answer requests at the socket until a signal, then those that were accepted."""
+    """Answer requests at the socket until a signal, then finish the accepted ones."""
     from tensorrail_runtime.serve.http.app import Service, create_app
     from tensorrail_runtime.serve.http.metrics import Metrics
     from tensorrail_runtime.serve.http.server import run_server

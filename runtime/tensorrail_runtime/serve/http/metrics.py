@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus to scrape at its route /metrics."""
+"""The metrics of the server, which Prometheus reads from the route /metrics."""
 
 from __future__ import annotations
 
@@ -16,69 +16,70 @@ _RELATIVE = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
 
 class Metrics:
-    """Counters, gauges and histograms of one served model, labelled with its name, in a registry of their own."""
+    """Counters, gauges and histograms of one served model, labelled with its name, in their own registry."""
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model
         self._requests = self._counter("requests", "Inference requests answered, by HTTP status.", "code")
-        self._latency = self._histogram("request_seconds", "From the first byte read to the answer's rendering.", _SECONDS)
-        self._waited = self._histogram(
-            "queue_seconds", "From a replica's having a request to the run that answers it.", _SECONDS
-        )
-        self._ran = self._histogram("run_seconds", "One run of the model, of a whole batch.", _SECONDS)
-        self._rows = self._histogram("batch_size", "Samples of one run of the model.", _ROWS)
+        self._latency = self._histogram("request_seconds", "Seconds from the first byte read to the rendered answer.", _SECONDS)
+        self._waited = self._histogram("queue_seconds", "Seconds that a request waits in a replica for its run.", _SECONDS)
+        self._ran = self._histogram("run_seconds", "Seconds of one run of the model, for a whole batch.", _SECONDS)
+        self._rows = self._histogram("batch_size", "Samples in one run of the model.", _ROWS)
         self._queue = Gauge(
             "tensorrail_queue_length",
-            "Inference requests accepted and not yet answered, waiting or running.",
+            "Inference requests that were accepted and are not answered yet.",
             ("model",),
             registry=self.registry,
         )
         self._retries = self._counter("retries", "Requests sent again because their replica died.")
-        self._shadow = self._counter("shadow", "Sampled requests: compared, failed, or dropped as too many waited.", "outcome")
+        self._shadow = self._counter(
+            "shadow", "Sampled requests: compared, failed, or dropped because too many waited.", "outcome"
+        )
         self._relative = self._histogram(
-            "shadow_relative_l2", "Relative L2 difference of a served output from the shadow model's.", _RELATIVE, "output"
+            "shadow_relative_l2", "Relative L2 difference between a served output and the shadow model's.", _RELATIVE, "output"
         )
         self._largest = Gauge(
             "tensorrail_shadow_max_abs",
-            "Largest difference of an element that was seen in an output.",
+            "Largest element-wise difference seen in an output.",
             ("model", "output"),
             registry=self.registry,
         )
         self._largest_seen: dict[str, float] = {}
         self.in_flight = 0
         self._queue.labels(model).set_function(lambda: self.in_flight)
-        self._retries.labels(model)  # shown as 0 before the first
+        self._retries.labels(model)  # so that it is shown as 0 before the first retry
         for outcome in ("compared", "failed", "dropped"):
             self._shadow.labels(model, outcome)
 
     def exposition(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
     def answered(self, code: int, seconds: float) -> None:
-        """Count one inference request with its HTTP status and the seconds that it took."""
+        """Count one inference request, with its HTTP status and its time in seconds."""
         self._requests.labels(self._model, str(code)).inc()
         self._latency.labels(self._model).observe(seconds)
 
     def ran(self, answer: Answer) -> None:
-        """Count one request's waiting, and its run if it is the run's first."""
+        """Record how long a request waited, and its run if it is the first request of the run."""
         self._waited.labels(self._model).observe(answer.waited)
         if answer.first:
             self._rows.labels(self._model).observe(answer.rows)
             self._ran.labels(self._model).observe(answer.seconds)
 
     def retried(self) -> None:
-        """Count one request that is sent again."""
+        """Count a request that is sent again."""
         self._retries.labels(self._model).inc()
 
-    def shadowed(self, outcome: str, found: Iterable[Difference] = ()) -> None:
-        """Count one sampled request, and its differences by output."""
+    def shadowed(self, outcome: str, differences: Iterable[Difference] = ()) -> None:
+        """Count one sampled request, and record the differences of its outputs."""
         self._shadow.labels(self._model, outcome).inc()
-        for one in found:
-            self._relative.labels(self._model, one.output).observe(one.relative_l2)
-            self._largest_seen[one.output] = max(one.max_abs, self._largest_seen.get(one.output, 0.0))
-            self._largest.labels(self._model, one.output).set(self._largest_seen[one.output])
+        for difference in differences:
+            output = difference.output
+            self._relative.labels(self._model, output).observe(difference.relative_l2)
+            self._largest_seen[output] = max(difference.max_abs, self._largest_seen.get(output, 0.0))
+            self._largest.labels(self._model, output).set(self._largest_seen[output])
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tensorrail_{name}", text, ("model", *labels), registry=self.registry)

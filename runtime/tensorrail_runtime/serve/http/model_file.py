@@ -1,4 +1,4 @@
-"""The model that is to be served: read, opened and tried, so that what is wrong with it is known before anything is started."""
+"""Reads and tests the model to be served, so that problems are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.serve.http.options import ServeOptions
 from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batch_axis import Axes, find_batch_axis
@@ -16,7 +16,7 @@ from tensorrail_runtime.sessions.session import Session, open_session
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was read and tried: its bytes with all weights in them, its signature, and its batch axes."""
+    """A tested model: its bytes with all weights, its signature, its batch axes, and a text about batching."""
 
     content: bytes
     signature: Signature
@@ -25,25 +25,25 @@ class Model:
 
 
 def read_model(path: Path, options: ServeOptions) -> Model:
-    """Return a model, opened and tried here; `ModelError` says what is wrong with it.
+    """Read and test a model; raises `ModelError` if it cannot be served.
 
-    On a cluster the replicas' provider need not be on this node, so it is tried on the CPU.
+    On a cluster, the model is tested on the CPU, since the provider of the replicas may not be available on this node.
     """
     provider = options.provider if options.address is None else "cpu"
     session = open_session(path, settings=Session(provider=provider, threads=1, linger=False))
     signature = Signature.of(session)
     axes, batching = find_batch_axis(session, signature)
     if options.max_batch == 1:
-        axes, batching = None, "batches of 1 were asked for"
+        axes, batching = None, "the largest batch is 1"
     try:
         content = onnx.load(path).SerializeToString()
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes, the last for more than 2 GiB
-        raise ModelError(f"{path}: cannot be sent to the replicas ({str(error).partition(chr(10))[0]})") from None
+        raise ModelError(f"{path}: cannot be sent to the replicas ({first_line(error)})") from None
     return Model(content, signature, axes, batching)
 
 
 def read_shadow(path: Path, served: Model, options: ServeOptions) -> Model:
-    """Return a model that can shadow the served one; `ModelError` says in which inputs or outputs it differs."""
+    """Read a shadow model; raises `ModelError` if its inputs or outputs differ from those of the served model."""
     model = read_model(path, options)
     problem = served.signature.like(model.signature)
     if problem:

@@ -1,4 +1,4 @@
-"""What `tensorrail serve` may be told, checked in one place."""
+"""The options of `tensorrail serve` and their checks."""
 
 from __future__ import annotations
 
@@ -15,25 +15,46 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost: bytes of its body, seconds until its answer, and how many are accepted at a time."""
+    """Limits of requests.
+
+    Attributes:
+        body: the largest body of a request, in bytes.
+        seconds: how long a request may take until its answer.
+        accepted: how many requests are accepted at the same time.
+
+    """
 
     body: int = 64 * MIB
     seconds: float = 30.0
     accepted: int = 256
 
     def check(self) -> None:
-        """Raise `ModelError` for a limit that no request could keep."""
+        """Raise `ModelError` for a limit that no request can meet."""
         if self.body < 1 or not (math.isfinite(self.seconds) and self.seconds > 0) or self.accepted < 1:
-            raise ModelError(f"limits are 1 byte, more than 0 seconds and 1 request at least, and {self} came")
+            raise ModelError(f"expected limits of at least 1 byte, more than 0 seconds and at least 1 request, got {self}")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """How a model is served.
 
-    `threads` are ONNX Runtime's in each replica, 0 for this machine's cores shared out among the replicas. `cpus` and `gpus`
-    are what Ray reserves for a replica. `wait` is how many seconds a batch that is not full waits for more requests, `grace`
-    how many seconds accepted requests have to finish once the server is told to stop.
+    Attributes:
+        name: the name of the model in requests.
+        host: the address to listen at.
+        port: the port to listen at, 0 for any free one.
+        address: the Ray cluster: `auto` or HOST:PORT of its head; None starts a local Ray.
+        replicas: the number of replicas.
+        max_batch: the largest number of samples in a run; 1 turns batching off.
+        wait: how many seconds a batch that is not full waits for more requests.
+        threads: the number of ONNX Runtime's threads in each replica; 0 shares this machine's cores among the replicas.
+        provider: "cpu", "cuda" or "tensorrt".
+        cpus: the number of CPUs that Ray reserves for each replica.
+        gpus: the number of GPUs that Ray reserves for each replica.
+        limits: the limits of a request.
+        shadow: the ONNX file of a model that runs on a sample of the requests as well.
+        fraction: the share of requests that the shadow model gets.
+        grace: how many seconds accepted requests have to finish after the server is told to stop.
+
     """
 
     name: str
@@ -53,34 +74,34 @@ class ServeOptions:
     grace: float = 30.0
 
     def check(self) -> None:
-        """Raise `ModelError` for what cannot be; one line that says what was expected."""
+        """Raise `ModelError` for a value outside its range; the message is one line."""
         self.limits.check()
-        for wrong, reason in (
+        for invalid, reason in (
             (
                 not _NAME.fullmatch(self.name),
-                f"a model's name is letters, digits, `.`, `_` and `-`; {self.name!r} came: try --name",
+                f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give --name",
             ),
-            (not 0 <= self.port <= 65535, f"a port is 0 (any that is free) to 65535, and {self.port} came"),
-            (self.replicas < 1, f"one replica or more is needed, and {self.replicas} came"),
-            (self.max_batch < 1, f"a batch has one sample or more, and {self.max_batch} came"),
-            (not 0 <= self.wait <= 60, f"a batch waits 0 to 60 seconds, and {self.wait:g} came"),
-            (not 0 < self.cpus < math.inf, f"a replica reserves more than 0 CPUs, and {self.cpus:g} came"),
-            (not 0 <= self.gpus < math.inf, f"a replica reserves 0 or more GPUs, and {self.gpus:g} came"),
+            (not 0 <= self.port <= 65535, f"expected a port from 0 (any free port) to 65535, got {self.port}"),
+            (self.replicas < 1, f"expected 1 or more replicas, got {self.replicas}"),
+            (self.max_batch < 1, f"expected a largest batch of 1 or more samples, got {self.max_batch}"),
+            (not 0 <= self.wait <= 60, f"expected a batch to wait 0 to 60 seconds, got {self.wait:g}"),
+            (not 0 < self.cpus < math.inf, f"expected more than 0 CPUs per replica, got {self.cpus:g}"),
+            (not 0 <= self.gpus < math.inf, f"expected 0 or more GPUs per replica, got {self.gpus:g}"),
             (
                 not 0 < self.fraction <= 1,
-                f"the share of shadowed requests is above 0 and at most 1, and {self.fraction:g} came",
+                f"expected a share of shadowed requests above 0 and at most 1, got {self.fraction:g}",
             ),
-            (not 0 <= self.grace < math.inf, f"the time to finish is 0 seconds or more, and {self.grace:g} came"),
+            (not 0 <= self.grace < math.inf, f"expected 0 or more seconds to finish accepted requests, got {self.grace:g}"),
             (
                 self.address is not None and "://" in self.address,
-                f"the server calls its replicas itself and must run on a node of the cluster: expected `auto` or HOST:PORT of "
-                f"its head, and {self.address!r} came",
+                f"expected `auto` or HOST:PORT of the cluster's head, got {self.address!r}: the server calls its replicas "
+                f"itself and must run on a node of the cluster",
             ),
         ):
-            if wrong:
+            if invalid:
                 raise ModelError(reason)
 
 
 def on_loopback(host: str) -> bool:
-    """Return whether a host's name or address is this machine's own."""
+    """Return whether the name or address of a host is a loopback address."""
     return host in ("localhost", "::1") or host.startswith("127.")

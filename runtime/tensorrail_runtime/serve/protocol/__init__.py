@@ -1,1 +1,1 @@
-"""The Open Inference Protocol 2: requests, responses, datatypes."""
+"""The Open Inference Protocol 2: requests, responses and datatypes."""

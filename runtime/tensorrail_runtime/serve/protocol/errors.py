@@ -1,10 +1,10 @@
-"""What a client is told when its request cannot be answered."""
+"""The error for requests that cannot be answered."""
 
 from __future__ import annotations
 
 
 class ProtocolError(ValueError):
-    """A request that cannot be answered; `status` is the HTTP status, the text the reason in one line."""
+    """A request cannot be answered; `status` is the HTTP status, and the message gives the reason in one line."""
 
     def __init__(self, reason: str, status: int = 400) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""What a model takes and gives: names, datatypes and shapes, and whether a request fits them."""
+"""The inputs and outputs of a model (names, datatypes and shapes), and the check that a request fits them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Axis = int | str | None  # a fixed size, the name of a dynamic axis, or a dynami
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """One input or output of a model."""
+class TensorSpec:
+    """The name, datatype and shape of one input or output."""
 
     name: str
     datatype: str
     shape: tuple[Axis, ...]
 
     def metadata(self) -> dict[str, Any]:
-        """Return it as the protocol describes it; a dynamic axis is −1."""
+        """Return the tensor's metadata in the form of the protocol; a dynamic axis is −1."""
         return {
             "name": self.name,
             "datatype": self.datatype,
@@ -36,68 +36,68 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Signature:
-    """A model's inputs and outputs."""
+    """The inputs and outputs of a model."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     @classmethod
     def of(cls, session: ort.InferenceSession) -> Signature:
-        """Return a session's signature; `ModelError` for a model that takes or gives what the protocol has no datatype for."""
+        """Return the signature of a session's model; raises `ModelError` for a type that the protocol does not have."""
         return cls(_tensors("input", session.get_inputs()), _tensors("output", session.get_outputs()))
 
     @property
     def datatypes(self) -> dict[str, str]:
-        """The inputs' datatypes by name."""
+        """The datatypes of the inputs, by name."""
         return {tensor.name: tensor.datatype for tensor in self.inputs}
 
     def feed(self, request: InferRequest) -> dict[str, np.ndarray]:
-        """Return the arrays that the session takes; `ProtocolError` says what does not fit the model.
+        """Return the inputs of the session; raises `ProtocolError` for a request that does not fit the model.
 
-        Axes of the same name have the same size in all inputs.
+        Axes of the same name must have the same size in all inputs.
         """
-        wanted = {tensor.name: tensor for tensor in self.inputs}
+        expected = {tensor.name: tensor for tensor in self.inputs}
         for name in request.inputs:
             require_input(name, request.datatypes[name], self.datatypes)
-        missing = [name for name in wanted if name not in request.inputs]
+        missing = [name for name in expected if name not in request.inputs]
         if missing:
-            raise ProtocolError(f"the model's input {missing[0]!r} is missing; its inputs are {', '.join(wanted)}")
+            raise ProtocolError(f"the model's input {missing[0]!r} is missing; its inputs are {', '.join(expected)}")
         names = [tensor.name for tensor in self.outputs]
         for wish in request.outputs:
             if wish.name not in names:
                 raise ProtocolError(f"the model has no output {wish.name!r:.80}; its outputs are {', '.join(names)}")
         sizes: dict[str, tuple[int, str]] = {}
-        for name, tensor in wanted.items():
+        for name, tensor in expected.items():
             _fits(tensor, request.inputs[name].shape, sizes)
-        return {name: request.inputs[name] for name in wanted}
+        return {name: request.inputs[name] for name in expected}
 
     def like(self, other: Signature) -> str | None:
-        """Return in what another model differs from this one, None when it can answer the same requests in the same form."""
+        """Return how another model differs from this one; None if it answers the same requests in the same form."""
         for kind, ours, theirs in (("inputs", self.inputs, other.inputs), ("outputs", self.outputs, other.outputs)):
-            mine = {tensor.name: tensor.datatype for tensor in ours}
-            its = {tensor.name: tensor.datatype for tensor in theirs}
-            if mine != its:
-                return f"the {kind} are {_listed(mine)}, and {_listed(its)} came"
+            expected = {tensor.name: tensor.datatype for tensor in ours}
+            found = {tensor.name: tensor.datatype for tensor in theirs}
+            if expected != found:
+                return f"expected {kind} {_listed(expected)}, got {_listed(found)}"
         return None
 
 
-def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[Tensor, ...]:
-    made = []
+def _tensors(kind: str, entries: Sequence[ort.NodeArg]) -> tuple[TensorSpec, ...]:
+    tensors = []
     for entry in entries:
         if entry.type not in ONNX:
-            raise ModelError(f"{kind} {entry.name!r} is a {entry.type}, which cannot be served: known are {', '.join(ONNX)}")
-        made.append(Tensor(entry.name, ONNX[entry.type], tuple(entry.shape)))
-    return tuple(made)
+            raise ModelError(f"{kind} {entry.name!r} has type {entry.type}, which cannot be served: expected {', '.join(ONNX)}")
+        tensors.append(TensorSpec(entry.name, ONNX[entry.type], tuple(entry.shape)))
+    return tuple(tensors)
 
 
-def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
-    """Raise `ProtocolError` unless the shape is one of the tensor's; `sizes` keeps those of the named axes."""
+def _fits(tensor: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+    """Raise `ProtocolError` for a shape that does not fit; `sizes` holds the sizes of named axes so far, and is updated."""
     if len(shape) != len(tensor.shape) or any(isinstance(a, int) and a != b for a, b in zip(tensor.shape, shape, strict=True)):
-        raise ProtocolError(f"input {tensor.name!r} has shape {tensor.metadata()['shape']}, and {list(shape)} came")
+        raise ProtocolError(f"input {tensor.name!r}: expected shape {tensor.metadata()['shape']}, got {list(shape)}")
     for axis, size in zip(tensor.shape, shape, strict=True):
         if isinstance(axis, str) and sizes.setdefault(axis, (size, tensor.name))[0] != size:
-            first, where = sizes[axis]
-            raise ProtocolError(f"input {tensor.name!r}: its axis {axis!r} is {size} long, and {first} in input {where!r}")
+            first, owner = sizes[axis]
+            raise ProtocolError(f"input {tensor.name!r}: expected {first} for axis {axis!r}, as in input {owner!r}, got {size}")
 
 
 def _listed(kinds: Mapping[str, str]) -> str:

@@ -1,1 +1,1 @@
-"""What runs a served model: replicas on Ray, batching, shadow mode."""
+"""Runs a served model: replicas on Ray, batching and shadow mode."""

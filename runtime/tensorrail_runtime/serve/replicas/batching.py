@@ -1,8 +1,7 @@
-"""Answering several requests by one run of the model: join along the batch axes, run, cut apart.
+"""Answers several requests by one run of the model: concatenate along the batch axes, run, and split.
 
-Only requests whose other axes are equal are joined, whose inputs all have as many samples, and no more of them than the limit.
-When a run of several requests fails,
-each is run alone, so that one request's values cannot fail another's.
+Requests are put into one run only if their other axes are equal and all inputs of a request have the same number of samples,
+up to a limit of samples. If a run of several requests fails, each runs alone, so that one request cannot make another fail.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ Feed = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request got: its outputs by name, or why there are none.
+    """The answer to one request: its outputs by name, or the reason why there are none.
 
-    `rows` are the samples of the run that it was part of, `seconds` that run's time, `waited` the seconds before it. `first`
-    marks one request of each run, so that a run is counted once.
+    `rows` is the number of samples in the run that answered it, `seconds` the time of that run, and `waited` the seconds
+    before it. `first` is true for one request of each run, so that each run is counted once.
     """
 
     outputs: Mapping[str, np.ndarray] | None
     reason: str = ""
-    invalid: bool = False  # ONNX Runtime's own word for it: the values are at fault, not the server
+    invalid: bool = False  # ONNX Runtime says INVALID_ARGUMENT: the request is wrong, not the server
     rows: int = 1
     seconds: float = 0.0
     waited: float = 0.0
@@ -39,20 +38,20 @@ class Answer:
 
 
 def run_batch(session: ort.InferenceSession, feeds: Sequence[Feed], axes: Axes | None, limit: int) -> list[Answer]:
-    """Return one answer a request, in order; without `axes` each one is run alone."""
+    """Return one answer per request, in order; without `axes`, each request runs alone."""
     answers: dict[int, Answer] = {}
     for group in pack(feeds, axes, limit):
-        made = None if axes is None or len(group) == 1 else _joined(session, [feeds[index] for index in group], axes)
+        joined = None if axes is None or len(group) == 1 else _joined(session, [feeds[index] for index in group], axes)
         for place, index in enumerate(group):
-            answers[index] = made[place] if made else _alone(session, feeds[index], axes)
+            answers[index] = joined[place] if joined else _alone(session, feeds[index], axes)
     return [answers[index] for index in range(len(feeds))]
 
 
 def pack(feeds: Sequence[Feed], axes: Axes | None, limit: int) -> list[list[int]]:
-    """Return which requests are run together: alike in all but the batch axes, `limit` samples at most a run.
+    """Return the indices of the requests of each run: of equal shapes but for the batch axes, and at most `limit` samples.
 
-    A request that alone has more samples than the limit is a run of its own, and so is one whose inputs have different
-    numbers of samples: joined, their parts would meet those of others.
+    A request with more samples than the limit is a run of its own. So is a request whose inputs have different numbers of
+    samples: concatenated, its samples would be paired with those of other requests.
     """
     if axes is None:
         return [[index] for index in range(len(feeds))]
@@ -64,17 +63,17 @@ def pack(feeds: Sequence[Feed], axes: Axes | None, limit: int) -> list[list[int]
             continue
         kind = tuple((name, array.dtype.str, _without(array.shape, axes[name])) for name, array in feed.items())
         rows = _rows(feed, axes)
-        group, held = open_groups.get(kind, ([], limit))
-        if held + rows > limit:
-            group, held = [], 0
+        group, size = open_groups.get(kind, ([], limit))
+        if size + rows > limit:
+            group, size = [], 0
             groups.append(group)
         group.append(index)
-        open_groups[kind] = (group, held + rows)
+        open_groups[kind] = (group, size + rows)
     return groups
 
 
 def _joined(session: ort.InferenceSession, feeds: Sequence[Feed], axes: Axes) -> list[Answer] | None:
-    """Return the answers of one run for several requests, None when it failed or its outputs cannot be cut apart."""
+    """Return the answers of one run for several requests; None if it fails or its outputs cannot be split."""
     rows = [_rows(feed, axes) for feed in feeds]
     total = sum(rows)
     begin = time.perf_counter()
@@ -86,10 +85,16 @@ def _joined(session: ort.InferenceSession, feeds: Sequence[Feed], axes: Axes) ->
     if any(array.ndim <= axes[name] or array.shape[axes[name]] != total for name, array in outputs.items()):
         return None
     ends = np.cumsum(rows)[:-1]
-    parts = {name: np.split(array, ends, axes[name]) for name, array in outputs.items()}
+    pieces = {name: np.split(array, ends, axes[name]) for name, array in outputs.items()}
     return [
         Answer(
-            {name: np.ascontiguousarray(part[place]) for name, part in parts.items()}, "", False, total, seconds, 0.0, not place
+            {name: np.ascontiguousarray(arrays[place]) for name, arrays in pieces.items()},
+            "",
+            False,
+            total,
+            seconds,
+            0.0,
+            not place,
         )
         for place in range(len(feeds))
     ]
@@ -99,7 +104,7 @@ def _alone(session: ort.InferenceSession, feed: Feed, axes: Axes | None) -> Answ
     begin = time.perf_counter()
     rows = 1 if axes is None else _rows(feed, axes)
     try:
-        # Values that came in a message need not lie where their type wants them.
+        # Values from a message may be unaligned in memory.
         outputs = run(session, {name: np.require(array, requirements=["A", "C"]) for name, array in feed.items()})
     except ModelError as error:
         return Answer(None, str(error), "INVALID_ARGUMENT" in str(error), rows, time.perf_counter() - begin)

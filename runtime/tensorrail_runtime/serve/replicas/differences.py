@@ -1,4 +1,4 @@
-"""How far another model's outputs are from those that were served."""
+"""Differences between the served outputs and those of another model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Difference:
-    """One output's: the relative L2 norm of served − reference, and the largest difference of an element."""
+    """The difference of one output: the relative L2 norm of served − reference, and the largest element-wise difference."""
 
     output: str
     relative_l2: float
@@ -18,9 +18,9 @@ class Difference:
 
 
 def differences(served: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> list[Difference]:
-    """Return the difference of every output; infinite where shapes differ or a value is not a number.
+    """Return the difference of every output; it is infinite if shapes differ or a value is NaN.
 
-    What is not numbers counts by element: 0 where equal, 1 where not.
+    Elements that are not numbers, such as strings, differ by 0 if they are equal, else by 1.
     """
     return [_difference(name, array, reference[name]) for name, array in served.items()]
 
@@ -32,7 +32,11 @@ def _difference(name: str, served: np.ndarray, reference: np.ndarray) -> Differe
         ours, theirs = served.astype(np.float64), reference.astype(np.float64)
     else:
         ours, theirs = (served != reference).astype(np.float64), np.zeros(served.shape)
-    apart = ours - theirs
-    distance, size = float(np.linalg.norm(apart.ravel())), float(np.linalg.norm(theirs.ravel()))
-    found = Difference(name, distance / (size or 1.0), float(np.abs(apart).max(initial=0)))
-    return found if np.isfinite([found.relative_l2, found.max_abs]).all() else Difference(name, float("inf"), float("inf"))
+    error = ours - theirs
+    distance, size = float(np.linalg.norm(error.ravel())), float(np.linalg.norm(theirs.ravel()))
+    difference = Difference(name, distance / (size or 1.0), float(np.abs(error).max(initial=0)))
+    return (
+        difference
+        if np.isfinite([difference.relative_l2, difference.max_abs]).all()
+        else Difference(name, float("inf"), float("inf"))
+    )

@@ -1,8 +1,8 @@
-"""Runs that take all that waits: while one is under way requests gather, and the next run takes as many as it may.
+"""Gathers requests while the model is busy; the next run takes as many of them as it may.
 
-`@serve.batch` closes a batch when its wait is over, also when the model is still busy with an earlier one; under load that
-leaves many small batches in a row. Here they come together again before the model runs. A request that nobody waits for any
-more is not run: under more load than there is time for, the model would else work for clients that have gone.
+`@serve.batch` closes a batch when its waiting time is over, even if the model is still busy with an earlier batch; under load
+this gives many small batches. Here they are merged again before the model runs. A request whose client no longer waits does
+not run: under overload, the model would otherwise work for clients that have left.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed
 
-_GONE = Answer(None, "nobody waits for the answer any more")
+_GONE = Answer(None, "the client no longer waits for the answer")
 
 
 @dataclass
 class Waiting:
-    """One request, and until when an answer to it is any use; `gone` is set when its client has left."""
+    """One request and how many seconds its client waits; `gone` is set when the client has left."""
 
     feed: Feed
     seconds: float = math.inf
@@ -30,12 +30,12 @@ class Waiting:
 
     @property
     def useless(self) -> bool:
-        """Whether nobody waits for the answer."""
+        """Whether the client no longer waits for the answer."""
         return self.gone or time.perf_counter() - self.since > self.seconds
 
 
 class Gathering:
-    """Calls `work` with up to `limit` waiting requests at a time, one call after the other, outside the event loop."""
+    """Calls `work` with up to `limit` waiting requests at a time, one call after another, outside the event loop."""
 
     def __init__(self, work: Callable[[Sequence[Feed]], list[Answer]], limit: int) -> None:
         self._work = work
@@ -45,22 +45,22 @@ class Gathering:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, requests: Sequence[Waiting]) -> list[Answer]:
-        """Return one answer a request, in order; raises what `work` raised for any of them.
+        """Return one answer per request, in order; raises what `work` raised for any of them.
 
-        Who waits may be cancelled: others may wait for the same run, so it goes on. What has `gone` before its run is left out.
+        The run continues if this call is cancelled, since others may wait for it. Requests that are `gone` by then do not run.
         """
         loop = asyncio.get_running_loop()
-        mine = [loop.create_future() for _ in requests]
-        self._waiting.extend(zip(requests, mine, strict=True))
-        task = asyncio.create_task(self._drain(mine))
+        futures = [loop.create_future() for _ in requests]
+        self._waiting.extend(zip(requests, futures, strict=True))
+        task = asyncio.create_task(self._drain(futures))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
-        return [future.result() for future in mine]
+        return [future.result() for future in futures]
 
-    async def _drain(self, mine: Sequence[asyncio.Future[Answer]]) -> None:
+    async def _drain(self, futures: Sequence[asyncio.Future[Answer]]) -> None:
         async with self._turn:
-            while not all(future.done() for future in mine):
+            while not all(future.done() for future in futures):
                 await self._next()
 
     async def _next(self) -> None:
@@ -76,7 +76,7 @@ class Gathering:
         begin = time.perf_counter()
         try:
             answers = await asyncio.to_thread(self._work, [request.feed for request, _ in taken])
-        except Exception as error:  # noqa: BLE001 - handed on to those who wait
+        except Exception as error:  # noqa: BLE001 - passed on to the waiting requests
             for _, future in taken:
                 future.set_exception(error)
             return

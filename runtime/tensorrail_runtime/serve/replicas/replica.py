@@ -1,4 +1,4 @@
-"""What runs on Ray: replicas of the served model, which batch, and of the shadow model, which compares."""
+"""The actors on Ray: replicas of the served model, which batch requests, and of the shadow model, which compare outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,6 +13,7 @@ import ray
 from ray import serve
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.serve.replicas._compat_ray import bind_replica_to_loopback
 from tensorrail_runtime.serve.replicas.batch_axis import Axes
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed, run_batch
 from tensorrail_runtime.serve.replicas.differences import Difference, differences
@@ -22,7 +22,7 @@ from tensorrail_runtime.sessions.session import Session, open_session, run
 
 
 class Replica:
-    """Answers requests with the model, several by one run where the model has batch axes; none is run after `seconds`."""
+    """Runs the model on requests, several at once if it has batch axes; a request that waited over `seconds` is dropped."""
 
     def __init__(
         self, model: ray.ObjectRef[bytes], settings: Session, axes: Axes | None, max_batch: int, wait: float, seconds: float
@@ -32,12 +32,12 @@ class Replica:
         self._axes = axes
         self._max_batch = max_batch
         self._runs = Gathering(self._run, max_batch if axes is not None else 1)
-        # Batches that are closed while the model is busy wait in `Gathering`, so as many as may come are taken.
+        # Batches that are closed while the model is busy wait in `Gathering`, so their number is not limited here.
         together = serve.batch(max_batch_size=max_batch, batch_wait_timeout_s=wait, max_concurrent_batches=1_000_000)
         self._batch: Callable[[Waiting], Awaitable[Answer]] = together(self._runs.answer)
 
     async def infer(self, feed: Feed, alone: bool = False) -> Answer:
-        """Return the answer to one request; `alone`, after a replica died with it, keeps it apart from others."""
+        """Return the answer to one request; with `alone`, used after a replica died on it, it runs without others."""
         if alone:
             return (await asyncio.to_thread(self._run, [feed]))[0]
         request = Waiting(feed, self._seconds)
@@ -52,42 +52,25 @@ class Replica:
 
 
 class ShadowReplica:
-    """Runs the shadow model on a request that was answered already and compares."""
+    """Runs the shadow model on requests that were already answered, and compares the outputs."""
 
     def __init__(self, model: ray.ObjectRef[bytes], settings: Session) -> None:
         self._session = _open(model, settings)
         self._turn = asyncio.Lock()
 
     async def compare(self, feed: Feed, served: Mapping[str, np.ndarray]) -> list[Difference]:
-        """Return how far the served outputs are from this model's; raises `ModelError` when it cannot run."""
+        """Return the differences between the served outputs and this model's; raises `ModelError` if it cannot run."""
         async with self._turn:
             return await asyncio.to_thread(self._compare, feed, served)
 
     def _compare(self, feed: Feed, served: Mapping[str, np.ndarray]) -> list[Difference]:
-        made = run(self._session, {name: np.require(array, requirements=["A", "C"]) for name, array in feed.items()})
-        return differences(served, made)
-
-
-def _keep_to_loopback() -> None:
-    """Bind this replica's own port, at which it is called, to loopback where its node is there.
-
-    Ray Serve binds it to all interfaces, wherever the node is; it is bound once the constructor has returned. A version of Ray
-    that does so elsewhere shows in the tests.
-    """
-    from ray.serve._private import replica
-
-    bind = getattr(replica, "add_port_to_grpc_server", None)
-    if bind is not None and ray.util.get_node_ip_address().startswith("127."):
-
-        def listen(server: Any, address: str) -> Any:
-            return bind(server, address.replace("[::]", "127.0.0.1"))
-
-        replica.add_port_to_grpc_server = listen  # type: ignore[attr-defined] # there is no option for it
+        outputs = run(self._session, {name: np.require(array, requirements=["A", "C"]) for name, array in feed.items()})
+        return differences(served, outputs)
 
 
 def _open(model: ray.ObjectRef[bytes], settings: Session) -> ort.InferenceSession:
-    """Return a session of the model's bytes, which come through Ray: the file need not lie on this node."""
-    _keep_to_loopback()
+    """Open a session of a model whose bytes come through Ray, since its file may be on another node."""
+    bind_replica_to_loopback()
     content = ray.get(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -1,7 +1,7 @@
-"""Shadow mode: another model answers a sample of the requests beside the served one, and only the metrics see it.
+"""Shadow mode: another model runs on a sample of the requests as well, and only the metrics show its outputs.
 
-A sampled request is handed over after its own answer has been sent. What the shadow does with it, fail or be slow, cannot
-reach the client; when too many samples wait, further ones are dropped and counted.
+A sampled request is passed on after its answer has been sent, so a slow or failing shadow model does not affect the client. If
+too many samples wait, further ones are dropped and counted.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _MOST_WAITING = 8
 
 
 class Shadow:
-    """Samples a share of the requests and has `compare` run them; its outcomes go to the metrics."""
+    """Samples a share of the requests, calls `compare` on them, and passes the results to the metrics."""
 
     def __init__(self, compare: Compare, fraction: float, metrics: Metrics, seed: int | None = None) -> None:
         self._compare = compare
         self._fraction = fraction
         self._metrics = metrics
-        self._random = random.Random(seed)  # noqa: S311 - a sample, no secret
+        self._random = random.Random(seed)  # noqa: S311 - used for sampling, not for secrets
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def sample(self, feed: Feed, served: Mapping[str, np.ndarray]) -> None:
-        """Hand a request and its served outputs over, or let it pass; returns at once."""
+        """Decide whether to sample a request, and if so, start its comparison; returns at once."""
         if self._random.random() >= self._fraction:
             return
         if len(self._tasks) >= _MOST_WAITING:
@@ -42,15 +42,15 @@ class Shadow:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Give up the samples that still wait."""
+        """Cancel the comparisons that still run."""
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self, feed: Feed, served: Mapping[str, np.ndarray]) -> None:
         try:
-            found = await self._compare(feed, served)
-        except Exception:  # noqa: BLE001 - whatever it is, it stays here
+            differences = await self._compare(feed, served)
+        except Exception:  # noqa: BLE001 - no failure of the shadow model may reach the server
             self._metrics.shadowed("failed")
             return
-        self._metrics.shadowed("compared", found)
+        self._metrics.shadowed("compared", differences)
