@@ -89,28 +89,30 @@ def load_calibration(
     arrays = _folder(path, session, most, images or Preprocessing()) if path.is_dir() else load_arrays(path)
     entries = {entry.name: entry for entry in session.get_inputs()}
     if not entries:
-        raise ModelError(f"{model}: takes no input: there is nothing that calibration data could be given to")
+        raise ModelError(f"{model}: the model takes no input, so there is nothing to calibrate with data")
     labels = None if _LABELS in entries else arrays.pop(_LABELS, None)
     if len(entries) == 1 and len(arrays) == 1:
         arrays = dict(zip(entries, arrays.values(), strict=True))  # one array for one input needs no name
     missing = [name for name in entries if name not in arrays]
     if missing:
         raise ModelError(
-            f"{path}: no array for input {missing[0]!r}; expected {', '.join(entries)}, and {', '.join(arrays) or 'none'} came"
+            f"{path}: no array for input {missing[0]!r}; expected {', '.join(entries)}, got {', '.join(arrays) or 'none'}"
         )
     arrays = {name: _typed(path, arrays[name], entry) for name, entry in entries.items()}
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise ModelError(f"{path}: the arrays of the inputs differ in length: {lengths}; expected one row a sample in each")
+        raise ModelError(f"{path}: the arrays of the inputs differ in length: {lengths}; expected one row per sample in each")
     total = next(iter(lengths.values()))
     if total > 1 and all((array == array[:1]).all() for array in arrays.values()):
-        raise ModelError(f"{path}: all {total} samples are the same: nothing can be fitted to them; expected typical inputs")
+        raise ModelError(
+            f"{path}: all {total} samples are identical, so nothing can be fitted to them; expected typical inputs"
+        )
     if labels is not None and labels.shape[:1] != (total,):
-        raise ModelError(f"{path}: {total} samples and labels of shape {labels.shape} came; expected one label a sample")
+        raise ModelError(f"{path}: expected one label per sample, got {total} samples and labels of shape {labels.shape}")
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
-        raise ModelError(f"{path}: labels are integers, one a sample, and {labels.dtype} of shape {labels.shape} came")
+        raise ModelError(f"{path}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}")
     if labels is not None and (labels < 0).any():
-        raise ModelError(f"{path}: labels are numbers of classes from 0 on, and {labels.min()} is among them")
+        raise ModelError(f"{path}: expected class indices from 0 as labels, got {labels.min()}")
     fixed = next((entry.shape[0] for entry in entries.values() if isinstance(entry.shape[0], int)), 1)
     most = max(fixed, most - most % fixed)  # whole batches of a model that takes no other
     if total > most:
@@ -276,27 +278,27 @@ class Statistics:
 def _typed(path: Path, array: np.ndarray, entry: ort.NodeArg) -> np.ndarray:
     """Return an input's array in the type that the model takes; `ModelError` for another shape, and for NaN."""
     if not entry.shape:
-        raise ModelError(f"{path}: input {entry.name!r} is a single value; calibration needs inputs of one row a sample")
+        raise ModelError(f"{path}: input {entry.name!r} is a scalar; calibration needs inputs with one row per sample")
     axes = list(zip(entry.shape[1:], array.shape[1:], strict=False))
     if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != came for size, came in axes):
-        raise ModelError(f"{path}: input {entry.name!r} has shape {entry.shape}, and an array of {list(array.shape)} came")
+        raise ModelError(f"{path}: input {entry.name!r} expects shape {entry.shape}, got an array of shape {list(array.shape)}")
     if np.iscomplexobj(array):
-        raise ModelError(f"{path}: the array of input {entry.name!r} is complex; expected a {entry.type}")
+        raise ModelError(f"{path}: input {entry.name!r} expects {entry.type}, got complex values")
     numeric = np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
     if array.dtype == np.uint8 and entry.type in _FLOATS:
         raise ModelError(
-            f"{path}: input {entry.name!r} is a {entry.type}, and bytes came, such as pixels: scale them as in training first"
+            f"{path}: input {entry.name!r} expects {entry.type}, got bytes, such as raw pixels; scale them as in training first"
         )
     if numeric and entry.type in _FLOATS:
         array = array.astype(_FLOATS[entry.type], copy=False)
         if not np.isfinite(array).all():
-            raise ModelError(f"{path}: the array of input {entry.name!r} holds NaN or infinite values; expected finite ones")
+            raise ModelError(f"{path}: the array of input {entry.name!r} contains NaN or infinite values; expected finite ones")
         return array
     wanted = TYPES.get(entry.type)
     if numeric and wanted is not None and array.dtype != wanted:
         cast = array.astype(wanted) if array.dtype.kind in "iub" else array
         if array.dtype.kind not in "iub" or not np.array_equal(cast.astype(np.int64), array.astype(np.int64)):
-            raise ModelError(f"{path}: input {entry.name!r} is a {entry.type}, and values of {array.dtype} came")
+            raise ModelError(f"{path}: input {entry.name!r} expects {entry.type}, got values of type {array.dtype}")
         return cast
     return array
 
@@ -307,19 +309,19 @@ def _folder(path: Path, session: ort.InferenceSession, most: int, images: Prepro
     pictures = [file for file in files if file.suffix.lower() in _IMAGES]
     if not arrays and not pictures:
         kinds = ", ".join(sorted(_IMAGES))
-        raise ModelError(f"{path}: holds no calibration data; expected npz or npy files, or images ({kinds})")
+        raise ModelError(f"{path}: no calibration data found; expected npz or npy files, or images ({kinds})")
     if arrays:
         parts = list(_array_files(arrays, session.get_inputs()[0].name))
         return {name: _joined(path, name, arrays, parts) for name in parts[0]}
     if len(session.get_inputs()) != 1:
         count = len(session.get_inputs())
-        raise ModelError(f"{path}: images came for a model of {count} inputs; give an npz file with one array an input")
+        raise ModelError(f"{path}: found images for a model with {count} inputs; provide an npz file with one array per input")
     entry = session.get_inputs()[0]
     sized = len(entry.shape) == 4 and all(isinstance(size, int) for size in entry.shape[1:])
     if not sized or entry.shape[1] not in (1, 3) or entry.type not in _FLOATS:
         raise ModelError(
-            f"{path}: images came for input {entry.name!r}, {entry.type} of shape {entry.shape}; expected floats "
-            "(batch, 1 or 3, height, width) of known size: give an npz file instead"
+            f"{path}: found images for input {entry.name!r}, {entry.type} of shape {entry.shape}; expected floats "
+            "(batch, 1 or 3, height, width) of known size: provide an npz file instead"
         )
     picks = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)
     return {entry.name: np.stack([_picture(pictures[k], entry.shape[1:], images) for k in picks])}
@@ -336,7 +338,7 @@ def _array_files(files: Sequence[Path], name: str) -> Iterator[dict[str, np.ndar
             raise ModelError(f"{file}: not a plain npy array ({str(error).partition(chr(10))[0]})") from None
         if not isinstance(array, np.ndarray):
             array.close()
-            raise ModelError(f"{file}: not a plain npy array, but several in one file: call it .npz")
+            raise ModelError(f"{file}: expected a plain npy array, got several arrays in one file: rename it to .npz")
         yield {name: array}
 
 

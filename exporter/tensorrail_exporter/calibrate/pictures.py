@@ -18,7 +18,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     from PIL import Image as Images
 
     if image.mode == "F":
-        raise ValueError("its pixels are fractions: expected 8 or 16 bits")
+        raise ValueError("expected pixels of 8 or 16 bits, got floating-point pixels")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     return Images.fromarray((np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))

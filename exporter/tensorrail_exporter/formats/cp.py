@@ -80,8 +80,8 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
                 root = scale ** (1 / len(modes))
                 return [like(weight, factor * root) for factor in factors]
     raise PlanError(
-        f"cp with {rank} components diverges on a weight of shape {list(shape)}: its components cancel each other at more than "
-        f"{BOUND:g} times the weight's norm; lower the rank, or use tucker or tt"
+        f"cp with {rank} components diverges on a weight of shape {list(shape)}: components larger than {BOUND:g} times "
+        f"the weight's norm cancel each other; lower the rank, or use tucker or tt"
     )
 
 

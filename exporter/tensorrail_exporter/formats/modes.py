@@ -88,9 +88,9 @@ def kernel_last(array: Array) -> Array:
 def require_ranks(ranks: Sequence[int], count: int, what: str) -> None:
     """Raise `PlanError` unless there are `count` ranks, all of them 1 or larger."""
     if len(ranks) != count:
-        raise PlanError(f"expected {count} ranks ({what}), and {len(ranks)} came: {list(ranks)}")
+        raise PlanError(f"expected {count} ranks ({what}), got {len(ranks)}: {list(ranks)}")
     if min(ranks) < 1:
-        raise PlanError(f"ranks are 1 or larger, and came as {list(ranks)}")
+        raise PlanError(f"expected ranks of 1 or larger, got {list(ranks)}")
 
 
 def require_merge(merge: str, merges: Sequence[str], name: str) -> None:

@@ -266,4 +266,4 @@ def _tiled(kernel: Array, groups: int) -> Array:
 def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
     require_ranks(ranks, len(modes) + 1, f"tr: r_0 … r_{len(modes)} for {len(modes)} modes")
     if ranks[0] != ranks[-1]:
-        raise PlanError(f"the ranks of a ring start and end with the same number, and came as {list(ranks)}")
+        raise PlanError(f"expected tr ranks whose first and last are equal, r_0 = r_d, got {list(ranks)}")

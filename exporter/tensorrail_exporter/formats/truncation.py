@@ -39,7 +39,7 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     rows, columns = matrix.shape
     largest = _largest(matrix)
     if not largest < math.inf:
-        raise np.linalg.LinAlgError("a matrix holds infinity or NaN")
+        raise np.linalg.LinAlgError("expected a matrix of finite values, got infinity or NaN")
     count = min(rows, columns, n_eigenvecs or min(rows, columns))
     if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)

@@ -144,4 +144,4 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
 def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
     require_ranks(ranks, len(modes) + 1, f"tt: r_0 … r_{len(modes)} for {len(modes)} modes")
     if ranks[0] != 1 or ranks[-1] != 1:
-        raise PlanError(f"tt ranks start and end with 1, and came as {list(ranks)}; for a ring of cores use format tr")
+        raise PlanError(f"expected tt ranks that start and end with 1, got {list(ranks)}; for a ring of cores use format tr")

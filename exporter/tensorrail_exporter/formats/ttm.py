@@ -44,14 +44,12 @@ def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> t
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
     """Raise `PlanError` unless the weight is a matrix and the modes pair up to its two sides."""
     if len(shape) != 2:
-        raise PlanError(
-            f"ttm pairs the modes of a matrix, and the weight has shape {list(shape)}; for a convolution use tt or tr"
-        )
+        raise PlanError(f"format ttm expects a matrix, got a weight of shape {list(shape)}; for a convolution use tt or tr")
     d = len(modes) // 2
     if len(modes) % 2 or not d or min(modes) < 1 or (math.prod(modes[:d]), math.prod(modes[d:])) != tuple(shape):
         raise PlanError(
-            f"modes {list(modes)} do not fit a weight of shape {list(shape)}: expected as many output modes, of product "
-            f"{shape[0]}, as input modes, of product {shape[1]}; try {list(default_modes(shape))}"
+            f"modes {list(modes)} do not fit a weight of shape {list(shape)}: expected equally many output and "
+            f"input modes, with products {shape[0]} and {shape[1]}; try {list(default_modes(shape))}"
         )
     _require(modes, ranks)
 
@@ -148,4 +146,4 @@ def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
     d = len(modes) // 2
     require_ranks(ranks, d + 1, f"ttm: r_0 … r_{d} for {d} pairs of modes")
     if ranks[0] != 1 or ranks[-1] != 1:
-        raise PlanError(f"ttm ranks start and end with 1, and came as {list(ranks)}")
+        raise PlanError(f"expected ttm ranks that start and end with 1, got {list(ranks)}")

@@ -176,4 +176,4 @@ def _ranked(shape: Sequence[int], modes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _require(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    require_ranks(ranks, len(_ranked(shape, modes)), "tucker: one for each mode, the kernel's left out")
+    require_ranks(ranks, len(_ranked(shape, modes)), "tucker: one for each mode except the kernel's")

@@ -85,7 +85,7 @@ def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
     sizes = {made: math.prod(axis for axis in shape if isinstance(axis, int)) for made, shape in shapes.items()}
     largest = max(sizes, key=sizes.__getitem__, default="")
     if sizes.get(largest, 0) > _LARGEST:
-        raise GraphError(f"its weight {tensor.name!r} is not computed: {largest!r} would hold {sizes[largest]:,} values")
+        raise GraphError(f"its weight {tensor.name!r} is too large to fold: {largest!r} would hold {sizes[largest]:,} values")
     try:
         (values,) = ReferenceEvaluator(model).run(None, {})
     except Exception as error:  # noqa: BLE001 - what NumPy raises for nodes that do not fit their constants, of many classes

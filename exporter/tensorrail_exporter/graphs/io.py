@@ -36,7 +36,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     except OSError as error:
         raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except DecodeError:
-        raise GraphError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
+        raise GraphError(f"{path}: not an ONNX model, or a truncated one: it cannot be parsed as protobuf") from None
     except (onnx.checker.ValidationError, ValueError) as error:
         raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from None
     for tensor in _tensors(model.graph):
@@ -45,7 +45,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
                 f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds {_held(tensor)})"
             )
     if not model.graph.node:
-        raise GraphError(f"{path}: an ONNX model without a node: nothing to run or rewrite")
+        raise GraphError(f"{path}: the ONNX model has no nodes: there is nothing to run or rewrite")
     return model
 
 

@@ -34,31 +34,32 @@ def load_cores(path: Path | str, plan: Plan) -> dict[str, list[np.ndarray]]:
     except (OSError, SafetensorError) as error:
         raise PlanError(f"{path}: not a readable safetensors file ({error})") from None
     if metadata != _METADATA:
-        raise PlanError(f"{path}: expected a cores file of metadata {_METADATA}, and its metadata is {metadata}")
+        raise PlanError(f"{path}: expected a cores file with metadata {_METADATA}, got {metadata}; write it with save_cores")
     cores: dict[str, list[np.ndarray]] = {}
     for layer in plan.layers:
         count = sum(key.rpartition("/")[0] == layer.name for key in tensors)
         if not count:
             known = sorted({key.rpartition("/")[0] for key in tensors})
-            raise PlanError(f"{path}: no cores for the planned layer {layer.name!r}; the file has {', '.join(known)}")
+            raise PlanError(
+                f"{path}: no cores for the planned layer {layer.name!r}; the file holds cores for {', '.join(known)}"
+            )
         try:
             cores[layer.name] = [tensors.pop(f"{layer.name}/{k}") for k in range(count)]
         except KeyError as error:
             raise PlanError(f"{path}: layer {layer.name}: core {error} is missing") from None
     if tensors:
-        raise PlanError(f"{path}: {sorted(tensors)[0]!r} belongs to no layer of the plan")
+        raise PlanError(
+            f"{path}: {sorted(tensors)[0]!r} belongs to no layer of the plan; use the plan that the cores were made for"
+        )
     return cores
 
 
 def check_cores(layer: LayerPlan, cores: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
     """Raise `PlanError`, naming the layer, unless the cores have the shapes that the plan gives them."""
     expected = layer.core_shapes(shape)
-    came = tuple(tuple(core.shape) for core in cores)
-    if came != expected:
-        raise PlanError(
-            f"layer {layer.name}: the plan's modes and ranks make cores of shapes {list(expected)}, "
-            f"and the cores are {list(came)}"
-        )
+    shapes = tuple(tuple(core.shape) for core in cores)
+    if shapes != expected:
+        raise PlanError(f"layer {layer.name}: the plan expects cores of shapes {list(expected)}, got {list(shapes)}")
     for k, core in enumerate(cores):
         if not np.isfinite(core).all():
-            raise PlanError(f"layer {layer.name}: core {k} holds NaN or infinite values")
+            raise PlanError(f"layer {layer.name}: core {k} contains NaN or infinite values; expected finite ones")

@@ -19,7 +19,7 @@ from tensorrail_runtime.errors import PlanError
 def pad_ranks(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int], block: int) -> list[np.ndarray]:
     """Return the cores with every rank widened by zeros to the next multiple of `block`; 1 leaves them as they are."""
     if block < 1:
-        raise PlanError(f"layer {layer.name}: ranks are padded to multiples of a block of 1 or more, and {block} came")
+        raise PlanError(f"layer {layer.name}: expected a padding block of 1 or more, got {block}")
     if block == 1:
         return list(cores)
     axes = format_of(layer.format).rank_axes(shape, layer.modes)

@@ -80,7 +80,7 @@ class Plan(BaseModel):
         names = [layer.name for layer in self.layers]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"each layer may be planned once, and {twice[0]!r} is there {names.count(twice[0])} times")
+            raise ValueError(f"each layer may be planned once, but {twice[0]!r} appears {names.count(twice[0])} times")
         return self
 
     @classmethod

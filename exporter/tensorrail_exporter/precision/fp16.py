@@ -18,7 +18,7 @@ from tensorrail_exporter.precision.ranges import LARGEST
 from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
 from tensorrail_runtime.errors import GraphError
 
-_KEEP = "name the layer or node that does not convert in `keep`, and it stays fp32"
+_KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 
 
 def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str] = ()) -> onnx.ModelProto:
@@ -64,8 +64,8 @@ def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:
         worst = float(np.abs(layer.values).max(initial=0.0))
         if not worst <= LARGEST:
             raise GraphError(
-                f"layer {layer.layer}: its weight {layer.weight} holds {worst:.3g}, and fp16 holds ±{LARGEST:.0f}; "
-                f"--keep {layer.layer}, or scale it down"
+                f"layer {layer.layer}: its weight {layer.weight} contains {worst:.3g}, outside the fp16 range of "
+                f"±{LARGEST:.0f}; keep it in fp32 (--keep {layer.layer}), or scale it down"
             )
 
 

@@ -36,7 +36,7 @@ METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
 
 _LARGE = 2**30  # bytes of weights from which the libraries are told to write external data; protobuf ends at 2 GiB
 _BINS = {"entropy": 512, "percentile": 2048}
-_KEEP = "name the layer or node that does not convert in `keep`, and it stays fp32"
+_KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 _OPSET, _IR_VERSION = 13, 7  # the first with an axis in DequantizeLinear
 
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -95,7 +95,7 @@ def to_int8(
             raise GraphError(f"the graph cannot be quantized ({reason}); {_KEEP}") from None
     if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
         raise GraphError(
-            "nothing in the graph can be quantized: no Conv, Gemm or MatMul with a constant weight is left to int8"
+            "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become int8"
         )
     return _tidy(quantized, model)
 
@@ -103,15 +103,16 @@ def to_int8(
 def _check_calibration(model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
     names = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
     if not feeds:
-        raise GraphError("int8 needs calibration data to see the activations' ranges, and none came; give 100 or more samples")
+        raise GraphError("int8 needs calibration data to measure activation ranges, got none; provide 100 or more samples")
     for feed in feeds:
         if set(feed) != names:
-            raise GraphError(
-                f"the model's inputs are {', '.join(sorted(names))}, and the calibration data has {', '.join(feed)}"
-            )
+            expected, given = ", ".join(sorted(names)), ", ".join(feed) or "none"
+            raise GraphError(f"expected calibration data for the model's inputs {expected}, got {given}")
         for name, array in feed.items():
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                raise GraphError(f"the calibration data of input {name!r} holds NaN or infinite values")
+                raise GraphError(
+                    f"the calibration data of input {name!r} contains NaN or infinite values; expected finite ones"
+                )
 
 
 def _calibrate(ready: Path, feeds: Sequence[Mapping[str, np.ndarray]], method: Method, *, large: bool) -> Path:

@@ -71,8 +71,8 @@ def layer_ranges(model: onnx.ModelProto, feeds: Feeds, *, to: Literal["fp16", "i
     """
     layers = weighted(model)
     if not layers or not feeds:
-        missing = "layer with a constant weight in the graph" if feeds else "inputs came"
-        raise GraphError(f"no ranges can be measured: no {missing}")
+        missing = "the graph has no layer with a constant weight" if feeds else "no inputs were given"
+        raise GraphError(f"no ranges can be measured: {missing}")
     seen = {layer.node.output[0]: _Seen() for layer in layers if layer.node.output and layer.node.output[0]}
     for outputs in _exposed(model, tuple(seen), feeds):
         for name, values in outputs.items():
@@ -122,8 +122,8 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
     layers = {w.node.name: w.layer for w in weighted(model)}
     shown = " ".join(f"--keep {name}" for name in keep[:_SHOWN]) + (f" and {len(keep) - _SHOWN} more" if keep[_SHOWN:] else "")
     raise RangeError(
-        f"layer {layers.get(named, named)}: overflows in fp16, which holds ±{LARGEST:.0f}; keep in fp32 what makes and takes "
-        f"such values: {shown or 'no layer, as none has them in fp32'}",
+        f"layer {layers.get(named, named)}: overflows in fp16, whose range is ±{LARGEST:.0f}; keep the layers that produce or "
+        f"read such values in fp32: {shown or 'none found, as no layer has such values in fp32'}",
         ranges,
         keep,
     )
@@ -179,7 +179,7 @@ def _exposed(model: onnx.ModelProto, names: Iterable[str], feeds: Feeds) -> Iter
         try:
             session = open_session(path)
         except ModelError as error:
-            raise GraphError(f"its ranges cannot be measured: {str(error).removeprefix(f'{path}: ')}") from None
+            raise GraphError(f"the ranges cannot be measured: {str(error).removeprefix(f'{path}: ')}") from None
         for feed in feeds:
             outputs = run(session, feed)
             yield {name: array for name, array in outputs.items() if name in wanted and isinstance(array, np.ndarray)}

@@ -174,11 +174,12 @@ def _check_request(
     if to not in get_args(Precision):
         raise GraphError(f"unknown precision {to!r}: expected one of {', '.join(get_args(Precision))}")
     if method is not None and to != "int8":
-        raise GraphError(f"calibration method {method!r} came, and {to} is not calibrated: leave it out")
+        raise GraphError(f"calibration method {method!r} was given, but {to} needs no calibration: leave it out")
     if (data is None) != (labels is None):
-        raise ModelError("the accuracy needs both data and labels, and one came without the other")
+        given = "labels" if data is None else "data"
+        raise ModelError(f"accuracy needs both data and labels, got only {given}")
     if not out.parent.is_dir():
-        raise GraphError(f"{out}: its folder is not there: make it first, or choose another one")
+        raise GraphError(f"{out}: its folder does not exist: create it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):
         raise GraphError(f"{out}: is the fp32 model itself; write to another file")
 

@@ -68,7 +68,7 @@ def kept_nodes(model: onnx.ModelProto, keep: Sequence[str]) -> frozenset[str]:
         called |= {node.name for node in _all_nodes(model.graph) if node.name == name or node.name.startswith(f"{name}/")}
         if not called:
             known = ", ".join(dict.fromkeys(w.layer for w in layers)) or "none"
-            raise GraphError(f"layer {name}: to be kept in fp32, and not in the graph; its layers with weights are {known}")
+            raise GraphError(f"layer {name}: listed in keep, but not in the graph; its layers with weights are {known}")
         found |= called
     return frozenset(found)
 
@@ -92,13 +92,13 @@ def check_fp32(model: onnx.ModelProto, what: str) -> None:
     quantized = next((node for node in _all_nodes(model.graph) if _QUANTIZED.fullmatch(node.op_type)), None)
     if quantized is not None:
         raise GraphError(
-            f"the model is quantized already: node {quantized.name or quantized.op_type} is {quantized.op_type}; "
-            f"{what} needs the fp32 model that it was made from"
+            f"the model is already quantized: node {quantized.name or quantized.op_type} is {quantized.op_type}; "
+            f"{what} needs the fp32 model it was made from"
         )
     types = {tensor.data_type for tensor in constants_of(model.graph).values()}
     if onnx.TensorProto.FLOAT not in types:
-        came = ", ".join(sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)) or "none at all"
-        raise GraphError(f"{what} converts float32 weights, and the model's constants are {came}; give the fp32 model")
+        found = ", ".join(sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)) or "none at all"
+        raise GraphError(f"{what} expects a model with float32 weights, got constants of type {found}; provide the fp32 model")
 
 
 def _layer(node: onnx.NodeProto, weight: str) -> str:

@@ -41,8 +41,8 @@ def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
     """
     if layer.inputs[layer.data] is None or layer.output is None:
         raise GraphError(
-            f"layer {layer.name}: cannot be timed, for the shape of its input {layer.input_name!r} or of its output is not "
-            "known; expected both: give the graph's inputs their shapes, or leave the layer dense"
+            f"layer {layer.name}: cannot be timed, because the shape of its input {layer.input_name!r} or of its output "
+            "is unknown; give the graph's inputs their shapes, or leave the layer dense"
         )
     rng = np.random.default_rng(0)
     writer = _Writer(layer, rng)

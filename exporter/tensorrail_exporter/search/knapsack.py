@@ -42,8 +42,8 @@ def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[
         least = sum(min(one) for one in limit.costs)
         if least > limit.most:
             raise TargetError(
-                f"the target on {limit.name} cannot be met: it allows {limit.most:.4g}, and the cheapest option of every layer "
-                f"together costs {least:.4g}; ask for less, or allow more formats or layers"
+                f"the target on {limit.name} cannot be met: it allows {limit.most:.4g}, but the cheapest options of all layers "
+                f"together cost {least:.4g}; lower the target, or allow more formats or layers"
             )
     if not counts:
         return ()
@@ -75,7 +75,8 @@ def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[
             break
         best, total = picks, lost
     if best is None:
-        raise TargetError(f"no choice of options meets {', '.join(limit.name for limit in limits)} together: ask for less")
+        names = ", ".join(limit.name for limit in limits)
+        raise TargetError(f"no choice of options meets the targets on {names} together: lower one of them")
     return best
 
 

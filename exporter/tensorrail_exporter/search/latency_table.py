@@ -106,7 +106,9 @@ class LatencyTable:
         table = cls(target, path)
         stored = _read(path)
         if stored is not None and stored.target != target:
-            raise GraphError(f"{path}: the latency table of another target ({stored.target}); remove it to measure anew")
+            raise GraphError(
+                f"{path}: the latency table of another target ({stored.target}); remove it to measure again on this one"
+            )
         table.times = {one.key: one for one in stored.times} if stored else {}
         return table
 
@@ -123,8 +125,8 @@ class LatencyTable:
             write_text(self.path, stored.model_dump_json(indent=1) + "\n")
         except OSError as error:
             raise GraphError(
-                f"{self.path}: the latency table cannot be written ({error.strerror or error}): give a folder of yours, "
-                "or name one in $TENSORRAIL_CACHE"
+                f"{self.path}: the latency table cannot be written ({error.strerror or error}): choose a writable "
+                "folder, or set $TENSORRAIL_CACHE to one"
             ) from None
 
     def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
@@ -175,9 +177,11 @@ def _read(path: Path) -> _Stored | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected a latency table, or no file") from None
+        raise GraphError(
+            f"{path}: cannot be read ({error.strerror or error}): expected a readable latency table, or no file"
+        ) from None
     except ValidationError as error:
-        raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure anew") from None
+        raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure again") from None
 
 
 def cache_folder() -> Path:

@@ -81,7 +81,9 @@ def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Se
     outputs = run_to(model, names, settings)(calibration.feeds[0])
     for name, array in zip(names, outputs, strict=True):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise GraphError(f"output {name!r} holds NaN or infinite values on the calibration inputs: nothing can be compared")
+            raise GraphError(
+                f"output {name!r} contains NaN or infinite values on the calibration inputs: losses cannot be measured"
+            )
     _require_classes(calibration.labels, outputs[0])
 
 
@@ -139,7 +141,7 @@ class _Probe:
         self.dense = self._outputs(model)
         self.compared = [k for k, parts in enumerate(self.dense) if all(part.dtype.kind in "fiub" for part in parts)]
         if not self.compared:
-            raise GraphError(f"the model's outputs, {', '.join(self.names)}, hold no numbers: nothing can be compared")
+            raise GraphError(f"the model's outputs, {', '.join(self.names)}, are not numeric: losses cannot be measured")
         _require_classes(calibration.labels, self.dense[0][0])
 
     def effect(self, layer: LayerPlan, weight: np.ndarray) -> float:
@@ -184,7 +186,7 @@ def _require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
     if labels is None or scores.ndim != 2:
         return
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise GraphError(f"labels are integers, one a sample, and an array of {labels.dtype} {list(labels.shape)} came")
+        raise GraphError(f"expected integer labels, one per sample, got {labels.dtype} of shape {list(labels.shape)}")
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise GraphError(wrong)
 

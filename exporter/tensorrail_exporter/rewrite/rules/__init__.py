@@ -43,11 +43,11 @@ class Rule(Protocol):
 RULES: tuple[Rule, ...] = (conv, gemm, matmul, recurrent)
 
 STAY_DENSE = {
-    "ConvTranspose": "it is a transposed convolution, which no format here factors; leave it out of the plan",
-    "QLinearConv": "it is quantized already; factor the floating-point model, then quantize that",
-    "ConvInteger": "it is quantized already; factor the floating-point model, then quantize that",
-    "QLinearMatMul": "it is quantized already; factor the floating-point model, then quantize that",
-    "MatMulInteger": "it is quantized already; factor the floating-point model, then quantize that",
-    "RNN": "it is a plain recurrent layer; LSTM and GRU can be factored",
+    "ConvTranspose": "it is a transposed convolution, which no format supports; leave it out of the plan",
+    "QLinearConv": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "ConvInteger": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "QLinearMatMul": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "MatMulInteger": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "RNN": "it is a plain RNN; only LSTM and GRU can be factorized",
 }
 """Operators with weights that are left dense on purpose, and why."""

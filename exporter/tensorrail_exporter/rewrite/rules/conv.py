@@ -22,14 +22,14 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) < 3:
-        return f"its weight has shape {list(weight.shape)}, and a kernel is (outputs, inputs, *size)"
+        return f"expected a weight of shape (outputs, inputs, *kernel), got {list(weight.shape)}"
     for name in ("strides", "dilations"):
         if min(node.attrs.get(name, (1,)), default=1) < 1:
-            return f"its {name} are {list(node.attrs[name])}, and each is 1 or more"
+            return f"expected {name} of 1 or more, got {list(node.attrs[name])}"
     group = node.attrs.get("group", 1)
     if group != 1:
         kind = "depthwise" if weight.shape[1] == 1 else "grouped"
-        return f"it is a {kind} convolution (group={group}), and only group=1 can be factored; leave it out of the plan"
+        return f"it is a {kind} convolution (group={group}); only group=1 can be factorized; leave it out of the plan"
     return None
 
 

@@ -22,7 +22,7 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) != 2:
-        return f"its weight has shape {list(weight.shape)}, and a Gemm takes a matrix"
+        return f"expected a matrix as its weight, got shape {list(weight.shape)}"
     return None
 
 

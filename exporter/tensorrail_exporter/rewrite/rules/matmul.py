@@ -30,13 +30,13 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"neither operand is a constant: {node.inputs[0].name!r} and {weight.name!r} are computed in the graph"
     if isinstance(other, gs.Constant):
-        return "both operands are constants: a product of constants is no layer"
+        return "both operands are constants: a product of constants is not a layer"
     if len(weight.shape) < 2 or math.prod(weight.shape[:-2]) != 1:
-        return f"its constant has shape {list(weight.shape)}, and only a single matrix can be factored"
+        return f"expected a single matrix as its constant, got shape {list(weight.shape)}"
     if other.shape is None:
-        return f"the rank of its input {other.name!r} is not known: give the graph's inputs a shape"
+        return f"the number of axes of its input {other.name!r} is unknown: give the graph's inputs a shape"
     if len(weight.shape) > max(len(other.shape), 2):
-        return f"its constant {list(weight.shape)} has more axes than its input, and adds some to the output"
+        return f"its constant of shape {list(weight.shape)} has more axes than its input and would add axes to the output"
     if side == 0 and len(other.shape) < 2:
         return f"its input {other.name!r} is a single column: use a Gemm"
     return None

@@ -35,7 +35,7 @@ def why_not(node: gs.Node) -> str | None:
         return f"its input weight {weight.name!r} is computed in the graph, not a constant"
     directions, gates = len(scan.directions(node)), len(_TORCH_FROM_ONNX[node.op])
     if len(weight.shape) != 3 or weight.shape[0] != directions or weight.shape[1] % gates:
-        return f"its input weight has shape {list(weight.shape)}, and {node.op} takes ({directions}, {gates} · hidden, inputs)"
+        return f"expected an input weight of shape ({directions}, {gates} · hidden, inputs), got {list(weight.shape)}"
     return None
 
 
