@@ -20,9 +20,10 @@ import onnxruntime as ort
 from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.pictures import eight_bits
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.graphs.io import export_graph, import_graph, save_model
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.rewrite.survey import DenseLayer
-from tensorrail_runtime.errors import GraphError, ModelError
+from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.sessions.inputs import TYPES, batches_of, load_arrays
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.sessions.session import run as run_session
@@ -129,16 +130,11 @@ def run_to(
 
     `GraphError` for a tensor that is not in the graph; the function raises `ModelError` for inputs that do not fit.
     """
-    graph = import_graph(model)
-    known = graph.tensors()
-    unknown = [name for name in tensors if name not in known]
-    if unknown:
-        raise GraphError(f"tensor {unknown[0]!r} is not in the graph: expected the input or output of one of its nodes")
-    inputs = {tensor.name for tensor in graph.inputs}
-    graph.outputs = [known[name] for name in dict.fromkeys(tensors) if name not in inputs]
-    if not graph.outputs:
+    fed = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    computed = [name for name in tensors if name not in fed]
+    if not computed:
         return lambda feed: [feed[name] for name in tensors]
-    part = export_graph(graph, model)
+    part = with_outputs(model, computed, only=True)
     with tempfile.TemporaryDirectory() as folder:
         save_model(part, Path(folder) / "part.onnx")
         session = open_session(Path(folder) / "part.onnx", settings=replace(settings, linger=False))

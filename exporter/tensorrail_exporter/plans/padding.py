@@ -26,11 +26,5 @@ def pad_ranks(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int
     return [_widened(core, ranks, block) for core, ranks in zip(cores, axes, strict=True)]
 
 
-def drop_padding(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int]) -> list[np.ndarray]:
-    """Return the cores cut back to the plan's own shapes: the inverse of `pad_ranks`."""
-    shapes = format_of(layer.format).core_shapes(shape, layer.modes, layer.ranks)
-    return [core[tuple(slice(size) for size in wanted)] for core, wanted in zip(cores, shapes, strict=True)]
-
-
 def _widened(core: np.ndarray, axes: Sequence[int], block: int) -> np.ndarray:
     return np.pad(core, [(0, -size % block if axis in axes else 0) for axis, size in enumerate(core.shape)])

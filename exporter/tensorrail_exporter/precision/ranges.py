@@ -7,7 +7,7 @@ and its largest value, so its relative error is step / √12 over the values' ro
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.precision.weights import Weighted, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.records import Record
@@ -166,23 +167,19 @@ def _origins(model: onnx.ModelProto, reduced: onnx.ModelProto) -> dict[str, str]
     return found
 
 
-def _exposed(model: onnx.ModelProto, names: Iterable[str], feeds: Feeds) -> Iterator[dict[str, np.ndarray]]:
+def _exposed(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Iterator[dict[str, np.ndarray]]:
     """Run the model with these tensors as outputs, and yield those that are arrays, feed by feed."""
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    present = {value.name for value in shown.graph.output}
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    wanted = set(names)
+    exposed = set(names)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shown.onnx"
-        save_model(shown, path)
+        path = Path(folder) / "exposed.onnx"
+        save_model(with_outputs(model, names), path)
         try:
             session = open_session(path)
         except ModelError as error:
             raise GraphError(f"the ranges cannot be measured: {str(error).removeprefix(f'{path}: ')}") from None
         for feed in feeds:
             outputs = run(session, feed)
-            yield {name: array for name, array in outputs.items() if name in wanted and isinstance(array, np.ndarray)}
+            yield {name: array for name, array in outputs.items() if name in exposed and isinstance(array, np.ndarray)}
 
 
 @dataclass
