@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
-from tensorrail_exporter.formats.contraction import Array, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import Equation
 from tensorrail_runtime.errors import PlanError
 
@@ -33,10 +33,10 @@ class Format(Protocol):
     def validate(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
         """Raise `PlanError` when modes or ranks cannot describe a weight of this shape."""
 
-    def decompose(self, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+    def decompose(self, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
         """Return the cores of the closest tensor of these ranks that the format's method finds."""
 
-    def reconstruct(self, cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+    def reconstruct(self, cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
         """Return the dense weight of this shape that the cores stand for."""
 
     def core_shapes(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -48,7 +48,7 @@ class Format(Protocol):
     def equation(self, shape: Sequence[int], modes: Sequence[int]) -> Equation:
         """Return how the cores multiply up to the weight, as an einsum: linear in every single core."""
 
-    def contraction(self, cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    def contraction(self, cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
         """Return the steps that run in place of the dense layer, bias left out."""
 
 
@@ -63,15 +63,17 @@ def format_of(name: str) -> Format:
         raise PlanError(f"unknown format {name!r}: expected one of {', '.join(sorted(FORMATS))}") from None
 
 
-def project(name: str, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> Array:
+def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> ArrayT:
     """Return the weight that a format's decomposition of these ranks keeps: ADMM's Z-step.
 
     `weight` is (O, I, *K) or (O, I), of NumPy or torch; the computation stays on its device. Torch's tensors on the CPU are
     computed as NumPy arrays, which multiplies a matrix by its own transpose in half the time. Errors are `decompose`'s.
     """
     form = format_of(name)
-    on_cpu = hasattr(weight, "new_tensor") and weight.device.type == "cpu"
-    if on_cpu and str(weight.dtype) in ("torch.float32", "torch.float64"):
-        torch = sys.modules["torch"]  # it made the tensor; the exporter itself does without
-        return torch.from_numpy(project(name, weight.detach().numpy(), modes, ranks))
+    tensor: Any = weight  # of torch where it has `new_tensor`, which the exporter itself does not import
+    on_cpu = hasattr(tensor, "new_tensor") and tensor.device.type == "cpu"
+    if on_cpu and str(tensor.dtype) in ("torch.float32", "torch.float64"):
+        torch = sys.modules["torch"]
+        projected: ArrayT = torch.from_numpy(project(name, tensor.detach().numpy(), modes, ranks))
+        return projected
     return form.reconstruct(form.decompose(weight, modes, ranks), tuple(weight.shape), modes)

@@ -15,12 +15,56 @@ after into the first spatial axis; in a linear layer they become axes of a batch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeVar
 
-Array: TypeAlias = Any
-"""A `numpy.ndarray` or a `torch.Tensor`; the functions here use only what both have."""
+import numpy as np
+
+
+class Array(Protocol):
+    """What `numpy.ndarray` and `torch.Tensor` have in common: all that a format uses of either.
+
+    An index, an operand or a value is `Any`: the types that the two libraries declare for them have no common name.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of every axis."""
+
+    @property
+    def dtype(self) -> object:
+        """The type of the values: a `numpy.dtype` or a `torch.dtype`."""
+
+    @property
+    def T(self) -> Self:
+        """The transpose of a matrix."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+
+    @property
+    def size(self) -> Any:
+        """The number of values in NumPy, but a method in torch: code for both takes `math.prod(shape)`."""
+
+    @property
+    def reshape(self) -> Callable[..., Self]:
+        """Return the same values in another shape, given as a tuple or as one argument per axis."""
+
+    def __array__(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Self: ...
+    def __setitem__(self, index: Any, value: Any, /) -> None: ...
+    def __add__(self, other: Any, /) -> Self: ...
+    def __sub__(self, other: Any, /) -> Self: ...
+    def __mul__(self, other: Any, /) -> Self: ...
+    def __truediv__(self, other: Any, /) -> Self: ...
+    def __matmul__(self, other: Any, /) -> Self: ...
+
+
+ArrayT = TypeVar("ArrayT", bound=Array)
+"""The type of an array in a function that returns arrays of the library that it was given."""
 
 SCAN_FROM = 1024  # rows of the input weight: directions · gates · hidden units
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import parafac
 
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -64,7 +64,7 @@ def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -
     _require(ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return the factors (n_k, R), their norms balanced; `PlanError` when no ridge keeps the components bounded."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
@@ -85,7 +85,7 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     )
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
     """Return the dense weight (O, I, *K) or (O, I) of the factors."""
     m = split(shape, modes)
     left, right = _khatri_rao(parts_of(cores)[:m]).core, _khatri_rao(parts_of(cores)[m:]).core
@@ -110,7 +110,7 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return replace(plain, cores=tuple(letter + free[0] for letter in letters))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return the steps of the layer: from the input to R channels, the kernel on each of them, from R channels out.
 
     Core by core, the first input mode makes the R channels and each further one is contracted within its channel.
@@ -147,7 +147,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def _als(tensor: Array, rank: int, ridge: float) -> list[Array]:
+def _als(tensor: ArrayT, rank: int, ridge: float) -> list[ArrayT]:
     """Return factors with balanced column norms, from alternating least squares with a ridge; `tensor` has norm 1."""
     _, factors = parafac(
         tensor, rank, n_iter_max=_SWEEPS, init="svd", svd=truncated_svd, tol=_TOLERANCE, l2_reg=ridge, random_state=0
@@ -160,7 +160,7 @@ def _als(tensor: Array, rank: int, ridge: float) -> list[Array]:
     return [factor * (target / tl.clip(norm, 1e-300, None)) for factor, norm in zip(factors, norms, strict=True)]
 
 
-def _largest(factors: Sequence[Array]) -> float:
+def _largest(factors: Sequence[ArrayT]) -> float:
     """Return the largest norm of one component; infinite when it is not a number."""
     columns = factors[0] * factors[0]
     sizes = tl.sum(columns, axis=0)
@@ -170,7 +170,7 @@ def _largest(factors: Sequence[Array]) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def _khatri_rao(parts: Sequence[Part]) -> Part:
+def _khatri_rao(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
     """Return the factors (n_1, R), (n_2, R) … as one (n_1n_2…, R), column by column."""
     merged = parts[0]
     for part in parts[1:]:

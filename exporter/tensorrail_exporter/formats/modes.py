@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
-from tensorrail_exporter.formats.contraction import Array
+from tensorrail_exporter.formats.contraction import ArrayT
 from tensorrail_exporter.formats.truncation import permute
 from tensorrail_runtime.errors import PlanError
 
@@ -65,21 +66,21 @@ def split(shape: Sequence[int], modes: Sequence[int]) -> int:
     )
 
 
-def unfold(weight: Array, modes: Sequence[int]) -> Array:
+def unfold(weight: ArrayT, modes: Sequence[int]) -> ArrayT:
     """Return the tensor of modes of a weight (O, I, *K)."""
     if len(weight.shape) > 2:
         weight = permute(weight, (0, *range(2, len(weight.shape)), 1))
     return weight.reshape(tuple(modes))
 
 
-def fold(tensor: Array, shape: Sequence[int]) -> Array:
+def fold(tensor: ArrayT, shape: Sequence[int]) -> ArrayT:
     """Return the weight (O, I, *K) of a tensor of modes."""
     if len(shape) == 2:
         return tensor.reshape(tuple(shape))
     return kernel_last(tensor.reshape(shape[0], *shape[2:], shape[1]))
 
 
-def kernel_last(array: Array) -> Array:
+def kernel_last(array: ArrayT) -> ArrayT:
     """Return (a, z, *K) from (a, *K, z)."""
     last = len(array.shape) - 1
     return permute(array, (0, last, *range(1, last)))
@@ -100,19 +101,19 @@ def require_merge(merge: str, merges: Sequence[str], name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Generic[ArrayT]):
     """A core (r, n, r'), or several neighbours joined to one, and which of the stored cores it holds."""
 
-    core: Array
+    core: ArrayT
     cores: tuple[int, ...]
 
 
-def parts_of(cores: Sequence[Array]) -> list[Part]:
+def parts_of(cores: Sequence[ArrayT]) -> list[Part[ArrayT]]:
     """Return every core as a part of its own."""
     return [Part(core, (index,)) for index, core in enumerate(cores)]
 
 
-def joined(parts: Sequence[Part]) -> Part:
+def joined(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
     """Return neighbouring cores (r, n₁, r₁), (r₁, n₂, r₂) … as one (r, n₁n₂…, r'), multiplied from the cheaper end."""
     merged = list(parts)
     while len(merged) > 1:

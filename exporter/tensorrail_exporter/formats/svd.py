@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import tensorly as tl
 
-from tensorrail_exporter.formats.contraction import Array, Chain, Conv, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, Conv, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import LETTERS, Equation, require_merge, require_ranks
 from tensorrail_exporter.formats.truncation import backend_of, permute, truncated_svd
 from tensorrail_runtime.errors import PlanError
@@ -49,7 +49,7 @@ def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -
     _require(ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return U·√S (O·L, r) and √S·V (r, I·J), the singular values shared evenly."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
@@ -62,7 +62,7 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
         return [u * root, root[:, None] * v]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
     """Return the dense weight (O, I, *K) or (O, I) of the two factors."""
     j = _split(shape, modes)
     kernel = tuple(shape[2:])
@@ -90,7 +90,7 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return Equation(("a" + kernel[j:] + "c", "cb" + kernel[:j]), "ab" + kernel, tuple(shape), "b")
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return two convolutions, each with its own axes' stride, pads and dilation, or two matrix products."""
     require_merge(merge, merges(layer.op), "svd")
     if layer.op != "conv":
@@ -109,7 +109,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return (_on_axes(first, 1, layer, inner), _on_axes(second, 0, layer, [not axis for axis in inner]))
 
 
-def _on_axes(weight: Array, core: int, layer: LayerSpec, mine: Sequence[bool]) -> Conv:
+def _on_axes(weight: ArrayT, core: int, layer: LayerSpec, mine: Sequence[bool]) -> Conv:
     """Return a convolution with the layer's stride, pads and dilation on some axes, and none on the others."""
     return Conv(
         weight,

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import tensorly as tl
 from tensorly.decomposition import tensor_ring, tensor_train
 
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -77,7 +78,7 @@ def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -
     _require(modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return the cores G_k (r_{k-1}, n_k, r_k): the one-shot ring SVD, refined by alternating least squares.
 
     The relative error is at most that of the one-shot, for which TensorLy's `tensor_ring` is used where the ranks allow it.
@@ -93,7 +94,7 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
         return [like(weight, core) for core in _refine(tensor, one_shot(tensor, ring))]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
     """Return the dense weight (O, I, *K) or (O, I) of the cores."""
     split(shape, modes)
     first = cores[0].shape[0]
@@ -123,7 +124,7 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return replace(plain, cores=tuple(free[k] + letter + free[(k + 1) % count] for k, letter in enumerate(letters)))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return the steps of the layer: into the ring's ranks, the kernel for each of the r_0 groups, out of them."""
     require_merge(merge, merges(layer.op), "tr")
     m = split(layer.shape, modes)
@@ -155,7 +156,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def one_shot(tensor: Array, ring: Sequence[int]) -> list[Array]:
+def one_shot(tensor: ArrayT, ring: Sequence[int]) -> list[ArrayT]:
     """Return ring cores of a tensor of modes by successive SVDs (Zhao et al. 2016, Algorithm 1).
 
     The first cut has r_k·r_{k+1} singular vectors to share out; where no mode has so many, a train of the same ranks is
@@ -185,14 +186,14 @@ def one_shot(tensor: Array, ring: Sequence[int]) -> list[Array]:
     return cores
 
 
-def error(tensor: Array, cores: Sequence[Array]) -> float:
+def error(tensor: ArrayT, cores: Sequence[ArrayT]) -> float:
     """Return ‖tensor − ring(cores)‖ / ‖tensor‖."""
     modes = tuple(tensor.shape)
     full = reconstruct(cores, (modes[0], math.prod(modes[1:])), (modes[0], *modes[1:])).reshape(modes)
     return float(tl.norm(tensor - full)) / (float(tl.norm(tensor)) or 1.0)
 
 
-def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
+def _refine(tensor: ArrayT, cores: list[ArrayT]) -> list[ArrayT]:
     """Return the cores after damped alternating least squares; a sweep that gains nothing is dropped, so never worse.
 
     The rings of given ranks are not a closed set: undamped, cores grow without bound and cancel each other, and such cores
@@ -220,7 +221,7 @@ def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
     return cores
 
 
-def balanced(cores: Sequence[Array]) -> list[Array]:
+def balanced(cores: Sequence[ArrayT]) -> list[ArrayT]:
     """Return the cores of the same ring with one Frobenius norm for all."""
     norms = [float(tl.norm(core)) for core in cores]
     if not all(norms):
@@ -229,7 +230,7 @@ def balanced(cores: Sequence[Array]) -> list[Array]:
     return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
 
 
-def _solve(tensor: Array, cores: Sequence[Array], k: int, damping: float) -> Array:
+def _solve(tensor: ArrayT, cores: Sequence[ArrayT], k: int, damping: float) -> ArrayT:
     """Return the core k that minimizes the squared error plus `damping` times the core's squared norm, the others held."""
     d = len(cores)
     rest = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
@@ -239,11 +240,11 @@ def _solve(tensor: Array, cores: Sequence[Array], k: int, damping: float) -> Arr
     gram = design.T @ design
     ridge = damping + (_RIDGE * float(tl.trace(gram)) / (left * right) or 1.0)
     gram = gram + ridge * tl.eye(left * right, **tl.context(gram))
-    solved = tl.solve(gram, (rotated @ design).T)  # (left·right, n_k)
+    solved: ArrayT = tl.solve(gram, (rotated @ design).T)  # (left·right, n_k)
     return permute(solved.reshape(left, right, tensor.shape[k]), (0, 2, 1))
 
 
-def _input_chain(chain: Chain, ins: Sequence[Part], inputs: int) -> None:
+def _input_chain(chain: Chain, ins: Sequence[Part[ArrayT]], inputs: int) -> None:
     """Contract a linear layer's input core by core, from the last one on, to (r_m, r_0)."""
     ring = ins[-1].core.shape[2]
     before = inputs
@@ -256,11 +257,13 @@ def _input_chain(chain: Chain, ins: Sequence[Part], inputs: int) -> None:
             chain.apply(part.core.reshape(left, mode * right), part.cores, before=before, after=ring)
 
 
-def _tiled(kernel: Array, groups: int) -> Array:
+def _tiled(kernel: ArrayT, groups: int) -> ArrayT:
     """Return the kernel once for each group, (groups·O, C, *K)."""
     shape = (groups, *kernel.shape)
-    wide = kernel[None].expand(shape) if hasattr(kernel, "expand") else np.broadcast_to(kernel[None], shape)
-    return wide.reshape(groups * kernel.shape[0], *kernel.shape[1:])
+    either: Any = kernel[None]  # the libraries have no common name for a view that repeats its values
+    repeated: Any = either.expand(shape) if hasattr(either, "expand") else np.broadcast_to(either, shape)
+    tiled: ArrayT = repeated.reshape(groups * kernel.shape[0], *kernel.shape[1:])
+    return tiled
 
 
 def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:

@@ -12,25 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import tensorly as tl
 
-from tensorrail_exporter.formats.contraction import Array
+from tensorrail_exporter.formats.contraction import ArrayT
 
 _CAPTURED = 1 - 1e-4  # of the squared norm: when float32 leaves less than that of the matrix, float64 decides
 _NEGLIGIBLE = 1e-7  # of the largest singular value: float32's rounding; the direction of such a vector is noise
 
 
 @contextmanager
-def backend_of(array: Array) -> Iterator[None]:
+def backend_of(array: ArrayT) -> Iterator[None]:
     """Let TensorLy compute with the library, and so on the device, that `array` lives on, within this block."""
     name = "pytorch" if type(array).__module__.partition(".")[0] == "torch" else "numpy"
     with tl.backend_context(name, local_threadsafe=True):
         yield
 
 
-def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) -> tuple[Array, Array, Array]:
+def truncated_svd(matrix: ArrayT, n_eigenvecs: int | None = None, **_: object) -> tuple[ArrayT, ArrayT, ArrayT]:
     """Return U (m, k), S (k,), V (k, n), the k leading singular triplets of a matrix (m, n).
 
     The signature is the one TensorLy asks of its `svd=` argument. Must run inside `backend_of(matrix)`. Raises
@@ -56,28 +57,34 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     return (tl.transpose(v), s, tl.transpose(u)) if rows > columns else (u, s, v)
 
 
-def permute(array: Array, axes: tuple[int, ...]) -> Array:
+def permute(array: ArrayT, axes: tuple[int, ...]) -> ArrayT:
     """Return the array with its axes reordered, for NumPy and torch alike, backend or not."""
-    return array.permute(axes) if hasattr(array, "permute") else array.transpose(axes)
+    either: Any = array  # here and below: the libraries have no common name for it
+    permuted: ArrayT = either.permute(axes) if hasattr(either, "permute") else either.transpose(axes)
+    return permuted
 
 
-def double(array: Array) -> Array:
+def double(array: ArrayT) -> ArrayT:
     """Return the array in float64 on its own device."""
-    return array.double() if hasattr(array, "double") else array.astype("float64")
+    either: Any = array
+    wide: ArrayT = either.double() if hasattr(either, "double") else either.astype("float64")
+    return wide
 
 
-def like(array: Array, other: Array) -> Array:
+def like(array: ArrayT, other: ArrayT) -> ArrayT:
     """Return `other` in the type of `array`."""
-    return other.to(array.dtype) if hasattr(other, "double") else other.astype(array.dtype)
+    either: Any = other
+    converted: ArrayT = either.to(array.dtype) if hasattr(either, "double") else either.astype(array.dtype)
+    return converted
 
 
-def _largest(matrix: Array) -> float:
+def _largest(matrix: ArrayT) -> float:
     """Return the largest magnitude, NaN where there is one."""
     high, low = float(tl.max(matrix)), float(tl.min(matrix))
     return high if math.isnan(high) or high > -low else -low
 
 
-def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array, float]:
+def _gram_svd(matrix: ArrayT, count: int) -> tuple[ArrayT, ArrayT, ArrayT, float]:
     """Return U (m, k), S (k,), V (k, n) of a matrix with m ≤ n from the eigenvectors of M Mᵀ, and their share of ‖M‖²."""
     gram = double(tl.dot(matrix, tl.transpose(matrix)))
     _, vectors = tl.eigh(gram)  # eigenvalues ascend

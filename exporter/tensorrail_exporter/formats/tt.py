@@ -18,7 +18,7 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import tensor_train
 
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     fold,
@@ -63,7 +63,7 @@ def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -
     _require(modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return the cores G_k (r_{k-1}, n_k, r_k) by TT-SVD, with the ranks clamped to those that exist.
 
     The error is at most sqrt(d - 1) times that of the best tensor of these ranks (Oseledets 2011, Corollary 2.4).
@@ -74,11 +74,12 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
         return list(tensor_train(unfold(weight, modes), list(clamp(shape, modes, ranks)), svd=truncated_svd).factors)
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
     """Return the dense weight (O, I, *K) or (O, I) of the cores."""
     split(shape, modes)
     with backend_of(cores[0]):
-        return fold(tl.tt_to_tensor(list(cores)), shape)
+        tensor: ArrayT = tl.tt_to_tensor(list(cores))
+    return fold(tensor, shape)
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -103,7 +104,7 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return replace(plain, cores=tuple(ranks[k] + letter + ranks[k + 1] for k, letter in enumerate(letters)))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return the steps of the layer: input cores from the last one on, the kernel, output cores from the last one on.
 
     With both sides joined these are three convolutions, or two when the kernel has a single tap, or two matrix products.

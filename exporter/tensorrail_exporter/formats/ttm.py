@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from tensorly.decomposition import tensor_train
 
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import LETTERS, Equation, Part, joined, parts_of, require_merge, require_ranks
 from tensorrail_exporter.formats.truncation import backend_of, permute, truncated_svd
 from tensorrail_runtime.errors import PlanError
@@ -54,7 +54,7 @@ def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -
     _require(modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return the cores G_k (r_{k-1}, o_k, i_k, r_k) by TT-SVD over the paired modes."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
@@ -69,7 +69,7 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     return [core.reshape(core.shape[0], modes[k], modes[d + k], core.shape[2]) for k, core in enumerate(cores)]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
     """Return the dense weight (O, I) of the cores."""
     parts = parts_of(cores)
     half = len(parts) // 2
@@ -102,7 +102,7 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return Equation(tuple(ranks[k] + outs[k] + ins[k] + ranks[k + 1] for k in range(d)), outs + ins, tuple(modes), ins)
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return one product a core, from the last one on: (…, i_k, r_k, o_{k+1}…) → (…, r_{k-1}, o_k, o_{k+1}…)."""
     require_merge(merge, merges(layer.op), "ttm")
     parts = parts_of(cores)
@@ -120,7 +120,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def _joined(parts: Sequence[Part]) -> Part:
+def _joined(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
     """Return neighbouring cores (r, o, i, r') as one, the output modes before the input modes."""
     train = joined([Part(part.core.reshape(part.core.shape[0], -1, part.core.shape[3]), part.cores) for part in parts])
     left, _, right = train.core.shape

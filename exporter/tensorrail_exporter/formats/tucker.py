@@ -16,7 +16,7 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import partial_tucker
 
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -61,7 +61,7 @@ def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -
     _require(shape, modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return A_1 … A_m, C, B_1 … B_n by higher-order orthogonal iteration, started from the higher-order SVD."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
@@ -80,12 +80,13 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     return [*factors[:m], core, *factors[m:]]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
     """Return the dense weight (O, I, *K) or (O, I) of the cores."""
     m = split(shape, modes)
     with backend_of(cores[0]):
         factors = [*cores[:m], *cores[m + 1 :]]
-        return fold(tl.tenalg.multi_mode_dot(cores[m], factors, modes=list(_ranked(shape, modes))), shape)
+        tensor: ArrayT = tl.tenalg.multi_mode_dot(cores[m], factors, modes=list(_ranked(shape, modes)))
+    return fold(tensor, shape)
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -113,7 +114,7 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return replace(plain, cores=(*factors[:m], core, *factors[m:]))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return the steps of the layer: the input's factors, the core, the output's factors.
 
     In a layer without a kernel to slide, joined sides take the core into the one that leaves the smaller rank between.
@@ -159,7 +160,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def _kronecker(parts: Sequence[Part]) -> Part:
+def _kronecker(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
     """Return the factors (n_1, r_1), (n_2, r_2) … of one side as one (n_1n_2…, r_1r_2…)."""
     merged = parts[0]
     for part in parts[1:]:

@@ -16,16 +16,17 @@ def with_outputs(model: onnx.ModelProto, tensors: Iterable[str], *, only: bool =
     The added outputs have no declared type: ONNX Runtime infers it when it loads the model.
 
     Args:
-        model: Any ONNX model. It is not changed.
-        tensors: Names of inputs or outputs of nodes of the main graph, not of the body of an If, Loop or Scan.
+        model: any ONNX model; it is not changed.
+        tensors: names of inputs or outputs of nodes of the main graph, not of the body of an If, Loop or Scan.
         only: False keeps the outputs of the model and adds the tensors behind them. True makes the tensors the only
             outputs, in the order given, and removes the nodes and initializers that they do not depend on.
 
     Returns:
-        A new model; a tensor that is named twice, or that is an output already, is listed once.
+        A new model. A tensor that is named twice, or that is an output already, is listed once.
 
     Raises:
-        GraphError: If a tensor is not in the graph.
+        GraphError: a tensor is not in the graph.
+
     """
     names = list(dict.fromkeys(tensors))
     known = {value.name for value in model.graph.input} | {

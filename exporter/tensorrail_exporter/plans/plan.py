@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.formats.contraction import Array, LayerSpec, Step
+from tensorrail_exporter.formats.contraction import ArrayT, LayerSpec, Step
 from tensorrail_exporter.formats.modes import require_merge
 from tensorrail_exporter.plans.costs import cheapest_merge
 from tensorrail_runtime.errors import PlanError
@@ -54,15 +54,15 @@ class LayerPlan(BaseModel):
             return self.merge
         return cheapest_merge(self.format, self.modes, self.core_shapes(spec.shape), spec)
 
-    def decompose(self, weight: Array) -> list[Array]:
+    def decompose(self, weight: ArrayT) -> list[ArrayT]:
         """Return the cores that the format finds for a weight (O, I, *K) or (O, I)."""
         return format_of(self.format).decompose(weight, self.modes, self.ranks)
 
-    def reconstruct(self, cores: Sequence[Array], shape: tuple[int, ...]) -> Array:
+    def reconstruct(self, cores: Sequence[ArrayT], shape: tuple[int, ...]) -> ArrayT:
         """Return the dense weight that the cores stand for."""
         return format_of(self.format).reconstruct(cores, shape, self.modes)
 
-    def contraction(self, cores: Sequence[Array], spec: LayerSpec) -> tuple[Step, ...]:
+    def contraction(self, cores: Sequence[ArrayT], spec: LayerSpec) -> tuple[Step, ...]:
         """Return the steps that run in place of the dense layer, bias left out."""
         return format_of(self.format).contraction(cores, spec, self.modes, self.merge_for(spec))
 

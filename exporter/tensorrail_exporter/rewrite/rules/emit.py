@@ -87,9 +87,9 @@ class Site:
                     "group": step.groups,
                 }
                 attrs |= {"pads": list(step.pads)} if step.auto_pad == "NOTSET" else {"auto_pad": step.auto_pad}
-                return "Conv", attrs, self.constant(f"{layer}/{_cores(step.cores)}", step.weight.astype(dtype))
+                return "Conv", attrs, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
             case MatMul():
-                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", step.weight.astype(dtype))
+                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
             case Reshape():
                 name = f"{layer}/shape{'_'.join(map(str, step.shape))}"
                 return "Reshape", {}, self.constant(name, np.array(step.shape, np.int64))

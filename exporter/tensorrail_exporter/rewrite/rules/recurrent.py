@@ -74,7 +74,7 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
         projected = turned
     if matrix is not None:
         node.inputs[0] = projected
-        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, matrix.astype(dtype)))
+        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, np.asarray(matrix).astype(dtype)))
     elif site.scan:
         scan.rewrite(site, projected, _TORCH_FROM_ONNX[node.op], layer)
     else:
