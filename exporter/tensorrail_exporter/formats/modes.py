@@ -1,7 +1,7 @@
-"""The modes of a weight: (O, I, *K) read as (o₁ … oₘ, K, i₁ … iₙ), and the joining of neighbouring cores.
+"""The modes of a weight, (O, I, *K) reshaped to (o₁ … oₘ, K, i₁ … iₙ), and the merging of neighbouring cores.
 
-Formats that keep the two sides of a layer apart share this reading. K is the product of the kernel's axes; a linear or
-recurrent weight (O, I) has no K.
+All formats with separate output and input modes use this layout. K is the product of the kernel's axes; the weight (O, I)
+of a linear or recurrent layer has no K.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return (O, K, I) for a convolution and (O, I) for a linear layer: one mode a side."""
+    """Return (O, K, I) for a convolution and (O, I) for a linear layer: one mode per side."""
     if len(shape) == 2:
         return tuple(shape)
     return (shape[0], math.prod(shape[2:]), shape[1])
@@ -27,10 +27,17 @@ def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Equation:
-    """How cores multiply up to a weight: the subscripts of every core, and of the weight (O, I, *K) reshaped to `axes`.
+    """The einsum that multiplies cores to a weight.
 
-    `inputs` are the letters of I. A core with another number of axes than letters is reshaped to them; one
-    letter at most then has a size that is not in `axes`.
+    A core whose number of axes differs from its number of letters is reshaped to the letters; at most one of them then has
+    a size that is not in `axes`.
+
+    Attributes:
+        cores: subscripts of every core.
+        weight: subscripts of the weight.
+        axes: sizes of the letters of the weight; their product is that of (O, I, *K), in this order.
+        inputs: the letters that belong to I.
+
     """
 
     cores: tuple[str, ...]
@@ -40,7 +47,7 @@ class Equation:
 
 
 def side_letters(shape: Sequence[int], modes: Sequence[int]) -> tuple[list[str], str, Equation]:
-    """Return a letter for each of the modes (o₁ … oₘ, K, i₁ … iₙ), those left for ranks, and the equation without cores."""
+    """Return one letter per mode (o₁ … oₘ, K, i₁ … iₙ), the letters left for ranks, and the equation without its cores."""
     m = split(shape, modes)
     letters, free = list(LETTERS[: len(modes)]), LETTERS[len(modes) :]
     conv = len(shape) > 2
@@ -50,7 +57,7 @@ def side_letters(shape: Sequence[int], modes: Sequence[int]) -> tuple[list[str],
 
 
 def split(shape: Sequence[int], modes: Sequence[int]) -> int:
-    """Return how many of the modes belong to the output side; `PlanError` when the modes do not fit the shape."""
+    """Return how many modes belong to the output side; raise `PlanError` if the modes do not fit the shape."""
     out, inputs, kernel = shape[0], shape[1], tuple(shape[2:])
     taps = math.prod(kernel)
     for count in range(1, len(modes)):
@@ -67,27 +74,27 @@ def split(shape: Sequence[int], modes: Sequence[int]) -> int:
 
 
 def unfold(weight: ArrayT, modes: Sequence[int]) -> ArrayT:
-    """Return the tensor of modes of a weight (O, I, *K)."""
+    """Reshape a weight (O, I, *K) to a tensor with one axis per mode."""
     if len(weight.shape) > 2:
         weight = permute(weight, (0, *range(2, len(weight.shape)), 1))
     return weight.reshape(tuple(modes))
 
 
 def fold(tensor: ArrayT, shape: Sequence[int]) -> ArrayT:
-    """Return the weight (O, I, *K) of a tensor of modes."""
+    """Reshape a tensor with one axis per mode to the weight (O, I, *K) of this shape."""
     if len(shape) == 2:
         return tensor.reshape(tuple(shape))
     return kernel_last(tensor.reshape(shape[0], *shape[2:], shape[1]))
 
 
 def kernel_last(array: ArrayT) -> ArrayT:
-    """Return (a, z, *K) from (a, *K, z)."""
+    """Permute an array (a, *K, z) to (a, z, *K)."""
     last = len(array.shape) - 1
     return permute(array, (0, last, *range(1, last)))
 
 
 def require_ranks(ranks: Sequence[int], count: int, what: str) -> None:
-    """Raise `PlanError` unless there are `count` ranks, all of them 1 or larger."""
+    """Raise `PlanError` unless there are `count` ranks of 1 or larger; `what` says in the message which ranks they are."""
     if len(ranks) != count:
         raise PlanError(f"expected {count} ranks ({what}), got {len(ranks)}: {list(ranks)}")
     if min(ranks) < 1:
@@ -95,26 +102,32 @@ def require_ranks(ranks: Sequence[int], count: int, what: str) -> None:
 
 
 def require_merge(merge: str, merges: Sequence[str], name: str) -> None:
-    """Raise `PlanError` when the format has no such merge for the layer."""
+    """Raise `PlanError` if `merge` is not among the merges of the format `name`."""
     if merge not in merges:
         raise PlanError(f"unknown merge {merge!r} for format {name}: expected one of {', '.join(merges)}")
 
 
 @dataclass(frozen=True)
 class Part(Generic[ArrayT]):
-    """A core (r, n, r'), or several neighbours joined to one, and which of the stored cores it holds."""
+    """One core, such as (r, n, r'), or several neighbouring cores merged into one.
+
+    Attributes:
+        core: the array.
+        cores: indices of the stored cores that it contains.
+
+    """
 
     core: ArrayT
     cores: tuple[int, ...]
 
 
 def parts_of(cores: Sequence[ArrayT]) -> list[Part[ArrayT]]:
-    """Return every core as a part of its own."""
+    """Return one part per core."""
     return [Part(core, (index,)) for index, core in enumerate(cores)]
 
 
 def joined(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
-    """Return neighbouring cores (r, n₁, r₁), (r₁, n₂, r₂) … as one (r, n₁n₂…, r'), multiplied from the cheaper end."""
+    """Merge neighbouring cores (r, n₁, r₁), (r₁, n₂, r₂) … into one (r, n₁n₂…, r'), starting at the end that costs less."""
     merged = list(parts)
     while len(merged) > 1:
         first = merged[0].core.shape[0] <= merged[-1].core.shape[2]
