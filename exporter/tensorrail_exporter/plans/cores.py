@@ -1,4 +1,4 @@
-"""`cores.safetensors`: every core of every layer, stored as `<layer>/<index>`."""
+"""Reading, writing and checking `cores.safetensors`, which stores every core as `<layer>/<index>`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,38 @@ from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.records import write_bytes
 
 Cores = Mapping[str, Sequence[np.ndarray]]
-"""The cores of each layer, by the layer's name."""
+"""The cores of every layer, by the name of the layer."""
 
-_METADATA = {"tensorrail-cores": "1"}  # one key: safetensors writes several in random order, and equal cores are equal files
+# A single key: safetensors writes several in random order, but equal cores must give equal files.
+_METADATA = {"tensorrail-cores": "1"}
 
 
 def save_cores(path: Path | str, cores: Cores) -> None:
-    """Write the cores of all layers to one safetensors file."""
+    """Write the cores of all layers to one safetensors file.
+
+    Args:
+        path: the file to write; an existing file is replaced.
+        cores: the cores of every layer, by the name of the layer.
+
+    """
     tensors = {f"{name}/{k}": np.ascontiguousarray(core) for name, layer in cores.items() for k, core in enumerate(layer)}
     write_bytes(path, save(tensors, metadata=_METADATA))
 
 
 def load_cores(path: Path | str, plan: Plan) -> dict[str, list[np.ndarray]]:
-    """Read the cores that the plan names; `PlanError` when one is missing, left over, or of another count."""
+    """Read the cores of the planned layers from a safetensors file.
+
+    Args:
+        path: a file written by `save_cores`.
+        plan: the plan that the cores were made for.
+
+    Returns:
+        The cores of every planned layer, by the name of the layer. Their shapes are not checked: see `check_cores`.
+
+    Raises:
+        PlanError: the file cannot be read, was not written by `save_cores`, lacks a core, or has one of another layer.
+
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -55,7 +74,14 @@ def load_cores(path: Path | str, plan: Plan) -> dict[str, list[np.ndarray]]:
 
 
 def check_cores(layer: LayerPlan, cores: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Raise `PlanError`, naming the layer, unless the cores have the shapes that the plan gives them."""
+    """Raise `PlanError` unless the cores are finite and have the shapes that the plan requires.
+
+    Args:
+        layer: the plan of the layer.
+        cores: the cores of the layer.
+        shape: shape of the dense weight, (O, I, *K) or (O, I).
+
+    """
     expected = layer.core_shapes(shape)
     shapes = tuple(tuple(core.shape) for core in cores)
     if shapes != expected:
