@@ -126,11 +126,8 @@ def reduced(
         ModelError: a model cannot be run or scored; nothing is written.
 
     """
-    model, out, settings = (
-        Path(model),
-        Path(out).resolve(),
-        settings or Session(),
-    )  # of a link, write the file that it points to
+    model, out = Path(model), Path(out).resolve()  # of a link, write the file that it points to
+    settings = settings or Session()
     settings.check()
     exact = settings.exact
     _check_request(model, out, to, method, data, labels)
@@ -152,9 +149,8 @@ def reduced(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name
         save_model(small, written)
-        same = parity(
-            model, written, inputs=feeds, tolerance=TOLERANCES[to] if tolerance is None else tolerance, settings=exact
-        )
+        allowed = TOLERANCES[to] if tolerance is None else tolerance
+        same = parity(model, written, inputs=feeds, tolerance=allowed, settings=exact)
         accuracy = None
         if scores is not None and data is not None and labels is not None:
             accuracy = compare_scores(scores, evaluate(written, data, labels, metric=metric, settings=exact))
