@@ -246,10 +246,10 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
             if number == 0 and copies > 1:
                 single_ratio = float(np.median(times[-1] / times[0]))
     whole = float(np.median(base))
-    one = whole * (1 - single_ratio) / (copies - 1) if copies > 1 else whole
-    ends = whole - copies * one  # the part that does not depend on the number of copies
+    per_copy = whole * (1 - single_ratio) / (copies - 1) if copies > 1 else whole
+    ends = whole - copies * per_copy  # the part that does not depend on the number of copies
     dense_macs = dense_cost(layer.spec).macs
-    timed = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(one, 1e-6))]
+    timed = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(per_copy, 1e-6))]
     for option, ratio in zip(options, ratios, strict=True):
         # Noise may hide a layer of microseconds: no form is assumed to be more than twice as efficient as the dense layer.
         least = 0.5 * timed[0].milliseconds * option.macs / max(1, dense_macs)

@@ -93,7 +93,7 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
     outer[:, :movable] += inner[:, :movable]
     inner[:, :movable] = 0
     if outer.any():
-        gates = writer.one("Add", [gates, writer.constant("bias", outer.reshape(-1))])
+        gates = writer.add("Add", [gates, writer.constant("bias", outer.reshape(-1))])
     results = []
     for k, (name, part) in enumerate(zip(directions(node), writer.split(gates, [rows] * count, axis=2), strict=True)):
         states = [writer.state(place, k, gates, hidden) for place in ((_H, _C) if node.op == "LSTM" else (_H,))]
@@ -127,13 +127,13 @@ def _scan(
     gate = inside.variable("gate")
     after = (_lstm if node.op == "LSTM" else _gru)(inside, node, gate, before, weight, bias)
     body.inputs = [*before, gate]
-    all_steps = [inside.one("Identity", [after[0]])] if not node.outputs[0].is_empty() else []
+    all_steps = [inside.add("Identity", [after[0]])] if not node.outputs[0].is_empty() else []
     body.outputs = [*after, *all_steps]
     direction = [int(backwards)]
     attrs: dict[str, object] = {"body": body, "num_scan_inputs": 1, "scan_input_directions": direction}
     if all_steps:
         attrs["scan_output_directions"] = direction
-    outputs = writer.several("Scan", [*states, gates], len(body.outputs), **attrs)
+    outputs = writer.add_with_outputs("Scan", [*states, gates], len(body.outputs), **attrs)
     return [*(outputs[len(states) :] or [None]), *outputs[: len(states)]]
 
 
@@ -142,12 +142,12 @@ def _lstm(
 ) -> list[gs.Tensor]:
     h, c = states
     hidden = len(weight)
-    sums = body.one("Gemm", [h, body.constant("recurrent", weight), gate])
+    sums = body.add("Gemm", [h, body.constant("recurrent", weight), gate])
     pair, candidate, out = body.split(sums, [2 * hidden, hidden, hidden], axis=1)
-    admit, forget = body.split(body.one("Sigmoid", [pair]), [hidden] * 2, axis=1)
-    kept, new = body.one("Mul", [forget, c]), body.one("Mul", [admit, body.one("Tanh", [candidate])])
-    c = body.one("Add", [kept, new])
-    return [body.one("Mul", [body.one("Sigmoid", [out]), body.one("Tanh", [c])]), c]
+    admit, forget = body.split(body.add("Sigmoid", [pair]), [hidden] * 2, axis=1)
+    kept, new = body.add("Mul", [forget, c]), body.add("Mul", [admit, body.add("Tanh", [candidate])])
+    c = body.add("Add", [kept, new])
+    return [body.add("Mul", [body.add("Sigmoid", [out]), body.add("Tanh", [c])]), c]
 
 
 def _gru(
@@ -157,16 +157,16 @@ def _gru(
     hidden = len(weight)
     pair, last = body.split(gate, [2 * hidden, hidden], axis=1)
     if node.attrs.get("linear_before_reset", 0):
-        sums = body.one("Gemm", [h, body.constant("recurrent", weight), body.constant("recurrent_bias", bias)])
+        sums = body.add("Gemm", [h, body.constant("recurrent", weight), body.constant("recurrent_bias", bias)])
         pair_sums, last_sums = body.split(sums, [2 * hidden, hidden], axis=1)
-        reset, update = body.split(body.one("Sigmoid", [body.one("Add", [pair, pair_sums])]), [hidden] * 2, axis=1)
-        new = body.one("Tanh", [body.one("Add", [last, body.one("Mul", [reset, last_sums])])])
+        reset, update = body.split(body.add("Sigmoid", [body.add("Add", [pair, pair_sums])]), [hidden] * 2, axis=1)
+        new = body.add("Tanh", [body.add("Add", [last, body.add("Mul", [reset, last_sums])])])
     else:
-        sums = body.one("Gemm", [h, body.constant("recurrent", weight[:, : 2 * hidden]), pair])
-        reset, update = body.split(body.one("Sigmoid", [sums]), [hidden] * 2, axis=1)
-        gated = body.one("Mul", [reset, h])
-        new = body.one("Tanh", [body.one("Gemm", [gated, body.constant("candidate", weight[:, 2 * hidden :]), last])])
-    return [body.one("Add", [new, body.one("Mul", [update, body.one("Sub", [h, new])])])]
+        sums = body.add("Gemm", [h, body.constant("recurrent", weight[:, : 2 * hidden]), pair])
+        reset, update = body.split(body.add("Sigmoid", [sums]), [hidden] * 2, axis=1)
+        gated = body.add("Mul", [reset, h])
+        new = body.add("Tanh", [body.add("Gemm", [gated, body.constant("candidate", weight[:, 2 * hidden :]), last])])
+    return [body.add("Add", [new, body.add("Mul", [update, body.add("Sub", [h, new])])])]
 
 
 class _Writer:
@@ -190,31 +190,31 @@ class _Writer:
     def integers(self, what: str, values: Sequence[int] | np.ndarray) -> gs.Constant:
         return self.site.constant(f"{self.layer}/{what}", np.array(values, np.int64))
 
-    def several(self, op: str, inputs: list[gs.Tensor], count: int, **attrs: object) -> list[gs.Variable]:
+    def add_with_outputs(self, op: str, inputs: list[gs.Tensor], count: int, **attrs: object) -> list[gs.Variable]:
         outputs = [self.variable(op.lower()) for _ in range(count)]
         self.site.graph.nodes.append(gs.Node(op, self.name(f"{op.lower()}_node"), attrs, inputs, outputs))
         return outputs
 
-    def one(self, op: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
-        return self.several(op, inputs, 1, **attrs)[0]
+    def add(self, op: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
+        return self.add_with_outputs(op, inputs, 1, **attrs)[0]
 
     def split(self, tensor: gs.Tensor, sizes: Sequence[int], axis: int) -> list[gs.Tensor]:
         if len(sizes) == 1:
             return [tensor]
         if self.site.graph.opset < 13:
-            return [*self.several("Split", [tensor], len(sizes), axis=axis, split=list(sizes))]
+            return [*self.add_with_outputs("Split", [tensor], len(sizes), axis=axis, split=list(sizes))]
         lengths = self.integers("sizes" + "_".join(map(str, sizes)), sizes)
-        return [*self.several("Split", [tensor, lengths], len(sizes), axis=axis)]
+        return [*self.add_with_outputs("Split", [tensor, lengths], len(sizes), axis=axis)]
 
     def state(self, place: int, direction: int, gates: gs.Tensor, hidden: int) -> gs.Tensor:
         """Return the initial state (B, H) of one direction: from the node's input, or zeros."""
         inputs = self.site.node.inputs
         if len(inputs) > place and not inputs[place].is_empty():
-            return self.one("Gather", [inputs[place], self.integers(f"direction{direction}", np.array(direction))], axis=0)
+            return self.add("Gather", [inputs[place], self.integers(f"direction{direction}", np.array(direction))], axis=0)
         of_integers = _Writer(self.site, self.layer, np.dtype(np.int64))
-        batch = of_integers.one("Gather", [of_integers.one("Shape", [gates]), self.integers("second", [1])])
-        shape = of_integers.one("Concat", [batch, self.integers("hidden", [hidden])], axis=0)
-        return self.one("ConstantOfShape", [shape], value=gs.Constant("zero", np.zeros(1, self.dtype)))
+        batch = of_integers.add("Gather", [of_integers.add("Shape", [gates]), self.integers("second", [1])])
+        shape = of_integers.add("Concat", [batch, self.integers("hidden", [hidden])], axis=0)
+        return self.add("ConstantOfShape", [shape], value=gs.Constant("zero", np.zeros(1, self.dtype)))
 
     def stack(self, tensors: list[gs.Tensor], axis: int, output: gs.Tensor) -> None:
         """Stack the tensors of all directions along a new axis of the output."""
@@ -226,8 +226,8 @@ class _Writer:
 
     def unsqueezed(self, tensor: gs.Tensor, axis: int) -> gs.Tensor:
         if self.site.graph.opset < 13:
-            return self.one("Unsqueeze", [tensor], axes=[axis])
-        return self.one("Unsqueeze", [tensor, self.integers(f"axis{axis}", [axis])])
+            return self.add("Unsqueeze", [tensor], axes=[axis])
+        return self.add("Unsqueeze", [tensor, self.integers(f"axis{axis}", [axis])])
 
 
 def _shapes(node: gs.Node) -> dict[int, tuple[int, ...]]:
