@@ -17,8 +17,8 @@ def with_outputs(model: onnx.ModelProto, tensors: Iterable[str], *, only: bool =
 
     Args:
         model: any ONNX model; it is not changed.
-        tensors: names of inputs or outputs of nodes of the main graph, not of the body of an If, Loop or Scan.
-        only: False keeps the outputs of the model and adds the tensors behind them. True makes the tensors the only
+        tensors: names of tensors of the main graph, not of the body of an If, Loop or Scan.
+        only: False keeps the outputs of the model and appends the tensors to them. True makes the tensors the only
             outputs, in the order given, and removes the nodes and initializers that they do not depend on.
 
     Returns:
@@ -29,7 +29,7 @@ def with_outputs(model: onnx.ModelProto, tensors: Iterable[str], *, only: bool =
 
     """
     names = list(dict.fromkeys(tensors))
-    known = {value.name for value in model.graph.input} | {
+    known = {value.name for value in (*model.graph.input, *model.graph.output)} | {
         name for node in model.graph.node for name in (*node.input, *node.output) if name
     }
     unknown = [name for name in names if name not in known]

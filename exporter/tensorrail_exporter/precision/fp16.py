@@ -30,7 +30,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
 
     Args:
         model: the fp32 model; it is not changed.
-        keep_io: whether inputs and outputs stay float32, with casts behind and before them; default True.
+        keep_io: whether inputs and outputs stay float32, with a cast between them and the graph; default True.
         keep: names of layers, weights or nodes that stay float32. There is no cast between two neighbours that do.
 
     Raises:

@@ -50,6 +50,15 @@ def test_only_the_part_of_the_graph_above_the_tensors_is_kept(model, rng):
 
 
 @pytest.mark.parametrize("only", [False, True])
+def test_an_output_that_no_node_computes_is_a_tensor_of_the_graph(model, rng, only):
+    stored = rng.standard_normal((2, 2)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(stored, "stored"))
+    model.graph.output.append(helper.make_tensor_value_info("stored", onnx.TensorProto.FLOAT, [2, 2]))
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(run(with_outputs(model, ["stored", "a"], only=only), {"x": x})["stored"], stored)
+
+
+@pytest.mark.parametrize("only", [False, True])
 def test_an_unknown_tensor_is_named(model, only):
     with pytest.raises(GraphError, match="tensor 'nowhere' is not in the graph: expected the input or output of one of its"):
         with_outputs(model, ["a", "nowhere"], only=only)
