@@ -205,22 +205,23 @@ class Chain:
 
         With `fold` the features are (fold, C) and the same kernel is applied to each of the `fold` parts.
         """
-        rest = (0,) * self.layer.spatial
+        copied = (0,) * self.layer.spatial  # 0 in a Reshape copies the size of an axis
         if fold > 1:
-            self._reshape((-1, weight.shape[1] * groups, *rest))
+            self._reshape((-1, weight.shape[1] * groups, *copied))
         layer = self.layer
         self._steps.append(Conv(weight, cores, layer.stride, layer.pads, layer.dilation, groups, layer.auto_pad))
         if fold > 1:
-            self._reshape((-1, fold * weight.shape[0], *rest))
+            self._reshape((-1, fold * weight.shape[0], *copied))
 
     def _pointwise(self, stack: Array, cores: tuple[int, ...], before: int, after: int, strided: bool) -> None:
+        """Append a 1×1 convolution in groups, between the Reshapes that fold the axes before and after it."""
         groups, out, inputs = stack.shape
         nd = self.layer.spatial
-        rest = (0,) * nd
+        copied = (0,) * nd
         if before > 1:
-            self._reshape((-1, groups * inputs * after, *rest))
+            self._reshape((-1, groups * inputs * after, *copied))
         if after > 1:
-            self._reshape((0, groups * inputs, -1, *rest[1:]))
+            self._reshape((0, groups * inputs, -1, *copied[1:]))
         ones = (1,) * nd
         weight = stack.reshape(groups * out, inputs, *ones)
         if strided:
@@ -229,11 +230,12 @@ class Chain:
         else:
             self._steps.append(Conv(weight, cores, ones, (0,) * (2 * nd), ones, groups))
         if after > 1:
-            self._reshape((0, groups * out * after, -1, *rest[1:]))
+            self._reshape((0, groups * out * after, -1, *copied[1:]))
         if before > 1:
-            self._reshape((-1, before * groups * out * after, *rest))
+            self._reshape((-1, before * groups * out * after, *copied))
 
     def _product(self, stack: Array, cores: tuple[int, ...], before: int, after: int) -> None:
+        """Append a product, between the Reshapes that make axes of the features before and after it."""
         groups, out, inputs = stack.shape
         lead = (0,) * self.layer.lead
         outer = (*lead, *((before,) if before > 1 else ()))

@@ -61,10 +61,10 @@ def split(shape: Sequence[int], modes: Sequence[int]) -> int:
     out, inputs, kernel = shape[0], shape[1], tuple(shape[2:])
     taps = math.prod(kernel)
     for count in range(1, len(modes)):
-        rest = list(modes[count:])
-        if kernel and rest.pop(0) != taps:
+        input_modes = list(modes[count:])
+        if kernel and input_modes.pop(0) != taps:
             continue
-        if rest and min(modes) > 0 and math.prod(modes[:count]) == out and math.prod(rest) == inputs:
+        if input_modes and min(modes) > 0 and math.prod(modes[:count]) == out and math.prod(input_modes) == inputs:
             return count
     middle = f", then {taps} (the kernel's {'×'.join(map(str, kernel))}), then" if kernel else ", then"
     raise PlanError(
@@ -131,9 +131,9 @@ def joined(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
     merged = list(parts)
     while len(merged) > 1:
         first = merged[0].core.shape[0] <= merged[-1].core.shape[2]
-        at = 0 if first else len(merged) - 2
-        left, right = merged[at], merged[at + 1]
+        place = 0 if first else len(merged) - 2
+        left, right = merged[place], merged[place + 1]
         (r, n, _), (s, k, t) = left.core.shape, right.core.shape
         product = (left.core.reshape(r * n, s) @ right.core.reshape(s, k * t)).reshape(r, n * k, t)
-        merged[at : at + 2] = [Part(product, (*left.cores, *right.cores))]
+        merged[place : place + 2] = [Part(product, (*left.cores, *right.cores))]
     return merged[0]

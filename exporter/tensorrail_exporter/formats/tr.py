@@ -240,10 +240,10 @@ def balanced(cores: Sequence[ArrayT]) -> list[ArrayT]:
 def _solve(tensor: ArrayT, cores: Sequence[ArrayT], k: int, damping: float) -> ArrayT:
     """Return core k that minimizes the squared error plus `damping` times its squared norm, with the other cores fixed."""
     d = len(cores)
-    rest = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
-    right, count, left = rest.shape
+    others = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
+    right, count, left = others.shape
     rotated = permute(tensor, tuple((k + j) % d for j in range(d))).reshape(tensor.shape[k], count)
-    design = permute(rest, (1, 2, 0)).reshape(count, left * right)
+    design = permute(others, (1, 2, 0)).reshape(count, left * right)
     gram = design.T @ design
     ridge = damping + (_RIDGE * float(tl.trace(gram)) / (left * right) or 1.0)
     gram = gram + ridge * tl.eye(left * right, **tl.context(gram))

@@ -86,13 +86,14 @@ def losses_of(
     scaled = {}
     for number, layer in enumerate(layers):
         on_share(0.5 + 0.5 * number / len(layers), layer.name)
-        near = min(range(len(shares[layer.name])), key=lambda k: abs(shares[layer.name][k] - _PROBE))
-        cut = wanted[layer][near].plan(layer.name)
-        weight = cut.reconstruct(cut.decompose(whitened[layer.name]), layer.spec.shape)
+        # One option per layer is tried in the network; the losses of the others are proportional to their shares.
+        nearest = min(range(len(shares[layer.name])), key=lambda k: abs(shares[layer.name][k] - _PROBE))
+        plan = wanted[layer][nearest].plan(layer.name)
+        weight = plan.reconstruct(plan.decompose(whitened[layer.name]), layer.spec.shape)
         if layer.name in metric:
             weight = on_inputs(weight, metric[layer.name][1])
-        effect = probe.effect(cut, weight)
-        scaled[layer.name] = tuple(share * effect / max(shares[layer.name][near], 1e-9) for share in shares[layer.name])
+        effect = probe.effect(plan, weight)
+        scaled[layer.name] = tuple(share * effect / max(shares[layer.name][nearest], 1e-9) for share in shares[layer.name])
     on_share(1.0, "")
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
 
