@@ -4,7 +4,7 @@ from tensorrail_exporter.formats import FORMATS, Format, project
 from tensorrail_exporter.formats.contraction import Conv, LayerSpec, MatMul, Reshape, Step
 from tensorrail_exporter.plans.cores import load_cores, save_cores
 from tensorrail_exporter.plans.costs import ContractionCost, contraction_cost
-from tensorrail_exporter.plans.padding import drop_padding, pad_ranks
+from tensorrail_exporter.plans.padding import pad_ranks
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
 from tensorrail_runtime.errors import GraphError, PlanError
@@ -26,7 +26,6 @@ __all__ = [
     "Step",
     "contraction_cost",
     "decompose_graph",
-    "drop_padding",
     "factorize",
     "load_cores",
     "pad_ranks",

@@ -21,7 +21,7 @@ PUBLIC = {
     "tensorrail_trainer": "ADMM FactoredLayer Recipe Residual cores_of plan_layers to_dense to_onnx",
     "tensorrail_exporter": """
         FORMATS ContractionCost Conv Factored Format GraphError LayerPlan LayerRewrite LayerSpec MatMul Plan PlanError Reshape
-        Step contraction_cost decompose_graph drop_padding factorize load_cores pad_ranks project reconstruct save_cores
+        Step contraction_cost decompose_graph factorize load_cores pad_ranks project reconstruct save_cores
     """,
     "tensorrail_runtime": """
         Accuracy Comparison Evaluation Footprint GraphCost LatencyReport ModelError Parity Placement Session Tolerances accuracy

@@ -51,10 +51,13 @@ SIZE = ("--target", "params=1.5", "--allow-slower")
         (("plan", "inf.onnx", *SIZE), "layer c: its weight holds NaN or infinite values"),
         (("plan", "dense.onnx", *SIZE, "--keep", "tpyo"), "layer tpyo: to be kept dense, and no layer .* has that name: c"),
         (("compress", "dense.onnx", "-o", "o.onnx", *SIZE, "--keep", "d*"), r"layer d\*: to be kept dense"),
-        (("plan", "dense.onnx", *SIZE, "--calibration", "onehot.npz"), r"onehot.npz: labels are integers, one a sample"),
-        (("plan", "dense.onnx", *SIZE, "--calibration", "words.npz"), r"labels are integers, one a sample, and <U1 of shape"),
-        (("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz"), "labels are integers, one a sample, and float64"),
-        (("plan", "dense.onnx", *SIZE, "--calibration", "negative.npz"), "labels are numbers of classes from 0 on, and -1 is"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "onehot.npz"), r"onehot.npz: expected integer labels, one per sample"),
+        (
+            ("plan", "dense.onnx", *SIZE, "--calibration", "words.npz"),
+            r"expected integer labels, one per sample, got <U1 of shape",
+        ),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz"), "expected integer labels, one per sample, got float64"),
+        (("plan", "dense.onnx", *SIZE, "--calibration", "negative.npz"), "expected class indices from 0 as labels, got -1"),
         (("plan", "dense.onnx", *SIZE, "--calibration", "from1.npz"), "64 classes: expected labels 0 to 63, got 35 to 64"),
     ],
 )

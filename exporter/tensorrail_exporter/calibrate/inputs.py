@@ -1,7 +1,7 @@
-"""Calibration inputs, and what they look like at each layer: patches, second moments, the outputs that the dense layer gave.
+"""Calibration inputs, and their statistics at every layer: patches, second moments, and the outputs of the dense layer.
 
-Inputs come as one npz file (arrays by input name, and `labels` where there are any), or as a folder of npy or npz files or of
-images. No label is needed.
+Inputs are read from an npz file with one array per input and, optionally, `labels`, or from a folder of npy files, npz files
+or images. Labels are never required.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import onnxruntime as ort
 from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.pictures import eight_bits
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.graphs.io import export_graph, import_graph, save_model
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.rewrite.survey import DenseLayer
-from tensorrail_runtime.errors import GraphError, ModelError
+from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.sessions.inputs import TYPES, batches_of, load_arrays
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.sessions.session import run as run_session
@@ -33,16 +34,22 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _LABELS = "labels"
 _BATCH = 25
-_ROWS = 12  # sampled rows for each value of a patch: enough for a second moment that can be inverted
-_LEAST = 20_000
-_LEAST_RIDGE = 1e-6  # of the mean eigenvalue: what rounding leaves of a moment in single precision
-_ALIKE = 1e-5  # of the mean square: a variance below it is lost in single precision
-_WIDEST = 6144  # values of a patch whose second moment (150 MB) is still made in full
+_ROWS = 12  # sampled rows per value of a patch: enough for a second moment that can be inverted
+_LEAST = 20_000  # sampled rows at least
+_LEAST_RIDGE = 1e-6  # share of the mean eigenvalue: the rounding of a moment in single precision
+_ALIKE = 1e-5  # share of the mean square: single precision cannot represent a smaller variance
+_WIDEST = 6144  # values in the largest patch whose second moment (150 MB) is computed in full
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of inputs by name; `labels` (N,) when the data hold some."""
+    """Calibration data.
+
+    Attributes:
+        feeds: batches of inputs, each an array per input name.
+        labels: class indices (N,) of all samples, or None.
+
+    """
 
     feeds: tuple[Mapping[str, np.ndarray], ...]
     labels: np.ndarray | None = None
@@ -53,7 +60,7 @@ class Calibration:
         return sum(len(next(iter(feed.values()))) for feed in self.feeds)
 
     def first(self, count: int) -> Calibration:
-        """Return the first batches that hold at least `count` samples."""
+        """Return the first batches that together contain at least `count` samples, or all of them."""
         kept: list[Mapping[str, np.ndarray]] = []
         seen = 0
         for feed in self.feeds:
@@ -66,9 +73,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images of a folder become inputs: shorter side to `resize`, the centre cut out, then (x / 255 − mean) / std.
+    """How an image becomes an input: resized, cropped at its centre, scaled as (x / 255 − mean) / std.
 
-    The defaults are those of ImageNet models; `resize` 0 stands for 256/224 of the input's size.
+    The defaults are those of ImageNet models.
+
+    Attributes:
+        mean: mean of every channel, for values between 0 and 1.
+        std: standard deviation of every channel, for values between 0 and 1.
+        resize: length of the image's shorter side in pixels before the crop; 0, the default, is 256/224 of the input's.
+
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -79,40 +92,54 @@ class Preprocessing:
 def load_calibration(
     path: Path | str, model: Path | str, *, most: int = 512, images: Preprocessing | None = None
 ) -> Calibration:
-    """Return the inputs of an npz file or a folder, in batches; at most `most` samples, evenly spread.
+    """Read calibration inputs from an npz file or a folder.
 
-    Raises `ModelError` for data that do not fit the model's inputs, that hold none or the same in all samples, or that hold
-    NaN or infinite values, and for labels that are not integers from 0, one a sample.
+    Args:
+        path: an npz file with an array (N, …) per input and optionally `labels` (N,), or a folder of npy or npz files or of
+            images. The name of the array does not matter if the model has one input.
+        model: the ONNX file, for the names, types and shapes of its inputs.
+        most: largest number of samples, which are spread evenly over the data; default 512.
+        images: preprocessing of images; default that of ImageNet models.
+
+    Returns:
+        The inputs in batches of the size that the model takes, with the types of its inputs.
+
+    Raises:
+        ModelError: the data cannot be read, do not fit the model's inputs, are empty or identical in all samples, or contain
+            NaN or infinite values; or the labels are not class indices from 0, one per sample.
+
     """
     path = Path(path)
     session = open_session(model)
     arrays = _folder(path, session, most, images or Preprocessing()) if path.is_dir() else load_arrays(path)
     entries = {entry.name: entry for entry in session.get_inputs()}
     if not entries:
-        raise ModelError(f"{model}: takes no input: there is nothing that calibration data could be given to")
+        raise ModelError(f"{model}: the model takes no input, so there is nothing to calibrate with data")
     labels = None if _LABELS in entries else arrays.pop(_LABELS, None)
     if len(entries) == 1 and len(arrays) == 1:
-        arrays = dict(zip(entries, arrays.values(), strict=True))  # one array for one input needs no name
+        arrays = dict(zip(entries, arrays.values(), strict=True))  # with one array and one input the names need not match
     missing = [name for name in entries if name not in arrays]
     if missing:
         raise ModelError(
-            f"{path}: no array for input {missing[0]!r}; expected {', '.join(entries)}, and {', '.join(arrays) or 'none'} came"
+            f"{path}: no array for input {missing[0]!r}; expected {', '.join(entries)}, got {', '.join(arrays) or 'none'}"
         )
     arrays = {name: _typed(path, arrays[name], entry) for name, entry in entries.items()}
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise ModelError(f"{path}: the arrays of the inputs differ in length: {lengths}; expected one row a sample in each")
+        raise ModelError(f"{path}: the arrays of the inputs differ in length: {lengths}; expected one row per sample in each")
     total = next(iter(lengths.values()))
     if total > 1 and all((array == array[:1]).all() for array in arrays.values()):
-        raise ModelError(f"{path}: all {total} samples are the same: nothing can be fitted to them; expected typical inputs")
+        raise ModelError(
+            f"{path}: all {total} samples are identical, so nothing can be fitted to them; expected typical inputs"
+        )
     if labels is not None and labels.shape[:1] != (total,):
-        raise ModelError(f"{path}: {total} samples and labels of shape {labels.shape} came; expected one label a sample")
+        raise ModelError(f"{path}: expected one label per sample, got {total} samples and labels of shape {labels.shape}")
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
-        raise ModelError(f"{path}: labels are integers, one a sample, and {labels.dtype} of shape {labels.shape} came")
+        raise ModelError(f"{path}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}")
     if labels is not None and (labels < 0).any():
-        raise ModelError(f"{path}: labels are numbers of classes from 0 on, and {labels.min()} is among them")
+        raise ModelError(f"{path}: expected class indices from 0 as labels, got {labels.min()}")
     fixed = next((entry.shape[0] for entry in entries.values() if isinstance(entry.shape[0], int)), 1)
-    most = max(fixed, most - most % fixed)  # whole batches of a model that takes no other
+    most = max(fixed, most - most % fixed)  # whole batches, for a model with a fixed batch size
     if total > most:
         picks = np.linspace(0, total - 1, most).astype(int)
         arrays = {name: array[picks] for name, array in arrays.items()}
@@ -123,51 +150,60 @@ def load_calibration(
 def run_to(
     model: onnx.ModelProto, tensors: Sequence[str], settings: Session
 ) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
-    """Return a function that runs the part of a graph above some tensors and returns their values, in order.
+    """Return a function that computes some tensors of a graph and runs no more of it than they need.
 
-    `GraphError` for a tensor that is not in the graph; the function raises `ModelError` for inputs that do not fit.
+    Args:
+        model: the model.
+        tensors: names of inputs or inner tensors.
+        settings: settings of the ONNX Runtime session.
+
+    Returns:
+        A function from inputs by name to the values of the tensors, in order. It raises `ModelError` for inputs that do not
+        fit the model.
+
+    Raises:
+        GraphError: a tensor is not in the graph.
+
     """
-    graph = import_graph(model)
-    known = graph.tensors()
-    unknown = [name for name in tensors if name not in known]
-    if unknown:
-        raise GraphError(f"tensor {unknown[0]!r} is not in the graph: expected the input or output of one of its nodes")
-    inputs = {tensor.name for tensor in graph.inputs}
-    graph.outputs = [known[name] for name in dict.fromkeys(tensors) if name not in inputs]
-    if not graph.outputs:
+    fed = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    computed = [name for name in tensors if name not in fed]
+    if not computed:
         return lambda feed: [feed[name] for name in tensors]
-    part = export_graph(graph, model)
+    part = with_outputs(model, computed, only=True)
     with tempfile.TemporaryDirectory() as folder:
         save_model(part, Path(folder) / "part.onnx")
         session = open_session(Path(folder) / "part.onnx", settings=replace(settings, linger=False))
-    wanted = [entry.name for entry in session.get_inputs()]
+    names = [entry.name for entry in session.get_inputs()]
 
     def run(feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        values = run_session(session, {name: feed[name] for name in wanted if name in feed})
+        values = run_session(session, {name: feed[name] for name in names if name in feed})
         return [values[name] if name in values else feed[name] for name in tensors]
 
     return run
 
 
 def rows_wanted(spec: LayerSpec) -> int:
-    """Return how many rows a layer's moments are made of, at most."""
+    """Return the largest number of rows from which the moments of a layer are computed."""
     return max(_LEAST, _ROWS * math.prod(spec.shape[1:]))
 
 
 def fits(spec: LayerSpec) -> bool:
-    """Return whether the second moment of the layer's patches is small enough to be made in full."""
+    """Return whether the second moment of the layer's patches is small enough to be computed in full."""
     return math.prod(spec.shape[1:]) <= _WIDEST
 
 
 class Sampler:
-    """Draws the same places of every batch whenever it is asked: of the dense network and of the compressed one."""
+    """Samples rows of a layer's input; the same positions for every call with the same batch, whatever the network."""
 
     def __init__(self, layer: DenseLayer, samples: int, seed: int = 0) -> None:
         self.layer, self.seed = layer, seed
         self.each = max(1, -(-rows_wanted(layer.spec) // max(1, samples)))
 
     def rows(self, data: np.ndarray, batch: int) -> np.ndarray:
-        """Return the patches (N, I·K) of a convolution's input (B, I, *S), or the rows of a matrix's; `batch` is its number."""
+        """Return patches (N, I·K) of a convolution's input (B, I, *S), or rows (N, I) of any other layer's input.
+
+        `batch` is the index of the batch, which determines the positions.
+        """
         spec = self.layer.spec
         rng = np.random.default_rng((self.seed, batch))
         if spec.op != "conv":
@@ -181,6 +217,7 @@ class Sampler:
 
 
 def _patches(data: np.ndarray, spec: LayerSpec, each: int, rng: np.random.Generator) -> np.ndarray:
+    """Return `each` random patches per sample of a convolution's input, (N, I·K)."""
     nd = spec.spatial
     begins, ends = list(spec.pads[:nd]), list(spec.pads[nd:])
     if spec.auto_pad.startswith("SAME"):
@@ -188,8 +225,8 @@ def _patches(data: np.ndarray, spec: LayerSpec, each: int, rng: np.random.Genera
             size, stride = data.shape[2 + axis], spec.stride[axis]
             reach = spec.dilation[axis] * (spec.kernel[axis] - 1) + 1
             total = max(0, (-(-size // stride) - 1) * stride + reach - size)
-            small, large = total // 2, total - total // 2
-            begins[axis], ends[axis] = (small, large) if spec.auto_pad == "SAME_UPPER" else (large, small)
+            smaller, larger = total // 2, total - total // 2
+            begins[axis], ends[axis] = (smaller, larger) if spec.auto_pad == "SAME_UPPER" else (larger, smaller)
     elif spec.auto_pad == "VALID":
         begins, ends = [0] * nd, [0] * nd
     data = np.pad(data, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
@@ -204,16 +241,22 @@ def _patches(data: np.ndarray, spec: LayerSpec, each: int, rng: np.random.Genera
     image = np.repeat(np.arange(len(data)), take)
     patches = np.empty((len(image), data.shape[1], *spec.kernel), np.float32)
     for tap in np.ndindex(*spec.kernel):
-        at = [corner[axis] * spec.stride[axis] + tap[axis] * spec.dilation[axis] for axis in range(nd)]
-        patches[(slice(None), slice(None), *tap)] = data[(image, slice(None), *at)]
+        position = [corner[axis] * spec.stride[axis] + tap[axis] * spec.dilation[axis] for axis in range(nd)]
+        patches[(slice(None), slice(None), *tap)] = data[(image, slice(None), *position)]
     return patches.reshape(len(image), -1)
 
 
 @dataclass
 class Statistics:
-    """Sums over rows x (n) and wanted outputs y (O), from which moments, the best weight and the bias follow."""
+    """Sums over input rows x and target outputs y of a layer; they give the moments, the best weight and the bias.
 
-    width: int  # I·K
+    Attributes:
+        width: number of values in a row, I·K.
+        outputs: number of outputs, O.
+
+    """
+
+    width: int
     outputs: int
 
     def __post_init__(self) -> None:
@@ -225,7 +268,7 @@ class Statistics:
         self.yy = 0.0
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Take in rows x (N, n) and outputs y (N, O)."""
+        """Add rows x (N, I·K) with their target outputs y (N, O)."""
         self.count += len(x)
         self.xx += x.T @ x
         self.xy += x.T @ y
@@ -234,7 +277,7 @@ class Statistics:
         self.yy += float(np.vdot(y, y))
 
     def moments(self, *, centred: bool) -> Moments:
-        """Return the second moments of x, about its mean when a bias follows the weight."""
+        """Return the second moments of x; `centred`, for a layer with a bias, takes them about the mean."""
         gram = self.xx / np.float32(self.count)
         if centred:
             mean = (self.x / self.count).astype(np.float32)
@@ -242,24 +285,32 @@ class Statistics:
         return Moments(gram)
 
     def best(self, weight: np.ndarray, moments: Moments, *, centred: bool, ridge: float) -> np.ndarray:
-        """Return the weight (O, I, *K) that gives y from x with the least error, drawn toward `weight` by a ridge."""
+        """Return the weight that predicts y from x with the least squared error, regularised towards `weight`.
+
+        Args:
+            weight: the weight (O, I, *K) that the ridge pulls the result towards.
+            moments: the moments of x.
+            centred: whether a bias follows the weight.
+            ridge: strength of the regularisation, as a share of the mean eigenvalue of the moments.
+
+        """
         from scipy.linalg import cho_factor, cho_solve
 
         gram = moments.gram.astype(np.float64)
         cross = self.xy / self.count
         if centred:
             cross -= np.outer(self.x / self.count, self.y / self.count)
-        spread = float(np.trace(gram))
-        if spread < _ALIKE * float(np.trace(self.xx)) / self.count:
-            return weight  # rows that are all alike, whose sums about their mean are rounding
-        load = max(ridge, _LEAST_RIDGE) * spread / self.width + 1e-12
+        variance = float(np.trace(gram))
+        if variance < _ALIKE * float(np.trace(self.xx)) / self.count:
+            return weight  # the rows are so similar that their moments about the mean are rounding errors
+        load = max(ridge, _LEAST_RIDGE) * variance / self.width + 1e-12
         gram[np.diag_indices(self.width)] += load
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
         solved = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), cross + load * flat.T)
         return np.ascontiguousarray(solved.T, np.float32).reshape(weight.shape)
 
     def lost(self, weight: np.ndarray, *, centred: bool) -> float:
-        """Return E‖y − Ŵx‖² as a share of the variance of y; with `centred` the best bias is taken first."""
+        """Return E‖y − Ŵx‖² divided by the variance of y; `centred` assumes the best bias."""
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
         x, y = self.x / self.count, self.y / self.count
         gram = self.xx.astype(np.float64) / self.count
@@ -269,34 +320,34 @@ class Statistics:
         return max(0.0, error) / max(self.yy / self.count - float(y @ y), 1e-30)
 
     def bias(self, weight: np.ndarray) -> np.ndarray:
-        """Return what must be added to the weight's outputs (O,) so that their mean is that of y."""
+        """Return the bias (O,) with which the mean of the weight's outputs is that of y."""
         return self.y / self.count - weight.reshape(self.outputs, -1).astype(np.float64) @ (self.x / self.count)
 
 
 def _typed(path: Path, array: np.ndarray, entry: ort.NodeArg) -> np.ndarray:
-    """Return an input's array in the type that the model takes; `ModelError` for another shape, and for NaN."""
+    """Return an array in the type of the model's input; check its shape and that its values are finite."""
     if not entry.shape:
-        raise ModelError(f"{path}: input {entry.name!r} is a single value; calibration needs inputs of one row a sample")
+        raise ModelError(f"{path}: input {entry.name!r} is a scalar; calibration needs inputs with one row per sample")
     axes = list(zip(entry.shape[1:], array.shape[1:], strict=False))
-    if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != came for size, came in axes):
-        raise ModelError(f"{path}: input {entry.name!r} has shape {entry.shape}, and an array of {list(array.shape)} came")
+    if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != actual for size, actual in axes):
+        raise ModelError(f"{path}: input {entry.name!r} expects shape {entry.shape}, got an array of shape {list(array.shape)}")
     if np.iscomplexobj(array):
-        raise ModelError(f"{path}: the array of input {entry.name!r} is complex; expected a {entry.type}")
+        raise ModelError(f"{path}: input {entry.name!r} expects {entry.type}, got complex values")
     numeric = np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
     if array.dtype == np.uint8 and entry.type in _FLOATS:
         raise ModelError(
-            f"{path}: input {entry.name!r} is a {entry.type}, and bytes came, such as pixels: scale them as in training first"
+            f"{path}: input {entry.name!r} expects {entry.type}, got bytes, such as raw pixels; scale them as in training first"
         )
     if numeric and entry.type in _FLOATS:
         array = array.astype(_FLOATS[entry.type], copy=False)
         if not np.isfinite(array).all():
-            raise ModelError(f"{path}: the array of input {entry.name!r} holds NaN or infinite values; expected finite ones")
+            raise ModelError(f"{path}: the array of input {entry.name!r} contains NaN or infinite values; expected finite ones")
         return array
-    wanted = TYPES.get(entry.type)
-    if numeric and wanted is not None and array.dtype != wanted:
-        cast = array.astype(wanted) if array.dtype.kind in "iub" else array
+    expected = TYPES.get(entry.type)
+    if numeric and expected is not None and array.dtype != expected:
+        cast = array.astype(expected) if array.dtype.kind in "iub" else array
         if array.dtype.kind not in "iub" or not np.array_equal(cast.astype(np.int64), array.astype(np.int64)):
-            raise ModelError(f"{path}: input {entry.name!r} is a {entry.type}, and values of {array.dtype} came")
+            raise ModelError(f"{path}: input {entry.name!r} expects {entry.type}, got values of type {array.dtype}")
         return cast
     return array
 
@@ -307,19 +358,19 @@ def _folder(path: Path, session: ort.InferenceSession, most: int, images: Prepro
     pictures = [file for file in files if file.suffix.lower() in _IMAGES]
     if not arrays and not pictures:
         kinds = ", ".join(sorted(_IMAGES))
-        raise ModelError(f"{path}: holds no calibration data; expected npz or npy files, or images ({kinds})")
+        raise ModelError(f"{path}: no calibration data found; expected npz or npy files, or images ({kinds})")
     if arrays:
         parts = list(_array_files(arrays, session.get_inputs()[0].name))
         return {name: _joined(path, name, arrays, parts) for name in parts[0]}
     if len(session.get_inputs()) != 1:
         count = len(session.get_inputs())
-        raise ModelError(f"{path}: images came for a model of {count} inputs; give an npz file with one array an input")
+        raise ModelError(f"{path}: found images for a model with {count} inputs; provide an npz file with one array per input")
     entry = session.get_inputs()[0]
     sized = len(entry.shape) == 4 and all(isinstance(size, int) for size in entry.shape[1:])
     if not sized or entry.shape[1] not in (1, 3) or entry.type not in _FLOATS:
         raise ModelError(
-            f"{path}: images came for input {entry.name!r}, {entry.type} of shape {entry.shape}; expected floats "
-            "(batch, 1 or 3, height, width) of known size: give an npz file instead"
+            f"{path}: found images for input {entry.name!r}, {entry.type} of shape {entry.shape}; expected floats "
+            "(batch, 1 or 3, height, width) of known size: provide an npz file instead"
         )
     picks = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)
     return {entry.name: np.stack([_picture(pictures[k], entry.shape[1:], images) for k in picks])}
@@ -336,12 +387,12 @@ def _array_files(files: Sequence[Path], name: str) -> Iterator[dict[str, np.ndar
             raise ModelError(f"{file}: not a plain npy array ({str(error).partition(chr(10))[0]})") from None
         if not isinstance(array, np.ndarray):
             array.close()
-            raise ModelError(f"{file}: not a plain npy array, but several in one file: call it .npz")
+            raise ModelError(f"{file}: expected a plain npy array, got several arrays in one file: rename it to .npz")
         yield {name: array}
 
 
 def _joined(folder: Path, name: str, files: Sequence[Path], parts: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return the rows of one array in all files; `ModelError` names a file that lacks it or has rows of another shape."""
+    """Return the rows of one array of all files; check that every file has it, with rows of the same shape."""
     first = parts[0][name]
     for file, part in zip(files, parts, strict=True):
         if part.keys() != parts[0].keys():
@@ -371,5 +422,5 @@ def _picture(path: Path, shape: Sequence[int], how: Preprocessing) -> np.ndarray
     image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     values = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels) / 255
-    mean, std = (np.resize(np.array(one, np.float32), channels) for one in (how.mean, how.std))
+    mean, std = (np.resize(np.array(values_of, np.float32), channels) for values_of in (how.mean, how.std))
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))

@@ -1,13 +1,13 @@
-r"""Cores that keep a layer's output rather than its weight.
+r"""Decomposition of a weight that approximates the layer's output instead of the weight itself.
 
-With inputs :math:`x` (a patch of I·K values) and outputs :math:`y` the best weight of a format minimises
+For inputs :math:`x` (a patch of I·K values) and outputs :math:`y`, the best weight of a format minimises
 
 .. math:: E‖y - Ŵx‖^2 = \operatorname{tr} (Ŵ - T) C (Ŵ - T)^T + const, \quad C = E[xx^T], \; T = E[yx^T] C^{-1}.
 
-Every format is linear in each of its cores, so they are fitted in turns (alternating least squares), each by a few steps of
-conjugate gradients; no step makes the error larger. Started from the decomposition of :math:`T S`, with :math:`S` the square
-root of the input channels' second moment: that is the metric whose taps do not mix. For a matrix it is the exact minimum,
-the reduced-rank regression of Izenman (1975).
+Every format is linear in each of its cores, so the cores are fitted in turn (alternating least squares), each by a few steps
+of conjugate gradients; no step increases the error. The starting point is the decomposition of :math:`T S`, where :math:`S`
+is the square root of the second moment of the input channels: the metric that ignores correlations between taps. For a
+matrix it is the exact minimum, the reduced-rank regression of Izenman (1975).
 """
 
 from __future__ import annotations
@@ -23,52 +23,70 @@ from tensorrail_exporter.formats.modes import Equation
 from tensorrail_exporter.plans.plan import LayerPlan
 
 _SWEEPS = 4
-_STEPS = 8  # of conjugate gradients, for one core in one sweep
-_ENOUGH = 1e-3  # a sweep that lowers the error by less than this share of it is the last one
-_FLOOR = 1e-4  # of the mean eigenvalue: directions of the inputs that hardly occur do not blow up the inverse
+_STEPS = 8  # steps of conjugate gradients for one core in one sweep
+_ENOUGH = 1e-3  # share of the error: the sweeps end after one that gains less
+_FLOOR = 1e-4  # share of the mean eigenvalue: keeps directions that hardly occur from dominating the inverse
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a layer's inputs, (I·K, I·K) in the order of a weight (O, I, *K): centred where a bias follows."""
+    """Second moments of a layer's inputs.
+
+    Attributes:
+        gram: matrix (I·K, I·K) in the order of a weight (O, I, *K); about the mean for a layer with a bias.
+
+    """
 
     gram: np.ndarray
 
     def channels(self, inputs: int) -> np.ndarray:
-        """Return the second moment of the input channels (I, I), summed over the taps."""
+        """Return the second moment (I, I) of the input channels, summed over the taps."""
         taps = self.gram.shape[0] // inputs
         return np.asarray(np.einsum("ikjk->ij", self.gram.reshape(inputs, taps, inputs, taps), optimize=True))
 
     def error(self, weight: np.ndarray, target: np.ndarray) -> float:
-        """Return E‖(Ŵ − T)x‖² / E‖Tx‖² of two weights (O, …)."""
-        wanted = target.reshape(target.shape[0], -1)
-        difference = weight.reshape(weight.shape[0], -1) - wanted
-        return float(_energy(difference, self.gram) / max(_energy(wanted, self.gram), 1e-30))
+        """Return the relative error E‖(Ŵ − T)x‖² / E‖Tx‖² of a weight Ŵ against a target T, both (O, …)."""
+        rows = target.reshape(target.shape[0], -1)
+        difference = weight.reshape(weight.shape[0], -1) - rows
+        return float(_energy(difference, self.gram) / max(_energy(rows, self.gram), 1e-30))
 
 
 def roots(second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the symmetric square root of a second moment (n, n), and its inverse, both regular."""
+    """Return the symmetric square root of a second moment (n, n) and its inverse; small eigenvalues are raised."""
     values, vectors = np.linalg.eigh(second_moment.astype(np.float64))
     values = np.sqrt(np.maximum(values, _FLOOR * max(float(values.mean()), 1e-30)))
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
 def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = _SWEEPS) -> list[np.ndarray]:
-    """Return the cores of a plan whose weight keeps the outputs of `target` (O, I, *K) on inputs of these moments.
+    """Return the cores whose outputs are closest to those of a target weight, on inputs with these moments.
 
-    They are never worse there than the plain decomposition: `cp` near full rank, whose start is itself a search, can end so.
+    Args:
+        plan: the format, modes and ranks of the layer.
+        target: the weight (O, I, *K) whose outputs are approximated.
+        moments: second moments of the layer's inputs.
+        sweeps: largest number of alternating sweeps over the cores; default 4.
+
+    Returns:
+        The fitted cores, or those of the plain decomposition if their error is smaller. That can happen with `cp` near full
+        rank, where the starting point is itself the result of a search.
+
+    Raises:
+        PlanError: the plan does not fit the weight.
+
     """
     plain = format_of(plan.format).decompose(target.astype(np.float32), plan.modes, plan.ranks)
-    found = _in_metric(plan, target, moments, plain, sweeps)
-    errors = [moments.error(plan.reconstruct(cores, target.shape), target) for cores in (found, plain)]
-    return found if errors[0] <= errors[1] else plain
+    fitted = _in_metric(plan, target, moments, plain, sweeps)
+    errors = [moments.error(plan.reconstruct(cores, target.shape), target) for cores in (fitted, plain)]
+    return fitted if errors[0] <= errors[1] else plain
 
 
 def _in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, plain: list[np.ndarray], sweeps: int) -> list[np.ndarray]:
+    """Return cores fitted in the metric of the moments."""
     shape = target.shape
     form = format_of(plan.format)
     equation = form.equation(shape, plan.modes)
-    if len(equation.inputs) != 1:  # several input modes: no square root acts on one of them alone
+    if len(equation.inputs) != 1:  # with several input modes the square root mixes all of them
         return _alternate(equation, plain, target, moments.gram, sweeps)
     root, inverse = roots(moments.channels(shape[1]))
     white = np.moveaxis(np.tensordot(target, root, (1, 0)), -1, 1)
@@ -86,34 +104,34 @@ def _alternate(
 ) -> list[np.ndarray]:
     """Return the cores after sweeps over all of them.
 
-    The core of the outputs has its best value in closed form. With its columns made orthonormal the outputs outside of their
-    span cannot be reached by the others, so those are fitted to the outputs within it: as many rows as the rank.
+    The best core of the outputs has a closed form. Once its columns are orthonormal, the other cores cannot change the
+    outputs outside of their span, so they are fitted to the outputs within it, which are only as many rows as the rank.
     """
-    found = [core.astype(np.float32) for core in cores]
+    fitted = [core.astype(np.float32) for core in cores]
     gram = gram.astype(np.float32)
-    wanted = target.reshape(target.shape[0], -1).astype(np.float32)
+    goal = target.reshape(target.shape[0], -1).astype(np.float32)
     outer = _outer(equation)
-    best, least = list(found), _energy(_product(equation, found, wanted.shape) - wanted, gram)
+    best, least = list(fitted), _energy(_product(equation, fitted, goal.shape) - goal, gram)
     before = math.inf
     for _ in range(sweeps):
-        rows, within = wanted, equation
+        rows, within = goal, equation
         basis = None
         if outer is not None:
-            found[outer] = _closed(equation, found, outer, wanted, gram)
-            matrix = _view(found[outer], equation.cores[outer], equation).reshape(target.shape[0], -1)
+            fitted[outer] = _closed(equation, fitted, outer, goal, gram)
+            matrix = _view(fitted[outer], equation.cores[outer], equation).reshape(target.shape[0], -1)
             if matrix.shape[1] < matrix.shape[0]:
                 basis, triangle = np.linalg.qr(matrix)
-                rows = basis.T @ wanted
+                rows = basis.T @ goal
                 within = replace(equation, axes=(len(rows), *equation.axes[1:]))
-                found[outer] = triangle
-        pull = rows @ gram
-        for k in reversed([k for k in range(len(found)) if k != outer]):
-            found[k] = _solve(within, found, k, pull, gram)
+                fitted[outer] = triangle
+        correlation = rows @ gram
+        for k in reversed([k for k in range(len(fitted)) if k != outer]):
+            fitted[k] = _solve(within, fitted, k, correlation, gram)
         if basis is not None and outer is not None:
-            found[outer] = (basis @ found[outer].reshape(basis.shape[1], -1)).reshape(cores[outer].shape)
-        error = _energy(_product(equation, found, wanted.shape) - wanted, gram)
-        if error < least:  # rounding may undo a step where hardly anything is left to gain
-            best, least = list(found), error
+            fitted[outer] = (basis @ fitted[outer].reshape(basis.shape[1], -1)).reshape(cores[outer].shape)
+        error = _energy(_product(equation, fitted, goal.shape) - goal, gram)
+        if error < least:  # near the minimum, rounding may increase the error
+            best, least = list(fitted), error
         if before - error < _ENOUGH * before:
             break
         before = error
@@ -121,7 +139,7 @@ def _alternate(
 
 
 def _outer(equation: Equation) -> int | None:
-    """Return the core that holds the one mode of the outputs as its first letter, when no input stands in it."""
+    """Return the index of the core that starts with the only output mode and has no input mode, or None."""
     outs = equation.weight[: equation.weight.index(equation.inputs[0])]
     if len(outs) != 1 or len(equation.cores) == 1:
         return None
@@ -130,42 +148,42 @@ def _outer(equation: Equation) -> int | None:
     return place if letters[0] == outs[0] and not set(letters) & set(equation.inputs) else None
 
 
-def _closed(equation: Equation, cores: Sequence[np.ndarray], k: int, wanted: np.ndarray, gram: np.ndarray) -> np.ndarray:
-    """Return the core of the outputs that fits best: each output is a combination of what the other cores make."""
+def _closed(equation: Equation, cores: Sequence[np.ndarray], k: int, goal: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Return the best core of the outputs in closed form: every output is a combination of the other cores' product."""
     letters = equation.cores[k]
     sizes = dict(zip(equation.weight, equation.axes, strict=True))
     view = _view(cores[k], letters, equation)
     rest = letters[1:]
-    # Taps that stand in this core come as unit vectors: the other cores make the rest of the row.
+    # Taps that are modes of this core become unit vectors; the other cores give the rest of the row.
     shared = [letter for letter in rest if letter in sizes]
     ranks = "".join(letter for letter in rest if letter not in sizes)
     others = [j for j in range(len(cores)) if j != k]
     views = [_view(cores[j], equation.cores[j], equation) for j in others]
     inside = "".join(letter for letter in equation.weight[1:] if letter not in shared)
-    made = np.einsum(f"{','.join(equation.cores[j] for j in others)}->{ranks}{inside}", *views, optimize=True)
-    count = math.prod(made.shape[: len(ranks)])
+    product = np.einsum(f"{','.join(equation.cores[j] for j in others)}->{ranks}{inside}", *views, optimize=True)
+    count = math.prod(product.shape[: len(ranks)])
     rows = np.zeros(
         (*(sizes[letter] for letter in shared), count, *(sizes[letter] for letter in equation.weight[1:])), np.float32
     )
     order = [shared.index(letter) if letter in shared else None for letter in equation.weight[1:]]
     for tap in np.ndindex(*(sizes[letter] for letter in shared)):
-        at = tuple(slice(None) if place is None else tap[place] for place in order)
-        rows[(*tap, slice(None), *at)] = made.reshape(count, *made.shape[len(ranks) :])
-    rows = rows.reshape(-1, wanted.shape[1])
+        position = tuple(slice(None) if place is None else tap[place] for place in order)
+        rows[(*tap, slice(None), *position)] = product.reshape(count, *product.shape[len(ranks) :])
+    rows = rows.reshape(-1, goal.shape[1])
     half = rows @ gram
     inner = (half @ rows.T).astype(np.float64)
     inner[np.diag_indices(len(inner))] += 1e-9 * float(np.trace(inner)) / len(inner) + 1e-30
-    found = np.linalg.solve(inner, (half @ wanted.T).astype(np.float64)).T.astype(np.float32)
-    # (o, shared taps, ranks) → the core's own order
-    found = found.reshape(len(wanted), *(sizes[letter] for letter in shared), *made.shape[: len(ranks)])
+    solved = np.linalg.solve(inner, (half @ goal.T).astype(np.float64)).T.astype(np.float32)
+    # From (o, shared taps, ranks) to the order of the core's axes.
+    solved = solved.reshape(len(goal), *(sizes[letter] for letter in shared), *product.shape[: len(ranks)])
     axes = [1 + [*shared, *ranks].index(letter) for letter in rest]
-    return found.transpose(0, *axes).reshape(view.shape).reshape(cores[k].shape)
+    return solved.transpose(0, *axes).reshape(view.shape).reshape(cores[k].shape)
 
 
-def _solve(equation: Equation, cores: Sequence[np.ndarray], k: int, pull: np.ndarray, gram: np.ndarray) -> np.ndarray:
-    """Return core `k` after a few steps of conjugate gradients on its own least-squares problem, the others as they are.
+def _solve(equation: Equation, cores: Sequence[np.ndarray], k: int, correlation: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """Return core `k` after a few steps of conjugate gradients on its least-squares problem, with the other cores fixed.
 
-    `pull` is the wanted weight times the inputs' moments.
+    `correlation` is the target weight times the moments of the inputs.
     """
     others = [*cores[:k], *cores[k + 1 :]]
     subscripts = [*equation.cores[:k], *equation.cores[k + 1 :]]
@@ -175,31 +193,31 @@ def _solve(equation: Equation, cores: Sequence[np.ndarray], k: int, pull: np.nda
         return cores[k]
     start = _view(cores[k], own, equation)
     forward, backward = f"{','.join(subscripts)},{own}->{equation.weight}", f"{','.join(subscripts)},{equation.weight}->{own}"
-    # The order of the products is planned once for all steps; the weight's shape is all that the plan needs of it.
+    # The order of the products is planned once for all steps; the plan needs only the shape of the weight.
     ahead = np.einsum_path(forward, *views, start, optimize="greedy")[0]
     back = np.einsum_path(backward, *views, np.broadcast_to(np.float32(0), equation.axes), optimize="greedy")[0]
 
     def product(core: np.ndarray) -> np.ndarray:
-        return np.asarray(np.einsum(forward, *views, core, optimize=ahead)).reshape(pull.shape)
+        return np.asarray(np.einsum(forward, *views, core, optimize=ahead)).reshape(correlation.shape)
 
     def adjoint(weight: np.ndarray) -> np.ndarray:
         return np.asarray(np.einsum(backward, *views, weight.reshape(equation.axes), optimize=back))
 
     core = start.copy()
-    residual = adjoint(pull - product(core) @ gram)
+    residual = adjoint(correlation - product(core) @ gram)
     direction = residual.copy()
     size = first = float(np.vdot(residual, residual))
     for _ in range(_STEPS):
         if size <= 1e-10 * first or size == 0.0:
             break
-        moved = product(direction)
-        bent = moved @ gram
-        bend = float(np.vdot(moved, bent))
-        if bend <= 0.0:
+        change = product(direction)
+        weighted = change @ gram
+        curvature = float(np.vdot(change, weighted))
+        if curvature <= 0.0:
             break
-        step = size / bend
+        step = size / curvature
         core += step * direction
-        residual -= step * adjoint(bent)
+        residual -= step * adjoint(weighted)
         after = float(np.vdot(residual, residual))
         direction = residual + (after / size) * direction
         size = after
@@ -212,7 +230,7 @@ def _product(equation: Equation, cores: Sequence[np.ndarray], shape: tuple[int, 
 
 
 def _on_inputs(core: np.ndarray, equation: Equation, k: int, matrix: np.ndarray) -> np.ndarray:
-    """Return a core with the letter of the inputs multiplied by a symmetric matrix (I, I)."""
+    """Return a core with its input mode multiplied by a symmetric matrix (I, I)."""
     letters = equation.cores[k]
     view = _view(core, letters, equation)
     axis = letters.index(equation.inputs)
@@ -220,6 +238,7 @@ def _on_inputs(core: np.ndarray, equation: Equation, k: int, matrix: np.ndarray)
 
 
 def _view(core: np.ndarray, letters: str, equation: Equation) -> np.ndarray:
+    """Return a core with one axis per letter."""
     if core.ndim == len(letters):
         return core
     sizes = dict(zip(equation.weight, equation.axes, strict=True))

@@ -1,77 +1,106 @@
-"""The formats: one module each, all with the same functions, in one visible dict.
+"""The tensor formats: one module per format, all with the same functions, listed in one dict.
 
-A new format is one file and one line in `FORMATS`; trainer, exporter, recipes and tests iterate over the dict.
+A new format is one file and one line in `FORMATS`. Trainer, exporter, recipes and tests iterate over the dict.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
-from tensorrail_exporter.formats.contraction import Array, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import Equation
 from tensorrail_runtime.errors import PlanError
 
 
 class Format(Protocol):
-    """What every format module offers. Weights are (O, I, *K) for convolutions, (O, I) for linear and recurrent layers."""
+    """The functions that every format module has.
+
+    The methods share these arguments:
+
+    - `shape`: shape of the dense weight, (O, I, *K) for a convolution, (O, I) for a linear or recurrent layer.
+    - `modes`: sizes of the axes that the weight is reshaped to, in the order of the format.
+    - `ranks`: ranks of the decomposition, in the order of the format.
+    - `weight`, `cores`: arrays of NumPy or torch; results are of the same library, on the same device.
+    """
 
     def merges(self, op: Op) -> tuple[str, ...]:
-        """Return the ways in which neighbouring cores may be joined before they run, the most joined one first."""
+        """Return the names of the ways to merge neighbouring cores before they run, the most merged first."""
 
     def default_modes(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the modes that a plan means when it names none."""
+        """Return the modes of a plan that names none."""
 
     def uniform(self, shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
-        """Return the ranks that one number stands for, before clamping."""
+        """Return the ranks that a single number stands for. They may be larger than the largest that exist."""
 
     def clamp(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return `ranks` lowered to the largest that exist for `modes`; the argument is not changed."""
+        """Return the ranks, lowered to the largest that exist for `modes`."""
 
     def validate(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-        """Raise `PlanError` when modes or ranks cannot describe a weight of this shape."""
+        """Raise `PlanError` if the modes or ranks do not fit a weight of this shape."""
 
-    def decompose(self, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
-        """Return the cores of the closest tensor of these ranks that the format's method finds."""
+    def decompose(self, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
+        """Return the cores of an approximation of `weight` with these ranks, clamped where they are too large."""
 
-    def reconstruct(self, cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
-        """Return the dense weight of this shape that the cores stand for."""
+    def reconstruct(self, cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
+        """Return the dense weight of this shape that the cores represent."""
 
     def core_shapes(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the shape of every core, without computing one."""
+        """Return the shape of every core without computing any."""
 
     def rank_axes(self, shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return for every core the axes that are ranks: those that zeros may widen without changing the weight."""
+        """Return, for every core, the axes that are ranks and may be padded with zeros without changing the weight."""
 
     def equation(self, shape: Sequence[int], modes: Sequence[int]) -> Equation:
-        """Return how the cores multiply up to the weight, as an einsum: linear in every single core."""
+        """Return the einsum that multiplies the cores to the weight. It is linear in every single core."""
 
-    def contraction(self, cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
-        """Return the steps that run in place of the dense layer, bias left out."""
+    def contraction(self, cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+        """Return the steps that replace the dense layer, without its bias. `merge` is one of `merges(layer.op)`."""
 
 
 FORMATS: dict[str, Format] = {"tt": tt, "tr": tr, "tucker": tucker, "cp": cp, "svd": svd, "ttm": ttm}
+"""The formats by name, as plans and recipes write it."""
 
 
 def format_of(name: str) -> Format:
-    """Return the format of that name; `PlanError` lists the valid ones."""
+    """Return the format with this name.
+
+    Raises:
+        PlanError: the name is unknown; the message lists the valid ones.
+
+    """
     try:
         return FORMATS[name]
     except KeyError:
         raise PlanError(f"unknown format {name!r}: expected one of {', '.join(sorted(FORMATS))}") from None
 
 
-def project(name: str, weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> Array:
-    """Return the weight that a format's decomposition of these ranks keeps: ADMM's Z-step.
+def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> ArrayT:
+    """Return the approximation of a weight that a format keeps at these ranks: the Z-step of ADMM.
 
-    `weight` is (O, I, *K) or (O, I), of NumPy or torch; the computation stays on its device. Torch's tensors on the CPU are
-    computed as NumPy arrays, which multiplies a matrix by its own transpose in half the time. Errors are `decompose`'s.
+    A torch tensor in CPU memory is computed as a NumPy array, which multiplies a matrix by its own transpose in half the time.
+
+    Args:
+        name: key of `FORMATS`.
+        weight: dense weight (O, I, *K) or (O, I), of NumPy or torch.
+        modes: modes in the order of the format.
+        ranks: ranks in the order of the format.
+
+    Returns:
+        The reconstructed weight, with the shape, library and device of `weight`.
+
+    Raises:
+        PlanError: the format is unknown, or the modes or ranks do not fit the weight.
+        numpy.linalg.LinAlgError: the weight contains infinity or NaN.
+
     """
     form = format_of(name)
-    on_cpu = hasattr(weight, "new_tensor") and weight.device.type == "cpu"
-    if on_cpu and str(weight.dtype) in ("torch.float32", "torch.float64"):
-        torch = sys.modules["torch"]  # it made the tensor; the exporter itself does without
-        return torch.from_numpy(project(name, weight.detach().numpy(), modes, ranks))
+    tensor: Any = weight  # of torch where it has `new_tensor`, which the exporter itself does not import
+    on_cpu = hasattr(tensor, "new_tensor") and tensor.device.type == "cpu"
+    if on_cpu and str(tensor.dtype) in ("torch.float32", "torch.float64"):
+        torch = sys.modules["torch"]
+        projected: ArrayT = torch.from_numpy(project(name, tensor.detach().numpy(), modes, ranks))
+        return projected
     return form.reconstruct(form.decompose(weight, modes, ranks), tuple(weight.shape), modes)

@@ -1,12 +1,12 @@
-r"""Canonical polyadic (Lebedev et al., ICLR 2015): a sum of R components, the modes those of `tt`.
+r"""Canonical polyadic (Lebedev et al., ICLR 2015): a sum of R components over the modes of `tt`.
 
 .. math:: W(o_1, …, i_n) = \sum_{r=1}^{R} A_1(o_1, r) ⋯ A_d(i_n, r).
 
 A convolution runs as 1×1 → depthwise K_h×K_w on R channels → 1×1, a linear layer as two products over R.
 
-The best CP approximation may not exist: components then grow without bound and cancel each other, and what is trained or
-rounded afterwards is lost. So alternating least squares runs with a ridge, made stronger until no component is larger than
-`BOUND` times the weight; where that does not help, the decomposition says that it diverges.
+The best CP approximation may not exist: components then grow without bound and cancel each other, and cannot be trained or
+rounded afterwards. Alternating least squares therefore runs with a ridge, which is increased until no component is larger
+than `BOUND` times the weight. If no ridge is large enough, the decomposition raises an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import parafac
 
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -35,15 +35,15 @@ from tensorrail_exporter.formats.truncation import backend_of, double, like, tru
 from tensorrail_runtime.errors import PlanError
 
 BOUND = 10.0
-"""The largest norm of one component, in units of the weight's norm."""
+"""The largest norm of one component, as a multiple of the weight's norm."""
 
-_RIDGES = (1e-8, 1e-4, 1e-3, 1e-2)  # of the squared norm of a balanced factor's column
+_RIDGES = (1e-8, 1e-4, 1e-3, 1e-2)  # as shares of the squared norm of a column of a balanced factor
 _SWEEPS = 50
 _TOLERANCE = 1e-5
 
 
 def merges(op: Op) -> tuple[str, ...]:
-    """Return `sides` (the factors of each side joined), `output` or `input` (those of that side) and `none`."""
+    """Return `sides` (merge the factors of each side), `output` or `input` (of that side only) and `none`."""
     return ("sides", "output", "input", "none")
 
 
@@ -53,19 +53,19 @@ def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int,
 
 
 def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of components lowered to the product of all modes but the largest: enough for every tensor."""
+    """Return the number of components, at most the product of all modes except the largest: enough for every tensor."""
     _require(ranks)
     return (min(ranks[0], math.prod(modes) // max(modes)),)
 
 
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raise `PlanError` unless the modes multiply up to the shape and there is one rank."""
+    """Raise `PlanError` unless the products of the modes match the shape and there is one rank."""
     split(shape, modes)
     _require(ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
-    """Return the factors (n_k, R), their norms balanced; `PlanError` when no ridge keeps the components bounded."""
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
+    """Return the factors (n_k, R) with balanced norms; raise `PlanError` if no ridge keeps the components bounded."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
     (rank,) = clamp(shape, modes, ranks)
@@ -80,20 +80,20 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
                 root = scale ** (1 / len(modes))
                 return [like(weight, factor * root) for factor in factors]
     raise PlanError(
-        f"cp with {rank} components diverges on a weight of shape {list(shape)}: its components cancel each other at more than "
-        f"{BOUND:g} times the weight's norm; lower the rank, or use tucker or tt"
+        f"cp with {rank} components diverges on a weight of shape {list(shape)}: components larger than {BOUND:g} times "
+        f"the weight's norm cancel each other; lower the rank, or use tucker or tt"
     )
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
-    """Return the dense weight (O, I, *K) or (O, I) of the factors."""
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
+    """Return the dense weight (O, I, *K) or (O, I) that the factors represent."""
     m = split(shape, modes)
     left, right = _khatri_rao(parts_of(cores)[:m]).core, _khatri_rao(parts_of(cores)[m:]).core
     return fold((left @ right.T).reshape(tuple(modes)), shape)
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return (n_k, R) for every mode, the rank clamped."""
+    """Return (n_k, R) for every mode, with the rank clamped."""
     validate(shape, modes, ranks)
     (rank,) = clamp(shape, modes, ranks)
     return tuple((mode, rank) for mode in modes)
@@ -105,15 +105,15 @@ def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ..
 
 
 def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
-    """Return the factors, which all share the components."""
+    """Return the einsum of the factors, which share one letter for the components."""
     letters, free, plain = side_letters(shape, modes)
     return replace(plain, cores=tuple(letter + free[0] for letter in letters))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
-    """Return the steps of the layer: from the input to R channels, the kernel on each of them, from R channels out.
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return the steps of the layer: from the input to R channels, the kernel on each channel, R channels to the output.
 
-    Core by core, the first input mode makes the R channels and each further one is contracted within its channel.
+    Without merging, the first input mode makes the R channels and every further one is contracted within its channel.
     """
     require_merge(merge, merges(layer.op), "cp")
     m = split(layer.shape, modes)
@@ -125,7 +125,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     if merge in ("sides", "input"):
         ins = [_khatri_rao(ins)]
     single = conv and math.prod(layer.kernel) == 1
-    if single:  # one tap: a factor for each channel
+    if single:  # the core of a kernel with one tap is one number per channel
         ins[0] = Part(ins[0].core * parts[m].core, (m, *ins[0].cores))
     chain = Chain(layer)
     rank = cores[0].shape[1]
@@ -147,8 +147,8 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def _als(tensor: Array, rank: int, ridge: float) -> list[Array]:
-    """Return factors with balanced column norms, from alternating least squares with a ridge; `tensor` has norm 1."""
+def _als(tensor: ArrayT, rank: int, ridge: float) -> list[ArrayT]:
+    """Return factors with balanced column norms by alternating least squares with a ridge; `tensor` has norm 1."""
     _, factors = parafac(
         tensor, rank, n_iter_max=_SWEEPS, init="svd", svd=truncated_svd, tol=_TOLERANCE, l2_reg=ridge, random_state=0
     )
@@ -160,8 +160,8 @@ def _als(tensor: Array, rank: int, ridge: float) -> list[Array]:
     return [factor * (target / tl.clip(norm, 1e-300, None)) for factor, norm in zip(factors, norms, strict=True)]
 
 
-def _largest(factors: Sequence[Array]) -> float:
-    """Return the largest norm of one component; infinite when it is not a number."""
+def _largest(factors: Sequence[ArrayT]) -> float:
+    """Return the largest norm of one component, infinity if it is not a finite number."""
     columns = factors[0] * factors[0]
     sizes = tl.sum(columns, axis=0)
     for factor in factors[1:]:
@@ -170,8 +170,8 @@ def _largest(factors: Sequence[Array]) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def _khatri_rao(parts: Sequence[Part]) -> Part:
-    """Return the factors (n_1, R), (n_2, R) … as one (n_1n_2…, R), column by column."""
+def _khatri_rao(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
+    """Merge the factors (n_1, R), (n_2, R) … into one (n_1n_2…, R), column by column."""
     merged = parts[0]
     for part in parts[1:]:
         product = (merged.core[:, None, :] * part.core[None, :, :]).reshape(-1, merged.core.shape[1])

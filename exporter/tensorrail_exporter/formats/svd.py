@@ -1,11 +1,11 @@
 r"""Low-rank matrices (Denton et al. 2014; the spatial split of convolutions Jaderberg et al. 2014).
 
-A linear weight (O, I) is the matrix itself. A kernel's axes are shared out between the two factors: the first j of them
+A linear weight (O, I) is the matrix itself. The axes of a kernel are divided between the two factors: the first j of them
 (J = k_1⋯k_j taps) go with the inputs, the others (L taps) with the outputs,
 
 .. math:: M_{(o, l), (i, j)} = W_{o, i, j, l} ≈ U V, \quad U ∈ R^{O·L × r}, \; V ∈ R^{r × I·J}.
 
-The modes (O·L, I·J) say where the split is: (O·Kw, I·Kh) runs as Kh×1 → 1×Kw, (O, I·K) as Kh×Kw → 1×1, (O·K, I) as
+The modes (O·L, I·J) define the split: (O·Kw, I·Kh) runs as Kh×1 → 1×Kw, (O, I·K) as Kh×Kw → 1×1, (O·K, I) as
 1×1 → Kh×Kw. The truncated SVD is the best approximation of that rank (Eckart and Young 1936).
 """
 
@@ -16,19 +16,19 @@ from collections.abc import Sequence
 
 import tensorly as tl
 
-from tensorrail_exporter.formats.contraction import Array, Chain, Conv, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, Conv, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import LETTERS, Equation, require_merge, require_ranks
 from tensorrail_exporter.formats.truncation import backend_of, permute, truncated_svd
 from tensorrail_runtime.errors import PlanError
 
 
 def merges(op: Op) -> tuple[str, ...]:
-    """Return `sides`: there are two factors, and nothing to join."""
+    """Return `sides`: two factors leave nothing to merge."""
     return ("sides",)
 
 
 def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return (O, I), or the spatial split of a kernel after its first axis."""
+    """Return (O, I) for a matrix, and the split after the first spatial axis for a kernel."""
     return (shape[0] * math.prod(shape[3:]), shape[1] * math.prod(shape[2:3]))
 
 
@@ -38,19 +38,19 @@ def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int,
 
 
 def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the rank lowered to the smaller side of the matrix."""
+    """Return the rank, at most the smaller side of the matrix."""
     _require(ranks)
     return (min(ranks[0], *modes),)
 
 
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raise `PlanError` unless the modes are a split of the weight into two and there is one rank."""
+    """Raise `PlanError` unless the modes split the weight into two factors and there is one rank."""
     _split(shape, modes)
     _require(ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
-    """Return U·√S (O·L, r) and √S·V (r, I·J), the singular values shared evenly."""
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
+    """Return U·√S (O·L, r) and √S·V (r, I·J): both factors carry the root of the singular values."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
     j = _split(shape, modes)
@@ -62,8 +62,8 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
         return [u * root, root[:, None] * v]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
-    """Return the dense weight (O, I, *K) or (O, I) of the two factors."""
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
+    """Return the dense weight (O, I, *K) or (O, I) that the two factors represent."""
     j = _split(shape, modes)
     kernel = tuple(shape[2:])
     full = (cores[0] @ cores[1]).reshape(shape[0], *kernel[j:], shape[1], *kernel[:j])
@@ -72,26 +72,26 @@ def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[in
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return (O·L, r) and (r, I·J), the rank clamped."""
+    """Return (O·L, r) and (r, I·J), with the rank clamped."""
     validate(shape, modes, ranks)
     (rank,) = clamp(shape, modes, ranks)
     return ((modes[0], rank), (rank, modes[1]))
 
 
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return the axis of the rank in each factor."""
+    """Return the rank's axis in each factor."""
     return ((1,), (0,))
 
 
 def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
-    """Return the two factors: the output with the kernel's later axes, the input with its earlier ones."""
+    """Return the einsum of the two factors: outputs with the later kernel axes, inputs with the earlier ones."""
     j = _split(shape, modes)
     kernel = LETTERS[3 : 3 + len(shape) - 2]
     return Equation(("a" + kernel[j:] + "c", "cb" + kernel[:j]), "ab" + kernel, tuple(shape), "b")
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
-    """Return two convolutions, each with its own axes' stride, pads and dilation, or two matrix products."""
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return two convolutions, each with the stride, pads and dilation of its own axes, or two matrix products."""
     require_merge(merge, merges(layer.op), "svd")
     if layer.op != "conv":
         chain = Chain(layer)
@@ -101,7 +101,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     j = _split(layer.shape, modes)
     rank = cores[1].shape[0]
     nd = layer.spatial
-    inner = [axis < j or layer.kernel[axis] == 1 for axis in range(nd)]  # a single tap: the earlier stride costs less
+    inner = [axis < j or layer.kernel[axis] == 1 for axis in range(nd)]  # an axis with one tap: striding early costs less
     first = cores[1].reshape(rank, layer.shape[1], *(k if axis < j else 1 for axis, k in enumerate(layer.kernel)))
     outer = (layer.shape[0], *layer.kernel[j:], rank)
     second = permute(cores[0].reshape(outer), (0, len(outer) - 1, *range(1, len(outer) - 1)))
@@ -109,24 +109,24 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return (_on_axes(first, 1, layer, inner), _on_axes(second, 0, layer, [not axis for axis in inner]))
 
 
-def _on_axes(weight: Array, core: int, layer: LayerSpec, mine: Sequence[bool]) -> Conv:
-    """Return a convolution with the layer's stride, pads and dilation on some axes, and none on the others."""
+def _on_axes(weight: ArrayT, core: int, layer: LayerSpec, used: Sequence[bool]) -> Conv:
+    """Return a convolution with the layer's stride, pads and dilation on the used axes only."""
     return Conv(
         weight,
         (core,),
-        stride=tuple(s if on else 1 for s, on in zip(layer.stride, mine, strict=True)),
-        pads=tuple(p if on else 0 for p, on in zip(layer.pads, [*mine, *mine], strict=True)),
-        dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, mine, strict=True)),
+        stride=tuple(s if on else 1 for s, on in zip(layer.stride, used, strict=True)),
+        pads=tuple(p if on else 0 for p, on in zip(layer.pads, [*used, *used], strict=True)),
+        dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, used, strict=True)),
         auto_pad=layer.auto_pad,
     )
 
 
 def _split(shape: Sequence[int], modes: Sequence[int]) -> int:
-    """Return how many of the kernel's axes go with the inputs; `PlanError` when the modes are no such split."""
+    """Return how many kernel axes go with the inputs; raise `PlanError` if the modes are not such a split."""
     kernel = tuple(shape[2:])
     choices = {(shape[0] * math.prod(kernel[j:]), shape[1] * math.prod(kernel[:j])): j for j in range(len(kernel) + 1)}
     try:
-        return choices[tuple(modes)]  # type: ignore[index]
+        return choices[tuple(modes)]  # type: ignore[index] # any number of modes: others than two are not found
     except KeyError:
         known = " or ".join(str(list(choice)) for choice in choices)
         raise PlanError(f"modes {list(modes)} do not split a weight of shape {list(shape)} in two: expected {known}") from None

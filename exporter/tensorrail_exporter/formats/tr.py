@@ -1,12 +1,12 @@
-r"""Tensor ring (Zhao et al. 2016): a train whose two ends are joined by a rank r₀ = r_d, the modes those of `tt`.
+r"""Tensor ring (Zhao et al. 2016): a tensor train whose ends are connected by a rank r₀ = r_d, over the modes of `tt`.
 
 .. math:: W(o_1, …, i_n) = \operatorname{tr}\bigl(G_1(o_1) G_2(o_2) … G_d(i_n)\bigr), \quad G_k ∈ R^{r_{k-1} × n_k × r_k}.
 
-The output cores together are a map from (r₀, r_m) to O, the input cores one from I to (r₀, r_{m'}): a convolution runs as
+The output cores together map (r₀, r_m) to O, the input cores map I to (r₀, r_{m'}). A convolution runs as
 1×1 → K_h×K_w in r₀ groups with the same kernel → 1×1, a linear layer as two matrix products over the rank r₀·r_m.
 
-The one-shot SVD spends its error at the first cut. It is only the start here: alternating least squares goes on from it,
-each step the exact minimum over one core, so that the result is never worse.
+The one-shot SVD makes most of its error at the first cut. Here it is only the starting point of alternating least squares,
+where each step is the exact minimum over one core, so the result is never worse.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import tensorly as tl
 from tensorly.decomposition import tensor_ring, tensor_train
 
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -39,13 +40,13 @@ from tensorrail_exporter.formats.truncation import backend_of, double, like, per
 from tensorrail_runtime.errors import PlanError
 
 _SWEEPS = 20
-_PROGRESS = 1e-3  # of the error: a sweep that gains less is the last one
-_DAMPING = 0.1  # of the squared error, where cores are as large as those of the one-shot ring
-_RIDGE = 1e-12  # of the Gram matrix's mean eigenvalue: keeps a rank-deficient core solvable
+_PROGRESS = 1e-3  # share of the error: the sweeps end after one that gains less
+_DAMPING = 0.1  # penalty as a share of the squared error, for cores as large as those of the one-shot ring
+_RIDGE = 1e-12  # share of the Gram matrix's mean eigenvalue: keeps a rank-deficient core solvable
 
 
 def merges(op: Op) -> tuple[str, ...]:
-    """Return `sides` (grouped kernel) and `fold` (ring rank in the batch), or for products `sides` and `output`."""
+    """Return `sides` (grouped kernel) and `fold` (ring rank in the batch) for convolutions, else `sides` and `output`."""
     return ("sides", "fold") if op == "conv" else ("sides", "output")
 
 
@@ -55,9 +56,10 @@ def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int,
 
 
 def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the ranks lowered to those that can matter: no core taller than wide, and none above the largest of a train.
+    """Return the ranks, lowered where they are of no use: a rank is at most its neighbour times the mode between them.
 
-    Across a cut of the ring run two bonds, so a rank may be larger than that of a train at the same place.
+    A cut through the ring crosses two ranks, so a rank may be larger than that of a train at the same place, but not larger
+    than the largest rank of a train over these modes.
     """
     _require(modes, ranks)
     d = len(modes)
@@ -72,15 +74,15 @@ def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> t
 
 
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raise `PlanError` unless the modes multiply up to the shape and the ring closes: r_0 = r_d."""
+    """Raise `PlanError` unless the products of the modes match the shape and the ring is closed: r_0 = r_d."""
     split(shape, modes)
     _require(modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
     """Return the cores G_k (r_{k-1}, n_k, r_k): the one-shot ring SVD, refined by alternating least squares.
 
-    The relative error is at most that of the one-shot, for which TensorLy's `tensor_ring` is used where the ranks allow it.
+    The relative error is at most that of the one-shot SVD, for which TensorLy's `tensor_ring` is used if the ranks allow it.
     """
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
@@ -93,8 +95,8 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
         return [like(weight, core) for core in _refine(tensor, one_shot(tensor, ring))]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
-    """Return the dense weight (O, I, *K) or (O, I) of the cores."""
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
+    """Return the dense weight (O, I, *K) or (O, I) that the cores represent."""
     split(shape, modes)
     first = cores[0].shape[0]
     out = joined(parts_of(cores[:-1])).core  # (r_0, N, r)
@@ -105,26 +107,26 @@ def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[in
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return (r_{k-1}, n_k, r_k) for every core, the ranks clamped."""
+    """Return (r_{k-1}, n_k, r_k) for every core, with the ranks clamped."""
     validate(shape, modes, ranks)
     ring = clamp(shape, modes, ranks)
     return tuple((ring[k], mode, ring[k + 1]) for k, mode in enumerate(modes))
 
 
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return those of `tt`: the rank that closes the ring counts groups, not channels, and stays."""
+    """Return the axes of `tt`: the rank that closes the ring is a number of groups, not of channels, and is not padded."""
     return tt.rank_axes(shape, modes)
 
 
 def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
-    """Return the ring: neighbouring cores share a rank, the last one and the first as well."""
+    """Return the einsum of the ring: neighbouring cores share a rank, and so do the last and the first."""
     letters, free, plain = side_letters(shape, modes)
     count = len(letters)
     return replace(plain, cores=tuple(free[k] + letter + free[(k + 1) % count] for k, letter in enumerate(letters)))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
-    """Return the steps of the layer: into the ring's ranks, the kernel for each of the r_0 groups, out of them."""
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return the steps of the layer: the input to the ring's ranks, the kernel in r_0 groups, the ranks to the output."""
     require_merge(merge, merges(layer.op), "tr")
     m = split(layer.shape, modes)
     parts = parts_of(cores)
@@ -155,14 +157,19 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def one_shot(tensor: Array, ring: Sequence[int]) -> list[Array]:
-    """Return ring cores of a tensor of modes by successive SVDs (Zhao et al. 2016, Algorithm 1).
+def one_shot(tensor: ArrayT, ring: Sequence[int]) -> list[ArrayT]:
+    """Return the ring cores of a tensor by successive SVDs (Zhao et al. 2016, Algorithm 1).
 
-    The first cut has r_k·r_{k+1} singular vectors to share out; where no mode has so many, a train of the same ranks is
-    taken and the ring's further slots filled with small values for the refinement to use. Runs inside `backend_of`.
+    The first cut needs r_k·r_{k+1} singular vectors. If no mode has that many, a train of the same ranks is computed, and
+    the rest of the ring's cores is filled with small random values for the refinement. It must run inside `backend_of`.
+
+    Args:
+        tensor: array with one axis per mode.
+        ring: ranks r_0 … r_d with r_0 = r_d, clamped.
+
     """
     modes = tuple(tensor.shape)
-    if len(modes) == 2:  # a matrix of rank r_0·r_1, whose singular vectors are shared out: nothing is better
+    if len(modes) == 2:  # a matrix of rank r_0·r_1: its singular vectors are the optimum
         u, s, v = truncated_svd(tensor, ring[0] * ring[1])
         cores = [tl.zeros((mode, ring[0] * ring[1]), **tl.context(tensor)) for mode in modes]
         cores[0][:, : len(s)], cores[1][:, : len(s)] = u * tl.sqrt(s), tl.transpose(v) * tl.sqrt(s)
@@ -185,33 +192,34 @@ def one_shot(tensor: Array, ring: Sequence[int]) -> list[Array]:
     return cores
 
 
-def error(tensor: Array, cores: Sequence[Array]) -> float:
-    """Return ‖tensor − ring(cores)‖ / ‖tensor‖."""
+def error(tensor: ArrayT, cores: Sequence[ArrayT]) -> float:
+    """Return the relative error ‖tensor − ring(cores)‖ / ‖tensor‖."""
     modes = tuple(tensor.shape)
     full = reconstruct(cores, (modes[0], math.prod(modes[1:])), (modes[0], *modes[1:])).reshape(modes)
     return float(tl.norm(tensor - full)) / (float(tl.norm(tensor)) or 1.0)
 
 
-def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
-    """Return the cores after damped alternating least squares; a sweep that gains nothing is dropped, so never worse.
+def _refine(tensor: ArrayT, cores: list[ArrayT]) -> list[ArrayT]:
+    """Return the cores after damped alternating least squares, which never increases the error.
 
-    The rings of given ranks are not a closed set: undamped, cores grow without bound and cancel each other, and such cores
-    do not train. So large cores cost a share of the error that is left, which vanishes with it, and all have one norm.
+    The set of rings with given ranks is not closed: without damping, cores grow without bound and cancel each other, and
+    such cores do not train. The penalty on large cores is a share of the remaining error, so that it vanishes with the
+    error, and all cores are kept at the same norm.
     """
     cores = balanced(cores)
     least, damping = error(tensor, cores), _DAMPING
     size = sum(float(tl.norm(core)) ** 2 for core in cores) or 1.0
     square = float(tl.norm(tensor)) ** 2
     for _ in range(_SWEEPS):
-        tried = list(cores)
-        for k in range(len(tried)):
-            tried[k] = _solve(tensor, tried, k, damping * least**2 * square / size)
-        tried = balanced(tried)
-        now = error(tensor, tried)
-        if now < least:
-            gained = least - now > _PROGRESS * least
-            cores, least = tried, now
-            if not gained or now < _RIDGE**0.5:
+        candidate = list(cores)
+        for k in range(len(candidate)):
+            candidate[k] = _solve(tensor, candidate, k, damping * least**2 * square / size)
+        candidate = balanced(candidate)
+        candidate_error = error(tensor, candidate)
+        if candidate_error < least:
+            progress = least - candidate_error > _PROGRESS * least
+            cores, least = candidate, candidate_error
+            if not progress or candidate_error < _RIDGE**0.5:
                 break
         else:
             damping /= 10
@@ -220,8 +228,8 @@ def _refine(tensor: Array, cores: list[Array]) -> list[Array]:
     return cores
 
 
-def balanced(cores: Sequence[Array]) -> list[Array]:
-    """Return the cores of the same ring with one Frobenius norm for all."""
+def balanced(cores: Sequence[ArrayT]) -> list[ArrayT]:
+    """Return cores of the same ring that all have the same Frobenius norm."""
     norms = [float(tl.norm(core)) for core in cores]
     if not all(norms):
         return list(cores)
@@ -229,22 +237,22 @@ def balanced(cores: Sequence[Array]) -> list[Array]:
     return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
 
 
-def _solve(tensor: Array, cores: Sequence[Array], k: int, damping: float) -> Array:
-    """Return the core k that minimizes the squared error plus `damping` times the core's squared norm, the others held."""
+def _solve(tensor: ArrayT, cores: Sequence[ArrayT], k: int, damping: float) -> ArrayT:
+    """Return core k that minimizes the squared error plus `damping` times its squared norm, with the other cores fixed."""
     d = len(cores)
-    rest = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
-    right, count, left = rest.shape
+    others = joined(parts_of([cores[(k + 1 + j) % d] for j in range(d - 1)])).core  # (r_k, N, r_{k-1})
+    right, count, left = others.shape
     rotated = permute(tensor, tuple((k + j) % d for j in range(d))).reshape(tensor.shape[k], count)
-    design = permute(rest, (1, 2, 0)).reshape(count, left * right)
+    design = permute(others, (1, 2, 0)).reshape(count, left * right)
     gram = design.T @ design
     ridge = damping + (_RIDGE * float(tl.trace(gram)) / (left * right) or 1.0)
     gram = gram + ridge * tl.eye(left * right, **tl.context(gram))
-    solved = tl.solve(gram, (rotated @ design).T)  # (left·right, n_k)
+    solved: ArrayT = tl.solve(gram, (rotated @ design).T)  # (left·right, n_k)
     return permute(solved.reshape(left, right, tensor.shape[k]), (0, 2, 1))
 
 
-def _input_chain(chain: Chain, ins: Sequence[Part], inputs: int) -> None:
-    """Contract a linear layer's input core by core, from the last one on, to (r_m, r_0)."""
+def _input_chain(chain: Chain, ins: Sequence[Part[ArrayT]], inputs: int) -> None:
+    """Contract the input of a linear layer core by core, starting from the last, to (r_m, r_0)."""
     ring = ins[-1].core.shape[2]
     before = inputs
     for index, part in enumerate(reversed(ins)):
@@ -256,14 +264,16 @@ def _input_chain(chain: Chain, ins: Sequence[Part], inputs: int) -> None:
             chain.apply(part.core.reshape(left, mode * right), part.cores, before=before, after=ring)
 
 
-def _tiled(kernel: Array, groups: int) -> Array:
-    """Return the kernel once for each group, (groups·O, C, *K)."""
+def _tiled(kernel: ArrayT, groups: int) -> ArrayT:
+    """Return a kernel (O, C, *K) repeated for each group, (groups·O, C, *K)."""
     shape = (groups, *kernel.shape)
-    wide = kernel[None].expand(shape) if hasattr(kernel, "expand") else np.broadcast_to(kernel[None], shape)
-    return wide.reshape(groups * kernel.shape[0], *kernel.shape[1:])
+    either: Any = kernel[None]  # the libraries have no common name for a view that repeats its values
+    repeated: Any = either.expand(shape) if hasattr(either, "expand") else np.broadcast_to(either, shape)
+    tiled: ArrayT = repeated.reshape(groups * kernel.shape[0], *kernel.shape[1:])
+    return tiled
 
 
 def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
     require_ranks(ranks, len(modes) + 1, f"tr: r_0 … r_{len(modes)} for {len(modes)} modes")
     if ranks[0] != ranks[-1]:
-        raise PlanError(f"the ranks of a ring start and end with the same number, and came as {list(ranks)}")
+        raise PlanError(f"expected tr ranks whose first and last are equal, r_0 = r_d, got {list(ranks)}")

@@ -1,10 +1,10 @@
-r"""The truncated SVD behind every format: exact, and fast on the very oblong unfoldings that weights have.
+r"""The truncated SVD that every format uses: accurate, and fast on matrices with one side much longer than the other.
 
-For a float32 matrix :math:`M` (m, n) with m ≤ n the Gram matrix :math:`MM^T` is formed and its m×m eigenproblem solved.
-Squaring costs half the digits, so a first try in float32 sees singular values down to about 1e-3 of the largest. Its
-vectors :math:`U` are orthonormal all the same, and what they leave of the matrix is measured: where they leave so little
-that the values lost could matter, the whole is done again in float64, which sees down to 1e-8, below float32's own
-rounding (6e-8). A float64 matrix has digits to lose and takes the full SVD.
+For a float32 matrix :math:`M` (m, n) with m ≤ n, the Gram matrix :math:`MM^T` is formed and its m×m eigenproblem solved.
+Squaring halves the number of digits, so the first attempt, in float32, resolves singular values down to about 1e-3 of the
+largest. Its vectors :math:`U` are orthonormal anyway, and the part of the matrix outside their span is measured. If that
+part is so small that the unresolved values could matter, everything is computed again in float64, which resolves values
+down to 1e-8, below the rounding of float32 (6e-8). A float64 matrix takes the full SVD.
 """
 
 from __future__ import annotations
@@ -12,40 +12,49 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import tensorly as tl
 
-from tensorrail_exporter.formats.contraction import Array
+from tensorrail_exporter.formats.contraction import ArrayT
 
-_CAPTURED = 1 - 1e-4  # of the squared norm: when float32 leaves less than that of the matrix, float64 decides
-_NEGLIGIBLE = 1e-7  # of the largest singular value: float32's rounding; the direction of such a vector is noise
+_CAPTURED = 1 - 1e-4  # share of the squared norm above which the float32 result is computed again in float64
+_NEGLIGIBLE = 1e-7  # share of the largest singular value: the rounding of float32; directions of smaller values are noise
 
 
 @contextmanager
-def backend_of(array: Array) -> Iterator[None]:
-    """Let TensorLy compute with the library, and so on the device, that `array` lives on, within this block."""
+def backend_of(array: ArrayT) -> Iterator[None]:
+    """Make TensorLy compute with the library, and on the device, of `array` within this block."""
     name = "pytorch" if type(array).__module__.partition(".")[0] == "torch" else "numpy"
     with tl.backend_context(name, local_threadsafe=True):
         yield
 
 
-def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) -> tuple[Array, Array, Array]:
-    """Return U (m, k), S (k,), V (k, n), the k leading singular triplets of a matrix (m, n).
+def truncated_svd(matrix: ArrayT, n_eigenvecs: int | None = None, **_: object) -> tuple[ArrayT, ArrayT, ArrayT]:
+    """Return the k leading singular triplets of a matrix: U (m, k), S (k,) and V (k, n).
 
-    The signature is the one TensorLy asks of its `svd=` argument. Must run inside `backend_of(matrix)`. Raises
-    `np.linalg.LinAlgError` for a matrix that is not finite, with which LAPACK may not end.
+    The signature is that of TensorLy's `svd=` argument. It must run inside `backend_of(matrix)`.
+
+    Args:
+        matrix: array (m, n) of NumPy or torch.
+        n_eigenvecs: k; default and largest value is min(m, n).
+        **_: further arguments that TensorLy passes; they are ignored.
+
+    Raises:
+        numpy.linalg.LinAlgError: the matrix contains infinity or NaN, with which LAPACK may not terminate.
+
     """
     rows, columns = matrix.shape
     largest = _largest(matrix)
     if not largest < math.inf:
-        raise np.linalg.LinAlgError("a matrix holds infinity or NaN")
+        raise np.linalg.LinAlgError("expected a matrix of finite values, got infinity or NaN")
     count = min(rows, columns, n_eigenvecs or min(rows, columns))
     if str(matrix.dtype).endswith("float64"):
         u, s, v = tl.svd(matrix, full_matrices=False)
         return u[:, :count], s[:count], v[:count]
     oblong = tl.transpose(matrix) if rows > columns else matrix
-    scale = 1.0 if 1e-9 < largest < 1e9 or not largest else largest  # the squares of others are beyond float32
+    scale = 1.0 if 1e-9 < largest < 1e9 or not largest else largest  # squares of other values overflow float32
     if scale != 1.0:
         oblong = oblong / scale
     u, s, v, share = _gram_svd(oblong, count)
@@ -56,29 +65,35 @@ def truncated_svd(matrix: Array, n_eigenvecs: int | None = None, **_: object) ->
     return (tl.transpose(v), s, tl.transpose(u)) if rows > columns else (u, s, v)
 
 
-def permute(array: Array, axes: tuple[int, ...]) -> Array:
-    """Return the array with its axes reordered, for NumPy and torch alike, backend or not."""
-    return array.permute(axes) if hasattr(array, "permute") else array.transpose(axes)
+def permute(array: ArrayT, axes: tuple[int, ...]) -> ArrayT:
+    """Return the array with its axes reordered; works inside and outside of `backend_of`."""
+    either: Any = array  # here and below: the libraries have no common name for it
+    permuted: ArrayT = either.permute(axes) if hasattr(either, "permute") else either.transpose(axes)
+    return permuted
 
 
-def double(array: Array) -> Array:
-    """Return the array in float64 on its own device."""
-    return array.double() if hasattr(array, "double") else array.astype("float64")
+def double(array: ArrayT) -> ArrayT:
+    """Return the array in float64, on the same device."""
+    either: Any = array
+    wide: ArrayT = either.double() if hasattr(either, "double") else either.astype("float64")
+    return wide
 
 
-def like(array: Array, other: Array) -> Array:
-    """Return `other` in the type of `array`."""
-    return other.to(array.dtype) if hasattr(other, "double") else other.astype(array.dtype)
+def like(array: ArrayT, other: ArrayT) -> ArrayT:
+    """Return `other` converted to the dtype of `array`."""
+    either: Any = other
+    converted: ArrayT = either.to(array.dtype) if hasattr(either, "double") else either.astype(array.dtype)
+    return converted
 
 
-def _largest(matrix: Array) -> float:
-    """Return the largest magnitude, NaN where there is one."""
+def _largest(matrix: ArrayT) -> float:
+    """Return the largest magnitude, or NaN if the matrix contains one."""
     high, low = float(tl.max(matrix)), float(tl.min(matrix))
     return high if math.isnan(high) or high > -low else -low
 
 
-def _gram_svd(matrix: Array, count: int) -> tuple[Array, Array, Array, float]:
-    """Return U (m, k), S (k,), V (k, n) of a matrix with m ≤ n from the eigenvectors of M Mᵀ, and their share of ‖M‖²."""
+def _gram_svd(matrix: ArrayT, count: int) -> tuple[ArrayT, ArrayT, ArrayT, float]:
+    """Return U (m, k), S (k,) and V (k, n) of a matrix with m ≤ n, from the eigenvectors of M Mᵀ, and their share of ‖M‖²."""
     gram = double(tl.dot(matrix, tl.transpose(matrix)))
     _, vectors = tl.eigh(gram)  # eigenvalues ascend
     u = like(matrix, tl.flip(vectors[:, vectors.shape[1] - count :], axis=1))

@@ -1,12 +1,12 @@
 r"""Separable tensor train (Oseledets 2011; for convolutions Yin et al., CVPR 2021).
 
-A kernel :math:`W ∈ R^{O×I×K_h×K_w}` is read as (O, K, I), K = K_h·K_w, and reshaped to modes
+A kernel :math:`W ∈ R^{O×I×K_h×K_w}` is viewed as (O, K, I), K = K_h·K_w, and reshaped to modes
 :math:`(o_1, …, o_m, K, i_1, …, i_n)`; a linear weight (O, I) to :math:`(o_1, …, o_m, i_1, …, i_n)`. Then
 
 .. math:: W(o_1, …, i_n) = G_1(o_1) G_2(o_2) … G_d(i_n), \quad G_k ∈ R^{r_{k-1} × n_k × r_k}, \; r_0 = r_d = 1.
 
-The first and the last modes touch only one side of the layer, so it runs as 1×1 → K_h×K_w → 1×1 (stride, pads and
-dilation in the middle), or as two matrix products for a linear layer.
+The first modes belong to the output only, the last ones to the input only. A convolution therefore runs as
+1×1 → K_h×K_w → 1×1 (stride, pads and dilation in the middle), a linear layer as two matrix products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import tensor_train
 
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     fold,
@@ -37,7 +37,7 @@ from tensorrail_runtime.errors import PlanError
 
 
 def merges(op: Op) -> tuple[str, ...]:
-    """Return `sides` (both joined), `output` or `input` (that side joined) and `none` (core by core)."""
+    """Return `sides` (merge the cores of each side), `output` or `input` (of that side only) and `none`."""
     return ("sides", "output", "input", "none")
 
 
@@ -47,7 +47,7 @@ def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int,
 
 
 def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the ranks lowered to the largest that exist: r_k ≤ r_{k-1} n_k from the left, r_{k-1} ≤ n_k r_k from the right."""
+    """Return the ranks, lowered to the largest that exist: r_k ≤ r_{k-1} n_k and r_{k-1} ≤ n_k r_k."""
     _require(modes, ranks)
     clamped = list(ranks)
     for k, mode in enumerate(modes):
@@ -58,13 +58,13 @@ def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> t
 
 
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raise `PlanError` unless the modes multiply up to the shape and the ranks start and end with 1 and are positive."""
+    """Raise `PlanError` unless the products of the modes match the shape and the ranks are positive, first and last 1."""
     split(shape, modes)
     _require(modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
-    """Return the cores G_k (r_{k-1}, n_k, r_k) by TT-SVD, with the ranks clamped to those that exist.
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
+    """Return the cores G_k (r_{k-1}, n_k, r_k) by TT-SVD, with the ranks clamped.
 
     The error is at most sqrt(d - 1) times that of the best tensor of these ranks (Oseledets 2011, Corollary 2.4).
     """
@@ -74,22 +74,23 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
         return list(tensor_train(unfold(weight, modes), list(clamp(shape, modes, ranks)), svd=truncated_svd).factors)
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
-    """Return the dense weight (O, I, *K) or (O, I) of the cores."""
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
+    """Return the dense weight (O, I, *K) or (O, I) that the cores represent."""
     split(shape, modes)
     with backend_of(cores[0]):
-        return fold(tl.tt_to_tensor(list(cores)), shape)
+        tensor: ArrayT = tl.tt_to_tensor(list(cores))
+    return fold(tensor, shape)
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return (r_{k-1}, n_k, r_k) for every core, the ranks clamped."""
+    """Return (r_{k-1}, n_k, r_k) for every core, with the ranks clamped."""
     validate(shape, modes, ranks)
     feasible = clamp(shape, modes, ranks)
     return tuple((feasible[k], mode, feasible[k + 1]) for k, mode in enumerate(modes))
 
 
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return (2), (0, 2), …, (0): all but the two ends of the train."""
+    """Return (2), (0, 2), …, (0): every rank except the two ends of the train."""
     last = len(modes) - 1
     return tuple(
         tuple(axis for axis in (0, 2) if not ((k == 0 and axis == 0) or (k == last and axis == 2))) for k in range(last + 1)
@@ -97,16 +98,16 @@ def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ..
 
 
 def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
-    """Return the train: neighbouring cores share a rank; the two of size 1 at its ends have no letter."""
+    """Return the einsum of the train: neighbouring cores share a rank; the ranks of size 1 at the ends have no letter."""
     letters, free, plain = side_letters(shape, modes)
     ranks = ["", *free[1 : len(letters)], ""]
     return replace(plain, cores=tuple(ranks[k] + letter + ranks[k + 1] for k, letter in enumerate(letters)))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
-    """Return the steps of the layer: input cores from the last one on, the kernel, output cores from the last one on.
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+    """Return the steps of the layer: the input cores from last to first, the kernel, the output cores from last to first.
 
-    With both sides joined these are three convolutions, or two when the kernel has a single tap, or two matrix products.
+    With both sides merged these are three convolutions, two if the kernel has a single tap, or two matrix products.
     """
     require_merge(merge, merges(layer.op), "tt")
     m = split(layer.shape, modes)
@@ -118,7 +119,7 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     if merge in ("sides", "input"):
         ins = [joined(ins)]
     single = conv and math.prod(layer.kernel) == 1
-    if single:  # nothing to slide: the kernel's core joins the side with the smaller rank
+    if single:  # a kernel with one tap: merge its core into the side with the smaller rank
         left, _, right = parts[m].core.shape
         if left <= right:
             ins[0] = joined([parts[m], ins[0]])
@@ -144,4 +145,4 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
 def _require(modes: Sequence[int], ranks: Sequence[int]) -> None:
     require_ranks(ranks, len(modes) + 1, f"tt: r_0 … r_{len(modes)} for {len(modes)} modes")
     if ranks[0] != 1 or ranks[-1] != 1:
-        raise PlanError(f"tt ranks start and end with 1, and came as {list(ranks)}; for a ring of cores use format tr")
+        raise PlanError(f"expected tt ranks that start and end with 1, got {list(ranks)}; for a ring of cores use format tr")

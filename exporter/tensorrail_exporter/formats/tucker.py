@@ -1,6 +1,6 @@
 r"""Tucker (De Lathauwer et al. 2000; for convolutions Tucker-2, Kim et al., ICLR 2016).
 
-The modes are those of `tt`, each with a factor but the kernel's taps, which are left as they are:
+The modes are those of `tt`. Every mode except the kernel's has a factor:
 
 .. math:: W = C ×_{o_1} A_1 … ×_{i_n} B_n, \quad A_j ∈ R^{o_j × p_j}, \; B_j ∈ R^{i_j × q_j}.
 
@@ -16,7 +16,7 @@ from dataclasses import replace
 import tensorly as tl
 from tensorly.decomposition import partial_tucker
 
-from tensorrail_exporter.formats.contraction import Array, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -32,21 +32,21 @@ from tensorrail_exporter.formats.modes import (
 from tensorrail_exporter.formats.modes import default_modes as default_modes
 from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
 
-_SWEEPS = 10  # of HOOI
+_SWEEPS = 10  # iterations of HOOI, the higher-order orthogonal iteration
 
 
 def merges(op: Op) -> tuple[str, ...]:
-    """Return `sides` (the factors of each side joined), `output` or `input` (those of that side) and `none`."""
+    """Return `sides` (merge the factors of each side), `output` or `input` (of that side only) and `none`."""
     return ("sides", "output", "input", "none")
 
 
 def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
-    """Return (rank, …, rank), one for each mode but the kernel's."""
+    """Return (rank, …, rank), one for each mode except the kernel's."""
     return (rank,) * len(_ranked(shape, modes))
 
 
 def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the ranks lowered to their modes, and to the product of all other ranks and the taps."""
+    """Return the ranks, each at most its mode and at most the product of all other ranks and the taps."""
     _require(shape, modes, ranks)
     taps = math.prod(shape[2:])
     clamped = [min(rank, modes[mode]) for rank, mode in zip(ranks, _ranked(shape, modes), strict=True)]
@@ -56,19 +56,19 @@ def clamp(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> t
 
 
 def validate(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raise `PlanError` unless the modes multiply up to the shape and every mode but the kernel's has a rank."""
+    """Raise `PlanError` unless the products of the modes match the shape and every mode except the kernel's has a rank."""
     split(shape, modes)
     _require(shape, modes, ranks)
 
 
-def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list[Array]:
-    """Return A_1 … A_m, C, B_1 … B_n by higher-order orthogonal iteration, started from the higher-order SVD."""
+def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
+    """Return A_1 … A_m, C, B_1 … B_n by higher-order orthogonal iteration, starting from the higher-order SVD."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
     m = split(shape, modes)
     with backend_of(weight):
         tensor = unfold(weight, modes)
-        if float(tl.norm(tensor)) == 0.0:  # the iteration measures its progress in units of the norm
+        if float(tl.norm(tensor)) == 0.0:  # TensorLy divides by the norm to measure progress
             return [tl.zeros(size, **tl.context(tensor)) for size in core_shapes(shape, modes, ranks)]
         (core, factors), _ = partial_tucker(
             tensor,
@@ -80,12 +80,13 @@ def decompose(weight: Array, modes: Sequence[int], ranks: Sequence[int]) -> list
     return [*factors[:m], core, *factors[m:]]
 
 
-def reconstruct(cores: Sequence[Array], shape: Sequence[int], modes: Sequence[int]) -> Array:
-    """Return the dense weight (O, I, *K) or (O, I) of the cores."""
+def reconstruct(cores: Sequence[ArrayT], shape: Sequence[int], modes: Sequence[int]) -> ArrayT:
+    """Return the dense weight (O, I, *K) or (O, I) that the cores represent."""
     m = split(shape, modes)
     with backend_of(cores[0]):
         factors = [*cores[:m], *cores[m + 1 :]]
-        return fold(tl.tenalg.multi_mode_dot(cores[m], factors, modes=list(_ranked(shape, modes))), shape)
+        tensor: ArrayT = tl.tenalg.multi_mode_dot(cores[m], factors, modes=list(_ranked(shape, modes)))
+    return fold(tensor, shape)
 
 
 def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -99,13 +100,13 @@ def core_shapes(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]
 
 
 def rank_axes(shape: Sequence[int], modes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return axis 1 of every factor, and all axes of the core but the taps."""
+    """Return axis 1 of every factor, and all axes of the core except the taps."""
     m, ranked = split(shape, modes), _ranked(shape, modes)
     return (*[(1,)] * m, ranked, *[(1,)] * (len(ranked) - m))
 
 
 def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
-    """Return the core and a factor on each of its axes but the taps."""
+    """Return the einsum of the core with one factor on each axis except the taps."""
     letters, free, plain = side_letters(shape, modes)
     m, ranked = split(shape, modes), _ranked(shape, modes)
     core = "".join(free[k] if k in ranked else letter for k, letter in enumerate(letters))
@@ -113,10 +114,10 @@ def equation(shape: Sequence[int], modes: Sequence[int]) -> Equation:
     return replace(plain, cores=(*factors[:m], core, *factors[m:]))
 
 
-def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
+def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int], merge: str) -> tuple[Step, ...]:
     """Return the steps of the layer: the input's factors, the core, the output's factors.
 
-    In a layer without a kernel to slide, joined sides take the core into the one that leaves the smaller rank between.
+    If the kernel has a single tap, the core is merged into a merged side, the one that leaves the smaller rank in between.
     """
     require_merge(merge, merges(layer.op), "tucker")
     m = split(layer.shape, modes)
@@ -159,8 +160,8 @@ def contraction(cores: Sequence[Array], layer: LayerSpec, modes: Sequence[int], 
     return chain.steps
 
 
-def _kronecker(parts: Sequence[Part]) -> Part:
-    """Return the factors (n_1, r_1), (n_2, r_2) … of one side as one (n_1n_2…, r_1r_2…)."""
+def _kronecker(parts: Sequence[Part[ArrayT]]) -> Part[ArrayT]:
+    """Merge the factors (n_1, r_1), (n_2, r_2) … of one side into one (n_1n_2…, r_1r_2…)."""
     merged = parts[0]
     for part in parts[1:]:
         (n, r), (k, s) = merged.core.shape, part.core.shape
@@ -170,10 +171,10 @@ def _kronecker(parts: Sequence[Part]) -> Part:
 
 
 def _ranked(shape: Sequence[int], modes: Sequence[int]) -> tuple[int, ...]:
-    """Return the modes that have a factor: all but the kernel's."""
+    """Return the indices of the modes that have a factor: all except the kernel's."""
     m = split(shape, modes)
     return tuple(k for k in range(len(modes)) if len(shape) == 2 or k != m)
 
 
 def _require(shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-    require_ranks(ranks, len(_ranked(shape, modes)), "tucker: one for each mode, the kernel's left out")
+    require_ranks(ranks, len(_ranked(shape, modes)), "tucker: one for each mode except the kernel's")

@@ -1,1 +1,1 @@
-"""ONNX graphs: read, written, folded."""
+"""Reading, writing, folding and tapping ONNX graphs."""

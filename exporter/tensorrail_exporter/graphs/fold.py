@@ -1,7 +1,7 @@
-"""Weights that are computed from constants only, made constants: Slice, Concat, Transpose, Cast and their like.
+"""Constant folding of weights that nodes such as Slice, Concat, Transpose and Cast compute from constants.
 
-torch's exporter writes the weights of recurrent layers as slices of the module's parameters, put together again in ONNX's
-gate order. Only the weights that a plan names are folded; the rest of the graph stays as it is.
+torch's exporter writes the weights of recurrent layers as slices of the module's parameters, concatenated in ONNX's gate
+order. Only the weights of planned layers are folded; the rest of the graph is not changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from tensorrail_exporter.graphs.io import inferred_shapes
 from tensorrail_runtime.errors import GraphError
 
-_LARGEST = 2**29  # values that one of the nodes may make: 2 GiB in float32
+_LARGEST = 2**29  # values that a single node may compute: 2 GiB in float32
 
 _FOLDABLE = frozenset(
     {
@@ -40,62 +40,72 @@ _FOLDABLE = frozenset(
 
 
 def is_standard(node: gs.Node) -> bool:
-    """Return whether a node's operator is ONNX's own: others mean something else by the same name."""
+    """Return whether a node's operator is ONNX's own; in another domain the same name means something else."""
     return node.domain in (None, "", "ai.onnx")
 
 
 def is_constant(tensor: gs.Tensor) -> bool:
-    """Return whether a tensor is a constant, or made of constants only."""
+    """Return whether a tensor is a constant or computed from constants only."""
     return _ancestors(tensor) is not None
 
 
 def sources(tensor: gs.Tensor) -> tuple[str, ...]:
-    """Return the names of the stored matrices and kernels that a tensor is made of; none when it is not constant."""
-    found = _ancestors(tensor)
-    if found is None:
+    """Return the names of the stored matrices and kernels that a tensor is computed from; none if it is not constant."""
+    ancestors = _ancestors(tensor)
+    if ancestors is None:
         return ()
-    return tuple(c.name for c in found[1] if _floating(c.dtype) and len(c.shape) > 1)
+    return tuple(c.name for c in ancestors[1] if _floating(c.dtype) and len(c.shape) > 1)
 
 
 def type_name(dtype: object) -> str:
-    """Return a constant's type in words: NumPy's, or ONNX's for those that NumPy has not."""
+    """Return the name of a constant's type: NumPy's, or ONNX's for a type that NumPy lacks."""
     return onnx.TensorProto.DataType.Name(dtype).lower() if isinstance(dtype, int) else str(dtype)
 
 
 def _floating(dtype: object) -> bool:
-    """Return whether numbers are stored with an exponent; graphsurgeon tells bfloat16 and the 8-bit types by ONNX's number."""
+    """Return whether a type is floating point; graphsurgeon gives bfloat16 and the 8-bit types as ONNX's type numbers."""
     return "float" in type_name(dtype)
 
 
 def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
-    """Return the constant that a tensor's nodes compute; None when something of it is not constant.
+    """Return the constant that the nodes above a tensor compute.
 
-    `GraphError` when they cannot be computed, or would take more than 2 GiB.
+    Args:
+        tensor: the tensor, which is not changed.
+        opset: opset of the graph.
+        name: name of the new constant.
+
+    Returns:
+        The tensor itself if it is a constant, None if it is not computed from constants only.
+
+    Raises:
+        GraphError: the nodes cannot be computed, or one of them has more than 2**29 values.
+
     """
     if isinstance(tensor, gs.Constant):
         return tensor
-    found = _ancestors(tensor)
-    if found is None:
+    ancestors = _ancestors(tensor)
+    if ancestors is None:
         return None
-    graph = gs.Graph(nodes=found[0], outputs=[tensor], opset=opset).copy().toposort()  # a copy: the nodes keep their graph
+    graph = gs.Graph(nodes=ancestors[0], outputs=[tensor], opset=opset).copy().toposort()  # the nodes stay in their graph
     model = gs.export_onnx(graph, do_type_check=False)
     for output in model.graph.output:
         output.ClearField("type")
     shapes = inferred_shapes(model, data_prop=True)
-    sizes = {made: math.prod(axis for axis in shape if isinstance(axis, int)) for made, shape in shapes.items()}
+    sizes = {output: math.prod(axis for axis in shape if isinstance(axis, int)) for output, shape in shapes.items()}
     largest = max(sizes, key=sizes.__getitem__, default="")
     if sizes.get(largest, 0) > _LARGEST:
-        raise GraphError(f"its weight {tensor.name!r} is not computed: {largest!r} would hold {sizes[largest]:,} values")
+        raise GraphError(f"its weight {tensor.name!r} is too large to fold: {largest!r} would hold {sizes[largest]:,} values")
     try:
         (values,) = ReferenceEvaluator(model).run(None, {})
-    except Exception as error:  # noqa: BLE001 - what NumPy raises for nodes that do not fit their constants, of many classes
+    except Exception as error:  # noqa: BLE001 - NumPy raises many classes for nodes that do not fit their constants
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise GraphError(f"its weight {tensor.name!r} cannot be computed from constants ({reason})") from None
     return gs.Constant(name, np.ascontiguousarray(values))
 
 
 def _ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Constant]] | None:
-    """Return the nodes and constants above a tensor; None when an input or an operator that is not folded is among them."""
+    """Return the nodes and constants above a tensor, or None if they include an input or an operator that is not folded."""
     nodes: list[gs.Node] = []
     constants: list[gs.Constant] = []
     seen: set[int] = set()

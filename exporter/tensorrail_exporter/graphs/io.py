@@ -1,4 +1,7 @@
-"""Reading and writing ONNX files: whole, checked, of any size, and never outside the model's folder."""
+"""Reading, checking and writing ONNX models of any size, and conversion from and to onnx-graphsurgeon.
+
+A file is written completely or not at all. External data outside the model's folder is not read.
+"""
 
 from __future__ import annotations
 
@@ -18,44 +21,64 @@ from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import bodies, descendants
 from tensorrail_runtime.records import write_bytes
 
-_LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, with room for all that is not a tensor's data
-_SMALL = 1024  # bytes: constants that shape inference may need the values of
+_LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, less room for everything except the data of tensors
+_SMALL = 1024  # bytes up to which a constant keeps its values: shape inference may need them
 _FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _PACKED = frozenset({onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128, onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
 
 
 def load_model(path: Path | str) -> onnx.ModelProto:
-    """Read and check an ONNX file; `GraphError` in one line when it is not one.
+    """Read and check an ONNX file.
 
-    External data is read through onnx's own resolver, which refuses absolute paths, links and paths that leave the folder.
+    External data is read by onnx itself, which refuses absolute paths, links and paths outside the folder of the file.
+
+    Args:
+        path: the file, with any extension.
+
+    Returns:
+        The model with all its weights.
+
+    Raises:
+        GraphError: the file cannot be read, is not a valid ONNX model, or has no nodes.
+
     """
     path = Path(path)
     try:
-        model = onnx.load(path, format="protobuf")  # whatever the name ends in
+        model = onnx.load(path, format="protobuf")  # with any extension
         onnx.checker.check_model(str(path))
     except OSError as error:
         raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except DecodeError:
-        raise GraphError(f"{path}: not an ONNX model, or a truncated one: its protobuf cannot be parsed") from None
+        raise GraphError(f"{path}: not an ONNX model, or a truncated one: it cannot be parsed as protobuf") from None
     except (onnx.checker.ValidationError, ValueError) as error:
         raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from None
     for tensor in _tensors(model.graph):
         if not _is_whole(tensor):
             raise GraphError(
-                f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds {_held(tensor)})"
+                f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds {_stored(tensor)})"
             )
     if not model.graph.node:
-        raise GraphError(f"{path}: an ONNX model without a node: nothing to run or rewrite")
+        raise GraphError(f"{path}: the ONNX model has no nodes: there is nothing to run or rewrite")
     return model
 
 
 def save_model(model: onnx.ModelProto, path: Path | str) -> None:
-    """Write an ONNX file whole or not at all; above protobuf's 2 GiB the weights go to `<name>.data` beside it."""
+    """Write an ONNX file completely or not at all.
+
+    Args:
+        model: the model; it is not changed.
+        path: the file to write. The weights of a model above protobuf's limit of 2 GiB are written to `<name>.data` in the
+            same folder.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    """
     path = Path(path)
     if size_of(model) < _LARGEST_FILE:
         write_bytes(path, model.SerializeToString())
         return
-    path = path.resolve()  # of a link: the data lie beside the file
+    path = path.resolve()  # the data belong beside the file that a link points to
     data = path.with_name(f"{path.name}.data")
     part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
     try:
@@ -67,7 +90,7 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
 
 
 def check_model(model: onnx.ModelProto) -> None:
-    """Run onnx's full check, shapes included; `GraphError` says what it found."""
+    """Run onnx's full check with shape inference; raise `GraphError` with the problem that it reports."""
     try:
         if size_of(model) < _LARGEST_FILE:
             onnx.checker.check_model(model, full_check=True)
@@ -81,17 +104,25 @@ def check_model(model: onnx.ModelProto) -> None:
 
 
 def size_of(model: onnx.ModelProto) -> int:
-    """Return the bytes of all initializers, those of bodies included."""
+    """Return the size in bytes of all initializers, including those in the bodies of If, Loop and Scan."""
     return sum(
         len(t.raw_data) or 8 * (len(t.float_data) + len(t.int64_data) + len(t.double_data)) for t in _tensors(model.graph)
     )
 
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
-    """Return the graph for rewriting, with the shapes that can be inferred; the argument is not changed."""
+    """Return the model as an onnx-graphsurgeon graph with inferred shapes.
+
+    Args:
+        model: the model; it is not changed.
+
+    Raises:
+        GraphError: onnx-graphsurgeon cannot read the model.
+
+    """
     try:
         graph = gs.import_onnx(presentable(model))
-    except Exception as error:  # noqa: BLE001 - whatever it does not know
+    except Exception as error:  # noqa: BLE001 - the library defines no error class of its own
         raise GraphError(f"onnx-graphsurgeon cannot read this graph ({type(error).__name__}: {_first_line(error)})") from None
     inferred = _inferred(model, data_prop=False)
     if inferred is not None:
@@ -100,13 +131,19 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
 
 
 def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[str, list[int | str]]:
-    """Return the shapes that onnx infers, those in bodies left out; `data_prop` follows the values of computed shapes too."""
+    """Return the shapes that onnx infers for the tensors of the main graph, by name.
+
+    Args:
+        model: the model; it is not changed.
+        data_prop: whether inference also computes the values of shapes; default False.
+
+    """
     inferred = _inferred(model, data_prop=data_prop)
     return {} if inferred is None else _shapes(inferred.graph)
 
 
 def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | None:
-    """Return a copy of the model with inferred shapes and without the values of its weights, None where none can be."""
+    """Return a copy of the model with inferred shapes but without its weights, or None if inference fails."""
     light = onnx.ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)
     light.functions.extend(model.functions)
@@ -121,11 +158,11 @@ def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | N
     try:
         return onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return None  # a rule that needs a shape says so
+        return None  # rules that need a shape report that it is unknown
 
 
 def _give_shapes(graph: gs.Graph, inferred: onnx.GraphProto) -> None:
-    """Write inferred shapes into a graph and, body by body, into those within it, whose names may be the same."""
+    """Write inferred shapes into a graph and into the bodies in it, each by itself: names may repeat between them."""
     shapes = _shapes(inferred)
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in shapes:
@@ -149,14 +186,23 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, list[int | str]]:
 
 
 def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph without unused nodes, as a model with the original's IR version, opsets, functions and metadata.
+    """Return an onnx-graphsurgeon graph as a model, without unused nodes.
 
-    What onnx-graphsurgeon does not carry is taken from the original: see `tensorrail_exporter.graphs.preserve`.
+    IR version, opsets, functions, metadata and all that onnx-graphsurgeon drops are taken from the original model: see
+    `tensorrail_exporter.graphs.preserve`.
+
+    Args:
+        graph: the graph; unused nodes are removed from it and its nodes are sorted.
+        original: the model that the graph was imported from.
+
+    Raises:
+        GraphError: onnx-graphsurgeon cannot write the graph.
+
     """
     graph.cleanup(remove_unused_graph_inputs=False, recurse_functions=False).toposort()
     try:
         exported = gs.export_onnx(graph, do_type_check=False)
-    except Exception as error:  # noqa: BLE001 - whatever it does not know
+    except Exception as error:  # noqa: BLE001 - the library defines no error class of its own
         raise GraphError(f"onnx-graphsurgeon cannot write this graph ({type(error).__name__}: {_first_line(error)})") from None
     restore(exported.graph, original.graph)
     _lift(exported.graph, {tensor.name for tensor in original.graph.initializer})
@@ -175,7 +221,7 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _lift(graph: onnx.GraphProto, names: set[str]) -> None:
-    """Put initializers of the graph itself back that graphsurgeon has moved into the one body that reads them."""
+    """Move the named initializers back to the graph if graphsurgeon has moved them into the only body that reads them."""
     stored = {tensor.name for tensor in graph.initializer}
     for body in descendants(graph):
         for tensor in [tensor for tensor in body.initializer if tensor.name in names]:
@@ -186,27 +232,27 @@ def _lift(graph: onnx.GraphProto, names: set[str]) -> None:
 
 
 def _hoist(graph: onnx.GraphProto) -> None:
-    """Keep one copy of an initializer that graphsurgeon has written to several bodies, in the graph around them all."""
+    """Replace the copies of an initializer that graphsurgeon has written to several bodies by one in the graph around them."""
     for body in bodies(graph):
         _hoist(body)
     holders: dict[str, list[onnx.GraphProto]] = {}
     for holder in (graph, *descendants(graph)):
         for tensor in holder.initializer:
             holders.setdefault(tensor.name, []).append(holder)
-    for name, found in holders.items():
-        copies = [next(tensor for tensor in holder.initializer if tensor.name == name) for holder in found]
-        own_inputs = any(value.name == name for holder in found for value in holder.input)
-        if len(found) == 1 or own_inputs or any(copy != copies[0] for copy in copies):
+    for name, graphs in holders.items():
+        copies = [next(tensor for tensor in holder.initializer if tensor.name == name) for holder in graphs]
+        own_inputs = any(value.name == name for holder in graphs for value in holder.input)
+        if len(graphs) == 1 or own_inputs or any(copy != copies[0] for copy in copies):
             continue
-        if found[0] is not graph:
+        if graphs[0] is not graph:
             graph.initializer.append(copies[0])
-        for holder, copy in zip(found, copies, strict=True):
+        for holder, copy in zip(graphs, copies, strict=True):
             if holder is not graph:
                 holder.initializer.remove(copy)
 
 
 def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> None:
-    """List as inputs the initializers that the original lists, which graphsurgeon drops; before IR version 4, all of them."""
+    """List those initializers as inputs that the original lists and graphsurgeon drops; before IR version 4, all of them."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     present = {value.name: value for value in graph.input}
     kept = [v for v in original.graph.input if v.name in present or v.name in stored]
@@ -219,18 +265,19 @@ def _declare_initializers(graph: onnx.GraphProto, original: onnx.ModelProto) -> 
 
 
 def _is_whole(tensor: onnx.TensorProto) -> bool:
-    """Return whether a tensor has as many bytes or values as its shape needs; the checker looks for too few alone."""
+    """Return whether a tensor has exactly the data that its shape needs; onnx's checker only detects too little."""
     if not tensor.HasField("raw_data"):
         count = math.prod(tensor.dims)
-        held = max(len(getattr(tensor, field)) for field in _FIELDS)
-        return held <= 2 * count if tensor.data_type in _PACKED else held in (0, count)  # 0: an external one
+        stored = max(len(getattr(tensor, field)) for field in _FIELDS)
+        return stored <= 2 * count if tensor.data_type in _PACKED else stored in (0, count)  # 0: external data
     kind, count = tensor.data_type, math.prod(tensor.dims)
     bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(onnx.TensorProto.DataType.Name(kind))
     bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
     return bool(len(tensor.raw_data) == -(-count * bits // 8))
 
 
-def _held(tensor: onnx.TensorProto) -> str:
+def _stored(tensor: onnx.TensorProto) -> str:
+    """Return in words how much data a tensor has."""
     if tensor.HasField("raw_data"):
         return f"{len(tensor.raw_data):,} bytes"
     return f"{max(len(getattr(tensor, field)) for field in _FIELDS):,} values"
@@ -243,7 +290,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _with_external_data(model: onnx.ModelProto, part: Path, location: str) -> onnx.ModelProto:
-    """Write the data of all large initializers to `part` and return a copy of the model that names it `location`."""
+    """Write the data of all large initializers to the file `part` and return a copy of the model that reads `location`."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     with part.open("wb") as file:

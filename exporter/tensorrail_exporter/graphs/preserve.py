@@ -1,11 +1,14 @@
-"""What onnx-graphsurgeon does not carry through a graph: taken out before it reads, and put back after it has written.
+"""Keeping the parts of a graph that onnx-graphsurgeon drops or cannot read.
 
-It knows neither a node's overload, metadata and doc string, nor attributes without a value, of text that is not UTF-8, or that
-are types or sparse tensors, nor inputs and outputs that are optional, sequences or maps, nor what is noted at tensors. A node
-that was not rewritten keeps all of them: it is known by its operator, inputs and outputs.
+They are removed before it reads a graph, and restored after it has written it: overload, metadata and doc string of nodes;
+attributes without a value, with text that is not UTF-8, or that are types or sparse tensors; inputs and outputs that are
+optional, sequences or maps; annotations of tensors. A node is recognised by its operator, inputs and outputs, so that every
+node that was not rewritten keeps them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx
 
@@ -17,16 +20,16 @@ _LISTS = {_A.FLOATS: "floats", _A.INTS: "ints", _A.STRINGS: "strings", _A.TENSOR
 
 
 def presentable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model as onnx-graphsurgeon can read and write it; the argument itself where nothing is in its way."""
+    """Return a copy of the model that onnx-graphsurgeon can read and write, or the model itself if it already can."""
     graphs = [model.graph, *descendants(model.graph)]
     clean = all(_known(a) for graph in graphs for node in graph.node for a in node.attribute) and all(
         _is_tensor(value) for graph in graphs for value in _values(graph)
     )
     if clean:
         return model
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    for graph in [made.graph, *descendants(made.graph)]:
+    readable = onnx.ModelProto()
+    readable.CopyFrom(model)
+    for graph in [readable.graph, *descendants(readable.graph)]:
         for node in graph.node:
             kept = [a for a in node.attribute if _known(a)]
             if len(kept) < len(node.attribute):
@@ -34,16 +37,16 @@ def presentable(model: onnx.ModelProto) -> onnx.ModelProto:
                 del node.attribute[:]
                 node.attribute.extend(copies)
         for value in (*graph.input, *graph.output):
-            if not _is_tensor(value):  # any type will do: the original's is put back
+            if not _is_tensor(value):  # any type will do: `restore` puts the original one back
                 value.type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None))
         between = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in graph.value_info if _is_tensor(v)]
         del graph.value_info[:]
         graph.value_info.extend(between)
-    return made
+    return readable
 
 
 def restore(graph: onnx.GraphProto, original: onnx.GraphProto) -> None:
-    """Put back, in place, what the nodes and values of a written graph have lost against the original one."""
+    """Restore, in place, what the nodes and values of a written graph have lost compared with the original one."""
     nodes = {_identity(node): node for node in original.node}
     for node in graph.node:
         before = nodes.get(_identity(node))
@@ -60,28 +63,29 @@ def restore(graph: onnx.GraphProto, original: onnx.GraphProto) -> None:
                 restore(attribute.g, graphs[attribute.name])
     values = {value.name: value for value in (*original.input, *original.output)}
     for value in (*graph.input, *graph.output):
-        if value.name in values:  # a rewriting changes neither type nor shape of what comes in and goes out
+        if value.name in values:  # rewriting changes neither the type nor the shape of inputs and outputs
             value.CopyFrom(values[value.name])
-    there = {name for node in graph.node for name in (*node.input, *node.output)}
+    used = {name for node in graph.node for name in (*node.input, *node.output)}
     between = {value.name: value for value in original.value_info}
     for value in graph.value_info:
         if value.name in between:
             value.doc_string = between[value.name].doc_string
             value.metadata_props.extend(between[value.name].metadata_props)
-    graph.quantization_annotation.extend(a for a in original.quantization_annotation if a.tensor_name in there)
+    graph.quantization_annotation.extend(a for a in original.quantization_annotation if a.tensor_name in used)
     if not graph.metadata_props:
         graph.metadata_props.extend(original.metadata_props)
 
 
 def _identity(node: onnx.NodeProto) -> tuple[object, ...]:
-    return node.domain, node.op_type, _used(node.input), _used(node.output)
+    """Return what a node is recognised by."""
+    return node.domain, node.op_type, _without_trailing_empty(node.input), _without_trailing_empty(node.output)
 
 
-def _used(names: object) -> tuple[str, ...]:
-    found = list(names)  # type: ignore[call-overload] # protobuf's own list
-    while found and not found[-1]:
-        found.pop()
-    return tuple(found)
+def _without_trailing_empty(names: Iterable[str]) -> tuple[str, ...]:
+    kept = list(names)
+    while kept and not kept[-1]:
+        kept.pop()
+    return tuple(kept)
 
 
 def _values(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
@@ -93,6 +97,7 @@ def _is_tensor(value: onnx.ValueInfoProto) -> bool:
 
 
 def _known(attribute: onnx.AttributeProto) -> bool:
+    """Return whether onnx-graphsurgeon can read and write an attribute."""
     if attribute.type in _UNKNOWN or (attribute.type in _LISTS and not len(getattr(attribute, _LISTS[attribute.type]))):
         return False
     try:

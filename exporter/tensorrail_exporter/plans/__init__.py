@@ -1,1 +1,1 @@
-"""Plans, cores and what they cost: which layers become which cores."""
+"""Plans, cores and their cost: which layers are factorized, and into which cores."""

@@ -1,7 +1,7 @@
-"""What a contraction costs: FLOPs, activation bytes, kernels and stored bytes, step by step, and the merge they favour.
+"""The cost of a contraction, step by step: FLOPs, activation bytes, kernels and stored bytes; and the cheapest merge.
 
-The counts are exact for one sample of the size given. The time made of them is a rough model, good enough to choose
-between ways to run the same cores where nothing has been measured; a claim about speed needs a measurement.
+The counts are exact for one sample of the given size. The time estimated from them is a rough model. It is good enough to
+choose between ways to run the same cores when nothing was measured; a claim about speed needs a measurement.
 """
 
 from __future__ import annotations
@@ -25,38 +25,54 @@ from tensorrail_exporter.formats.contraction import (
     split_at_boundary,
 )
 
-# One core of a server CPU, orders of magnitude: what one FLOP, one byte and one node take, in seconds.
+# Time in seconds of one FLOP, one byte and one node on one core of a server CPU; only the orders of magnitude matter.
 SECONDS_A_FLOP = 1 / 50e9
 _SECONDS_A_BYTE = 1 / 10e9
 _SECONDS_A_KERNEL = 4e-6
-_LANES = 16  # columns that a matrix product works on at once; fewer take as long
+_LANES = 16  # columns that a matrix product computes at once; fewer columns take as long
 
-_GUESSED_AXIS = 14  # a spatial axis whose size nobody knows
-_GUESSED_TOKENS = 16
+_GUESSED_AXIS = 14  # assumed size of a spatial axis of unknown size
+_GUESSED_TOKENS = 16  # assumed size of any other unknown axis
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step's cost for one sample, in float32. FLOPs are 2 × multiply-accumulates."""
+    """The cost of one step for one sample, in float32.
+
+    Attributes:
+        step: the step in words, such as `conv 3×3 16→16`.
+        shape: shape of the output without the batch.
+        flops: 2 × multiply-accumulates.
+        busy_flops: `flops` plus those of the idle lanes of a product with few columns.
+        activation_bytes: bytes of activations read and written.
+        stored_bytes: bytes of the constant.
+        kernels: 1, or 0 for a Reshape, which moves no data.
+
+    """
 
     step: str
-    shape: tuple[int, ...]  # of its output, the batch left out
+    shape: tuple[int, ...]
     flops: int
-    busy_flops: int  # those and the idle lanes' of a product of few columns
-    activation_bytes: int  # read and written
+    busy_flops: int
+    activation_bytes: int
     stored_bytes: int
-    kernels: int  # 0 for a Reshape, which moves nothing
+    kernels: int
 
 
 @dataclass(frozen=True)
 class ContractionCost:
-    """The cost of a contraction; printed, it is the table of its steps."""
+    """The cost of a contraction for one sample; `print` shows it as a table with one row per step.
+
+    Attributes:
+        steps: the cost of every step, Reshapes included.
+
+    """
 
     steps: tuple[StepCost, ...]
 
     @property
     def flops(self) -> int:
-        """2 × multiply-accumulates of one sample."""
+        """FLOPs of one sample: 2 × multiply-accumulates."""
         return sum(step.flops for step in self.steps)
 
     @property
@@ -81,14 +97,14 @@ class ContractionCost:
 
     @property
     def seconds(self) -> float:
-        """The model's time for one sample, for comparing contractions of the same layer with each other only."""
+        """Estimated time in seconds for one sample; use it only to compare contractions of the same layer."""
         return self.seconds_of(1)
 
     def seconds_of(self, batch: int) -> float:
-        """The model's time for a batch: constants are read, and kernels started, once."""
+        """Return the estimated time in seconds for a batch; constants are read and kernels launched once per batch."""
         busy = sum(step.busy_flops for step in self.steps)
-        each = busy * SECONDS_A_FLOP + self.activation_bytes * _SECONDS_A_BYTE
-        return batch * each + self.stored_bytes * _SECONDS_A_BYTE + self.kernels * _SECONDS_A_KERNEL
+        per_sample = busy * SECONDS_A_FLOP + self.activation_bytes * _SECONDS_A_BYTE
+        return batch * per_sample + self.stored_bytes * _SECONDS_A_BYTE + self.kernels * _SECONDS_A_KERNEL
 
     def __str__(self) -> str:
         head = ("step", "output", "FLOPs", "activation bytes", "stored bytes", "kernels")
@@ -114,7 +130,17 @@ class ContractionCost:
 
 
 def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost:
-    """Return the cost of the steps for one sample of the layer's `size`; unknown axes are guessed."""
+    """Return the cost of a contraction for one sample.
+
+    Args:
+        steps: the steps, in the order in which they run.
+        layer: the dense layer that they replace. Its `size` gives the size of the input; an unknown spatial axis counts as
+            14, any other unknown axis as 16.
+
+    Returns:
+        The cost of every step and their sums.
+
+    """
     shape = (1, *_sample(layer))
     costs = []
     for step in steps:
@@ -137,13 +163,21 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
 
 
 def dense_cost(layer: LayerSpec) -> ContractionCost:
-    """Return the cost of the dense layer itself for one sample; of a recurrent one, that of its input projection."""
+    """Return the cost of the dense layer for one sample; for a recurrent layer the cost of its input projection."""
     return contraction_cost((dense_step(np.broadcast_to(np.float32(0), layer.shape), layer),), layer)
 
 
 @lru_cache(maxsize=512)
 def cheapest_merge(name: str, modes: tuple[int, ...], core_shapes: tuple[tuple[int, ...], ...], layer: LayerSpec) -> str:
-    """Return the merge of the format that the cost model finds cheapest for cores of these shapes."""
+    """Return the merge with the lowest estimated time.
+
+    Args:
+        name: key of `FORMATS`.
+        modes: modes in the order of the format.
+        core_shapes: shape of every core.
+        layer: the dense layer that the cores replace.
+
+    """
     form = format_of(name)
     cores = [np.zeros(shape, np.float32) for shape in core_shapes]
 
@@ -151,7 +185,8 @@ def cheapest_merge(name: str, modes: tuple[int, ...], core_shapes: tuple[tuple[i
         steps = form.contraction(cores, layer, modes, merge)
         cost = contraction_cost(steps, layer).seconds
         if layer.op == "recurrent" and split_at_boundary(steps)[1] is None:
-            cost += layer.shape[0] ** 2 * 4 * _SECONDS_A_BYTE  # an identity for the input weight; a Scan takes about as long
+            # ONNX's node then reads an identity matrix as its input weight; a Scan takes about as long.
+            cost += layer.shape[0] ** 2 * 4 * _SECONDS_A_BYTE
         return cost
 
     return min(form.merges(layer.op), key=seconds)
@@ -161,20 +196,20 @@ def _sample(layer: LayerSpec) -> tuple[int, ...]:
     """Return the shape of one sample of the layer's input."""
     if layer.op == "conv":
         sizes = layer.size or (0,) * layer.spatial
-        reach = [d * (k - 1) + s for d, k, s in zip(layer.dilation, layer.kernel, layer.stride, strict=True)]
-        return (layer.shape[1], *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, reach, strict=True)))
+        smallest = [d * (k - 1) + s for d, k, s in zip(layer.dilation, layer.kernel, layer.stride, strict=True)]
+        return (layer.shape[1], *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, smallest, strict=True)))
     sizes = layer.size or (0,) * (layer.lead - 1)
     return (*(size or _GUESSED_TOKENS for size in sizes), layer.shape[1])
 
 
 def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a step's output for an input of this shape."""
     match step:
-        case Reshape(shape=wanted):
-            sizes = [shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
+        case Reshape(shape=target):
+            sizes = [shape[axis] if size == 0 else size for axis, size in enumerate(target)]
             if -1 in sizes:
-                sizes[sizes.index(-1)] = math.prod(shape) // max(
-                    1, -math.prod(sizes)
-                )  # 0 where the batch or the output is empty
+                others = max(1, -math.prod(sizes))  # their product is 0 if the batch or the output is empty
+                sizes[sizes.index(-1)] = math.prod(shape) // others
             return tuple(sizes)
         case Conv():
             spatial = tuple(_axis(step, axis, size) for axis, size in enumerate(shape[2:]))
@@ -186,7 +221,7 @@ def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _axis(step: Conv, axis: int, size: int) -> int:
-    """Return the length of a convolution's output along one spatial axis (ONNX, operator Conv)."""
+    """Return the size of a convolution's output along one spatial axis (ONNX, operator Conv)."""
     nd = len(step.stride)
     if step.auto_pad.startswith("SAME"):
         return -(-size // step.stride[axis])

@@ -1,8 +1,7 @@
-"""Zeros around the ranks: the same function, in channel counts that a kernel library likes.
+"""Padding ranks with zeros to the channel counts that a kernel library computes fastest.
 
-ONNX Runtime's CPU convolutions work on blocks of channels, and a rank just above a multiple of the block wastes most of
-one. Widening a rank with zero rows and columns changes no output; the trained cores, without zeros, stay in
-`cores.safetensors`.
+ONNX Runtime's CPU convolutions compute blocks of channels, so a rank just above a multiple of the block wastes most of one.
+Zero rows and columns for additional ranks change no output. `cores.safetensors` keeps the trained cores without zeros.
 """
 
 from __future__ import annotations
@@ -17,20 +16,28 @@ from tensorrail_runtime.errors import PlanError
 
 
 def pad_ranks(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int], block: int) -> list[np.ndarray]:
-    """Return the cores with every rank widened by zeros to the next multiple of `block`; 1 leaves them as they are."""
+    """Return the cores with every rank padded with zeros to the next multiple of `block`.
+
+    Args:
+        layer: the plan of the layer.
+        cores: the cores of the layer.
+        shape: shape of the dense weight, (O, I, *K) or (O, I).
+        block: number of channels that the kernels compute at once; 1 returns the cores unchanged.
+
+    Returns:
+        New cores, which represent the same weight.
+
+    Raises:
+        PlanError: `block` is less than 1, or the format is unknown.
+
+    """
     if block < 1:
-        raise PlanError(f"layer {layer.name}: ranks are padded to multiples of a block of 1 or more, and {block} came")
+        raise PlanError(f"layer {layer.name}: expected a padding block of 1 or more, got {block}")
     if block == 1:
         return list(cores)
     axes = format_of(layer.format).rank_axes(shape, layer.modes)
-    return [_widened(core, ranks, block) for core, ranks in zip(cores, axes, strict=True)]
+    return [_padded(core, rank_axes, block) for core, rank_axes in zip(cores, axes, strict=True)]
 
 
-def drop_padding(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int]) -> list[np.ndarray]:
-    """Return the cores cut back to the plan's own shapes: the inverse of `pad_ranks`."""
-    shapes = format_of(layer.format).core_shapes(shape, layer.modes, layer.ranks)
-    return [core[tuple(slice(size) for size in wanted)] for core, wanted in zip(cores, shapes, strict=True)]
-
-
-def _widened(core: np.ndarray, axes: Sequence[int], block: int) -> np.ndarray:
+def _padded(core: np.ndarray, axes: Sequence[int], block: int) -> np.ndarray:
     return np.pad(core, [(0, -size % block if axis in axes else 0) for axis, size in enumerate(core.shape)])

@@ -1,4 +1,4 @@
-"""The plan: which layers become which cores. One small record, also a file that a person can read (`plan.json`)."""
+"""The plan says which layers are factorized, and how. It is a small record, stored as the readable file `plan.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.formats.contraction import Array, LayerSpec, Step
+from tensorrail_exporter.formats.contraction import ArrayT, LayerSpec, Step
 from tensorrail_exporter.formats.modes import require_merge
 from tensorrail_exporter.plans.costs import cheapest_merge
 from tensorrail_runtime.errors import PlanError
@@ -18,9 +18,15 @@ from tensorrail_runtime.records import first_problem, write_text
 
 
 class LayerPlan(BaseModel):
-    """One layer's format, modes, ranks and the merge that runs. Modes and ranks are in the format's own order.
+    """How one layer is factorized.
 
-    The merge says which neighbouring cores are joined before they run; `auto` leaves the choice to the cost model.
+    Attributes:
+        name: name of the layer: of its weight, without `.weight`, or of its node.
+        format: key of `FORMATS`.
+        modes: modes in the order of the format, see its module.
+        ranks: ranks in the order of the format. Larger ones than exist are lowered.
+        merge: which neighbouring cores are merged before they run; default `auto`, the cheapest by the cost model.
+
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -32,7 +38,7 @@ class LayerPlan(BaseModel):
     merge: str = "auto"
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise `PlanError`, naming the layer, when the plan cannot hold for a weight of this shape."""
+        """Raise `PlanError`, with the name of the layer, if the plan does not fit a weight of this shape."""
         try:
             form = format_of(self.format)
             form.validate(shape, self.modes, self.ranks)
@@ -49,26 +55,32 @@ class LayerPlan(BaseModel):
         return sum(map(math.prod, self.core_shapes(shape)))
 
     def merge_for(self, spec: LayerSpec) -> str:
-        """Return the merge that runs: the plan's own, or for `auto` the cheapest one."""
+        """Return the merge to run: that of the plan, or for `auto` the one with the lowest estimated time."""
         if self.merge != "auto":
             return self.merge
         return cheapest_merge(self.format, self.modes, self.core_shapes(spec.shape), spec)
 
-    def decompose(self, weight: Array) -> list[Array]:
-        """Return the cores that the format finds for a weight (O, I, *K) or (O, I)."""
+    def decompose(self, weight: ArrayT) -> list[ArrayT]:
+        """Return the cores of a weight (O, I, *K) or (O, I), of NumPy or torch."""
         return format_of(self.format).decompose(weight, self.modes, self.ranks)
 
-    def reconstruct(self, cores: Sequence[Array], shape: tuple[int, ...]) -> Array:
-        """Return the dense weight that the cores stand for."""
+    def reconstruct(self, cores: Sequence[ArrayT], shape: tuple[int, ...]) -> ArrayT:
+        """Return the dense weight of this shape that the cores represent."""
         return format_of(self.format).reconstruct(cores, shape, self.modes)
 
-    def contraction(self, cores: Sequence[Array], spec: LayerSpec) -> tuple[Step, ...]:
-        """Return the steps that run in place of the dense layer, bias left out."""
+    def contraction(self, cores: Sequence[ArrayT], spec: LayerSpec) -> tuple[Step, ...]:
+        """Return the steps that replace the dense layer, without its bias."""
         return format_of(self.format).contraction(cores, spec, self.modes, self.merge_for(spec))
 
 
 class Plan(BaseModel):
-    """The layers to factor, each named once; every other layer stays dense."""
+    """The layers to factorize; every other layer stays dense.
+
+    Attributes:
+        version: version of the file format.
+        layers: one plan per layer; no name may appear twice.
+
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -78,14 +90,19 @@ class Plan(BaseModel):
     @model_validator(mode="after")
     def _names_once(self) -> Plan:
         names = [layer.name for layer in self.layers]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"each layer may be planned once, and {twice[0]!r} is there {names.count(twice[0])} times")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"each layer may be planned once, but {repeated[0]!r} appears {names.count(repeated[0])} times")
         return self
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
-        """Read `plan.json`; `PlanError` names the file and the key that is wrong."""
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: the file cannot be read, or a key or value is wrong; the message names both.
+
+        """
         try:
             plan = cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
@@ -100,5 +117,5 @@ class Plan(BaseModel):
         return plan
 
     def save(self, path: Path | str) -> None:
-        """Write `plan.json`."""
+        """Write the plan to a JSON file."""
         write_text(path, self.model_dump_json(indent=1) + "\n")

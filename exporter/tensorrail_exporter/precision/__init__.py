@@ -1,1 +1,1 @@
-"""fp16 and int8 copies of a model."""
+"""Conversion of a model to fp16 or int8, and the measurement of the result."""

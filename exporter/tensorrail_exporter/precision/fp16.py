@@ -1,4 +1,4 @@
-"""The fp16 copy of a dense or factored graph, by the converter that ships with ONNX Runtime.
+"""Conversion of a dense or factorized graph to fp16, with the converter that ships with ONNX Runtime.
 
 Source: "Create Float16 and Mixed Precision Models", onnxruntime.ai/docs/performance/model-optimizations/float16.html.
 """
@@ -18,18 +18,25 @@ from tensorrail_exporter.precision.ranges import LARGEST
 from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
 from tensorrail_runtime.errors import GraphError
 
-_KEEP = "name the layer or node that does not convert in `keep`, and it stays fp32"
+_KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 
 
 def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str] = ()) -> onnx.ModelProto:
-    """Return the graph with float16 weights and activations, by `onnxruntime.transformers.float16`.
+    """Return a copy of the model with float16 weights and activations, by `onnxruntime.transformers.float16`.
 
-    `keep_io` leaves inputs and outputs float32, between casts. `keep` names layers or nodes that stay float32; neighbours
-    among them are joined without a cast between. Operators of the converter's own list (Min, Max, TopK, Range, CumSum and
-    others) stay float32 as well. Weights must lie within ±65504; other constants beyond are clamped to it, as the fill of a
-    mask wants it, and magnitudes below 5.96e-8 are raised to that. Raises `GraphError` for a weight that fp16 does not hold,
-    a name in `keep` that is not there, and a graph that cannot be converted. Whether the *activations* fit is shown only by
-    running it: `ranges.require_finite`.
+    Operators in the converter's own list (Min, Max, TopK, Range, CumSum and others) stay float32. Weights must be within
+    ±65504. Other constants, such as the fill value of a mask, are clamped to that range, and magnitudes below 5.96e-8 are
+    raised to that value. Only a run shows whether the *activations* stay within the range: see `ranges.require_finite`.
+
+    Args:
+        model: the fp32 model; it is not changed.
+        keep_io: whether inputs and outputs stay float32, with a cast between them and the graph; default True.
+        keep: names of layers, weights or nodes that stay float32. There is no cast between two neighbours that do.
+
+    Raises:
+        GraphError: a weight is outside the range of fp16, a name in `keep` is not in the graph, the model is already
+            quantized or has no float32 weight, or the converter fails.
+
     """
     check_fp32(model, "fp16")
     named = with_names(model)
@@ -42,13 +49,13 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
         path = Path(folder) / "fp32.onnx"
         save_model(named, path)
         try:
-            # By its path: shapes are then inferred file to file, which alone works above 2 GiB.
+            # Given the path, the converter infers shapes from file to file; nothing else works above 2 GiB.
             converted = convert_float_to_float16(str(path), keep_io_types=keep_io, node_block_list=sorted(kept))
-        except Exception as error:  # noqa: BLE001 - assertions and protobuf's errors, of a library that defines none
+        except Exception as error:  # noqa: BLE001 - the library raises assertions and errors of protobuf
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise GraphError(f"the graph cannot be converted to fp16 ({reason}); {_KEEP}") from None
     graph = import_graph(converted)
-    _join(graph)
+    _remove_double_casts(graph)
     result = export_graph(graph, converted)
     try:
         check_model(result)
@@ -61,16 +68,16 @@ def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:
     for layer in weighted(model):
         if layer.node.name in kept or layer.values.dtype != np.float32:
             continue
-        worst = float(np.abs(layer.values).max(initial=0.0))
-        if not worst <= LARGEST:
+        largest = float(np.abs(layer.values).max(initial=0.0))
+        if not largest <= LARGEST:
             raise GraphError(
-                f"layer {layer.layer}: its weight {layer.weight} holds {worst:.3g}, and fp16 holds ±{LARGEST:.0f}; "
-                f"--keep {layer.layer}, or scale it down"
+                f"layer {layer.layer}: its weight {layer.weight} contains {largest:.3g}, outside the fp16 range of "
+                f"±{LARGEST:.0f}; keep it in fp32 (--keep {layer.layer}), or scale it down"
             )
 
 
 def _constants_of_kept(model: onnx.ModelProto, kept: frozenset[str]) -> frozenset[str]:
-    """Return the Constant nodes that only kept nodes read; the converter would round their values."""
+    """Return the Constant nodes that only kept nodes read, because the converter would round their values."""
     readers: dict[str, set[str]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -79,26 +86,27 @@ def _constants_of_kept(model: onnx.ModelProto, kept: frozenset[str]) -> frozense
     return frozenset(node.name for node in constants if readers.get(node.output[0]) and readers[node.output[0]] <= kept)
 
 
-def _join(graph: gs.Graph) -> None:
+def _remove_double_casts(graph: gs.Graph) -> None:
     """X → Cast(fp16) → Cast(fp32) → Y  becomes  X → Y, where the converter put the casts between two float32 nodes."""
     for up in [node for node in graph.nodes if node.op == "Cast"]:
         down = up.inputs[0].inputs[0] if up.inputs and up.inputs[0].inputs else None
-        if down is None or down.op != "Cast" or not (_made(up.name, "fp32", "output") and _made(down.name, "fp16", "input")):
+        if down is None or down.op != "Cast" or not (_added(up.name, "fp32", "output") and _added(down.name, "fp16", "input")):
             continue
         source, target = down.inputs[0], up.outputs[0]
         up.outputs.clear()
         if any(target is output for output in graph.outputs):
-            if not source.inputs:  # an input that is an output as well: the casts are all there is between
+            if not source.inputs:  # an input that is also an output: there is nothing but the casts in between
                 up.outputs.append(target)
                 continue
-            for taker in list(source.outputs):
-                taker.inputs = [target if tensor is source else tensor for tensor in taker.inputs]
-            maker = source.inputs[0]
-            maker.outputs = [target if tensor is source else tensor for tensor in maker.outputs]
+            for reader in list(source.outputs):
+                reader.inputs = [target if tensor is source else tensor for tensor in reader.inputs]
+            producer = source.inputs[0]
+            producer.outputs = [target if tensor is source else tensor for tensor in producer.outputs]
         else:
-            for taker in list(target.outputs):
-                taker.inputs = [source if tensor is target else tensor for tensor in taker.inputs]
+            for reader in list(target.outputs):
+                reader.inputs = [source if tensor is target else tensor for tensor in reader.inputs]
 
 
-def _made(name: str, to: str, side: str) -> bool:
+def _added(name: str, to: str, side: str) -> bool:
+    """Return whether the converter has added the Cast of this name."""
     return name.endswith(f"_cast_to_{to}_node") or name.startswith(f"graph_{side}_cast")

@@ -1,7 +1,7 @@
-"""The int8 copy of a dense or factored graph, by ONNX Runtime's static quantization.
+"""Conversion of a dense or factorized graph to int8, with ONNX Runtime's static quantization.
 
-Cores are stored in the layout in which they run, so that each is quantized as the weight that it is: one behind a Reshape
-or Transpose would get its scales along the wrong axis (onnxruntime#18668); those of foreign graphs are folded first.
+Cores are stored in the layout in which they run, so that every core is quantized as a weight. A weight behind a Reshape or
+Transpose would get its scales along the wrong axis (onnxruntime#18668); in graphs of other origin such nodes are folded first.
 
 Source: "Quantize ONNX Models", onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
 """
@@ -34,16 +34,17 @@ from tensorrail_runtime.sessions.session import open_session, run
 Method = Literal["minmax", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
 
-_LARGE = 2**30  # bytes of weights from which the libraries are told to write external data; protobuf ends at 2 GiB
+_LARGE = 2**30  # bytes of weights from which external data is written; protobuf's limit is 2 GiB
 _BINS = {"entropy": 512, "percentile": 2048}
-_KEEP = "name the layer or node that does not convert in `keep`, and it stays fp32"
-_OPSET, _IR_VERSION = 13, 7  # the first with an axis in DequantizeLinear
+_KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
+_OPSET, _IR_VERSION = 13, 7  # the first in which DequantizeLinear has an axis
 
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _JOINS = ("Add", "Concat")
 _INT8 = ("Conv", "Gemm", "MatMul", "Relu", "Clip", *_MOVES, *_JOINS)
-"""What is quantized: products, activations that vanish into their range, what moves values unchanged, and the sums and
-concatenations between convolutions. All else stays fp32, because it costs little and loses much: see `_left_out`."""
+"""The operators that are quantized: products; Relu and Clip, which become part of a range; operators that only move values;
+sums and concatenations between convolutions. All others stay fp32: they cost little time and lose much accuracy. See also
+`_left_out`."""
 
 
 def to_int8(
@@ -55,20 +56,32 @@ def to_int8(
     keep: Sequence[str] = (),
     reduce_range: bool | None = None,
 ) -> onnx.ModelProto:
-    """Return the graph with int8 weights and uint8 activations, QDQ form, by `onnxruntime.quantization.quantize_static`.
+    """Return a copy of the model with int8 weights and uint8 activations, by `onnxruntime.quantization.quantize_static`.
 
-    The activations' ranges are those seen while the fp32 graph runs on `calibration`: their extremes, or by `method` those
-    of least entropy loss or the 99.999th percentile. Weights are symmetric with one scale an output channel; a stack of
-    matrices gets one scale, and so does a weight on the left of a MatMul, as uint8: the only forms that ONNX Runtime's
-    integer kernels take.
+    The result is in QDQ form. Weights are symmetric with one scale per output channel. A stack of matrices gets a single
+    scale, and so does a weight on the left of a MatMul, as uint8: ONNX Runtime's integer kernels accept no other form.
 
-    uint8 × int8 (U8S8) is what the AVX2, AVX-512 and VNNI kernels multiply; int8 activations are converted to it first, and
-    where that fails run in fp32. Without VNNI two of its products saturate at 16 bits, so that weights get 7 bits there:
-    `reduce_range`, None for whether *this* machine lacks VNNI ("Quantize ONNX Models", section Data type selection).
+    The AVX2, AVX-512 and VNNI kernels multiply uint8 × int8 (U8S8). int8 activations would be converted to uint8 first, and
+    run in fp32 where that fails. Without VNNI the sum of two products saturates at 16 bits, so that weights get 7 bits
+    ("Quantize ONNX Models", section Data type selection).
 
-    LSTM, GRU, products of two activations, what takes a Softmax, normalisations, and sums outside of convolutional blocks
-    stay fp32, and so does what `keep` names. Outputs of MatMul and Gemm are not rounded. Raises `GraphError` when there is
-    no calibration data, when nothing can be quantized, and when the library fails, `ModelError` for data that does not run.
+    LSTM, GRU, products of two activations, readers of a Softmax, normalisations, and sums outside of convolutional blocks
+    stay fp32. Outputs of MatMul and Gemm are not rounded.
+
+    Args:
+        model: the fp32 model; it is not changed.
+        calibration: batches of inputs by name, on which the fp32 model runs to measure the ranges of the activations.
+        per_channel: whether weights have one scale per output channel instead of one in all; default True.
+        method: how a range follows from the values seen: `minmax`, their extremes, the default; `entropy`, the range of
+            least entropy loss; `percentile`, the 99.999th percentile.
+        keep: names of layers, weights or nodes that stay fp32.
+        reduce_range: whether weights have 7 bits; default: only if *this* machine lacks VNNI.
+
+    Raises:
+        GraphError: there is no calibration data or it does not match the model's inputs, the method is unknown, a name in
+            `keep` is not in the graph, nothing can be quantized, or the library fails.
+        ModelError: the model cannot run on the calibration data.
+
     """
     check_fp32(model, "int8")
     if method not in METHODS:
@@ -79,12 +92,12 @@ def to_int8(
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source, ready = Path(folder) / "fp32.onnx", Path(folder) / "ready.onnx"
         save_model(named, source)
-        run(open_session(source), calibration[0])  # says in one line what does not fit
+        run(open_session(source), calibration[0])  # reports in one line what does not fit
         try:
             save_model(_current(named), source)
             from onnxruntime.quantization.shape_inference import quant_pre_process
 
-            # Folds constants and batch norms, at the basic level, which keeps to ONNX's own operators.
+            # Folds constants and batch norms; the basic level emits operators of ONNX only.
             large = size_of(named) > _LARGE
             quant_pre_process(source, ready, skip_symbolic_shape=True, save_as_external_data=large)
             ranges = _calibrate(ready, calibration, method, large=large)
@@ -95,7 +108,7 @@ def to_int8(
             raise GraphError(f"the graph cannot be quantized ({reason}); {_KEEP}") from None
     if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
         raise GraphError(
-            "nothing in the graph can be quantized: no Conv, Gemm or MatMul with a constant weight is left to int8"
+            "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become int8"
         )
     return _tidy(quantized, model)
 
@@ -103,22 +116,23 @@ def to_int8(
 def _check_calibration(model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
     names = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
     if not feeds:
-        raise GraphError("int8 needs calibration data to see the activations' ranges, and none came; give 100 or more samples")
+        raise GraphError("int8 needs calibration data to measure activation ranges, got none; provide 100 or more samples")
     for feed in feeds:
         if set(feed) != names:
-            raise GraphError(
-                f"the model's inputs are {', '.join(sorted(names))}, and the calibration data has {', '.join(feed)}"
-            )
+            expected, given = ", ".join(sorted(names)), ", ".join(feed) or "none"
+            raise GraphError(f"expected calibration data for the model's inputs {expected}, got {given}")
         for name, array in feed.items():
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                raise GraphError(f"the calibration data of input {name!r} holds NaN or infinite values")
+                raise GraphError(
+                    f"the calibration data of input {name!r} contains NaN or infinite values; expected finite ones"
+                )
 
 
 def _calibrate(ready: Path, feeds: Sequence[Mapping[str, np.ndarray]], method: Method, *, large: bool) -> Path:
-    """Run the fp32 graph on all feeds, write the activations' ranges to a file, and return its path.
+    """Run the fp32 graph on all feeds, write the ranges of the activations to a file, and return its path.
 
-    `quantize_static` would hand all feeds over at once, which histograms take of one shape only (onnxruntime#18792), and
-    keeps the library's 128 bins, with which the entropy method finds the extremes, always (onnxruntime#9597).
+    `quantize_static` would pass all feeds at once, but histograms need feeds of one shape (onnxruntime#18792), and it uses
+    128 bins, with which the entropy method always returns the extremes (onnxruntime#9597).
     """
     from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
 
@@ -155,9 +169,9 @@ def _quantize(
         calibrate_method=load_tensors_data(ranges).calibration_method,
         calibration_cache_path=ranges,
         extra_options={
-            # As floats they go on to a bias or a normalisation without a second rounding.
+            # As floats they reach a bias or a normalisation without a second rounding.
             "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-            # Otherwise a node that stays fp32 takes the rounded value, when another taker of it is quantized.
+            # Otherwise a node that stays fp32 reads the rounded value if another reader of it is quantized.
             "DedicatedQDQPair": True,
             "TensorQuantOverrides": _one_scale(prepared),
         },
@@ -166,7 +180,7 @@ def _quantize(
 
 
 class _Once:
-    """One feed, as the library wants to be handed it."""
+    """A data reader, as the library expects it, that returns a single feed."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
         self._feed: dict[str, np.ndarray] | None = feed
@@ -187,41 +201,42 @@ def _method(method: Method) -> object:
 
 
 def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
-    """Return the names of nodes that stay fp32, by what they take.
+    """Return the names of the nodes that stay fp32 because of their inputs.
 
-    A product of two activations rounds both. What takes a Softmax would have its output rounded by the range that was
-    seen, and the kernel that ONNX Runtime then puts in place computes it for another one. A sum outside of convolutional
-    blocks, as the residual stream of a transformer, has outliers that one scale does not serve.
+    A product of two activations would round both of them. A reader of a Softmax would make the library round the output of
+    the Softmax with the measured range, but the kernel that ONNX Runtime then uses computes it for another range. A sum
+    outside of convolutional blocks, such as the residual stream of a transformer, has outliers that one scale cannot
+    represent.
     """
     values = constants_of(model.graph)
     constants = set(values)
-    read = {value.name for value in model.graph.output}
+    read_elsewhere = {value.name for value in model.graph.output}
     widths = _widths(model)
-    read |= {name for body in descendants(model.graph) for node in body.node for name in node.input}
-    makers = {name: node for node in model.graph.node for name in node.output}
+    read_elsewhere |= {name for body in descendants(model.graph) for node in body.node for name in node.input}
+    producers = {name: node for node in model.graph.node for name in node.output}
     convolutional: set[str] = set()
     out = {node.name for node in model.graph.node if any(node.name == k or node.name.startswith(f"{k}/") for k in kept)}
     for node in model.graph.node:  # in topological order
         computed = [name for name in node.input if name and name not in constants]
-        before = [makers[name] for name in computed if name in makers]
-        inside = len(before) == len(computed) and all(maker.name in convolutional for maker in before)
-        whole = len(computed) == len(node.input)  # no operand is constant
-        joins = node.op_type in _JOINS and whole
+        before = [producers[name] for name in computed if name in producers]
+        inside = len(before) == len(computed) and all(producer.name in convolutional for producer in before)
+        no_constant = len(computed) == len(node.input)
+        joins = node.op_type in _JOINS and no_constant
         if node.op_type == "Conv" or ((node.op_type in ("Relu", "Clip", *_MOVES) or joins) and inside):
             convolutional.add(node.name)
-        elif node.op_type in _JOINS or (node.op_type in ("MatMul", "Gemm") and whole):
+        elif node.op_type in _JOINS or (node.op_type in ("MatMul", "Gemm") and no_constant):
             out.add(node.name)
-        if any(maker.op_type in ("Softmax", "LogSoftmax") for maker in before):
+        if any(producer.op_type in ("Softmax", "LogSoftmax") for producer in before):
             out.add(node.name)
-        if node.op_type in ("Relu", "Clip") and node.input[0] in read:
-            out.add(node.name)  # the library would give its range to what is read elsewhere as well
+        if node.op_type in ("Relu", "Clip") and node.input[0] in read_elsewhere:
+            out.add(node.name)  # the library would apply its range to the value that is read elsewhere, too
         if node.name in widths and not _plain_bias(node, values, widths[node.name]):
             out.add(node.name)
     return out
 
 
 def _widths(model: onnx.ModelProto) -> dict[str, int]:
-    """Return how many outputs each Gemm has whose second operand is its weight, by the node's name."""
+    """Return the number of outputs of every Gemm whose second operand is its weight, by the name of the node."""
     return {w.node.name: w.values.shape[w.axis] for w in weighted(model) if w.node.op_type == "Gemm" and w.place == 1}
 
 
@@ -230,7 +245,7 @@ def _beta(node: onnx.NodeProto) -> float:
 
 
 def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], width: int) -> bool:
-    """Return whether what a Gemm adds is a vector, once: the library takes no other, and `beta` for a part of its scale."""
+    """Return whether a Gemm adds a vector with `beta` 1: the library supports no other bias, and puts `beta` in its scale."""
     if len(node.input) < 3 or not node.input[2]:
         return True
     stored = constants.get(node.input[2])
@@ -238,10 +253,10 @@ def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto],
 
 
 def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
-    """Return the library's overrides for weights that get one scale; on the left of a MatMul they take uint8's place.
+    """Return the library's overrides for the weights that get a single scale; on the left of a MatMul they are uint8.
 
-    Such are weights of a MatMul that are no matrices, or on its left, and those whose output channels lie along one axis for
-    one node and along another for the next, as in a tied autoencoder.
+    These are weights of a MatMul that are not matrices or are on its left, and weights that several nodes share with their
+    output channels along different axes, as in a tied autoencoder.
     """
     from onnxruntime.quantization import QuantType
 
@@ -249,18 +264,18 @@ def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
     axes: dict[str, set[int]] = {}
     for w in layers:
         axes.setdefault(w.weight, set()).add(w.axis)
-    turned = [w for w in layers if len(axes[w.weight]) > 1]
+    several_axes = [w for w in layers if len(axes[w.weight]) > 1]
     products = [w for w in layers if w.node.op_type == "MatMul" and (w.place == 0 or w.values.ndim != 2)]
     return {
         w.weight: [{"quant_type": QuantType.QUInt8 if w.node.op_type == "MatMul" and w.place == 0 else QuantType.QInt8}]
-        for w in (*turned, *products)
+        for w in (*several_axes, *products)
     }
 
 
 def _current(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model at an opset and IR version that have scales a channel, its weights no longer listed as inputs.
+    """Return the model at an opset and IR version with scales per channel, without its weights among the inputs.
 
-    A weight that a caller may replace is no constant: nothing would be folded into it.
+    The libraries do not treat a weight that is an input as a constant: nothing would be folded into it.
     """
     version = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_OPSET)
     if version < _OPSET:
@@ -275,7 +290,7 @@ def _current(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _with_plain_biases(model: onnx.ModelProto) -> None:
-    """Give every Gemm whose bias is constant and the same for all rows that bias as a vector, `beta` multiplied in."""
+    """Replace the bias of every Gemm that adds the same constant to all rows by a vector, multiplied by `beta`."""
     constants, widths = constants_of(model.graph), _widths(model)
     for node in model.graph.node:
         width = widths.get(node.name, 0)
@@ -297,9 +312,9 @@ def _with_plain_biases(model: onnx.ModelProto) -> None:
 
 
 def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Give the result the original's metadata, the opsets that it uses alone, and the full check."""
+    """Return the result with the metadata of the original and only the opsets that it uses, after a full check."""
     if any(True for _ in bodies(quantized.graph)):
-        # The library's own sorting overlooks what only the body of an If, Loop or Scan reads.
+        # The library sorts nodes without regard to tensors that only the body of an If, Loop or Scan reads.
         quantized = export_graph(import_graph(quantized), quantized)
     nodes = (node for graph in (quantized.graph, *descendants(quantized.graph)) for node in graph.node)
     used = {"" if node.domain == "ai.onnx" else node.domain for node in nodes} | {f.domain for f in quantized.functions}
@@ -313,9 +328,9 @@ def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPr
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' prints, log lines and warnings off the terminal."""
+    """Suppress what the libraries print, log and warn."""
     root, before = logging.getLogger(), logging.root.manager.disable
-    handler = logging.NullHandler()  # without one, `logging.warning` would install a handler of its own for good
+    handler = logging.NullHandler()  # without one, `logging.warning` would install a handler permanently
     root.addHandler(handler)
     logging.disable(logging.CRITICAL)
     ort.set_default_logger_severity(4)
@@ -324,10 +339,6 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        ort.set_default_logger_severity(2)  # ONNX Runtime's default; it does not tell what was set
+        ort.set_default_logger_severity(2)  # ONNX Runtime's default; it has no function that returns the current level
         logging.disable(before)
         root.removeHandler(handler)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

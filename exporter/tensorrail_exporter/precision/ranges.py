@@ -1,13 +1,14 @@
-"""Per layer: the ranges of its core and of its output, what fp16 or 8 bits would lose of them, and what overflows first.
+"""The value ranges of every layer's core and output, what fp16 or 8 bits would lose, and what overflows.
 
-fp16 holds ±65504; below 2⁻¹⁴ its values are subnormal and lose digits. An 8-bit tensor has 256 steps between its smallest
-and its largest value, so its relative error is step / √12 over the values' root mean square: outliers make it large.
+The range of fp16 is ±65504; values below 2⁻¹⁴ are subnormal and lose digits. An 8-bit tensor has 256 steps between its
+smallest and its largest value, so its relative error is step / √12 divided by the root mean square of the values: outliers
+make it large.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.precision.weights import Weighted, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.records import Record
@@ -30,27 +32,30 @@ NORMAL = float(np.finfo(np.float16).tiny)  # 2⁻¹⁴: smaller values are subno
 
 
 class LayerRange(Record):
-    """One core and its output over all inputs, as computed in fp32; infinite and NaN values are left out of the ranges."""
+    """One core and its output over all inputs, computed in fp32. Ranges do not include infinite and NaN values.
 
-    layer: str  # what `keep` takes
+    Fields are explained beside them. Shares and errors are between 0 and 1.
+    """
+
+    layer: str  # the name that `keep` accepts
     node: str
     op: str
     core: str
     core_min: float
     core_max: float
-    channel_ratio: float  # largest over smallest |w| maximum of the output channels; those of zeros left out
-    core_subnormal: float  # share of its values, zeros left out, that are subnormal in fp16
-    core_int8_error: float  # relative L2 error of rounding it to int8, one scale a channel
+    channel_ratio: float  # largest maximum of |w| over an output channel divided by the smallest that is not zero
+    core_subnormal: float  # share of the core's nonzero values that are subnormal in fp16
+    core_int8_error: float  # relative L2 error of rounding the core to int8 with one scale per channel
     output: str
     output_min: float
     output_max: float
     output_subnormal: float
-    output_int8_error: float  # expected relative L2 error of rounding it to 8 bits, one scale
-    overflows: bool  # core or output has values that fp16 does not hold
+    output_int8_error: float  # expected relative L2 error of rounding the output to 8 bits with one scale
+    overflows: bool  # whether core or output has values outside the range of fp16
 
     @property
     def suspicion(self) -> tuple[float, float]:
-        """How much this layer is to be suspected: in fp16, and in int8."""
+        """How likely the layer is to cause a loss of accuracy: in fp16, and in int8."""
         fp16 = 1e9 if self.overflows else max(self.core_subnormal, self.output_subnormal)
         return fp16, max(self.core_int8_error, self.output_int8_error)
 
@@ -80,7 +85,13 @@ def ranges_table(ranges: Sequence[LayerRange]) -> Table:
 
 
 class RangeError(GraphError):
-    """A reduced model overflows; `ranges` holds its layers, the most suspicious first, `keep` all the names that would help."""
+    """A model overflows in reduced precision.
+
+    Attributes:
+        ranges: the ranges of all layers, the most suspicious first.
+        keep: names to leave in fp32 so that nothing overflows.
+
+    """
 
     def __init__(self, message: str, ranges: tuple[LayerRange, ...], keep: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -89,42 +100,58 @@ class RangeError(GraphError):
 
 
 def layer_ranges(model: onnx.ModelProto, feeds: Feeds, *, to: Literal["fp16", "int8"] = "fp16") -> tuple[LayerRange, ...]:
-    """Return the ranges of every core constant and of its output, the most suspicious for `to` first.
+    """Return the ranges of every core and of its output, the most suspicious first.
 
-    `model` is the fp32 graph, dense or factored. Raises `GraphError` when no inputs came or the graph has no weights, and
-    `ModelError` for inputs that do not fit.
+    Args:
+        model: the fp32 model, dense or factorized.
+        feeds: batches of inputs by name.
+        to: the precision that the order is for, `fp16` (the default) or `int8`.
+
+    Raises:
+        GraphError: there are no inputs, or the graph has no constant weights.
+        ModelError: the model cannot run on the inputs.
+
     """
     layers = weighted(model)
     if not layers or not feeds:
-        missing = "layer with a constant weight in the graph" if feeds else "inputs came"
-        raise GraphError(f"no ranges can be measured: no {missing}")
+        missing = "the graph has no layer with a constant weight" if feeds else "no inputs were given"
+        raise GraphError(f"no ranges can be measured: {missing}")
     seen = {layer.node.output[0]: _Seen() for layer in layers if layer.node.output and layer.node.output[0]}
     for outputs in _exposed(model, tuple(seen), feeds):
         for name, values in outputs.items():
             seen[name].add(values)
-    found = [_record(layer, seen[layer.node.output[0]]) for layer in layers if layer.node.output[0] in seen]
+    ranges = [_record(layer, seen[layer.node.output[0]]) for layer in layers if layer.node.output[0] in seen]
     place = ("fp16", "int8").index(to)
-    return tuple(sorted(found, key=lambda one: (one.suspicion[place], one.suspicion[1]), reverse=True))
+    return tuple(sorted(ranges, key=lambda layer: (layer.suspicion[place], layer.suspicion[1]), reverse=True))
 
 
 def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feeds) -> None:
-    """Raise `RangeError` when an fp16 tensor of the reduced graph overflows, with the `keep` that would help.
+    """Raise `RangeError` if an fp16 tensor of the reduced graph overflows.
 
-    ONNX Runtime's CPU provider computes most operators in fp32 and leaves out casts between them, so that finite outputs
-    there prove nothing for a GPU: every fp16 tensor is looked at. A value that is infinite or NaN in fp32 as well, such as −inf
-    in a mask, is none that overflows, and neither is what only a Softmax takes.
+    ONNX Runtime's CPU provider computes most operators in fp32 and removes casts between them, so that finite outputs there
+    prove nothing for a GPU. Therefore every fp16 tensor is checked. A value that is infinite or NaN in fp32 too, such as
+    −inf in a mask, is not an overflow, and neither is a tensor that only a Softmax reads.
+
+    Args:
+        model: the fp32 model.
+        reduced: the same model in fp16.
+        feeds: batches of inputs by name.
+
+    Raises:
+        RangeError: a tensor overflows; the message and the error name the layers to keep in fp32.
+
     """
-    model, takers = with_names(model), _takers(reduced)
+    model, readers = with_names(model), _readers(reduced)
     names = tuple(
         dict.fromkeys(
             name
             for node in reduced.graph.node
             for name in node.output
-            if name and not (takers[name] and all(taker.op_type in ("Softmax", "LogSoftmax") for taker in takers[name]))
+            if name and not (readers[name] and all(node.op_type in ("Softmax", "LogSoftmax") for node in readers[name]))
         )
     )
     origins = _origins(model, reduced)
-    bad: set[str] = set()
+    overflowing: set[str] = set()
     for outputs, exact in zip(
         _exposed(reduced, names, feeds), _exposed(model, tuple(dict.fromkeys(origins.values())), feeds), strict=True
     ):
@@ -136,26 +163,26 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
             if known is not None and known.shape == values.shape:
                 fine |= ~np.isfinite(known)
             if not fine.all():
-                bad.add(name)
-    if not bad:
+                overflowing.add(name)
+    if not overflowing:
         return
-    first = next(node for node in reduced.graph.node if bad & set(node.output))
-    keep = _touching(model, feeds)
+    first = next(node for node in reduced.graph.node if overflowing & set(node.output))
+    keep = _with_large_values(model, feeds)
     ranges = layer_ranges(model, feeds) if weighted(model) else ()
-    # The converter's own casts stand for the layer that takes or makes the value.
+    # If the first node is a cast that the converter added, the layer that reads or produces the value is named instead.
     named = first.name if any(first.name == node.name for node in model.graph.node) else next(iter(keep), first.name)
     layers = {w.node.name: w.layer for w in weighted(model)}
     shown = " ".join(f"--keep {name}" for name in keep[:_SHOWN]) + (f" and {len(keep) - _SHOWN} more" if keep[_SHOWN:] else "")
     raise RangeError(
-        f"layer {layers.get(named, named)}: overflows in fp16, which holds ±{LARGEST:.0f}; keep in fp32 what makes and takes "
-        f"such values: {shown or 'no layer, as none has them in fp32'}",
+        f"layer {layers.get(named, named)}: overflows in fp16, whose range is ±{LARGEST:.0f}; keep the layers that produce or "
+        f"read such values in fp32: {shown or 'none found, as no layer has such values in fp32'}",
         ranges,
         keep,
     )
 
 
-def _touching(model: onnx.ModelProto, feeds: Feeds) -> tuple[str, ...]:
-    """Return the layers, or nodes without a weight, that make or take a float32 tensor with values beyond fp16."""
+def _with_large_values(model: onnx.ModelProto, feeds: Feeds) -> tuple[str, ...]:
+    """Return the layers, or nodes without a weight, that produce or read float32 values outside the range of fp16."""
     names = tuple(dict.fromkeys(name for node in model.graph.node for name in node.output if name))
     large = {name for feed in feeds for name, values in feed.items() if _beyond(values)}
     for outputs in _exposed(model, names, feeds):
@@ -169,69 +196,65 @@ def _beyond(values: np.ndarray) -> bool:
     return values.dtype == np.float32 and bool((np.abs(values[np.isfinite(values)]) > LARGEST).any())
 
 
-def _takers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    takers: dict[str, list[onnx.NodeProto]] = {name: [] for node in model.graph.node for name in node.output}
+def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = {name: [] for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         for name in node.input:
-            takers.setdefault(name, []).append(node)
-    return takers
+            readers.setdefault(name, []).append(node)
+    return readers
 
 
 def _origins(model: onnx.ModelProto, reduced: onnx.ModelProto) -> dict[str, str]:
-    """Return for tensors of the reduced graph the one of the fp32 graph that they are, found through casts."""
+    """Return the tensor of the fp32 graph that each tensor of the reduced graph equals, by name or through casts."""
     known = {name for node in model.graph.node for name in node.output if name}
-    found = {name: name for node in reduced.graph.node for name in node.output if name in known}
+    origins = {name: name for node in reduced.graph.node for name in node.output if name in known}
     casts = [node for node in reduced.graph.node if node.op_type == "Cast"]
-    for node in (*casts, *reversed(casts)):  # behind a tensor that is known, and before one
-        one, other = node.input[0], node.output[0]
-        if one in found:
-            found.setdefault(other, found[one])
-        elif other in found:
-            found.setdefault(one, found[other])
-    return found
+    for node in (*casts, *reversed(casts)):  # forwards for casts behind a known tensor, backwards for those before one
+        source, target = node.input[0], node.output[0]
+        if source in origins:
+            origins.setdefault(target, origins[source])
+        elif target in origins:
+            origins.setdefault(source, origins[target])
+    return origins
 
 
-def _exposed(model: onnx.ModelProto, names: Iterable[str], feeds: Feeds) -> Iterator[dict[str, np.ndarray]]:
-    """Run the model with these tensors as outputs, and yield those that are arrays, feed by feed."""
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    present = {value.name for value in shown.graph.output}
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    wanted = set(names)
+def _exposed(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Iterator[dict[str, np.ndarray]]:
+    """Run the model with these tensors as outputs; yield their values for each feed, except those that are not arrays."""
+    exposed = set(names)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shown.onnx"
-        save_model(shown, path)
+        path = Path(folder) / "exposed.onnx"
+        save_model(with_outputs(model, names), path)
         try:
             session = open_session(path)
         except ModelError as error:
-            raise GraphError(f"its ranges cannot be measured: {str(error).removeprefix(f'{path}: ')}") from None
+            raise GraphError(f"the ranges cannot be measured: {str(error).removeprefix(f'{path}: ')}") from None
         for feed in feeds:
             outputs = run(session, feed)
-            yield {name: array for name, array in outputs.items() if name in wanted and isinstance(array, np.ndarray)}
+            yield {name: array for name, array in outputs.items() if name in exposed and isinstance(array, np.ndarray)}
 
 
 @dataclass
 class _Seen:
-    """What has been seen of one tensor so far."""
+    """Statistics of the values of one tensor so far."""
 
     low: float = np.inf
     high: float = -np.inf
     squares: float = 0.0
     count: int = 0
     nonzero: int = 0
-    small: int = 0
-    beyond: bool = False
+    subnormal: int = 0
+    overflows: bool = False
 
     def add(self, values: np.ndarray) -> None:
         finite = values[np.isfinite(values)].astype(np.float64)
         size = np.abs(finite)
-        self.beyond |= finite.size < values.size or bool((size > LARGEST).any())
+        self.overflows |= finite.size < values.size or bool((size > LARGEST).any())
         if finite.size:
             self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
             self.squares += float(finite @ finite)
         self.count += finite.size
         self.nonzero += int((size > 0).sum())
-        self.small += int(((size > 0) & (size < NORMAL)).sum())
+        self.subnormal += int(((size > 0) & (size < NORMAL)).sum())
 
 
 def _record(layer: Weighted, seen: _Seen) -> LayerRange:
@@ -239,7 +262,7 @@ def _record(layer: Weighted, seen: _Seen) -> LayerRange:
     core = _Seen()
     core.add(values.ravel())
     rows = np.abs(np.moveaxis(values, layer.axis, 0)).reshape(values.shape[layer.axis], -1).max(1, initial=0.0)
-    live = rows[np.isfinite(rows) & (rows > 0)]
+    nonzero = rows[np.isfinite(rows) & (rows > 0)]
     empty = not seen.count
     step = 0.0 if empty else (max(seen.high, 0.0) - min(seen.low, 0.0)) / 255
     rms = np.sqrt(seen.squares / seen.count) if seen.squares else 0.0
@@ -250,19 +273,20 @@ def _record(layer: Weighted, seen: _Seen) -> LayerRange:
         core=layer.weight,
         core_min=core.low if core.count else 0.0,
         core_max=core.high if core.count else 0.0,
-        channel_ratio=float(live.max() / live.min()) if live.size else 1.0,
-        core_subnormal=core.small / core.nonzero if core.nonzero else 0.0,
-        core_int8_error=_rounded(values, layer.axis),
+        channel_ratio=float(nonzero.max() / nonzero.min()) if nonzero.size else 1.0,
+        core_subnormal=core.subnormal / core.nonzero if core.nonzero else 0.0,
+        core_int8_error=_int8_error(values, layer.axis),
         output=layer.node.output[0],
         output_min=0.0 if empty else seen.low,
         output_max=0.0 if empty else seen.high,
-        output_subnormal=seen.small / seen.nonzero if seen.nonzero else 0.0,
+        output_subnormal=seen.subnormal / seen.nonzero if seen.nonzero else 0.0,
         output_int8_error=float(step / np.sqrt(12) / rms) if rms else 0.0,
-        overflows=core.beyond or seen.beyond,
+        overflows=core.overflows or seen.overflows,
     )
 
 
-def _rounded(values: np.ndarray, axis: int) -> float:
+def _int8_error(values: np.ndarray, axis: int) -> float:
+    """Return the relative L2 error of rounding to int8 with one symmetric scale per index of `axis`."""
     finite = np.where(np.isfinite(values), values, 0.0)
     others = tuple(k for k in range(values.ndim) if k != axis)
     scale = np.abs(finite).max(others, keepdims=True, initial=0.0) / 127

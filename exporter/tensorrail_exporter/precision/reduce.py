@@ -1,4 +1,4 @@
-"""Reduced precision, converted and measured: parity, accuracy and latency beside fp32, and the ranges when it breaks."""
+"""Reduced precision: a model is converted to fp16 or int8, and its parity, accuracy and latency are compared with fp32."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 Precision = Literal["fp16", "int8"]
 
 TOLERANCES: dict[Precision, float] = {"fp16": 1e-2, "int8": 1e-1}
-"""The relative L2 difference of an output that is usual at most; what counts is the accuracy."""
+"""The default tolerance of the relative L2 difference of an output. What counts in the end is the accuracy."""
 
-_RANDOM_BATCHES = (1, 7)
+_RANDOM_BATCHES = (1, 7)  # batch sizes of the random inputs that are compared if none are given
 
 
 class Unreduced(Record):
-    """A layer whose weight is still float32 in the reduced model, because it was kept or has no reduced form."""
+    """A layer whose weight is still float32 in the reduced model, because it is kept or has no reduced form."""
 
     layer: str
     op: str
@@ -47,23 +47,23 @@ class Unreduced(Record):
 
 
 class PrecisionReport(PrintedRecord):
-    """One model reduced, and all that was measured of it beside fp32. The latency's ratio is fp32's time over its time."""
+    """A model in reduced precision and its measurements. The ratio of the latencies is fp32 time divided by reduced time."""
 
     version: Literal[1] = 1
     model: str
     reduced: str
     to: Precision
-    method: str | None  # of calibration; None for fp16
+    method: str | None  # of int8 calibration; None for fp16
     keep: tuple[str, ...]
     fp32: tuple[Unreduced, ...]
-    bytes_before: int  # of the files, external data included
+    bytes_before: int  # size of the files, including external data
     bytes_after: int
     inputs: Literal["given", "random"]
     samples: int
     parity: Parity
     accuracy: Comparison | None  # None without labelled data
     latency: LatencyReport
-    ranges: tuple[LayerRange, ...] = ()  # the most suspicious first; only when the tolerance is missed
+    ranges: tuple[LayerRange, ...] = ()  # the most suspicious layer first; only if the tolerance is exceeded
 
     @property
     def holds(self) -> bool:
@@ -72,12 +72,12 @@ class PrecisionReport(PrintedRecord):
 
     @property
     def ratio(self) -> Ratio:
-        """How many times faster than fp32 it is."""
+        """How many times faster than fp32 the reduced model is, with its interval."""
         return self.latency.ratios[0]
 
     @property
     def verdict(self) -> Literal["faster", "slower", "not proven faster"]:
-        """What the 95 % interval of the ratio says."""
+        """The conclusion from the 95 % interval of the ratio."""
         return "faster" if self.ratio.low > 1 else "slower" if self.ratio.high < 1 else "not proven faster"
 
     def shown(self) -> tuple[Part, ...]:
@@ -144,7 +144,33 @@ def reduced(
     test: Labelled | None = None,
     conditions: Conditions | None = None,
 ) -> PrecisionReport:
-    """Measure the model in reduced precision beside fp32, and write it to `out`, whole or not at all.
+    """Convert a model to fp16 or int8, compare it with fp32, and write it.
+
+    Args:
+        model: the fp32 model.
+        out: the file to write, completely or not at all.
+        to: `fp16` or `int8`.
+        calibration: batches of inputs by name. int8 needs them; fp16 is only compared on them, by default on random inputs.
+        data: inputs for the accuracy, which are not used for calibration; default: the accuracy is not measured.
+        labels: labels of `data`.
+        metric: metric of the accuracy; default `top1`.
+        method: calibration method of int8, one of `METHODS`; default `minmax`.
+        keep: names of layers, weights or nodes that stay fp32.
+        tolerance: largest relative L2 difference of every output; default from `TOLERANCES`.
+        batch: size of the dynamic axes of random inputs, and so the batch size of the latency; default 1.
+        shapes: shapes of random inputs by name, instead of `batch`.
+        seconds: time for the measurement of the latency; default 10.
+        settings: settings of the ONNX Runtime sessions; default `Session()`.
+        seed: seed of random inputs; default 0.
+        on_round: is called with the share of the latency measurement that is done.
+
+    Returns:
+        The measurements, with the ranges of all layers if an output exceeds the tolerance.
+
+    Raises:
+        RangeError: fp16 overflows on the inputs; nothing is written.
+        GraphError: the model cannot be converted; nothing is written.
+        ModelError: a model cannot be run or scored; nothing is written.
 
     Args:
         model: the fp32 model's file, dense or factored.
@@ -183,17 +209,17 @@ def reduced(
     else:
         small = to_int8(single, given or (), method=quantization.method or "minmax", keep=keep)
     left = _left_fp32(single, small, keep)
-    # Measured in a folder beside `out`, under its own name, which the names of external data are made of; then moved.
+    # Measured in a folder beside `out` and then moved. The name is the final one: names of external data derive from it.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        made = Path(folder) / out.name
-        save_model(small, made)
+        written = Path(folder) / out.name
+        save_model(small, written)
         tolerance = TOLERANCES[to] if quantization.tolerance is None else quantization.tolerance
-        same = parity(model, made, inputs=feeds, tolerance=tolerance, settings=exact)
+        same = parity(model, written, inputs=feeds, tolerance=tolerance, settings=exact)
         accuracy = None
         if scores is not None and test is not None:
-            accuracy = compare_scores(scores, evaluate(made, test.inputs, test.labels, metric=test.metric, settings=exact))
+            accuracy = compare_scores(scores, evaluate(written, test.inputs, test.labels, metric=test.metric, settings=exact))
         latency = bench(
-            [model, made],
+            [model, written],
             replace(timing, io_binding=settings.on_gpu),
             settings,
             labels=["fp32", to],
@@ -207,7 +233,7 @@ def reduced(
             keep=keep,
             fp32=left,
             bytes_before=bytes_of(model),
-            bytes_after=bytes_of(made),
+            bytes_after=bytes_of(written),
             inputs="random" if given is None else "given",
             samples=sum(same.batches),
             parity=same,
@@ -215,7 +241,7 @@ def reduced(
             latency=latency,
             ranges=() if same.holds else layer_ranges(single, feeds, to=to),
         )
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):  # the graph last, when its data are there
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == written):  # the graph last, after its data
             file.replace(out.parent / file.name)
     return report
 
@@ -225,21 +251,21 @@ def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
     if to not in get_args(Precision):
         raise GraphError(f"unknown precision {to!r}: expected one of {', '.join(get_args(Precision))}")
     if method is not None and to != "int8":
-        raise GraphError(f"calibration method {method!r} was given, but {to} is not calibrated: leave it out")
+        raise GraphError(f"calibration method {method!r} was given, but {to} needs no calibration: leave it out")
     if not out.parent.is_dir():
-        raise GraphError(f"{out}: its folder is not there: make it first, or choose another one")
+        raise GraphError(f"{out}: its folder does not exist: create it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):
         raise GraphError(f"{out}: is the fp32 model itself; write to another file")
 
 
 def _left_fp32(model: onnx.ModelProto, small: onnx.ModelProto, keep: Sequence[str]) -> tuple[Unreduced, ...]:
-    """Return the layers whose weight is still float32; for int8 those of the graph with its constants folded."""
+    """Return the layers whose weight is still float32; for int8, layers of the graph after constant folding."""
     constants = constants_of(small.graph)
     names = {w.node.name: w for w in weighted(with_names(model))}
-    found: dict[str, Unreduced] = {}
+    unreduced: dict[str, Unreduced] = {}
     for layer in weighted(small):
         if constants[layer.weight].data_type == onnx.TensorProto.FLOAT:
             known = names.get(layer.node.name, layer)
             asked = any(k in (known.layer, known.weight, known.node.name) or known.node.name.startswith(f"{k}/") for k in keep)
-            found.setdefault(known.layer, Unreduced(layer=known.layer, op=layer.node.op_type, kept=asked))
-    return tuple(found.values())
+            unreduced.setdefault(known.layer, Unreduced(layer=known.layer, op=layer.node.op_type, kept=asked))
+    return tuple(unreduced.values())

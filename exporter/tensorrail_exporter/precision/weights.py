@@ -1,4 +1,4 @@
-"""The nodes of a graph that hold a constant weight, the layer that each belongs to, and what `keep` names among them."""
+"""The nodes of a graph with a constant weight, the layer that each belongs to, and the nodes that `keep` selects."""
 
 from __future__ import annotations
 
@@ -23,17 +23,27 @@ _WEIGHTS = {
     "GRU": (1, 2),
     "RNN": (1, 2),
 }
-"""Where the operators that multiply take their weights: the first of these places that is constant is *the* weight."""
+"""The inputs that may be the weight of an operator; the first of them that is constant is the weight."""
 
 _CORE = re.compile(r"(.+)/(?:\d+(?:\+\d+)*|identity|dense)(?:_\d+)?")
-"""How the exporter names its constants: `<layer>/<cores>`, `_2` behind it where the name was taken."""
+"""The exporter's names of constants: `<layer>/<cores>`, followed by `_2` if the name was taken."""
 
 _QUANTIZED = re.compile(r"QuantizeLinear|DequantizeLinear|DynamicQuantizeLinear|QLinear.+|.+Integer|MatMulNBits|QGemm")
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A node with a constant weight. `axis` is that of the weight's output channels, `place` the weight's input."""
+    """A node with a constant weight.
+
+    Attributes:
+        layer: name of the layer, as a plan or `keep` writes it.
+        node: the node.
+        place: index of the node's input that is the weight.
+        weight: name of the weight's tensor.
+        values: the weight.
+        axis: axis of the weight's output channels.
+
+    """
 
     layer: str
     node: onnx.NodeProto
@@ -44,37 +54,43 @@ class Weighted:
 
 
 def weighted(model: onnx.ModelProto) -> tuple[Weighted, ...]:
-    """Return the nodes of the graph that hold a constant weight, in its order; those of If, Loop and Scan bodies left out."""
+    """Return the nodes of the main graph that have a constant weight, in order, without those in If, Loop and Scan bodies."""
     constants = constants_of(model.graph)
-    found = []
+    layers = []
     for node in model.graph.node:
         place = next((p for p in _WEIGHTS.get(node.op_type, ()) if p < len(node.input) and node.input[p] in constants), None)
         if place is not None:
             name = node.input[place]
             values = numpy_helper.to_array(constants[name])
-            found.append(Weighted(_layer(node, name), node, place, name, values, _axis(node, place, values.ndim)))
-    return tuple(found)
+            layers.append(Weighted(_layer(node, name), node, place, name, values, _axis(node, place, values.ndim)))
+    return tuple(layers)
 
 
 def kept_nodes(model: onnx.ModelProto, keep: Sequence[str]) -> frozenset[str]:
-    """Return the names of the nodes that `keep` calls by their layer's name, their weight's or their own.
+    """Return the names of the nodes that `keep` selects.
 
-    Raises `GraphError` for a name that nothing has. All nodes must have names, see `with_names`.
+    Args:
+        model: a model whose nodes all have names, see `with_names`.
+        keep: names of layers, weights or nodes; the name of a layer includes all nodes that start with `<name>/`.
+
+    Raises:
+        GraphError: nothing in the graph has one of the names.
+
     """
     layers = weighted(model)
-    found: set[str] = set()
+    kept: set[str] = set()
     for name in keep:
-        called = {w.node.name for w in layers if name in (w.layer, w.weight)}
-        called |= {node.name for node in _all_nodes(model.graph) if node.name == name or node.name.startswith(f"{name}/")}
-        if not called:
+        selected = {w.node.name for w in layers if name in (w.layer, w.weight)}
+        selected |= {node.name for node in _all_nodes(model.graph) if node.name == name or node.name.startswith(f"{name}/")}
+        if not selected:
             known = ", ".join(dict.fromkeys(w.layer for w in layers)) or "none"
-            raise GraphError(f"layer {name}: to be kept in fp32, and not in the graph; its layers with weights are {known}")
-        found |= called
-    return frozenset(found)
+            raise GraphError(f"layer {name}: listed in keep, but not in the graph; its layers with weights are {known}")
+        kept |= selected
+    return frozenset(kept)
 
 
 def with_names(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which every node has a name of its own, made of its operator and place where it had none."""
+    """Return a copy in which every node has a unique name; a node without one is named by its operator and position."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     taken: set[str] = set()
@@ -88,21 +104,21 @@ def with_names(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_fp32(model: onnx.ModelProto, what: str) -> None:
-    """Raise `GraphError` for a model that is quantized already, or that has no float32 weight to convert."""
+    """Raise `GraphError` if the model is already quantized or has no float32 constant; `what` starts the message."""
     quantized = next((node for node in _all_nodes(model.graph) if _QUANTIZED.fullmatch(node.op_type)), None)
     if quantized is not None:
         raise GraphError(
-            f"the model is quantized already: node {quantized.name or quantized.op_type} is {quantized.op_type}; "
-            f"{what} needs the fp32 model that it was made from"
+            f"the model is already quantized: node {quantized.name or quantized.op_type} is {quantized.op_type}; "
+            f"{what} needs the fp32 model it was made from"
         )
     types = {tensor.data_type for tensor in constants_of(model.graph).values()}
     if onnx.TensorProto.FLOAT not in types:
-        came = ", ".join(sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)) or "none at all"
-        raise GraphError(f"{what} converts float32 weights, and the model's constants are {came}; give the fp32 model")
+        found = ", ".join(sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)) or "none at all"
+        raise GraphError(f"{what} expects a model with float32 weights, got constants of type {found}; provide the fp32 model")
 
 
 def _layer(node: onnx.NodeProto, weight: str) -> str:
-    """Return the name that a plan or a user would give: of the cores, of the module, of the node, or of the weight."""
+    """Return the name by which a plan or a user would call the layer: of the cores, the module, the node or the weight."""
     if core := _CORE.fullmatch(weight):
         return core[1]
     if weight.endswith(".weight"):
@@ -111,6 +127,7 @@ def _layer(node: onnx.NodeProto, weight: str) -> str:
 
 
 def _axis(node: onnx.NodeProto, place: int, rank: int) -> int:
+    """Return the axis of the output channels in a weight with `rank` axes."""
     match node.op_type:
         case "Conv":
             return 0

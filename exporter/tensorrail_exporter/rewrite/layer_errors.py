@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.io import import_graph, save_model
+from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.plans.cores import Cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import reconstruct
@@ -38,7 +39,7 @@ def layer_errors(
     with tempfile.TemporaryDirectory() as folder:
         for number, (graph, names) in enumerate(zip(graphs, shown, strict=True)):
             path = Path(folder) / f"{number}.onnx"
-            save_model(_showing(graph, sorted(names)), path)
+            save_model(with_outputs(graph, sorted(names)), path)
             session = open_session(path, settings=settings)
             values.append([run(session, feed) for feed in feeds])
     found = []
@@ -68,12 +69,3 @@ def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
 
 def _tensors(model: onnx.ModelProto) -> set[str]:
     return {output for node in model.graph.node for output in node.output}
-
-
-def _showing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """Return the model with more outputs; ONNX Runtime infers their types."""
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    present = {value.name for value in shown.graph.output}
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    return shown

@@ -1,10 +1,10 @@
-"""A layer inside enough of a network to be timed: several copies of it, each followed by what usually follows.
+"""Small models in which a layer is timed: several copies of it, each followed by what usually follows in a network.
 
-ONNX Runtime's CPU convolutions work on channels in blocks, and converting to and from that layout is paid at the ends of a
-chain, not at every layer. So a layer is never timed alone: copies stand in a chain, the output of one the input of the next,
-or, where the shape changes, side by side behind a common 1×1 convolution. The time of one copy is that of many less that
-of one; what both pay (the ends, the call) falls out. Each copy has weights of its own, as in a network, so that a cache
-holds no more of them than there.
+ONNX Runtime's CPU convolutions compute blocks of channels, and the conversion to and from that layout is paid at the ends of
+a chain, not in every layer. A layer is therefore never timed alone. Its copies form a chain, in which the output of one is
+the input of the next; if the layer changes the shape, they stand side by side behind a common 1×1 convolution. The time of
+one copy follows from the difference between several copies and one, in which the cost of the ends and of the call cancels.
+Every copy has its own weights, so that a cache holds no larger share of them than in a network.
 """
 
 from __future__ import annotations
@@ -25,24 +25,30 @@ from tensorrail_exporter.search.options import Option
 from tensorrail_runtime.errors import GraphError
 
 _COPIES = 4
-_LENGTHS = 4  # which input of LSTM and GRU holds the lengths of the sequences
-_MEMORY = 384 * 2**20  # bytes of dense weights, all copies together
+_LENGTHS = 4  # index of the input of LSTM and GRU with the lengths of the sequences
+_MEMORY = 384 * 2**20  # bytes of the dense weights of all copies together, at most
 
 
 def copies_of(layer: DenseLayer) -> int:
-    """Return how many copies are timed: 4, or fewer where the weights are very large."""
+    """Return the number of copies to time: 4, or fewer if the weights are very large."""
     return max(1, min(_COPIES, _MEMORY // max(1, layer.bytes)))
 
 
 def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
-    """Return a model of `copies` dense layers with random weights, at the layer's own shapes.
+    """Return a model of several copies of a dense layer with random weights.
 
-    Raises `GraphError` when the shape of its input or output is not known, as in the body of a node.
+    Args:
+        layer: the layer, with the shapes of its input and output.
+        copies: number of copies, 1 or more.
+
+    Raises:
+        GraphError: the shape of the layer's input or output is unknown, as in the body of a node.
+
     """
     if layer.inputs[layer.data] is None or layer.output is None:
         raise GraphError(
-            f"layer {layer.name}: cannot be timed, for the shape of its input {layer.input_name!r} or of its output is not "
-            "known; expected both: give the graph's inputs their shapes, or leave the layer dense"
+            f"layer {layer.name}: cannot be timed, because the shape of its input {layer.input_name!r} or of its output "
+            "is unknown; give the graph's inputs their shapes, or leave the layer dense"
         )
     rng = np.random.default_rng(0)
     writer = _Writer(layer, rng)
@@ -58,12 +64,19 @@ def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
 
 
 def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) -> onnx.ModelProto:
-    """Return the model of `dense_context` with every copy rewritten; the cores are random, which takes no time off or on."""
+    """Return the model of `dense_context` with every copy factorized.
+
+    Args:
+        layer: the layer.
+        dense: the model that `dense_context` returned for it.
+        option: the form of the layer. The cores are random, which does not change the time.
+
+    """
     rng = np.random.default_rng(0)
     graph = import_graph(dense)
     for node in graph.nodes:
         for tensor in node.outputs:
-            tensor.dtype = layer.dtype  # shape inference leaves it out, and a rule may ask for it
+            tensor.dtype = layer.dtype  # shape inference does not set it, but a rule may need it
     named = NamedLayers(graph)
     for node in [node for node in graph.nodes if node.name.startswith("copy")]:
         plan = option.plan(node.name)
@@ -76,6 +89,8 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
 
 
 class _Writer:
+    """Builds the model of `dense_context`."""
+
     def __init__(self, layer: DenseLayer, rng: np.random.Generator) -> None:
         self.layer, self.rng = layer, rng
         self.kind = helper.np_dtype_to_tensor_dtype(layer.dtype)
@@ -83,7 +98,7 @@ class _Writer:
         self.constants: list[TensorProto] = []
 
     def entry(self, source: str) -> str:
-        """Bring the data into the layout that they have within a network, by a 1×1 convolution."""
+        """Add a 1×1 convolution, which brings the data into the layout that they have inside a network."""
         shape = self.layer.inputs[self.layer.data]
         channels = shape[1] if shape else 1
         self._constant("entry/weight", (channels, channels, *(1,) * self.layer.spec.spatial))
@@ -92,6 +107,7 @@ class _Writer:
         return "entered"
 
     def copy(self, index: int, source: str) -> str:
+        """Add one copy of the layer, for a convolution with a Relu behind it, and return the name of its output."""
         layer = self.layer
         names = []
         for place, shape in enumerate(layer.inputs):
@@ -113,6 +129,7 @@ class _Writer:
         return f"relu{index}"
 
     def model(self, ends: list[str]) -> onnx.ModelProto:
+        """Return the model, whose output is the sum of these tensors."""
         layer = self.layer
         out = ends[0]
         if len(ends) > 1:
@@ -128,7 +145,7 @@ class _Writer:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", layer.opset)], ir_version=8)
 
     def _operand(self, name: str, place: int, shape: tuple[int, ...]) -> None:
-        """Add what stands at one of the node's inputs beside the data: random values, or lengths as long as the sequence."""
+        """Add a constant for another input than the data: random values, or for lengths that of the whole sequence."""
         data = self.layer.inputs[self.layer.data]
         if data is not None and self.layer.op in ("LSTM", "GRU") and place == _LENGTHS:
             self.constants.append(numpy_helper.from_array(np.full(shape, data[0], np.int32), name))
@@ -140,7 +157,7 @@ class _Writer:
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return values that neither grow nor vanish through a chain: denormal numbers would be slow."""
+    """Return random weights with which values neither grow nor vanish along a chain: denormal numbers would be slow."""
     scale = np.float32((2 / max(1, math.prod(shape[1:]))) ** 0.5)
     values: np.ndarray = (rng.standard_normal(shape, np.float32) * scale).astype(dtype)
     return values

@@ -1,7 +1,7 @@
-"""One option a layer, for all layers at once: the least loss within a budget (multiple-choice knapsack).
+"""Choosing one option per layer with the least total loss within a budget (multiple-choice knapsack).
 
-Deciding layer by layer would spend the budget where it is first asked for. Here every layer's options compete for it: an
-integer programme with one variable an option, solved exactly by HiGHS through scipy.
+Deciding layer by layer would spend the budget on the first layers. Here the options of all layers compete for it, in an
+integer program with one variable per option, which HiGHS solves exactly through scipy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from scipy.sparse import block_diag, csr_matrix, vstack
 
 from tensorrail_runtime.errors import TargetError
 
-_SECONDS = 60.0
-_ROUNDS = 8
+_SECONDS = 60.0  # time limit of one call of the solver
+_ROUNDS = 8  # calls of the solver at most
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What all layers together may cost: `costs[l][k]` of option k of layer l, and their sum at most `most`."""
+    """A limit on the total cost of all layers.
+
+    Attributes:
+        name: name of the cost, for error messages.
+        costs: `costs[l][k]` is the cost of option k of layer l.
+        most: largest sum of the costs.
+
+    """
 
     name: str
     costs: Sequence[Sequence[float]]
@@ -33,61 +40,73 @@ class Limit:
 
 
 def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[int, ...]:
-    """Return the option of every layer: the least sum of losses within all limits.
+    """Return the option of every layer with the least sum of losses within all limits.
 
-    Raises `TargetError` when no choice meets a limit, with the least that can be reached.
+    Args:
+        losses: `losses[l][k]` is the loss of option k of layer l.
+        limits: the limits, each with a cost for every option.
+
+    Returns:
+        The index of the chosen option of every layer.
+
+    Raises:
+        TargetError: no choice meets all limits; the message says what can be reached for a limit.
+
     """
-    counts = [len(one) for one in losses]
+    counts = [len(options) for options in losses]
     for limit in limits:
-        least = sum(min(one) for one in limit.costs)
+        least = sum(min(options) for options in limit.costs)
         if least > limit.most:
             raise TargetError(
-                f"the target on {limit.name} cannot be met: it allows {limit.most:.4g}, and the cheapest option of every layer "
-                f"together costs {least:.4g}; ask for less, or allow more formats or layers"
+                f"the target on {limit.name} cannot be met: it allows {limit.most:.4g}, but the cheapest options of all layers "
+                f"together cost {least:.4g}; lower the target, or allow more formats or layers"
             )
     if not counts:
         return ()
-    flat = np.concatenate([np.asarray(one, float) for one in losses])
-    once = block_diag([np.ones((1, count)) for count in counts], format="csr")
-    rows = [csr_matrix(np.concatenate([np.asarray(one, float) for one in limit.costs]) / limit.most) for limit in limits]
-    matrix = vstack([once, *rows]) if rows else once
+    flat = np.concatenate([np.asarray(options, float) for options in losses])
+    one_per_layer = block_diag([np.ones((1, count)) for count in counts], format="csr")
+    rows = [
+        csr_matrix(np.concatenate([np.asarray(options, float) for options in limit.costs]) / limit.most) for limit in limits
+    ]
+    matrix = vstack([one_per_layer, *rows]) if rows else one_per_layer
     low = np.concatenate([np.ones(len(counts)), np.full(len(rows), -np.inf)])
     high = np.concatenate([np.ones(len(counts)), np.ones(len(rows))])
     ends = np.cumsum(counts)[:-1]
     best, total = None, float(np.abs(flat).max())
     for _ in range(_ROUNDS):
-        # The solver ends when it is within a millionth of the largest number that it sees: options that lose more than a whole
-        # choice are left out of the next round, so that the differences between the others count.
+        # The solver stops within a millionth of the largest loss. Options that alone lose more than the best choice so far are
+        # excluded from the next round, so that the differences between the others become large enough to count.
         allowed = np.ones(len(flat)) if best is None else (flat <= total * (1 + 1e-9)).astype(float)
         with _silent():
-            found = milp(
+            solution = milp(
                 np.where(allowed > 0, flat, 0.0) / max(total, 1e-30),
                 constraints=LinearConstraint(matrix, low, high),
                 integrality=np.ones(len(flat)),
                 bounds=Bounds(0, allowed),
                 options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
             )
-        if found.x is None:
+        if solution.x is None:
             break
-        picks = tuple(int(np.argmax(pick)) for pick in np.split(found.x, ends))
-        lost = sum(float(one[pick]) for one, pick in zip(losses, picks, strict=True))
-        if best is not None and not lost < total:
+        picks = tuple(int(np.argmax(pick)) for pick in np.split(solution.x, ends))
+        loss = sum(float(options[pick]) for options, pick in zip(losses, picks, strict=True))
+        if best is not None and not loss < total:
             break
-        best, total = picks, lost
+        best, total = picks, loss
     if best is None:
-        raise TargetError(f"no choice of options meets {', '.join(limit.name for limit in limits)} together: ask for less")
+        names = ", ".join(limit.name for limit in limits)
+        raise TargetError(f"no choice of options meets the targets on {names} together: lower one of them")
     return best
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep HiGHS's own debugging lines, which no option turns off, off the standard output."""
+    """Suppress HiGHS's debugging output, which no option turns off."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     try:
-        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        with Path(os.devnull).open("w", encoding="utf-8") as devnull:
+            os.dup2(devnull.fileno(), 1)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)

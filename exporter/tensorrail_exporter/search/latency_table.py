@@ -1,7 +1,7 @@
-"""How long each layer takes, dense and in every form that it could have: measured on the target, and kept on disk.
+"""The latency of every layer, dense and in every possible form, measured on the target and stored on disk.
 
-A time is measured once for each distinct layer, form and target; everything that it depends on is in the key, so that a
-table made on one machine, provider, precision or version of ONNX Runtime is never read on another.
+A time is measured once per distinct layer, form and target. Everything that it depends on is part of its key or of the name
+of the file, so that a table is never used on another machine, provider, precision or version of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tensorrail_runtime.records import Record, first_problem, write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
 
-DENSE = "dense"  # the form of a layer that stays as it is
+DENSE = "dense"  # the form of a layer that is not factorized
 
 _VERSION = 2
-_TOGETHER = 6  # forms that are timed in turns with the dense one
-_ON_GPU = 12  # the same on a GPU, where a process takes seconds to begin; each form has workspaces in its memory
+_TOGETHER = 6  # forms in one process, timed in turn with the dense layer
+_ON_GPU = 12  # the same on a GPU, where a process takes seconds to start; every form needs workspaces in its memory
 
 
 class Target(Record):
-    """Where and how a model will run, apart from the model itself."""
+    """Where and how a model will run: the hardware and the settings of the session, see `Session`."""
 
     provider: str
     device: str  # processor, or GPU with its driver
@@ -54,15 +54,15 @@ class Target(Record):
 
     @classmethod
     def here(cls, settings: Session) -> Target:
-        """Return this machine under these settings."""
-        found = machine(gpu=settings.on_gpu)
-        gpu = "" if found.gpu is None else f"{found.gpu.name}, driver {found.gpu.driver}"
+        """Return the target of a session with these settings on this machine."""
+        host = machine(gpu=settings.on_gpu)
+        gpu = "" if host.gpu is None else f"{host.gpu.name}, driver {host.gpu.driver}"
         return cls(
             provider=settings.provider,
-            device=gpu or found.processor,
-            cores=found.cores,
+            device=gpu or host.processor,
+            cores=host.cores,
             threads=settings.threads,
-            onnxruntime=found.onnxruntime,
+            onnxruntime=host.onnxruntime,
             level=settings.level,
             tf32=settings.tf32,
             nhwc=settings.nhwc,
@@ -73,7 +73,7 @@ class Target(Record):
 
 
 class Timed(Record):
-    """One layer in one form; `milliseconds` is what one node adds to a network at the batch size of the shapes."""
+    """The time of one layer in one form: what one node adds to the latency of a network, at the layer's batch size."""
 
     key: str
     layer: str  # in words
@@ -89,7 +89,14 @@ class _Stored(Record):
 
 @dataclass
 class LatencyTable:
-    """Times by layer and form for one target. `LatencyTable.open` reads what was measured before."""
+    """The times of layers and forms on one target. `LatencyTable.open` reads earlier measurements.
+
+    Attributes:
+        target: the target that all times are of.
+        path: the file of the table; None for a table that is not stored.
+        times: the times by their keys.
+
+    """
 
     target: Target
     path: Path | None = None
@@ -97,9 +104,15 @@ class LatencyTable:
 
     @classmethod
     def open(cls, settings: Session, folder: Path | str | None = None) -> LatencyTable:
-        """Return the table of this machine; `folder` is where tables are kept, by default the user's cache folder.
+        """Return the table of this machine, with the times that were stored before.
 
-        Raises `GraphError` for a file there that is no latency table, or one of another target.
+        Args:
+            settings: settings of the sessions.
+            folder: folder of the tables; default the user's cache folder, see `cache_folder`.
+
+        Raises:
+            GraphError: the file of the table cannot be read, is not a latency table, or is one of another target.
+
         """
         target = Target.here(settings)
         name = f"latency-{_digest(target.model_dump())}.json"
@@ -107,33 +120,40 @@ class LatencyTable:
         table = cls(target, path)
         stored = _read(path)
         if stored is not None and stored.target != target:
-            raise GraphError(f"{path}: the latency table of another target ({stored.target}); remove it to measure anew")
-        table.times = {one.key: one for one in stored.times} if stored else {}
+            raise GraphError(
+                f"{path}: the latency table of another target ({stored.target}); remove it to measure again on this one"
+            )
+        table.times = {timed.key: timed for timed in stored.times} if stored else {}
         return table
 
     def save(self) -> None:
-        """Write the table whole; what another process wrote meanwhile is kept. Raises `GraphError` as `open` does."""
+        """Write the table completely or not at all, and keep the times that another process has added in the meantime.
+
+        Raises:
+            GraphError: the file cannot be written, or is not a latency table.
+
+        """
         if self.path is None:
             return
         before = _read(self.path)
         if before is not None:
-            self.times = {one.key: one for one in before.times} | self.times
+            self.times = {timed.key: timed for timed in before.times} | self.times
         stored = _Stored(target=self.target, times=tuple(self.times.values()))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, stored.model_dump_json(indent=1) + "\n")
         except OSError as error:
             raise GraphError(
-                f"{self.path}: the latency table cannot be written ({error.strerror or error}): give a folder of yours, "
-                "or name one in $TENSORRAIL_CACHE"
+                f"{self.path}: the latency table cannot be written ({error.strerror or error}): choose a writable "
+                "folder, or set $TENSORRAIL_CACHE to one"
             ) from None
 
     def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
-        """Return the time of one node of the layer, dense or in a form; `KeyError` when it was not measured."""
+        """Return the time of one node of the layer, dense or with an option; raise `KeyError` if it was not measured."""
         return self.times[_key(layer, option)].milliseconds
 
     def missing(self, layer: DenseLayer, options: Sequence[Option]) -> list[Option]:
-        """Return the options that have no time yet."""
+        """Return the options that were not measured yet."""
         return [option for option in options if _key(layer, option) not in self.times]
 
     def measure(
@@ -144,7 +164,16 @@ class LatencyTable:
         seconds: float = 150.0,
         progress: Progress = silent,
     ) -> None:
-        """Measure what is missing, in about `seconds` and the time that opening the models takes, and save the table.
+        """Measure the missing times and save the table after every layer.
+
+        Args:
+            wanted: the options of every layer; the dense layer is always measured, too.
+            settings: settings of the sessions.
+            seconds: time for all measurements, to which that of opening the models is added; default 150.
+            on_share: is called with the share of the work that is done and the layer that is next.
+
+        Raises:
+            GraphError: the table cannot be written, or a layer cannot be timed because its shapes are unknown.
 
         `progress` is told what is measured next.
         """
@@ -152,17 +181,16 @@ class LatencyTable:
         for layer, options in wanted.items():
             missing = self.missing(layer, options)
             if missing or _key(layer, None) not in self.times:
-                _, found = jobs.setdefault(_digest(layer.signature), (layer, []))
-                forms = {_form(option): option for option in (*found, *missing)}  # equal layers may be planned differently
-                found[:] = forms.values()
+                _, queued = jobs.setdefault(_digest(layer.signature), (layer, []))
+                forms = {_form(option): option for option in (*queued, *missing)}  # equal layers may have different options
+                queued[:] = forms.values()
         if jobs:
-            self.save()  # a folder that cannot be written is told before anything is measured
+            self.save()  # reports a folder that cannot be written before anything is measured
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
-            each = seconds / total
-            for timed in _layer_times(layer, options, settings, each):
+            for timed in _layer_times(layer, options, settings, seconds / total):
                 self.times[timed.key] = timed
             done += 1 + len(options)
             self.save()
@@ -170,74 +198,77 @@ class LatencyTable:
 
 
 def _read(path: Path) -> _Stored | None:
-    """Return what a file holds, None where there is none; `GraphError` when it is no latency table."""
+    """Return the table in a file, or None if the file does not exist."""
     try:
         return _Stored.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected a latency table, or no file") from None
+        raise GraphError(
+            f"{path}: cannot be read ({error.strerror or error}): expected a readable latency table, or no file"
+        ) from None
     except ValidationError as error:
-        raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure anew") from None
+        raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure again") from None
 
 
 def cache_folder() -> Path:
-    """Return where tables are kept: $TENSORRAIL_CACHE, or `tensorrail` in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("TENSORRAIL_CACHE")
-    if own:
-        return Path(own)
+    """Return the folder of the tables: $TENSORRAIL_CACHE, else `tensorrail` in $XDG_CACHE_HOME or in ~/.cache."""
+    chosen = os.environ.get("TENSORRAIL_CACHE")
+    if chosen:
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrail"
 
 
 def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float) -> list[Timed]:
-    """Return the times of a layer, dense and in these forms, each in about `seconds`.
+    """Return the times of a layer, dense and with these options, each measured for about `seconds`.
 
-    Each form is timed in turns with the dense copies, and the ratio of each pair counts, so that what the machine does
-    meanwhile falls out; the dense layer's own time is that of all turns. Every group of forms has a process of its own.
+    Every form is timed in turn with the dense copies and only the ratio of each pair counts, which cancels other load on the
+    machine. The time of the dense layer is the median over all turns. Every group of forms runs in its own process.
     """
     copies = copies_of(layer)
     with tempfile.TemporaryDirectory() as folder:
-        many = dense_context(layer, copies)
+        dense_model = dense_context(layer, copies)
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
-        save_model(many, dense)
+        save_model(dense_model, dense)
         save_model(dense_context(layer, 1), single)
         together = _ON_GPU if settings.on_gpu else _TOGETHER
         groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
         base: list[float] = []
-        alone = 0.0
+        single_ratio = 0.0  # time of a single copy divided by that of all
         for number, group in enumerate(groups):
             paths = [dense, *(Path(folder) / f"{k}.onnx" for k in range(len(group)))]
             for path, option in zip(paths[1:], group, strict=True):
-                save_model(factored_context(layer, many, option), path)
+                save_model(factored_context(layer, dense_model, option), path)
             if number == 0 and copies > 1:
                 paths.append(single)
             times = fresh_bursts(paths, settings, seconds * len(paths))
             base += list(times[0])
             ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]
             if number == 0 and copies > 1:
-                alone = float(np.median(times[-1] / times[0]))
+                single_ratio = float(np.median(times[-1] / times[0]))
     whole = float(np.median(base))
-    one = whole * (1 - alone) / (copies - 1) if copies > 1 else whole
-    ends = whole - copies * one  # what does not depend on the number of copies
+    per_copy = whole * (1 - single_ratio) / (copies - 1) if copies > 1 else whole
+    ends = whole - copies * per_copy  # the part that does not depend on the number of copies
     dense_macs = dense_cost(layer.spec).macs
-    found = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(one, 1e-6))]
+    timed = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(per_copy, 1e-6))]
     for option, ratio in zip(options, ratios, strict=True):
-        # A layer of microseconds may drown in noise: no form is taken to be more than twice as efficient as the dense layer.
-        least = 0.5 * found[0].milliseconds * option.macs / max(1, dense_macs)
-        each = max((whole * ratio - ends) / copies, least, 1e-6)
-        found.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=each))
-    return found
+        # Noise may hide a layer of microseconds: no form is assumed to be more than twice as efficient as the dense layer.
+        least = 0.5 * timed[0].milliseconds * option.macs / max(1, dense_macs)
+        milliseconds = max((whole * ratio - ends) / copies, least, 1e-6)
+        timed.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=milliseconds))
+    return timed
 
 
 def _form(option: Option) -> str:
+    """Return what runs, in words; equal forms take equal time."""
     padded = f", ranks padded to {option.block}" if option.block > 1 else ""
-    chain = f", modes {option.modes} {option.merge}" if len(option.modes) > 3 else ""  # folded axes are not in the steps
+    chain = f", modes {option.modes} {option.merge}" if len(option.modes) > 3 else ""  # the steps do not show folded axes
     return option.steps + padded + chain
 
 
 def _key(layer: DenseLayer, option: Option | None) -> str:
-    # What runs is said by the steps: equal steps of two formats are one measurement.
+    # The form, not the format, is part of the key: equal steps of two formats are measured once.
     form = DENSE if option is None else _form(option)
     return _digest({"version": _VERSION, "layer": layer.signature, "form": form})
 

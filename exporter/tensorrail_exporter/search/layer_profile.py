@@ -1,7 +1,7 @@
-"""Is each rewritten layer faster where it stands? The profiles of the dense and of the chosen network, side by side.
+"""Whether each factorized layer is faster in its network: the profiles of the dense and of the factorized network compared.
 
-A layer's time in the latency table comes from a chain of its like; in the network its neighbours differ. What a profile adds to
-every node it adds to both networks, and to more nodes in the factored one: the comparison errs against our own forms.
+The latency table times a layer in a chain of copies, but in the network its neighbours differ. Profiling adds time to every
+node of both networks, and the factorized one has more nodes: the comparison is biased against factorized layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tensorrail_runtime.measure.placement import placement, time_shares
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session
 
-_PROFILES = 3  # of each network, in turns
+_PROFILES = 3  # profiles of each network, taken in turn
 
 
 def layer_times(
@@ -31,22 +31,43 @@ def layer_times(
     batch: int = 1,
     shapes: Shapes | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Return the milliseconds of every planned layer, dense and factored: medians over profiles taken in turns."""
+    """Return the time of every planned layer in the dense and in the factorized network.
+
+    Args:
+        dense: the dense model.
+        factored: the factorized model.
+        plan: the plan that the factorized model was made by.
+        settings: settings of the ONNX Runtime sessions; default `Session()`.
+        batch: size of the dynamic axes of the inputs; default 1.
+        shapes: shapes of the inputs by name, instead of `batch`.
+
+    Returns:
+        Dense and factorized milliseconds by the name of the layer: medians over profiles that are taken in turn.
+
+    Raises:
+        ModelError: a model cannot be run.
+
+    """
     layers = [layer.name for layer in plan.layers]
     ends = _outputs(onnx.load(dense, load_external_data=False), plan)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
+    profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):
-        times = [_times(path, layers, own, settings, batch, shapes) for path, own in ((dense, ends), (factored, None))]
+        times = [_times(path, layers, outputs, settings, batch, shapes) for path, outputs in ((dense, ends), (factored, None))]
         for name in layers:
-            found[name].append((times[0][name], times[1][name]))
+            profiles[name].append((times[0][name], times[1][name]))
     return {
         name: (float(np.median([a for a, _ in pairs])), float(np.median([b for _, b in pairs])))
-        for name, pairs in found.items()
+        for name, pairs in profiles.items()
     }
 
 
 def slower_layers(times: dict[str, tuple[float, float]]) -> tuple[str, ...]:
-    """Return the layers that take longer factored than dense, by more than the microsecond that a profile resolves."""
+    """Return the layers that are slower factorized than dense by more than a microsecond, the resolution of a profile.
+
+    Args:
+        times: dense and factorized milliseconds by the name of the layer, as `layer_times` returns them.
+
+    """
     return tuple(name for name, (dense, factored) in times.items() if factored > dense + 1e-3)
 
 
@@ -64,7 +85,7 @@ def _times(
 
 
 def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
-    """Return the layer of each tensor that a planned layer's dense node gives."""
+    """Return the name of the planned layer for every output of its dense nodes."""
     graph = import_graph(model)
     named = NamedLayers(graph)
     sites = [(site, layer.name) for layer in plan.layers for site in named.find(layer.name)[1]]

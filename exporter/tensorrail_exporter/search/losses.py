@@ -1,9 +1,10 @@
-"""What an option costs in accuracy, before anything is trained.
+"""An estimate of the accuracy that an option costs, before anything is trained.
 
-Three sources, from the poorest to the richest: the weights alone (the share of a weight that is cut off); calibration inputs
-(the share of the layer's output that is lost, by the second moment of its input channels, times what such a loss does to the
-network's outputs); labelled inputs (the same with the increase of the cross-entropy). The losses of layers are added up:
-errors of different layers are nearly uncorrelated, and their effect grows with their square.
+There are three sources, from the least to the most informative: the weights alone (the share of a weight that is lost);
+calibration inputs (the share of the layer's output that is lost, by the second moment of its input channels, times the
+effect of such a loss on the network's outputs); labelled inputs (the same, with the increase of the cross-entropy as the
+effect). The losses of layers are added, because the errors of different layers are nearly uncorrelated and their effect
+grows with their square.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ from tensorrail_runtime.measure.accuracy import wrong_labels
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
 
-_SAMPLES = 64  # on which the effect on the network's outputs is measured
-_PROBE = 0.05  # the share of a layer's output whose loss is tried
+_SAMPLES = 64  # samples on which the effect on the network's outputs is measured
+_PROBE = 0.05  # share of a layer's output that is lost in that measurement, as closely as the options allow
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of every option of every layer; `source` says what it was made from, `weight` what one unit of it means."""
+    """The loss of every option of every layer.
+
+    Attributes:
+        source: what the losses were estimated from: `weights`, `calibration` or `labels`.
+        values: one loss per option, by the name of the layer.
+
+    """
 
     source: str
     values: Mapping[str, tuple[float, ...]]
@@ -48,7 +55,22 @@ def losses_of(
     *,
     progress: Progress = silent,
 ) -> Losses:
-    """Return the loss of every option of every layer, by the layer's name and in the options' order."""
+    """Return the loss of every option of every layer.
+
+    Args:
+        model: the dense model.
+        wanted: the options of every layer.
+        calibration: calibration inputs; default: only the weights are used.
+        settings: settings of the ONNX Runtime sessions; default `Session()`.
+        on_share: is called with the share of the work that is done and the name of the next layer.
+
+    Returns:
+        The losses, in the order of the options. A layer without options has none.
+
+    Raises:
+        GraphError: no output of the model is numeric, or the labels do not fit its first output.
+
+    """
     settings = settings or Session()
     layers = [layer for layer, options in wanted.items() if options]
     plans = [wanted[layer][0].plan(layer.name) for layer in layers]
@@ -65,38 +87,46 @@ def losses_of(
     scaled = {}
     for number, layer in enumerate(layers):
         progress("measuring losses", 0.5 + 0.5 * number / len(layers), layer.name)
-        near = min(range(len(shares[layer.name])), key=lambda k: abs(shares[layer.name][k] - _PROBE))
-        cut = wanted[layer][near].plan(layer.name)
-        weight = cut.reconstruct(cut.decompose(whitened[layer.name]), layer.spec.shape)
+        # One option per layer is tried in the network; the losses of the others are proportional to their shares.
+        nearest = min(range(len(shares[layer.name])), key=lambda k: abs(shares[layer.name][k] - _PROBE))
+        plan = wanted[layer][nearest].plan(layer.name)
+        weight = plan.reconstruct(plan.decompose(whitened[layer.name]), layer.spec.shape)
         if layer.name in metric:
             weight = on_inputs(weight, metric[layer.name][1])
-        effect = probe.effect(cut, weight)
-        scaled[layer.name] = tuple(share * effect / max(shares[layer.name][near], 1e-9) for share in shares[layer.name])
+        effect = probe.effect(plan, weight)
+        scaled[layer.name] = tuple(share * effect / max(shares[layer.name][nearest], 1e-9) for share in shares[layer.name])
     progress("measuring losses", 1.0)
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
 
 
 def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Session) -> None:
-    """Raise `GraphError` unless the first batch's outputs are finite and the labels classes of the first of them."""
+    """Check the outputs of the first batch: raise `GraphError` if they are not finite or have fewer classes than the labels."""
     names = [output.name for output in model.graph.output]
     outputs = run_to(model, names, settings)(calibration.feeds[0])
     for name, array in zip(names, outputs, strict=True):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise GraphError(f"output {name!r} holds NaN or infinite values on the calibration inputs: nothing can be compared")
+            raise GraphError(
+                f"output {name!r} contains NaN or infinite values on the calibration inputs: losses cannot be measured"
+            )
     _require_classes(calibration.labels, outputs[0])
 
 
 def on_inputs(weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Return a weight (O, I, *K) with its input channels multiplied by a symmetric matrix (I, I)."""
-    made = np.moveaxis(np.tensordot(weight, matrix.astype(np.float32), (1, 0)), -1, 1)
-    return np.ascontiguousarray(made, np.float32)
+    product = np.moveaxis(np.tensordot(weight, matrix.astype(np.float32), (1, 0)), -1, 1)
+    return np.ascontiguousarray(product, np.float32)
 
 
 def lost_shares(weight: np.ndarray, options: Sequence[Option]) -> list[float]:
-    """Return the share of ‖W‖² that each option cuts off, from the singular values of the unfoldings that it truncates.
+    """Return the share of ‖W‖² that each option loses.
 
-    Exact for `svd`; for `tt` and `tucker` with one mode a side the sum over both unfoldings, which bounds it (Oseledets
-    2011, Theorem 2.2); other formats are decomposed.
+    For `svd` the share follows exactly from the singular values. For `tt` and `tucker` with one mode per side it is the sum
+    over both unfoldings, an upper bound (Oseledets 2011, Theorem 2.2). For other formats the weight is decomposed.
+
+    Args:
+        weight: the weight (O, I, *K), W.
+        options: the options.
+
     """
     total = float(np.square(weight, dtype=np.float64).sum()) or 1.0
     spectra: dict[tuple[int, ...], np.ndarray] = {}
@@ -115,7 +145,7 @@ def lost_shares(weight: np.ndarray, options: Sequence[Option]) -> list[float]:
         beyond = spectra[split]
         return float(beyond[min(rank, len(beyond) - 1)])
 
-    found = []
+    shares = []
     for option in options:
         if option.format == "svd":
             j = next(j for j in range(len(kernel) + 1) if option.modes[1] == weight.shape[1] * int(np.prod(kernel[:j])))
@@ -127,12 +157,12 @@ def lost_shares(weight: np.ndarray, options: Sequence[Option]) -> list[float]:
             form = format_of(option.format)
             cores = form.decompose(np.ascontiguousarray(weight, np.float32), option.modes, option.ranks)
             lost = float(np.square(weight - form.reconstruct(cores, weight.shape, option.modes), dtype=np.float64).sum())
-        found.append(lost / total)
-    return found
+        shares.append(lost / total)
+    return shares
 
 
 class _Probe:
-    """Measures what one layer's approximation does to the outputs of the network."""
+    """Measures the effect of the approximation of one layer on the outputs of the network."""
 
     def __init__(self, model: onnx.ModelProto, calibration: Calibration, settings: Session) -> None:
         self.model, self.calibration, self.settings = model, calibration, settings
@@ -140,29 +170,30 @@ class _Probe:
         self.dense = self._outputs(model)
         self.compared = [k for k, parts in enumerate(self.dense) if all(part.dtype.kind in "fiub" for part in parts)]
         if not self.compared:
-            raise GraphError(f"the model's outputs, {', '.join(self.names)}, hold no numbers: nothing can be compared")
+            raise GraphError(f"the model's outputs, {', '.join(self.names)}, are not numeric: losses cannot be measured")
         _require_classes(calibration.labels, self.dense[0][0])
 
     def effect(self, layer: LayerPlan, weight: np.ndarray) -> float:
-        """Return the loss of the network with this layer's weight alone replaced: see `_distance`."""
+        """Return the loss of the network, see `_distance`, when only the weight of this layer is replaced."""
         return self._distance(self._outputs(with_weights(self.model, Plan(layers=(layer,)), {layer.name: weight})))
 
     def _outputs(self, model: onnx.ModelProto) -> list[list[np.ndarray]]:
-        """Return every output, batch by batch."""
+        """Return the values of every output, one array per batch."""
         run = run_to(model, self.names, self.settings)
         parts = [run(feed) for feed in self.calibration.feeds]
         return [[part[k] for part in parts] for k in range(len(self.names))]
 
     def _distance(self, changed: list[list[np.ndarray]]) -> float:
+        """Return the increase of the cross-entropy if there are labels, else the relative change of the outputs."""
         labels = self.calibration.labels
         if labels is not None and self.dense[0][0].ndim == 2:
             rows = np.arange(len(labels))
-            before, after = (log_softmax(np.concatenate(one[0]), 1)[rows, labels] for one in (self.dense, changed))
+            before, after = (log_softmax(np.concatenate(outputs[0]), 1)[rows, labels] for outputs in (self.dense, changed))
             return max(float(before.mean() - after.mean()), 0.0) + 1e-3 * self._relative(changed)
         return self._relative(changed)
 
     def _relative(self, changed: list[list[np.ndarray]]) -> float:
-        """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖², and 1 for one that comes in another shape."""
+        """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖², with 1 for an output whose shape has changed."""
         shares = []
         for k in self.compared:
             if any(a.shape != b.shape for a, b in zip(self.dense[k], changed[k], strict=True)):
@@ -170,12 +201,12 @@ class _Probe:
                 continue
             before, after = ([np.asarray(part, np.float64) for part in parts] for parts in (self.dense[k], changed[k]))
             lost = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
-            shares.append(lost / max(_spread(before), 1e-12))
+            shares.append(lost / max(_variation(before), 1e-12))
         return float(np.mean(shares))
 
 
-def _spread(parts: Sequence[np.ndarray]) -> float:
-    """Return ‖a − mean‖²: the mean over samples, or over all values of one sample and where batches do not join."""
+def _variation(parts: Sequence[np.ndarray]) -> float:
+    """Return ‖a − mean‖²; the mean is over samples, or over all values if there is one sample or the shapes differ."""
     joined = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
     values = np.concatenate(parts) if joined else np.concatenate([part.ravel() for part in parts])
     return float(np.square(values - values.mean(0)).sum()) if len(values) else 0.0
@@ -185,7 +216,7 @@ def _require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
     if labels is None or scores.ndim != 2:
         return
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise GraphError(f"labels are integers, one a sample, and an array of {labels.dtype} {list(labels.shape)} came")
+        raise GraphError(f"expected integer labels, one per sample, got {labels.dtype} of shape {list(labels.shape)}")
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise GraphError(wrong)
 
@@ -193,16 +224,16 @@ def _require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
 def _channel_roots(
     model: onnx.ModelProto, layers: Sequence[DenseLayer], calibration: Calibration, settings: Session
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the square root of the second moment of every layer's input channels, and its inverse, where it is at hand."""
+    """Return the square root of the second moment of the input channels and its inverse, for layers in the main graph."""
     top = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
-    able = [layer for layer in layers if layer.input_name in top and fits(layer.spec)]
-    if not able:
+    measurable = [layer for layer in layers if layer.input_name in top and fits(layer.spec)]
+    if not measurable:
         return {}
-    samplers = {layer.name: Sampler(layer, calibration.count) for layer in able}
-    sums = {layer.name: np.zeros((layer.spec.shape[1],) * 2, np.float64) for layer in able}
-    run = run_to(model, [layer.input_name for layer in able], settings)
+    samplers = {layer.name: Sampler(layer, calibration.count) for layer in measurable}
+    sums = {layer.name: np.zeros((layer.spec.shape[1],) * 2, np.float64) for layer in measurable}
+    run = run_to(model, [layer.input_name for layer in measurable], settings)
     for k, feed in enumerate(calibration.feeds):
-        for layer, data in zip(able, run(feed), strict=True):
+        for layer, data in zip(measurable, run(feed), strict=True):
             rows = samplers[layer.name].rows(data, k).reshape(-1, layer.spec.shape[1], int(np.prod(layer.spec.kernel)))
             for tap in range(rows.shape[2]):
                 sums[layer.name] += rows[:, :, tap].T @ rows[:, :, tap]

@@ -1,7 +1,7 @@
-"""What a dense layer could become: formats, and ranks on the grid in which the target's kernels compute channels.
+"""The options of a dense layer: formats, and ranks on the grid of channels that the target's kernels compute.
 
-Kernels of ONNX Runtime's CPU provider work on blocks of 16 channels with AVX-512 and of 8 without; tensor cores want
-multiples of 8. Ranks between two steps cost as much as the upper one, so only steps are offered.
+The kernels of ONNX Runtime's CPU provider compute blocks of 16 channels with AVX-512 and of 8 without it; tensor cores need
+multiples of 8. A rank between two multiples costs as much as the larger one, so only multiples are offered.
 """
 
 from __future__ import annotations
@@ -20,18 +20,30 @@ from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_exporter.rewrite.survey import DenseLayer
 
 AUTO = ("tt", "svd")
-"""The formats behind `auto`: on every layer measured they were as fast as any other at the same MACs (results/forms.md).
-A Tucker-2 convolution runs the very steps of a separable train with one mode a side."""
+"""The formats that `auto` stands for: on every measured layer they were as fast as any other at the same MACs
+(results/forms.md). A Tucker-2 convolution runs the same steps as a separable train with one mode per side."""
 
-_MOST = 0.95  # of the dense MACs: above it no option is worth its kernels
-_BEYOND = 2.0  # times the dense MACs: ranks come in rising order, and none is looked at behind one that costs so much
-_BALANCE = 0.26  # how far the two ranks of a narrow convolution may differ, as shares of their channels
-_KEPT = 12  # options of one layer and form that are measured, spread evenly over the logarithm of their MACs
+_MOST = 0.95  # share of the dense MACs above which no option is offered: its additional kernels cost more than it saves
+_BEYOND = 2.0  # multiple of the dense MACs after which no larger ranks are tried
+_BALANCE = 0.26  # largest difference between the two ranks of a narrow convolution, as shares of their channels
+_KEPT = 12  # largest number of options per layer and form, spread evenly over the logarithm of their MACs
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run one layer; `macs` and `params` of one sample and of the stored constants."""
+    """One way to run a layer.
+
+    Attributes:
+        format: key of `FORMATS`.
+        modes: modes in the order of the format.
+        ranks: ranks in the order of the format, without padding.
+        merge: which cores are merged before they run.
+        steps: the steps in words; equal steps take equal time.
+        macs: multiply-accumulates of one sample, including padding.
+        params: number of values in the stored constants, including padding.
+        block: ranks are padded to multiples of it; default 1, no padding.
+
+    """
 
     format: str
     modes: tuple[int, ...]
@@ -43,34 +55,45 @@ class Option:
     block: int = 1
 
     def plan(self, name: str) -> LayerPlan:
-        """Return the plan of a layer that takes this option."""
+        """Return the plan of the layer `name` with this option."""
         return LayerPlan(name=name, format=self.format, modes=self.modes, ranks=self.ranks, merge=self.merge)
 
 
 def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: float = _MOST) -> tuple[Option, ...]:
-    """Return the options of a layer, cheapest first, none above `most` of its MACs and at most 12 a form.
+    """Return the options of a layer, those with the fewest MACs first.
 
-    `formats` are keys of FORMATS, or `auto`. `PlanError` for an unknown one. A layer whose smallest option costs more than
-    that has none.
+    Args:
+        layer: the dense layer.
+        formats: keys of `FORMATS`, or `auto`.
+        grid: ranks are multiples of it.
+        most: largest share of the dense MACs; default 0.95.
+
+    Returns:
+        At most 12 options per format and modes, none if even the smallest exceeds `most`.
+
+    Raises:
+        PlanError: a format is unknown.
+
     """
     matrix = math.prod(layer.spec.kernel) == 1
-    auto = AUTO[1:] if matrix else AUTO  # of a matrix both formats make the same two products
+    auto = AUTO[1:] if matrix else AUTO  # for a matrix both formats give the same two products
     names = list(dict.fromkeys(name for key in formats for name in (auto if key == "auto" else (key,))))
     for name in names:
         format_of(name)
     dense = dense_cost(layer.spec).macs
-    found: list[Option] = []
+    options: list[Option] = []
     for name in names:
         for modes in _modes(name, layer.spec):
-            made = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, layer.spec, grid))
-            small = takewhile(lambda one: one.macs <= max(most, _BEYOND) * dense, made)
-            found += _spread([one for one in small if one.macs <= most * dense])
-    distinct = {one.steps: one for one in reversed(found)}  # equal steps are equal times, whatever the format is called
-    return tuple(sorted(distinct.values(), key=lambda one: one.macs))
+            # In the order of their ranks, so that the search can end at the first that is far too expensive.
+            candidates = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, layer.spec, grid))
+            affordable = takewhile(lambda option: option.macs <= max(most, _BEYOND) * dense, candidates)
+            options += _spread([option for option in affordable if option.macs <= most * dense])
+    distinct = {option.steps: option for option in reversed(options)}  # equal steps take equal time in every format
+    return tuple(sorted(distinct.values(), key=lambda option: option.macs))
 
 
 def option_for(plan: LayerPlan, spec: LayerSpec, block: int = 1) -> Option:
-    """Return a planned layer as an option, its ranks widened to multiples of `block`."""
+    """Return the option of a planned layer, with its ranks padded to multiples of `block`."""
     return _option(plan.format, plan.modes, plan.ranks, spec, plan.merge_for(spec), block)
 
 
@@ -89,14 +112,15 @@ def _option(
     steps = form.contraction(cores, spec, modes, merge)
     cost = contraction_cost(steps, spec)
     macs = cost.macs
-    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None and not runs_in_scan(steps, spec):  # an identity runs
+    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None and not runs_in_scan(steps, spec):
+        # ONNX's node multiplies by an identity matrix.
         macs += math.prod(cost.steps[-1].shape) * spec.shape[0]
     params = cost.stored_bytes // 4
     return Option(name, modes, form.clamp(spec.shape, modes, ranks), merge, describe(steps, spec), macs, params, block)
 
 
 def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:
-    """Yield the modes to try; for svd every way to share out the kernel's axes."""
+    """Yield the modes to try: for `svd` every split of the kernel's axes, else the default modes."""
     o, i, kernel = spec.shape[0], spec.shape[1], spec.kernel
     if name == "ttm" and kernel:
         return
@@ -108,31 +132,32 @@ def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:
 
 
 def _ranks(name: str, modes: tuple[int, ...], spec: LayerSpec, grid: int) -> Iterable[tuple[int, ...]]:
+    """Return the ranks to try, in rising order."""
     o, i = spec.shape[:2]
     if name in ("tt", "tucker") and len(modes) == 3 and math.prod(spec.kernel) > 1:
         pairs = sorted(_pairs(o, i, math.prod(spec.kernel), grid), key=math.prod)
         return [(1, a, b, 1) if name == "tt" else (a, b) for a, b in pairs]
     form = FORMATS[name]
-    largest = min(max(*modes, o, i), 4096)  # a train of pairs has ranks above every mode
-    # A ring's channels are the square of its rank: 4 gives 16 of them, for a grid of 8 as for one of 16.
+    largest = min(max(*modes, o, i), 4096)  # the ranks of a TT-matrix may exceed every mode
+    # The channels of a ring are the square of its rank: rank 4 gives 16 channels, for a grid of 8 or of 16.
     step = next(rank for rank in range(1, grid + 1) if rank**2 % grid == 0) if name == "tr" else grid
     ranks = {form.clamp(spec.shape, modes, form.uniform(spec.shape, modes, rank)) for rank in range(step, largest + 1, step)}
     return sorted(ranks)
 
 
 def _pairs(o: int, i: int, taps: int, grid: int) -> list[tuple[int, int]]:
-    """Return the two ranks of a convolution, in equal shares of its channels; where those are few, near shares as well."""
-    exist = [(a, b) for a in range(grid, o + 1, grid) for b in range(grid, i + 1, grid) if a <= b * taps and b <= a * taps]
+    """Return the two ranks of a convolution that are equal shares of its channels; if these are few, also similar shares."""
+    feasible = [(a, b) for a in range(grid, o + 1, grid) for b in range(grid, i + 1, grid) if a <= b * taps and b <= a * taps]
     steps = max(o, i) // grid or 1
-    equal = [(a, b) for a, b in exist if abs(a / o - b / i) < 1 / steps]
-    return equal if len(equal) > _KEPT // 2 else [(a, b) for a, b in exist if abs(a / o - b / i) <= _BALANCE]
+    equal = [(a, b) for a, b in feasible if abs(a / o - b / i) < 1 / steps]
+    return equal if len(equal) > _KEPT // 2 else [(a, b) for a, b in feasible if abs(a / o - b / i) <= _BALANCE]
 
 
 def _spread(options: Sequence[Option]) -> list[Option]:
-    """Return at most `_KEPT` options, spread over the logarithm of their MACs."""
-    ordered = sorted(options, key=lambda one: one.macs)
+    """Return at most `_KEPT` of the options, spread evenly over the logarithm of their MACs."""
+    ordered = sorted(options, key=lambda option: option.macs)
     if len(ordered) <= _KEPT:
         return ordered
     places = np.linspace(math.log(ordered[0].macs), math.log(ordered[-1].macs), _KEPT)
-    near = {min(range(len(ordered)), key=lambda k: (abs(math.log(ordered[k].macs) - place), k)) for place in places}
-    return [ordered[k] for k in sorted(near)]
+    nearest = {min(range(len(ordered)), key=lambda k: (abs(math.log(ordered[k].macs) - place), k)) for place in places}
+    return [ordered[k] for k in sorted(nearest)]

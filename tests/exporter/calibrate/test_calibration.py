@@ -161,9 +161,9 @@ def test_greys_of_16_bits_are_scaled(rng, tmp_path):
 def test_data_that_nothing_follows_from_are_refused(rng, tmp_path):
     path = saved(image_model(rng, size=8), tmp_path)
     for array, reason in (
-        (np.full((9, 3, 8, 8), 0.5, np.float32), "all 9 samples are the same"),
-        (rng.integers(0, 256, (9, 3, 8, 8), np.uint8), "bytes came, such as pixels: scale them"),
-        (np.ones((9, 3, 8, 8), np.complex64), "is complex"),
+        (np.full((9, 3, 8, 8), 0.5, np.float32), "all 9 samples are identical"),
+        (rng.integers(0, 256, (9, 3, 8, 8), np.uint8), "got bytes, such as raw pixels; scale them"),
+        (np.ones((9, 3, 8, 8), np.complex64), "got complex values"),
     ):
         np.savez(tmp_path / "data.npz", image=array)
         with pytest.raises(ModelError, match=reason):
@@ -183,7 +183,7 @@ def test_integers_are_cast_where_nothing_is_lost(rng, tmp_path):
     np.savez(tmp_path / "data.npz", ids=rng.integers(0, 9, (6, 3)).astype(np.int32))
     assert load_calibration(tmp_path / "data.npz", path).feeds[0]["ids"].dtype == np.int64
     np.savez(tmp_path / "data.npz", ids=rng.random((6, 3)))
-    with pytest.raises(ModelError, match=r"is a tensor\(int64\), and values of float64 came"):
+    with pytest.raises(ModelError, match=r"expects tensor\(int64\), got values of type float64"):
         load_calibration(tmp_path / "data.npz", path)
 
 
@@ -203,14 +203,17 @@ def wrong_files(rng, folder):
     nan = a.copy()
     nan[3, 2] = np.nan
     arrays = {
-        "names": ({"a": a, "c": b}, r"no array for input 'b'; expected a, b, and a, c came"),
+        "names": ({"a": a, "c": b}, r"no array for input 'b'; expected a, b, got a, c"),
         "lengths": ({"a": a, "b": b[:5]}, r"the arrays of the inputs differ in length: {'a': 6, 'b': 5}"),
         "long": ({"a": np.zeros((600, 5)), "b": np.zeros((700, 4))}, r"differ in length: {'a': 600, 'b': 700}"),
-        "labels": ({"a": a, "b": b, "labels": np.arange(7)}, r"6 samples and labels of shape \(7,\) came; expected one label"),
-        "scalar": ({"a": a, "b": b, "labels": np.array(3)}, r"6 samples and labels of shape \(\) came"),
-        "width": ({"a": b, "b": b}, r"input 'a' has shape \['n', 5\], and an array of \[6, 4\] came"),
-        "axes": ({"a": a[0], "b": b}, r"input 'a' has shape \['n', 5\], and an array of \[5\] came"),
-        "nan": ({"a": nan, "b": b}, r"the array of input 'a' holds NaN or infinite values"),
+        "labels": (
+            {"a": a, "b": b, "labels": np.arange(7)},
+            r"expected one label per sample, got 6 samples and labels of shape \(7,\)",
+        ),
+        "scalar": ({"a": a, "b": b, "labels": np.array(3)}, r"got 6 samples and labels of shape \(\)"),
+        "width": ({"a": b, "b": b}, r"input 'a' expects shape \['n', 5\], got an array of shape \[6, 4\]"),
+        "axes": ({"a": a[0], "b": b}, r"input 'a' expects shape \['n', 5\], got an array of shape \[5\]"),
+        "nan": ({"a": nan, "b": b}, r"the array of input 'a' contains NaN or infinite values"),
         "empty": ({"a": a[:0], "b": b[:0]}, r"holds no data"),
         "pickled": ({"a": np.array([{}, {}], object), "b": b}, r"not an npz file of plain arrays \(Object arrays cannot be"),
     }
@@ -245,8 +248,8 @@ def wrong_folders(rng, root):
         (root / name).mkdir()
         return root / name
 
-    folder("empty", "holds no calibration data; expected npz or npy files, or images")
-    (folder("text", "holds no calibration data") / "a.txt").write_text("x")
+    folder("empty", "no calibration data found; expected npz or npy files, or images")
+    (folder("text", "no calibration data found") / "a.txt").write_text("x")
     (folder("broken", r"a.png: not a readable image") / "a.png").write_text("no image")
     whole = folder("cut", r"a.png: not a readable image") / "a.png"
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
@@ -260,7 +263,9 @@ def wrong_folders(rng, root):
         folder("objects", r"a.npy: not a plain npy array \(Object arrays cannot be loaded") / "a.npy", np.array([{}], object)
     )
     (folder("nothing", r"a.npy: not a plain npy array") / "a.npy").write_bytes(b"")
-    archive = folder("archive", r"a.npy: not a plain npy array, but several in one file: call it .npz") / "a.npy"
+    archive = (
+        folder("archive", r"a.npy: expected a plain npy array, got several arrays in one file: rename it to .npz") / "a.npy"
+    )
     with archive.open("wb") as file:
         np.savez(file, image=x)
     mixed = folder("mixed", r"b.npz holds picture; expected image as in a.npz")
@@ -270,7 +275,7 @@ def wrong_folders(rng, root):
     np.save(sizes / "a.npy", x)
     np.save(sizes / "b.npy", x[:, :, :16, :16])
     np.save(folder("scalar", r"array 'image' of a.npy has shape \[\]") / "a.npy", np.float32(1))
-    np.save(folder("one", r"input 'image' has shape .*, and an array of \[3, 32, 32\] came") / "a.npy", x[0])
+    np.save(folder("one", r"input 'image' expects shape .*, got an array of shape \[3, 32, 32\]") / "a.npy", x[0])
     return found
 
 
@@ -287,9 +292,11 @@ def test_images_for_a_model_that_takes_none_are_refused(rng, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
-    with pytest.raises(ModelError, match="images came for a model of 2 inputs; give an npz file"):
+    with pytest.raises(ModelError, match="found images for a model with 2 inputs; provide an npz file"):
         load_calibration(folder, saved(two_inputs(rng), tmp_path))
-    with pytest.raises(ModelError, match=r"images came for input 'image', tensor\(float\) of shape .*give an npz file instead"):
+    with pytest.raises(
+        ModelError, match=r"found images for input 'image', tensor\(float\) of shape .*provide an npz file instead"
+    ):
         load_calibration(folder, saved(image_model(rng, size="s"), tmp_path))
     with pytest.raises(ModelError, match=r"expected floats \(batch, 1 or 3, height, width\)"):
         load_calibration(folder, saved(image_model(rng, channels=4), tmp_path))

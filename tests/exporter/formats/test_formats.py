@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train
 
-from tensorrail_exporter import FORMATS, LayerPlan, LayerSpec, PlanError, drop_padding, pad_ranks, project
+from tensorrail_exporter import FORMATS, LayerPlan, LayerSpec, PlanError, pad_ranks, project
 from tensorrail_exporter.formats import cp, tr
 from tensorrail_exporter.formats.modes import unfold
 from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
@@ -100,8 +100,8 @@ def test_zeros_around_the_ranks_change_nothing_and_come_off_again(data):
         for core, axes in zip(padded, form.rank_axes(shape, plan.modes), strict=True)
         for axis in axes
     )
-    for core, again in zip(cores, drop_padding(plan, padded, shape), strict=True):
-        np.testing.assert_array_equal(core, again)
+    for core, wide in zip(cores, padded, strict=True):
+        np.testing.assert_array_equal(core, wide[tuple(slice(size) for size in core.shape)])
 
 
 @pytest.mark.parametrize("modes", [(32, 9, 16), (4, 8, 9, 2, 8)])
@@ -227,11 +227,11 @@ def test_clamp_lowers_to_what_exists_and_leaves_the_callers_list(name):
     [
         ("tt", (32, 16, 3, 3), (32, 16, 9), (1, 4, 4, 1), r"do not fit .* try \[32, 9, 16\]"),
         ("tt", (32, 16, 3, 3), (32, 9, 15), (1, 4, 4, 1), "whose product is 16"),
-        ("tt", (32, 16), (32, 16), (1, 4, 4, 1), r"expected 3 ranks \(tt: r_0 … r_2 for 2 modes\), and 4 came"),
-        ("tt", (32, 16), (32, 16), (2, 4, 1), "start and end with 1"),
-        ("tt", (32, 16), (32, 16), (1, 0, 1), "1 or larger"),
+        ("tt", (32, 16), (32, 16), (1, 4, 4, 1), r"expected 3 ranks \(tt: r_0 … r_2 for 2 modes\), got 4"),
+        ("tt", (32, 16), (32, 16), (2, 4, 1), "expected tt ranks that start and end with 1, got"),
+        ("tt", (32, 16), (32, 16), (1, 0, 1), "ranks of 1 or larger, got"),
         ("tt", (32, 16), (-32, -16), (1, 4, 1), "do not fit"),
-        ("tr", (32, 16), (32, 16), (2, 4, 3), "start and end with the same number"),
+        ("tr", (32, 16), (32, 16), (2, 4, 3), "ranks whose first and last are equal"),
         ("tr", (32, 16), (32, 16), (2, 4), "expected 3 ranks"),
         ("tucker", (32, 16, 3, 3), (32, 9, 16), (4, 4, 4), "expected 2 ranks"),
         ("cp", (32, 16), (32, 16), (4, 4), "expected 1 ranks"),
@@ -239,8 +239,8 @@ def test_clamp_lowers_to_what_exists_and_leaves_the_callers_list(name):
         ("svd", (32, 16, 3, 3), (32, 16), (4,), r"expected \[288, 16\] or \[96, 48\] or \[32, 144\]"),
         ("svd", (32, 16), (32, 16), (0,), "1 or larger"),
         ("ttm", (32, 16, 3, 3), (32, 16), (1, 1), "for a convolution use tt or tr"),
-        ("ttm", (32, 16), (8, 4, 4, 5), (1, 2, 1), "as many output modes, of product 32"),
-        ("ttm", (32, 16), (8, 4, 16), (1, 2, 1), "as many output modes"),
+        ("ttm", (32, 16), (8, 4, 4, 5), (1, 2, 1), "input modes, with products 32 and 16"),
+        ("ttm", (32, 16), (8, 4, 16), (1, 2, 1), "equally many output and input modes"),
         ("ttm", (32, 16), (8, 4, 4, 4), (2, 2, 1), "start and end with 1"),
     ],
 )

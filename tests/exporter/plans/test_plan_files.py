@@ -32,7 +32,7 @@ def test_a_bad_plan_says_its_key(tmp_path, text, reason):
 
 
 def test_a_layer_planned_twice_is_refused():
-    with pytest.raises(ValueError, match=r"'a\.b' is there 2 times"):
+    with pytest.raises(ValueError, match=r"'a\.b' appears 2 times"):
         Plan(layers=(LAYER, LAYER))
 
 
@@ -47,7 +47,7 @@ def test_cores_survive_their_file(tmp_path, rng):
 def test_cores_of_other_layers_and_truncated_files_are_refused(tmp_path, rng):
     path = tmp_path / "c.safetensors"
     save_cores(path, {"other": [rng.standard_normal((1, 4, 1))]})
-    with pytest.raises(PlanError, match=r"no cores for the planned layer 'a.b'; the file has other"):
+    with pytest.raises(PlanError, match=r"no cores for the planned layer 'a.b'; the file holds cores for other"):
         load_cores(path, Plan(layers=(LAYER,)))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(PlanError, match="not a readable safetensors file"):

@@ -165,7 +165,7 @@ def test_overflow_in_fp16_names_the_layer_the_ranges_and_the_keep_that_helps(rng
 
 def test_a_weight_that_fp16_does_not_hold_is_an_error_and_a_mask_is_not(rng):
     model = scaled(rng, 1e6)
-    with pytest.raises(GraphError, match=r"layer a: its weight a\.weight holds .* fp16 holds ±65504; --keep a"):
+    with pytest.raises(GraphError, match=r"layer a: its weight a\.weight contains .* fp16 range of ±65504; .*--keep a\)"):
         to_fp16(model)
     to_fp16(model, keep=["a"])
     nodes = [helper.make_node("Add", ["x", "mask"], ["s"], "add"), helper.make_node("Softmax", ["s"], ["y"], "softmax")]
@@ -283,7 +283,7 @@ def test_ranges_show_channels_subnormals_and_the_worst_first(rng):
     assert by_name["a"].output_int8_error == pytest.approx(step / 12**0.5 / np.sqrt((products**2).mean()), rel=1e-3)
     ordered = layer_ranges(model, feeds, to="int8")
     assert [one.suspicion[1] for one in ordered] == sorted((one.suspicion[1] for one in ordered), reverse=True)
-    with pytest.raises(GraphError, match="no inputs came"):
+    with pytest.raises(GraphError, match="no inputs were given"):
         layer_ranges(model, [])
 
 
@@ -535,14 +535,14 @@ def test_bad_inputs_are_one_clear_line(small_model, rng):
     del only_lstm.graph.node[1:]
     only_lstm.graph.output[0].CopyFrom(helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, "n", 8]))
     cases = [
-        (lambda: to_int8(int8, feeds), GraphError, "quantized already: .* needs the fp32 model"),
-        (lambda: to_fp16(int8), GraphError, "quantized already: .* needs the fp32 model"),
-        (lambda: to_fp16(half), GraphError, "fp16 converts float32 weights, .* are float16"),
-        (lambda: to_int8(half, feeds), GraphError, "int8 converts float32 weights, .* are float16"),
-        (lambda: to_fp16(relu), GraphError, "constants are none at all"),
+        (lambda: to_int8(int8, feeds), GraphError, "already quantized: .* needs the fp32 model"),
+        (lambda: to_fp16(int8), GraphError, "already quantized: .* needs the fp32 model"),
+        (lambda: to_fp16(half), GraphError, "fp16 expects .* float32 weights, got constants of type float16"),
+        (lambda: to_int8(half, feeds), GraphError, "int8 expects .* float32 weights, got constants of type float16"),
+        (lambda: to_fp16(relu), GraphError, "got constants of type none at all"),
         (lambda: to_int8(small_model, []), GraphError, "needs calibration data"),
-        (lambda: to_int8(small_model, [{"z": feeds[0]["x"]}]), GraphError, "inputs are x, and the calibration data has z"),
-        (lambda: to_int8(small_model, holes), GraphError, "input 'x' holds NaN"),
+        (lambda: to_int8(small_model, [{"z": feeds[0]["x"]}]), GraphError, "inputs x, got z"),
+        (lambda: to_int8(small_model, holes), GraphError, "input 'x' contains NaN"),
         (lambda: to_int8(small_model, feeds_of(rng, (16, 8))), ModelError, "cannot run the model on these inputs"),
         (lambda: to_int8(small_model, feeds, method="mean"), GraphError, "unknown calibration method 'mean': .* minmax"),
         (lambda: to_int8(small_model, feeds, keep=["conv", "fc"]), GraphError, "nothing in the graph can be quantized"),
@@ -639,7 +639,7 @@ def test_reduced_writes_nothing_when_it_fails(small_path, rng, tmp_path):
     cases = [
         (lambda: reduced(small_path, out, Quantization("bf16")), "unknown precision 'bf16': expected one of fp16, int8"),
         (lambda: reduced(small_path, out, Quantization("int8")), "needs calibration data"),
-        (lambda: reduced(small_path, out, Quantization("fp16", method="minmax")), "fp16 is not calibrated"),
+        (lambda: reduced(small_path, out, Quantization("fp16", method="minmax")), "fp16 needs no calibration"),
         (lambda: reduced(small_path, small_path, Quantization("fp16")), "is the fp32 model itself"),
         (lambda: reduced(small_path, out, Quantization("fp16"), test=wrong), "as many labels as samples"),
         (lambda: reduced(tmp_path / "large.onnx", out, Quantization("fp16")), "layer a: overflows in fp16"),

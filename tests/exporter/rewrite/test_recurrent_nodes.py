@@ -426,7 +426,7 @@ def test_a_plain_rnn_and_a_computed_weight_are_refused(rng):
     plan = Plan(layers=(LayerPlan(name="n", format="tt", modes=(4, 6), ranks=(1, 2, 1)),))
     node = helper.make_node("RNN", ["x", "w", "r"], ["y"], "n", hidden_size=4)
     model = make_model([node], weights, {"x": ["t", "n", 6]}, {"y": ["t", 1, "n", 4]})
-    with pytest.raises(GraphError, match="layer n: cannot be rewritten: it is a plain recurrent layer"):
+    with pytest.raises(GraphError, match="layer n: cannot be rewritten: it is a plain RNN"):
         decompose_graph(model, plan)
     node = helper.make_node("GRU", ["x", "v", "r"], ["y"], "n", hidden_size=4)
     model = make_model(

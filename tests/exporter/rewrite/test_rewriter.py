@@ -188,10 +188,10 @@ def test_a_weight_that_is_computed_is_refused():
 def test_cores_of_other_shapes_or_values_are_refused(small_model):
     plan = Plan(layers=(CONV,))
     cores = decompose_graph(small_model, plan)
-    with pytest.raises(PlanError, match="layer conv: the plan's modes and ranks make cores of shapes"):
+    with pytest.raises(PlanError, match="layer conv: the plan expects cores of shapes"):
         factorize(small_model, plan, {"conv": cores["conv"][:-1]})
     cores["conv"][0] = cores["conv"][0] * np.nan
-    with pytest.raises(PlanError, match="layer conv: core 0 holds NaN"):
+    with pytest.raises(PlanError, match="layer conv: core 0 contains NaN"):
         factorize(small_model, plan, cores)
 
 

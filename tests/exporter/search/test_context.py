@@ -194,7 +194,9 @@ def test_the_same_context_is_made_twice(rng):
 def test_a_layer_of_unknown_shape_is_refused_in_one_line(rng):
     layer = layer_of("gemm", rng)
     unknown = replace(layer, output=None)
-    with pytest.raises(GraphError, match=r"layer w: cannot be timed, for the shape of its input 'x' .*leave the layer dense$"):
+    with pytest.raises(
+        GraphError, match=r"layer w: cannot be timed, because the shape of its input 'x' .*leave the layer dense$"
+    ):
         dense_context(unknown, 2)
 
 

@@ -55,5 +55,5 @@ def test_all_layers_compete_for_one_budget():
 
 
 def test_a_target_out_of_reach_says_what_can_be_reached():
-    with pytest.raises(PlanError, match=r"latency cannot be met: it allows 1, and the cheapest .* costs 2"):
+    with pytest.raises(PlanError, match=r"latency cannot be met: it allows 1, but the cheapest .* cost 2"):
         choose([[0.0, 1.0]], [Limit("latency", [[4.0, 2.0]], 1.0)])

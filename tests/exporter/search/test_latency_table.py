@@ -197,7 +197,7 @@ def test_a_broken_file_is_named_in_one_line_and_never_overwritten(calls, rng, tm
             LatencyTable.open(CPU, tmp_path)
         assert str(table.path) in str(caught.value)
         assert reason in str(caught.value)
-        assert "remove it to measure anew" in str(caught.value)
+        assert "remove it to measure again" in str(caught.value)
         assert "\n" not in str(caught.value)
     table.path.write_bytes(b"\xff\x00")
     with pytest.raises(GraphError, match="not a latency table"):
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(cal
     closed.chmod(0o500)
     try:
         if not os.access(closed, os.W_OK):  # root may write everywhere
-            with pytest.raises(GraphError, match=r"cannot be written \(Permission denied\): give a folder of yours, or name"):
+            with pytest.raises(GraphError, match=r"cannot be written \(Permission denied\): choose a writable folder, or set"):
                 table.measure({conv_layer(rng): []}, CPU)
     finally:
         closed.chmod(0o700)
@@ -226,7 +226,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(cal
 def test_a_folder_in_place_of_the_table_is_said(tmp_path):
     path = LatencyTable.open(CPU, tmp_path).path
     path.mkdir()
-    with pytest.raises(GraphError, match=r"json: cannot be read \(Is a directory\): expected a latency table, or no file"):
+    with pytest.raises(
+        GraphError, match=r"json: cannot be read \(Is a directory\): expected a readable latency table, or no file"
+    ):
         LatencyTable.open(CPU, tmp_path)
 
 

@@ -123,7 +123,7 @@ def test_outputs_that_are_not_finite_are_told_before_anything_is_timed(network, 
     network.graph.node.insert(0, helper.make_node("Sub", ["x", "x"], ["zero"], "sub"))
     network.graph.output.append(helper.make_tensor_value_info("none", TensorProto.FLOAT, ["batch", 32, 8, 8]))
     feeds = ({"x": rng.standard_normal((4, 32, 8, 8)).astype(np.float32)},)
-    with pytest.raises(GraphError, match="output 'none' holds NaN or infinite values on the calibration inputs"):
+    with pytest.raises(GraphError, match="output 'none' contains NaN or infinite values on the calibration inputs"):
         plan_network(network, {"flops": 1.5}, calibration=Calibration(feeds))
 
 

@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -300,7 +300,7 @@ class ADMM:
             raise PlanError(f"layer {layer.name}: its weight cannot be projected (it holds infinity or NaN): is it finite?")
         try:
             with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
-                projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
+                projected = project(layer.format, measured, layer.modes, layer.ranks).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
             raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}): is it finite?") from None
         root = self.roots.get(layer.name)

@@ -35,10 +35,10 @@ def _run(step: Step, x: Tensor) -> Tensor:
             if begins != ends:
                 x = F.pad(x, [amount for axis in reversed(range(nd)) for amount in (begins[axis], ends[axis])])
                 begins = (0,) * nd
-            return _CONVOLUTIONS[nd](x, step.weight, None, step.stride, begins, step.dilation, step.groups)
+            return _CONVOLUTIONS[nd](x, cast(Tensor, step.weight), None, step.stride, begins, step.dilation, step.groups)
         case MatMul(weight=weight, side="right"):
-            return cast(Tensor, x @ weight)
+            return x @ cast(Tensor, weight)
         case MatMul(weight=weight):
-            return cast(Tensor, weight @ x)
+            return cast(Tensor, weight) @ x
         case Reshape(shape=shape):
             return x.reshape(resolve(shape, tuple(x.shape)))

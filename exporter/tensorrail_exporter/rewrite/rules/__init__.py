@@ -1,6 +1,6 @@
-"""One rule a file: which node it takes, why not when it does not, and how the node's contraction is written.
+"""The rewriting rules, one per file: which nodes a rule accepts, why it refuses one, and how it writes the steps.
 
-The rules are tried in the order of `RULES`; a planned layer that no rule takes is an error, never skipped in silence.
+The rules are tried in the order of `RULES`. A planned layer that no rule accepts is an error; it is never skipped silently.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from tensorrail_exporter.rewrite.rules.emit import Site
 
 
 class Rule(Protocol):
-    """What every rule module offers."""
+    """The functions that every rule module has. Weights are (O, I, *K) for a convolution, else (O, I)."""
 
     OPS: tuple[str, ...]
-    """The ONNX operators that the rule takes."""
+    """The ONNX operators that the rule rewrites."""
 
     def weight_input(self, node: gs.Node) -> int:
-        """Return which of the node's inputs is its weight."""
+        """Return the index of the node's input that is its weight."""
 
     def why_not(self, node: gs.Node) -> str | None:
-        """Return the reason why this node stays dense, or None when it can be rewritten."""
+        """Return the reason why this node stays dense, or None if it can be rewritten."""
 
     def layer(self, node: gs.Node) -> LayerSpec:
-        """Return what the node computes, apart from the values of its weight."""
+        """Return the description of the layer that the node computes."""
 
     def weight(self, node: gs.Node) -> np.ndarray:
-        """Return the constant weight as (O, I, *K) or (O, I)."""
+        """Return the constant weight."""
 
     def replace_weight(self, node: gs.Node, weight: np.ndarray, name: str) -> None:
-        """Give the node a weight of its own, from (O, I, *K) or (O, I)."""
+        """Replace the node's weight by a new constant of this name, which no other node shares."""
 
     def rewrite(self, site: Site, steps: tuple[Step, ...], layer: str) -> None:
-        """Write the steps in place of the node, between the same input and output."""
+        """Replace the node by the steps, between the same input and output; `layer` starts the names of new tensors."""
 
 
 RULES: tuple[Rule, ...] = (conv, gemm, matmul, recurrent)
 
 STAY_DENSE = {
-    "ConvTranspose": "it is a transposed convolution, which no format here factors; leave it out of the plan",
-    "QLinearConv": "it is quantized already; factor the floating-point model, then quantize that",
-    "ConvInteger": "it is quantized already; factor the floating-point model, then quantize that",
-    "QLinearMatMul": "it is quantized already; factor the floating-point model, then quantize that",
-    "MatMulInteger": "it is quantized already; factor the floating-point model, then quantize that",
-    "RNN": "it is a plain recurrent layer; LSTM and GRU can be factored",
+    "ConvTranspose": "it is a transposed convolution, which no format supports; leave it out of the plan",
+    "QLinearConv": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "ConvInteger": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "QLinearMatMul": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "MatMulInteger": "it is already quantized; factorize the floating-point model, then quantize the result",
+    "RNN": "it is a plain RNN; only LSTM and GRU can be factorized",
 }
-"""Operators with weights that are left dense on purpose, and why."""
+"""Operators with weights that always stay dense, and the reason."""

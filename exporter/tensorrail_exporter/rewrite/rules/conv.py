@@ -22,19 +22,19 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) < 3:
-        return f"its weight has shape {list(weight.shape)}, and a kernel is (outputs, inputs, *size)"
+        return f"expected a weight of shape (outputs, inputs, *kernel), got {list(weight.shape)}"
     for name in ("strides", "dilations"):
         if min(node.attrs.get(name, (1,)), default=1) < 1:
-            return f"its {name} are {list(node.attrs[name])}, and each is 1 or more"
+            return f"expected {name} of 1 or more, got {list(node.attrs[name])}"
     group = node.attrs.get("group", 1)
     if group != 1:
         kind = "depthwise" if weight.shape[1] == 1 else "grouped"
-        return f"it is a {kind} convolution (group={group}), and only group=1 can be factored; leave it out of the plan"
+        return f"it is a {kind} convolution (group={group}); only group=1 can be factorized; leave it out of the plan"
     return None
 
 
 def layer(node: gs.Node) -> LayerSpec:
-    """Return the convolution's shape, stride, pads and dilation, ONNX's defaults filled in."""
+    """Return the convolution's shape, stride, pads and dilation, with ONNX's defaults for missing attributes."""
     shape = tuple(node.inputs[1].shape)
     nd = len(shape) - 2
     auto_pad = node.attrs.get("auto_pad", "NOTSET")
@@ -56,12 +56,12 @@ def weight(node: gs.Node) -> np.ndarray:
 
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
-    """Give the node a weight (O, I, *K) of its own."""
+    """Replace the node's weight by a new constant (O, I, *K)."""
     node.inputs[1] = gs.Constant(name, np.ascontiguousarray(weight))
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the steps; the bias goes to the last convolution, or behind the last Reshape when a chain ends in one."""
+    """Write the steps; the bias goes into the last convolution, or into an Add if the last step is a Reshape."""
     node = site.node
     dtype = node.inputs[1].dtype
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None

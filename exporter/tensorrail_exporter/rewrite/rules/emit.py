@@ -1,4 +1,4 @@
-"""Writing a contraction's steps as ONNX nodes."""
+"""Writing the steps of a contraction as ONNX nodes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step
 
 @dataclass(frozen=True)
 class Names:
-    """The names of tensors and nodes that are taken, in the graph and in the bodies of its nodes."""
+    """The names of tensors and nodes that are taken, in the graph and in the bodies of its nodes.
+
+    Attributes:
+        taken: all names in use.
+        constants: the initializers that a rule has added, by the name that it asked for.
+
+    """
 
     taken: set[str]
     constants: dict[str, gs.Constant] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
-        """Return `name`, or the first `name_2`, `name_3`, … that is free, and take it."""
+        """Return `name`, or the first of `name_2`, `name_3`, … that is free, and mark it as taken."""
         candidate, count = name, 1
         while candidate in self.taken:
             count += 1
@@ -29,24 +35,32 @@ class Names:
 
 @dataclass(frozen=True)
 class Site:
-    """A node to be rewritten, the graph or body that it stands in, and the names around it."""
+    """A node to rewrite, and where it is.
+
+    Attributes:
+        graph: the graph, or the body of a node, that contains the node.
+        node: the node to rewrite.
+        names: the names that are taken in the whole model.
+        scan: whether to write the node's loop as a Scan; default False.
+
+    """
 
     graph: gs.Graph
     node: gs.Node
     names: Names
-    scan: bool = False  # whether the node's loop is to be written as a Scan
+    scan: bool = False
 
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
-        """Return the initializer of that name and value; nodes with the same cores (tied weights) share one."""
-        present = self.names.constants.get(name)
-        if present is not None and present.dtype == values.dtype and np.array_equal(present.values, values):
-            return present
-        made = gs.Constant(self.names.unique(name), np.asarray(values, order="C"))
-        self.names.constants.setdefault(name, made)
-        return made
+        """Return an initializer with this name and these values; nodes with the same cores (tied weights) share it."""
+        existing = self.names.constants.get(name)
+        if existing is not None and existing.dtype == values.dtype and np.array_equal(existing.values, values):
+            return existing
+        constant = gs.Constant(self.names.unique(name), np.asarray(values, order="C"))
+        self.names.constants.setdefault(name, constant)
+        return constant
 
     def variable(self, name: str, dtype: np.dtype) -> gs.Variable:
-        """Return a new tensor."""
+        """Return a new tensor with this name, or a free one that starts with it."""
         return gs.Variable(self.names.unique(name), dtype=dtype)
 
     def append(
@@ -62,14 +76,18 @@ class Site:
     def chain(
         self, source: gs.Tensor, target: gs.Tensor, steps: tuple[Step, ...], layer: str, dtype: np.dtype
     ) -> list[gs.Node]:
-        """Append one node a step, from `source` to `target`; initializers are named `<layer>/<cores>`, as in the cores file.
+        """Append one node per step between `source` and `target`.
 
-        The nodes are returned, so that a rule can give the last one a bias or an attribute of the original.
+        Initializers are named `<layer>/<cores>`, as in the cores file, such as `conv1/0+1` for two merged cores.
+
+        Returns:
+            The nodes; a rule may give the last one the bias or an attribute of the original node.
+
         """
         nodes: list[gs.Node] = []
         for index, step in enumerate(steps):
             out = target if index == len(steps) - 1 else self.variable(f"{layer}/step{index}", dtype)
-            op, attrs, weight = self._parts(step, layer, dtype)
+            op, attrs, weight = self._node_of(step, layer, dtype)
             left = isinstance(step, MatMul) and step.side == "left"
             nodes.append(
                 self.append(op, f"{layer}/{op.lower()}{index}", [weight, source] if left else [source, weight], out, attrs)
@@ -77,7 +95,7 @@ class Site:
             source = out
         return nodes
 
-    def _parts(self, step: Step, layer: str, dtype: np.dtype) -> tuple[str, dict[str, object], gs.Constant]:
+    def _node_of(self, step: Step, layer: str, dtype: np.dtype) -> tuple[str, dict[str, object], gs.Constant]:
         match step:
             case Conv():
                 attrs: dict[str, object] = {
@@ -87,9 +105,9 @@ class Site:
                     "group": step.groups,
                 }
                 attrs |= {"pads": list(step.pads)} if step.auto_pad == "NOTSET" else {"auto_pad": step.auto_pad}
-                return "Conv", attrs, self.constant(f"{layer}/{_cores(step.cores)}", step.weight.astype(dtype))
+                return "Conv", attrs, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
             case MatMul():
-                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", step.weight.astype(dtype))
+                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
             case Reshape():
                 name = f"{layer}/shape{'_'.join(map(str, step.shape))}"
                 return "Reshape", {}, self.constant(name, np.array(step.shape, np.int64))

@@ -1,4 +1,4 @@
-"""Gemm(X, W, B) -> Gemm(… Gemm(X, W₁) …, Wₙ, B), alpha and beta on the last one, transA on the first."""
+"""Gemm(X, W, B) -> Gemm(… Gemm(X, W₁) …, Wₙ, B), with alpha and beta on the last Gemm and transA on the first."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) != 2:
-        return f"its weight has shape {list(weight.shape)}, and a Gemm takes a matrix"
+        return f"expected a matrix as its weight, got shape {list(weight.shape)}"
     return None
 
 
 def layer(node: gs.Node) -> LayerSpec:
-    """Return the (O, I) of the product."""
+    """Return a linear layer of shape (O, I)."""
     rows, columns = node.inputs[1].shape
     return LayerSpec("linear", (rows, columns) if node.attrs.get("transB", 0) else (columns, rows))
 
 
 def weight(node: gs.Node) -> np.ndarray:
-    """Return the weight (O, I), alpha left out."""
+    """Return the weight (O, I), without alpha."""
     values = np.asarray(node.inputs[1].values)
     return values if node.attrs.get("transB", 0) else values.T
 
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
-    """Give the node a weight of its own, from (O, I)."""
+    """Replace the node's weight by a new constant, given as (O, I)."""
     node.inputs[1] = gs.Constant(name, np.ascontiguousarray(weight if node.attrs.get("transB", 0) else weight.T))
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the steps: as Gemms when every step is a product, else as a chain between an own transpose and bias."""
+    """Write the steps: as Gemms if all of them are products, else as a chain between a Transpose and an Add."""
     node = site.node
     dtype = node.inputs[1].dtype
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
@@ -53,7 +53,7 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     source, target = node.inputs[0], node.outputs[0]
     node.outputs.clear()
     products = all(isinstance(step, MatMul) and step.side == "right" for step in steps)
-    optional_bias = site.graph.opset >= 11  # before, a Gemm without its third operand is not valid
+    optional_bias = site.graph.opset >= 11  # earlier opsets require the third operand
     if transposed and not (products and optional_bias):
         rows = site.variable(f"{layer}/rows", dtype)
         site.append("Transpose", f"{layer}/transA", [source], rows, {"perm": [1, 0]})
@@ -68,7 +68,7 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
         if bias is not None:
             nodes[-1].inputs.append(bias)
             nodes[-1].attrs["beta"] = beta
-            if "broadcast" in node.attrs:  # of opset 6
+            if "broadcast" in node.attrs:  # an attribute of opset 6
                 nodes[-1].attrs["broadcast"] = node.attrs["broadcast"]
         return
     if bias is None and alpha == 1.0:

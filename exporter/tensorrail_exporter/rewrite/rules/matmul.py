@@ -1,6 +1,6 @@
-"""MatMul(X, W) -> MatMul(… MatMul(X, W₁) …, Wₙ), and MatMul(W, X) alike: a constant matrix on either side.
+"""MatMul(X, W) -> MatMul(… MatMul(X, W₁) …, Wₙ), and likewise MatMul(W, X): a constant matrix on either side.
 
-X may have any number of leading axes, as in attention; on the right its rows are the tokens, on the left its columns.
+X may have any number of leading axes, as in attention. With W on the right the rows of X are the tokens, else its columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OPS: tuple[str, ...] = ("MatMul",)
 
 
 def weight_input(node: gs.Node) -> int:
-    """Return 1, or 0 when the left operand is the constant, or is made of constants."""
+    """Return 1, or 0 if only the left operand is a constant or computed from constants."""
     return 0 if is_constant(node.inputs[0]) and not is_constant(node.inputs[1]) else 1
 
 
@@ -30,24 +30,24 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"neither operand is a constant: {node.inputs[0].name!r} and {weight.name!r} are computed in the graph"
     if isinstance(other, gs.Constant):
-        return "both operands are constants: a product of constants is no layer"
+        return "both operands are constants: a product of constants is not a layer"
     if len(weight.shape) < 2 or math.prod(weight.shape[:-2]) != 1:
-        return f"its constant has shape {list(weight.shape)}, and only a single matrix can be factored"
+        return f"expected a single matrix as its constant, got shape {list(weight.shape)}"
     if other.shape is None:
-        return f"the rank of its input {other.name!r} is not known: give the graph's inputs a shape"
+        return f"the number of axes of its input {other.name!r} is unknown: give the graph's inputs a shape"
     if len(weight.shape) > max(len(other.shape), 2):
-        return f"its constant {list(weight.shape)} has more axes than its input, and adds some to the output"
+        return f"its constant of shape {list(weight.shape)} has more axes than its input and would add axes to the output"
     if side == 0 and len(other.shape) < 2:
         return f"its input {other.name!r} is a single column: use a Gemm"
     return None
 
 
 def layer(node: gs.Node) -> LayerSpec:
-    """Return the (O, I) of the product and the axes before the features of its input."""
+    """Return a linear layer of shape (O, I) with the axes before the features of its input."""
     side = weight_input(node)
     rows, columns = node.inputs[side].shape[-2:]
     axes = [axis if isinstance(axis, int) and axis > 0 else 0 for axis in node.inputs[1 - side].shape]
-    if side == 0:  # the features are the last axis but one
+    if side == 0:  # the features are the second to last axis
         axes[-1], axes[-2] = axes[-2], axes[-1]
     return LayerSpec("linear", (columns, rows) if side else (rows, columns), lead=len(axes) - 1, size=tuple(axes[1:-1]))
 
@@ -61,15 +61,15 @@ def weight(node: gs.Node) -> np.ndarray:
 
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
-    """Give the node a weight of its own, from (O, I)."""
+    """Replace the node's weight by a new constant, given as (O, I)."""
     side = weight_input(node)
     node.inputs[side] = gs.Constant(name, np.ascontiguousarray(weight.T if side else weight))
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the steps; a bias is a node of its own behind the product and stays where it is.
+    """Write the steps; a bias is a separate node after the product and is not touched.
 
-    With the constant on the left a chain of plain products is written mirrored, any other between two transpositions.
+    With the constant on the left, a chain of products only is written mirrored, any other between two Transposes.
     """
     node = site.node
     side = weight_input(node)

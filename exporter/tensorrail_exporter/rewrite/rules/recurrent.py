@@ -1,9 +1,9 @@
-"""LSTM(X, W, R, B, …) -> LSTM(… MatMul(X, W₁) …, Wₙ, R, B, …), and GRU alike.
+"""LSTM(X, W, R, B, …) -> LSTM(… MatMul(X, W₁) …, Wₙ, R, B, …), and likewise GRU.
 
-The input projection W is contracted outside the time loop, for all steps and directions at once, down to the rank between
-input and output; the native operator then runs on that rank, with W = the output cores. Initial states, sequence lengths,
-recurrent weights, biases and peepholes are the node's own. A format without such a boundary (`ttm`) makes all gates'
-inputs outside the loop, and W is an identity that the graph makes.
+The input projection W is contracted outside the time loop, for all time steps and directions at once, down to the rank
+between input and output. The operator itself then runs on that rank, with the output cores as its W. Initial states,
+sequence lengths, recurrent weights, biases and peepholes are not changed. A format without such a rank (`ttm`) computes the
+inputs of all gates outside the loop; W is then an identity matrix that the graph computes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tensorrail_exporter.rewrite.rules.emit import Site
 OPS: tuple[str, ...] = ("LSTM", "GRU")
 
 _TORCH_FROM_ONNX = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
-"""torch's gates (i, f, g, o) and (r, z, n), as places in ONNX's (i, o, f, c) and (z, r, h)."""
+"""Positions of torch's gates (i, f, g, o) and (r, z, n) among ONNX's (i, o, f, c) and (z, r, h)."""
 
 
 def weight_input(node: gs.Node) -> int:
@@ -35,12 +35,12 @@ def why_not(node: gs.Node) -> str | None:
         return f"its input weight {weight.name!r} is computed in the graph, not a constant"
     directions, gates = len(scan.directions(node)), len(_TORCH_FROM_ONNX[node.op])
     if len(weight.shape) != 3 or weight.shape[0] != directions or weight.shape[1] % gates:
-        return f"its input weight has shape {list(weight.shape)}, and {node.op} takes ({directions}, {gates} · hidden, inputs)"
+        return f"expected an input weight of shape ({directions}, {gates} · hidden, inputs), got {list(weight.shape)}"
     return None
 
 
 def layer(node: gs.Node) -> LayerSpec:
-    """Return the (directions · gates · hidden, I) of the input projection; X has time and batch before its features."""
+    """Return the input projection, of shape (directions · gates · hidden, I); X has time and batch before its features."""
     directions, rows, inputs = node.inputs[1].shape
     axes = node.inputs[0].shape
     time = axes[0] if axes and isinstance(axes[0], int) and axes[0] > 0 and not node.attrs.get("layout", 0) else 0
@@ -48,33 +48,33 @@ def layer(node: gs.Node) -> LayerSpec:
 
 
 def weight(node: gs.Node) -> np.ndarray:
-    """Return the weight (directions · gates · hidden, I), the gates in torch's order."""
+    """Return the weight (directions · gates · hidden, I) with the gates in torch's order."""
     values = np.asarray(node.inputs[1].values)
     return scan.in_order(values, _TORCH_FROM_ONNX[node.op]).reshape(-1, values.shape[2])
 
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
-    """Give the node a weight of its own, from (directions · gates · hidden, I) in torch's order."""
+    """Replace the node's weight by a new constant, given as (directions · gates · hidden, I) in torch's order."""
     node.inputs[1] = gs.Constant(name, _as_onnx(node, weight))
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the input's steps before the node and give it the output cores as its input weight, or a Scan in its place."""
+    """Write the input's steps before the node, which gets the output cores as its input weight or becomes a Scan."""
     node = site.node
     dtype = node.inputs[1].dtype
     directions, rows, inputs = node.inputs[1].shape
     inner, matrix, cores = split_at_boundary(steps)
     width = directions * rows if matrix is None else matrix.shape[1]
-    turn = _turn(site) if width < inputs else None
+    transpose = _own_transpose(site) if width < inputs else None
     projected = site.variable(f"{layer}/projected", dtype)
-    site.chain(node.inputs[0] if turn is None else turn.inputs[0], projected, inner, layer, dtype)
-    if turn is not None:
+    site.chain(node.inputs[0] if transpose is None else transpose.inputs[0], projected, inner, layer, dtype)
+    if transpose is not None:
         turned = site.variable(f"{layer}/turned", dtype)
-        site.append("Transpose", f"{layer}/turn", [projected], turned, dict(turn.attrs))
+        site.append("Transpose", f"{layer}/turn", [projected], turned, dict(transpose.attrs))
         projected = turned
     if matrix is not None:
         node.inputs[0] = projected
-        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, matrix.astype(dtype)))
+        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, np.asarray(matrix).astype(dtype)))
     elif site.scan:
         scan.rewrite(site, projected, _TORCH_FROM_ONNX[node.op], layer)
     else:
@@ -82,25 +82,25 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
         node.inputs[1] = _identity(site, f"{layer}/identity", dtype)
 
 
-def _turn(site: Site) -> gs.Node | None:
-    """Return the Transpose of batch and time that makes the node's input for it alone, or None.
+def _own_transpose(site: Site) -> gs.Node | None:
+    """Return the Transpose of batch and time that computes the input of this node only, or None.
 
-    The projection does not mind their order, and its few features are turned in less time than the many of the input.
+    The projection works in either order, and transposing its few features takes less time than transposing the input.
     """
     (source,) = site.node.inputs[:1]
-    maker = source.inputs[0] if len(source.inputs) == 1 else None
-    alone = len(source.outputs) == 1 and not any(source is out for out in site.graph.outputs)
-    if maker is None or maker.op != "Transpose" or not is_standard(maker) or not alone:
+    producer = source.inputs[0] if len(source.inputs) == 1 else None
+    unshared = len(source.outputs) == 1 and not any(source is out for out in site.graph.outputs)
+    if producer is None or producer.op != "Transpose" or not is_standard(producer) or not unshared:
         return None
-    turns = list(maker.attrs.get("perm", ())) == [1, 0, 2]
-    return maker if turns and any(maker is node for node in site.graph.nodes) else None
+    swaps = list(producer.attrs.get("perm", ())) == [1, 0, 2]
+    return producer if swaps and any(producer is node for node in site.graph.nodes) else None
 
 
 def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
-    """Return the identity as the node's input weight.
+    """Return an identity matrix as the node's input weight.
 
-    The graph makes it rather than store it, from opset 9 on: a runtime folds it once, when it loads the graph. Made in
-    float32, which every runtime's EyeLike knows.
+    From opset 9 on the graph computes it instead of storing it; a runtime folds it once, when it loads the graph. It is
+    computed in float32, which the EyeLike of every runtime supports.
     """
     node = site.node
     directions, rows, _ = node.inputs[1].shape
@@ -116,25 +116,25 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
             ("whole", (directions, rows, size)),
         )
     )
-    chosen = site.constant(f"{name}/order", order.astype(np.int64))
+    gate_order = site.constant(f"{name}/order", order.astype(np.int64))
     steps: list[tuple[str, list[gs.Tensor], dict[str, object]]] = [
         ("ConstantOfShape", [], {}),
         ("EyeLike", [], {"dtype": int(TensorProto.FLOAT)}),
         ("Reshape", [gates], {}),
-        ("Gather", [chosen], {"axis": 1}),
+        ("Gather", [gate_order], {"axis": 1}),
         ("Reshape", [whole], {}),
     ]
     if dtype != np.float32:
         steps.append(("Cast", [], {"to": int(helper.np_dtype_to_tensor_dtype(dtype))}))
-    made: gs.Tensor = shape
+    tensor: gs.Tensor = shape
     for op, inputs, attrs in steps:
         out = site.variable(f"{name}/{op.lower()}", dtype if op == "Cast" else np.dtype(np.float32))
-        site.append(op, f"{name}/{op.lower()}_node", [made, *inputs], out, attrs)
-        made = out
-    return made
+        site.append(op, f"{name}/{op.lower()}_node", [tensor, *inputs], out, attrs)
+        tensor = out
+    return tensor
 
 
 def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
-    """Return (directions, gates · hidden, p) in ONNX's gate order."""
+    """Return a weight as (directions, gates · hidden, p), with the gates in ONNX's order."""
     by_direction = weight.reshape(len(scan.directions(node)), -1, weight.shape[1])
     return np.ascontiguousarray(scan.in_order(by_direction, np.argsort(_TORCH_FROM_ONNX[node.op])))
