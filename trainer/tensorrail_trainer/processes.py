@@ -106,7 +106,7 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
         elif isinstance(module, _BatchNorm) and not isinstance(module, _Synced | nn.SyncBatchNorm):
             raise ValueError(
                 f"layer {name}: {type(module).__name__} cannot share its statistics between processes; set "
-                "sync_batch_norm: false, or use torch's own batch-norm"
+                "sync_batch_norm: false, or use a batch-norm of torch.nn"
             )
     return model
 

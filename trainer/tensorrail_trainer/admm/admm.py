@@ -58,6 +58,8 @@ Metric = Literal["weight", "activation"]
 # torch's own wait for their next work after every step, and NumPy's beside them took several times as long as one alone.
 _SMALL = 2**20
 
+_ADVICE = "check the weights that training started from, or lower rho or the learning rate"
+
 
 @lru_cache(maxsize=1)
 def _libraries() -> ThreadpoolController:
@@ -95,9 +97,9 @@ class ADMM:
 
     def __init__(self, model: nn.Module, plan: Plan, rho: float = 1e-3, metric: Metric = "weight") -> None:
         if not 0 < rho < math.inf:
-            raise ValueError(f"rho is positive, and {rho} came; the paper trains with 0.001")
+            raise ValueError(f"rho: expected a positive number, got {rho}; the paper uses 0.001")
         if not plan.layers:
-            raise PlanError("the plan names no layer: there is nothing to train toward low rank")
+            raise PlanError("expected a plan with at least one layer, got an empty plan; add a layer to train toward low rank")
         if metric not in get_args(Metric):
             raise ValueError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
@@ -163,8 +165,8 @@ class ADMM:
         for name, dense in self._layers.items():
             if not all(id(parameter) in there for parameter in dense.parameters):
                 raise PlanError(
-                    f"layer {name}: the model has another weight now than ADMM was made with (it was cut into cores, replaced, "
-                    "or loaded with assign=True): make ADMM anew"
+                    f"layer {name}: the model no longer holds the weight that ADMM was created with (factored, replaced, "
+                    "or loaded with assign=True); create a new ADMM object"
                 )
 
     def synchronize(self) -> None:
@@ -178,7 +180,7 @@ class ADMM:
     def set_rho(self, rho: float) -> None:
         """Change the penalty's weight; U is rescaled, so that the multiplier ρU stays what it was (Boyd et al., 3.4.1)."""
         if not 0 < rho < math.inf:
-            raise ValueError(f"rho is positive, and {rho} came")
+            raise ValueError(f"rho: expected a positive number, got {rho}")
         if rho != self.rho:
             self.U = {name: u * (self.rho / rho) for name, u in self.U.items()}
             self.rho = rho
@@ -192,7 +194,7 @@ class ADMM:
         (Wohlberg 2017), which the scale of the weights does not change.
         """
         if not (apart > 1 and factor > 1):
-            raise ValueError(f"apart and factor are above 1, and {apart} and {factor} came")
+            raise ValueError(f"expected apart and factor above 1, got apart={apart} and factor={factor}")
         primal, dual = self._relative
         if primal > apart * dual:
             self.set_rho(self.rho * factor)
@@ -256,15 +258,20 @@ class ADMM:
         """Take over what `state_dict` returned; `PlanError` when it belongs to another plan, model or metric."""
         missing = [key for key in ("rho", "Z", "U") if key not in state]
         if missing:
-            raise PlanError(f"ADMM state: {', '.join(missing)} missing; expected what `state_dict` returned")
+            raise PlanError(
+                f"ADMM state: keys {', '.join(missing)} are missing; expected a dictionary that `state_dict` returned"
+            )
         metric = state.get("metric", "weight")
         if metric != self.metric:
-            raise PlanError(f"ADMM state: its metric is {metric}, and this one's is {self.metric}")
+            raise PlanError(f"ADMM state: expected the metric {self.metric}, got {metric}; create ADMM with metric={metric!r}")
         for key in ("Z", "U"):
             shapes = {name: tuple(tensor.shape) for name, tensor in state[key].items()}
             expected = {name: dense.spec.shape for name, dense in self._layers.items()}
             if shapes != expected:
-                raise PlanError(f"ADMM state: {key} is of layers {shapes}, and the plan has {expected}")
+                raise PlanError(
+                    f"ADMM state: expected {key} for the layers of the plan, {expected}, got {shapes}; use the plan and "
+                    "the model that it was saved with"
+                )
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
             device = dense.parameters[0].device  # the state may come from another one
@@ -297,12 +304,12 @@ class ADMM:
         if (measured.is_cuda and small) or measured.device.type == "mps":  # which has no float64
             measured = measured.cpu()
         if not measured.isfinite().all():  # some decompositions would not end
-            raise PlanError(f"layer {layer.name}: its weight cannot be projected (it holds infinity or NaN): is it finite?")
+            raise PlanError(f"layer {layer.name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")
         try:
             with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
                 projected = cast(Tensor, project(layer.format, measured, layer.modes, layer.ranks)).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
-            raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}): is it finite?") from None
+            raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}); {_ADVICE}") from None
         root = self.roots.get(layer.name)
         projected = (root.undo(projected) if root else projected).contiguous()
         # Where nothing is cut off it may be the very weight, which trains on.

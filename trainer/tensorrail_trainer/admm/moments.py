@@ -107,12 +107,12 @@ class InputMoments:
     def _known(self, name: str) -> Tensor:
         if name not in self.second:
             raise PlanError(
-                f"layer {name}: no batch has passed its module in training mode, so that the metric of its inputs is not "
-                "known; train before the update, or use metric='weight' where the model reads the weight past its module"
+                f"layer {name}: expected at least one batch through its module in training mode, got none; train before the "
+                "update, or use metric='weight' if the model reads the weight without calling the module"
             )
         second = self.second[name]
         if not torch.isfinite(second).all():
-            raise PlanError(f"layer {name}: its inputs were not finite in training; lower the learning rate or rho")
+            raise PlanError(f"layer {name}: its inputs held infinity or NaN in training; lower the learning rate or rho")
         return second
 
 
@@ -123,14 +123,13 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseLayer]) -> None:
         count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
         if count != 1:
             raise PlanError(
-                f"layer {layer.name}: modes {list(layer.modes)} split its inputs into {count}, and the metric of the "
-                f"activations does not act on one of them alone; several input modes need `metric: weight`, or give the "
-                f"{dense.spec.shape[1]} inputs as one mode"
+                f"layer {layer.name}: `metric: activation` expects one input mode, got {count} in modes {list(layer.modes)}; "
+                f"use `metric: weight`, or give the {dense.spec.shape[1]} inputs as one mode"
             )
         if dense.spec.op == "recurrent" and not layer.name.endswith("weight_ih_l0"):
             raise PlanError(
-                f"layer {layer.name}: its inputs stay inside the {type(dense.module).__name__}; only weight_ih_l0 may have "
-                "`metric: activation`, deeper layers need `metric: weight`, or a module of their own"
+                f"layer {layer.name}: `metric: activation` supports only weight_ih_l0: the inputs of deeper layers stay "
+                f"inside the {type(dense.module).__name__}; use `metric: weight`, or put the layer in its own module"
             )
 
 

@@ -48,9 +48,9 @@ def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> _Consta
         return None
     for name, values in (("mean", mean), ("std", std)):
         if values is None or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-            raise DataError(f"{name}: expected one number a channel, of values from 0 to 1, and {values} came")
+            raise DataError(f"{name}: expected three numbers, one per channel, for pixel values from 0 to 1, got {values}")
     if min(std or ()) <= 0:
-        raise DataError(f"std: expected numbers above 0, and {std} came")
+        raise DataError(f"std: expected numbers above 0, got {std}")
     made = [255 * torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1) for values in (mean, std)]
     return made[0], made[1]
 
@@ -63,7 +63,9 @@ def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list
         y = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
         splits.append((x, y))
         if y.max() >= classes:
-            raise DataError(f"{folder}: has the label {int(y.max())}: expected 0 to {classes - 1}; is it another CIFAR?")
+            raise DataError(
+                f"{folder}: expected labels 0 to {classes - 1}, got {int(y.max())}; check that it is the folder of {name}"
+            )
     mean, deviation = given or _statistics(splits[0][0])
     source = f"{name} ({folder.name}), {len(splits[0][1])} training and {len(splits[1][1])} test images"
     return Dataset(source, classes, *(InMemory(x, y, mean, deviation) for x, y in splits))
@@ -83,18 +85,18 @@ def _read(path: Path, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
         with path.open("rb") as file:
             raw = _Reader(file, encoding="bytes").load()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): expected a file of the published CIFAR folder") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of the published CIFAR folder") from None
     except Exception as error:  # noqa: BLE001 - a broken pickle raises whatever its bytes say
         raise DataError(f"{path}: not a published CIFAR file ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(raw, dict) or not {b"data", labels} <= raw.keys():
         raise DataError(f"{path}: not a published CIFAR file: expected the keys data and {labels.decode()}")
     images, classes = (_values(raw[key]) for key in (b"data", labels))
     if classes is None or classes.ndim != 1:
-        raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
+        raise DataError(f"{path}: not a published CIFAR file: expected labels that are integers from 0")
     if images is None or images.dtype != np.uint8 or images.shape != (len(classes), _PIXELS):
-        raise DataError(f"{path}: not a published CIFAR file: expected data of shape ({len(classes)}, {_PIXELS}) of bytes")
+        raise DataError(f"{path}: not a published CIFAR file: expected uint8 data of shape ({len(classes)}, {_PIXELS})")
     if not len(classes) or classes.min() < 0:
-        raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
+        raise DataError(f"{path}: not a published CIFAR file: expected labels that are integers from 0")
     return images.reshape(-1, 3, 32, 32), classes.astype(np.int64)
 
 

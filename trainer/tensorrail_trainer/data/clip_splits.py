@@ -26,15 +26,15 @@ def by_list(root: Path, paths: Sequence[Path], lists: Path, number: int) -> np.n
     """
     listed = dict(_listed(lists, number))
     if not listed:
-        raise DataError(f"{lists}: holds no lists of split {number}: expected {_LISTS.format(number)}")
+        raise DataError(f"{lists}: no lists of split {number} found; expected {_LISTS.format(number)}")
     keys = [(path.relative_to(root).parts[0], _clip(path.name)) for path in paths]
     for path, key in zip(paths, keys, strict=True):
         if key not in listed:
-            raise DataError(f"{path}: is in no list of split {number} in {lists}: expected the lists of this data set")
+            raise DataError(f"{path}: not in any list of split {number} in {lists}; expected the lists of this data set")
     missing = sorted({key for key, mark in listed.items() if mark != NEITHER} - set(keys))
     if missing:
         first = "/".join(missing[0])
-        raise DataError(f"{root}: {len(missing)} clips of split {number} are not there, {first} is the first: unpack them all")
+        raise DataError(f"{root}: {len(missing)} clips of split {number} are missing, such as {first}; unpack all clips")
     return np.array([listed[key] for key in keys])
 
 
@@ -45,7 +45,9 @@ def groups_of(root: Path, paths: Sequence[Path]) -> list[int] | None:
         return None
     for path, group in zip(paths, groups, strict=True):
         if group is None:
-            raise DataError(f"{path}: has no group, and other clips have: expected all, or none, named v_<class>_<group>")
+            raise DataError(
+                f"{path}: has no group, but other clips have one; expected all clips, or none, to be named v_<class>_<group>"
+            )
     return [group for group in groups if group is not None]
 
 
@@ -57,7 +59,9 @@ def by_group(root: Path, groups: Sequence[int], wanted: Sequence[int] | None, fr
         wanted = np.random.default_rng(seed).permutation(known)[:count].tolist()
     missing = [group for group in wanted if group not in known]
     if missing:
-        raise DataError(f"{root}: test_groups: there is no group {missing[0]}; expected some of {', '.join(map(str, known))}")
+        raise DataError(
+            f"{root}: test_groups: group {missing[0]} does not exist; expected some of {', '.join(map(str, known))}"
+        )
     return np.where(np.isin(groups, list(wanted)), TEST, TRAIN)
 
 
@@ -93,14 +97,14 @@ def _listed(lists: Path, number: int) -> Iterator[tuple[tuple[str, str], int]]:
         for line in _lines(file):
             clip, _, digit = line.rpartition(" ")
             if digit not in {"0", "1", "2"}:
-                raise DataError(f"{file}: its line {line[:80]!r} is not of HMDB51: expected <clip>.avi and 0, 1 or 2")
+                raise DataError(f"{file}: expected lines of HMDB51 (<clip>.avi and 0, 1 or 2), got {line[:80]!r}")
             yield (file.name.removesuffix(ending), _clip(clip.strip())), int(digit)
     for mark, kind in ((TRAIN, "train"), (TEST, "test")):
         file = lists / f"{kind}list{number:02}.txt"
         for line in _lines(file) if file.exists() else ():
             one_class, slash, clip = line.split()[0].partition("/")
             if not slash:
-                raise DataError(f"{file}: its line {line[:80]!r} is not of UCF101: expected <class>/<clip>.avi")
+                raise DataError(f"{file}: expected lines of UCF101 (<class>/<clip>.avi), got {line[:80]!r}")
             yield (one_class, _clip(clip)), mark
 
 

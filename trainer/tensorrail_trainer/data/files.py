@@ -35,7 +35,9 @@ class Files:
 
     def __post_init__(self) -> None:
         if not len(self.y) or len(self.paths) != len(self.y):
-            raise ValueError(f"a split has as many files as labels, and {len(self.paths)} and {len(self.y)} came")
+            raise ValueError(
+                f"expected one label per file and at least one file, got {len(self.paths)} files and {len(self.y)} labels"
+            )
         workers_of(self.workers)
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class Files:
             if whole is None:
                 whole = x.new_empty((len(self), *x.shape[1:]))
             elif x.shape[1:] != whole.shape[1:]:
-                raise DataError(f"{self.paths[done]}: is of shape {tuple(x.shape[1:])}: expected {tuple(whole.shape[1:])}")
+                raise DataError(f"{self.paths[done]}: expected shape {tuple(whole.shape[1:])}, got {tuple(x.shape[1:])}")
             whole[done : done + len(x)] = x
             done += len(x)
         assert whole is not None  # noqa: S101 - a split has samples
@@ -86,7 +88,7 @@ class Files:
 def unreadable(path: Path, error: Exception, expected: str = "") -> DataError:
     """Return the one line that says which file could not be read, and why."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120] or type(error).__name__
-    return DataError(f"{path}: cannot be read ({reason})" + (f": expected {expected}" if expected else ""))
+    return DataError(f"{path}: cannot be read ({reason})" + (f"; expected {expected}" if expected else ""))
 
 
 def class_folders(root: Path, expected: str) -> list[str]:
@@ -96,5 +98,5 @@ def class_folders(root: Path, expected: str) -> list[str]:
     except OSError as error:
         raise unreadable(root, error, expected) from None
     if not names:
-        raise DataError(f"{root}: holds no folders of classes: expected {expected}")
+        raise DataError(f"{root}: no class folders found; expected {expected}")
     return names

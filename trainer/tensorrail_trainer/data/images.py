@@ -42,7 +42,7 @@ def images(root: str, size: int = 224, smallest: float = 0.08, test: str = "val"
     `DataError` when a folder is missing or empty, or the test split has a class that the training split lacks.
     """
     if size < 1 or not 0 < smallest <= 1:
-        raise DataError(f"images: size={size} and smallest={smallest}: expected a size from 1 and a share in (0, 1]")
+        raise DataError(f"images: expected size ≥ 1 and smallest in (0, 1], got size={size} and smallest={smallest}")
     folder = Path(root)
     classes = class_folders(folder / "train", _LAYOUT)
     mean, deviation = (torch.tensor(values).mul(255).reshape(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
@@ -52,7 +52,8 @@ def images(root: str, size: int = 224, smallest: float = 0.08, test: str = "val"
         unknown = [one for one in found if one not in classes]
         if unknown:
             raise DataError(
-                f"{folder / name / unknown[0]}: is of a class that {folder / 'train'} lacks; {len(classes)} are there"
+                f"{folder / name / unknown[0]}: not one of the {len(classes)} classes of {folder / 'train'}; expected the same "
+                "classes in both splits"
             )
         files = {one: _images_in(folder / name / one) for one in found}
         paths = [path for one in found for path in files[one]]
@@ -99,13 +100,13 @@ def decoded(path: Path) -> Image.Image:
                 width, height = image.size
     except Exception as error:  # noqa: BLE001 - a broken image raises whatever its bytes say
         raise unreadable(path, error, "a JPEG, PNG, WebP or BMP image") from None
-    raise DataError(f"{path}: has {width}×{height} pixels: expected {_PIXELS} at most; make it smaller")
+    raise DataError(f"{path}: expected at most {_PIXELS} pixels, got {width}×{height}; make the image smaller")
 
 
 def _images_in(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     if not found:
-        raise DataError(f"{folder}: holds no images: expected files named {', '.join(sorted(SUFFIXES))}")
+        raise DataError(f"{folder}: no images found; expected files ending in {', '.join(sorted(SUFFIXES))}")
     return found
 
 

@@ -27,7 +27,7 @@ def workers_of(workers: int | None) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(4, cores)
     if workers < 0:
-        raise DataError(f"workers={workers}: expected 0 (read in the training process) or more")
+        raise DataError(f"workers: expected 0 (read in the training process) or more, got {workers}")
     return workers
 
 
@@ -69,8 +69,8 @@ class _Batches(MapDataset[tuple[Tensor, Tensor] | DataError]):
         first = samples[0][0]
         for index, (x, _) in zip(indices, samples, strict=False):
             if x.shape != first.shape or x.dtype != first.dtype:
-                one, other = (f"{tuple(each.shape)} {each.dtype}" for each in (first, x))
-                return DataError(f"samples {indices[0]} and {index} are {one} and {other}: expected one shape and type for all")
+                expected, actual = (f"{tuple(each.shape)} {each.dtype}" for each in (first, x))
+                return DataError(f"sample {index}: expected {expected}, as sample {indices[0]} is, got {actual}")
         x = torch.stack([x for x, _ in samples])
         return x[: len(indices)], torch.tensor([label for _, label in samples])[: len(indices)]
 

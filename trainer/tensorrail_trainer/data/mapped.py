@@ -39,7 +39,7 @@ class Mapped:
 
     def __post_init__(self) -> None:
         if not (hasattr(self.data, "__getitem__") and hasattr(self.data, "__len__")) or not len(self.data):
-            raise DataError(f"a {type(self.data).__name__} came: expected a data set with samples, __getitem__ and __len__")
+            raise DataError(f"expected a data set with samples, __getitem__ and __len__, got a {type(self.data).__name__}")
         workers_of(self.workers)
 
     def __len__(self) -> int:
@@ -66,21 +66,19 @@ class Mapped:
             x, label = values
         except Exception as error:  # noqa: BLE001 - what another's code raises is not known
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{where}: cannot be had ({type(error).__name__}: {reason})") from None
+            raise DataError(f"{where}: cannot be read ({type(error).__name__}: {reason})") from None
         if isinstance(x, np.ndarray):
             x = torch.from_numpy(x)
         if not isinstance(x, Tensor):
             raise DataError(
-                f"{where}: is a {type(x).__name__}: expected a tensor; give the data set a transform that makes one"
+                f"{where}: expected a tensor, got a {type(x).__name__}; give the data set a transform that returns a tensor"
             )
         if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
             label = label.item()
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
-            raise DataError(f"{where}: its label is {label!r:.40}: expected a whole number")
+            raise DataError(f"{where}: expected an integer label, got {label!r:.40}")
         if not 0 <= label < self.classes:
-            raise DataError(
-                f"{where}: its label is {label}: expected 0 to {self.classes - 1}, for there are {self.classes} classes"
-            )
+            raise DataError(f"{where}: expected a label from 0 to {self.classes - 1} ({self.classes} classes), got {label}")
         return x, int(label)
 
 
@@ -94,15 +92,15 @@ def dataset_of(function: Callable[..., Any], name: str) -> Callable[..., Dataset
             return found
         if not isinstance(found, tuple | list) or len(found) not in (2, 3):
             raise DataError(
-                f"{name}: returned a {type(found).__name__}: expected a Dataset, or (train, test) or (train, test, classes)"
+                f"{name}: expected it to return a Dataset, (train, test) or (train, test, classes), got {type(found).__name__}"
             )
         classes = found[2] if len(found) == 3 else getattr(found[0], "classes", None)
         if isinstance(classes, Sequence) and not isinstance(classes, str):
             classes = len(classes)
         if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or classes < 1:
             raise DataError(
-                f"{name}: the number of classes is {classes!r:.40}: expected a whole number or a list, as the third entry of "
-                "the result or as the attribute `classes` of the training data"
+                f"{name}: expected the number of classes, or a list of them, as the third entry of the result or as the "
+                f"attribute `classes` of the training data, got {classes!r:.40}"
             )
         classes = int(classes)
         train, test = (Mapped(data, classes) for data in found[:2])

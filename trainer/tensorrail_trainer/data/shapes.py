@@ -37,8 +37,8 @@ def moving_shapes(
     height, width = _sizes(size, frames, classes)
     if min(samples, test_samples) < classes or not 0 <= noise < 1:
         raise DataError(
-            f"moving_shapes: samples={samples}, test_samples={test_samples}, noise={noise}: expected {classes} or more "
-            "of each, one a class, and a noise from 0 to below 1"
+            f"moving_shapes: expected samples and test_samples ≥ {classes} (one per class) and noise in [0, 1), got "
+            f"samples={samples}, test_samples={test_samples}, noise={noise}"
         )
     splits = []
     found = np.zeros((2, 256), np.int64)  # how often each byte comes, by split
@@ -67,8 +67,8 @@ def _sizes(size: Sequence[int], frames: int, classes: int) -> tuple[int, int]:
     most = len(SHAPES) * len(MOTIONS)
     if len(size) != 2 or min(size) < 8 or frames < 1 or not 2 <= classes <= most:
         raise DataError(
-            f"moving_shapes: size={list(size)}, frames={frames}, classes={classes}: expected [height, width] from 8, 1 or more "
-            f"frames and 2 to {most} classes"
+            f"moving_shapes: expected size [height, width] of 8 or more, 1 or more frames and 2 to {most} classes, got "
+            f"size={list(size)}, frames={frames}, classes={classes}"
         )
     return size[0], size[1]
 

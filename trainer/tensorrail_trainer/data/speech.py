@@ -50,29 +50,32 @@ def speech(
         raise DataError(f"speech: unknown features {features!r}; expected one of {', '.join(get_args(Features))}")
     if min(bands, coefficients, frames) < 1 or (features == "mfcc" and coefficients > bands):
         raise DataError(
-            f"speech: bands={bands}, coefficients={coefficients}, frames={frames}: expected 1 or more, bands the most"
+            f"speech: expected bands, coefficients and frames ≥ 1, and coefficients ≤ bands, got bands={bands}, "
+            f"coefficients={coefficients}, frames={frames}"
         )
     if stack < 1 or frames % stack:
-        raise DataError(f"speech: stack={stack}: expected a divisor of frames={frames}")
+        raise DataError(f"speech: expected stack to be a divisor of frames={frames}, got {stack}")
     folder = Path(root)
     found: dict[bool, list[tuple[np.ndarray, int]]] = {False: [], True: []}
     rates: dict[int, Path] = {}
     for path in sorted(folder.glob("*.wav")):
         named = _NAME.fullmatch(path.name)
         if named is None:
-            raise DataError(f"{path}: expected a name such as 7_jackson_32.wav: digit, speaker, index")
+            raise DataError(f"{path}: expected a file name such as 7_jackson_32.wav (digit, speaker, index)")
         sound, rate = _read(path, frames)
         rates.setdefault(rate, path)
         if len(rates) > 1:
-            raise DataError(f"{path}: has {rate} samples a second, and others have {next(iter(rates))}: bring all to one rate")
+            raise DataError(
+                f"{path}: expected {next(iter(rates))} samples per second, as in the other files, got {rate}; resample it"
+            )
         values = np.log(_power(sound, rate, bands) + _FLOOR)
         if features == "mfcc":
             values = dct(values, norm="ortho")[:, :coefficients]
         found[int(named[3]) < _TEST].append((values[:frames], int(named[1])))
     if not found[False] or not found[True]:
         raise DataError(
-            f"{folder}: holds {len(found[False])} training and {len(found[True])} test recordings: expected files named "
-            f"{{digit}}_{{speaker}}_{{index}}.wav, those of index 0 to {_TEST - 1} for the test"
+            f"{folder}: expected files named {{digit}}_{{speaker}}_{{index}}.wav, index 0 to {_TEST - 1} for the test, "
+            f"found {len(found[False])} training and {len(found[True])} test recordings"
         )
     windows = np.concatenate([values for values, _ in found[False]])
     mean, deviation = windows.mean(0), np.maximum(windows.std(0), 1e-6)
@@ -104,11 +107,13 @@ def _read(path: Path, frames: int) -> tuple[np.ndarray, int]:
         kind, zero, scale = _SCALES[width]
         sound = np.frombuffer(raw, kind).reshape(-1, channels).mean(1)
     except KeyError:
-        raise DataError(f"{path}: has {8 * width} bits a sample: expected 8, 16 or 32; convert it") from None
+        raise DataError(f"{path}: expected 8, 16 or 32 bits per sample, got {8 * width}; convert the file") from None
     except Exception as error:  # noqa: BLE001 - a broken file raises whatever its bytes say
         raise unreadable(path, error, "a wav file of plain samples") from None
     if not len(sound) or not 1 / _HOP <= rate <= _RATES:
-        raise DataError(f"{path}: {len(sound)} samples, {rate} a second: expected a recording, up to {_RATES} a second")
+        raise DataError(
+            f"{path}: expected a recording of up to {_RATES} samples per second, got {len(sound)} samples at {rate}"
+        )
     return (sound - zero) / scale, rate
 
 
@@ -134,5 +139,7 @@ def _filters(rate: int, points: int, bands: int) -> np.ndarray:
     triangles = np.maximum(0, np.minimum(rising, falling))
     sums = triangles.sum(1, keepdims=True)
     if not sums.all():
-        raise DataError(f"speech: bands={bands} are too many for {rate} samples a second: some hold no frequency; try fewer")
+        raise DataError(
+            f"speech: bands={bands} is too many for {rate} samples per second: some bands hold no frequency; lower bands"
+        )
     return np.asarray(triangles / sums)

@@ -100,7 +100,9 @@ class InMemory:
 
     def __post_init__(self) -> None:
         if not len(self.y) or len(self.x) != len(self.y):
-            raise ValueError(f"a split has as many samples as labels, and {len(self.x)} and {len(self.y)} came")
+            raise ValueError(
+                f"expected one label per sample and at least one sample, got {len(self.x)} samples and {len(self.y)} labels"
+            )
 
     def __len__(self) -> int:
         """Return the number of samples."""

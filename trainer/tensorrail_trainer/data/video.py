@@ -58,8 +58,8 @@ def video(
     marks, by = _marks(folder, paths, labels, seed, test_groups, test_fraction, lists, split)
     untrained = set(range(len(classes))) - set(labels[marks == TRAIN].tolist())
     if untrained or TEST not in marks:
-        missing = f"no clip of {classes[min(untrained)]!r} to train with" if untrained else "no clip to test with"
-        raise DataError(f"{folder}: the split leaves {missing}: try other lists, test_groups or another test_fraction")
+        missing = f"no training clip of {classes[min(untrained)]!r}" if untrained else "no test clip"
+        raise DataError(f"{folder}: the split leaves {missing}; change lists, test_groups or test_fraction")
     mean, deviation = torch.tensor(_MEAN), torch.tensor(_DEVIATION)
     splits = []
     for chosen in (marks == TRAIN, marks == TEST):
@@ -118,20 +118,20 @@ class ClipReader:
         except Exception as error:  # noqa: BLE001 - a broken video raises whatever its bytes say
             raise unreadable(path, error, "a video file") from None
         if not seen:
-            raise DataError(f"{path}: holds no frames: expected a video file")
+            raise DataError(f"{path}: no frames found; expected a video file")
         return [seen[max(k for k in seen if k <= index)] for index in wanted]  # a packet may be without a frame
 
 
 def _require_size(path: Path, width: int, height: int) -> None:
     if width * height > _PIXELS:
-        raise DataError(f"{path}: has frames of {width}×{height}: expected {_PIXELS} pixels at most; make it smaller")
+        raise DataError(f"{path}: expected frames of at most {_PIXELS} pixels, got {width}×{height}; make the video smaller")
 
 
 def _sizes(frames: int, size: Sequence[int], test_fraction: float) -> tuple[int, int]:
     if frames < 1 or len(size) != 2 or min(size) < 1 or not 0 < test_fraction < 1:
         raise DataError(
-            f"video: frames={frames}, size={list(size)}, test_fraction={test_fraction}: expected 1 or more frames, "
-            "[height, width] and a share between 0 and 1"
+            "video: expected frames ≥ 1, size [height, width] and test_fraction between 0 and 1, got "
+            f"frames={frames}, size={list(size)}, test_fraction={test_fraction}"
         )
     return size[0], size[1]
 
@@ -149,15 +149,15 @@ def _marks(
     """Return which split each clip is of, and in words what the clips were split by."""
     if lists is not None:
         if test_groups is not None:
-            raise DataError(f"{folder}: both lists and test_groups say which clips to test with: leave one out")
+            raise DataError(
+                f"{folder}: expected either lists or test_groups to select the test clips, got both; remove one of them"
+            )
         return by_list(folder, paths, Path(lists), split), f"its list {split}"
     groups = groups_of(folder, paths)
     if groups is not None:
         return by_group(folder, groups, test_groups, test_fraction, seed), "group"
     if test_groups is not None:
-        raise DataError(
-            f"{folder}: test_groups needs clips named v_<class>_<group>, and {paths[0].name} has no group; leave it out"
-        )
+        raise DataError(f"{folder}: test_groups expects clips named v_<class>_<group>, got {paths[0].name}; remove test_groups")
     return by_class(labels, test_fraction, seed), "clip"
 
 
@@ -171,7 +171,7 @@ def _clips(folder: Path) -> list[Path]:
             found.append(Path(name))
         found += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in VIDEOS and file[0] != "."]
     if not found:
-        raise DataError(f"{folder}: holds no clips: expected {_LAYOUT}")
+        raise DataError(f"{folder}: no clips found; expected {_LAYOUT}")
     return found
 
 
@@ -184,7 +184,7 @@ def _av() -> Any:
         return import_module("av")
     except ImportError:
         raise DataError(
-            "reading video files needs PyAV: install it by pip install 'tensorrail[video]', or give folders of frames"
+            "reading video files needs PyAV; install it with pip install 'tensorrail[video]', or give folders of frames"
         ) from None
 
 

@@ -163,7 +163,9 @@ def _pieces(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibratio
         if axis.dim_value > 0
     }
     if not sizes:
-        raise GraphError("its outputs are not one row a sample, and no batch is fixed: it cannot be cut into samples")
+        raise GraphError(
+            "expected outputs with one row per sample, or a fixed batch size, found neither; fix the batch size or skip the fit"
+        )
     size = min(sizes)
     fixed = [
         {name: _last(value[at : at + size]) for name, value in feed.items()}

@@ -24,7 +24,7 @@ from tensorrail_trainer.fit.node import Node, read_node, read_tensor
 from tensorrail_trainer.fit.operators import OPERATORS
 
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-_LEAVE_OUT = "the fit of the cores can be left out"
+_LEAVE_OUT = "skip the fit of the cores to compress this model"
 
 
 class OnnxModule(nn.Module):
@@ -40,7 +40,7 @@ class OnnxModule(nn.Module):
         super().__init__()
         graph, wanted = model.graph, list(dict.fromkeys(trainable))
         if graph.sparse_initializer:
-            raise GraphError(f"the graph stores {len(graph.sparse_initializer)} sparse tensors; {_LEAVE_OUT}")
+            raise GraphError(f"expected dense initializers, got {len(graph.sparse_initializer)} sparse ones; {_LEAVE_OUT}")
         tensors = {proto.name: read_tensor(proto) for proto in graph.initializer}
         for name in wanted:
             if name not in tensors or not tensors[name].is_floating_point():
@@ -83,7 +83,7 @@ class OnnxModule(nn.Module):
                 results = OPERATORS[node.op](node, inputs)
             except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
                 shapes = ", ".join("none" if tensor is None else str(list(tensor.shape)) for tensor in inputs)
-                raise GraphError(f"{node}: {_first_line(error)} (its inputs are {shapes})") from error
+                raise GraphError(f"{node}: {_first_line(error)} (input shapes: {shapes})") from error
             for name, result in zip(node.outputs, results, strict=False):
                 if name and name not in feeds:
                     values[name] = result
@@ -105,9 +105,9 @@ class OnnxModule(nn.Module):
         stored = {proto.name: proto for proto in trained.graph.initializer}
         for name, parameter in self.parameters_by_name().items():
             if name not in stored or list(stored[name].dims) != list(parameter.shape):
-                came = list(stored[name].dims) if name in stored else "none"
+                actual = f"one of shape {list(stored[name].dims)}" if name in stored else "none"
                 raise GraphError(
-                    f"initializer {name!r}: expected one of shape {list(parameter.shape)}, and the model has {came}"
+                    f"initializer {name!r}: expected one of shape {list(parameter.shape)} in the model, found {actual}"
                 )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(stored[name].data_type)
             with np.errstate(over="ignore"):
@@ -126,7 +126,7 @@ class OnnxModule(nn.Module):
         """Return the nodes that run, in order, each with the tensors that nothing needs after it."""
         for name in (*fed, *asked):
             if name not in self._known or name in fed & self._names.keys():
-                what = "is a stored tensor, and cannot be fed" if name in self._names else "is not in the graph"
+                what = "is an initializer and cannot be fed" if name in self._names else "is not in the graph"
                 raise GraphError(f"tensor {name!r} {what}; the graph's inputs are {', '.join(self.inputs)}")
         needed, chosen = set(asked) - fed, []
         for node in reversed(self._nodes):
@@ -136,8 +136,8 @@ class OnnxModule(nn.Module):
                 needed.update({name for name in node.inputs if name} - fed)
         missing = sorted(needed - self._names.keys())
         if missing:
-            came = ", ".join(sorted(fed)) or "none"
-            raise GraphError(f"{', '.join(asked)}: needs {missing[0]!r}, which is not fed; fed are {came}")
+            actual = ", ".join(sorted(fed)) or "none"
+            raise GraphError(f"{', '.join(asked)}: expected {missing[0]!r} among the inputs that are fed, got {actual}")
         plan, later = [], set(asked)
         for node in chosen:  # from the last one on
             around = {name for name in (*node.inputs, *node.outputs) if name} - self._names.keys()
@@ -162,17 +162,19 @@ def _read_nodes(model: onnx.ModelProto, tensors: dict[str, Tensor], trained: set
     for proto in model.graph.node:
         bare = Node(proto.op_type, proto.name, {}, opset, tuple(proto.input), tuple(proto.output))
         if proto.domain not in ("", "ai.onnx"):
-            raise GraphError(f"{bare}: of the domain {proto.domain!r}, and only ONNX's own operators are run; {_LEAVE_OUT}")
+            raise GraphError(
+                f"{bare}: operators of the domain {proto.domain!r} are not supported, only those of ONNX; {_LEAVE_OUT}"
+            )
         if proto.op_type not in OPERATORS:
-            raise GraphError(f"{bare}: no torch function runs this operator; {_LEAVE_OUT}")
+            raise GraphError(f"{bare}: this operator is not supported; {_LEAVE_OUT}")
         node = read_node(proto, opset, constants, used)
         if why := why_not(node):
             raise GraphError(f"{node}: {why}; {_LEAVE_OUT}")
         for name in filter(None, node.inputs):
             if name not in made:
-                raise GraphError(f"{node}: reads {name!r}, which nothing above it makes")
+                raise GraphError(f"{node}: input {name!r} is not computed by any earlier node")
         if twice := made.intersection(filter(None, node.outputs)):
-            raise GraphError(f"{node}: makes {min(twice)!r}, which is there already")
+            raise GraphError(f"{node}: output {min(twice)!r} already exists; expected unique names")
         made.update(filter(None, node.outputs))
         if node.op == "Constant":
             (tensor,) = OPERATORS[node.op](node, ())

@@ -99,9 +99,10 @@ def read_node(proto: onnx.NodeProto, opset: int, constants: Mapping[str, Tensor]
 def read_tensor(proto: TensorProto) -> Tensor:
     """Return a stored tensor in the type that it is computed in; `GraphError` for other types and for external data."""
     if proto.data_location == TensorProto.EXTERNAL:
-        raise GraphError(f"tensor {proto.name!r}: its data is in a file beside the model, not loaded; use load_model")
+        raise GraphError(f"tensor {proto.name!r}: its external data was not loaded; load the model with load_model")
     if proto.data_type not in DTYPES:
-        raise GraphError(f"tensor {proto.name!r}: type {_type_name(proto.data_type)} is not one that torch can fit through")
+        supported = ", ".join(map(_type_name, DTYPES))
+        raise GraphError(f"tensor {proto.name!r}: expected one of the types {supported}, got {_type_name(proto.data_type)}")
     try:
         values = numpy_helper.to_array(proto)
     except ValueError as error:
@@ -114,7 +115,9 @@ def read_tensor(proto: TensorProto) -> Tensor:
 
 def _attribute(attribute: AttributeProto, node: Node) -> Any:
     if attribute.ref_attr_name or attribute.type == AttributeProto.UNDEFINED:
-        raise GraphError(f"{node}: attribute {attribute.name!r} has no value of its own")
+        raise GraphError(
+            f"{node}: attribute {attribute.name!r} has no value; attributes that refer to a function are not supported"
+        )
     value = onnx.helper.get_attribute_value(attribute)
     match value:
         case bytes():
@@ -128,7 +131,7 @@ def _attribute(attribute: AttributeProto, node: Node) -> Any:
         case _ if attribute.type == AttributeProto.STRINGS:
             return [text.decode(errors="replace") for text in value]
         case _:
-            raise GraphError(f"{node}: attribute {attribute.name!r} is a {type(value).__name__}, which no fit runs")
+            raise GraphError(f"{node}: attribute {attribute.name!r} is a {type(value).__name__}, which is not supported")
 
 
 def _type_name(data_type: int) -> str:

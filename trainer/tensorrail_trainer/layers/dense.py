@@ -52,7 +52,9 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
     owner = modules.get(path)
     if leaf.startswith("weight_ih_l") and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
         if isinstance(owner, FactoredRecurrent):
-            raise PlanError(f"layer {name}: is made of cores already; a plan applies to the dense network")
+            raise PlanError(
+                f"layer {name}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
+            )
         if getattr(owner, "proj_size", 0):
             raise PlanError(f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; use proj_size=0")
         _require_own_forward(owner, name)
@@ -68,20 +70,29 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
             spec = LayerSpec("linear", tuple(module.weight.shape))
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             if module.groups != 1:
-                raise PlanError(f"layer {name}: a grouped convolution (groups={module.groups}) stays dense; leave it out")
+                raise PlanError(
+                    f"layer {name}: a grouped convolution (groups={module.groups}) cannot be factored; leave it out of the plan"
+                )
             if module.padding_mode != "zeros":
-                raise PlanError(f"layer {name}: padding_mode={module.padding_mode!r} is not supported; expected 'zeros'")
+                raise PlanError(
+                    f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan"
+                )
             spec = LayerSpec("conv", tuple(module.weight.shape), module.stride, _pads(module), dilation=module.dilation)
         case FactoredLayer():
-            raise PlanError(f"layer {name}: is made of cores already; a plan applies to the dense network")
+            raise PlanError(
+                f"layer {name}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
+            )
         case nn.LSTM() | nn.GRU():
             known = ", ".join(f"{name}.weight_ih_l{k}" for k in range(module.num_layers))
-            raise PlanError(f"layer {name}: is a {type(module).__name__}; name the input weight of one of its layers: {known}")
+            raise PlanError(
+                f"layer {name}: is a {type(module).__name__}; name the input weight of one of its layers instead: {known}"
+            )
         case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            raise PlanError(f"layer {name}: a transposed convolution stays dense; leave it out of the plan")
+            raise PlanError(f"layer {name}: a transposed convolution cannot be factored; leave it out of the plan")
         case _:
             raise PlanError(
-                f"layer {name}: is a {type(module).__name__}; expected a Conv1d, Conv2d, Conv3d, Linear, LSTM or GRU layer"
+                f"layer {name}: expected a Conv1d, Conv2d, Conv3d, Linear, LSTM or GRU layer, got a {type(module).__name__}; "
+                "leave it out of the plan"
             )
     _require_own_forward(module, name)
     return DenseLayer(module, spec, (_own_weight(module, name),))
@@ -89,7 +100,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
 
 def _require_size(module: nn.Module | None, name: str) -> None:
     if module is not None and any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
-        raise PlanError(f"layer {name}: its size is not known yet; run a sample through the model first")
+        raise PlanError(f"layer {name}: its size is not known yet; run one sample through the model first")
 
 
 def _require_own_forward(module: nn.Module, name: str) -> None:
@@ -100,8 +111,8 @@ def _require_own_forward(module: nn.Module, name: str) -> None:
         for method in ("forward", "_conv_forward"):
             if getattr(type(module), method, None) is not getattr(kind, method, None):
                 raise PlanError(
-                    f"layer {name}: a {type(module).__name__} has a {method} of its own, and cores would compute what torch's "
-                    f"{kind.__name__} does; leave it out of the plan, or make it a {kind.__name__}"
+                    f"layer {name}: {type(module).__name__} overrides {kind.__name__}.{method}, and cores would compute what "
+                    f"torch's {kind.__name__} computes; leave it out of the plan, or replace it by a {kind.__name__}"
                 )
 
 
@@ -109,8 +120,8 @@ def _own_weight(module: nn.Module, name: str) -> nn.Parameter:
     weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
         raise PlanError(
-            f"layer {name}: its weight is computed from others (weight_norm, or another parametrization); make it a parameter "
-            "first: torch.nn.utils.parametrize.remove_parametrizations"
+            f"layer {name}: expected a weight that is a parameter, got one that weight_norm or another parametrization "
+            "computes; call torch.nn.utils.parametrize.remove_parametrizations first"
         )
     return weight
 
@@ -135,8 +146,8 @@ def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseLayer]) -> 
         for parameter in dense.parameters:
             if len(names[id(parameter)]) > 1:
                 raise PlanError(
-                    f"layer {layer}: its weight is shared, as {' and '.join(names[id(parameter)])}, and only one of them would "
-                    "become cores; leave it out of the plan, or give each a weight of its own"
+                    f"layer {layer}: its weight is shared by {' and '.join(names[id(parameter)])}, and only one of them would "
+                    "be factored; leave it out of the plan, or give each layer its own weight"
                 )
 
 

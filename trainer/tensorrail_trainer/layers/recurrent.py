@@ -178,7 +178,7 @@ def input_weights(module: nn.LSTM | nn.GRU, name: str) -> tuple[nn.Parameter, ..
     known = dict(module.named_parameters())
     if leaf not in known or leaf.endswith("_reverse"):
         names = ", ".join(f"weight_ih_l{k}" for k in range(module.num_layers))
-        raise PlanError(f"layer {name}: no such input weight; expected one of {names}, each for both directions")
+        raise PlanError(f"layer {name}: no such input weight; expected one of {names} (each name covers both directions)")
     return tuple(known[key] for key in (leaf, f"{leaf}_reverse") if key in known)
 
 

@@ -178,11 +178,11 @@ def _package(package: str, module: str, name: str) -> Any:
     try:
         found = import_module(module)
     except ModuleNotFoundError:
-        raise NetworkError(f"{package}/{name} needs {package}: pip install {package}") from None
+        raise NetworkError(f"{package}/{name} needs {package}; install it with: pip install {package}") from None
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        advice = f"install the one made for torch {torch.__version__}"
-        raise NetworkError(f"{package}/{name}: {package} cannot be imported ({reason}): {advice}") from None
+        advice = f"install the version built for torch {torch.__version__}"
+        raise NetworkError(f"{package}/{name}: {package} cannot be imported ({reason}); {advice}") from None
     known = found.list_models()
     if name not in known:
         raise NetworkError(f"{package} has no model {name!r}{_nearest(name, known)}")
@@ -191,7 +191,7 @@ def _package(package: str, module: str, name: str) -> Any:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, 3)
-    return f"; did you mean {', '.join(near)}?" if near else f"; it has {len(known)} others"
+    return f"; did you mean {', '.join(near)}?" if near else f"; it has {len(known)} models, and none has a similar name"
 
 
 _PACKAGES = {"timm": _timm, "torchvision": _torchvision}

@@ -95,9 +95,9 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if size % patch:
-            raise ValueError(f"VisionTransformer: size={size} is no multiple of patch={patch}; give a size that is")
+            raise ValueError(f"VisionTransformer: expected size to be a multiple of patch={patch}, got size={size}")
         if dim % heads:
-            raise ValueError(f"VisionTransformer: dim={dim} is no multiple of heads={heads}; give a dim that is")
+            raise ValueError(f"VisionTransformer: expected dim to be a multiple of heads={heads}, got dim={dim}")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch) ** 2 + 1, dim))
         self.patch_embed = PatchEmbedding(channels, dim, patch)

@@ -42,7 +42,7 @@ def load_weights(model: nn.Module, path: Path | str, *, fresh: Sequence[str] = (
     own = model.state_dict()
     for pattern in fresh:
         if not any(fnmatchcase(name, pattern) for name in own):
-            raise WeightsError(f"{path}: no weight of the model is named {pattern!r}; it has {_some(list(own))}")
+            raise WeightsError(f"{path}: no weight of the model matches {pattern!r}; it has {_some(list(own))}")
     kept = {name for name in {*own, *state} if any(fnmatchcase(name, pattern) for pattern in fresh)}
     state = {name: tensor for name, tensor in state.items() if name not in kept}
     state |= {name: own[name] for name in own if name in kept or (name.endswith(_COUNTER) and name not in state)}
@@ -56,7 +56,7 @@ def save_weights(model: nn.Module, path: Path | str) -> None:
     try:
         write_bytes(path, save(state, metadata={"format": "pt"}))
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror}): expected a folder that is there") from None
+        raise WeightsError(f"{path}: cannot be written ({error.strerror}); expected an existing, writable folder") from None
 
 
 def _read(path: Path) -> Any:
@@ -67,11 +67,11 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}): expected a file of weights") from None
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); expected a file of weights") from None
     except Exception:  # noqa: BLE001 - a broken or hostile file raises whatever its bytes say, over many lines
         raise WeightsError(
-            f"{path}: is no file of weights that can be read without running code: expected safetensors or torch.save of a "
-            "state dict; in the program that made it, save model.state_dict()"
+            f"{path}: cannot be read without running code from it; expected safetensors, or a state dict written by "
+            "torch.save: save model.state_dict() in the program that wrote the file"
         ) from None
 
 
@@ -85,13 +85,15 @@ def _bare(path: Path, found: Any, names: Iterable[str]) -> dict[str, Tensor]:
             break
         found = inside
     if not isinstance(found, Mapping):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}: expected a state dict, which maps names to tensors")
+        raise WeightsError(f"{path}: expected a state dict that maps names to tensors, got a {type(found).__name__}")
     state = dict(found)
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise WeightsError(f"{path}: entry {name!r:.60} is a {type(tensor).__name__}: expected a state dict of tensors")
+            raise WeightsError(f"{path}: entry {name!r:.60}: expected a named tensor, got a {type(tensor).__name__}")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise WeightsError(f"{path}: {name} is not a plain dense tensor: expected the weights in float32 or float16")
+            raise WeightsError(
+                f"{path}: {name}: expected a dense tensor in float32 or float16, got a sparse, quantized or meta tensor"
+            )
     while state:
         prefix = next((one for one in _PREFIXES if all(name.startswith(one) for name in state)), None)
         if prefix is None or all(name.startswith(prefix) for name in names):
@@ -109,19 +111,21 @@ def _cifar_name(name: str) -> str:
 def _check(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], shortcuts: bool) -> None:
     missing, unexpected = [name for name in own if name not in state], sorted(name for name in state if name not in own)
     if missing or unexpected:
-        parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has also", unexpected)) if names]
+        parts = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
         raise WeightsError(
-            f"{path}: {' and '.join(parts)}: expected the model's {len(own)} entries{_advice(missing, unexpected, shortcuts)}"
+            f"{path}: expected the model's {len(own)} entries, {', '.join(parts)}{_advice(missing, unexpected, shortcuts)}"
         )
     classifier = list(own)[-2:]
     for name, tensor in ((name, state[name]) for name in own):  # in the network's order, which a file need not keep
         if tensor.shape != own[name].shape or tensor.is_floating_point() != own[name].is_floating_point():
-            came, expected = (f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in (tensor, own[name]))
+            actual, expected = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, own[name]))
             raise WeightsError(
-                f"{path}: {name} is {came}: expected {expected}{_fitting(tensor, own[name], name in classifier)}"
+                f"{path}: {name}: expected {expected}, got {actual}{_fitting(tensor, own[name], name in classifier)}"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(f"{path}: {name} holds values that are not finite: the file is of a training that failed")
+            raise WeightsError(
+                f"{path}: {name}: expected finite values, got infinity or NaN; use weights of a training that did not diverge"
+            )
 
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str], shortcuts: bool) -> str:
@@ -129,14 +133,14 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], shortcuts: bool) 
     if shortcuts and all(".downsample." in name for name in (*missing, *unexpected)):
         return f"; try shortcut: {'B' if unexpected else 'A'}"
     if missing and unexpected:
-        return "; it is of another network"
-    return "; it is of another network, or one of another depth"
+        return "; it belongs to another network"
+    return "; it belongs to another network, or to one of another depth"
 
 
 def _fitting(came: Tensor, own: Tensor, last: bool) -> str:
     """Return which argument of the model would give the weight the shape that came."""
     if came.dim() != own.dim():
-        return "; it is of another network"
+        return "; it belongs to another network"
     if last and came.shape[1:] == own.shape[1:]:
         return f"; try classes: {came.shape[0]}"
     if own.dim() == 4 and came.shape[0] == own.shape[0] and came.shape[2:] == own.shape[2:]:

@@ -25,8 +25,8 @@ def published_plan(name: str, modes: int = 3) -> Plan:
     `PlanError` lists the networks and modes that have one.
     """
     if (name, modes) not in PUBLISHED:
-        known = ", ".join(f"{network} in {count}" for network, count in PUBLISHED)
-        raise PlanError(f"no published ranks for {name!r} in {modes} modes: expected one of {known}")
+        known = ", ".join(f"{network} in {count} modes" for network, count in PUBLISHED)
+        raise PlanError(f"no published ranks for {name!r} in {modes} modes; expected one of {known}")
     table = PUBLISHED[name, modes]
     layers = (LayerPlan(name=layer, format="tt", modes=sizes, ranks=(1, *ranks, 1)) for layer, (sizes, ranks) in table.items())
     return Plan(layers=tuple(layers))

@@ -40,9 +40,9 @@ def plan_layers(
     if isinstance(ranks, np.integer):
         ranks = int(ranks)
     elif not isinstance(ranks, int | list | tuple) or ranks == []:
-        raise PlanError(f"ranks are one number, an upper bound, or a list of the format's own, and {ranks!r} came")
+        raise PlanError(f"ranks: expected one integer (an upper bound) or a list of the format's ranks, got {ranks!r}")
     if modes is not None and not all(isinstance(mode, int | np.integer) for mode in modes):
-        raise PlanError(f"modes are whole numbers, one after another, and {list(modes)!r} came: see the format's own order")
+        raise PlanError(f"modes: expected a list of integers in the format's order, got {list(modes)!r}")
     plans = []
     for name in names:
         shape = dense_layer(model, name).spec.shape
@@ -53,7 +53,7 @@ def plan_layers(
         exist = form.clamp(shape, layer_modes, wanted)
         if not isinstance(ranks, int) and exist != wanted:
             raise PlanError(
-                f"layer {name}: ranks {list(wanted)} cannot be: modes {list(layer_modes)} allow at most {list(exist)}; "
+                f"layer {name}: expected ranks of at most {list(exist)} for modes {list(layer_modes)}, got {list(wanted)}; "
                 "lower them, or give one number as an upper bound"
             )
         plans.append(layer.model_copy(update={"ranks": exist}))
@@ -67,9 +67,11 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     if not names:
         if pattern in dict(model.named_modules()):
             dense_layer(model, pattern)
-        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(known) or 'none that could be factored'}")
+        raise PlanError(f"no layer matches {pattern!r}; the layers that can be factored are: {', '.join(known) or 'none'}")
     if "" in names:
-        raise PlanError("the model itself is the layer, and a layer is named by its place in one: put it in an nn.Sequential")
+        raise PlanError(
+            "expected a model that contains layers, got a single layer, which has no name; put it in an nn.Sequential"
+        )
     return names
 
 
@@ -118,8 +120,8 @@ def plan_to_size(
     least = rest + sum(min(one) for one in sizes)
     if least * times > whole:
         raise PlanError(
-            f"parameters cannot be {times:g} times fewer: with all layers of {pattern!r} at rank 1 they are "
-            f"{whole / least:.2f} times fewer; ask for less, or name more layers"
+            f"parameters cannot be reduced {times:g}×: at most {whole / least:.2f}× is reachable, with all layers of "
+            f"{pattern!r} at rank 1; lower params, or match more layers"
         )
     picks = choose(losses, [Limit("params", sizes, whole / times - rest)])
     return tuple(plan for offer, pick in zip(offers, picks, strict=True) if (plan := offer[pick]) is not None)

@@ -75,7 +75,7 @@ class PlanRule(Part):
     @model_validator(mode="after")
     def _one_way(self) -> PlanRule:
         if (self.ranks is None) == (self.params is None):
-            raise ValueError("expected either ranks or params")
+            raise ValueError("expected exactly one of ranks and params")
         return self
 
 
@@ -164,11 +164,13 @@ class Recipe(Part):
         distill = self.train.distill
         if distill is not None and distill.teacher is None and self.train.dense is None and self.model.weights is None:
             raise ValueError(
-                "train.distill: there is nobody to learn from, for the dense network is not trained; name a teacher, give "
-                "model.weights or a dense phase"
+                "train.distill: expected a trained network to learn from, found none; set train.distill.teacher, model.weights "
+                "or train.dense"
             )
         if isinstance(self.train.control, Schedule) and self.train.dense is None and self.model.weights is None:
-            raise ValueError("train.control: there is no dense network to train on; give model.weights or a dense phase")
+            raise ValueError(
+                "train.control: expected a trained dense network to start from, found none; set model.weights or train.dense"
+            )
         return self
 
     @classmethod
@@ -178,10 +180,10 @@ class Recipe(Part):
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
-            raise RecipeError(f"{path}: cannot be read ({reason}): expected a YAML recipe") from None
+            raise RecipeError(f"{path}: cannot be read ({reason}); expected a YAML recipe") from None
         try:
             raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not a valid date
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         try:
             recipe = cls.model_validate(raw)
@@ -217,7 +219,7 @@ class Recipe(Part):
         if named is None:
             return None
         if named.weights is None:
-            raise RecipeError("train.distill.teacher.weights: expected the file of its trained weights")
+            raise RecipeError("train.distill.teacher.weights: expected the path of a file of trained weights, got none")
         return self._made(named, "train.distill.teacher", trained)
 
     def _made(self, named: NamedModel, key: str, trained: bool) -> nn.Module:
@@ -231,7 +233,7 @@ class Recipe(Part):
             torch.manual_seed(self.seed)
             model = _call(make, make, named, key, known)
         if not isinstance(model, nn.Module):
-            raise RecipeError(f"{key}.name: {named.name} made a {type(model).__name__}, and a torch.nn.Module was expected")
+            raise RecipeError(f"{key}.name: expected {named.name} to return a torch.nn.Module, got {type(model).__name__}")
         if trained and named.weights is not None:
             load_weights(model, Path(named.weights))
         return model
@@ -255,7 +257,7 @@ class Recipe(Part):
                 raise RecipeError(f"plan.{index}: {error}") from None
         plan = join(plans)
         if not plan.layers:
-            raise RecipeError("plan: names no layer: there is nothing to make of cores")
+            raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
         if self.train.admm is not None and self.train.admm.metric == "activation":
             try:
                 require_one_input(plan, planned_layers(model, plan))
@@ -311,4 +313,4 @@ def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[st
         if ":" in named.name and not isinstance(error, TypeError | ValueError | RuntimeError):
             raise  # of somebody's own function, who wants to see where
         what = str(error) or type(error).__name__
-        raise RecipeError(f"{key}.args: {named.name} cannot be made with {given}: {what}") from None
+        raise RecipeError(f"{key}.args: {named.name} cannot be created with {given}: {what}") from None

@@ -68,11 +68,11 @@ class Schedule(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
         if (self.decay == "steps") != (self.steps is not None):
-            raise ValueError("decay: steps and the key steps: {every: …, factor: …} come together")
+            raise ValueError("expected both decay: steps and the key steps: {every: …, factor: …}, got only one of them")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
-            raise ValueError("nesterov needs optimizer: sgd and a momentum above 0")
+            raise ValueError("nesterov expects optimizer: sgd and a momentum above 0")
         if self.warmup >= self.epochs:
-            raise ValueError(f"warmup is shorter than the phase's {self.epochs} epochs, and {self.warmup:g} came")
+            raise ValueError(f"expected a warmup shorter than the phase's {self.epochs} epochs, got {self.warmup:g}")
         return self
 
 
@@ -98,11 +98,13 @@ class AdmmSchedule(Schedule):
     @model_validator(mode="after")
     def _one_rule(self) -> AdmmSchedule:
         if self.balance and self.rho_end is not None:
-            raise ValueError("rho follows either rho_end or balance, not both")
+            raise ValueError("expected either rho_end or balance, got both")
         if self.every > self.epochs:
-            raise ValueError(f"every: {self.every} epochs never pass in {self.epochs}, and nothing would be updated")
+            raise ValueError(
+                f"every: expected at most the phase's {self.epochs} epochs, got {self.every}: ADMM would never update"
+            )
         if self.every_steps is not None and self.every != 1:
-            raise ValueError("updates come either every so many epochs (every) or steps (every_steps), not both")
+            raise ValueError("expected either every (in epochs) or every_steps (in steps), got both")
         return self
 
 
@@ -165,7 +167,9 @@ class Training(Part):
                 "admm.metric: activation": self.admm is not None and self.admm.metric == "activation",
             }.items():
                 if there:
-                    raise ValueError(f"cuda_graph replays the same work every step, and {name} does not do the same; drop one")
+                    raise ValueError(
+                        f"cuda_graph cannot be combined with {name}, which changes the work of each step; remove one of them"
+                    )
         return self
 
     @property

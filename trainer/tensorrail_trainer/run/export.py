@@ -76,7 +76,7 @@ class Tracing:
         arguments = _arguments(module, example)
         names = tuple(input_names or (("image",) if isinstance(example, Tensor) else arguments))
         if len(names) != len(arguments):
-            raise GraphError(f"input_names: expected {len(arguments)} names, one an input, got {len(names)}")
+            raise GraphError(f"input_names: expected {len(arguments)} names, one per input, got {len(names)}")
         axes = {name: {0: "batch"} for name in names} if dynamic_axes is None else dynamic_axes
         _check_axes(axes, dict(zip(names, arguments.values(), strict=True)))
         sizes = {axis: torch.export.Dim(axis) for named in axes.values() for axis in named.values()}
@@ -130,7 +130,9 @@ class Tracing:
         model = self._program.clone()
         if module is not None:
             if not self.fits(module):
-                raise GraphError(f"{type(module).__name__} has another architecture than the module that was traced")
+                raise GraphError(
+                    f"expected a module of the architecture that was traced, got a {type(module).__name__} of another one"
+                )
             tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             for name, value in model.graph.initializers.items():
                 if name in tensors:
@@ -191,7 +193,7 @@ def _check_axes(axes: Mapping[str, Mapping[int, str]], inputs: Mapping[str, Tens
             if shape[axis] < 2:
                 raise GraphError(
                     f"dynamic_axes: axis {axis} ({label}) of input {name} has size {shape[axis]} in the example, which "
-                    "torch.export takes for a constant: give an example with size 2 or more"
+                    "torch.export takes for a constant; give an example with size 2 or more"
                 )
 
 

@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     """
     kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if kept.exists() and not checkpoints.is_dir():
-        raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
+        raise RecipeError(f"{kept} exists, but its folder holds no run; give the run another folder")
     written = (
         *(file for file in checkpoints.glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES),
         *(folder / name for name in _WRITTEN),
@@ -108,16 +108,16 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     if not kept.exists():
         there = next((file for file in written if file.exists()), None)
         if there is not None:
-            raise RecipeError(f"{there} is there, and no recipe that it was made by: give the run an empty folder")
+            raise RecipeError(f"{there} exists, but the folder has no recipe.yaml; give the run an empty folder")
     else:
         if not resume:
-            raise RecipeError(f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew")
+            raise RecipeError(f"{folder} already holds a run; continue it with --resume, or start it again with --overwrite")
         before = Recipe.load(kept)
         changed = [key for key in _TRAINED_BY if _deciding(before, key) != _deciding(recipe, key)]
         if changed:
             raise RecipeError(
-                f"{folder} was trained by a recipe with another {', '.join(changed)}: give the run another name, "
-                "or start it anew with --overwrite"
+                f"{folder} was trained with a recipe that differs in {', '.join(changed)}; give the run another name, or "
+                "start it again with --overwrite"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
     for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
@@ -131,7 +131,9 @@ def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
     going = {file.resolve() for file in written}
     for key, name in recipe.files():
         if Path(name).resolve() in going:
-            raise RecipeError(f"{key}: {name} is of the run that --overwrite would remove; give the new run another folder")
+            raise RecipeError(
+                f"{key}: {name} belongs to the run that --overwrite would delete; give the new run another folder"
+            )
 
 
 def _deciding(recipe: Recipe, key: str) -> Any:
@@ -150,7 +152,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     try:
         return Accelerator(mixed_precision=precision)
     except (ValueError, RuntimeError) as error:
-        raise RecipeError(f"train.precision: {precision} cannot be used here: {error}") from None
+        raise RecipeError(f"train.precision: {precision} is not available here ({error}); use another precision") from None
 
 
 @flushed()
@@ -167,8 +169,8 @@ def train_all(
     job.channels_last = _try_out(recipe, job.data, teacher, device)
     if not job.channels_last:
         progress.note(
-            "a network of this run does not take images with the channels last in memory, which on a CPU train many times "
-            "faster: flatten or reshape them there instead of view"
+            "a network of this run does not accept images in channels_last memory format, which trains many times faster on a "
+            "CPU; use flatten or reshape in it instead of view"
         )
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
@@ -188,7 +190,7 @@ def train_all(
         uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
         cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
     cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
-    progress.note(f"cut into cores: test accuracy {cut_accuracy:.2f} %")
+    progress.note(f"factored, before fine-tuning: test accuracy {cut_accuracy:.2f} %")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
     job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
     found: nn.Module | None = dense if settings.dense or recipe.model.weights else None
@@ -210,12 +212,12 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
         count = min(2, max(1, recipe.train.batch // world()))
         x, _ = next(data.train.batches([torch.arange(count) % len(data.train)], augment=recipe.train.augment.made()))
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"train.augment: cannot be done to these data: {error}") from None
+        raise RecipeError(f"train.augment: cannot be applied to these data: {error}") from None
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
     plan = recipe.make_plan(cut, trained=False)
     shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
     cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
-    networks = [("model", "the network", dense), ("plan", "made of cores, the network", swap(cut, plan, cores))]
+    networks = [("model", "the network", dense), ("plan", "the factored network", swap(cut, plan, cores))]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw from it
         channels_last = all(_takes_channels_last(one, x, device) for _, _, one in networks)
         if teacher is not None:
@@ -230,7 +232,7 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
             taught = _answers("train.distill.teacher", "the network", teacher, x, data.classes, train=False)
             if taught != width:
                 raise RecipeError(
-                    f"train.distill.teacher: gives {taught} scores a sample, and the model {width}: expected as many"
+                    f"train.distill.teacher: expected {width} scores per sample, as the model returns, got {taught}"
                 )
     return channels_last
 
@@ -266,12 +268,10 @@ def _check_labels(name: str, y: object, classes: int) -> None:
     if not isinstance(y, torch.Tensor):
         return
     if y.dtype not in (torch.int64, torch.uint8):
-        raise RecipeError(f"data: the {name} labels are {y.dtype}: expected torch.int64")
+        raise RecipeError(f"data: expected {name} labels of type torch.int64, got {y.dtype}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
-        raise RecipeError(
-            f"data: the {name} labels are {low} to {high}: expected 0 to {classes - 1}, for there are {classes} classes"
-        )
+        raise RecipeError(f"data: expected {name} labels from 0 to {classes - 1} ({classes} classes), got {low} to {high}")
 
 
 def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: int, train: bool) -> int:
@@ -282,14 +282,13 @@ def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: 
     except Exception as error:  # noqa: BLE001 - whatever a network does not like
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
+            f"{key}: {what} does not accept samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
         ) from None
     shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
     if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != len(x) or scores.shape[1] < classes:
         raise RecipeError(
-            f"{key}: gives {shape} for {len(x)} sample{'s' if len(x) > 1 else ''}{when}: expected scores of {classes} classes, "
-            f"[{len(x)}, {classes}]; "
-            f"try args: {{classes: {classes}}}"
+            f"{key}: expected scores of {classes} classes, [{len(x)}, {classes}], for {len(x)} "
+            f"sample{'s' if len(x) > 1 else ''}{when}, got {shape}; try args: {{classes: {classes}}}"
         )
     return int(scores.shape[1])
 
@@ -299,10 +298,12 @@ class _Training:
 
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
         if recipe.train.batch % accelerator.num_processes:
-            raise RecipeError(f"train.batch: {recipe.train.batch} cannot be shared by {accelerator.num_processes} processes")
+            raise RecipeError(
+                f"train.batch: expected a multiple of the {accelerator.num_processes} processes, got {recipe.train.batch}"
+            )
         if recipe.train.cuda_graph and accelerator.num_processes > 1:
             raise RecipeError(
-                f"train.cuda_graph: of one process alone, and there are {accelerator.num_processes}; leave it out"
+                f"train.cuda_graph: expected one process, got {accelerator.num_processes}; remove train.cuda_graph"
             )
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
         self.store = Checkpoints(folder / "checkpoints", progress.note)
@@ -374,7 +375,9 @@ def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: P
         progress.note(str(error))
         return factorize(dense, trained.plan, cores)
     if slower.layers:
-        progress.note(f"dense, for no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}")
+        progress.note(
+            f"kept dense, since no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}"
+        )
     return factored
 
 

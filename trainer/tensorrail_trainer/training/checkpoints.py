@@ -39,10 +39,10 @@ class Checkpoints:
             write_bytes(path, buffer.getvalue())
         except OSError as error:
             before = [old.name for old, at in self._files(phase).items() if at < epoch]
-            kept = f"{before[-1]} is whole" if before else f"of phase {phase} none was written before"
+            last = f"{before[-1]} is the last complete one" if before else f"phase {phase} has no earlier one"
             raise CheckpointError(
-                f"checkpoint {path} cannot be written ({error.strerror or error}); {kept}: make room, or the folder writable, "
-                "and go on with --resume"
+                f"checkpoint {path} cannot be written ({error.strerror or error}); {last}; free some disk space or make the "
+                "folder writable, then continue with --resume"
             ) from None
         files = self._files(phase)
         stay = [old for old, at in files.items() if at <= epoch][-_KEEP:]
@@ -55,16 +55,16 @@ class Checkpoints:
         Raises `CheckpointError` for a file that may not be read: it may be whole.
         """
         refused: list[str] = []
-        found = None
+        state = None
         for path in reversed(list(self._files(phase))):
-            found = _read(path, phase)
-            if found is not None:
+            state = _read(path, phase)
+            if state is not None:
                 break
             refused.append(path.name)
         if refused:
-            instead = f"going on from epoch {found['epoch']}" if found else f"phase {phase} starts anew"
-            self.note(f"refused the damaged checkpoint {', '.join(refused)}; {instead}")
-        return found
+            instead = f"resuming from epoch {state['epoch']}" if state else f"phase {phase} starts from the beginning"
+            self.note(f"ignored the damaged checkpoint {', '.join(refused)}; {instead}")
+        return state
 
     def _files(self, phase: str) -> dict[Path, int]:
         """Return the files of a phase with their epochs, in the order of these."""
@@ -84,7 +84,7 @@ def _read(path: Path, phase: str) -> dict[str, Any] | None:
         content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({error.strerror or error}): make it readable and go on with --resume"
+            f"checkpoint {path} cannot be read ({error.strerror or error}); make it readable, then continue with --resume"
         ) from None
     try:
         with zipfile.ZipFile(content) as parts:

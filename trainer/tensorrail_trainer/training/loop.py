@@ -72,8 +72,8 @@ def train(
     first = state["epoch"] if state else 0
     if not alike(torch.tensor([first], device=accelerator.device)):
         raise CheckpointError(
-            f"{store.folder}: the processes find phase {phase.name} at different epochs: expected one run folder that all of "
-            "them see"
+            f"{store.folder}: the processes found phase {phase.name} at different epochs; expected one run folder that all "
+            "processes share"
         )
     if state is not None:
         try:
@@ -81,8 +81,8 @@ def train(
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(
-                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, is of another network or "
-                f"program ({what}); remove it, or start anew with --overwrite"
+                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, does not match this network or "
+                f"this version ({what}); delete it, or start again with --overwrite"
             ) from None
     if world() > 1 and settings.sync_batch_norm:
         try:
@@ -202,14 +202,14 @@ class _Job:
         picks = shuffled(len(self.data.train), settings.batch, seed)
         if not picks:
             raise TrainingError(
-                f"phase {phase.name}: {len(self.data.train)} training samples make no batch of {settings.batch}; lower "
-                "train.batch"
+                f"phase {phase.name}: expected at least one batch of {settings.batch} training samples, got "
+                f"{len(self.data.train)} samples; lower train.batch"
             )
         every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
         if every and every > phase.schedule.epochs * len(picks):
             raise TrainingError(
-                f"phase {phase.name}: {every} steps never pass in {phase.schedule.epochs} epochs of {len(picks)}, and nothing "
-                "would be updated; lower train.admm.every_steps"
+                f"phase {phase.name}: expected train.admm.every_steps of at most {phase.schedule.epochs * len(picks)} "
+                f"({phase.schedule.epochs} epochs of {len(picks)} steps), got {every}: ADMM would never update; lower it"
             )
         before = self.epoch * len(picks)
         losses: list[Tensor] = []
@@ -261,7 +261,7 @@ class _Job:
             except CaptureError as error:
                 raise TrainingError(
                     f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph ({error}); "
-                    "leave train.cuda_graph out and go on with --resume"
+                    "remove train.cuda_graph, then continue with --resume"
                 ) from None
             found = loss, right
         if self.average is not None:
@@ -330,7 +330,7 @@ class _Job:
 
     def _diverged(self, what: str, step: int, steps: int) -> TrainingError:
         lr, name = rate(self.phase.schedule, self.epoch + step / steps), self.phase.name
-        keep = "" if name == "dense" else "; a dense network that is trained goes on as the model.weights of another run"
+        keep = "" if name == "dense" else "; a new run can start from the trained dense network: name it as model.weights"
         return TrainingError(
             f"phase {name}, epoch {self.epoch + 1}, step {step + 1}: {what} at learning rate {lr:.3g}; try a lower "
             f"train.{name}.lr, a warmup or a clip{keep}"
