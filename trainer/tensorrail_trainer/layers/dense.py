@@ -1,4 +1,4 @@
-"""The dense layers of a model that a plan may name: what each computes, and its weight."""
+"""The dense layers of a torch model that a plan can name: what each layer computes, and its weight."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
 
 
 @dataclass(frozen=True)
-class DenseLayer:
-    """A dense layer of a model that a plan may name: its module, what it computes, and its weight's parameters."""
+class DenseModule:
+    """A dense layer of a torch model that a plan can name: its module, what it computes, and the parameters of its weight."""
 
     module: nn.Module
     spec: LayerSpec
-    parameters: tuple[nn.Parameter, ...]  # more than one for the directions of a recurrent layer
+    parameters: tuple[nn.Parameter, ...]  # two for a bidirectional recurrent layer, one otherwise
 
     def weight(self) -> Tensor:
         """Return the weight (O, I, *K) or (O, I), differentiable with respect to the parameters."""
@@ -29,13 +29,13 @@ class DenseLayer:
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:
-        """Write a weight (O, I, *K) or (O, I) into the parameters, in place."""
+        """Copy a weight (O, I, *K) or (O, I) into the parameters, in place."""
         for parameter, part in zip(self.parameters, weight.split([len(p) for p in self.parameters]), strict=True):
             parameter.copy_(part)
 
 
 def dense_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of all layers of a kind that can be factored, in the model's order."""
+    """Return the names of all convolutions, linear layers and recurrent input weights, in the order of the model."""
     names: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
@@ -45,8 +45,8 @@ def dense_layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def dense_layer(model: nn.Module, name: str) -> DenseLayer:
-    """Return the layer of that name; `PlanError` when it is not there, or says why it cannot be factored."""
+def dense_layer(model: nn.Module, name: str) -> DenseModule:
+    """Return the layer of that name. Raises `PlanError` if there is none, or with the reason why it cannot be factored."""
     path, _, leaf = name.rpartition(".")
     modules = dict(model.named_modules())
     owner = modules.get(path)
@@ -60,7 +60,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
         _require_own_forward(owner, name)
         weights = input_weights(owner, name)
         shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        return DenseLayer(owner, LayerSpec("recurrent", shape), weights)
+        return DenseModule(owner, LayerSpec("recurrent", shape), weights)
     module = modules.get(name)
     _require_size(module, name)
     match module:
@@ -95,7 +95,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseLayer:
                 "leave it out of the plan"
             )
     _require_own_forward(module, name)
-    return DenseLayer(module, spec, (_own_weight(module, name),))
+    return DenseModule(module, spec, (_own_weight(module, name),))
 
 
 def _require_size(module: nn.Module | None, name: str) -> None:
@@ -104,7 +104,7 @@ def _require_size(module: nn.Module | None, name: str) -> None:
 
 
 def _require_own_forward(module: nn.Module, name: str) -> None:
-    """Raise `PlanError` for a class that computes something else than torch's layer: cores would compute the latter."""
+    """Raise `PlanError` for a subclass with its own forward: the layer made of cores computes what torch's class computes."""
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LSTM, nn.GRU):
         if not isinstance(module, kind):
             continue
@@ -117,7 +117,7 @@ def _require_own_forward(module: nn.Module, name: str) -> None:
 
 
 def _own_weight(module: nn.Module, name: str) -> nn.Parameter:
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     if not isinstance(weight, nn.Parameter):
         raise PlanError(
             f"layer {name}: expected a weight that is a parameter, got one that weight_norm or another parametrization "
@@ -126,19 +126,31 @@ def _own_weight(module: nn.Module, name: str) -> nn.Parameter:
     return weight
 
 
-def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseLayer]:
-    """Return the layers that the plan names, each checked; `PlanError` names a layer that is not there."""
-    found = {}
+def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
+    """Return the layers that a plan names.
+
+    Args:
+        model: the dense model.
+        plan: the plan; its shapes, modes and ranks are checked against the model.
+
+    Returns:
+        The layers by name, in the order of the plan.
+
+    Raises:
+        PlanError: a layer does not exist, cannot be factored, does not fit its plan, or shares its weight with another one.
+
+    """
+    layers_by_name = {}
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
         layer.check(dense.spec.shape)
-        found[layer.name] = dense
-    _require_own_weights(model, found)
-    return found
+        layers_by_name[layer.name] = dense
+    _require_own_weights(model, layers_by_name)
+    return layers_by_name
 
 
-def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseLayer]) -> None:
-    """Raise `PlanError` for a weight that the model has under another name as well: there it would stay dense."""
+def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) -> None:
+    """Raise `PlanError` for a weight that the model also uses under another name, where it would stay dense."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -152,7 +164,7 @@ def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseLayer]) -> 
 
 
 def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
-    """Return the begins and the ends; torch puts the odd one of `padding="same"` at the end."""
+    """Return the padding before and after each axis; with `padding="same"` torch adds the odd element at the end."""
     if isinstance(module.padding, str):
         if module.padding == "valid":
             return (0,) * (2 * len(module.kernel_size))

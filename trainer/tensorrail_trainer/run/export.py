@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_runtime.errors import GraphError
+from tensorrail_trainer.run._compat_onnxscript import simplification_rules
 from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, read_operators_once
 
 _OPSET = 20
@@ -125,7 +126,6 @@ class Tracing:
         """
         from onnxscript import ir, optimizer
         from onnxscript.rewriter import rewrite
-        from onnxscript.rewriter.rules.common import _materialize_reshape_shape, _no_op
 
         model = self._program.clone()
         if module is not None:
@@ -140,7 +140,7 @@ class Tracing:
         with _quiet():
             named = _name_by_weights(model.graph)
             optimizer.fold_constants(model, onnx_shape_inference=True)
-            rewrite(model, (*_no_op.rules, *_materialize_reshape_shape.rules))
+            rewrite(model, simplification_rules())
             optimizer.remove_unused_nodes(model)
             _name_folded(model.graph, named)
         proto = ir.to_proto(model)

@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from tensorrail_exporter.graphs.io import save_model
@@ -35,6 +34,7 @@ from tensorrail_runtime.measure.parity import Parity, parity
 from tensorrail_runtime.measure.placement import placement, time_shares
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.session import Session
+from tensorrail_trainer._compat_accelerate import forget_other_precision
 from tensorrail_trainer.admm.admm import ADMM
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import arrays
@@ -147,8 +147,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Raises `RecipeError` for a precision that the device cannot do.
     """
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._reset_state()  # an earlier run of this process had another one
+    forget_other_precision(precision)
     try:
         return Accelerator(mixed_precision=precision)
     except (ValueError, RuntimeError) as error:
