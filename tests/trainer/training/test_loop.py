@@ -114,7 +114,7 @@ def test_a_step_that_is_replayed_reads_every_change_where_it_lies(tmp_path, data
     class Replayed(Replay):
         def __call__(self, step, x, y):
             job = step.__self__
-            read = [*job.phase.admm._wanted.values(), job.phase.admm._half_rho, *job.phase.model.parameters()]
+            read = [*job.phase.admm._targets.values(), job.phase.admm._half_rho, *job.phase.model.parameters()]
             read += [group["lr"] for group in job.optimizer.param_groups]
             addresses.append([tensor.data_ptr() for tensor in read])
             return step(x, y)

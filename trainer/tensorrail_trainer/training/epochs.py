@@ -1,4 +1,4 @@
-"""The training log: one row for each epoch of each phase."""
+"""The training log: one row per epoch of each phase."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tensorrail_runtime.records import Record
 
 
 class Epoch(Record):
-    """One row of the training log. Accuracies in percent; residuals are (primal, dual) by layer.
+    """One row of the training log. Accuracies are in percent; `residuals` holds (primal, dual) by layer.
 
-    `seconds` is the whole epoch with its evaluation, `projection_seconds` what ADMM's updates took of it.
+    `seconds` is the time of the whole epoch with its evaluation, `projection_seconds` the part of it spent in ADMM's updates.
     """
 
     phase: str
@@ -29,7 +29,7 @@ class Epoch(Record):
 
 
 def projection_share(epochs: Sequence[Epoch]) -> float | None:
-    """Return which share of ADMM's time went into projections; None where there was no ADMM."""
+    """Return the share of the ADMM phase's time that its updates took, or None if there was no ADMM phase."""
     admm = [row for row in epochs if row.phase == "admm"]
     return sum(row.projection_seconds for row in admm) / max(1e-9, sum(row.seconds for row in admm)) if admm else None
 
@@ -39,4 +39,4 @@ class TrainingLog(Record):
 
     version: Literal[1] = 1
     epochs: tuple[Epoch, ...]
-    cut_accuracy: float | None = None  # percent, of the cores as they were cut, before fine-tuning
+    cut_accuracy: float | None = None  # percent, of the factored network before fine-tuning
