@@ -1,4 +1,4 @@
-"""Which variants of the operators a fit does not run, and why: found when a graph is read, not when it is half run."""
+"""The variants of operators that the fit does not support, with the reason. They are detected when a graph is read."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SINGLE = onnx.defs.OpSchema.FormalParameterOption.Single
 
 
 def why_not(node: Node) -> str | None:
-    """Return the reason why a node of one of the `OPERATORS` cannot be run, or None."""
-    if why := _misfit(node):
+    """Return the reason why a node of one of the `OPERATORS` is not supported, or None if it is."""
+    if why := _schema_violation(node):
         return why
     if any(node.outputs[1:]) and node.op not in ("Dropout", "GRU", "LSTM", "Split"):
         return f"only its first output can be computed, but the graph uses {', '.join(filter(None, node.outputs))}"
     return WHY_NOT[node.op](node) if node.op in WHY_NOT else None
 
 
-def _misfit(node: Node) -> str | None:
-    """Return how a node differs from what ONNX says of its operator in this opset, or None."""
+def _schema_violation(node: Node) -> str | None:
+    """Return how a node violates the schema of its operator in this opset, or None if it is valid."""
     try:
         schema = onnx.defs.get_schema(node.op, node.opset, "")
     except onnx.defs.SchemaError:
@@ -34,7 +34,7 @@ def _misfit(node: Node) -> str | None:
     if not schema.min_input <= len(node.inputs) <= schema.max_input:
         return f"expected {schema.min_input} to {schema.max_input} inputs in opset {node.opset}, got {len(node.inputs)}"
     inputs = zip(schema.inputs, node.inputs, strict=False)
-    if absent := {single.name for single, name in inputs if not name and single.option == _SINGLE}:
+    if absent := {parameter.name for parameter, name in inputs if not name and parameter.option == _SINGLE}:
         return f"input {min(absent)!r} is missing"
     if not schema.min_output <= len(node.outputs) <= schema.max_output:
         return f"expected {schema.min_output} to {schema.max_output} outputs in opset {node.opset}, got {len(node.outputs)}"
@@ -65,7 +65,7 @@ def _broadcast(node: Node) -> str | None:
 
 
 def _only(name: str, *values: Any) -> Callable[[Node], str | None]:
-    """Return a check that an attribute is left out or has one of the values."""
+    """Return a check that an attribute is absent or has one of the values."""
 
     def check(node: Node) -> str | None:
         value = node.get(name, values[0])
@@ -76,11 +76,11 @@ def _only(name: str, *values: Any) -> Callable[[Node], str | None]:
 
 def _one_value(node: Node) -> str | None:
     known = ("value", "value_float", "value_floats", "value_int", "value_ints")
-    came = ", ".join(node.attributes) or "none"
+    actual = ", ".join(node.attributes) or "none"
     return (
         None
-        if len(node.attributes) == 1 and came in known
-        else f"expected exactly one attribute of {', '.join(known)}, got {came}"
+        if len(node.attributes) == 1 and actual in known
+        else f"expected exactly one attribute of {', '.join(known)}, got {actual}"
     )
 
 
@@ -106,4 +106,4 @@ WHY_NOT: dict[str, Callable[[Node], str | None]] = {
     "LRN": lambda node: None if node.attributes["size"] % 2 else f"expected an odd size, got {node.attributes['size']}",
     "Pad": _only("mode", "constant", "reflect", "edge", "wrap"),
 }
-"""Variants of the operators that are refused, and why."""
+"""For each operator with unsupported variants, a function that returns the reason, or None."""

@@ -1,10 +1,10 @@
-"""The whole job: dense baseline → ADMM → cores → fine-tune → dense control → ONNX → check → bench → report.
+"""A whole run: dense training → ADMM → cores → fine-tuning → dense control → ONNX → checks → benchmark → report.
 
-A run folder holds `recipe.yaml`, `checkpoints/`, `plan.json`, `cores.safetensors`, the graphs and the report:
-`dense.onnx` is the fine-tuned network in dense form (every planned weight is its cores' reconstruction), so that it, the
-plan and the cores are what `model.onnx` is made of; `control.onnx` is the dense network that was trained for as many
-epochs without any constraint: what one would ship otherwise, and what the factored network is compared with. Where a recipe
-has no control, `baseline.onnx` is the dense network before ADMM, if there was one.
+The folder of a run holds `recipe.yaml`, `checkpoints/`, `plan.json`, `cores.safetensors`, the graphs and the report.
+`dense.onnx` is the fine-tuned network in dense form, with every planned weight reconstructed from its cores; `model.onnx` is
+made of it, the plan and the cores. `control.onnx` is the dense network after as many further epochs without a constraint, with
+which the factored network is compared. If the recipe has no control, `baseline.onnx` is the trained dense network, if there is
+one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _WRITTEN = (
     *(f"{graph}.onnx{data}" for graph in ("dense", "model", "control", "baseline") for data in ("", ".data")),
 )
 _PHASES = ("dense", "admm", "finetune", "control")
-_TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
+_TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys of a recipe that a trained network depends on
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """The networks that training leaves: before the cut, fine-tuned, and the dense one to compare with.
+    """The trained networks: before the decomposition, factored and fine-tuned, and the dense network to compare with.
 
-    `uncut` is ADMM's network, or the dense one that was cut as it was. `roots` is the metric that it was cut in; empty for the
-    plain one. `cut_accuracy` is the test accuracy in percent right after the cut. `reference` says what `dense` is.
+    `uncut` is the network after ADMM, or the dense network if there is no ADMM phase. `roots` is the metric in which it was
+    decomposed; empty for the Frobenius norm. `cut_accuracy` is the test accuracy in percent right after the decomposition.
+    `reference` describes `dense`.
     """
 
     plan: Plan
@@ -89,10 +90,18 @@ class Trained:
 
 
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Make the run folder, or check that the one that is there may be gone on with.
+    """Create the folder of a run, or check that the run in it can be resumed.
 
-    `overwrite` removes what a run writes and nothing else. Raises `RecipeError` when a run is there and neither `resume` nor
-    `overwrite` is asked for, when it was trained by another recipe, or when there are files of those names and no run.
+    Args:
+        recipe: the recipe.
+        folder: the folder of the run.
+        resume: continue the run in the folder; default False.
+        overwrite: delete the files of the run in the folder, and no others, and start again; default False.
+
+    Raises:
+        RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, the run was trained with another
+            recipe, or the folder holds files of these names without a run.
+
     """
     kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if kept.exists() and not checkpoints.is_dir():
@@ -127,7 +136,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
 
 
 def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
-    """Raise `RecipeError` where a file that is about to be removed is one that the recipe starts from."""
+    """Raise `RecipeError` if a file that is about to be deleted is an input of the recipe."""
     going = {file.resolve() for file in written}
     for key, name in recipe.files():
         if Path(name).resolve() in going:
@@ -137,14 +146,14 @@ def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
 
 
 def _deciding(recipe: Recipe, key: str) -> Any:
-    """Return the part of a recipe's key that decides what is trained; how its kernels are launched does not."""
+    """Return the value of a recipe's key without `cuda_graph`, which does not change what is trained."""
     return recipe.train.model_copy(update={"cuda_graph": False}) if key == "train" else getattr(recipe, key)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Return the device, processes and precision to train with: as `accelerate launch` set them, or this process alone.
+    """Return the device, processes and precision of the training, as set by `accelerate launch`, or for this process only.
 
-    Raises `RecipeError` for a precision that the device cannot do.
+    Raises `RecipeError` if the device does not support the precision.
     """
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
     forget_other_precision(precision)
@@ -160,7 +169,22 @@ def train_all(
 ) -> tuple[Trained, Dataset]:
     """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
 
-    With several processes all of them call this, and the first one writes. On a CPU, denormal numbers count as 0.
+    With several processes all of them call this function, and the first one writes. On a CPU, denormal floats are treated as 0.
+
+    Args:
+        recipe: the recipe.
+        folder: the folder of the run, made by `prepare`.
+        progress: is told of the progress.
+        accelerator: device, processes and precision; default `make_accelerator(recipe)`.
+
+    Returns:
+        The trained networks, and the data set.
+
+    Raises:
+        RecipeError: a network does not fit the data, or a setting is not supported here.
+        TrainingError: the loss or the weights are not finite, or a phase cannot be trained.
+        CheckpointError: a checkpoint cannot be read or written.
+
     """
     job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
     settings, device = recipe.train, job.accelerator.device
@@ -201,9 +225,9 @@ def train_all(
 
 
 def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
-    """Put two samples, or one where a step has one, through every network; `RecipeError` for what would not work in training.
+    """Run two samples (one if a step has one) through every network. Raises `RecipeError` for what would fail in training.
 
-    Returns whether all of them take images with the channels last in memory.
+    Returns whether all networks accept images in channels_last memory format.
     """
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
@@ -237,7 +261,7 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
 
 
 def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device, trains: bool = True) -> bool:
-    """Return whether a network answers images laid out so, in training too; one that answers neither way is told of later."""
+    """Return whether a network accepts channels_last images, in training, too. A network that accepts none fails later."""
 
     def answers(channels_last: bool) -> bool:
         place(network, device, channels_last)
@@ -246,7 +270,7 @@ def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.devi
                 _run(network, laid_out(x, channels_last), train)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # noqa: BLE001 - whatever it does not like
+        except Exception:  # noqa: BLE001 - a network can raise any exception
             return False
         return True
 
@@ -254,7 +278,7 @@ def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.devi
 
 
 def _run(network: nn.Module, x: torch.Tensor, train: bool) -> Any:
-    """Return what a network gives; in training with the work of a step, for layers of cores run otherwise there."""
+    """Return the output of a network. In training mode also run backward, since layers of cores then compute differently."""
     with torch.set_grad_enabled(train):
         scores = network.train(train)(x)
         if train and isinstance(scores, torch.Tensor) and scores.requires_grad:
@@ -263,7 +287,7 @@ def _run(network: nn.Module, x: torch.Tensor, train: bool) -> Any:
 
 
 def _check_labels(name: str, y: object, classes: int) -> None:
-    """Raise `RecipeError` for labels, where they are at hand, that a loss would not take."""
+    """Raise `RecipeError` for labels of a wrong type or range, if they are in memory."""
     if not isinstance(y, torch.Tensor):
         return
     if y.dtype not in (torch.int64, torch.uint8):
@@ -274,11 +298,11 @@ def _check_labels(name: str, y: object, classes: int) -> None:
 
 
 def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: int, train: bool) -> int:
-    """Return how many scores a network gives a sample; `RecipeError` when it gives none, or fails."""
+    """Return the number of scores per sample of a network. Raises `RecipeError` if it returns no scores, or fails."""
     when = " in training" if train else ""
     try:
         scores = _run(network, x, train)
-    except Exception as error:  # noqa: BLE001 - whatever a network does not like
+    except Exception as error:  # noqa: BLE001 - a network can raise any exception
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"{key}: {what} does not accept samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
@@ -293,7 +317,7 @@ def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: 
 
 
 class _Training:
-    """What the phases of a run share: data, checkpoints, processes, and how many epochs are still to come."""
+    """The state that the phases of a run share: data, checkpoints, processes, and the number of remaining epochs."""
 
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
         if recipe.train.batch % accelerator.num_processes:
@@ -327,13 +351,13 @@ class _Training:
         return model
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy on the device that shares nothing with the model, hooks included."""
+        """Return a copy of the model on the device, without its hooks."""
         into = self.recipe.make_model(trained=False)
         into.load_state_dict(model.state_dict())
         return into.to(self.accelerator.device)
 
     def write(self, action: Callable[[], None]) -> None:
-        """Do something in the first process only."""
+        """Call a function in the first process only."""
         if self.accelerator.is_main_process:
             action()
 
@@ -341,12 +365,22 @@ class _Training:
 def export_all(
     trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export, progress: Progress
 ) -> tuple[Factored, dict[str, Path]]:
-    """Write `dense.onnx`, `model.onnx` and the network to compare with; return the factored graph, and paths by what they are.
+    """Export `dense.onnx`, `model.onnx` and the network to compare with.
 
-    `before cut` and `after cut` are written to `scratch`: they are only there to measure the approximation error.
+    Args:
+        trained: the trained networks.
+        data: the data set, for an example input.
+        folder: the folder of the run.
+        scratch: a folder for `before cut` and `after cut`, which are only used to measure the approximation error.
+        form: the form in which the cores run.
+        progress: is told of layers that stay dense.
+
+    Returns:
+        The factored graph, and the paths of the graphs by label.
+
     """
     example = data.example()
-    tracing = Tracing(to_dense(trained.factored), example)  # the other networks differ in their weights alone
+    tracing = Tracing(to_dense(trained.factored), example)  # the other networks differ only in their weights
     dense = tracing.graph()
     save_model(dense, folder / "dense.onnx")
     paths = {"dense form": folder / "dense.onnx", "factored": folder / "model.onnx"}
@@ -370,7 +404,7 @@ def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: P
         factored, slower = factorize_fastest(
             dense, trained.plan, cores, block=form.block, or_dense=form.dense_if_slower, batch=form.batch
         )
-    except PlanError as error:  # the trained cores are worth a graph and a report all the same
+    except PlanError as error:  # export and report the trained cores anyway
         progress.note(str(error))
         return factorize(dense, trained.plan, cores)
     if slower.layers:
@@ -390,9 +424,25 @@ def run(
     command: str = "tensorrail run",
     accelerator: Accelerator | None = None,
 ) -> Report | None:
-    """Do the whole job and return its report, which also lies in the folder as `report.json`, `.md` and `.html`.
+    """Do a whole run, and write its report to the folder as `report.json`, `report.md` and `report.html`.
 
-    Of several processes the first one measures and reports; the others return None.
+    Args:
+        recipe: the recipe.
+        folder: the folder of the run.
+        resume: continue the run in the folder; default False.
+        overwrite: delete the run in the folder and start again; default False.
+        progress: is told of the progress; default: nothing is.
+        command: the command line that the report names.
+        accelerator: device, processes and precision; default `make_accelerator(recipe)`.
+
+    Returns:
+        The report, or None in all processes but the first one, which measures.
+
+    Raises:
+        RecipeError: the folder holds another run, or the recipe does not fit.
+        TrainingError: the training failed.
+        CheckpointError: a checkpoint cannot be read or written.
+
     """
     progress = progress or Progress()
     accelerator = accelerator or make_accelerator(recipe)
@@ -416,7 +466,7 @@ def run(
     )
     compared = (next(iter(paths)), "factored")
     latency = tuple(
-        bench_fresh(  # this process has trained and decomposed, and would time one model slower than the other
+        bench_fresh(  # after training, this process would time the models unequally
             [paths[label] for label in compared],
             batch=batch,
             seconds=recipe.bench.seconds,

@@ -1,4 +1,4 @@
-"""A report as Markdown and as one self-contained HTML page with its plots inline."""
+"""A report as Markdown, and as one self-contained HTML page with inline plots."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _STYLE = (
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
-    parts = [f"# {report.name}", f"{report.data}. Made by `{report.command}`.", "## Dense against factored"]
-    parts.append(_md_table(report.head(), report.table()))
-    parts += ["## Three errors", _md_table(("error", "measured"), report.errors())]
-    parts += [
+    sections = [f"# {report.name}", f"{report.data}. Made by `{report.command}`.", "## Dense against factored"]
+    sections.append(_md_table(report.head(), report.table()))
+    sections += ["## Three errors", _md_table(("error", "measured"), report.errors())]
+    sections += [
         "## Targets",
         _md_table(_CHECK_HEAD, _checks(report)),
         "## Layers",
         _md_table(_LAYER_HEAD, _layers(report)),
     ]
-    parts += ["## Training", _md_table(_PHASE_HEAD, _phases(report)), "## Machine", _machine(report)]
-    return "\n\n".join(parts) + "\n"
+    sections += ["## Training", _md_table(_PHASE_HEAD, _phases(report)), "## Machine", _machine(report)]
+    return "\n\n".join(sections) + "\n"
 
 
 def html(report: Report) -> str:
-    """Return the report as one HTML page that loads nothing from elsewhere."""
+    """Return the report as one HTML page that loads no other files."""
     sections = [
         f"<h1>{escape(report.name)}</h1><p>{escape(report.data)}. Made by <code>{escape(report.command)}</code>.</p>",
         "<h2>Dense against factored</h2>" + _html_table(report.head(), report.table()),
@@ -158,7 +158,7 @@ def _latency_figure(report: Report) -> Figure:
 
 
 def _layer_figure(report: Report) -> Figure:
-    """Show where the FLOPs are and where the time goes, and how many parameters each layer keeps."""
+    """Plot the FLOPs, the time and the parameters of each layer."""
     from matplotlib.figure import Figure
 
     rows = report.layers
@@ -187,7 +187,7 @@ def _training_figure(training: Sequence[Epoch]) -> Figure:
     end = 0
     for phase in dict.fromkeys(epoch.phase for epoch in training):
         rows = [epoch for epoch in training if epoch.phase == phase]
-        # The control starts where ADMM starts: from the dense baseline.
+        # The control starts from the dense baseline, as ADMM does.
         offset[phase] = offset.get("admm", end) if phase == "control" else end
         left.plot([offset[phase] + e.epoch for e in rows], [e.test_accuracy for e in rows], label=phase)
         end = offset[phase] + rows[-1].epoch
