@@ -63,7 +63,7 @@ def test_both_ways_to_train_have_the_same_gradients(form_name, layer, monkeypatc
     found = []
     for pays in (False, True):
         asked = []
-        monkeypatch.setattr(layers, "_dense_pays", lambda *a, pays=pays, asked=asked: asked.append(a) or pays)
+        monkeypatch.setattr(layers, "_dense_is_faster", lambda *a, pays=pays, asked=asked: asked.append(a) or pays)
         model.zero_grad()
         (model(x) * torch.linspace(-1, 1, model(x).numel()).reshape(model(x).shape)).sum().backward()
         found.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -76,8 +76,8 @@ def test_only_a_contraction_that_is_short_trains_core_by_core():
     spec = LayerSpec("conv", (64, 64, 3, 3), (1, 1), (1, 1, 1, 1), dilation=(1, 1))
     train = LayerPlan(name="c", format="tt", modes=(64, 9, 64), ranks=(1, 16, 16, 1))
     ring = LayerPlan(name="c", format="tr", modes=(64, 9, 64), ranks=(10, 10, 10, 10))
-    assert not layers._dense_pays(train, spec, (128, 64, 8, 8))
-    assert layers._dense_pays(ring, spec, (128, 64, 8, 8))
+    assert not layers._dense_is_faster(train, spec, (128, 64, 8, 8))
+    assert layers._dense_is_faster(ring, spec, (128, 64, 8, 8))
 
 
 def layer_plan(name, form_name, shape, rank=4):
