@@ -90,10 +90,8 @@ def _clip(label: int, frames: int, height: int, width: int, noise: float, genera
     """Return one clip (frames, height, width, 3), uint8."""
     shape, motion = SHAPES[label % len(SHAPES)], MOTIONS[label // len(SHAPES)]
     turns = generator.uniform() + np.linspace(0, generator.uniform(0.5, 0.9), frames)  # half to nine tenths of a period
-    reach, radius = (
-        generator.uniform(0.2, 0.3),
-        generator.uniform(0.2, 0.28),
-    )  # reach relative to the image, radius relative to its height
+    # The reach is relative to the image, the radius to its height.
+    reach, radius = generator.uniform(0.2, 0.3), generator.uniform(0.2, 0.28)
     x, y = generator.uniform(-0.06, 0.06, 2)
     background, colour = generator.uniform(0.05, 0.4, 3), generator.uniform(0.6, 0.95, 3)
     cosine, sine, none = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns), np.zeros(frames)

@@ -132,9 +132,8 @@ def _check(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], s
             f"{path}: expected the model's {len(own)} entries, {', '.join(parts)}{_advice(missing, unexpected, shortcuts)}"
         )
     classifier = list(own)[-2:]
-    for name, tensor in (
-        (name, state[name]) for name in own
-    ):  # in the order of the network, which may differ from that of the file
+    for name in own:  # in the order of the network, which may differ from that of the file
+        tensor = state[name]
         if tensor.shape != own[name].shape or tensor.is_floating_point() != own[name].is_floating_point():
             actual, expected = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, own[name]))
             raise WeightsError(

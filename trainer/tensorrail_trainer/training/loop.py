@@ -139,9 +139,8 @@ def train(
         on_epoch(row, phase.schedule.epochs)
         if closed:
             break
-    accelerator.unwrap_model(
-        model, keep_fp32_wrapper=False
-    )  # otherwise the model would compute in bf16 afterwards, even in the export
+    # Otherwise the model would compute in bf16 afterwards, even in the export.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     unsync_batch_norm(phase.model)
     if average is not None:
