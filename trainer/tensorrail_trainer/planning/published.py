@@ -16,9 +16,8 @@ from __future__ import annotations
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 
-Table = dict[
-    str, tuple[tuple[int, ...], tuple[int, ...]]
-]  # modes of a layer, and its ranks without the first and the last, which are 1
+# For each layer its modes, and its ranks without the first and the last one, which are 1.
+Table = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def published_plan(name: str, modes: int = 3) -> Plan:
