@@ -78,7 +78,7 @@ def test_a_run_leaves_its_files_and_its_errors_apart(ended):
     assert Report.model_validate_json((folder / "report.json").read_bytes()) == report
     assert [run_.processes for run_ in report.latency] == [1]
     page = (folder / "report.html").read_text()
-    assert "in 1 fresh process, 95 % intervals" in page
+    assert "in 1 fresh process, 95 % confidence intervals" in page
     assert page.count("<svg") == 3
     assert not any(load in page for load in ('src="', 'href="http', "url(http", "@import"))  # nothing is loaded from elsewhere
 
