@@ -236,7 +236,7 @@ def test_weights_of_another_network_say_what_to_try(saved, model, reason, tmp_pa
 def test_names_of_cifar_networks_are_those_of_cifar_networks_alone(name, tmp_path):
     model = MODELS["resnet18"](width=4)
     save_file({**model.state_dict(), name: torch.zeros(2, 2)}, tmp_path / "w")
-    refused(model, tmp_path / "w", f"has also {name}")
+    refused(model, tmp_path / "w", f"unexpected {name}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -295,13 +295,13 @@ def test_a_state_dict_that_holds_itself_is_refused(tmp_path):
     [
         ([torch.zeros(2)], "expected a state dict that maps names to tensors, got a list"),
         ({"weight": 3}, "entry 'weight': expected a named tensor, got a int"),
-        ({"state_dict": {"weight": torch.zeros(2, 2), "epoch": 3}}, "entry 'epoch' is a int"),
+        ({"state_dict": {"weight": torch.zeros(2, 2), "epoch": 3}}, "entry 'epoch': expected a named tensor, got a int"),
         ({"weight": torch.zeros(2, 2).to_sparse(), "bias": torch.zeros(2)}, "weight: expected a dense tensor"),
         (
             {"weight": torch.zeros(2, 2, dtype=torch.int64), "bias": torch.zeros(2)},
-            r"weight is \[2, 2\] int64: expected \[2, 2\] float32",
+            r"weight: expected \[2, 2\] float32, got \[2, 2\] int64",
         ),
-        ({}, "lacks weight, bias"),
+        ({}, "missing weight, bias"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(content, reason, tmp_path):

@@ -346,7 +346,7 @@ def wrong_labels(kind="range"):
         ),
         (
             {"data": {"name": f"{__name__}:wrong_labels", "args": {"kind": "type"}}, "model": KNOWN},
-            r"data: the training labels are torch.int32: expected torch.int64",
+            r"data: expected training labels of type torch.int64, got torch.int32",
         ),
     ],
 )
@@ -375,7 +375,7 @@ def test_a_network_that_views_its_images_trains_with_the_channels_first(model, l
     prepare(recipe, tmp_path / "run")
     trained, _ = train_all(recipe, tmp_path / "run", Progress(note=notes.append))
     assert {row.phase for row in trained.rows} == {"dense", "admm", "finetune", "control"}
-    assert sum("channels last" in note for note in notes) == 1
+    assert sum("channels_last" in note for note in notes) == 1
 
 
 def test_a_run_is_not_removed_that_the_next_one_starts_from(tmp_path):
