@@ -1,4 +1,4 @@
-"""Training toward low tensor rank: ADMM, layers made of cores, recipes and the run from data to report."""
+"""Training toward low tensor rank: ADMM, layers made of tensor cores, recipes, and runs from data to report."""
 
 from tensorrail_trainer.admm.admm import ADMM, Residual
 from tensorrail_trainer.layers.factored import FactoredLayer

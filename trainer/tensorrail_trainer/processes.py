@@ -1,6 +1,6 @@
-"""Training by several processes as if by one: what is summed, what is shared out, and batch-norm over all of them.
+"""Data-parallel training by several processes: sums, division of work, and batch-norm over the whole batch.
 
-Everything here also works in a process of its own, where it does nothing.
+With a single process, all functions work as well and have no effect.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Return this process's number, from 0."""
+    """Return the rank of this process, from 0."""
     return distributed.get_rank() if world() > 1 else 0
 
 
 def shared_out(costs: Mapping[str, int]) -> dict[str, int]:
-    """Return which process does each piece of work: the dearest first, each to the process with the least to do."""
+    """Assign each task to a process, the most expensive ones first, each to the process with the least work so far."""
     loads = [0] * world()
     owners = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -34,13 +34,13 @@ def shared_out(costs: Mapping[str, int]) -> dict[str, int]:
 
 
 class _Synced(_BatchNorm):
-    """Batch-norm whose mean and variance are those of the batches of all processes, on any device.
+    """Batch-norm with the mean and variance of the whole batch, over all processes, on any device.
 
-    The shares of the batch may differ in size. In evaluation, and in one process, it is the plain one.
+    The processes may hold different numbers of samples. In evaluation, and with one process, it is torch's own batch-norm.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, *S) to the same shape."""
+        """Normalize (B, C, *S)."""
         if not self.training or world() == 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -51,7 +51,7 @@ class _Synced(_BatchNorm):
             sums = _Summed.apply(torch.cat([wide.sum(axes), count]))
             total = sums[-1]
             mean = sums[:-1] / total
-            # A second pass: the difference of two large sums would lose the variance in rounding.
+            # A second pass: the difference of two large sums would lose precision.
             centred = wide - mean.reshape(wide_shape)
             variance = _Summed.apply(centred.square().sum(axes)) / total
             self._track(mean.detach(), variance.detach() * (total.detach() / (total.detach() - 1)))
@@ -75,15 +75,15 @@ class _Synced(_BatchNorm):
 
 
 class SyncedBatchNorm1d(_Synced, nn.BatchNorm1d):
-    """Of (B, C) or (B, C, L)."""
+    """Synchronized batch-norm for inputs (B, C) or (B, C, L)."""
 
 
 class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
-    """Of (B, C, H, W)."""
+    """Synchronized batch-norm for inputs (B, C, H, W)."""
 
 
 class SyncedBatchNorm3d(_Synced, nn.BatchNorm3d):
-    """Of (B, C, D, H, W)."""
+    """Synchronized batch-norm for inputs (B, C, D, H, W)."""
 
 
 _SYNCED: dict[type, type] = {
@@ -95,10 +95,19 @@ _PLAIN = {synced: plain for plain, synced in _SYNCED.items()}
 
 
 def sync_batch_norm(model: nn.Module) -> nn.Module:
-    """Give every batch-norm of a model the statistics of all processes, in place; parameters and names stay.
+    """Make every batch-norm of a model use the statistics of all processes, in place. Parameters and names stay.
 
-    torch's own `SyncBatchNorm` stays as it is. `ValueError` names a layer of another class: what it does with its statistics
-    is not known here.
+    torch's `SyncBatchNorm` is left as it is.
+
+    Args:
+        model: the model to change.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: a layer is a subclass of torch's batch-norm, whose use of its statistics is unknown.
+
     """
     for name, module in model.named_modules():
         if type(module) in _SYNCED:
@@ -106,13 +115,13 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
         elif isinstance(module, _BatchNorm) and not isinstance(module, _Synced | nn.SyncBatchNorm):
             raise ValueError(
                 f"layer {name}: {type(module).__name__} cannot share its statistics between processes; set "
-                "sync_batch_norm: false, or use torch's own batch-norm"
+                "sync_batch_norm: false, or use a batch-norm of torch.nn"
             )
     return model
 
 
 def unsync_batch_norm(model: nn.Module) -> nn.Module:
-    """Undo `sync_batch_norm`, in place."""
+    """Undo `sync_batch_norm`, in place, and return the model."""
     for module in model.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
@@ -120,7 +129,7 @@ def unsync_batch_norm(model: nn.Module) -> nn.Module:
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over all processes; the gradient of each part is that of the sum, summed in its turn."""
+    """The sum over all processes. The gradient of each summand is the gradient of the sum, summed over all processes."""
 
     @staticmethod
     def forward(_: Any, tensor: Tensor) -> Tensor:
@@ -132,7 +141,7 @@ class _Summed(torch.autograd.Function):
 
 
 def alike(numbers: Tensor) -> bool:
-    """Return whether all processes hold the same whole numbers."""
+    """Return whether a tensor of integers is equal on all processes."""
     total, squares = summed(numbers), summed(numbers * numbers)
     return bool((world() * squares == total * total).all())
 

@@ -170,12 +170,12 @@ class LatencyTable:
             wanted: the options of every layer; the dense layer is always measured, too.
             settings: settings of the sessions.
             seconds: time for all measurements, to which that of opening the models is added; default 150.
-            on_share: is called with the share of the work that is done and the layer that is next.
+            progress: told what is measured next.
 
         Raises:
             GraphError: the table cannot be written, or a layer cannot be timed because its shapes are unknown.
 
-        `progress` is told what is measured next.
+
         """
         jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
         for layer, options in wanted.items():

@@ -62,7 +62,7 @@ def losses_of(
         wanted: the options of every layer.
         calibration: calibration inputs; default: only the weights are used.
         settings: settings of the ONNX Runtime sessions; default `Session()`.
-        on_share: is called with the share of the work that is done and the name of the next layer.
+        progress: told which layer is next.
 
     Returns:
         The losses, in the order of the options. A layer without options has none.

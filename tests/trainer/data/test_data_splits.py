@@ -146,7 +146,7 @@ def test_a_data_set_gives_the_first_test_samples_and_goes_to_a_device():
 
 @pytest.mark.parametrize(("samples", "labels"), [(3, 4), (0, 0)])
 def test_a_split_without_labels_for_its_samples_is_refused(samples, labels):
-    with pytest.raises(ValueError, match=f"as many samples as labels, and {samples} and {labels} came"):
+    with pytest.raises(ValueError, match=f"got {samples} samples and {labels} labels"):
         plain(torch.zeros(samples, 3), torch.zeros(labels, dtype=torch.int64))
 
 
@@ -218,9 +218,9 @@ def test_cifar_is_standardised_by_the_constants_given(classes, read, tmp_path, r
     expected = (pixels - np.array([0.5, 0.4, 0.3]).reshape(3, 1, 1)) / np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1)
     np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
     for constants, wrong in (
-        (([0.5, 0.4, 0.3], None), "std: expected one number a channel, of values from 0 to 1, and None came"),
-        (([0.5, 0.4], [0.2, 0.25, 0.3]), "mean: expected one number a channel"),
-        (([0.5, 0.4, "a"], [0.2, 0.25, 0.3]), "mean: expected one number a channel"),
+        (([0.5, 0.4, 0.3], None), "std: expected three numbers, one per channel, for pixel values from 0 to 1, got None"),
+        (([0.5, 0.4], [0.2, 0.25, 0.3]), "mean: expected three numbers, one per channel"),
+        (([0.5, 0.4, "a"], [0.2, 0.25, 0.3]), "mean: expected three numbers, one per channel"),
         (([0.5, 0.4, 0.3], [0.2, 0.25, 0]), "std: expected numbers above 0"),
     ):
         with pytest.raises(DataError, match=wrong):
@@ -275,18 +275,18 @@ def test_labels_may_be_an_array(tmp_path, rng):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({b"data": np.zeros((20, 3071), np.uint8)}, r"expected data of shape \(20, 3072\) of bytes"),
-        ({b"data": np.zeros((19, 3072), np.uint8)}, r"expected data of shape \(20, 3072\) of bytes"),
-        ({b"data": np.zeros((20, 3072), np.int16)}, r"expected data of shape \(20, 3072\) of bytes"),
+        ({b"data": np.zeros((20, 3071), np.uint8)}, r"expected uint8 data of shape \(20, 3072\)"),
+        ({b"data": np.zeros((19, 3072), np.uint8)}, r"expected uint8 data of shape \(20, 3072\)"),
+        ({b"data": np.zeros((20, 3072), np.int16)}, r"expected uint8 data of shape \(20, 3072\)"),
         ({b"data": np.zeros((20, 3072), np.float32)}, r"holds an array of 'f4', which no CIFAR file needs"),
-        ({b"data": b"bytes"}, r"expected data of shape \(20, 3072\) of bytes"),
-        ({b"labels": [[0] * 20] * 20}, "expected whole numbers from 0 as labels"),
-        ({b"labels": np.zeros((20, 1), np.int64)}, "expected whole numbers from 0 as labels"),
-        ({b"labels": []}, r"expected data of shape \(0, 3072\) of bytes"),
-        ({b"data": [0] * 20}, r"expected data of shape \(20, 3072\) of bytes"),
-        ({b"labels": [-1] * 20}, "expected whole numbers from 0 as labels"),
-        ({b"labels": [0.5] * 20}, "expected whole numbers from 0 as labels"),
-        ({b"labels": [10] * 20}, r"has the label 10: expected 0 to 9; is it another CIFAR\?"),
+        ({b"data": b"bytes"}, r"expected uint8 data of shape \(20, 3072\)"),
+        ({b"labels": [[0] * 20] * 20}, "expected labels that are integers from 0"),
+        ({b"labels": np.zeros((20, 1), np.int64)}, "expected labels that are integers from 0"),
+        ({b"labels": []}, r"expected uint8 data of shape \(0, 3072\)"),
+        ({b"data": [0] * 20}, r"expected uint8 data of shape \(20, 3072\)"),
+        ({b"labels": [-1] * 20}, "expected labels that are integers from 0"),
+        ({b"labels": [0.5] * 20}, "expected labels that are integers from 0"),
+        ({b"labels": [10] * 20}, r"expected labels 0 to 9, got 10; check that it is the folder of CIFAR-10"),
     ],
 )
 def test_cifar_of_other_shapes_is_refused(changes, reason, tmp_path, rng):

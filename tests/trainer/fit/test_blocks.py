@@ -150,7 +150,7 @@ def test_a_graph_that_is_not_one_row_a_sample_is_refused(rng):
     plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(8, 8), ranks=(2,)),))
     factored = factorize(model, plan, decompose_graph(model, plan)).model
     feeds = ({"x": rng.standard_normal((16, 8)).astype(np.float32)},)
-    with pytest.raises(GraphError, match="not one row a sample"):
+    with pytest.raises(GraphError, match="expected outputs with one row per sample"):
         fit_blocks(model, factored, plan, Calibration(feeds))
 
 

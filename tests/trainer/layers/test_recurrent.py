@@ -166,7 +166,7 @@ def test_admm_makes_an_lstm_of_low_rank_and_its_cut_loses_little():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("rnn", "is a LSTM; name the input weight of one of its layers: rnn.weight_ih_l0, rnn.weight_ih_l1"),
+        ("rnn", "is a LSTM; name the input weight of one of its layers instead: rnn.weight_ih_l0, rnn.weight_ih_l1"),
         ("rnn.weight_ih_l2", "no such input weight; expected one of weight_ih_l0, weight_ih_l1"),
         ("rnn.weight_ih_l0_reverse", "no such input weight"),
         ("rnn.weight_hh_l0", "not in the model"),

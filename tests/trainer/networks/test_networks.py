@@ -203,8 +203,8 @@ def test_the_seed_alone_decides_the_weights(networks, monkeypatch, tmp_path):
     ("make", "reason"),
     [
         (lambda: MODELS["resnet18"](stem="tiny"), r"unknown stem 'tiny'; expected one of large, small"),
-        (lambda: MODELS["vit_tiny"](size=100), r"size=100 is no multiple of patch=16"),
-        (lambda: MODELS["vit_tiny"](heads=5), r"dim=192 is no multiple of heads=5"),
+        (lambda: MODELS["vit_tiny"](size=100), r"expected size to be a multiple of patch=16, got size=100"),
+        (lambda: MODELS["vit_tiny"](heads=5), r"expected dim to be a multiple of heads=5, got dim=192"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make, reason):

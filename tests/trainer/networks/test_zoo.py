@@ -222,8 +222,8 @@ def test_a_network_of_ones_own_is_found_by_module_and_function(tmp_path, monkeyp
         ),
         ("other/net", r"unknown model 'other/net'"),
         ("no_such_module:make", "model 'no_such_module:make' cannot be imported"),
-        ("torchvision/resnet18", "torchvision/resnet18 needs torchvision: pip install torchvision"),
-        ("timm/resnet18", "timm/resnet18 needs timm: pip install timm"),
+        ("torchvision/resnet18", "torchvision/resnet18 needs torchvision; install it with: pip install torchvision"),
+        ("timm/resnet18", "timm/resnet18 needs timm; install it with: pip install timm"),
     ],
 )
 def test_a_network_that_is_not_there_is_refused(name, reason, monkeypatch):
@@ -238,7 +238,7 @@ def test_a_package_that_was_built_for_another_torch_says_so(tmp_path, monkeypatc
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "timm", raising=False)
-    with pytest.raises(NetworkError, match=r"timm cannot be imported \(operator .* exist\): install the one made for torch 2"):
+    with pytest.raises(NetworkError, match=r"timm cannot be imported \(operator .* exist\); install the version built for"):
         model_of("timm/resnet18")
 
 

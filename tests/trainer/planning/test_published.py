@@ -141,7 +141,7 @@ def test_plans_fit_their_networks(name, modes, networks):
 
 
 def test_a_network_without_published_ranks_is_refused():
-    with pytest.raises(PlanError, match="no published ranks for 'vit_tiny' in 3 modes: expected one of resnet18 in 3"):
+    with pytest.raises(PlanError, match="no published ranks for 'vit_tiny' in 3 modes; expected one of resnet18 in 3 modes"):
         published_plan("vit_tiny")
 
 

@@ -32,12 +32,12 @@ def test_rho_is_constant_or_geometric():
 @pytest.mark.parametrize(
     ("kind", "change", "reason"),
     [
-        (Schedule, {"decay": "steps"}, "come together"),
-        (Schedule, {"optimizer": "adamw", "nesterov": True}, "nesterov needs optimizer: sgd"),
-        (Schedule, {"warmup": 5.0}, "warmup is shorter"),
+        (Schedule, {"decay": "steps"}, "got only one of them"),
+        (Schedule, {"optimizer": "adamw", "nesterov": True}, "nesterov expects optimizer: sgd"),
+        (Schedule, {"warmup": 5.0}, "expected a warmup shorter"),
         (AdmmSchedule, {"rho_end": 1.0, "balance": True}, "either rho_end or balance"),
-        (AdmmSchedule, {"every": 2, "every_steps": 10}, "not both"),
-        (AdmmSchedule, {"every": 99}, "99 epochs never pass"),
+        (AdmmSchedule, {"every": 2, "every_steps": 10}, "got both"),
+        (AdmmSchedule, {"every": 99}, "got 99: ADMM would never update"),
         (Schedule, {"decay_on": ("everything",)}, "decay_on"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_step_that_is_replayed_reads_every_change_where_it_lies(tmp_path, data
     class Replayed(Replay):
         def __call__(self, step, x, y):
             job = step.__self__
-            read = [*job.phase.admm._wanted.values(), job.phase.admm._half_rho, *job.phase.model.parameters()]
+            read = [*job.phase.admm._targets.values(), job.phase.admm._half_rho, *job.phase.model.parameters()]
             read += [group["lr"] for group in job.optimizer.param_groups]
             addresses.append([tensor.data_ptr() for tensor in read])
             return step(x, y)
@@ -288,7 +288,7 @@ def test_a_changed_rho_keeps_the_multiplier():
     before = admm.rho * admm.U["3"]
     admm.set_rho(0.8)
     torch.testing.assert_close(admm.rho * admm.U["3"], before)
-    with pytest.raises(ValueError, match="rho is positive, and 0 came"):
+    with pytest.raises(ValueError, match="rho: expected a positive number, got 0"):
         admm.set_rho(0)
 
 
@@ -331,7 +331,7 @@ def test_steps_between_updates_are_counted_over_epochs(tmp_path, data, monkeypat
     assert len(count) == 2 * (128 // 32) // 3
     other = network()
     phase = Phase("never", other, AdmmSchedule(epochs=2, lr=0.01, every_steps=9), admm_of(other))
-    with pytest.raises(TrainingError, match="9 steps never pass in 2 epochs of 4, and nothing would be updated"):
+    with pytest.raises(TrainingError, match=r"at most 8 \(2 epochs of 4 steps\), got 9: ADMM would never update"):
         fit(tmp_path, data, phase)
 
 
@@ -449,5 +449,5 @@ def test_rho_is_balanced_while_a_phase_trains(tmp_path, data):
 
 def test_fewer_samples_than_a_batch_are_refused(tmp_path, data):
     few = Dataset("made", 2, InMemory(data.train.x[:8], data.train.y[:8]), data.test)
-    with pytest.raises(TrainingError, match="8 training samples make no batch of 32"):
+    with pytest.raises(TrainingError, match="at least one batch of 32 training samples, got 8 samples"):
         fit(tmp_path, few, Phase("dense", network(), Schedule(epochs=1, lr=0.01)))

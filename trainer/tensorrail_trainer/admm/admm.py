@@ -1,31 +1,33 @@
-r"""ADMM toward low tensor rank (Yin, Sui, Liao, Yuan, CVPR 2021; Boyd et al. 2011, chapter 3, in scaled form).
+r"""ADMM toward low tensor rank (Yin, Sui, Liao and Yuan, CVPR 2021; Boyd et al. 2011, chapter 3, scaled form).
+
+The problem
 
 .. math:: \min_W \; ℓ(W) \quad \text{s.t.} \quad \operatorname{rank}(W) ≤ r^*
 
-is split with a copy Z that carries the constraint and a scaled dual variable U. The network trains W with the penalty
+is split by a copy Z of the weights, which satisfies the constraint, and a scaled dual variable U. The network trains W with
+the penalty
 
 .. math:: ℓ(W) + \tfrac{ρ}{2} ‖W − Z + U‖_F^2
 
-and, every epoch or every k steps,
+and every epoch, or every k steps, Z and U are updated:
 
 .. math:: Z ← \operatorname{project}(W + U), \qquad U ← U + W − Z.
 
-The network keeps its dense structure throughout; at the end its weights are close to their projections, so that cutting
-them into cores costs little accuracy.
+The network stays dense during training. At the end its weights are close to their projections, so that decomposing them
+into cores costs little accuracy.
 
-With `metric="activation"` all distances are those of `tensorrail_trainer.admm.moments`, ‖·S‖ with S the square root of the
-second moment of each layer's inputs: close is a weight that leaves the layer's outputs where they were. The set of weights of
-low rank is the same, since S is regular. Then
+With `metric="activation"` distances are measured by the change of the layer's outputs: ‖·S‖, where S is the square root of the
+second moment of the layer's inputs (`tensorrail_trainer.layers.metric`). The set of weights of low rank is the same, since S
+is invertible. Then
 
 .. math:: ℓ(W) + \tfrac{ρ}{2} ‖(W - Z + U) S‖_F^2, \qquad Z ← \operatorname{project}((W + U) S) \, S^{-1}.
 
-S is the identity until the first update, and is renewed from the moments at each update, before Z. U stays as it is when S
-becomes S′: it lives in the space of weights, W + U is the point that is projected, and a new metric moves neither. What
-changes is the multiplier ρUS² that U stands for. To hold the multiplier instead, U would have to become U S² S′⁻², and in
-directions that hardly occur in the inputs, where U means least, that inverse makes it large. As the moments settle S′ goes
-to S and both are the same, so the fixed points are those of ADMM with the last S. With tr S² = I the mean curvature of the
-penalty is ρ in either metric; its largest, ρ times the largest eigenvalue of S², is up to I times that in this one: where
-training diverges, lower rho or the learning rate.
+S is the identity until the first update. Each update first computes a new S′ from the moments, then Z. U does not change when
+S becomes S′: U is in the space of weights, and W + U, the point that is projected, does not depend on the metric. What changes
+is the multiplier ρUS². Keeping the multiplier instead would require U S² S′⁻², which is large in directions that hardly occur
+in the inputs, where U matters least. When the moments converge, S′ equals S and both rules agree, so the fixed points are those
+of ADMM with the final S. With tr S² = I the mean curvature of the penalty is ρ in both metrics. Its largest curvature, ρ times
+the largest eigenvalue of S², can be up to I times larger here: if training diverges, lower rho or the learning rate.
 """
 
 from __future__ import annotations
@@ -52,24 +54,30 @@ from tensorrail_trainer.layers.swap import swap
 from tensorrail_trainer.processes import rank, shared_out, world
 
 Metric = Literal["weight", "activation"]
-"""What distances between weights are measured in: the Frobenius norm, or that of the change of the layer's outputs."""
+"""How the distance of two weights is measured: by the Frobenius norm, or by the change of the layer's outputs."""
 
-# Values of a weight that a GPU leaves to the CPU, where small SVDs are faster (PyTorch issue 41306), and a CPU to one thread:
-# torch's own wait for their next work after every step, and NumPy's beside them took several times as long as one alone.
+# Weights of up to this many values are projected on the CPU, where small SVDs are faster than on a GPU (PyTorch issue 41306),
+# and by one thread: torch's threads spin after every step, and NumPy's threads beside them took several times as long as one.
 _SMALL = 2**20
+
+_ADVICE = "check the weights that training started from, or lower rho or the learning rate"
 
 
 @lru_cache(maxsize=1)
 def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()  # which looks for them in the process: once
+    return ThreadpoolController()  # cached, since it searches the process for libraries
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How far one layer is from its constraint after an update. Norms are those of ADMM's metric.
+    """How far a layer is from its constraint after an update. All norms are taken in ADMM's metric.
 
-    `primal` is ‖W − Z‖ / ‖W‖, without unit. `dual` is ρ‖Z − Z_previous‖, in the unit of the loss's gradient
-    (for `metric="activation"` in the dual norm, ‖·S⁻¹‖); `moved` is ‖Z − Z_previous‖ / ‖W‖, without unit.
+    Attributes:
+        layer: the name of the layer.
+        primal: ‖W − Z‖ / ‖W‖, without unit.
+        dual: ρ‖Z − Z_previous‖, in the unit of the loss's gradient; with `metric="activation"` in the dual norm ‖·S⁻¹‖.
+        moved: ‖Z − Z_previous‖ / ‖W‖, without unit.
+
     """
 
     layer: str
@@ -79,48 +87,76 @@ class Residual:
 
 
 class ADMM:
-    """The variables Z and U of every planned layer, and the three things to do with them.
+    """ADMM for the planned layers of a model: a penalty for the loss, an update, and the final factorization.
 
     >>> admm = ADMM(model, plan, rho=1e-3)  # doctest: +SKIP
     >>> loss = criterion(model(x), y) + admm.penalty()  # in the loop # doctest: +SKIP
     >>> admm.update()  # after each epoch # doctest: +SKIP
     >>> model = admm.factorize()  # at the end, then fine-tune # doctest: +SKIP
 
-    `metric="activation"` gathers the second moments of the layers' inputs by hooks, from the batches that pass while the
-    model is in training mode; `factorize` and `close` remove the hooks. Z starts as the plain projection.
+    Args:
+        model: the dense model; its parameters are trained by your own loop and must stay the same objects.
+        plan: the layers to factor, with their formats, modes and ranks.
+        rho: the weight ρ of the penalty, above 0; default 1e-3, as in the paper.
+        metric: `weight` (default) for the Frobenius norm, or `activation` for the change of the layer's outputs. The latter
+            registers hooks that gather the second moments of the layers' inputs in training mode; `factorize` and `close`
+            remove them.
 
-    Raises `PlanError` when the plan does not fit the model, or splits the inputs of a layer into several modes and the
-    metric is `activation`; `ValueError` when rho is not positive or the metric unknown.
+    Attributes:
+        Z: the projection of every planned weight, (O, I, *K) or (O, I), by layer name; at first the plain projection.
+        U: the scaled dual variables, of the same shapes; at first zeros.
+
+    Raises:
+        PlanError: the plan is empty or does not fit the model, or `metric="activation"` and the plan splits the inputs of a
+            layer into several modes.
+        ValueError: rho is not positive, or the metric is unknown.
+
+    References:
+        Yin, Sui, Liao and Yuan, Towards Efficient Tensor Decomposition-Based DNN Model Compression with Optimization
+        Framework, CVPR 2021.
+
     """
 
     def __init__(self, model: nn.Module, plan: Plan, rho: float = 1e-3, metric: Metric = "weight") -> None:
         if not 0 < rho < math.inf:
-            raise ValueError(f"rho is positive, and {rho} came; the paper trains with 0.001")
+            raise ValueError(f"rho: expected a positive number, got {rho}; the paper uses 0.001")
         if not plan.layers:
-            raise PlanError("the plan names no layer: there is nothing to train toward low rank")
+            raise PlanError("expected a plan with at least one layer, got an empty plan; add a layer to train toward low rank")
         if metric not in get_args(Metric):
             raise ValueError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
         self.roots: dict[str, Root] = {}  # S of every layer, of the last update; empty for the plain metric
         self._layers = planned_layers(model, plan)
-        self._gaps: dict[str, tuple[float, ...]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖, ‖Z‖
+        self._norms: dict[str, tuple[float, ...]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖, ‖Z‖
         self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
         self._moments = InputMoments(plan, self._layers) if metric == "activation" else None
         self._place()
 
     def penalty(self) -> Tensor:
-        """Return ρ/2 Σ‖W − Z + U‖², a scalar on the weights' device, to be added to the loss of each step."""
-        gaps = {name: dense.weight() - self._wanted[name] for name, dense in self._layers.items()}
+        """Return the penalty to add to the loss of each step.
+
+        Returns:
+            ρ/2 Σ‖W − Z + U‖² over the planned layers, a scalar on the device of the weights, differentiable.
+
+        """
+        gaps = {name: dense.weight() - self._targets[name] for name, dense in self._layers.items()}
         return self._half_rho * torch.stack([self._measured(name, gap).square().sum() for name, gap in gaps.items()]).sum()
 
     @torch.no_grad()
     def update(self) -> tuple[Residual, ...]:
-        """Do Z ← project(W + U) and U ← U + W − Z for every layer, and return the residuals.
+        """Update Z ← project(W + U) and U ← U + W − Z for every planned layer.
 
-        Where several processes train together (`torch.distributed`), each projects some of the layers and sends them to the
-        others. For `metric="activation"` S is renewed first; `PlanError` names a layer that no batch has passed in training
-        mode, or whose parameters the model has no more.
+        Call it after each epoch, or every k steps. With `metric="activation"` S is computed first. With several processes
+        (`torch.distributed`) all of them call it, and each projects a part of the layers.
+
+        Returns:
+            The residuals of every planned layer.
+
+        Raises:
+            PlanError: a layer has seen no batch in training mode (`metric="activation"`), the model no longer holds its
+                parameters, or a weight cannot be projected.
+
         """
         self._require_own()
         if self._moments is not None:
@@ -136,9 +172,11 @@ class ADMM:
 
     @torch.no_grad()
     def project_weights(self) -> tuple[Residual, ...]:
-        """Do W ← project(W) for every layer, in place, with Z = W and U = 0 (hard projection), and return the residuals.
+        """Replace every planned weight by its projection, in place, with Z = W and U = 0 (hard projection).
 
-        `primal` is how far the weights were from their projections before.
+        Returns:
+            The residuals; `primal` is the distance of the weights from their projections before the call.
+
         """
         self._require_own()
         weights = {name: dense.weight().detach().clone() for name, dense in self._layers.items()}
@@ -152,33 +190,41 @@ class ADMM:
 
     @torch.no_grad()
     def project_copy(self, model: nn.Module) -> None:
-        """Do W ← project(W) for every planned layer of another copy of the model, such as its average; Z and U stay."""
+        """Replace the planned weights of a copy of the model, such as its average, by their projections; Z and U stay."""
         layers = planned_layers(model, self.plan)
         for name, z in self._projected({name: dense.weight().detach() for name, dense in layers.items()}).items():
             layers[name].put(z)
 
     def _require_own(self) -> None:
-        """Raise `PlanError` where the model's weights are others than those taken: the penalty would not reach them."""
-        there = {id(parameter) for parameter in self.model.parameters()}
+        """Raise `PlanError` if the model no longer holds ADMM's parameters: the penalty would have no effect on it."""
+        current = {id(parameter) for parameter in self.model.parameters()}
         for name, dense in self._layers.items():
-            if not all(id(parameter) in there for parameter in dense.parameters):
+            if not all(id(parameter) in current for parameter in dense.parameters):
                 raise PlanError(
-                    f"layer {name}: the model has another weight now than ADMM was made with (it was cut into cores, replaced, "
-                    "or loaded with assign=True): make ADMM anew"
+                    f"layer {name}: the model no longer holds the weight that ADMM was created with (factored, replaced, "
+                    "or loaded with assign=True); create a new ADMM object"
                 )
 
     def synchronize(self) -> None:
-        """Give every process that trains along the same state, to be saved by one: all call it, between steps.
+        """Make the state equal on all processes, so that one of them can save it. All processes call it, between steps.
 
-        Without it the moments of `metric="activation"` are those of this process's batches until the next update.
+        Otherwise the moments of `metric="activation"` come from this process's batches only, until the next update.
         """
         if self._moments is not None:
             self._moments.synchronize()
 
     def set_rho(self, rho: float) -> None:
-        """Change the penalty's weight; U is rescaled, so that the multiplier ρU stays what it was (Boyd et al., 3.4.1)."""
+        """Change the weight of the penalty, and rescale U so that the multiplier ρU does not change (Boyd et al., 3.4.1).
+
+        Args:
+            rho: the new weight, above 0.
+
+        Raises:
+            ValueError: rho is not positive.
+
+        """
         if not 0 < rho < math.inf:
-            raise ValueError(f"rho is positive, and {rho} came")
+            raise ValueError(f"rho: expected a positive number, got {rho}")
         if rho != self.rho:
             self.U = {name: u * (self.rho / rho) for name, u in self.U.items()}
             self.rho = rho
@@ -186,13 +232,21 @@ class ADMM:
 
     @torch.no_grad()
     def balance(self, apart: float = 10.0, factor: float = 2.0) -> None:
-        """Multiply or divide rho by `factor` where the residuals of the last update are more than `apart` times apart.
+        """Adapt rho to the residuals of the last update (residual balancing; Wohlberg 2017).
 
-        Compared are the relative residuals over all layers, ‖W − Z‖ / max(‖W‖, ‖Z‖) and ‖Z − Z_previous‖ / ‖U‖
-        (Wohlberg 2017), which the scale of the weights does not change.
+        The relative residuals over all layers are ‖W − Z‖ / max(‖W‖, ‖Z‖), primal, and ‖Z − Z_previous‖ / ‖U‖, dual. They do
+        not depend on the scale of the weights.
+
+        Args:
+            apart: rho changes if one residual is more than this many times the other; above 1, default 10.
+            factor: rho is multiplied by it if the primal residual is larger, else divided; above 1, default 2.
+
+        Raises:
+            ValueError: an argument is not above 1.
+
         """
         if not (apart > 1 and factor > 1):
-            raise ValueError(f"apart and factor are above 1, and {apart} and {factor} came")
+            raise ValueError(f"expected apart and factor above 1, got apart={apart} and factor={factor}")
         primal, dual = self._relative
         if primal > apart * dual:
             self.set_rho(self.rho * factor)
@@ -205,34 +259,44 @@ class ADMM:
         gap = torch.linalg.vector_norm(self._measured(name, between))
         torch.sub(z, before, out=between)  # in place: a recurrent layer's weight can be hundreds of megabytes
         moved = torch.linalg.vector_norm(self._measured(name, between))
-        other = torch.linalg.vector_norm(self._measured(name, z))
-        self._gaps[name] = (float(gap), float(moved), float(size), float(other))
+        z_norm = torch.linalg.vector_norm(self._measured(name, z))
+        self._norms[name] = (float(gap), float(moved), float(size), float(z_norm))
         return Residual(name, float(gap / size), float(self.rho * moved), float(moved / size))
 
     @property
     def _relative(self) -> tuple[float, float]:
-        gap, moved, w, z = (math.hypot(*(one[k] for one in self._gaps.values())) for k in range(4))
+        gap, moved, w, z = (math.hypot(*(norms[k] for norms in self._norms.values())) for k in range(4))
         multipliers = math.hypot(*(float(torch.linalg.vector_norm(self._measured(n, u))) for n, u in self.U.items()))
         return gap / max(w, z, 1e-30), moved / max(multipliers, 1e-30)
 
     def _projected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return each tensor's projection; every process makes its share of them."""
+        """Return the projection of each tensor; every process computes a part of them."""
         owners = shared_out({name: tensor.numel() * min(tensor.shape) for name, tensor in tensors.items()})
-        found = {}
+        projections = {}
         for layer in self.plan.layers:
             tensor = tensors[layer.name]
             own = owners[layer.name] == rank()
-            found[layer.name] = self._project(layer, tensor) if own else torch.empty_like(tensor).contiguous()
+            projections[layer.name] = self._project(layer, tensor) if own else torch.empty_like(tensor).contiguous()
         if world() > 1:
             for name, owner in owners.items():
-                distributed.broadcast(found[name], owner)
-        return found
+                distributed.broadcast(projections[name], owner)
+        return projections
 
     def factorize(self, model: nn.Module | None = None) -> nn.Module:
-        """Cut every planned weight into cores, swap the layers in place, and return the model.
+        """Decompose every planned weight into cores and replace the dense layers by layers made of cores, in place.
 
-        They are cut in ADMM's metric, as it was at the last update. `model` is a copy to cut in place of the trained one.
-        The optimizer of the dense weights knows nothing of the cores: make a new one to fine-tune.
+        The weights are decomposed in ADMM's metric of the last update. To fine-tune, create a new optimizer: the old one holds
+        the dense weights.
+
+        Args:
+            model: a copy of the model to factor; default the model that ADMM was created with.
+
+        Returns:
+            The factored model.
+
+        Raises:
+            PlanError: the plan does not fit `model`, or a layer has seen no batch (`metric="activation"`).
+
         """
         if self._moments is not None and not self.roots:
             self.roots = self._moments.roots()
@@ -240,12 +304,12 @@ class ADMM:
         return swap(self.model if model is None else model, self.plan, roots=self.roots)
 
     def close(self) -> None:
-        """Remove the hooks that gather moments from the model; to be called where `factorize` is not."""
+        """Remove the hooks of `metric="activation"` from the model. Call it if you do not call `factorize`."""
         if self._moments is not None:
             self._moments.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rho, Z and U, the moments and S, to be saved beside the model's and the optimizer's state."""
+        """Return rho, Z, U, the moments and S, to save with the state of the model and the optimizer."""
         state: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "Z": dict(self.Z), "U": dict(self.U)}
         if self._moments is not None:
             roots = {name: {"root": root.root, "inverse": root.inverse} for name, root in self.roots.items()}
@@ -253,21 +317,34 @@ class ADMM:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; `PlanError` when it belongs to another plan, model or metric."""
+        """Restore the state that `state_dict` returned.
+
+        Args:
+            state: the state; its tensors may be on another device.
+
+        Raises:
+            PlanError: keys are missing, or the state belongs to another plan, model or metric.
+
+        """
         missing = [key for key in ("rho", "Z", "U") if key not in state]
         if missing:
-            raise PlanError(f"ADMM state: {', '.join(missing)} missing; expected what `state_dict` returned")
+            raise PlanError(
+                f"ADMM state: keys {', '.join(missing)} are missing; expected a dictionary that `state_dict` returned"
+            )
         metric = state.get("metric", "weight")
         if metric != self.metric:
-            raise PlanError(f"ADMM state: its metric is {metric}, and this one's is {self.metric}")
+            raise PlanError(f"ADMM state: expected the metric {self.metric}, got {metric}; create ADMM with metric={metric!r}")
         for key in ("Z", "U"):
             shapes = {name: tuple(tensor.shape) for name, tensor in state[key].items()}
             expected = {name: dense.spec.shape for name, dense in self._layers.items()}
             if shapes != expected:
-                raise PlanError(f"ADMM state: {key} is of layers {shapes}, and the plan has {expected}")
+                raise PlanError(
+                    f"ADMM state: expected {key} for the layers of the plan, {expected}, got {shapes}; use the plan and "
+                    "the model that it was saved with"
+                )
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
-            device = dense.parameters[0].device  # the state may come from another one
+            device = dense.parameters[0].device  # the state may be on another device
             self.Z[name], self.U[name] = state["Z"][name].to(device), state["U"][name].to(device)
         if self._moments is not None:
             self._moments.load_state_dict(state["moments"])
@@ -279,36 +356,36 @@ class ADMM:
 
     @torch.no_grad()
     def _place(self) -> None:
-        """Make what the penalty reads. It stays there in memory: a CUDA graph of a training step sees every change."""
-        self._wanted = {name: z - self.U[name] for name, z in self.Z.items()}
+        """Create the tensors that the penalty reads. Updates write into the same memory, as a CUDA graph of a step requires."""
+        self._targets = {name: z - self.U[name] for name, z in self.Z.items()}
         self._half_rho = next(iter(self.Z.values())).new_tensor(self.rho / 2)
 
     @torch.no_grad()
     def _changed(self) -> None:
         self._half_rho.fill_(self.rho / 2)
-        for name, wanted in self._wanted.items():
-            torch.sub(self.Z[name], self.U[name], out=wanted)
+        for name, target in self._targets.items():
+            torch.sub(self.Z[name], self.U[name], out=target)
 
     @torch.no_grad()
     def _project(self, layer: LayerPlan, tensor: Tensor) -> Tensor:
-        # A contiguous copy: channels-last weights keep their own strides, the projection its own.
+        # Contiguous, since weights may be channels_last and the projection is not.
         measured = self._measured(layer.name, tensor).contiguous()
         small = measured.numel() <= _SMALL
-        if (measured.is_cuda and small) or measured.device.type == "mps":  # which has no float64
+        if (measured.is_cuda and small) or measured.device.type == "mps":  # MPS has no float64
             measured = measured.cpu()
-        if not measured.isfinite().all():  # some decompositions would not end
-            raise PlanError(f"layer {layer.name}: its weight cannot be projected (it holds infinity or NaN): is it finite?")
+        if not measured.isfinite().all():  # some decompositions would not terminate
+            raise PlanError(f"layer {layer.name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")
         try:
             with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
                 projected = project(layer.format, measured, layer.modes, layer.ranks).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
-            raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}): is it finite?") from None
+            raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}); {_ADVICE}") from None
         root = self.roots.get(layer.name)
         projected = (root.undo(projected) if root else projected).contiguous()
-        # Where nothing is cut off it may be the very weight, which trains on.
+        # If nothing is truncated, it may share memory with the weight, which keeps training.
         return projected.clone() if projected.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() else projected
 
     def _measured(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what a tensor's Frobenius norm is taken of: itself, or its product with S."""
+        """Return the tensor whose Frobenius norm is the norm in ADMM's metric: the tensor itself, or its product with S."""
         root = self.roots.get(name)
         return root.apply(tensor) if root else tensor

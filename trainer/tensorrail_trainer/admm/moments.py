@@ -1,15 +1,6 @@
-r"""Second moments of the layers' inputs, gathered while a model trains, and the metric for weights that they make.
+"""Second moments of the layers' inputs, gathered while a model trains.
 
-When the weight of a linear layer changes from W to Z, its outputs on inputs :math:`x` of I channels change by
-
-.. math:: E‖(W - Z) x‖^2 = ‖(W - Z) S‖_F^2, \qquad S = E[xx^T]^{1/2} \quad (I, I).
-
-For a convolution the same holds for each tap of the kernel alone; that neighbouring positions are alike is left out, since
-a matrix that mixes taps would not keep the ranks of every format. S is scaled to :math:`\operatorname{tr} S^2 = I`, so
-that inputs without preferred direction make it the identity: the plain Frobenius norm.
-
-The closest weight of low rank in this metric is :math:`\operatorname{project}(WS) \, S^{-1}`. A regular matrix on the one
-mode of the inputs multiplies one core, so it keeps every rank. Over an input that is split into several modes it does not.
+They define the metric of `ADMM(metric="activation")`, which `tensorrail_trainer.layers.metric` explains.
 """
 
 from __future__ import annotations
@@ -24,23 +15,30 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.dense import DenseLayer
+from tensorrail_trainer.layers.dense import DenseModule
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.processes import summed, world
 
-_ROWS = 1024  # positions of a batch that are looked at: 2·I² FLOPs each, where a convolution does 2·O·I·K at all of them
-_WINDOW = 100  # batches: the mean of all at first, of about so many last ones later, for the layers before go on training
+_ROWS = 1024  # positions sampled from a batch, at 2·I² FLOPs each; a convolution takes 2·O·I·K FLOPs at every position
+_WINDOW = 100  # batches of the running mean: earlier layers keep training, so old batches must be forgotten
 
 
 class InputMoments:
-    """The running second moments of the inputs of planned layers, over the batches that the model trains on.
+    """Running second moments of the inputs of planned layers, over the batches that the model trains on.
 
-    A hook on each layer looks at up to 1024 positions of each batch that passes while the layer is in training mode, so
-    that evaluation does not count. `close` removes the hooks; copies of the model have none that do anything.
-    Raises `PlanError` for a plan that `require_one_input` refuses.
+    A hook on each layer samples up to 1024 positions of each batch, in training mode only. `close` removes the hooks; the
+    hooks of a copy of the model do nothing.
+
+    Args:
+        plan: the plan.
+        layers: the planned layers by name, as `planned_layers` returns them.
+
+    Raises:
+        PlanError: the plan does not meet `require_one_input`.
+
     """
 
-    def __init__(self, plan: Plan, layers: Mapping[str, DenseLayer]) -> None:
+    def __init__(self, plan: Plan, layers: Mapping[str, DenseModule]) -> None:
         require_one_input(plan, layers)
         self._layers = dict(layers)
         self.second: dict[str, Tensor] = {}  # (I, I)
@@ -51,7 +49,7 @@ class InputMoments:
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor) -> None:
-        """Take a batch of inputs of a layer into its mean: (B, I, *S) of a convolution, (…, I) of the others."""
+        """Add a batch of a layer's inputs to the running mean: (B, I, *S) for a convolution, (…, I) for other layers."""
         rows = _rows(x, self._layers[name].spec.spatial)
         if not len(rows):
             return
@@ -63,16 +61,16 @@ class InputMoments:
         self.second[name] = torch.lerp(self.second[name], second, share) if name in self.second else second
 
     def roots(self) -> dict[str, Root]:
-        """Return the metric of every layer from the batches so far, the mean over all processes that train together.
+        """Return the metric of every layer, from the batches so far of all processes.
 
-        `PlanError` names a layer that no batch has passed, or whose inputs were not finite.
+        Raises `PlanError` for a layer that has seen no batch, or whose inputs were not finite.
         """
         self.synchronize()
-        return {name: Root.of(self._known(name), dense.parameters[0]) for name, dense in self._layers.items()}
+        return {name: Root.of(self._finite_moment(name), dense.parameters[0]) for name, dense in self._layers.items()}
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Make the moments of every process the mean over those that train together, each of which saw other batches."""
+        """Average the moments over all processes that train together, each of which sees different batches."""
         if world() == 1:
             return
         for name, dense in self._layers.items():
@@ -85,57 +83,56 @@ class InputMoments:
                 )
             batches = second.new_tensor([self.batches[name], float(self.batches[name] > 0)], dtype=torch.float64)
             total, count = summed(second), summed(batches)
-            if count[1]:  # a process may have had no share of the batches yet
+            if count[1]:  # a process may have seen no batch yet
                 self.second[name] = total / float(count[1])
                 self.batches[name] = round(float(count[0] / count[1]))
 
     def close(self) -> None:
-        """Remove the hooks from the model; what was gathered stays."""
+        """Remove the hooks from the model; the moments stay."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moments and the number of batches behind them."""
+        """Return the moments and the number of batches of each layer."""
         return {"second": dict(self.second), "batches": dict(self.batches)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over moments and numbers of batches."""
+        """Restore what `state_dict` returned."""
         self.batches = dict(state["batches"])
         self.second = {name: t.to(self._layers[name].parameters[0].device) for name, t in state["second"].items()}
 
-    def _known(self, name: str) -> Tensor:
+    def _finite_moment(self, name: str) -> Tensor:
         if name not in self.second:
             raise PlanError(
-                f"layer {name}: no batch has passed its module in training mode, so that the metric of its inputs is not "
-                "known; train before the update, or use metric='weight' where the model reads the weight past its module"
+                f"layer {name}: expected at least one batch through its module in training mode, got none; train before the "
+                "update, or use metric='weight' if the model reads the weight without calling the module"
             )
         second = self.second[name]
         if not torch.isfinite(second).all():
-            raise PlanError(f"layer {name}: its inputs were not finite in training; lower the learning rate or rho")
+            raise PlanError(f"layer {name}: its inputs held infinity or NaN in training; lower the learning rate or rho")
         return second
 
 
-def require_one_input(plan: Plan, layers: Mapping[str, DenseLayer]) -> None:
-    """Raise `PlanError`, naming the layer, unless all inputs of every planned layer are one mode that a hook can see."""
+def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
+    """Raise `PlanError` unless the inputs of every planned layer are one mode of its format and visible to a hook."""
     for layer in plan.layers:
         dense = layers[layer.name]
         count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
         if count != 1:
             raise PlanError(
-                f"layer {layer.name}: modes {list(layer.modes)} split its inputs into {count}, and the metric of the "
-                f"activations does not act on one of them alone; several input modes need `metric: weight`, or give the "
-                f"{dense.spec.shape[1]} inputs as one mode"
+                f"layer {layer.name}: `metric: activation` expects one input mode, got {count} in modes {list(layer.modes)}; "
+                f"use `metric: weight`, or give the {dense.spec.shape[1]} inputs as one mode"
             )
         if dense.spec.op == "recurrent" and not layer.name.endswith("weight_ih_l0"):
             raise PlanError(
-                f"layer {layer.name}: its inputs stay inside the {type(dense.module).__name__}; only weight_ih_l0 may have "
-                "`metric: activation`, deeper layers need `metric: weight`, or a module of their own"
+                f"layer {layer.name}: `metric: activation` supports only weight_ih_l0: the inputs of deeper layers stay "
+                f"inside the {type(dense.module).__name__}; use `metric: weight`, or put the layer in its own module"
             )
 
 
 class _Hook:
-    """Hands a layer's inputs on to the moments. Copied or pickled with the model it becomes one that does nothing."""
+    """Passes the inputs of a layer to the moments. A copied or unpickled hook does nothing."""
 
     def __init__(self, moments: InputMoments | None = None, name: str = "") -> None:
         self.moments, self.name = moments, name
@@ -150,10 +147,10 @@ class _Hook:
 
 
 def _rows(x: Tensor, spatial: int) -> Tensor:
-    """Return up to `_ROWS` positions of a batch, (N, I), spread over all of it by steps of the golden section.
+    """Return up to `_ROWS` positions of a batch, (N, I), spread over the batch by steps of the golden section.
 
-    Which they are follows from the number of positions alone. The step shares no divisor with that number: a regular one
-    would meet the same columns of every image.
+    The choice depends only on the number of positions. The step and that number have no common divisor: otherwise the sample
+    would hold the same columns of every image.
     """
     x = x.movedim(-1 - spatial, -1)
     leading = x.shape[:-1]
@@ -163,5 +160,5 @@ def _rows(x: Tensor, spatial: int) -> Tensor:
     step = round(count * (math.sqrt(5) - 1) / 2)
     while math.gcd(step, count) != 1:
         step += 1
-    picked = torch.arange(_ROWS, device=x.device) * step % count
-    return x[torch.unravel_index(picked, leading)]
+    positions = torch.arange(_ROWS, device=x.device) * step % count
+    return x[torch.unravel_index(positions, leading)]

@@ -1,4 +1,4 @@
-"""The data sets that recipes can name, and what they tell a model before they are read."""
+"""The data sets that a recipe can name, and the sizes that a model needs to know of them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tensorrail_trainer.data.splits import Split as Split
 from tensorrail_trainer.data.video import video, video_known
 
 Known = Mapping[str, int]
-"""What a model is told about its input and output, by the names of its arguments: channels, classes, inputs, size."""
+"""Arguments of a model that follow from the data set: `channels`, `classes`, `inputs`, `size`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: `make` reads it, `known` says what a model must know, without reading it, from the same arguments."""
+    """A data set: `make` reads it; `known` returns the arguments of a model, from the same arguments, without reading it."""
 
     make: Callable[..., Dataset]
     known: Callable[..., Known]
@@ -46,10 +46,19 @@ DATASETS: dict[str, Source] = {
 
 
 def source_of(name: str) -> Source:
-    """Return the data set of that name, or the one that `module:function` makes; `DataError` when there is none.
+    """Return the data set of a name.
 
-    The function returns a `Dataset`, or `(train, test, classes)` of torch's map-style data sets; nothing is known about them
-    before they are read, so that a recipe says itself what its model must know.
+    Args:
+        name: a key of `DATASETS`, or your own function as `module:function`, which returns a `Dataset` or
+            `(train, test, classes)` of torch's map-style data sets. With your own function, the recipe must give the model
+            all of its arguments.
+
+    Returns:
+        The data set, not read yet.
+
+    Raises:
+        DataError: there is no such data set or function.
+
     """
     if name in DATASETS:
         return DATASETS[name]

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in the folders they are published as.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read from their published folders.
 
-The files are Python pickles. They are read by an unpickler that knows plain containers, and stand-ins for NumPy's arrays that
-take in a shape, a type of numbers and bytes: a file from elsewhere neither runs code nor says where in memory anything lies.
+The files are Python pickles. They are read by a restricted unpickler that knows plain containers and stand-ins for NumPy
+arrays, which accept only a shape, an integer type and bytes: a file cannot run code or address memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,20 @@ _Constants = tuple[torch.Tensor, torch.Tensor]
 def cifar10(
     root: str = "data/cifar-10-batches-py", mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Dataset:
-    """Return CIFAR-10 from its published folder: five training files and a test file.
+    """Read CIFAR-10 from its published folder.
 
-    Images are standardised by the mean and deviation of the training split's channels, or by the `mean` and `std` given, of
-    values from 0 to 1: weights from elsewhere want the constants that they were trained with.
+    Args:
+        root: the folder with five training files and a test file; default `data/cifar-10-batches-py`.
+        mean: three numbers to standardize the channels with, for pixel values from 0 to 1; default: those of the training
+            split. Pretrained weights need the constants that they were trained with.
+        std: three standard deviations, given together with `mean`.
+
+    Returns:
+        Images (N, 3, 32, 32) and 10 classes.
+
+    Raises:
+        DataError: a file cannot be read, or is not of CIFAR-10.
+
     """
     folder = Path(root)
     train = [_read(folder / f"data_batch_{k}", b"labels") for k in range(1, 6)]
@@ -37,7 +47,7 @@ def cifar10(
 def cifar100(
     root: str = "data/cifar-100-python", mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Dataset:
-    """Return CIFAR-100, fine labels, from its published folder, `train` and `test`; `mean` and `std` as for `cifar10`."""
+    """Read CIFAR-100 with fine labels from its published folder; `mean` and `std` are as for `cifar10`."""
     folder = Path(root)
     train, test = ([_read(folder / name, b"fine_labels")] for name in ("train", "test"))
     return _dataset("CIFAR-100", folder, 100, train, test, _given(mean, std))
@@ -48,29 +58,31 @@ def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> _Consta
         return None
     for name, values in (("mean", mean), ("std", std)):
         if values is None or len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-            raise DataError(f"{name}: expected one number a channel, of values from 0 to 1, and {values} came")
+            raise DataError(f"{name}: expected three numbers, one per channel, for pixel values from 0 to 1, got {values}")
     if min(std or ()) <= 0:
-        raise DataError(f"std: expected numbers above 0, and {std} came")
-    made = [255 * torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1) for values in (mean, std)]
-    return made[0], made[1]
+        raise DataError(f"std: expected numbers above 0, got {std}")
+    constants = [255 * torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1) for values in (mean, std)]
+    return constants[0], constants[1]
 
 
 def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list[Any], given: _Constants | None) -> Dataset:
-    """Return both splits as bytes (N, 3, 32, 32), standardised when they are given out."""
+    """Return both splits, stored as uint8 (N, 3, 32, 32) and standardized in each batch."""
     splits = []
     for parts in (train, test):
         x = torch.from_numpy(np.concatenate([images for images, _ in parts]))
         y = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
         splits.append((x, y))
         if y.max() >= classes:
-            raise DataError(f"{folder}: has the label {int(y.max())}: expected 0 to {classes - 1}; is it another CIFAR?")
+            raise DataError(
+                f"{folder}: expected labels 0 to {classes - 1}, got {int(y.max())}; check that it is the folder of {name}"
+            )
     mean, deviation = given or _statistics(splits[0][0])
     source = f"{name} ({folder.name}), {len(splits[0][1])} training and {len(splits[1][1])} test images"
     return Dataset(source, classes, *(InMemory(x, y, mean, deviation) for x, y in splits))
 
 
 def _statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean and deviation of each channel, (1, C, 1, 1), by counting bytes."""
+    """Return the mean and standard deviation of each channel, (1, C, 1, 1), from the histogram of the bytes."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     values = torch.arange(256, dtype=torch.float64)
     mean = counts @ values / counts.sum(1)
@@ -83,22 +95,22 @@ def _read(path: Path, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
         with path.open("rb") as file:
             raw = _Reader(file, encoding="bytes").load()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): expected a file of the published CIFAR folder") from None
-    except Exception as error:  # noqa: BLE001 - a broken pickle raises whatever its bytes say
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of the published CIFAR folder") from None
+    except Exception as error:  # noqa: BLE001 - a broken pickle can raise any exception
         raise DataError(f"{path}: not a published CIFAR file ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(raw, dict) or not {b"data", labels} <= raw.keys():
         raise DataError(f"{path}: not a published CIFAR file: expected the keys data and {labels.decode()}")
     images, classes = (_values(raw[key]) for key in (b"data", labels))
     if classes is None or classes.ndim != 1:
-        raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
+        raise DataError(f"{path}: not a published CIFAR file: expected labels that are integers from 0")
     if images is None or images.dtype != np.uint8 or images.shape != (len(classes), _PIXELS):
-        raise DataError(f"{path}: not a published CIFAR file: expected data of shape ({len(classes)}, {_PIXELS}) of bytes")
+        raise DataError(f"{path}: not a published CIFAR file: expected uint8 data of shape ({len(classes)}, {_PIXELS})")
     if not len(classes) or classes.min() < 0:
-        raise DataError(f"{path}: not a published CIFAR file: expected whole numbers from 0 as labels")
+        raise DataError(f"{path}: not a published CIFAR file: expected labels that are integers from 0")
     return images.reshape(-1, 3, 32, 32), classes.astype(np.int64)
 
 
-class _Reader(pickle.Unpickler):  # noqa: S301 - find_class refuses all but NumPy arrays
+class _Reader(pickle.Unpickler):  # noqa: S301 - find_class allows NumPy arrays only
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _STAND_INS[module, name]
@@ -107,7 +119,7 @@ class _Reader(pickle.Unpickler):  # noqa: S301 - find_class refuses all but NumP
 
 
 class _Numbers:
-    """What stands for a `numpy.dtype` in a file: whole numbers of 1 to 8 bytes."""
+    """Stands for a `numpy.dtype` in a file: integers of 1 to 8 bytes."""
 
     def __init__(self, code: Any) -> None:
         text = code.decode("ascii") if isinstance(code, bytes) else str(code)
@@ -120,7 +132,7 @@ class _Numbers:
 
 
 class _Array:
-    """What stands for a `numpy.ndarray` in a file: its numbers, copied out of the bytes."""
+    """Stands for a `numpy.ndarray` in a file: its values, copied from the bytes."""
 
     values: np.ndarray | None = None
 
@@ -137,17 +149,17 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def _values(found: Any) -> np.ndarray | None:
-    """Return the numbers of an array or of a list of whole numbers; None for anything else."""
-    if type(found) is _Array:
-        return found.values
-    if type(found) is list and all(type(one) is int and abs(one) < 2**31 for one in found):
-        return np.array(found, np.int64)
+def _values(content: Any) -> np.ndarray | None:
+    """Return the values of an array or of a list of integers; None for anything else."""
+    if type(content) is _Array:
+        return content.values
+    if type(content) is list and all(type(value) is int and abs(value) < 2**31 for value in content):
+        return np.array(content, np.int64)
     return None
 
 
 _NUMBERS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
-# Functions, and the name alone of the class that `_reconstruct` is told: a file can call them, and alter none of their kind.
+# Functions, and only the name of the class that `_reconstruct` receives: a file can call them but cannot change any class.
 _STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): lambda code, *_: _Numbers(code),
     ("numpy", "ndarray"): "numpy.ndarray",

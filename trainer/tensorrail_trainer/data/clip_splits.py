@@ -1,4 +1,4 @@
-"""Which clips of a folder of videos are for training and which for the test: published lists, groups, or a share by class."""
+"""Training and test split of a folder of videos: by published lists, by groups of clips, or by a share of each class."""
 
 from __future__ import annotations
 
@@ -12,57 +12,61 @@ from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.files import unreadable
 
 VIDEOS = frozenset({".avi", ".mpg", ".mpeg", ".mp4", ".m4v", ".mov", ".mkv", ".webm"})
-NEITHER, TRAIN, TEST = 0, 1, 2  # as HMDB51's lists have them
+NEITHER, TRAIN, TEST = 0, 1, 2  # the marks in the lists of HMDB51
 
 _GROUP = re.compile(r"v_.*?_g?(\d+)(?:_c?\d+)?")
 _LISTS = "<class>_test_split{0}.txt (HMDB51), or trainlist{0:02}.txt and testlist{0:02}.txt (UCF101)"
 
 
 def by_list(root: Path, paths: Sequence[Path], lists: Path, number: int) -> np.ndarray:
-    """Return TRAIN, TEST or NEITHER for every clip, from the lists of split `number` that HMDB51 or UCF101 come with.
+    """Return TRAIN, TEST or NEITHER for every clip, from the published lists of HMDB51 or UCF101 for the split `number`.
 
-    Clips go by the name of their class's folder and their own, with or without a video's suffix. `DataError` when there are
-    no such lists, a line of one is not as published, or clips and lists are not of the same data set.
+    A clip is identified by the folder of its class and its name, with or without the suffix of a video file. Raises `DataError`
+    if there are no such lists, a line has another form, or the lists and the clips belong to different data sets.
     """
     listed = dict(_listed(lists, number))
     if not listed:
-        raise DataError(f"{lists}: holds no lists of split {number}: expected {_LISTS.format(number)}")
+        raise DataError(f"{lists}: no lists of split {number} found; expected {_LISTS.format(number)}")
     keys = [(path.relative_to(root).parts[0], _clip(path.name)) for path in paths]
     for path, key in zip(paths, keys, strict=True):
         if key not in listed:
-            raise DataError(f"{path}: is in no list of split {number} in {lists}: expected the lists of this data set")
+            raise DataError(f"{path}: not in any list of split {number} in {lists}; expected the lists of this data set")
     missing = sorted({key for key, mark in listed.items() if mark != NEITHER} - set(keys))
     if missing:
         first = "/".join(missing[0])
-        raise DataError(f"{root}: {len(missing)} clips of split {number} are not there, {first} is the first: unpack them all")
+        raise DataError(f"{root}: {len(missing)} clips of split {number} are missing, such as {first}; unpack all clips")
     return np.array([listed[key] for key in keys])
 
 
 def groups_of(root: Path, paths: Sequence[Path]) -> list[int] | None:
-    """Return the group of every clip, or None where clips have none; `DataError` when only some have one."""
+    """Return the group of every clip, or None if no clip has one. Raises `DataError` if only some clips have one."""
     groups = [_group(path.relative_to(root)) for path in paths]
     if all(group is None for group in groups):
         return None
     for path, group in zip(paths, groups, strict=True):
         if group is None:
-            raise DataError(f"{path}: has no group, and other clips have: expected all, or none, named v_<class>_<group>")
+            raise DataError(
+                f"{path}: has no group, but other clips have one; expected all clips, or none, to be named v_<class>_<group>"
+            )
     return [group for group in groups if group is not None]
 
 
-def by_group(root: Path, groups: Sequence[int], wanted: Sequence[int] | None, fraction: float, seed: int) -> np.ndarray:
-    """Return TEST for the clips of the wanted groups, by default a share of the groups that the seed picks, else TRAIN."""
+def by_group(root: Path, groups: Sequence[int], test_groups: Sequence[int] | None, fraction: float, seed: int) -> np.ndarray:
+    """Return TEST for the clips of the test groups, else TRAIN. By default the seed selects a fraction of the groups."""
     known = sorted(set(groups))
-    if wanted is None:
+    if test_groups is None:
         count = max(1, round(fraction * len(known)))
-        wanted = np.random.default_rng(seed).permutation(known)[:count].tolist()
-    missing = [group for group in wanted if group not in known]
+        test_groups = np.random.default_rng(seed).permutation(known)[:count].tolist()
+    missing = [group for group in test_groups if group not in known]
     if missing:
-        raise DataError(f"{root}: test_groups: there is no group {missing[0]}; expected some of {', '.join(map(str, known))}")
-    return np.where(np.isin(groups, list(wanted)), TEST, TRAIN)
+        raise DataError(
+            f"{root}: test_groups: group {missing[0]} does not exist; expected some of {', '.join(map(str, known))}"
+        )
+    return np.where(np.isin(groups, list(test_groups)), TEST, TRAIN)
 
 
 def by_class(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return TEST for a share of each class's clips that the seed picks, else TRAIN."""
+    """Return TEST for a fraction of the clips of each class, selected by the seed, else TRAIN."""
     generator = np.random.default_rng(seed)
     marks = np.full(len(labels), TRAIN)
     for label in np.unique(labels):
@@ -72,36 +76,36 @@ def by_class(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def _group(path: Path) -> int | None:
-    """Return the group that a clip's path below the root names, outermost first."""
+    """Return the group that the path of a clip below the root names; the outermost name applies."""
     for part in (*path.parts[1:-1], path.stem):
-        named = _GROUP.fullmatch(part)
-        if named is not None:
-            return int(named[1])
+        match = _GROUP.fullmatch(part)
+        if match is not None:
+            return int(match[1])
     return None
 
 
 def _clip(name: str) -> str:
-    """Return the name of a clip without a video's suffix; a folder of frames may have other dots in its name."""
+    """Return the name of a clip without the suffix of a video file; the name of a folder of frames may contain other dots."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot + suffix.lower() in VIDEOS else name
 
 
 def _listed(lists: Path, number: int) -> Iterator[tuple[tuple[str, str], int]]:
-    """Yield ((class, clip), mark) of every line of a split's lists."""
+    """Yield ((class, clip), mark) for every line of the lists of a split."""
     ending = f"_test_split{number}.txt"
     for file in sorted(lists.glob(f"*{ending}")):
         for line in _lines(file):
             clip, _, digit = line.rpartition(" ")
             if digit not in {"0", "1", "2"}:
-                raise DataError(f"{file}: its line {line[:80]!r} is not of HMDB51: expected <clip>.avi and 0, 1 or 2")
+                raise DataError(f"{file}: expected lines of HMDB51 (<clip>.avi and 0, 1 or 2), got {line[:80]!r}")
             yield (file.name.removesuffix(ending), _clip(clip.strip())), int(digit)
     for mark, kind in ((TRAIN, "train"), (TEST, "test")):
         file = lists / f"{kind}list{number:02}.txt"
         for line in _lines(file) if file.exists() else ():
-            one_class, slash, clip = line.split()[0].partition("/")
+            class_name, slash, clip = line.split()[0].partition("/")
             if not slash:
-                raise DataError(f"{file}: its line {line[:80]!r} is not of UCF101: expected <class>/<clip>.avi")
-            yield (one_class, _clip(clip)), mark
+                raise DataError(f"{file}: expected lines of UCF101 (<class>/<clip>.avi), got {line[:80]!r}")
+            yield (class_name, _clip(clip)), mark
 
 
 def _lines(file: Path) -> list[str]:

@@ -10,9 +10,16 @@ from tensorrail_trainer.data.splits import Dataset, InMemory
 
 
 def digits(seed: int, test_fraction: float = 0.4, size: int = 32) -> Dataset:
-    """Return scikit-learn's 1,797 handwritten digits, drawn up from 8×8 to size×size, split by class.
+    """Return scikit-learn's 1,797 handwritten digits, standardized by the mean and deviation of the training split.
 
-    Values are standardised by the training split's mean and deviation.
+    Args:
+        seed: the seed of the split.
+        test_fraction: the share of the images in the test split; default 0.4.
+        size: the images are resized from 8×8 to size×size; default 32.
+
+    Returns:
+        Images (N, 1, size, size) and 10 classes; both splits have the same shares of the classes.
+
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -24,5 +31,5 @@ def digits(seed: int, test_fraction: float = 0.4, size: int = 32) -> Dataset:
     mean, deviation = images[train].mean(), images[train].std()
     images = (images - mean) / deviation
     labels = torch.from_numpy(raw.target).long()
-    source = f"scikit-learn load_digits, drawn up to {size}×{size}; {len(train)} training and {len(test)} test images"
+    source = f"scikit-learn load_digits, resized to {size}×{size}; {len(train)} training and {len(test)} test images"
     return Dataset(source, 10, InMemory(images[train], labels[train]), InMemory(images[test], labels[test]))

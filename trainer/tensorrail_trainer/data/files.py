@@ -1,4 +1,4 @@
-"""Splits whose samples stay in files until they are asked for, and the folders that they lie in."""
+"""Splits whose samples are read from files when they are needed, and folders of classes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
 from tensorrail_trainer.data.splits import Augment, InMemory, Share, in_order
 
 Read = Callable[[Path, int | None], Tensor]
-"""Reads a file into values (…), uint8 or float32: as they are, or changed as chance decides from the seed."""
+"""Reads a file into values (…), uint8 or float32: without a seed unchanged, with a seed randomly augmented."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """A split that is read from its files, batch by batch, in `workers` processes (None: one a core, four at most).
+    """A split that is read from its files, batch by batch, in `workers` processes (None: one per core, at most four).
 
-    Batches are (x − mean) / deviation, both of a shape that broadcasts with a batch. Asked for with an `Augment`, `read` is
-    given a seed that follows from the batches' seed and the sample's index; what it changes is for `read` to say.
+    Batches are (x − mean) / deviation, both of a shape that broadcasts with a batch. For batches with an `Augment`, `read`
+    receives a seed that depends on the seed of the batches and the index of the sample, and decides itself how to augment.
     """
 
     paths: Sequence[Path]
@@ -35,7 +35,9 @@ class Files:
 
     def __post_init__(self) -> None:
         if not len(self.y) or len(self.paths) != len(self.y):
-            raise ValueError(f"a split has as many files as labels, and {len(self.paths)} and {len(self.y)} came")
+            raise ValueError(
+                f"expected one label per file and at least one file, got {len(self.paths)} files and {len(self.y)} labels"
+            )
         workers_of(self.workers)
 
     def __len__(self) -> int:
@@ -45,7 +47,7 @@ class Files:
     def batches(
         self, picks: Sequence[Tensor], share: Share = ALONE, augment: Augment | None = None, seed: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield samples and labels; `DataError` names a file that cannot be read."""
+        """Yield samples and labels. Raises `DataError` for a file that cannot be read."""
         own = None if augment is None else seed
         for x, y in loaded(self.sample, picks, share, own, workers_of(self.workers), self.device):
             values = x.float()
@@ -54,47 +56,47 @@ class Files:
             yield values, y
 
     def to(self, device: torch.device) -> Files:
-        """Return the split, its batches on a device."""
-        mean, deviation = (None if one is None else one.to(device) for one in (self.mean, self.deviation))
+        """Return the same split with batches on a device."""
+        mean, deviation = (None if value is None else value.to(device) for value in (self.mean, self.deviation))
         return replace(self, mean=mean, deviation=deviation, device=device)
 
     def held(self) -> InMemory:
-        """Return the split read whole into memory, as `read` gives it, on the CPU."""
-        whole: Tensor | None = None
+        """Return the whole split read into memory, on the CPU, without augmentation."""
+        samples: Tensor | None = None
         done = 0
         for x, _ in loaded(self.sample, in_order(len(self), 16), ALONE, None, workers_of(self.workers), CPU):
-            if whole is None:
-                whole = x.new_empty((len(self), *x.shape[1:]))
-            elif x.shape[1:] != whole.shape[1:]:
-                raise DataError(f"{self.paths[done]}: is of shape {tuple(x.shape[1:])}: expected {tuple(whole.shape[1:])}")
-            whole[done : done + len(x)] = x
+            if samples is None:
+                samples = x.new_empty((len(self), *x.shape[1:]))
+            elif x.shape[1:] != samples.shape[1:]:
+                raise DataError(f"{self.paths[done]}: expected shape {tuple(samples.shape[1:])}, got {tuple(x.shape[1:])}")
+            samples[done : done + len(x)] = x
             done += len(x)
-        assert whole is not None  # noqa: S101 - a split has samples
-        return InMemory(whole, self.y, self.mean, self.deviation)
+        assert samples is not None  # noqa: S101 - a split has samples
+        return InMemory(samples, self.y, self.mean, self.deviation)
 
     def sample(self, index: int, seed: int | None) -> tuple[Tensor, int]:
-        """Return one sample as `read` gives it, and its label; `DataError` names its file."""
+        """Return one sample as `read` returns it, and its label. Raises `DataError` if the file cannot be read."""
         path = self.paths[index]
         try:
             return self.read(path, seed), int(self.y[index])
         except DataError:
             raise
-        except Exception as error:  # noqa: BLE001 - a broken file raises whatever its bytes say
+        except Exception as error:  # noqa: BLE001 - a broken file can raise any exception
             raise unreadable(path, error) from None
 
 
 def unreadable(path: Path, error: Exception, expected: str = "") -> DataError:
-    """Return the one line that says which file could not be read, and why."""
+    """Return an error of one line that says which file could not be read, and why."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120] or type(error).__name__
-    return DataError(f"{path}: cannot be read ({reason})" + (f": expected {expected}" if expected else ""))
+    return DataError(f"{path}: cannot be read ({reason})" + (f"; expected {expected}" if expected else ""))
 
 
 def class_folders(root: Path, expected: str) -> list[str]:
-    """Return the sorted names of the folders in a folder, one a class; `DataError` when there are none."""
+    """Return the sorted names of the folders in a folder, one per class. Raises `DataError` if there are none."""
     try:
         names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise unreadable(root, error, expected) from None
     if not names:
-        raise DataError(f"{root}: holds no folders of classes: expected {expected}")
+        raise DataError(f"{root}: no class folders found; expected {expected}")
     return names

@@ -1,4 +1,4 @@
-"""Batches that other processes read and put together: the same ones, however many processes there are."""
+"""Batches that are read by several processes. The batches do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ ALONE = Share()
 CPU = torch.device("cpu")
 
 Fetch = Callable[[int, int | None], tuple[Tensor, int]]
-"""Gives a sample by its index: values (…) and label. What chance decides about it follows from the seed, where one is given."""
+"""Returns the sample of an index, values (…) and label. All randomness depends on the seed, if one is given."""
 
 
 def workers_of(workers: int | None) -> int:
-    """Return the number of processes: as asked for, or one a core of this process's own, four at most."""
+    """Return the number of processes: `workers`, or by default one per core available to this process, at most four."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(4, cores)
     if workers < 0:
-        raise DataError(f"workers={workers}: expected 0 (read in the training process) or more")
+        raise DataError(f"workers: expected 0 (read in the training process) or more, got {workers}")
     return workers
 
 
 def loaded(
     fetch: Fetch, picks: Sequence[Tensor], share: Share, seed: int | None, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield samples (B, …) and labels (B,) int64 of each pick's share, fetched by `workers` processes, in the picks' order.
+    """Yield samples (B, …) and labels (B,) int64 for this process's share of each batch of indices, in order.
 
-    Each sample has a seed of its own, made of `seed` and its index alone. `DataError` of a worker is raised here as it was.
+    `workers` processes fetch the samples. The seed of a sample depends only on `seed` and its index. A `DataError` in a worker
+    is raised here unchanged.
     """
     loader: DataLoader[tuple[Tensor, Tensor] | DataError] = DataLoader(
         _Batches(fetch, seed),
-        batch_size=None,  # the sampler's entries are whole batches
+        batch_size=None,  # each entry of the sampler is a whole batch
         sampler=[share.of(pick).tolist() for pick in picks],
         num_workers=workers if len(picks) > 1 else 0,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # otherwise a number is drawn from the training's own generator
+        generator=torch.Generator().manual_seed(0),  # otherwise the loader draws a number from torch's global generator
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -54,7 +55,7 @@ def loaded(
 
 
 class _Batches(MapDataset[tuple[Tensor, Tensor] | DataError]):
-    """A batch by the list of its indices; a `DataError` is handed on as a value, for a raised one would carry a traceback."""
+    """Batches by lists of indices. A `DataError` is returned as a value: if raised, its message would contain a traceback."""
 
     def __init__(self, fetch: Fetch, seed: int | None) -> None:
         self.fetch = fetch
@@ -62,15 +63,15 @@ class _Batches(MapDataset[tuple[Tensor, Tensor] | DataError]):
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor] | DataError:
         try:
-            # a share may be empty: the shape of its nothing is that of the first sample
+            # If the share is empty, sample 0 gives the shape of the empty batch.
             samples = [self.fetch(index, self._seed_of(index)) for index in indices or [0]]
         except DataError as error:
             return error
         first = samples[0][0]
         for index, (x, _) in zip(indices, samples, strict=False):
             if x.shape != first.shape or x.dtype != first.dtype:
-                one, other = (f"{tuple(each.shape)} {each.dtype}" for each in (first, x))
-                return DataError(f"samples {indices[0]} and {index} are {one} and {other}: expected one shape and type for all")
+                expected, actual = (f"{tuple(each.shape)} {each.dtype}" for each in (first, x))
+                return DataError(f"sample {index}: expected {expected}, as sample {indices[0]} is, got {actual}")
         x = torch.stack([x for x, _ in samples])
         return x[: len(indices)], torch.tensor([label for _, label in samples])[: len(indices)]
 

@@ -1,10 +1,10 @@
-"""Anybody's data set: a function `module:function` that returns torch's map-style data sets, or a `Dataset` of ours.
+"""Your own data set: a function `module:function` that returns torch's map-style data sets, or a `Dataset`.
 
     def load(root: str):
         return train, test, 10
 
-`train[i]` is a tensor and a label. Instead of the third entry, the number of classes may be an attribute `classes` of `train`,
-a number or a list of names, as torchvision's data sets have it.
+`train[i]` is a tensor and a label. The number of classes can also be an attribute `classes` of `train`, a number or a list of
+names, as in torchvision's data sets, instead of the third entry.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tensorrail_trainer.data.splits import Augment, Dataset, Share
 
 @dataclass(frozen=True)
 class Mapped:
-    """A split made of a torch map-style data set, whose entries are values (…) and a whole number.
+    """A split made of a torch map-style data set, whose entries are values (…) and an integer label.
 
-    Whatever the data set draws from torch's, NumPy's or Python's generators follows from the batches' seed and the index,
-    and from 0 and the index where nothing is augmented: it cannot be told to leave its images as they are.
+    The generators of torch, NumPy and Python are seeded for each sample by its index and the seed of the batches; without
+    augmentation by its index and 0, since the data set cannot be told not to augment.
     """
 
     data: Any
@@ -39,7 +39,7 @@ class Mapped:
 
     def __post_init__(self) -> None:
         if not (hasattr(self.data, "__getitem__") and hasattr(self.data, "__len__")) or not len(self.data):
-            raise DataError(f"a {type(self.data).__name__} came: expected a data set with samples, __getitem__ and __len__")
+            raise DataError(f"expected a data set with samples, __getitem__ and __len__, got a {type(self.data).__name__}")
         workers_of(self.workers)
 
     def __len__(self) -> int:
@@ -49,71 +49,69 @@ class Mapped:
     def batches(
         self, picks: Sequence[Tensor], share: Share = ALONE, augment: Augment | None = None, seed: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield samples and labels; `DataError` names the sample that is not a tensor and a label below `classes`."""
+        """Yield samples and labels. Raises `DataError` for a sample that is not a tensor with a label from 0 to classes − 1."""
         own = 0 if augment is None else seed
         for x, y in loaded(self.sample, picks, share, own, workers_of(self.workers), self.device):
             yield x.float(), y
 
     def to(self, device: torch.device) -> Mapped:
-        """Return the split, its batches on a device."""
+        """Return the same split with batches on a device."""
         return replace(self, device=device)
 
     def sample(self, index: int, seed: int | None) -> tuple[Tensor, int]:
-        """Return one sample and its label, all generators set by the seed and then set back."""
+        """Return one sample and its label, read with seeded generators."""
         where = f"sample {index} of {type(self.data).__name__}"
         try:
             values = _seeded(lambda: self.data[index], 0 if seed is None else seed)
             x, label = values
-        except Exception as error:  # noqa: BLE001 - what another's code raises is not known
+        except Exception as error:  # noqa: BLE001 - a user's code can raise any exception
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{where}: cannot be had ({type(error).__name__}: {reason})") from None
+            raise DataError(f"{where}: cannot be read ({type(error).__name__}: {reason})") from None
         if isinstance(x, np.ndarray):
             x = torch.from_numpy(x)
         if not isinstance(x, Tensor):
             raise DataError(
-                f"{where}: is a {type(x).__name__}: expected a tensor; give the data set a transform that makes one"
+                f"{where}: expected a tensor, got a {type(x).__name__}; give the data set a transform that returns a tensor"
             )
         if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
             label = label.item()
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
-            raise DataError(f"{where}: its label is {label!r:.40}: expected a whole number")
+            raise DataError(f"{where}: expected an integer label, got {label!r:.40}")
         if not 0 <= label < self.classes:
-            raise DataError(
-                f"{where}: its label is {label}: expected 0 to {self.classes - 1}, for there are {self.classes} classes"
-            )
+            raise DataError(f"{where}: expected a label from 0 to {self.classes - 1} ({self.classes} classes), got {label}")
         return x, int(label)
 
 
 def dataset_of(function: Callable[..., Any], name: str) -> Callable[..., Dataset]:
-    """Return a function of the same arguments whose result is a `Dataset`, whatever `function` made of its data."""
+    """Return a function with the same arguments that converts the result of `function` into a `Dataset`."""
 
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Dataset:
-        found = function(*args, **kwargs)
-        if isinstance(found, Dataset):
-            return found
-        if not isinstance(found, tuple | list) or len(found) not in (2, 3):
+        result = function(*args, **kwargs)
+        if isinstance(result, Dataset):
+            return result
+        if not isinstance(result, tuple | list) or len(result) not in (2, 3):
             raise DataError(
-                f"{name}: returned a {type(found).__name__}: expected a Dataset, or (train, test) or (train, test, classes)"
+                f"{name}: expected it to return a Dataset, (train, test) or (train, test, classes), got {type(result).__name__}"
             )
-        classes = found[2] if len(found) == 3 else getattr(found[0], "classes", None)
+        classes = result[2] if len(result) == 3 else getattr(result[0], "classes", None)
         if isinstance(classes, Sequence) and not isinstance(classes, str):
             classes = len(classes)
         if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or classes < 1:
             raise DataError(
-                f"{name}: the number of classes is {classes!r:.40}: expected a whole number or a list, as the third entry of "
-                "the result or as the attribute `classes` of the training data"
+                f"{name}: expected the number of classes, or a list of them, as the third entry of the result or as the "
+                f"attribute `classes` of the training data, got {classes!r:.40}"
             )
         classes = int(classes)
-        train, test = (Mapped(data, classes) for data in found[:2])
+        train, test = (Mapped(data, classes) for data in result[:2])
         return Dataset(f"{name}, {len(train)} training and {len(test)} test samples", classes, train, test)
 
     return make
 
 
 def _seeded(call: Callable[[], Any], seed: int) -> Any:
-    """Return what a call returns under generators that start from the seed; their states are put back."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - others' code draws from it
+    """Return the result of a call with all generators seeded, and restore their states."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may use it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)

@@ -1,7 +1,7 @@
-"""What a data set is to the training loop: two splits that give batches, the same ones for the same seed.
+"""The data sets of the training loop: two splits that return batches, the same ones for the same seed.
 
-Nothing is drawn from a state that an interruption, or another number of processes, would change: the order of an epoch and
-what is done to each sample follow from the seed and the place in the global batch alone.
+The order of an epoch and the augmentation of each sample depend only on the seed and on the position in the global batch, so
+that neither an interruption nor the number of processes changes them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 Border = Literal["edge", "zero", "reflect"]
 _BORDERS = {"edge": "replicate", "zero": "constant", "reflect": "reflect"}
-EVALUATED = 256  # samples at once
+EVALUATED = 256  # samples per batch of an evaluation
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training images: moved by up to `shift` pixels, mirrored, a square of `cutout` pixels blanked.
+    """Augmentation of training images: random shift by up to `shift` pixels, random mirroring, and cutout.
 
-    It becomes the mean colour of data that are standardised, and black in others.
-    Sets that are read from files do what their own arguments say, and only take the seed.
+    `border` fills the pixels outside the image. Cutout sets a random square of `cutout` pixels to the mean colour if the data
+    are standardized, else to black. Data sets that are read from files use their own arguments instead, and only the seed.
     """
 
     shift: int = 0
@@ -36,18 +36,18 @@ class Augment:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each global batch this process takes: every `world`-th sample from `rank` on."""
+    """The part of each global batch that belongs to this process: every `world`-th sample, starting at `rank`."""
 
     rank: int = 0
     world: int = 1
 
     def of(self, pick: Tensor) -> Tensor:
-        """Return this process's part of anything that has one entry a sample."""
+        """Return this process's part of a tensor with one entry per sample."""
         return pick[self.rank :: self.world]
 
 
 class Split(Protocol):
-    """Samples and labels that can be asked for by index."""
+    """Samples and labels that can be read by index."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -56,20 +56,20 @@ class Split(Protocol):
     def batches(
         self, picks: Sequence[Tensor], share: Share = Share(), augment: Augment | None = None, seed: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the samples (B, …) float32 and labels (B,) int64 of each pick of indices, this process's share of them.
+        """Yield samples (B, …) float32 and labels (B,) int64 for this process's share of each batch of indices.
 
-        Without `augment` they come as they are; with it, changed as the seed and their place say.
+        With `augment` the samples are augmented, depending on the seed and their position.
         """
         ...
 
     def to(self, device: torch.device) -> Split:
-        """Return the same split, its batches on a device."""
+        """Return the same split with batches on a device."""
         ...
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, the number of classes, and a line that says where the data come from and how they were read."""
+    """Two splits, the number of classes, and a line that describes the source of the data."""
 
     source: str
     classes: int
@@ -88,7 +88,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A split that is held whole, on one device: `x` (N, …), uint8 or float32, and labels `y` (N,) int64.
+    """A split in memory, on one device: samples `x` (N, …), uint8 or float32, and labels `y` (N,) int64.
 
     Batches are (x − mean) / deviation, both of a shape that broadcasts with a batch. Images are (N, C, H, W).
     """
@@ -100,7 +100,9 @@ class InMemory:
 
     def __post_init__(self) -> None:
         if not len(self.y) or len(self.x) != len(self.y):
-            raise ValueError(f"a split has as many samples as labels, and {len(self.x)} and {len(self.y)} came")
+            raise ValueError(
+                f"expected one label per sample and at least one sample, got {len(self.x)} samples and {len(self.y)} labels"
+            )
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -109,7 +111,7 @@ class InMemory:
     def batches(
         self, picks: Sequence[Tensor], share: Share = Share(), augment: Augment | None = None, seed: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield samples and labels, images changed on their own device by a few gathers for the whole batch."""
+        """Yield samples and labels; images are augmented on their device, a whole batch at once."""
         generator = torch.Generator().manual_seed(seed)
         for pick in picks:
             own = _sent(share.of(pick), self.x.device)
@@ -123,36 +125,36 @@ class InMemory:
 
     def to(self, device: torch.device) -> InMemory:
         """Return the split on a device."""
-        mean, deviation = (None if one is None else one.to(device) for one in (self.mean, self.deviation))
+        mean, deviation = (None if value is None else value.to(device) for value in (self.mean, self.deviation))
         return InMemory(self.x.to(device), self.y.to(device), mean, deviation)
 
 
 def shuffled(count: int, size: int, seed: int) -> list[Tensor]:
-    """Return an epoch's picks of `size` indices each, in an order that the seed alone decides; the rest is left out."""
+    """Return batches of `size` indices in an order that depends only on the seed; an incomplete last batch is left out."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return list(order[: count - count % size].split(size)) if count >= size else []
 
 
 def in_order(count: int, size: int = EVALUATED) -> list[Tensor]:
-    """Return picks of all indices in their order, the last one shorter."""
+    """Return batches of all indices in order; the last batch may be smaller."""
     return list(torch.arange(count).split(size))
 
 
 def arrays(split: Split, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the whole split as it is, as NumPy batches."""
+    """Yield the whole split as NumPy batches, in order and without augmentation."""
     for x, y in split.batches(in_order(len(split), size)):
         yield x.cpu().numpy(), y.cpu().numpy()
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; a GPU is not waited for, and works on meanwhile."""
+    """Copy a tensor to a device, without waiting for a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _augmented(
     image: Tensor, augment: Augment, count: int, share: Share, generator: torch.Generator, mean: Tensor | None
 ) -> Tensor:
-    """Return each image changed by its own numbers, which are drawn for the whole batch of all processes."""
+    """Augment each image by its own random numbers, which are drawn for the whole global batch."""
     if augment.shift:
         offsets = torch.randint(0, 2 * augment.shift + 1, (count, 2), generator=generator)
         image = _shifted(image, augment, _sent(share.of(offsets), image.device))
@@ -179,7 +181,7 @@ def _shifted(image: Tensor, augment: Augment, offsets: Tensor) -> Tensor:
 
 
 def _cut_out(image: Tensor, size: int, centres: Tensor, mean: Tensor | None) -> Tensor:
-    """Return the images with a square blanked, its centre anywhere (DeVries and Taylor 2017)."""
+    """Blank a square with a random centre in each image (DeVries and Taylor 2017)."""
     height, width = image.shape[2:]
     rows = torch.arange(height, device=image.device) - (centres[:, :1] * height).floor() + size // 2
     columns = torch.arange(width, device=image.device) - (centres[:, 1:] * width).floor() + size // 2

@@ -1,8 +1,8 @@
-"""Folders of short videos in the layout of UCF11, UCF101 and HMDB51, each clip as a few frames.
+"""Folders of short videos in the layout of UCF11, UCF101 and HMDB51; each clip is read as a few frames.
 
 A clip is a video file, or a folder of images in the order of their names, anywhere below the folder of its class. UCF11 and
-UCF101 number the recordings that clips were cut from, `v_<class>_<group>_<clip>`: clips of one group look alike, and a split
-through a group would test what was trained on (Liu, Luo and Shah, CVPR 2009).
+UCF101 number the recordings from which the clips were cut, `v_<class>_<group>_<clip>`. Clips of one group look alike, so a
+group must not be divided between training and test (Liu, Luo and Shah, CVPR 2009).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.images import SUFFIXES, decoded
 from tensorrail_trainer.data.splits import Dataset
 
-_CONTAINERS = "avi,mpeg,mpegvideo,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # none that reads other files
-_MEAN, _DEVIATION = 0.45 * 255, 0.225 * 255  # as is usual for videos
-_PIXELS = 89_478_485  # as of images
+_CONTAINERS = "avi,mpeg,mpegvideo,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # without formats that can open other files
+_MEAN, _DEVIATION = 0.45 * 255, 0.225 * 255  # the usual values for videos
+_PIXELS = 89_478_485  # the same limit as for images
 _LAYOUT = "the layout <class>/…/<clip>.avi, or <class>/…/<clip>/<frame>.jpg"
 
 
@@ -43,13 +43,27 @@ def video(
     memory: bool = True,
     workers: int | None = None,
 ) -> Dataset:
-    """Return clips as sequences of `frames` flattened images, (frames, height · width · 3) float32, `size` height and width.
+    """Return clips as sequences of flattened images.
 
-    Frames are those in the middle of as many equal parts of the clip. `lists` is the folder of the published lists of HMDB51
-    or UCF101, and `split` says which of their splits is taken. Without them: where clips are numbered by group, those of
-    `test_groups` are the test split, by default a fifth of the groups that the seed picks; otherwise a fifth of each class's
-    clips. `memory` holds all frames as bytes; without it each clip is read again whenever it is needed. `DataError` when a
-    class has no clip to train with.
+    Args:
+        root: the folder of the classes.
+        seed: the seed of a random split.
+        frames: the number of frames per clip: the middle frames of equal parts of the clip; default 6.
+        size: height and width in pixels; default (120, 160).
+        test_groups: the groups of the test split, for clips that are named by group; default: a random share of the groups.
+        test_fraction: the share of the groups, or of the clips of each class if there are no groups, in the test split, between
+            0 and 1; default 0.2.
+        lists: the folder of the published lists of HMDB51 or UCF101, which then define the split; default none.
+        split: the number of the published split; default 1.
+        memory: keep all frames in memory, as uint8; otherwise each clip is read again when it is needed; default True.
+        workers: the number of processes that read files; default one per core, at most four.
+
+    Returns:
+        Clips (N, frames, height · width · 3) float32.
+
+    Raises:
+        DataError: a file cannot be read, an argument is out of range, or a class has no training clip.
+
     """
     folder, (height, width) = Path(root), _sizes(frames, size, test_fraction)
     classes = class_folders(folder, _LAYOUT)
@@ -58,8 +72,8 @@ def video(
     marks, by = _marks(folder, paths, labels, seed, test_groups, test_fraction, lists, split)
     untrained = set(range(len(classes))) - set(labels[marks == TRAIN].tolist())
     if untrained or TEST not in marks:
-        missing = f"no clip of {classes[min(untrained)]!r} to train with" if untrained else "no clip to test with"
-        raise DataError(f"{folder}: the split leaves {missing}: try other lists, test_groups or another test_fraction")
+        missing = f"no training clip of {classes[min(untrained)]!r}" if untrained else "no test clip"
+        raise DataError(f"{folder}: the split leaves {missing}; change lists, test_groups or test_fraction")
     mean, deviation = torch.tensor(_MEAN), torch.tensor(_DEVIATION)
     splits = []
     for chosen in (marks == TRAIN, marks == TEST):
@@ -71,67 +85,69 @@ def video(
 
 
 def video_known(root: str, size: Sequence[int] = (120, 160), **_: Any) -> Mapping[str, int]:
-    """Return what a model must know of `video`, from the names of the folders."""
+    """Return the arguments of a model for `video`, from the names of the folders."""
     height, width = _sizes(1, size, 0.5)
     return {"inputs": 3 * height * width, "classes": len(class_folders(Path(root), _LAYOUT))}
 
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads a clip, a video file or a folder of frames, as bytes (frames, height · width · 3)."""
+    """Reads a clip, a video file or a folder of frames, as uint8 (frames, height · width · 3)."""
 
     frames: int
     height: int
     width: int
 
     def __call__(self, path: Path, _: int | None) -> Tensor:
-        """Return the clip; `DataError` in one line for one that cannot be read."""
+        """Return the clip. Raises `DataError` if it cannot be read."""
         if path.is_dir():
             files = _frames(path)
             images = (decoded(files[k]) for k in self._middles(len(files)))
-            drawn = [np.array(image.resize((self.width, self.height), Image.Resampling.BILINEAR)) for image in images]
+            resized = [np.array(image.resize((self.width, self.height), Image.Resampling.BILINEAR)) for image in images]
         else:
-            drawn = self._video(path)
-        return torch.from_numpy(np.stack(drawn)).reshape(self.frames, -1)
+            resized = self._video(path)
+        return torch.from_numpy(np.stack(resized)).reshape(self.frames, -1)
 
     def _middles(self, count: int) -> list[int]:
-        """Return the frames in the middle of equal parts; in a clip of few frames some come more than once."""
+        """Return the indices of the middle frames of equal parts; in a short clip some indices repeat."""
         return [int((k + 0.5) * count / self.frames) for k in range(self.frames)]
 
     def _video(self, path: Path) -> list[np.ndarray]:
         av = _av()
-        options = {"format_whitelist": _CONTAINERS}  # with _refuse: no file and no address but this one is opened
-        seen: dict[int, np.ndarray] = {}
+        options = {"format_whitelist": _CONTAINERS}  # together with _refuse: no other file or address can be opened
+        decoded_frames: dict[int, np.ndarray] = {}
         try:
             with path.open("rb") as file, av.open(file, options=options, io_open=_refuse) as container:
                 count = sum(1 for packet in container.demux(video=0) if packet.size)
-            wanted = self._middles(count)
+            indices = self._middles(count)
             with path.open("rb") as file, av.open(file, options=options, io_open=_refuse) as container:
                 for index, frame in enumerate(container.decode(video=0)):
-                    if index in wanted or index == 0:
+                    if index in indices or index == 0:
                         _require_size(path, frame.width, frame.height)
-                        seen[index] = frame.reformat(self.width, self.height, "rgb24", interpolation="AREA").to_ndarray()
-                    if index >= wanted[-1]:
+                        image = frame.reformat(self.width, self.height, "rgb24", interpolation="AREA")
+                        decoded_frames[index] = image.to_ndarray()
+                    if index >= indices[-1]:
                         break
         except DataError:
             raise
-        except Exception as error:  # noqa: BLE001 - a broken video raises whatever its bytes say
+        except Exception as error:  # noqa: BLE001 - a broken video can raise any exception
             raise unreadable(path, error, "a video file") from None
-        if not seen:
-            raise DataError(f"{path}: holds no frames: expected a video file")
-        return [seen[max(k for k in seen if k <= index)] for index in wanted]  # a packet may be without a frame
+        if not decoded_frames:
+            raise DataError(f"{path}: no frames found; expected a video file")
+        # A packet may hold no frame: then the frame before it is used.
+        return [decoded_frames[max(k for k in decoded_frames if k <= index)] for index in indices]
 
 
 def _require_size(path: Path, width: int, height: int) -> None:
     if width * height > _PIXELS:
-        raise DataError(f"{path}: has frames of {width}×{height}: expected {_PIXELS} pixels at most; make it smaller")
+        raise DataError(f"{path}: expected frames of at most {_PIXELS} pixels, got {width}×{height}; make the video smaller")
 
 
 def _sizes(frames: int, size: Sequence[int], test_fraction: float) -> tuple[int, int]:
     if frames < 1 or len(size) != 2 or min(size) < 1 or not 0 < test_fraction < 1:
         raise DataError(
-            f"video: frames={frames}, size={list(size)}, test_fraction={test_fraction}: expected 1 or more frames, "
-            "[height, width] and a share between 0 and 1"
+            "video: expected frames ≥ 1, size [height, width] and test_fraction between 0 and 1, got "
+            f"frames={frames}, size={list(size)}, test_fraction={test_fraction}"
         )
     return size[0], size[1]
 
@@ -146,33 +162,33 @@ def _marks(
     lists: str | None,
     split: int,
 ) -> tuple[np.ndarray, str]:
-    """Return which split each clip is of, and in words what the clips were split by."""
+    """Return the split of each clip, and a description of how the clips were split."""
     if lists is not None:
         if test_groups is not None:
-            raise DataError(f"{folder}: both lists and test_groups say which clips to test with: leave one out")
+            raise DataError(
+                f"{folder}: expected either lists or test_groups to select the test clips, got both; remove one of them"
+            )
         return by_list(folder, paths, Path(lists), split), f"its list {split}"
     groups = groups_of(folder, paths)
     if groups is not None:
         return by_group(folder, groups, test_groups, test_fraction, seed), "group"
     if test_groups is not None:
-        raise DataError(
-            f"{folder}: test_groups needs clips named v_<class>_<group>, and {paths[0].name} has no group; leave it out"
-        )
+        raise DataError(f"{folder}: test_groups expects clips named v_<class>_<group>, got {paths[0].name}; remove test_groups")
     return by_class(labels, test_fraction, seed), "clip"
 
 
 def _clips(folder: Path) -> list[Path]:
-    """Return the clips of a class: folders that hold images, and video files."""
-    found = []
+    """Return the clips of a class: folders of images, and video files."""
+    clips = []
     for name, folders, files in os.walk(folder):
         folders.sort()
         suffixes = {Path(file).suffix.lower() for file in files if not file.startswith(".")}
         if suffixes & SUFFIXES:
-            found.append(Path(name))
-        found += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in VIDEOS and file[0] != "."]
-    if not found:
-        raise DataError(f"{folder}: holds no clips: expected {_LAYOUT}")
-    return found
+            clips.append(Path(name))
+        clips += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in VIDEOS and file[0] != "."]
+    if not clips:
+        raise DataError(f"{folder}: no clips found; expected {_LAYOUT}")
+    return clips
 
 
 def _frames(folder: Path) -> list[Path]:
@@ -184,7 +200,7 @@ def _av() -> Any:
         return import_module("av")
     except ImportError:
         raise DataError(
-            "reading video files needs PyAV: install it by pip install 'tensorrail[video]', or give folders of frames"
+            "reading video files needs PyAV; install it with pip install 'tensorrail[video]', or give folders of frames"
         ) from None
 
 

@@ -1,10 +1,10 @@
-"""Cores fitted to the activations of the dense network, block by block, without labels.
+"""Fit the cores to the activations of the dense network, block by block, without labels.
 
-A graph is cut where a single tensor holds all that the rest needs: in a residual network behind every block. Each block of the
-factored graph is trained to give the dense block's output from the input that the fitted blocks before it really give, so
-that no block needs more memory or time than it has itself. A last pass over the whole graph can fit all blocks together; it is
-off by default, since with 500 images it lost accuracy on others (results/calibration.md). The idea of fitting block by block to
-few unlabelled inputs is that of BRECQ (Li et al., ICLR 2021) for quantization.
+The graph is divided where the rest of it depends on a single tensor: in a residual network after every block. Each block of the
+factored graph is trained to reproduce the output of the dense block, with the output of the fitted blocks before it as input.
+Memory and time are those of one block at a time. A final pass can fit all blocks together; it is off by default, since with 500
+images it lost accuracy on other images (results/calibration.md). Fitting block by block to a few unlabelled inputs follows
+BRECQ (Li et al., ICLR 2021), a method for quantization.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.records import Record
 from tensorrail_trainer.fit.module import OnnxModule
 
-_RATE = 0.01  # of a tensor's root mean square: Adam's first steps change values by that share
+_RATE = 0.01  # relative to the root mean square of a tensor: Adam's first steps change values by this share
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Passes over the calibration inputs: `block_epochs` for every block alone, `epochs` for the whole graph."""
+    """Settings of the fit."""
 
     block_epochs: int = 12
+    """Passes over the calibration inputs for each block."""
     epochs: int = 0
+    """Passes over the calibration inputs for the whole graph, after the blocks."""
     rate: float = _RATE
+    """Learning rate, relative to the root mean square of each tensor."""
     seed: int = 0
+    """Seed of the order of the samples."""
 
 
 class BlockFit(Record):
-    """One block: the share of the variance of its output that is lost, before and after the fit, on the calibration inputs."""
+    """One block: the share of the variance of its output that is lost on the calibration inputs, before and after the fit."""
 
     block: str
     tensors: int
@@ -49,7 +53,7 @@ class BlockFit(Record):
 
 @dataclass(frozen=True)
 class CalibrationFit:
-    """The factored graph with fitted values, and how well each block now keeps the dense activations."""
+    """The factored graph with fitted values, and the errors of each block before and after the fit."""
 
     model: onnx.ModelProto
     blocks: tuple[BlockFit, ...]
@@ -63,44 +67,57 @@ def fit_blocks(
     settings: FitSettings | None = None,
     on_share: Callable[[float, str], None] = lambda _, __: None,
 ) -> CalibrationFit:
-    """Return the factored graph with its cores, biases and batch-norms fitted to the dense graph's activations.
+    """Fit cores, biases and batch-norms of the factored graph to the activations of the dense graph.
 
-    Raises `GraphError` for a graph with an operator that cannot be run in torch, and for one whose inputs are not one row a
-    sample where its batch is not fixed.
+    Args:
+        dense: the dense graph.
+        factored: the graph that was made of it by the plan.
+        plan: the plan.
+        calibration: inputs, without labels.
+        settings: the settings of the fit; default `FitSettings()`.
+        on_share: called with the share of the work that is done, and the name of the current block.
+
+    Returns:
+        The factored graph with fitted values. A block that the fit does not improve keeps its values.
+
+    Raises:
+        GraphError: an operator is not supported, or the graph cannot be divided into samples: its outputs do not have one row
+            per sample, and its batch size is not fixed.
+
     """
     settings = settings or FitSettings()
     trainable = trainable_names(factored, plan)
     teacher, student = OnnxModule(dense), OnnxModule(factored, trainable)
-    feeds = _pieces(dense, teacher, calibration)
+    feeds = _divided(dense, teacher, calibration)
     ends = [value.name for value in dense.graph.output]
     cuts = [name for name in cut_points(dense) if name in cut_points(factored)]
     if feeds.together:
-        apart = _sample_by_sample(teacher, feeds.values[:3], cuts)
-        cuts = [name for name in cuts if name in apart]
+        independent = _sample_by_sample(teacher, feeds.values[:3], cuts)
+        cuts = [name for name in cuts if name in independent]
     spans = _spans(factored, cuts, ends, set(trainable))
     rows = []
-    given, wanted = feeds, feeds
+    student_inputs, teacher_outputs = feeds, feeds
     for number, (tensors, names) in enumerate(spans):
         block = ", ".join(tensors)
-        wanted = _run(teacher, wanted, tensors)
-        target = wanted.floating()
+        teacher_outputs = _run(teacher, teacher_outputs, tensors)
+        target = teacher_outputs.floating()
         if names and target and settings.block_epochs:
             on_share(0.6 * number / len(spans), block)
-            before = _lost(_run(student, given, tensors), target)
-            known = student.parameters_by_name()
-            start = {name: known[name].detach().clone() for name in names}
-            _train(student, given, target, names, settings.block_epochs, settings)
-            fitted = _run(student, given, tensors)
-            after = _lost(fitted, target)
+            before = _lost_share(_run(student, student_inputs, tensors), target)
+            parameters = student.parameters_by_name()
+            start = {name: parameters[name].detach().clone() for name in names}
+            _train(student, student_inputs, target, names, settings.block_epochs, settings)
+            fitted = _run(student, student_inputs, tensors)
+            after = _lost_share(fitted, target)
             if not after < before:
                 with torch.no_grad():
                     for name, value in start.items():
-                        known[name].copy_(value)
-                fitted, after = _run(student, given, tensors), before
-            given = fitted
+                        parameters[name].copy_(value)
+                fitted, after = _run(student, student_inputs, tensors), before
+            student_inputs = fitted
             rows.append(BlockFit(block=block, tensors=len(names), before=before, after=after))
         else:
-            given = _run(student, given, tensors)
+            student_inputs = _run(student, student_inputs, tensors)
     if settings.epochs:
         on_share(0.6, "the whole graph")
         trained = (name for tensors, names in spans if names for name in tensors)
@@ -120,7 +137,7 @@ def fit_blocks(
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Tensors by name, in pieces that a graph runs whole: samples, which may be run together, or its own fixed batches."""
+    """Tensors by name, divided into samples, which can be joined to batches, or into the fixed batches of the graph."""
 
     values: tuple[dict[str, Tensor], ...]
     together: bool
@@ -129,25 +146,25 @@ class _Pieces:
         return bool(self.values and self.values[0])
 
     def floating(self) -> _Pieces:
-        """Return those that have a difference."""
+        """Return only the floating-point tensors, which have a difference."""
         kept = tuple({name: value for name, value in piece.items() if value.is_floating_point()} for piece in self.values)
         return _Pieces(kept, self.together)
 
     def runs(self, picks: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Return some pieces as they are run: joined where they may be."""
+        """Return the feeds that run the chosen pieces: one joined batch if samples can be joined, else each piece."""
         chosen = [self.values[k] for k in picks]
         return [_join(chosen)] if self.together else chosen
 
     def joined(self, name: str) -> Tensor:
-        """Return all values of a tensor."""
+        """Return a tensor over all pieces."""
         return torch.cat([piece[name] for piece in self.values])
 
 
-def _pieces(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibration) -> _Pieces:
-    """Return the calibration inputs as samples where the graph computes them one by one, else in its own fixed batches."""
+def _divided(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibration) -> _Pieces:
+    """Divide the calibration inputs into samples if the graph computes each one independently, else into its fixed batches."""
     feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in calibration.feeds]
     samples = tuple(
-        {name: _last(value[k : k + 1]) for name, value in feed.items()}
+        {name: _channels_last(value[k : k + 1]) for name, value in feed.items()}
         for feed in feeds
         for k in range(len(next(iter(feed.values()))))
     )
@@ -163,10 +180,12 @@ def _pieces(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibratio
         if axis.dim_value > 0
     }
     if not sizes:
-        raise GraphError("its outputs are not one row a sample, and no batch is fixed: it cannot be cut into samples")
+        raise GraphError(
+            "expected outputs with one row per sample, or a fixed batch size, found neither; fix the batch size or skip the fit"
+        )
     size = min(sizes)
     fixed = [
-        {name: _last(value[at : at + size]) for name, value in feed.items()}
+        {name: _channels_last(value[at : at + size]) for name, value in feed.items()}
         for feed in feeds
         for at in range(0, len(next(iter(feed.values()))), size)
     ]
@@ -175,16 +194,16 @@ def _pieces(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibratio
 
 @torch.no_grad()
 def _sample_by_sample(module: OnnxModule, samples: Sequence[dict[str, Tensor]], outputs: Sequence[str]) -> set[str]:
-    """Return the tensors that hold, for samples that are run together, what each gives alone, one after the other."""
+    """Return the tensors of a batch that are equal to the joined tensors of its samples, each run separately."""
     try:
         together = module(_join(samples), list(outputs))
-        wanted = _join([module(sample, list(outputs)) for sample in samples])
+        separate = _join([module(sample, list(outputs)) for sample in samples])
     except (GraphError, RuntimeError, IndexError, ValueError):
         return set()
-    return {name for name in outputs if _alike(together[name], wanted[name])}
+    return {name for name in outputs if _close(together[name], separate[name])}
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not b.numel():
         return a.shape == b.shape
     a, b = a.double(), b.double()
@@ -192,77 +211,78 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _join(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: _last(torch.cat([piece[name] for piece in pieces])) for name in pieces[0]}
+    return {name: _channels_last(torch.cat([piece[name] for piece in pieces])) for name in pieces[0]}
 
 
 def trainable_names(factored: onnx.ModelProto, plan: Plan) -> list[str]:
-    """Return what a fit may change: cores, biases of rewritten layers, scale and shift of the norms behind them.
+    """Return the initializers that the fit trains: cores and biases of factored layers, scale and shift of norms after them.
 
-    What another node reads as well, or the graph gives out, stays: a fit would change layers that are not planned.
+    Initializers that other nodes use, too, or that are outputs of the graph, are left out: a fit would change other layers.
     """
     initializers = {tensor.name for tensor in factored.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     layers = tuple(f"{layer.name}/" for layer in plan.layers)
-    found: list[str] = []
-    touched: set[str] = set()
+    trainable: list[str] = []
+    layer_outputs: set[str] = set()
     outside = {value.name for value in factored.graph.output}
     outside |= {name for body in descendants(factored.graph) for node in body.node for name in node.input}
     for node in factored.graph.node:
         own = node.name.startswith(layers) or any(name.startswith(layers) for name in node.input if name in initializers)
         if own:
-            found += [name for name in node.input[1:] if name in initializers]
-            touched.update(node.output)
-        elif node.op_type == "BatchNormalization" and node.input[0] in touched:
-            found += [name for name in node.input[1:3] if name in initializers]
-        elif node.op_type == "Add" and any(name in touched for name in node.input):
-            found += [name for name in node.input if name in initializers]
+            trainable += [name for name in node.input[1:] if name in initializers]
+            layer_outputs.update(node.output)
+        elif node.op_type == "BatchNormalization" and node.input[0] in layer_outputs:
+            trainable += [name for name in node.input[1:3] if name in initializers]
+        elif node.op_type == "Add" and any(name in layer_outputs for name in node.input):
+            trainable += [name for name in node.input if name in initializers]
         else:
             outside.update(node.input)
-    return [name for name in dict.fromkeys(found) if name not in outside]
+    return [name for name in dict.fromkeys(trainable) if name not in outside]
 
 
 def cut_points(model: onnx.ModelProto) -> list[str]:
-    """Return, in order, the tensors behind which nothing computed earlier is needed any more."""
+    """Return, in order, the tensors after which no earlier tensor is needed."""
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
-    last: dict[str, int] = {}
+    last_use: dict[str, int] = {}
     for index, node in enumerate(graph.node):
         for name in node.input:
-            last[name] = index
+            last_use[name] = index
     for value in graph.output:
-        last[value.name] = len(graph.node)
-    live = {value.name for value in graph.input if value.name not in constants and value.name in last}
-    found: list[str] = []
+        last_use[value.name] = len(graph.node)
+    live = {value.name for value in graph.input if value.name not in constants and value.name in last_use}
+    cuts: list[str] = []
     derived = _constant_tensors(graph, constants)
     for index, node in enumerate(graph.node):
-        live |= {name for name in node.output if last.get(name, -1) > index and name not in derived}
-        live -= {name for name in live if last[name] <= index}
+        live |= {name for name in node.output if last_use.get(name, -1) > index and name not in derived}
+        live -= {name for name in live if last_use[name] <= index}
         if len(live) == 1 and index < len(graph.node) - 1:
             (only,) = live
-            if only in node.output and (not found or found[-1] != only):
-                found.append(only)
-    return found
+            if only in node.output and (not cuts or cuts[-1] != only):
+                cuts.append(only)
+    return cuts
 
 
 def _constant_tensors(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
     """Return the tensors that depend on no input."""
-    known = set(constants) | {""}
+    constant = set(constants) | {""}
     for node in graph.node:
-        if all(name in known for name in node.input):
-            known.update(node.output)
-    return known
+        if all(name in constant for name in node.input):
+            constant.update(node.output)
+    return constant
 
 
 def _spans(
     factored: onnx.ModelProto, cuts: Sequence[str], ends: Sequence[str], trainable: set[str]
 ) -> list[tuple[list[str], list[str]]]:
-    """Return the blocks: their last tensors and what is trained in them. One ends as late as it can before the next begins.
+    """Return the blocks: the tensors at their ends, and the names that are trained in them.
 
-    The last block ends in the graph's outputs, of which there may be several; the others in the one tensor of a cut.
+    A block ends as late as possible before the next one begins, at the single tensor of a cut. The last block ends at the
+    outputs of the graph, of which there may be several.
     """
     spans: list[tuple[list[str], list[str]]] = []
     names: list[str] = []
     pending = ""
-    wanted = {*cuts, *(ends if len(ends) == 1 else ())}
+    candidates = {*cuts, *(ends if len(ends) == 1 else ())}
     ending = _ending(factored)
     for node in factored.graph.node:
         own = [name for name in node.input if name in trainable]
@@ -270,7 +290,7 @@ def _spans(
             spans.append(([pending], list(dict.fromkeys(names))))
             names, pending = [], ""
         names += own
-        ready = [name for name in node.output if name in wanted]
+        ready = [name for name in node.output if name in candidates]
         if ready and names and (pending or not ending or node.op_type in ending):
             pending = ready[0]
     if pending:
@@ -281,7 +301,7 @@ def _spans(
 
 
 def _ending(model: onnx.ModelProto) -> frozenset[str]:
-    """Return the operators that end a block: where branches meet and are activated; none in a graph without branches."""
+    """Return the operators that end a block: sums of branches and activations. None in a graph without branches."""
     constants = {tensor.name for tensor in model.graph.initializer}
     joins = any(node.op_type == "Add" and not any(name in constants for name in node.input) for node in model.graph.node)
     return frozenset({"Relu", "Add", "Clip", "HardSwish"}) if joins else frozenset()
@@ -296,19 +316,19 @@ def _train(
     settings: FitSettings,
     on_share: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Train some tensors to give the targets: the mean of their lost shares of variance is the loss."""
-    known = student.parameters_by_name()
-    chosen = [known[name] for name in names]
-    for parameter in known.values():
+    """Train some tensors to reproduce the targets; the loss is the sum of the lost shares of their variance."""
+    parameters = student.parameters_by_name()
+    trained = [parameters[name] for name in names]
+    for parameter in parameters.values():
         parameter.requires_grad_(False)
     groups = []
-    for parameter in chosen:
+    for parameter in trained:
         parameter.requires_grad_(True)
         size = float(parameter.detach().square().mean().sqrt())
         groups.append({"params": [parameter], "lr": settings.rate * max(size, 1e-3)})
-    base = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+    base_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    spreads = {name: _spread(targets.joined(name)) for name in targets.values[0]}
+    variances = {name: _variance(targets.joined(name)) for name in targets.values[0]}
     count = len(inputs.values)
     size = _BATCH if inputs.together else max(1, _BATCH // len(next(iter(inputs.values[0].values()))))
     generator = torch.Generator().manual_seed(settings.seed)
@@ -317,18 +337,18 @@ def _train(
         order = torch.randperm(count, generator=generator)
         for start in range(0, max(1, count - size + 1), size):
             pick = order[start : start + size].tolist()
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.zero_grad(set_to_none=True)
             runs = list(zip(inputs.runs(pick), targets.runs(pick), strict=True))
-            for feed, wanted in runs:
-                made = student(feed, list(spreads))
-                gaps = [(made[name] - wanted[name]).square().mean() / spread for name, spread in spreads.items()]
-                (torch.stack(gaps).sum() / len(runs)).backward()
+            for feed, target in runs:
+                outputs = student(feed, list(variances))
+                losses = [(outputs[name] - target[name]).square().mean() / variance for name, variance in variances.items()]
+                (torch.stack(losses).sum() / len(runs)).backward()
             optimizer.step()
             step += 1
             on_share(step / steps)
-    for parameter in known.values():
+    for parameter in parameters.values():
         parameter.requires_grad_(False)
 
 
@@ -336,30 +356,30 @@ def _train(
 def _run(module: OnnxModule, inputs: _Pieces, outputs: Sequence[str]) -> _Pieces:
     if not inputs.together:
         return _Pieces(tuple(module(piece, list(outputs)) for piece in inputs.values), together=False)
-    found: list[dict[str, Tensor]] = []
+    samples: list[dict[str, Tensor]] = []
     for start in range(0, len(inputs.values), _BATCH):
         (feed,) = inputs.runs(range(start, min(start + _BATCH, len(inputs.values))))
-        made = module(feed, list(outputs))
+        values = module(feed, list(outputs))
         count = min(_BATCH, len(inputs.values) - start)
-        parts = {name: value.split(len(value) // count) for name, value in made.items()}  # one row a sample, or several
-        found += [{name: part[k] for name, part in parts.items()} for k in range(count)]
-    return _Pieces(tuple(found), together=True)
+        by_sample = {name: value.split(len(value) // count) for name, value in values.items()}  # one row or several per sample
+        samples += [{name: rows[k] for name, rows in by_sample.items()} for k in range(count)]
+    return _Pieces(tuple(samples), together=True)
 
 
-def _spread(value: Tensor) -> Tensor:
+def _variance(value: Tensor) -> Tensor:
     if value.dim() == 0 or len(value) < 2:
         value = value.reshape(-1)
     return value.float().var(0, correction=0).mean().clamp_min(1e-12)
 
 
-def _lost(made: _Pieces, target: _Pieces) -> float:
-    """Return the lost share of the variance, the mean over tensors."""
+def _lost_share(outputs: _Pieces, target: _Pieces) -> float:
+    """Return the lost share of the variance, averaged over the tensors."""
     shares = []
     for name in target.values[0]:
         value = target.joined(name)
-        shares.append((made.joined(name) - value).square().mean() / _spread(value))
+        shares.append((outputs.joined(name) - value).square().mean() / _variance(value))
     return float(torch.stack(shares).mean())
 
 
-def _last(value: Tensor) -> Tensor:
+def _channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value

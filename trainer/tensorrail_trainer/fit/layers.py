@@ -1,4 +1,4 @@
-"""The ONNX operators that are layers: convolutions, pooling, normalization, LSTM and GRU."""
+"""The ONNX operators for layers: convolutions, pooling, normalization, LSTM and GRU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_POOL: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d,
 _AVERAGE_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 _TORCH_FROM_ONNX = {"LSTM": [0, 2, 3, 1], "GRU": [1, 0, 2]}
-"""torch's gates (i, f, g, o) and (r, z, n), as places in ONNX's (i, o, f, c) and (z, r, h)."""
+"""The gates in torch's order, (i, f, g, o) and (r, z, n), as indices into ONNX's order, (i, o, f, c) and (z, r, h)."""
 
 
 def convolution(node: Node, inputs: Inputs) -> Outputs:
@@ -35,15 +35,15 @@ def convolution(node: Node, inputs: Inputs) -> Outputs:
 
 
 def transposed_convolution(node: Node, inputs: Inputs) -> Outputs:
-    """ConvTranspose: (B, I, *S) with a kernel (I, O / groups, *K); unequal pads are cut off afterwards."""
+    """ConvTranspose: (B, I, *S) with a kernel (I, O / groups, *K); unequal pads are removed from the output."""
     x, weight, bias = _filled(inputs, 3)
     nd = x.dim() - 2
     stride, dilation = node.get("strides", [1] * nd), node.get("dilations", [1] * nd)
-    more, group = node.get("output_padding", [0] * nd), node.get("group", 1)
+    output_padding, group = node.get("output_padding", [0] * nd), node.get("group", 1)
     begins, ends = _pads(node, x.shape[2:], weight.shape[2:], stride, dilation)
     if begins == ends:
-        return (_CONV_TRANSPOSE[nd](x, weight, bias, stride, begins, more, group, dilation),)
-    y = _CONV_TRANSPOSE[nd](x, weight, bias, stride, 0, more, group, dilation)
+        return (_CONV_TRANSPOSE[nd](x, weight, bias, stride, begins, output_padding, group, dilation),)
+    y = _CONV_TRANSPOSE[nd](x, weight, bias, stride, 0, output_padding, group, dilation)
     return (_padded(y, [-pad for pad in begins], [-pad for pad in ends]),)
 
 
@@ -63,8 +63,8 @@ def max_pool(node: Node, inputs: Inputs) -> Outputs:
 def average_pool(node: Node, inputs: Inputs) -> Outputs:
     """AveragePool, without dilation.
 
-    Windows at a border are divided by the elements in them: those of the image, and with `count_include_pad` of its
-    padding; never by what `ceil_mode` adds.
+    The sum of a window is divided by the number of its elements in the image, and with `count_include_pad` also in the padding,
+    but not in the extension that `ceil_mode` adds.
     """
     x = inputs[0]
     nd = x.dim() - 2
@@ -116,7 +116,7 @@ def local_response_normalization(node: Node, inputs: Inputs) -> Outputs:
 
 
 def instance_normalization(node: Node, inputs: Inputs) -> Outputs:
-    """InstanceNormalization of every channel of every sample."""
+    """InstanceNormalization: each channel of each sample is normalized."""
     x, scale, bias = inputs
     return (F.instance_norm(x, weight=scale, bias=bias, eps=node.get("epsilon", 1e-5)),)
 
@@ -124,7 +124,7 @@ def instance_normalization(node: Node, inputs: Inputs) -> Outputs:
 def lstm(node: Node, inputs: Inputs) -> Outputs:
     """LSTM: X (T, B, I) → Y (T, directions, B, H), Y_h and Y_c (directions, B, H).
 
-    Torch is told that it trains, without which a GPU computes no gradients; there is no dropout that would follow from it.
+    torch.lstm is called in training mode, which cuDNN requires for gradients; dropout is 0.
     """
     x, weight, recurrent, bias, _, h, c = _filled(inputs, 7)
     zeros = x.new_zeros(weight.shape[0], x.shape[1], recurrent.shape[2])
@@ -144,7 +144,7 @@ def gru(node: Node, inputs: Inputs) -> Outputs:
     if not node.get("linear_before_reset", 0):
         bias = weight.new_zeros(len(weight), 2 * weight.shape[1]) if bias is None else bias
         backwards = [reverse] if len(weight) == 1 else [False, True]
-        runs = [_gru_reset_first(x, *parts) for parts in zip(weight, recurrent, bias, h, backwards, strict=True)]
+        runs = [_gru_reset_first(x, *values) for values in zip(weight, recurrent, bias, h, backwards, strict=True)]
         ys, hs = zip(*runs, strict=True)
         return torch.stack(ys, 1), torch.stack(hs)
     flat = _flat_weights(node.op, weight, recurrent, bias)
@@ -156,9 +156,9 @@ def gru(node: Node, inputs: Inputs) -> Outputs:
 def _gru_reset_first(
     x: Tensor, weight: Tensor, recurrent: Tensor, bias: Tensor, h: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run one direction of the GRU that resets the state before its product, which torch has not.
+    """Run one direction of a GRU that resets the state before the recurrent product, a variant that torch does not have.
 
-    hₜ = (1 − z) ∘ tanh(W x + R (r ∘ hₜ₋₁) + b) + z ∘ hₜ₋₁ with the gates z, r, h in ONNX's order.
+    hₜ = (1 − z) ∘ tanh(W x + R (r ∘ hₜ₋₁) + b) + z ∘ hₜ₋₁, with the gates z, r, h in ONNX's order.
     """
     size = recurrent.shape[1]
     own, state_bias = bias.chunk(2)
@@ -175,13 +175,13 @@ def _gru_reset_first(
 
 
 def _flat_weights(op: str, weight: Tensor, recurrent: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """Return torch's list of weights, direction after direction, from ONNX's (directions, gates · H, …)."""
+    """Convert ONNX's weights (directions, gates · H, …) to torch's list of weights, one direction after another."""
     flat: list[Tensor] = []
     for direction in range(len(weight)):
-        parts = [weight[direction], recurrent[direction], *([] if bias is None else bias[direction].chunk(2))]
-        for part in parts:
-            gates = part.reshape(len(_TORCH_FROM_ONNX[op]), -1, *part.shape[1:])
-            flat.append(gates[_TORCH_FROM_ONNX[op]].reshape(part.shape))
+        values = [weight[direction], recurrent[direction], *([] if bias is None else bias[direction].chunk(2))]
+        for value in values:
+            gates = value.reshape(len(_TORCH_FROM_ONNX[op]), -1, *value.shape[1:])
+            flat.append(gates[_TORCH_FROM_ONNX[op]].reshape(value.shape))
     return flat
 
 
@@ -197,7 +197,7 @@ def _filled(inputs: Inputs, count: int) -> tuple[Any, ...]:
 def _pads(
     node: Node, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the padding before and behind each spatial axis, `auto_pad` resolved for this size."""
+    """Return the padding before and after each spatial axis, with `auto_pad` resolved for this size."""
     nd = len(size)
     auto = node.get("auto_pad", "NOTSET")
     if not auto.startswith("SAME"):
@@ -205,12 +205,12 @@ def _pads(
         return pads[:nd], pads[nd:]
     axes = zip(size, kernel, stride, dilation, strict=True)
     totals = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in axes]
-    less, more = [total // 2 for total in totals], [total - total // 2 for total in totals]
-    return (less, more) if auto == "SAME_UPPER" else (more, less)
+    smaller, larger = [total // 2 for total in totals], [total - total // 2 for total in totals]
+    return (smaller, larger) if auto == "SAME_UPPER" else (larger, smaller)
 
 
 def _torch_pads(node: Node, begins: list[int], ends: list[int], kernel: Sequence[int]) -> bool:
-    """Return whether torch's own pooling pads as the node says."""
+    """Return whether torch's pooling functions support the padding of the node."""
     return begins == ends and not node.get("ceil_mode", 0) and all(2 * b <= k for b, k in zip(begins, kernel, strict=True))
 
 
@@ -223,7 +223,7 @@ def _last(
     begins: Sequence[int],
     ends: Sequence[int],
 ) -> list[int]:
-    """Return the padding behind each axis that makes the number of windows right: `ceil_mode` adds one that starts inside."""
+    """Return the padding after each axis for the right number of windows; `ceil_mode` adds one that starts inside the input."""
     last = []
     for n, k, s, d, begin, end in zip(x.shape[2:], kernel, stride, dilation, begins, ends, strict=True):
         window = d * (k - 1) + 1

@@ -1,7 +1,7 @@
-"""One node of an ONNX graph as torch runs it, and the tensors that a graph stores.
+"""Nodes and stored tensors of an ONNX graph, in the form in which torch runs them.
 
-float16 and bfloat16 are computed in float32: their initializers, constants and casts become float32 here, and go back to
-their own type only where trained values are written to a model.
+float16 and bfloat16 are computed in float32: initializers, constants and casts of these types become float32. Trained values
+are converted back when they are written to a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from tensorrail_runtime.errors import GraphError
 
 Inputs = Sequence[Any]
-"""The tensors that a node reads, None where an optional one is left out."""
+"""The input tensors of a node, with None for an optional input that is absent."""
 
 DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -33,29 +33,29 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.INT32: torch.int32,
     TensorProto.INT64: torch.int64,
 }
-"""ONNX's types of elements, and the type that torch computes them in."""
+"""The element types of ONNX that are supported, with the dtype that torch computes them in."""
 
-_SMALL = 256  # elements: what a constant shape, list of axes or scalar may have to be read once, at construction
+_SMALL = 256  # elements: constant inputs up to this size (shapes, axes, scalars) are read once, at construction
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node: its operator, attributes with strings decoded and tensors read, opset, and the names around it."""
+    """A node: operator, name, decoded attributes, opset, and the names of its inputs and outputs."""
 
     op: str
     name: str
     attributes: Mapping[str, Any]
     opset: int
-    inputs: tuple[str, ...]  # "" where an optional input is left out
+    inputs: tuple[str, ...]  # "" for an optional input that is absent
     outputs: tuple[str, ...]
-    constants: Mapping[int, Any] = field(default_factory=dict)  # values of small constant inputs, by their place
+    constants: Mapping[int, Any] = field(default_factory=dict)  # values of small constant inputs, by their index
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return an attribute, or the default where it is not written."""
+        """Return an attribute, or the default if the node does not have it."""
         return self.attributes.get(name, default)
 
     def integers(self, inputs: Inputs, index: int, attribute: str = "") -> list[int] | None:
-        """Return a list that is an attribute in old opsets and an input in new ones; None when it is left out."""
+        """Return a list that is an attribute in old opsets and an input in new ones, or None if it is absent."""
         if attribute in self.attributes:
             return list(self.attributes[attribute])
         if index in self.constants:
@@ -66,7 +66,7 @@ class Node:
         return [int(value) for value in inputs[index].reshape(-1).tolist()]
 
     def scalar(self, inputs: Inputs, index: int, attribute: str = "") -> Any:
-        """Return a scalar that is an attribute or an input: a number where it is constant, else a tensor or None."""
+        """Return a scalar that is an attribute or an input: a number if it is constant, else a tensor, or None if absent."""
         if attribute in self.attributes:
             return self.attributes[attribute]
         constant = self.constants.get(index)
@@ -80,10 +80,20 @@ class Node:
 
 
 def read_node(proto: onnx.NodeProto, opset: int, constants: Mapping[str, Tensor], used: Container[str]) -> Node:
-    """Return a node as the operators take it, outputs that are not `used` left out.
+    """Convert a node to the form that the operators take.
 
-    `constants` are the tensors that no input or training changes. Raises `GraphError` for an attribute that holds a graph,
-    or that stands for one of a function.
+    Args:
+        proto: the node.
+        opset: the opset of the model.
+        constants: the tensors that depend on neither the inputs nor the training, by name.
+        used: the tensors that some node or graph output uses; other outputs are dropped, except for the first one.
+
+    Returns:
+        The node.
+
+    Raises:
+        GraphError: an attribute holds a graph, or refers to an attribute of a function.
+
     """
     outputs = tuple(name if name in used or not index else "" for index, name in enumerate(proto.output))
     node = Node(proto.op_type, proto.name, {}, opset, tuple(proto.input), outputs)
@@ -97,24 +107,27 @@ def read_node(proto: onnx.NodeProto, opset: int, constants: Mapping[str, Tensor]
 
 
 def read_tensor(proto: TensorProto) -> Tensor:
-    """Return a stored tensor in the type that it is computed in; `GraphError` for other types and for external data."""
+    """Return a stored tensor in the dtype of `DTYPES`. Raises `GraphError` for other types and for external data."""
     if proto.data_location == TensorProto.EXTERNAL:
-        raise GraphError(f"tensor {proto.name!r}: its data is in a file beside the model, not loaded; use load_model")
+        raise GraphError(f"tensor {proto.name!r}: its external data was not loaded; load the model with load_model")
     if proto.data_type not in DTYPES:
-        raise GraphError(f"tensor {proto.name!r}: type {_type_name(proto.data_type)} is not one that torch can fit through")
+        supported = ", ".join(map(_type_name, DTYPES))
+        raise GraphError(f"tensor {proto.name!r}: expected one of the types {supported}, got {_type_name(proto.data_type)}")
     try:
         values = numpy_helper.to_array(proto)
     except ValueError as error:
         raise GraphError(f"tensor {proto.name!r}: {error}") from None
     dtype = DTYPES[proto.data_type]
     if dtype is torch.float32:
-        values = values.astype(np.float32)  # NumPy has no bfloat16 that torch would take
+        values = values.astype(np.float32)  # torch does not accept the bfloat16 arrays of NumPy
     return torch.from_numpy(np.array(values))
 
 
 def _attribute(attribute: AttributeProto, node: Node) -> Any:
     if attribute.ref_attr_name or attribute.type == AttributeProto.UNDEFINED:
-        raise GraphError(f"{node}: attribute {attribute.name!r} has no value of its own")
+        raise GraphError(
+            f"{node}: attribute {attribute.name!r} has no value; attributes that refer to a function are not supported"
+        )
     value = onnx.helper.get_attribute_value(attribute)
     match value:
         case bytes():
@@ -128,7 +141,7 @@ def _attribute(attribute: AttributeProto, node: Node) -> Any:
         case _ if attribute.type == AttributeProto.STRINGS:
             return [text.decode(errors="replace") for text in value]
         case _:
-            raise GraphError(f"{node}: attribute {attribute.name!r} is a {type(value).__name__}, which no fit runs")
+            raise GraphError(f"{node}: attribute {attribute.name!r} is a {type(value).__name__}, which is not supported")
 
 
 def _type_name(data_type: int) -> str:

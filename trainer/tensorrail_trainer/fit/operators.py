@@ -1,8 +1,7 @@
-"""The ONNX operators that a fit runs, each a torch function, in one visible dict.
+"""The ONNX operators that the fit supports, each as a torch function, in the dictionary `OPERATORS`.
 
-An entry takes a node, for its attributes and opset, and the node's inputs, and returns its outputs. An operator that is not
-here, and a variant that `onnx_limits` has a reason against, is refused when a graph is read: a fit never runs something else
-than the graph says.
+A function takes a node, for its attributes and opset, and the inputs of the node, and returns its outputs. Other operators, and
+the variants that `tensorrail_trainer.fit.limits` excludes, raise an error when a graph is read.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from tensorrail_trainer.fit.node import DTYPES, Inputs, Node
 
 Operator = Callable[[Node, Inputs], Outputs]
 
-_SELU = (1.6732632423543772, 1.0507009873554805)  # alpha and gamma where a node gives none: Klambauer et al., NIPS 2017
+_SELU = (1.6732632423543772, 1.0507009873554805)  # default alpha and gamma: Klambauer et al., NIPS 2017
 
 
 def _each(function: Callable[..., Any]) -> Operator:
-    """Return an operator without attributes: one function of all inputs."""
+    """Return an operator without attributes, which applies a function to all inputs."""
     return lambda node, inputs: (function(*inputs),)
 
 
 def _fold(function: Callable[[Any, Any], Any]) -> Operator:
-    """Return an operator of any number of inputs, by a function of two."""
+    """Return an operator with any number of inputs, which are combined by a function of two."""
     return lambda node, inputs: (functools.reduce(function, inputs),)
 
 
@@ -50,7 +49,7 @@ def _softmax(function: Callable[..., Tensor]) -> Operator:
         x = inputs[0]
         if node.opset >= 13:
             return (function(x, node.get("axis", -1)),)
-        rows = _flat(x, node.get("axis", 1))  # before opset 13: over all axes from `axis` on
+        rows = _flat(x, node.get("axis", 1))  # before opset 13 softmax applies to all axes from `axis` on
         return (function(rows, 1).reshape(x.shape),)
 
     return run
@@ -135,11 +134,11 @@ def _slice(node: Node, inputs: Inputs) -> Outputs:
     axes = node.integers(inputs, 3, "axes") or list(range(len(starts)))
     steps = node.integers(inputs, 4) or [1] * len(starts)
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        places = range(x.shape[axis])[start:end:step]
+        indices = range(x.shape[axis])[start:end:step]
         if step == 1:
-            x = x.narrow(axis, min(places.start, x.shape[axis]), len(places))
+            x = x.narrow(axis, min(indices.start, x.shape[axis]), len(indices))
         else:
-            x = x.index_select(axis, torch.tensor(list(places), dtype=torch.int64, device=x.device))
+            x = x.index_select(axis, torch.tensor(list(indices), dtype=torch.int64, device=x.device))
     return (x,)
 
 
@@ -205,16 +204,16 @@ def _pad(node: Node, inputs: Inputs) -> Outputs:
 
 
 def _border(size: int, begin: int, end: int, mode: str) -> Tensor:
-    """Return the places that padding repeats: the last one, those mirrored at it, or those of the other side."""
-    places = torch.arange(-begin, size + end)
+    """Return the indices that padding repeats: of the border (edge), mirrored at it (reflect), or of the other side (wrap)."""
+    indices = torch.arange(-begin, size + end)
     match mode:
         case "edge":
-            return places.clamp(0, size - 1)
+            return indices.clamp(0, size - 1)
         case "reflect":
-            turn = max(size - 1, 1)
-            return turn - (places.abs() % (2 * turn) - turn).abs()
+            last = max(size - 1, 1)
+            return last - (indices.abs() % (2 * last) - last).abs()
         case _:
-            return places % size
+            return indices % size
 
 
 def _dropout(node: Node, inputs: Inputs) -> Outputs:

@@ -1,7 +1,15 @@
-r"""The metric of a layer: the square root of the second moment of its inputs, which weighs a weight by what it does.
+r"""The metric of a layer: it measures a change of the weight by how much it changes the layer's outputs.
 
-The closest weight of low rank in this metric is :math:`\operatorname{project}(WS) \, S^{-1}`. A regular matrix on the one mode
-of the inputs multiplies one core, so it keeps every rank.
+When the weight of a linear layer changes from W to Z, its outputs on inputs :math:`x` of I channels change by
+
+.. math:: E‖(W - Z) x‖^2 = ‖(W - Z) S‖_F^2, \qquad S = E[xx^T]^{1/2} \quad (I, I).
+
+For a convolution the same holds for each tap of the kernel separately. The correlation of neighbouring positions is left out:
+a matrix that mixes taps would not preserve the ranks of every format. S is scaled to :math:`\operatorname{tr} S^2 = I`, so that
+it is the identity, and the metric the plain Frobenius norm, if the inputs have no preferred direction.
+
+The closest weight of low rank in this metric is :math:`\operatorname{project}(WS) \, S^{-1}`. If the inputs are one mode of the
+format, the invertible S multiplies only one core, so it preserves every rank; with several input modes it does not.
 """
 
 from __future__ import annotations
@@ -19,41 +27,41 @@ from tensorrail_exporter.plans.plan import LayerPlan
 
 @dataclass(frozen=True)
 class Root:
-    """The symmetric square root S (I, I) of a second moment, tr S² = I, and its inverse: the metric of one layer."""
+    """The metric of one layer: the symmetric square root S (I, I) of a second moment, with tr S² = I, and the inverse of S."""
 
     root: Tensor
     inverse: Tensor
 
     @classmethod
     def of(cls, second: Tensor, like: Tensor) -> Root:
-        """Return the root of a second moment (I, I), with the type and on the device of the weight `like`."""
+        """Return the metric of a second moment (I, I), in the dtype and on the device of the weight `like`."""
         root, inverse = roots(second.cpu().numpy())
         scale = math.sqrt((root * root).sum() / len(root))
         return cls(*(torch.from_numpy(matrix).to(like) for matrix in (root / scale, inverse * scale)))
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return W·S of a weight (O, I, *K): its Frobenius norm is the weight's norm in this metric."""
+        """Return W·S for a weight (O, I, *K): its Frobenius norm is the norm of the weight in this metric."""
         return _on_axis(weight, 1, self.root)
 
     def undo(self, weight: Tensor) -> Tensor:
-        """Return W·S⁻¹ of a weight (O, I, *K)."""
+        """Return W·S⁻¹ for a weight (O, I, *K)."""
         return _on_axis(weight, 1, self.inverse)
 
     def decompose(self, plan: LayerPlan, weight: Tensor) -> list[Tensor]:
-        """Return the cores of W·S, the input's one multiplied by S⁻¹: the cores of a weight close to W in this metric."""
+        """Return cores whose weight is close to W in this metric: those of W·S, with S⁻¹ applied to the core of the inputs."""
         cores = plan.decompose(self.apply(weight).contiguous())
         equation = format_of(plan.format).equation(tuple(weight.shape), plan.modes)
         place = next(k for k, letters in enumerate(equation.cores) if equation.inputs in letters)
         core, letters = cores[place], equation.cores[place]
         sizes = dict(zip(equation.weight, equation.axes, strict=True))
-        # A core may have axes of size 1 without a letter, or letters that share an axis.
+        # A core may have axes of size 1 that the equation does not name, or one axis for several letters.
         view = core if core.ndim == len(letters) else core.reshape([sizes.get(letter, -1) for letter in letters])
         cores[place] = _on_axis(view, letters.index(equation.inputs), self.inverse).reshape(core.shape)
         return cores
 
 
 def _on_axis(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """Return a tensor with one axis multiplied by a symmetric matrix, in full precision."""
+    """Multiply one axis of a tensor by a symmetric matrix, without autocast."""
     with torch.autocast(tensor.device.type, enabled=False):
         product: Tensor = torch.tensordot(tensor, matrix, dims=([axis], [0]))
         return product.movedim(-1, axis)

@@ -1,7 +1,7 @@
-"""LSTM and GRU layers whose input projection is made of cores, the recurrent weights dense.
+"""LSTM and GRU layers whose input weights are stored as tensor cores; the recurrent weights stay dense.
 
-The input is projected for all time steps at once, outside the loop, down to the rank between the input's and the output's
-cores; the recurrence then runs on that rank: the same split as in the exported graph.
+The input cores project the input of all time steps at once, outside the loop. The recurrence then runs on the rank between
+the input cores and the output cores, as in the exported graph. The input weights of both directions are one matrix.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from torch.nn.utils.rnn import PackedSequence
 from tensorrail_exporter.formats.contraction import LayerSpec, split_at_boundary
 from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.steps import Cores, run_steps
+from tensorrail_trainer.layers.steps import CoreList, run_steps
 
 
 class FactoredRecurrent(nn.Module):
     """An `nn.LSTM` or `nn.GRU` in which the input weights of some layers are lists of trainable cores.
 
-    `forward` takes and gives what the dense module does: a tensor (T, B, I), (B, T, I) with `batch_first`, or (T, I), or a
-    `PackedSequence`, and initial states (layers · directions, B, H). Parameters that stay dense keep their names.
+    It has the inputs, outputs and attributes of the dense module. Parameters that stay dense keep their names.
+
+    Args:
+        dense: the module to take sizes, options and dense weights from; it is not changed.
+        factored: plan and cores of the layers to factor, by the index of the layer.
+
     """
 
     def __init__(self, dense: nn.LSTM | nn.GRU, factored: Mapping[int, tuple[LayerPlan, Sequence[Tensor]]]) -> None:
@@ -38,7 +42,7 @@ class FactoredRecurrent(nn.Module):
             "dropout": dense.dropout,
             "bidirectional": dense.bidirectional,
         }
-        for name, value in self.options.items():  # a model's own code may ask for them, as it asks the dense module
+        for name, value in self.options.items():  # code of the model may read them, as from the dense module
             setattr(self, name, value)
         self.proj_size = 0
         self.kind = nn.LSTM if isinstance(dense, nn.LSTM) else nn.GRU
@@ -51,8 +55,7 @@ class FactoredRecurrent(nn.Module):
             spec = LayerSpec("recurrent", (sum(w.shape[0] for w in weights), weights[0].shape[1]))
             self.specs[leaf] = spec
             self.plans[leaf] = plan.model_copy(update={"merge": plan.merge_for(spec)})
-            made = [nn.Parameter(core.detach().clone(), weights[0].requires_grad) for core in cores]
-            self.cores[leaf] = Cores(made)
+            self.cores[leaf] = CoreList([nn.Parameter(core.detach().clone(), weights[0].requires_grad) for core in cores])
         for name, parameter in dense.named_parameters():
             if name.removesuffix("_reverse") not in self.cores:
                 self.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
@@ -64,7 +67,16 @@ class FactoredRecurrent(nn.Module):
         return 2 if self.options["bidirectional"] else 1
 
     def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
-        """Return the outputs and the last states, as the dense module does."""
+        """Run the layers on a sequence.
+
+        Args:
+            x: (T, B, I), (B, T, I) with `batch_first`, (T, I), or a `PackedSequence`.
+            hx: initial states (layers · directions, B, H), a pair of them for an LSTM; default zeros.
+
+        Returns:
+            The outputs and the last states, as from the dense module.
+
+        """
         if isinstance(x, PackedSequence):
             return self._packed(x, hx)
         unbatched, batch_first = x.dim() == 2, self.options["batch_first"]
@@ -80,10 +92,10 @@ class FactoredRecurrent(nn.Module):
         return (out.transpose(0, 1) if batch_first else out), states
 
     def flatten_parameters(self) -> None:
-        """Do nothing: models call it on their recurrent modules, and there is no one block of weights here."""
+        """Do nothing. Models call this method on recurrent modules; the weights here are not one block of memory."""
 
     def to_dense(self) -> nn.Module:
-        """Return the dense module, its input weights reconstructed from the cores."""
+        """Return the dense module, with input weights that are reconstructed from the cores."""
         dense = self.kind(**self.options).to(next(self.parameters()))
         state = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
         for leaf in self.cores:
@@ -98,7 +110,7 @@ class FactoredRecurrent(nn.Module):
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
-        """Return what is printed for the module: its sizes and the plans of its factored layers."""
+        """Return the sizes and the plans of the factored layers, for the printed module."""
         plans = [f"{leaf}: {p.format}, modes={list(p.modes)}, ranks={list(p.ranks)}" for leaf, p in self.plans.items()]
         return f"{self.kind.__name__}({self.options['input_size']}, {self.options['hidden_size']}), " + "; ".join(plans)
 
@@ -131,7 +143,7 @@ class FactoredRecurrent(nn.Module):
         return x, (tuple(joined) if lstm else joined[0])
 
     def _require_fit(self, x: Tensor, hx: Any, batch: int) -> None:
-        """Raise what the dense module raises for inputs and states of another size: torch's kernels read past smaller ones."""
+        """Raise the dense module's errors for inputs and states of a wrong size, beyond which torch's kernels would read."""
         inputs = self.options["input_size"]
         if x.shape[-1] != inputs:
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}")
@@ -161,7 +173,7 @@ class FactoredRecurrent(nn.Module):
         return cast("tuple[Tensor, ...]", result)
 
     def _project(self, leaf: str, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the input (…, p) at the boundary and the input weights (G·H, p) of the directions."""
+        """Return the input projected to the rank p, (…, p), and the remaining input weights (G·H, p) of each direction."""
         steps, matrix, _ = split_at_boundary(self.plans[leaf].contraction(self._cores(leaf), self.specs[leaf]))
         rows = run_steps(steps, x.reshape(-1, x.shape[-1]))
         if matrix is None:
@@ -169,16 +181,16 @@ class FactoredRecurrent(nn.Module):
         return rows.reshape(*x.shape[:-1], rows.shape[-1]), list(cast(Tensor, matrix).contiguous().chunk(self.directions))
 
     def _cores(self, leaf: str) -> list[Tensor]:
-        return list(cast(Cores, self.cores[leaf]))
+        return list(cast(CoreList, self.cores[leaf]))
 
 
 def input_weights(module: nn.LSTM | nn.GRU, name: str) -> tuple[nn.Parameter, ...]:
-    """Return the input weights (G·H, I) of one layer, forward and reverse; `PlanError` when there is no such layer."""
+    """Return the input weights (G·H, I) of one layer, forward and reverse. Raises `PlanError` if the layer does not exist."""
     leaf = name.rpartition(".")[2]
     known = dict(module.named_parameters())
     if leaf not in known or leaf.endswith("_reverse"):
         names = ", ".join(f"weight_ih_l{k}" for k in range(module.num_layers))
-        raise PlanError(f"layer {name}: no such input weight; expected one of {names}, each for both directions")
+        raise PlanError(f"layer {name}: no such input weight; expected one of {names} (each name covers both directions)")
     return tuple(known[key] for key in (leaf, f"{leaf}_reverse") if key in known)
 
 

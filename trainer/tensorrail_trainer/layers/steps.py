@@ -1,4 +1,4 @@
-"""A layer's cores, and running their contraction in torch: the very steps that the exporter writes to ONNX."""
+"""The cores of a layer as torch parameters, and the steps of their contraction run in torch, as the exporter writes them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step,
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Cores(nn.ParameterList):
-    """The cores of one layer. A core of four or five axes is no image: `Module.to(memory_format=…)` leaves its layout alone."""
+class CoreList(nn.ParameterList):
+    """The trainable cores of one layer.
+
+    `Module.to(memory_format=…)` does not change their layout: a core with four or five axes is not an image.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(lambda core: fn(core) if core.dim() < 4 else fn(core.flatten(1)).reshape(core.shape), recurse)
 
 
 def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """Run a contraction on a convolution's input (B, I, *S) or on rows (N, I)."""
+    """Apply the steps of a contraction to the input of a convolution (B, I, *S), or to rows (N, I)."""
     for step in steps:
         x = _run(step, x)
     return x

@@ -1,4 +1,4 @@
-"""Dense layers are swapped for layers made of cores, and back."""
+"""Replace the dense layers of a model by layers made of cores, and back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_trainer.layers._compat_torch import remove_pre_hooks, share_hooks
 from tensorrail_trainer.layers.dense import planned_layers
 from tensorrail_trainer.layers.factored import FactoredLayer, torch_options
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent
-from tensorrail_trainer.layers.steps import Cores
+from tensorrail_trainer.layers.steps import CoreList
 
 
 def swap(
@@ -27,92 +28,114 @@ def swap(
     cores: Mapping[str, Sequence[Tensor]] | None = None,
     roots: Mapping[str, Root] | None = None,
 ) -> nn.Module:
-    """Replace every planned dense layer by one made of cores, in place, and return the model.
+    """Replace every planned dense layer by a layer made of cores, in place.
 
-    Without `cores` they are decomposed from the weights that the model has, in the metric of the layer's inputs where
-    `roots` holds one. Of a weight of zeros one core is zero and the others random: it is the same weight, and it trains.
+    The cores of a weight of zeros are random, except for one core of zeros: they represent the same weight and can be trained.
+
+    Args:
+        model: the dense model; hooks and `requires_grad` of its layers are kept.
+        plan: the layers to replace.
+        cores: the cores by layer name; default: decomposed from the weights of the model.
+        roots: the metric to decompose in, by layer name; default: the plain Frobenius norm. Ignored if `cores` is given.
+
+    Returns:
+        The model itself, or the new layer if the plan names the model itself.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+
     """
     recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
     for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
         weight = dense.weight().detach().contiguous()
         root = roots.get(layer.name) if roots else None
         if cores:
-            made: Sequence[Tensor] = cores[layer.name]
+            layer_cores: Sequence[Tensor] = cores[layer.name]
         elif not weight.any():
-            made = _cores_of_zero(layer, weight)
+            layer_cores = _cores_of_zero(layer, weight)
         else:
-            made = root.decompose(layer, weight) if root else layer.decompose(weight)
+            layer_cores = root.decompose(layer, weight) if root else layer.decompose(weight)
         if dense.spec.op == "recurrent":
             path, _, leaf = layer.name.rpartition(".")
-            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, made)
+            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, layer_cores)
             continue
         bias = cast("Tensor | None", dense.module.bias)
-        factored = FactoredLayer(dense.spec, layer, made, bias).to(weight)
+        factored = FactoredLayer(dense.spec, layer, layer_cores, bias).to(weight)
         factored.cores.requires_grad_(dense.parameters[0].requires_grad)
         if factored.bias is not None and bias is not None:
             factored.bias.requires_grad_(bias.requires_grad)
-        _take_hooks(dense.module, factored)
+        _move_hooks(dense.module, factored)
         model = _replace(model, layer.name, factored.train(dense.module.training))
     for path, layers in recurrent.items():
         module = cast("nn.LSTM | nn.GRU", model.get_submodule(path))
-        made_of_cores = FactoredRecurrent(module, layers)
-        _take_hooks(module, made_of_cores)
-        model = _replace(model, path, made_of_cores.train(module.training))
+        factored_recurrent = FactoredRecurrent(module, layers)
+        _move_hooks(module, factored_recurrent)
+        model = _replace(model, path, factored_recurrent.train(module.training))
     return model
 
 
 def _cores_of_zero(layer: LayerPlan, weight: Tensor) -> list[Tensor]:
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     first, *others = layer.core_shapes(tuple(weight.shape))
-    drawn = [torch.randn(shape, generator=chance) / math.sqrt(math.prod(shape[:-1])) for shape in others]
-    return [weight.new_zeros(first), *(core.to(weight) for core in drawn)]
+    random = [torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[:-1])) for shape in others]
+    return [weight.new_zeros(first), *(core.to(weight) for core in random)]
 
 
-def _take_hooks(before: nn.Module, after: nn.Module) -> None:
-    """Let the hooks that a user put on a layer go on with the one in its place; the very dicts, so that they can be removed.
+def _move_hooks(replaced: nn.Module, replacement: nn.Module) -> None:
+    """Give a layer the hooks that the user registered on the layer that it replaces.
 
-    Hooks that compute a parameter of the layer before, such as those of pruning, are left out: it was computed.
+    Hooks that compute a parameter of the replaced layer, such as those of pruning, are dropped: the cores hold its value.
     """
-    if not isinstance(after, FactoredRecurrent):
-        for key, hook in list(before._forward_pre_hooks.items()):
-            if isinstance(hook, _COMPUTING):
-                del before._forward_pre_hooks[key]
-    for kind in _HOOKS:
-        if hasattr(before, kind):
-            setattr(after, kind, getattr(before, kind))
+    if not isinstance(replacement, FactoredRecurrent):
+        remove_pre_hooks(replaced, _PARAMETER_HOOKS)
+    share_hooks(replaced, replacement)
 
 
-_HOOKS = (
-    *(f"_forward{pre}_hooks{more}" for pre in ("", "_pre") for more in ("", "_with_kwargs", "_always_called")),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-_COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)
+_PARAMETER_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return copies of the cores of every factored layer, on the CPU, by the layer's name."""
-    found: dict[str, list[Tensor]] = {}
+    """Return the cores of every factored layer.
+
+    Args:
+        model: a model with layers made of cores, as `ADMM.factorize` returns it.
+
+    Returns:
+        Copies of the cores on the CPU, by layer name. An LSTM or GRU layer has the name of its input weight, such as
+        `rnn.weight_ih_l0`. Empty if the model has no factored layer.
+
+    """
+    cores_by_layer: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactoredLayer):
-            found[name] = [core.detach().to("cpu", copy=True) for core in module.cores]
+            cores_by_layer[name] = [core.detach().to("cpu", copy=True) for core in module.cores]
         elif isinstance(module, FactoredRecurrent):
-            for leaf, cores in cast("dict[str, Cores]", module.cores).items():
-                found[f"{name}.{leaf}".removeprefix(".")] = [core.detach().to("cpu", copy=True) for core in cores]
-    return found
+            for leaf, cores in cast("dict[str, CoreList]", module.cores).items():
+                layer = f"{name}.{leaf}".removeprefix(".")
+                cores_by_layer[layer] = [core.detach().to("cpu", copy=True) for core in cores]
+    return cores_by_layer
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Return a copy in which every factored layer is a dense one again, its weight reconstructed from the cores."""
+    """Return a copy of a model in which every factored layer is dense again.
+
+    Args:
+        model: a model with layers made of cores; it is not changed.
+
+    Returns:
+        The copy; its dense weights are reconstructed from the cores, so that it computes the same function up to rounding.
+
+    """
     dense = copy.deepcopy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, FactoredLayer):
-            made = _dense_layer(module)
+            dense_module = _dense_layer(module)
         elif isinstance(module, FactoredRecurrent):
-            made = module.to_dense()
+            dense_module = module.to_dense()
         else:
             continue
-        _take_hooks(module, made)
-        dense = _replace(dense, name, made)
+        _move_hooks(module, dense_module)
+        dense = _replace(dense, name, dense_module)
     return dense
 
 
@@ -131,7 +154,7 @@ def _dense_layer(module: FactoredLayer) -> nn.Module:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put a module in the place of that name and return the model: the module itself when the name is the model's own."""
+    """Replace the submodule of that name and return the model, or the module itself if the name is empty."""
     if not name:
         return module
     parent, _, leaf = name.rpartition(".")

@@ -1,8 +1,8 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018), under torchvision's names, so that its published state dicts load as they are.
+"""MobileNetV2 (Sandler et al., CVPR 2018), with torchvision's parameter names, so that its state dicts load unchanged.
 
-An inverted residual widens its input by a 1×1 convolution, filters every channel by itself (depthwise 3×3) and narrows
-again by a 1×1 convolution without an activation. The 1×1 convolutions hold nearly all parameters and MACs and are what
-can be factored; the depthwise ones stay dense.
+An inverted residual block expands its input by a 1×1 convolution, filters each channel separately (depthwise 3×3), and reduces
+the channels by a 1×1 convolution without an activation. The 1×1 convolutions hold nearly all parameters and MACs and can be
+factored; the depthwise convolutions stay dense.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _STAGES = (  # expansion t, channels c, blocks n, stride of the first block s: T
 
 
 class InvertedResidual(nn.Module):
-    """1×1, depthwise 3×3, 1×1 and a shortcut where the shape stays: (B, I, H, W) → (B, O, H / stride, W / stride)."""
+    """1×1, depthwise 3×3, 1×1, and a shortcut if the shape does not change: (B, I, H, W) → (B, O, H / stride, W / stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
         self.residual = stride == 1 and inputs == outputs
         hidden = inputs * expansion
-        widen = [_conv(inputs, hidden, 1)] if expansion != 1 else []
-        narrow = nn.Conv2d(hidden, outputs, 1, bias=False)
-        self.conv = nn.Sequential(*widen, _conv(hidden, hidden, 3, stride, hidden), narrow, nn.BatchNorm2d(outputs))
+        expand = [_conv(inputs, hidden, 1)] if expansion != 1 else []
+        reduce = nn.Conv2d(hidden, outputs, 1, bias=False)
+        self.conv = nn.Sequential(*expand, _conv(hidden, hidden, 3, stride, hidden), reduce, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
@@ -41,8 +41,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Seven stages of inverted residuals between two plain convolutions: (B, channels, H, W) → (B, classes).
 
-    `width` multiplies the channels of every layer, rounded to multiples of 8; the last convolution never has fewer than
-    1,280. `blocks` bounds the number of blocks of every stage: 1 gives a shallow network for small images.
+    `width` multiplies the channels of every layer, rounded to multiples of 8; the last convolution has at least 1,280.
+    `blocks` is the largest number of blocks per stage: 1 gives a shallow network for small images.
     """
 
     def __init__(self, channels: int = 3, classes: int = 1000, width: float = 1.0, blocks: int = 4) -> None:
@@ -71,12 +71,12 @@ class MobileNetV2(nn.Module):
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Return a convolution that keeps the size but for its stride, batch-norm and ReLU6."""
+    """Return a convolution with padding (k − 1) / 2, batch-norm and ReLU6."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
 
 
 def _round(channels: float) -> int:
-    """Return the nearest multiple of 8, 8 or more, and never below nine tenths of `channels`."""
+    """Return the nearest multiple of 8 that is at least 8 and at least nine tenths of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

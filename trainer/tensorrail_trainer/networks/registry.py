@@ -1,4 +1,4 @@
-"""The networks that recipes can name."""
+"""The networks that a recipe can name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tensorrail_trainer.networks.vit import vit_tiny
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch-norm and a shortcut, 1×1 where the shape changes (He et al., CVPR 2016)."""
+    """Two 3×3 convolutions with batch-norm and a shortcut, a 1×1 convolution if the shape changes (He et al., CVPR 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network for small images with a linear head: (B, C, H, W) → (B, classes).
 
-    The stem halves the image; stage k has `blocks` blocks of `widths[k]` channels, each stage after the first halves
-    again; a 4×4 average pooling, a hidden linear layer and the classifier follow.
+    The stem and each stage after the first one halve the image. Stage k has `blocks` blocks of `widths[k]` channels. Average
+    pooling to 4×4, a hidden linear layer and the classifier follow.
     """
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int, hidden: int) -> None:
@@ -71,9 +71,9 @@ class SmallResNet(nn.Module):
 
 
 class RecurrentClassifier(nn.Module):
-    """LSTM or GRU layers over a sequence and a linear head on their last hidden state: (B, T, inputs) → (B, classes).
+    """LSTM or GRU layers over a sequence and a linear head on the last hidden state: (B, T, inputs) → (B, classes).
 
-    Of a bidirectional network the head sees both directions' last states, each after the whole sequence.
+    In a bidirectional network the head uses the last states of both directions, each after the whole sequence.
     """
 
     rnn: nn.LSTM | nn.GRU
@@ -96,8 +96,8 @@ class RecurrentClassifier(nn.Module):
         """Return the class scores."""
         _, states = self.rnn(x)
         last = states[0] if isinstance(states, tuple) else states  # (layers · directions, B, hidden)
-        seen = torch.cat([last[-2], last[-1]], 1) if self.rnn.bidirectional else last[-1]
-        scores: Tensor = self.classifier(seen)
+        features = torch.cat([last[-2], last[-1]], 1) if self.rnn.bidirectional else last[-1]
+        scores: Tensor = self.classifier(features)
         return scores
 
 
@@ -135,9 +135,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def model_of(name: str) -> Callable[..., nn.Module]:
-    """Return what makes the network of that name: one of `MODELS`, `torchvision/NAME`, `timm/NAME` or `module:function`.
+    """Return the function that creates the network of a name.
 
-    `NetworkError` when there is none, or the package is not installed. None of them loads weights from elsewhere.
+    Args:
+        name: a key of `MODELS`, `torchvision/NAME`, `timm/NAME`, or your own function as `module:function`.
+
+    Returns:
+        A function that takes the arguments of the recipe and returns the network. It downloads no weights.
+
+    Raises:
+        NetworkError: there is no such network, or its package is not installed.
+
     """
     if name in MODELS:
         return MODELS[name]
@@ -154,44 +162,44 @@ def model_of(name: str) -> Callable[..., nn.Module]:
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:
-    found = _package("torchvision", "torchvision.models", name)
+    models = _package("torchvision", "torchvision.models", name)
 
     def make(classes: int = 1000) -> nn.Module:
-        model: nn.Module = found.get_model(name, weights=None, num_classes=classes)
+        model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
         return model
 
     return make
 
 
 def _timm(name: str) -> Callable[..., nn.Module]:
-    found = _package("timm", "timm", name)
+    timm = _package("timm", "timm", name)
 
     def make(channels: int = 3, classes: int = 1000) -> nn.Module:
-        model: nn.Module = found.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
+        model: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
         return model
 
     return make
 
 
 def _package(package: str, module: str, name: str) -> Any:
-    """Return a module that has the network of that name; `NetworkError` when it is not there or made for another torch."""
+    """Import the module that has the network. Raises `NetworkError` if it is missing or was built for another torch version."""
     try:
-        found = import_module(module)
+        imported_module = import_module(module)
     except ModuleNotFoundError:
-        raise NetworkError(f"{package}/{name} needs {package}: pip install {package}") from None
+        raise NetworkError(f"{package}/{name} needs {package}; install it with: pip install {package}") from None
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        advice = f"install the one made for torch {torch.__version__}"
-        raise NetworkError(f"{package}/{name}: {package} cannot be imported ({reason}): {advice}") from None
-    known = found.list_models()
+        advice = f"install the version built for torch {torch.__version__}"
+        raise NetworkError(f"{package}/{name}: {package} cannot be imported ({reason}); {advice}") from None
+    known = imported_module.list_models()
     if name not in known:
         raise NetworkError(f"{package} has no model {name!r}{_nearest(name, known)}")
-    return found
+    return imported_module
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, 3)
-    return f"; did you mean {', '.join(near)}?" if near else f"; it has {len(known)} others"
+    return f"; did you mean {', '.join(near)}?" if near else f"; it has {len(known)} models, and none has a similar name"
 
 
 _PACKAGES = {"timm": _timm, "torchvision": _torchvision}

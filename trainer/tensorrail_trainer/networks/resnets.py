@@ -1,9 +1,9 @@
-"""Residual networks (He et al., CVPR 2016) under torchvision's names, so that its published state dicts load as they are.
+"""Residual networks (He et al., CVPR 2016), with torchvision's parameter names, so that its state dicts load unchanged.
 
-ResNet-18 and -50 are for large images, the stride of a bottleneck in its 3×3 convolution. `stem="small"` replaces the 7×7
-convolution and the pooling by one 3×3 convolution of stride 2, for images of 32 to 64 pixels. ResNet-20, -32 and -56 are the
-paper's networks for CIFAR: 6n + 2 layers in three stages, and shortcuts without parameters (`shortcut="A"`) where the shape
-changes: every second pixel, and zeros for the channels that are new. `shortcut="B"` has 1×1 convolutions there.
+ResNet-18 and ResNet-50 are for large images; the stride of a bottleneck is in its 3×3 convolution. `stem="small"` replaces the
+7×7 convolution and the pooling by one 3×3 convolution with stride 2, for images of 32 to 64 pixels. ResNet-20, -32 and -56 are
+the paper's networks for CIFAR, with 6n + 2 layers in three stages. Where the shape changes, `shortcut="A"` has no parameters:
+it takes every second pixel and fills the new channels with zeros. `shortcut="B"` uses 1×1 convolutions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
 
 
 class Subsample(nn.Module):
-    """Every `stride`-th pixel, and zeros for new channels on both sides: (B, I, H, W) → (B, O, H / stride, W / stride)."""
+    """Take every `stride`-th pixel and add channels of zeros: (B, I, H, W) → (B, O, H / stride, W / stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of residual blocks: (B, channels, H, W) → (B, classes). `ValueError` for a stem that is not known."""
+    """Four stages of residual blocks: (B, channels, H, W) → (B, classes). Raises `ValueError` for an unknown stem."""
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, classes)
-        _draw(self)
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores."""
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
 class CifarResNet(nn.Module):
     """Three stages of `blocks` blocks each, of `width`, 2·width and 4·width channels: (B, channels, H, W) → (B, classes).
 
-    `ValueError` for a shortcut that is not known.
+    Raises `ValueError` for an unknown shortcut.
     """
 
     layer1: nn.Sequential
@@ -149,7 +149,7 @@ class CifarResNet(nn.Module):
             inputs = planes
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, classes)
-        _draw(self)
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores."""
@@ -170,17 +170,17 @@ def resnet50(channels: int = 3, classes: int = 1000, stem: Stem = "large", width
 
 
 def resnet20(channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> CifarResNet:
-    """Return the ResNet-20 for images of 32 pixels."""
+    """Return ResNet-20 for images of 32 pixels."""
     return CifarResNet(3, channels, classes, shortcut, width)
 
 
 def resnet32(channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> CifarResNet:
-    """Return the ResNet-32 for images of 32 pixels."""
+    """Return ResNet-32 for images of 32 pixels."""
     return CifarResNet(5, channels, classes, shortcut, width)
 
 
 def resnet56(channels: int = 3, classes: int = 10, shortcut: Shortcut = "A", width: int = 16) -> CifarResNet:
-    """Return the ResNet-56 for images of 32 pixels."""
+    """Return ResNet-56 for images of 32 pixels."""
     return CifarResNet(9, channels, classes, shortcut, width)
 
 
@@ -192,8 +192,8 @@ def _shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut = "B") -> n
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
-def _draw(model: nn.Module) -> None:
-    """Draw the weights of the convolutions as He et al. (ICCV 2015) do."""
+def _initialize(model: nn.Module) -> None:
+    """Initialize the weights of the convolutions as in He et al. (ICCV 2015)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

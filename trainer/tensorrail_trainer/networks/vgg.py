@@ -1,7 +1,7 @@
-"""VGG-16 with batch-norm (Simonyan and Zisserman, ICLR 2015), under torchvision's names, so that state dicts load unchanged.
+"""VGG-16 with batch-norm (Simonyan and Zisserman, ICLR 2015), with torchvision's names, so that its state dicts load unchanged.
 
-`head="large"` is torchvision's: 7×7 average pooling and three linear layers, which hold 124 of the 138 million parameters.
-`head="small"` is what the field trains on CIFAR: a global average and one linear layer, `classifier` itself.
+`head="large"` is torchvision's head: 7×7 average pooling and three linear layers, with 124 of the 138 million parameters.
+`head="small"` is the head that is usual for CIFAR: global average pooling and one linear layer, named `classifier`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # channels in units of the w
 
 
 class VGG(nn.Module):
-    """Thirteen 3×3 convolutions in five stages, each halved by pooling, and a head: (B, channels, H, W) → (B, classes).
+    """Thirteen 3×3 convolutions in five stages, each followed by pooling, and a head: (B, channels, H, W) → (B, classes).
 
-    Stages have `width` to 8·width channels. The large head, with `hidden` units, is for images of 224 pixels. `ValueError` for
-    a head that is not known.
+    The stages have `width` to 8·width channels. The large head has `hidden` units and is for images of 224 pixels. Raises
+    `ValueError` for an unknown head.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Vision transformers (Dosovitskiy et al., ICLR 2021), under timm's names, so that its published state dicts load as they are.
+"""Vision transformers (Dosovitskiy et al., ICLR 2021), with timm's parameter names, so that its state dicts load unchanged.
 
-`vit_tiny` is the size that DeiT-tiny has (Touvron et al., ICML 2021). Attention is written out, so that the exported graph
-is plain products and softmax: with q, k, v ∈ R^{N×d} of one head, softmax(q kᵀ / √d) v.
+`vit_tiny` has the size of DeiT-tiny (Touvron et al., ICML 2021). Attention is written as matrix products and softmax, so that
+the exported graph has only these operators: softmax(q kᵀ / √d) v for q, k, v ∈ R^{N×d} of one head.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens by `heads` heads: (B, N, D) → (B, N, D)."""
+    """Multi-head self-attention over all tokens: (B, N, D) → (B, N, D)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -21,20 +21,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens, each a mixture of all."""
+        """Return the attended tokens."""
         tokens, dim = x.shape[1:]
         q, k, v = (
             part.reshape(-1, tokens, self.heads, dim // self.heads).transpose(1, 2)  # (B, heads, N, d)
             for part in self.qkv(x).split(dim, dim=-1)
         )
-        shares = torch.softmax(torch.matmul(q * self.scale, k.transpose(-2, -1)), dim=-1)
-        mixed = torch.matmul(shares, v).transpose(1, 2).reshape(-1, tokens, dim)
+        attention = torch.softmax(torch.matmul(q * self.scale, k.transpose(-2, -1)), dim=-1)
+        mixed = torch.matmul(attention, v).transpose(1, 2).reshape(-1, tokens, dim)
         out: Tensor = self.proj(mixed)
         return out
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, on every token alone: (B, N, D) → (B, N, D)."""
+    """Two linear layers with a GELU between them, applied to each token: (B, N, D) → (B, N, D)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the changed tokens."""
+        """Return the transformed tokens."""
         out: Tensor = self.fc2(nn.functional.gelu(self.fc1(x)))
         return out
 
 
 class Block(nn.Module):
-    """Attention and Mlp, each behind a layer-norm and beside a shortcut: (B, N, D) → (B, N, D)."""
+    """A pre-norm transformer block, attention and MLP, each with a shortcut: (B, N, D) → (B, N, D)."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """The image cut into squares, each one token: (B, channels, S, S) → (B, (S / patch)², D)."""
+    """Embed each square patch of an image as a token: (B, channels, S, S) → (B, (S / patch)², D)."""
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class PatchEmbedding(nn.Module):
 class VisionTransformer(nn.Module):
     """Patches, a class token, `depth` blocks and a linear head: (B, channels, size, size) → (B, classes).
 
-    Raises `ValueError` when the patches do not fill the image or the heads do not fill `dim`.
+    Raises `ValueError` if `size` is not a multiple of `patch`, or `dim` is not a multiple of `heads`.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if size % patch:
-            raise ValueError(f"VisionTransformer: size={size} is no multiple of patch={patch}; give a size that is")
+            raise ValueError(f"VisionTransformer: expected size to be a multiple of patch={patch}, got size={size}")
         if dim % heads:
-            raise ValueError(f"VisionTransformer: dim={dim} is no multiple of heads={heads}; give a dim that is")
+            raise ValueError(f"VisionTransformer: expected dim to be a multiple of heads={heads}, got dim={dim}")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch) ** 2 + 1, dim))
         self.patch_embed = PatchEmbedding(channels, dim, patch)
@@ -112,7 +112,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the class scores, read from the class token."""
+        """Return the class scores, computed from the class token."""
         patches = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
         x = self.norm(self.blocks(x))
@@ -123,5 +123,5 @@ class VisionTransformer(nn.Module):
 def vit_tiny(
     channels: int = 3, classes: int = 1000, size: int = 224, patch: int = 16, dim: int = 192, depth: int = 12, heads: int = 3
 ) -> VisionTransformer:
-    """Return the vision transformer with DeiT-tiny's sizes as defaults."""
+    """Return a vision transformer with the sizes of DeiT-tiny as defaults."""
     return VisionTransformer(channels, classes, size, patch, dim, depth, heads)

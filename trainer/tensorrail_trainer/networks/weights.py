@@ -1,9 +1,9 @@
-"""Weights in files: published ones under the names they are published with, and a network's own.
+"""Load and save the weights of a network, including published weights.
 
-A file is safetensors, or what `torch.save` wrote, read without running code. Checkpoints are unwrapped and the prefixes of
-wrapped networks taken off. The CIFAR ResNets of two much used collections differ from ours by names alone: `linear` and
-`shortcut` (github.com/akamaster/pytorch_resnet_cifar10, shortcut A) stand for `fc` and `downsample`, which is what
-github.com/chenyaofo/pytorch-cifar-models (shortcut B) has. torchvision's names are ours.
+A file is safetensors, or written by `torch.save`, and is read without running code. State dicts inside checkpoints and prefixes
+of wrapped networks are recognized. The CIFAR ResNets of two popular collections load as well: the names `linear` and `shortcut`
+(github.com/akamaster/pytorch_resnet_cifar10, shortcut A) are read as `fc` and `downsample`, and
+github.com/chenyaofo/pytorch-cifar-models (shortcut B) has the names of this package, which are those of torchvision.
 """
 
 from __future__ import annotations
@@ -23,26 +23,33 @@ from tensorrail_trainer.networks.resnets import CifarResNet
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-_COUNTER = "num_batches_tracked"  # of batch-norm: not there before torch 0.4.1, and read by training alone
-_WRAPPED = 4  # state dicts in one another, at most: a file may hold itself
-_SHOWN = 3  # names in an error
+_COUNTER = "num_batches_tracked"  # of batch-norm: missing before torch 0.4.1, and only used in training
+_MAX_NESTING = 4  # of state dicts in a checkpoint: a file may contain itself
+_SHOWN = 3  # names shown in an error
 
 
 def load_weights(model: nn.Module, path: Path | str, *, fresh: Sequence[str] = ()) -> None:
-    """Put the weights of a file into a model, on the model's own device and in its own precision.
+    """Load the weights of a file into a model, on the device and in the precision of the model.
 
-    Every parameter and buffer must be there, finite and of the model's shape, and nothing else; those whose names match a
-    pattern of `fresh` (`*` and `?` as in a shell) keep their values instead, such as the classifier for other classes.
-    The model is unchanged when `WeightsError` is raised.
+    Args:
+        model: the model. It is unchanged if an error is raised.
+        path: a safetensors file, or a state dict or checkpoint written by `torch.save`. It must hold every parameter and buffer
+            of the model, finite and of the same shape, and nothing else.
+        fresh: patterns of names (`*` and `?` as in a shell) that keep the values of the model, such as `fc.*` for a classifier
+            with other classes; default none.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not fit the model.
+
     """
     path = Path(path)
-    state = _bare(path, _read(path), model.state_dict().keys())
+    state = _state_dict_of(path, _read(path), model.state_dict().keys())
     if isinstance(model, CifarResNet):
         state = {_cifar_name(name): tensor for name, tensor in state.items()}
     own = model.state_dict()
     for pattern in fresh:
         if not any(fnmatchcase(name, pattern) for name in own):
-            raise WeightsError(f"{path}: no weight of the model is named {pattern!r}; it has {_some(list(own))}")
+            raise WeightsError(f"{path}: no weight of the model matches {pattern!r}; it has {_some(list(own))}")
     kept = {name for name in {*own, *state} if any(fnmatchcase(name, pattern) for pattern in fresh)}
     state = {name: tensor for name, tensor in state.items() if name not in kept}
     state |= {name: own[name] for name in own if name in kept or (name.endswith(_COUNTER) and name not in state)}
@@ -51,49 +58,60 @@ def load_weights(model: nn.Module, path: Path | str, *, fresh: Sequence[str] = (
 
 
 def save_weights(model: nn.Module, path: Path | str) -> None:
-    """Write a model's parameters and buffers as safetensors, whole or not at all; `WeightsError` when it cannot be written."""
+    """Write the parameters and buffers of a model as safetensors, atomically.
+
+    Args:
+        model: the model.
+        path: the file to write.
+
+    Raises:
+        WeightsError: the file cannot be written.
+
+    """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     try:
         write_bytes(path, save(state, metadata={"format": "pt"}))
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror}): expected a folder that is there") from None
+        raise WeightsError(f"{path}: cannot be written ({error.strerror}); expected an existing, writable folder") from None
 
 
 def _read(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":  # the length of a header in JSON, and the header
+        if start[8:] == b"{":  # safetensors: 8 bytes of length, then a header in JSON
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}): expected a file of weights") from None
-    except Exception:  # noqa: BLE001 - a broken or hostile file raises whatever its bytes say, over many lines
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); expected a file of weights") from None
+    except Exception:  # noqa: BLE001 - a broken or hostile file can raise any exception, with a message of many lines
         raise WeightsError(
-            f"{path}: is no file of weights that can be read without running code: expected safetensors or torch.save of a "
-            "state dict; in the program that made it, save model.state_dict()"
+            f"{path}: cannot be read without running code from it; expected safetensors, or a state dict written by "
+            "torch.save: save model.state_dict() in the program that wrote the file"
         ) from None
 
 
-def _bare(path: Path, found: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the state dict itself, out of a checkpoint and without the prefixes of wrapped networks."""
-    for _ in range(_WRAPPED):
-        if not isinstance(found, Mapping):
+def _state_dict_of(path: Path, content: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the state dict in the content of a file, without the prefixes of wrapped networks."""
+    for _ in range(_MAX_NESTING):
+        if not isinstance(content, Mapping):
             break
-        inside = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        inside = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inside is None:
             break
-        found = inside
-    if not isinstance(found, Mapping):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}: expected a state dict, which maps names to tensors")
-    state = dict(found)
+        content = inside
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: expected a state dict that maps names to tensors, got a {type(content).__name__}")
+    state = dict(content)
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise WeightsError(f"{path}: entry {name!r:.60} is a {type(tensor).__name__}: expected a state dict of tensors")
+            raise WeightsError(f"{path}: entry {name!r:.60}: expected a named tensor, got a {type(tensor).__name__}")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise WeightsError(f"{path}: {name} is not a plain dense tensor: expected the weights in float32 or float16")
+            raise WeightsError(
+                f"{path}: {name}: expected a dense tensor in float32 or float16, got a sparse, quantized or meta tensor"
+            )
     while state:
-        prefix = next((one for one in _PREFIXES if all(name.startswith(one) for name in state)), None)
+        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
         if prefix is None or all(name.startswith(prefix) for name in names):
             break
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -109,39 +127,42 @@ def _cifar_name(name: str) -> str:
 def _check(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], shortcuts: bool) -> None:
     missing, unexpected = [name for name in own if name not in state], sorted(name for name in state if name not in own)
     if missing or unexpected:
-        parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has also", unexpected)) if names]
+        parts = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
         raise WeightsError(
-            f"{path}: {' and '.join(parts)}: expected the model's {len(own)} entries{_advice(missing, unexpected, shortcuts)}"
+            f"{path}: expected the model's {len(own)} entries, {', '.join(parts)}{_advice(missing, unexpected, shortcuts)}"
         )
     classifier = list(own)[-2:]
-    for name, tensor in ((name, state[name]) for name in own):  # in the network's order, which a file need not keep
+    for name in own:  # in the order of the network, which may differ from that of the file
+        tensor = state[name]
         if tensor.shape != own[name].shape or tensor.is_floating_point() != own[name].is_floating_point():
-            came, expected = (f"{list(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in (tensor, own[name]))
+            actual, expected = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, own[name]))
             raise WeightsError(
-                f"{path}: {name} is {came}: expected {expected}{_fitting(tensor, own[name], name in classifier)}"
+                f"{path}: {name}: expected {expected}, got {actual}{_fitting(tensor, own[name], name in classifier)}"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(f"{path}: {name} holds values that are not finite: the file is of a training that failed")
+            raise WeightsError(
+                f"{path}: {name}: expected finite values, got infinity or NaN; use weights of a training that did not diverge"
+            )
 
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str], shortcuts: bool) -> str:
-    """Return which argument of the model makes the difference, where one does."""
+    """Suggest the argument of the model that explains missing and unexpected names, if there is one."""
     if shortcuts and all(".downsample." in name for name in (*missing, *unexpected)):
         return f"; try shortcut: {'B' if unexpected else 'A'}"
     if missing and unexpected:
-        return "; it is of another network"
-    return "; it is of another network, or one of another depth"
+        return "; it belongs to another network"
+    return "; it belongs to another network, or to one of another depth"
 
 
-def _fitting(came: Tensor, own: Tensor, last: bool) -> str:
-    """Return which argument of the model would give the weight the shape that came."""
-    if came.dim() != own.dim():
-        return "; it is of another network"
-    if last and came.shape[1:] == own.shape[1:]:
-        return f"; try classes: {came.shape[0]}"
-    if own.dim() == 4 and came.shape[0] == own.shape[0] and came.shape[2:] == own.shape[2:]:
-        return f"; try channels: {came.shape[1]}"
-    if own.dim() == 4 and came.shape[:2] == own.shape[:2]:
+def _fitting(loaded: Tensor, own: Tensor, last: bool) -> str:
+    """Suggest the argument of the model that would give a weight the shape in the file."""
+    if loaded.dim() != own.dim():
+        return "; it belongs to another network"
+    if last and loaded.shape[1:] == own.shape[1:]:
+        return f"; try classes: {loaded.shape[0]}"
+    if own.dim() == 4 and loaded.shape[0] == own.shape[0] and loaded.shape[2:] == own.shape[2:]:
+        return f"; try channels: {loaded.shape[1]}"
+    if own.dim() == 4 and loaded.shape[:2] == own.shape[:2]:
         return "; try another stem"
     return "; try another width"
 

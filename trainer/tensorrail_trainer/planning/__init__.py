@@ -1,1 +1,1 @@
-"""Plans for torch modules: by patterns of layer names, by size, by published tables."""
+"""Plans for torch models: from patterns of layer names, from a target size, or from published tables."""

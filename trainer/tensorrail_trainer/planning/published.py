@@ -1,14 +1,14 @@
 """Tensor-train ranks published for ResNet-18 and ResNet-50 on ImageNet, and ResNet-32 and ResNet-56 on CIFAR-10, as plans.
 
-The figures are those of the official code of Yin, Sui, Liao and Yuan, *Towards Efficient Tensor Decomposition-Based DNN Model
-Compression with Optimization Framework* (CVPR 2021): its tables of three modes (O, K², I), and those of five modes
-(o₁, o₂, K², i₁, i₂) for the 3×3 convolutions. Stem, shortcuts and classifier stay dense, and in ResNet-50 also the 1×1
-convolutions of the first two stages.
+The ranks are those of the official code of Yin, Sui, Liao and Yuan, *Towards Efficient Tensor Decomposition-Based DNN Model
+Compression with Optimization Framework* (CVPR 2021): its tables with three modes (O, K², I), and those with five modes
+(o₁, o₂, K², i₁, i₂) for the 3×3 convolutions. Stem, shortcuts and classifier stay dense; in ResNet-50 the 1×1 convolutions of
+the first two stages stay dense, too.
 
-Ranks stand here as published and are clamped where they are used. That matters in ResNet-50's table of three modes: on either
-side of the single tap of a 1×1 convolution, K² = 1, the ranks 40 and 85 can both be only 40. Its weights are 2.50 times fewer
-as published and 2.98 times fewer as clamped, for the same function. ResNet-32's first stage at ranks (16, 16) is larger than
-dense, 2,816 numbers a layer against 2,304: it is kept as published.
+The tables hold the ranks as published. They are clamped where they are used, which matters in ResNet-50's table with three
+modes: on the two sides of the single tap of a 1×1 convolution (K² = 1) the ranks 40 and 85 can both be at most 40. The network
+has 2.50 times fewer weights as published and 2.98 times fewer as clamped, for the same function. ResNet-32's first stage with
+ranks (16, 16) is larger than dense, 2,816 parameters per layer instead of 2,304; it is kept as published.
 """
 
 from __future__ import annotations
@@ -16,17 +16,28 @@ from __future__ import annotations
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 
-Table = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # a layer's modes, and its ranks between the two that are 1
+# For each layer its modes, and its ranks without the first and the last one, which are 1.
+Table = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def published_plan(name: str, modes: int = 3) -> Plan:
-    """Return the published plan of a network of `MODELS` at full width, its 3×3 convolutions in three or five modes.
+    """Return the plan that was published for a network.
 
-    `PlanError` lists the networks and modes that have one.
+    Args:
+        name: a network of `tensorrail_trainer.networks.registry.MODELS`, at its default width: `resnet18`, `resnet50`,
+            `resnet32` or `resnet56`.
+        modes: the number of modes of the 3×3 convolutions, 3 (default) or 5.
+
+    Returns:
+        The plan, in the format `tt`.
+
+    Raises:
+        PlanError: nothing was published for this network and number of modes.
+
     """
     if (name, modes) not in PUBLISHED:
-        known = ", ".join(f"{network} in {count}" for network, count in PUBLISHED)
-        raise PlanError(f"no published ranks for {name!r} in {modes} modes: expected one of {known}")
+        known = ", ".join(f"{network} in {count} modes" for network, count in PUBLISHED)
+        raise PlanError(f"no published ranks for {name!r} in {modes} modes; expected one of {known}")
     table = PUBLISHED[name, modes]
     layers = (LayerPlan(name=layer, format="tt", modes=sizes, ranks=(1, *ranks, 1)) for layer, (sizes, ranks) in table.items())
     return Plan(layers=tuple(layers))
@@ -143,7 +154,7 @@ _RESNET50_5: Table = {
 
 
 def _runs(blocks: int, *runs: tuple[str, tuple[int, ...], tuple[int, ...]]) -> Table:
-    """Return the table of a CIFAR network of three stages: modes and ranks hold from the layer that they are given for on."""
+    """Return the table of a CIFAR network with three stages: an entry applies from its layer on, until the next entry."""
     layers = [f"layer{stage}.{block}.conv{k}" for stage in (1, 2, 3) for block in range(blocks) for k in (1, 2)]
     starts = {layer: (modes, ranks) for layer, modes, ranks in runs}
     table: Table = {}

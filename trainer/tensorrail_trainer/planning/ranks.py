@@ -1,4 +1,4 @@
-"""From a few lines of a recipe to a plan: patterns of layer names, a format, modes and ranks."""
+"""Plans from patterns of layer names: with given ranks, or with ranks chosen to reach a target size."""
 
 from __future__ import annotations
 
@@ -24,57 +24,72 @@ def plan_layers(
     model: nn.Module,
     pattern: str,
     *,
-    format: str = "tt",  # noqa: A002 - the record's own word
+    format: str = "tt",  # noqa: A002 - the name of the plan's field
     ranks: int | Sequence[int],
     modes: Sequence[int] | None = None,
     merge: str = "auto",
 ) -> tuple[LayerPlan, ...]:
-    """Return a plan for every layer whose name matches the pattern (`*` and `?` as in a shell).
+    """Plan every layer of a model whose name matches a pattern.
 
-    Convolutions and linear layers are named by their module, the layers of an LSTM or GRU by their input weight. One
-    number as `ranks` is an upper bound for every rank, lowered where fewer exist; a list holds the format's own ranks.
-    `PlanError` when nothing matches, or when a listed rank is larger than can exist.
+    Args:
+        model: the dense model.
+        pattern: layer names, with `*` and `?` as in a shell. Convolutions and linear layers are named by their module, a layer
+            of an LSTM or GRU by its input weight, such as `rnn.weight_ih_l0`.
+        format: `tt` (default), `tr`, `tucker`, `cp`, `svd` or `ttm`.
+        ranks: an integer is an upper bound for every rank, lowered where the shape allows less; a list holds the ranks in the
+            format's order.
+        modes: the modes in the format's order; default: the format's default modes for the shape of the layer.
+        merge: which neighbouring cores are merged for execution; default `auto`: the cheapest.
+
+    Returns:
+        One `LayerPlan` per matching layer, in the order of the model. `Plan(layers=...)` makes a plan of them.
+
+    Raises:
+        PlanError: no layer matches, a layer cannot be factored, or a listed rank is larger than the shape allows.
+
     """
     form = format_of(format)
     names = _matching(model, pattern)
     if isinstance(ranks, np.integer):
         ranks = int(ranks)
     elif not isinstance(ranks, int | list | tuple) or ranks == []:
-        raise PlanError(f"ranks are one number, an upper bound, or a list of the format's own, and {ranks!r} came")
+        raise PlanError(f"ranks: expected one integer (an upper bound) or a list of the format's ranks, got {ranks!r}")
     if modes is not None and not all(isinstance(mode, int | np.integer) for mode in modes):
-        raise PlanError(f"modes are whole numbers, one after another, and {list(modes)!r} came: see the format's own order")
+        raise PlanError(f"modes: expected a list of integers in the format's order, got {list(modes)!r}")
     plans = []
     for name in names:
         shape = dense_layer(model, name).spec.shape
         layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
-        wanted = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
-        layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=wanted, merge=merge)
+        requested = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
+        layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=requested, merge=merge)
         layer.check(shape)
-        exist = form.clamp(shape, layer_modes, wanted)
-        if not isinstance(ranks, int) and exist != wanted:
+        clamped = form.clamp(shape, layer_modes, requested)
+        if not isinstance(ranks, int) and clamped != requested:
             raise PlanError(
-                f"layer {name}: ranks {list(wanted)} cannot be: modes {list(layer_modes)} allow at most {list(exist)}; "
-                "lower them, or give one number as an upper bound"
+                f"layer {name}: expected ranks of at most {list(clamped)} for modes {list(layer_modes)}, got {list(requested)};"
+                " lower them, or give one number as an upper bound"
             )
-        plans.append(layer.model_copy(update={"ranks": exist}))
+        plans.append(layer.model_copy(update={"ranks": clamped}))
     return tuple(plans)
 
 
 def _matching(model: nn.Module, pattern: str) -> list[str]:
-    """Return the layers of a pattern; `PlanError` says why a layer that is named outright is none, or what there is."""
+    """Return the layers that match a pattern. Raises `PlanError` if there is none, with the reason or the known layers."""
     known = dense_layers(model)
     names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
         if pattern in dict(model.named_modules()):
             dense_layer(model, pattern)
-        raise PlanError(f"no layer is named {pattern!r}; the model has {', '.join(known) or 'none that could be factored'}")
+        raise PlanError(f"no layer matches {pattern!r}; the layers that can be factored are: {', '.join(known) or 'none'}")
     if "" in names:
-        raise PlanError("the model itself is the layer, and a layer is named by its place in one: put it in an nn.Sequential")
+        raise PlanError(
+            "expected a model that contains layers, got a single layer, which has no name; put it in an nn.Sequential"
+        )
     return names
 
 
 def join(plans: Sequence[tuple[LayerPlan, ...]]) -> Plan:
-    """Return one plan of all; where two patterns name the same layer, the later one holds."""
+    """Combine plans into one. If two of them plan the same layer, the later one applies."""
     return Plan(layers=tuple({layer.name: layer for plan in plans for layer in plan}.values()))
 
 
@@ -83,58 +98,73 @@ def plan_to_size(
     pattern: str,
     times: float,
     *,
-    format: str = "tt",  # noqa: A002 - the record's own word
+    format: str = "tt",  # noqa: A002 - the name of the plan's field
     modes: Sequence[int] | None = None,
     merge: str = "auto",
     trained: bool = True,
 ) -> tuple[LayerPlan, ...]:
-    """Return a plan for the layers of a pattern that makes the whole network's parameters `times` fewer.
+    """Plan the layers of a pattern so that the whole network has `times` fewer parameters.
 
-    Each layer is offered its dense form and a ladder of uniform rank bounds, at the size at which it runs; the loss of one is
-    the share of the weight's squared norm that it cuts off, and the least sum of losses within the budget is chosen for all
-    layers at once. The model's weights should be trained ones: those of a fresh network are all alike. Where they are not,
-    `trained=False` spares the decompositions and returns any plan of that size. A layer may stay dense. `PlanError` when the
-    layers of the pattern cannot shrink that much.
+    The options of a layer are its dense form and a series of uniform rank bounds, counted at the size at which the layer runs.
+    The loss of an option is the share of the weight's squared norm that it truncates. One choice over all layers minimizes the
+    sum of the losses within the budget; a layer may stay dense.
+
+    Args:
+        model: the dense model, with trained weights: the weights of an untrained network do not differ in rank.
+        pattern: layer names, as for `plan_layers`.
+        times: the ratio of the parameters of the dense network to those of the factored network, above 1.
+        format: as for `plan_layers`.
+        modes: as for `plan_layers`.
+        merge: as for `plan_layers`.
+        trained: False skips the decompositions and returns any plan of that size; default True.
+
+    Returns:
+        One `LayerPlan` per layer that does not stay dense.
+
+    Raises:
+        PlanError: no layer matches, or the layers cannot become that small.
+
     """
     form = format_of(format)
     names = _matching(model, pattern)
-    offers: list[list[LayerPlan | None]] = []
+    options: list[list[LayerPlan | None]] = []
     sizes: list[list[float]] = []
     losses: list[list[float]] = []
     for name in names:
         dense = dense_layer(model, name)
         weight = dense.weight().detach().float().cpu().contiguous()
         shape = tuple(weight.shape)
-        own = tuple(modes) if modes is not None else form.default_modes(shape)
-        offers.append([None])
+        layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
+        options.append([None])
         sizes.append([float(weight.numel())])
         losses.append([0.0])
-        for rung, size in _ladder(LayerPlan(name=name, format=format, modes=own, ranks=(1,), merge=merge), dense.spec):
-            offers[-1].append(rung)
+        layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=(1,), merge=merge)
+        for option, size in _ladder(layer, dense.spec):
+            options[-1].append(option)
             sizes[-1].append(float(size))
-            losses[-1].append(_cut_off(weight, format, own, rung.ranks) if trained else 0.0)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    rest = whole - sum(one[0] for one in sizes)
-    least = rest + sum(min(one) for one in sizes)
-    if least * times > whole:
+            losses[-1].append(_truncated_share(weight, format, layer_modes, option.ranks) if trained else 0.0)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rest = total - sum(layer_sizes[0] for layer_sizes in sizes)
+    smallest = rest + sum(min(layer_sizes) for layer_sizes in sizes)
+    if smallest * times > total:
         raise PlanError(
-            f"parameters cannot be {times:g} times fewer: with all layers of {pattern!r} at rank 1 they are "
-            f"{whole / least:.2f} times fewer; ask for less, or name more layers"
+            f"parameters cannot be reduced {times:g}×: at most {total / smallest:.2f}× is reachable, with all layers of "
+            f"{pattern!r} at rank 1; lower params, or match more layers"
         )
-    picks = choose(losses, [Limit("params", sizes, whole / times - rest)])
-    return tuple(plan for offer, pick in zip(offers, picks, strict=True) if (plan := offer[pick]) is not None)
+    picks = choose(losses, [Limit("params", sizes, total / times - rest)])
+    return tuple(plan for layer_options, pick in zip(options, picks, strict=True) if (plan := layer_options[pick]) is not None)
 
 
-def _cut_off(weight: Tensor, format: str, modes: tuple[int, ...], ranks: tuple[int, ...]) -> float:  # noqa: A002
-    """Return the share of a weight's squared norm that its projection leaves out."""
+def _truncated_share(weight: Tensor, format: str, modes: tuple[int, ...], ranks: tuple[int, ...]) -> float:  # noqa: A002
+    """Return the share of a weight's squared norm that its projection truncates."""
     lost = (weight - project(format, weight, modes, ranks)).square().sum()
     return float(lost / weight.square().sum().clamp_min(1e-30))
 
 
 def _ladder(layer: LayerPlan, spec: LayerSpec) -> list[tuple[LayerPlan, int]]:
-    """Return the layer at the distinct ranks that rising bounds give, at most `_RUNGS`, each smaller than dense, and its size.
+    """Return plans of a layer with increasing ranks, at most `_RUNGS`, each smaller than the dense layer, with their sizes.
 
-    The size is what the layer stores as it runs: neighbouring cores may be joined.
+    The size is the number of stored parameters of the layer as it runs: neighbouring cores may be merged.
     """
     form = format_of(layer.format)
 

@@ -1,4 +1,4 @@
-"""`recipe.yaml`: everything that a run depends on, checked before anything starts."""
+"""The recipe of a run, `recipe.yaml`: everything that the run depends on, checked before training starts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ Integers = Annotated[tuple[int, ...], FROM_LIST]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e-2 as text, for it has no point; here it is the number that YAML 1.2 takes it for.
+    """Reads YAML with two corrections of PyYAML.
 
-    A key that comes twice is refused, as YAML asks, where PyYAML takes the last.
+    2e-2, without a decimal point, is a number as in YAML 1.2; PyYAML reads it as text. A duplicate key is an error, as the YAML
+    standard requires; PyYAML uses the last one.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -49,20 +50,20 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: a text that it would take for such a number has quotes."""
+    """Writes what `_Loader` reads: text that looks like such a number is quoted."""
 
 
-for _one in (_Loader, _Dumper):
-    _one.add_implicit_resolver(
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
 
 
 class PlanRule(Part):
-    """Layers by a pattern of names, and what becomes of them.
+    """A rule of the plan: layers by a pattern of names, and the format, modes and ranks to factor them with.
 
-    Their ranks are given, or chosen from the dense network's trained weights: with `params: 2.3` those that make the whole
-    network's parameters 2.3 times fewer at the least truncation error, one choice over all layers of the pattern.
+    The ranks are given by `ranks`, or chosen from the trained weights: `params: 2.3` chooses those that make the whole network
+    2.3 times smaller with the least truncation error, over all layers of the pattern at once.
     """
 
     layers: str
@@ -75,14 +76,14 @@ class PlanRule(Part):
     @model_validator(mode="after")
     def _one_way(self) -> PlanRule:
         if (self.ranks is None) == (self.params is None):
-            raise ValueError("expected either ranks or params")
+            raise ValueError("expected exactly one of ranks and params")
         return self
 
 
 class PublishedRule(Part):
-    """The ranks published for a network (Yin et al., CVPR 2021), its 3×3 convolutions in three or five modes.
+    """A rule of the plan: the ranks published for a network (Yin et al., CVPR 2021), with three or five modes.
 
-    `only_3x3` leaves the 1×1 convolutions of the table dense.
+    `only_3x3: true` keeps the 1×1 convolutions of the table dense.
     """
 
     published: str
@@ -91,7 +92,7 @@ class PublishedRule(Part):
 
 
 class FileRule(Part):
-    """The layers of a `plan.json`, as `tensorrail plan` writes it: ranks chosen by measured time."""
+    """A rule of the plan: the layers of a `plan.json`, such as `tensorrail plan` writes, with ranks chosen by measured time."""
 
     file: str
 
@@ -102,7 +103,7 @@ def _kind(rule: Any) -> str:
     return "file" if isinstance(rule, FileRule) or (isinstance(rule, dict) and "file" in rule) else "rule"
 
 
-# Told apart by their keys, so that a mistake in one is not reported as a lack in the other.
+# Distinguished by their keys, so that a mistake in one kind of rule is not reported as a missing key of another kind.
 Rule = Annotated[
     Annotated[PlanRule, Tag("rule")] | Annotated[PublishedRule, Tag("published")] | Annotated[FileRule, Tag("file")],
     Discriminator(_kind),
@@ -110,9 +111,11 @@ Rule = Annotated[
 
 
 class Export(Part):
-    """In which form the cores run: ranks widened by zeros to multiples of a block, or, with `auto`, of the one that is fastest
-    here, layer by layer; with `dense_if_slower` a layer that no form of its cores makes faster has their dense weight. Both
-    are timed at this batch size and leave every output as it is.
+    """The form in which the cores run. It does not change any output.
+
+    `block` pads the ranks with zeros to multiples of it; `auto` chooses the fastest multiple for each layer on this machine.
+    `dense_if_slower` exports the reconstructed dense weight for a layer that no form of its cores makes faster. Both are timed
+    at the batch size `batch`.
     """
 
     block: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
@@ -121,9 +124,10 @@ class Export(Part):
 
 
 class Bench(Part):
-    """Interleaved latency: batch sizes, seconds of measuring for each, in so many fresh processes, and threads.
+    """The benchmark: interleaved latency at each batch size, for `seconds` each, in `processes` fresh processes.
 
-    0 threads are ONNX Runtime's own choice. The interval of one process says nothing of what processes differ by.
+    `threads: 0` leaves the number of threads to ONNX Runtime. With one process, the confidence interval does not include the
+    differences between processes.
     """
 
     batches: Annotated[tuple[Count, ...], FROM_LIST] = (1, 32)
@@ -133,19 +137,32 @@ class Bench(Part):
 
 
 class Targets(Part):
-    """What the run must show; it ends with exit code 1 when it falls short."""
+    """The targets of the run; the run ends with exit code 1 if one of them is missed."""
 
-    accuracy_drop: float = 0.5  # points below the dense control, at most
+    accuracy_drop: float = 0.5  # at most, in percentage points below the dense control
     params_ratio: Positive = 2.5
     numerical_error: Positive = 1e-4
     speedup: Positive = 1.3
 
 
 class Recipe(Part):
-    """A whole run: data, model, plan, training, benchmark and targets.
+    """A whole run: data, model, plan, training, export, benchmark and targets.
 
-    Data and models are named as in `tensorrail_trainer.data.DATASETS` and `tensorrail_trainer.networks.registry.MODELS`,
-    or are a user's own as `module:factory`.
+    Read one with `Recipe.load`. Data sets are named as in `tensorrail_trainer.data.DATASETS`, models as in
+    `tensorrail_trainer.networks.registry.MODELS`; both can also be your own functions, as `module:function`.
+
+    Attributes:
+        version: the version of the file format, 1.
+        name: the name of the run and its folder.
+        seed: the seed of all random choices; default 0.
+        data: the data set and its arguments.
+        model: the model, its arguments, and optionally a file of trained weights.
+        plan: one or more rules that select layers and their ranks; later rules override earlier ones.
+        train: the phases of the training.
+        export: the form in which the cores run.
+        bench: the benchmark.
+        targets: the targets of the run.
+
     """
 
     version: Literal[1]
@@ -164,28 +181,41 @@ class Recipe(Part):
         distill = self.train.distill
         if distill is not None and distill.teacher is None and self.train.dense is None and self.model.weights is None:
             raise ValueError(
-                "train.distill: there is nobody to learn from, for the dense network is not trained; name a teacher, give "
-                "model.weights or a dense phase"
+                "train.distill: expected a trained network to learn from, found none; set train.distill.teacher, model.weights "
+                "or train.dense"
             )
         if isinstance(self.train.control, Schedule) and self.train.dense is None and self.model.weights is None:
-            raise ValueError("train.control: there is no dense network to train on; give model.weights or a dense phase")
+            raise ValueError(
+                "train.control: expected a trained dense network to start from, found none; set model.weights or train.dense"
+            )
         return self
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
-        """Read a recipe; `RecipeError` in one line for a file, key, type or rank that cannot be."""
+        """Read and check a recipe. Nothing is trained, and no data set is read.
+
+        Args:
+            path: the YAML file. Modules that it names as `module:function` are also searched in its folder.
+
+        Returns:
+            The recipe, with all defaults filled in.
+
+        Raises:
+            RecipeError: the file cannot be read, or a key, type, name or rank is wrong; one line with the key.
+
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
-            raise RecipeError(f"{path}: cannot be read ({reason}): expected a YAML recipe") from None
+            raise RecipeError(f"{path}: cannot be read ({reason}); expected a YAML recipe") from None
         try:
             raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not a valid date
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         try:
             recipe = cls.model_validate(raw)
-            recipe._look_in(Path(path).resolve().parent)
+            recipe._add_import_path(Path(path).resolve().parent)
             recipe.make_plan(recipe.make_model(trained=False), trained=False)
             recipe.make_teacher(trained=False)
         except ValidationError as error:
@@ -194,33 +224,46 @@ class Recipe(Part):
             raise RecipeError(f"{path}: {error}") from None
         return recipe
 
-    def _look_in(self, folder: Path) -> None:
-        """Let functions that the recipe names be found beside it, behind wherever else modules are."""
+    def _add_import_path(self, folder: Path) -> None:
+        """Add the folder of the recipe to the end of `sys.path` if the recipe names a function of a module."""
         distill = self.train.distill
         named = (self.data, self.model, None if distill is None else distill.teacher)
-        if any(one is not None and ":" in one.name for one in named) and str(folder) not in sys.path:
+        if any(entry is not None and ":" in entry.name for entry in named) and str(folder) not in sys.path:
             sys.path.append(str(folder))
 
     def make_data(self) -> Dataset:
-        """Return the data set; one that is split by chance is split by the recipe's seed."""
+        """Read and return the data set. A random split uses the seed of the recipe."""
         make = self._source().make
         data: Dataset = _call(make, make, self.data, "data", {"seed": self.seed})
         return data
 
     def make_model(self, *, trained: bool = True) -> nn.Module:
-        """Return the dense model with fresh weights that the seed decides, or with those of the file that the recipe names."""
-        return self._made(self.model, "model", trained)
+        """Return the dense model.
+
+        Args:
+            trained: load the weights file that the recipe names, if any; default True. Otherwise, and without such a file, the
+                weights are random and depend only on the seed.
+
+        Returns:
+            The model, on the CPU.
+
+        Raises:
+            RecipeError: the model cannot be created.
+            WeightsError: the weights file cannot be read or does not fit.
+
+        """
+        return self._create(self.model, "model", trained)
 
     def make_teacher(self, *, trained: bool = True) -> nn.Module | None:
-        """Return the network that `train.distill` names as a teacher, or None where it names none."""
+        """Return the teacher that `train.distill` names, or None if it names none. `trained` is as for `make_model`."""
         named = None if self.train.distill is None else self.train.distill.teacher
         if named is None:
             return None
         if named.weights is None:
-            raise RecipeError("train.distill.teacher.weights: expected the file of its trained weights")
-        return self._made(named, "train.distill.teacher", trained)
+            raise RecipeError("train.distill.teacher.weights: expected the path of a file of trained weights, got none")
+        return self._create(named, "train.distill.teacher", trained)
 
-    def _made(self, named: NamedModel, key: str, trained: bool) -> nn.Module:
+    def _create(self, named: NamedModel, key: str, trained: bool) -> nn.Module:
         source = self._source()
         known = dict(_call(source.known, source.make, self.data, "data", {}))
         try:
@@ -231,7 +274,7 @@ class Recipe(Part):
             torch.manual_seed(self.seed)
             model = _call(make, make, named, key, known)
         if not isinstance(model, nn.Module):
-            raise RecipeError(f"{key}.name: {named.name} made a {type(model).__name__}, and a torch.nn.Module was expected")
+            raise RecipeError(f"{key}.name: expected {named.name} to return a torch.nn.Module, got {type(model).__name__}")
         if trained and named.weights is not None:
             load_weights(model, Path(named.weights))
         return model
@@ -243,9 +286,18 @@ class Recipe(Part):
             raise RecipeError(f"data.name: {error}") from None
 
     def make_plan(self, model: nn.Module, *, trained: bool = True) -> Plan:
-        """Return the plan of this model; `RecipeError` names the rule, or the layer, that does not fit.
+        """Return the plan for a model.
 
-        With `trained=False` the weights are fresh and ranks that would follow from them are not looked for.
+        Args:
+            model: the dense model.
+            trained: False if the weights are random: ranks that depend on them are then not computed; default True.
+
+        Returns:
+            The plan.
+
+        Raises:
+            RecipeError: a rule does not fit the model; the message names the rule and the layer.
+
         """
         plans = []
         for index, rule in enumerate(self.plan):
@@ -255,7 +307,7 @@ class Recipe(Part):
                 raise RecipeError(f"plan.{index}: {error}") from None
         plan = join(plans)
         if not plan.layers:
-            raise RecipeError("plan: names no layer: there is nothing to make of cores")
+            raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
         if self.train.admm is not None and self.train.admm.metric == "activation":
             try:
                 require_one_input(plan, planned_layers(model, plan))
@@ -264,7 +316,7 @@ class Recipe(Part):
         return plan
 
     def files(self) -> list[tuple[str, str]]:
-        """Return the keys and names of the files that the run starts from."""
+        """Return (key, path) of the files that the recipe names: weights and plans."""
         distill = self.train.distill
         teacher = None if distill is None or distill.teacher is None else distill.teacher.weights
         named = [("model.weights", self.model.weights), ("train.distill.teacher.weights", teacher)]
@@ -272,7 +324,7 @@ class Recipe(Part):
         return [(key, name) for key, name in (*named, *plans) if name is not None]
 
     def save(self, path: Path) -> None:
-        """Write the recipe, every default filled in."""
+        """Write the recipe as YAML, with all defaults filled in."""
         write_text(path, yaml.dump(self.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False))
 
 
@@ -283,9 +335,9 @@ def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, traine
         return plan.layers
     if isinstance(rule, PublishedRule):
         layers = published_plan(rule.published, rule.modes).layers
-        found = tuple(layer for layer in layers if not rule.only_3x3 or 9 in layer.modes)
-        planned_layers(model, Plan(layers=found))
-        return found
+        selected = tuple(layer for layer in layers if not rule.only_3x3 or 9 in layer.modes)
+        planned_layers(model, Plan(layers=selected))
+        return selected
     if rule.params is not None:
         return plan_to_size(
             model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, trained=trained
@@ -295,7 +347,7 @@ def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, traine
 
 
 def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[str, Any]) -> Any:
-    """Return what a function makes of the arguments that its factory takes; `RecipeError` for one that it does not take."""
+    """Call a function with the arguments of a recipe. Raises `RecipeError` for an argument that `factory` does not accept."""
     parameters = inspect.signature(factory).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in named.args:
@@ -309,6 +361,6 @@ def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[st
         raise
     except Exception as error:
         if ":" in named.name and not isinstance(error, TypeError | ValueError | RuntimeError):
-            raise  # of somebody's own function, who wants to see where
+            raise  # a user's own function: the user needs the traceback
         what = str(error) or type(error).__name__
-        raise RecipeError(f"{key}.args: {named.name} cannot be made with {given}: {what}") from None
+        raise RecipeError(f"{key}.args: {named.name} cannot be created with {given}: {what}") from None

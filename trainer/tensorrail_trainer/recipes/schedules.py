@@ -1,4 +1,4 @@
-"""How a phase is trained: optimizer, learning rate, regularisation; each a part of `recipe.yaml`."""
+"""The training part of `recipe.yaml`: optimizer, learning rate, regularization, and the phases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tensorrail_trainer.data import Augment
 
 
 class Part(BaseModel):
-    """A part of a recipe: frozen, strict, and without keys that nobody knows."""
+    """A part of a recipe: frozen, with strict types, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-# YAML has lists where the record has tuples; what is in them stays strict.
+# YAML has lists where the record has tuples; the types of the elements stay strict.
 FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,36 +27,37 @@ Decayed = Literal["weights", "cores", "norms", "biases"]
 
 
 class Named(Part):
-    """A data set or model by its name, and the arguments it takes."""
+    """A data set or model: its name and its arguments."""
 
     name: str
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class NamedModel(Named):
-    """A model, and the file of trained weights that it starts from: safetensors, or a state dict of torch."""
+    """A model, and optionally a file of trained weights: safetensors, or a state dict saved by torch."""
 
     weights: str | None = None
 
 
 class Steps(Part):
-    """The learning rate is multiplied by `factor` after every `every` epochs."""
+    """Step decay: the learning rate is multiplied by `factor` after every `every` epochs."""
 
     every: Count
     factor: Positive
 
 
 class Schedule(Part):
-    """One phase. The learning rate rises over `warmup` epochs, and falls as `decay` says: by a cosine to 0, or by `steps`.
+    """The optimizer and the learning rate of one phase.
 
-    `decay_on` says which parameters the weight decay acts on: dense weights, cores, scales and shifts of norms, biases.
-    `clip` is the largest norm of the gradient over all parameters.
+    The learning rate rises linearly over `warmup` epochs, then follows `decay`: a cosine to 0, `steps`, or constant.
+    `decay_on` lists the parameters that weight decay applies to: dense weights, cores, parameters of norms, biases. `clip` is
+    the largest norm of the gradient over all parameters; default: no clipping.
     """
 
     epochs: Count
     lr: Positive
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD; AdamW's first
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD, or the first beta of AdamW
     nesterov: bool = False
     weight_decay: NotNegative = 1e-4
     decay_on: Annotated[tuple[Decayed, ...], FROM_LIST] = ("weights", "cores")
@@ -68,22 +69,22 @@ class Schedule(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
         if (self.decay == "steps") != (self.steps is not None):
-            raise ValueError("decay: steps and the key steps: {every: …, factor: …} come together")
+            raise ValueError("expected both decay: steps and the key steps: {every: …, factor: …}, got only one of them")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
-            raise ValueError("nesterov needs optimizer: sgd and a momentum above 0")
+            raise ValueError("nesterov expects optimizer: sgd and a momentum above 0")
         if self.warmup >= self.epochs:
-            raise ValueError(f"warmup is shorter than the phase's {self.epochs} epochs, and {self.warmup:g} came")
+            raise ValueError(f"expected a warmup shorter than the phase's {self.epochs} epochs, got {self.warmup:g}")
         return self
 
 
 class AdmmSchedule(Schedule):
-    """The ADMM phase: Z and U are updated every `every` epochs, or every `every_steps` steps.
+    """The ADMM phase. Z and U are updated every `every` epochs, or every `every_steps` steps.
 
-    `rho` is the penalty's weight: constant, or rising (or falling) geometrically to `rho_end` over the phase, or doubled and
-    halved where primal and dual residual are a factor of 10 apart (`balance`; Boyd et al. 2011, section 3.4.1). `metric` says
-    how far a weight is from low rank: by itself (`weight`), or by what it does to the layer's inputs (`activation`), which
-    must be one mode then. `stop` ends the phase when both relative residuals of every layer are below it. `hard` projects the
-    weights at the end of the phase, so that its last accuracy is that of a network of low rank.
+    `rho` is the weight of the penalty: constant; changing geometrically to `rho_end` over the phase; or, with `balance`,
+    doubled or halved when the primal and the dual residual differ by a factor of 10 (Boyd et al. 2011, section 3.4.1).
+    `metric` measures the distance to low rank by the weight itself (`weight`) or by the change of the layer's outputs
+    (`activation`, which needs formats with one input mode). `stop` ends the phase when both relative residuals of every layer
+    are below it. `hard` projects the weights at the end of the phase, so that its last accuracy is that of low-rank weights.
     """
 
     rho: Positive = 1e-3
@@ -98,18 +99,20 @@ class AdmmSchedule(Schedule):
     @model_validator(mode="after")
     def _one_rule(self) -> AdmmSchedule:
         if self.balance and self.rho_end is not None:
-            raise ValueError("rho follows either rho_end or balance, not both")
+            raise ValueError("expected either rho_end or balance, got both")
         if self.every > self.epochs:
-            raise ValueError(f"every: {self.every} epochs never pass in {self.epochs}, and nothing would be updated")
+            raise ValueError(
+                f"every: expected at most the phase's {self.epochs} epochs, got {self.every}: ADMM would never update"
+            )
         if self.every_steps is not None and self.every != 1:
-            raise ValueError("updates come either every so many epochs (every) or steps (every_steps), not both")
+            raise ValueError("expected either every (in epochs) or every_steps (in steps), got both")
         return self
 
 
 class Distillation(Part):
-    """The loss is (1 − weight) · that on the labels + weight · T² · KL of softened class scores (Hinton et al. 2015).
+    """Distillation (Hinton et al. 2015): (1 − weight) · loss on the labels + weight · T² · KL divergence of softened scores.
 
-    The teacher is the dense network at the end of its phase, or another one that is trained already.
+    The teacher is the dense network at the end of its phase, or the trained network that `teacher` names.
     """
 
     weight: Fraction = 0.5
@@ -118,7 +121,7 @@ class Distillation(Part):
 
 
 class Augmentation(Part):
-    """What is done to training images in memory: see `tensorrail_trainer.data.Augment`."""
+    """The augmentation of training images that are held in memory; see `tensorrail_trainer.data.Augment`."""
 
     shift: int = Field(default=0, ge=0)
     flip: bool = False
@@ -126,31 +129,31 @@ class Augmentation(Part):
     cutout: int = Field(default=0, ge=0)
 
     def made(self) -> Augment:
-        """Return it as the data take it."""
+        """Return the augmentation as the data sets use it."""
         return Augment(self.shift, self.flip, self.border, self.cutout)
 
 
 class Training(Part):
-    """The phases and what they share.
+    """The phases of the training, and the options that they share.
 
-    `dense` is left out when the model comes with trained weights, or when cores are to be trained from scratch; `admm`
-    when the dense network is to be cut as it is. `control` is the dense network trained on for as many epochs as ADMM and
-    fine-tuning take, by the same recipe: `same`, a schedule of its own, or `none`. With `same` a constant rate of ADMM, which
-    fine-tuning is to lower, falls by cosine. The control learns from the teacher of `distill` as well. `ema` averages the
-    weights with this decay a step; the average is evaluated and handed on. `cuda_graph` wants one process, every step the
-    same: no mixup, no fp16, no metric of the activations.
+    Leave out `dense` if the model has trained weights, or to train cores from scratch. Leave out `admm` to factor the dense
+    network as it is. `control` trains the dense network for as many further epochs as ADMM and fine-tuning take, to compare
+    with: `same` uses the schedule of the ADMM phase (a constant learning rate falls by cosine instead, since no fine-tuning
+    follows), `none` skips it, and any other schedule can be given. The control uses the teacher of `distill`, too. `ema`
+    averages the weights with this decay per step; the average is evaluated and passed to the next phase. `cuda_graph` needs one
+    process and identical steps: no mixup, no fp16, no `metric: activation`.
     """
 
     batch: Count = 128
     label_smoothing: Fraction = 0.1
     augment: Augmentation = Augmentation()
-    mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha); 0: none (Zhang et al. 2018)
+    mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha); 0: no mixup (Zhang et al. 2018)
     distill: Distillation | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
-    cuda_graph: bool = False  # replay each step as one launch; for small networks on a GPU, changes nothing on a CPU
-    sync_batch_norm: bool = True  # over all processes, so that their number does not change the result
+    cuda_graph: bool = False  # launch each step as one CUDA graph, faster for small networks; no effect on a CPU
+    sync_batch_norm: bool = True  # over all processes, so that the result does not depend on their number
     dense: Schedule | None = None
     admm: AdmmSchedule | None = None
     finetune: Schedule
@@ -159,32 +162,34 @@ class Training(Part):
     @model_validator(mode="after")
     def _captured(self) -> Training:
         if self.cuda_graph:
-            for name, there in {
+            for name, is_set in {
                 "mixup": self.mixup > 0,
                 "precision: fp16": self.precision == "fp16",
                 "admm.metric: activation": self.admm is not None and self.admm.metric == "activation",
             }.items():
-                if there:
-                    raise ValueError(f"cuda_graph replays the same work every step, and {name} does not do the same; drop one")
+                if is_set:
+                    raise ValueError(
+                        f"cuda_graph cannot be combined with {name}, which changes the work of each step; remove one of them"
+                    )
         return self
 
     @property
     def control_schedule(self) -> Schedule | None:
-        """The schedule of the dense control, or None for none."""
+        """The schedule of the dense control, or None if there is no control."""
         if isinstance(self.control, Schedule):
             return self.control
         if self.control == "none":
             return None
         first = self.admm or self.finetune
         kept = first.model_dump(include=set(Schedule.model_fields), exclude={"epochs", "steps"})
-        if first.decay == "constant":  # nothing would follow that lets it settle, as fine-tuning does for the cores
+        if first.decay == "constant":  # no fine-tuning at a lower rate follows, as it does for the cores
             kept["decay"] = "cosine"
         epochs = self.finetune.epochs + (self.admm.epochs if self.admm else 0)
         return Schedule(**kept, steps=first.steps, epochs=epochs)
 
 
 def rate(schedule: Schedule, progress: float) -> float:
-    """Return the learning rate after `progress` epochs; a fraction counts."""
+    """Return the learning rate after `progress` epochs, which may be a fraction."""
     if progress < schedule.warmup:
         return schedule.lr * progress / schedule.warmup
     if schedule.steps is not None:
@@ -195,7 +200,7 @@ def rate(schedule: Schedule, progress: float) -> float:
 
 
 def penalty_weight(schedule: AdmmSchedule, progress: float) -> float:
-    """Return rho after `progress` epochs: constant, or geometric toward `rho_end`, which the last epoch has."""
+    """Return rho after `progress` epochs: constant, or changing geometrically to `rho_end` in the last epoch."""
     if schedule.rho_end is None:
         return schedule.rho
     return float(schedule.rho * (schedule.rho_end / schedule.rho) ** min(1.0, progress / max(1, schedule.epochs - 1)))

@@ -1,1 +1,1 @@
-"""From a recipe to a report: phases, export, measurements, report page."""
+"""A run from recipe to report: training phases, export, measurements, and the report."""

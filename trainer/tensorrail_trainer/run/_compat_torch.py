@@ -1,4 +1,7 @@
-"""What torch keeps private and the export needs. Tested with torch 2.13 and onnxscript 0.7; elsewhere each does nothing."""
+"""What torch keeps private and the export needs. Tested with torch 2.13.0 and onnxscript 0.7.2.
+
+With versions that have no such names, each function does nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 
 @functools.cache
 def read_operators_once() -> None:
-    """Keep the exporter's list of operators, which it makes for every graph from the source of each: a second of CPU time."""
+    """Cache the exporter's list of operators: it parses the source of every operator for each graph, a second of CPU time."""
     with contextlib.suppress(ImportError, AttributeError):
         exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")  # Any: untyped and private
         apis = exporter.onnxscript_apis
@@ -20,10 +23,10 @@ def read_operators_once() -> None:
 
 
 def forget_recurrent_kernels() -> None:
-    """Drop how torch ran LSTM and GRU before.
+    """Clear torch's cached kernels of LSTM and GRU.
 
-    The exporter traces them in a way of its own, for sequences of any length; a kernel that was looked up earlier in the
-    process is run in its place, and makes the example's length a constant.
+    The exporter traces these operators by its own decomposition, which holds for sequences of any length. If the process has
+    already run the operator, torch uses the cached kernel instead, and the example's length becomes a constant of the graph.
     """
     for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
         with contextlib.suppress(AttributeError):

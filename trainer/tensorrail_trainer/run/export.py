@@ -1,4 +1,4 @@
-"""From a torch module to a plain ONNX graph, with the weights under the module's own names."""
+"""Export a torch module to a plain ONNX graph whose weights have the names of the module's parameters."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_runtime.errors import GraphError
+from tensorrail_trainer.run._compat_onnxscript import simplification_rules
 from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, read_operators_once
 
 _OPSET = 20
@@ -32,35 +33,35 @@ def to_onnx(
     output_names: Sequence[str] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> onnx.ModelProto:
-    """Return the ONNX graph of a module, with its weights under the module's own names.
+    """Return the ONNX graph of a module; the weights have the names of the module's parameters.
 
-    Batch norm stays a node of its own: folded into a convolution it would change the weight behind an unchanged name, and
-    the cores would no longer be those of that weight. ONNX Runtime folds it when it loads the model.
+    Batch-norm stays a separate node: if it were folded into a convolution, the weight would change under the same name and the
+    cores would no longer belong to it. ONNX Runtime folds it when it loads the model.
 
     Args:
         module: any module that `torch.export` can trace; it is exported in evaluation mode and is not changed.
-        example: one input (batch, …), several by position, or several by the name of the argument of `forward`. Each dynamic
-            axis has a size of two or more, so that it is not taken for a constant.
-        input_names: names of the graph's inputs; default `image` for one input given by itself, else those of the
-            arguments of `forward`.
+        example: one input (batch, …), several inputs by position, or several by the name of the argument of `forward`. Each
+            dynamic axis must have a size of two or more, since `torch.export` treats smaller sizes as constants.
+        input_names: names of the graph's inputs; default `image` for a single tensor, else the names of the arguments of
+            `forward`.
         output_names: names of the graph's outputs; default `logits` for one output, else `output_0`, `output_1`, ….
-        dynamic_axes: for each input the axes of any size, with their names; axes of one name have one size.
-            Default: axis 0 of every input is `batch`.
+        dynamic_axes: for each input, the dynamic axes with their names; axes with the same name have the same size. Default:
+            axis 0 of every input is dynamic and named `batch`.
 
     Returns:
         The model; its metadata holds no paths or source lines.
 
     Raises:
-        GraphError: the module cannot be traced with these inputs, a name is given to no input, or an axis is not there.
+        GraphError: the module cannot be traced with these inputs, or a name or an axis does not exist.
 
     """
     return Tracing(module, example, input_names=input_names, output_names=output_names, dynamic_axes=dynamic_axes).graph()
 
 
 class Tracing:
-    """A module traced once, from which graphs are made for it and for modules that differ from it in their weights alone.
+    """A module that is traced once, to export it and modules that differ only in their weights.
 
-    Takes the arguments of `to_onnx`, and raises the same errors.
+    It takes the arguments of `to_onnx` and raises the same errors.
     """
 
     def __init__(
@@ -76,13 +77,13 @@ class Tracing:
         arguments = _arguments(module, example)
         names = tuple(input_names or (("image",) if isinstance(example, Tensor) else arguments))
         if len(names) != len(arguments):
-            raise GraphError(f"input_names: expected {len(arguments)} names, one an input, got {len(names)}")
+            raise GraphError(f"input_names: expected {len(arguments)} names, one per input, got {len(names)}")
         axes = {name: {0: "batch"} for name in names} if dynamic_axes is None else dynamic_axes
         _check_axes(axes, dict(zip(names, arguments.values(), strict=True)))
         sizes = {axis: torch.export.Dim(axis) for named in axes.values() for axis in named.values()}
         shapes = tuple({k: sizes[axis] for k, axis in axes.get(name, {}).items()} for name in names)
         by_name = isinstance(example, Mapping)
-        # Weights with their channels last would be written as strided views of themselves.
+        # Weights in channels_last memory format would be written as strided views.
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         with _quiet(), _attention_in_parts():
             read_operators_once()
@@ -111,26 +112,27 @@ class Tracing:
         self._inferred = any(set(named) - {0} for named in axes.values()) and _forget_lengths(self._program.graph)
 
     def graph(self, module: nn.Module | None = None) -> onnx.ModelProto:
-        """Return the graph of the traced module, or of one that differs from it in its weights alone.
+        """Return the graph of the traced module, or of a module that differs only in its weights.
 
         Args:
-            module: a module of the same architecture; default the one that was traced.
+            module: a module of the same architecture; default the traced module.
 
         Returns:
-            The model, as `to_onnx` gives it.
+            The model, as from `to_onnx`.
 
         Raises:
-            GraphError: the module is of another architecture.
+            GraphError: the module has another architecture.
 
         """
         from onnxscript import ir, optimizer
         from onnxscript.rewriter import rewrite
-        from onnxscript.rewriter.rules.common import _materialize_reshape_shape, _no_op
 
         model = self._program.clone()
         if module is not None:
             if not self.fits(module):
-                raise GraphError(f"{type(module).__name__} has another architecture than the module that was traced")
+                raise GraphError(
+                    f"expected a module of the architecture that was traced, got a {type(module).__name__} of another one"
+                )
             tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             for name, value in model.graph.initializers.items():
                 if name in tensors:
@@ -138,14 +140,14 @@ class Tracing:
         with _quiet():
             named = _name_by_weights(model.graph)
             optimizer.fold_constants(model, onnx_shape_inference=True)
-            rewrite(model, (*_no_op.rules, *_materialize_reshape_shape.rules))
+            rewrite(model, simplification_rules())
             optimizer.remove_unused_nodes(model)
             _name_folded(model.graph, named)
         proto = ir.to_proto(model)
         return _without_traces(onnx.shape_inference.infer_shapes(proto, data_prop=True) if self._inferred else proto)
 
     def fits(self, module: nn.Module) -> bool:
-        """Return whether a module has the layers and the shapes of weights of the one that was traced."""
+        """Return whether a module has the same layers and weight shapes as the traced module."""
         return self._architecture == _architecture(module)
 
 
@@ -155,7 +157,7 @@ def _architecture(module: nn.Module) -> tuple[str, tuple[tuple[str, torch.Size, 
 
 
 def _arguments(module: nn.Module, example: Example) -> dict[str, Tensor]:
-    """Return the inputs on the CPU by the name of the argument of `forward`."""
+    """Return the inputs on the CPU, by the names of the arguments of `forward`."""
     if isinstance(example, Mapping):
         given = dict(example)
     else:
@@ -166,7 +168,7 @@ def _arguments(module: nn.Module, example: Example) -> dict[str, Tensor]:
             raise GraphError(f"{type(module).__name__}.forward cannot take {len(values)} inputs: {error}") from None
         given = {}
         for name, value in bound.items():
-            given |= {f"{name}_{k}": one for k, one in enumerate(value)} if isinstance(value, tuple) else {name: value}
+            given |= {f"{name}_{k}": item for k, item in enumerate(value)} if isinstance(value, tuple) else {name: value}
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise GraphError(f"input {name}: expected a tensor, got {type(value).__name__}")
@@ -174,7 +176,7 @@ def _arguments(module: nn.Module, example: Example) -> dict[str, Tensor]:
 
 
 def _as_signature(module: nn.Module, shapes: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:
-    """Return the axes of positional inputs in the nesting that `torch.export` expects: those of `*args` in one tuple."""
+    """Return the axes of positional inputs as `torch.export` expects them: the axes of `*args` in a nested tuple."""
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     first = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(shapes)
     return (*shapes[:first], shapes[first:]) if first < len(shapes) else shapes
@@ -191,12 +193,12 @@ def _check_axes(axes: Mapping[str, Mapping[int, str]], inputs: Mapping[str, Tens
             if shape[axis] < 2:
                 raise GraphError(
                     f"dynamic_axes: axis {axis} ({label}) of input {name} has size {shape[axis]} in the example, which "
-                    "torch.export takes for a constant: give an example with size 2 or more"
+                    "torch.export takes for a constant; give an example with size 2 or more"
                 )
 
 
 def _require_dynamic(axes: Mapping[str, Mapping[int, str]], inputs: Iterable[Any]) -> None:
-    """Raise `GraphError` where the graph has a fixed size for an axis that was to be dynamic: the exporter may say nothing."""
+    """Raise `GraphError` if a dynamic axis became fixed in the graph, which the exporter does not always report."""
     shapes = {value.name: [str(size) for size in value.shape] for value in inputs}
     for name, named in axes.items():
         for axis, label in named.items():
@@ -208,16 +210,16 @@ def _require_dynamic(axes: Mapping[str, Mapping[int, str]], inputs: Iterable[Any
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of the error that the exporter's own was raised from."""
+    """Return the first line of the original cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _forget_lengths(graph: Any) -> bool:
-    """Drop the shapes that torch gives what is computed from a recurrent layer: it takes the example's length for a constant.
+    """Remove the shapes of all tensors that depend on a recurrent layer: torch stores the example's length as a constant.
 
-    Returns whether there are any; ONNX infers them anew.
+    Returns whether there are such tensors; ONNX then infers their shapes.
     """
     affected: set[Any] = set()
     for node in graph:
@@ -229,22 +231,23 @@ def _forget_lengths(graph: Any) -> bool:
 
 
 def _name_by_weights(graph: Any) -> list[tuple[Any, str]]:
-    """Name nodes by the weight that they are made of, before folding turns a transposed or joined weight into a new constant.
+    """Name nodes after their weights, before constant folding turns a transposed or concatenated weight into a new constant.
 
-    A MatMul gets its layer's name; an LSTM or GRU that of its forward input weight. Returns the nodes and their weights' names.
+    A MatMul gets the name of its layer, an LSTM or GRU the name of its forward input weight. Returns the nodes and the names of
+    their weights.
     """
     named = []
     for node in graph:
         if node.op_type not in ("MatMul", "LSTM", "GRU"):
             continue
-        waiting = [node.inputs[1]]
-        while waiting:
-            value = waiting.pop()
+        pending = [node.inputs[1]]
+        while pending:
+            value = pending.pop()
             if value is None:
                 continue
             producer = value.producer()
             if producer is not None and (producer.op_type == "Transpose" or node.op_type != "MatMul"):
-                waiting += list(producer.inputs)
+                pending += list(producer.inputs)
             elif node.op_type == "MatMul":
                 if value.name in graph.initializers:
                     node.name = value.name.removesuffix(".weight")
@@ -256,7 +259,7 @@ def _name_by_weights(graph: Any) -> list[tuple[Any, str]]:
 
 
 def _name_folded(graph: Any, named: list[tuple[Any, str]]) -> None:
-    """Give a weight that was folded into a new constant its parameter's name, once the parameter itself is gone."""
+    """Give a weight that was folded into a new constant the name of its parameter, if the parameter was removed."""
     for node, name in named:
         weight = node.inputs[1]
         if weight.name in graph.initializers and name not in graph.initializers:
@@ -264,7 +267,7 @@ def _name_folded(graph: Any, named: list[tuple[Any, str]]) -> None:
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop the exporter's debugging metadata: it holds source lines and paths of the machine that exported."""
+    """Remove the debugging metadata of the exporter, which holds source lines and paths of the exporting machine."""
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     records = [*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]
@@ -276,7 +279,7 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def _attention_in_parts():  # type: ignore[no-untyped-def] # a generator that yields nothing of use
-    """Keep torch from running attention without gradients as one operator of its own, which ONNX does not have."""
+    """Disable torch's fused attention operator for inference, which has no ONNX counterpart."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -287,9 +290,9 @@ def _attention_in_parts():  # type: ignore[no-untyped-def] # a generator that yi
 
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def] # a generator that yields nothing of use
-    """Keep the exporter's progress lines and notes about absent packages off the terminal."""
+    """Suppress the exporter's progress lines and its warnings about missing packages."""
     level = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # of an error the exception itself tells
+    logging.disable(logging.ERROR)  # errors are raised as exceptions
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -1,10 +1,10 @@
-"""The whole job: dense baseline → ADMM → cores → fine-tune → dense control → ONNX → check → bench → report.
+"""A whole run: dense training → ADMM → cores → fine-tuning → dense control → ONNX → checks → benchmark → report.
 
-A run folder holds `recipe.yaml`, `checkpoints/`, `plan.json`, `cores.safetensors`, the graphs and the report:
-`dense.onnx` is the fine-tuned network in dense form (every planned weight is its cores' reconstruction), so that it, the
-plan and the cores are what `model.onnx` is made of; `control.onnx` is the dense network that was trained for as many
-epochs without any constraint: what one would ship otherwise, and what the factored network is compared with. Where a recipe
-has no control, `baseline.onnx` is the dense network before ADMM, if there was one.
+The folder of a run holds `recipe.yaml`, `checkpoints/`, `plan.json`, `cores.safetensors`, the graphs and the report.
+`dense.onnx` is the fine-tuned network in dense form, with every planned weight reconstructed from its cores; `model.onnx` is
+made of it, the plan and the cores. `control.onnx` is the dense network after as many further epochs without a constraint, with
+which the factored network is compared. If the recipe has no control, `baseline.onnx` is the trained dense network, if there is
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from tensorrail_exporter.graphs.io import save_model
@@ -37,6 +36,7 @@ from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.session import Session
+from tensorrail_trainer._compat_accelerate import forget_other_precision
 from tensorrail_trainer.admm.admm import ADMM
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import arrays
@@ -59,15 +59,16 @@ _WRITTEN = (
     *(f"{graph}.onnx{data}" for graph in ("dense", "model", "control", "baseline") for data in ("", ".data")),
 )
 _PHASES = ("dense", "admm", "finetune", "control")
-_TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys that a trained network depends on
+_TRAINED_BY = ("version", "seed", "data", "model", "plan", "train")  # the keys of a recipe that a trained network depends on
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The networks that training leaves: before the cut, fine-tuned, and the dense one to compare with.
+    """The trained networks: before the decomposition, factored and fine-tuned, and the dense network to compare with.
 
-    `uncut` is ADMM's network, or the dense one that was cut as it was. `roots` is the metric that it was cut in; empty for the
-    plain one. `cut_accuracy` is the test accuracy in percent right after the cut. `reference` says what `dense` is.
+    `uncut` is the network after ADMM, or the dense network if there is no ADMM phase. `roots` is the metric in which it was
+    decomposed; empty for the Frobenius norm. `cut_accuracy` is the test accuracy in percent right after the decomposition.
+    `reference` describes `dense`.
     """
 
     plan: Plan
@@ -81,14 +82,22 @@ class Trained:
 
 
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Make the run folder, or check that the one that is there may be gone on with.
+    """Create the folder of a run, or check that the run in it can be resumed.
 
-    `overwrite` removes what a run writes and nothing else. Raises `RecipeError` when a run is there and neither `resume` nor
-    `overwrite` is asked for, when it was trained by another recipe, or when there are files of those names and no run.
+    Args:
+        recipe: the recipe.
+        folder: the folder of the run.
+        resume: continue the run in the folder; default False.
+        overwrite: delete the files of the run in the folder, and no others, and start again; default False.
+
+    Raises:
+        RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, the run was trained with another
+            recipe, or the folder holds files of these names without a run.
+
     """
     kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     if kept.exists() and not checkpoints.is_dir():
-        raise RecipeError(f"{kept} is there, and no run that it is of: give the run a folder of its own")
+        raise RecipeError(f"{kept} exists, but its folder holds no run; give the run another folder")
     written = (
         *(file for file in checkpoints.glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES),
         *(folder / name for name in _WRITTEN),
@@ -100,16 +109,16 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     if not kept.exists():
         there = next((file for file in written if file.exists()), None)
         if there is not None:
-            raise RecipeError(f"{there} is there, and no recipe that it was made by: give the run an empty folder")
+            raise RecipeError(f"{there} exists, but the folder has no recipe.yaml; give the run an empty folder")
     else:
         if not resume:
-            raise RecipeError(f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew")
+            raise RecipeError(f"{folder} already holds a run; continue it with --resume, or start it again with --overwrite")
         before = Recipe.load(kept)
         changed = [key for key in _TRAINED_BY if _deciding(before, key) != _deciding(recipe, key)]
         if changed:
             raise RecipeError(
-                f"{folder} was trained by a recipe with another {', '.join(changed)}: give the run another name, "
-                "or start it anew with --overwrite"
+                f"{folder} was trained with a recipe that differs in {', '.join(changed)}; give the run another name, or "
+                "start it again with --overwrite"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
     for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
@@ -119,30 +128,31 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
 
 
 def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
-    """Raise `RecipeError` where a file that is about to be removed is one that the recipe starts from."""
+    """Raise `RecipeError` if a file that is about to be deleted is an input of the recipe."""
     going = {file.resolve() for file in written}
     for key, name in recipe.files():
         if Path(name).resolve() in going:
-            raise RecipeError(f"{key}: {name} is of the run that --overwrite would remove; give the new run another folder")
+            raise RecipeError(
+                f"{key}: {name} belongs to the run that --overwrite would delete; give the new run another folder"
+            )
 
 
 def _deciding(recipe: Recipe, key: str) -> Any:
-    """Return the part of a recipe's key that decides what is trained; how its kernels are launched does not."""
+    """Return the value of a recipe's key without `cuda_graph`, which does not change what is trained."""
     return recipe.train.model_copy(update={"cuda_graph": False}) if key == "train" else getattr(recipe, key)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Return the device, processes and precision to train with: as `accelerate launch` set them, or this process alone.
+    """Return the device, processes and precision of the training, as set by `accelerate launch`, or for this process only.
 
-    Raises `RecipeError` for a precision that the device cannot do.
+    Raises `RecipeError` if the device does not support the precision.
     """
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._reset_state()  # an earlier run of this process had another one
+    forget_other_precision(precision)
     try:
         return Accelerator(mixed_precision=precision)
     except (ValueError, RuntimeError) as error:
-        raise RecipeError(f"train.precision: {precision} cannot be used here: {error}") from None
+        raise RecipeError(f"train.precision: {precision} is not available here ({error}); use another precision") from None
 
 
 @flushed()
@@ -151,7 +161,22 @@ def train_all(
 ) -> tuple[Trained, Dataset]:
     """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
 
-    With several processes all of them call this, and the first one writes. On a CPU, denormal numbers count as 0.
+    With several processes all of them call this function, and the first one writes. On a CPU, denormal floats are treated as 0.
+
+    Args:
+        recipe: the recipe.
+        folder: the folder of the run, made by `prepare`.
+        progress: is told of the progress.
+        accelerator: device, processes and precision; default `make_accelerator(recipe)`.
+
+    Returns:
+        The trained networks, and the data set.
+
+    Raises:
+        RecipeError: a network does not fit the data, or a setting is not supported here.
+        TrainingError: the loss or the weights are not finite, or a phase cannot be trained.
+        CheckpointError: a checkpoint cannot be read or written.
+
     """
     job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
     settings, device = recipe.train, job.accelerator.device
@@ -161,8 +186,8 @@ def train_all(
         progress(
             "note",
             1.0,
-            "a network of this run does not take images with the channels last in memory, which on a CPU train many times "
-            "faster: flatten or reshape them there instead of view",
+            "a network of this run does not accept images in channels_last memory format, which trains many times faster on a "
+            "CPU; use flatten or reshape in it instead of view",
         )
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
@@ -182,7 +207,7 @@ def train_all(
         uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
         cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
     cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
-    progress("note", 1.0, f"cut into cores: test accuracy {cut_accuracy:.2f} %")
+    progress("note", 1.0, f"factored, before fine-tuning: test accuracy {cut_accuracy:.2f} %")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
     job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
     found: nn.Module | None = dense if settings.dense or recipe.model.weights else None
@@ -194,9 +219,9 @@ def train_all(
 
 
 def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
-    """Put two samples, or one where a step has one, through every network; `RecipeError` for what would not work in training.
+    """Run two samples (one if a step has one) through every network. Raises `RecipeError` for what would fail in training.
 
-    Returns whether all of them take images with the channels last in memory.
+    Returns whether all networks accept images in channels_last memory format.
     """
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
@@ -204,12 +229,12 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
         count = min(2, max(1, recipe.train.batch // world()))
         x, _ = next(data.train.batches([torch.arange(count) % len(data.train)], augment=recipe.train.augment.made()))
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"train.augment: cannot be done to these data: {error}") from None
+        raise RecipeError(f"train.augment: cannot be applied to these data: {error}") from None
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
     plan = recipe.make_plan(cut, trained=False)
     shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
     cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
-    networks = [("model", "the network", dense), ("plan", "made of cores, the network", swap(cut, plan, cores))]
+    networks = [("model", "the network", dense), ("plan", "the factored network", swap(cut, plan, cores))]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw from it
         channels_last = all(_takes_channels_last(one, x, device) for _, _, one in networks)
         if teacher is not None:
@@ -224,13 +249,13 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
             taught = _answers("train.distill.teacher", "the network", teacher, x, data.classes, train=False)
             if taught != width:
                 raise RecipeError(
-                    f"train.distill.teacher: gives {taught} scores a sample, and the model {width}: expected as many"
+                    f"train.distill.teacher: expected {width} scores per sample, as the model returns, got {taught}"
                 )
     return channels_last
 
 
 def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device, trains: bool = True) -> bool:
-    """Return whether a network answers images laid out so, in training too; one that answers neither way is told of later."""
+    """Return whether a network accepts channels_last images, in training, too. A network that accepts none fails later."""
 
     def answers(channels_last: bool) -> bool:
         place(network, device, channels_last)
@@ -239,7 +264,7 @@ def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.devi
                 _run(network, laid_out(x, channels_last), train)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # noqa: BLE001 - whatever it does not like
+        except Exception:  # noqa: BLE001 - a network can raise any exception
             return False
         return True
 
@@ -247,7 +272,7 @@ def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.devi
 
 
 def _run(network: nn.Module, x: torch.Tensor, train: bool) -> Any:
-    """Return what a network gives; in training with the work of a step, for layers of cores run otherwise there."""
+    """Return the output of a network. In training mode also run backward, since layers of cores then compute differently."""
     with torch.set_grad_enabled(train):
         scores = network.train(train)(x)
         if train and isinstance(scores, torch.Tensor) and scores.requires_grad:
@@ -256,47 +281,46 @@ def _run(network: nn.Module, x: torch.Tensor, train: bool) -> Any:
 
 
 def _check_labels(name: str, y: object, classes: int) -> None:
-    """Raise `RecipeError` for labels, where they are at hand, that a loss would not take."""
+    """Raise `RecipeError` for labels of a wrong type or range, if they are in memory."""
     if not isinstance(y, torch.Tensor):
         return
     if y.dtype not in (torch.int64, torch.uint8):
-        raise RecipeError(f"data: the {name} labels are {y.dtype}: expected torch.int64")
+        raise RecipeError(f"data: expected {name} labels of type torch.int64, got {y.dtype}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
-        raise RecipeError(
-            f"data: the {name} labels are {low} to {high}: expected 0 to {classes - 1}, for there are {classes} classes"
-        )
+        raise RecipeError(f"data: expected {name} labels from 0 to {classes - 1} ({classes} classes), got {low} to {high}")
 
 
 def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: int, train: bool) -> int:
-    """Return how many scores a network gives a sample; `RecipeError` when it gives none, or fails."""
+    """Return the number of scores per sample of a network. Raises `RecipeError` if it returns no scores, or fails."""
     when = " in training" if train else ""
     try:
         scores = _run(network, x, train)
-    except Exception as error:  # noqa: BLE001 - whatever a network does not like
+    except Exception as error:  # noqa: BLE001 - a network can raise any exception
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"{key}: {what} cannot take samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
+            f"{key}: {what} does not accept samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
         ) from None
     shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
     if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != len(x) or scores.shape[1] < classes:
         raise RecipeError(
-            f"{key}: gives {shape} for {len(x)} sample{'s' if len(x) > 1 else ''}{when}: expected scores of {classes} classes, "
-            f"[{len(x)}, {classes}]; "
-            f"try args: {{classes: {classes}}}"
+            f"{key}: expected scores of {classes} classes, [{len(x)}, {classes}], for {len(x)} "
+            f"sample{'s' if len(x) > 1 else ''}{when}, got {shape}; try args: {{classes: {classes}}}"
         )
     return int(scores.shape[1])
 
 
 class _Training:
-    """What the phases of a run share: data, checkpoints, processes, and how many epochs are still to come."""
+    """The state that the phases of a run share: data, checkpoints, processes, and the number of remaining epochs."""
 
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
         if recipe.train.batch % accelerator.num_processes:
-            raise RecipeError(f"train.batch: {recipe.train.batch} cannot be shared by {accelerator.num_processes} processes")
+            raise RecipeError(
+                f"train.batch: expected a multiple of the {accelerator.num_processes} processes, got {recipe.train.batch}"
+            )
         if recipe.train.cuda_graph and accelerator.num_processes > 1:
             raise RecipeError(
-                f"train.cuda_graph: of one process alone, and there are {accelerator.num_processes}; leave it out"
+                f"train.cuda_graph: expected one process, got {accelerator.num_processes}; remove train.cuda_graph"
             )
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
         self.store = Checkpoints(folder / "checkpoints", lambda text: progress("note", 1.0, text))
@@ -322,13 +346,13 @@ class _Training:
         return model
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy on the device that shares nothing with the model, hooks included."""
+        """Return a copy of the model on the device, without its hooks."""
         into = self.recipe.make_model(trained=False)
         into.load_state_dict(model.state_dict())
         return into.to(self.accelerator.device)
 
     def write(self, action: Callable[[], None]) -> None:
-        """Do something in the first process only."""
+        """Call a function in the first process only."""
         if self.accelerator.is_main_process:
             action()
 
@@ -336,12 +360,22 @@ class _Training:
 def export_all(
     trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export, progress: Progress
 ) -> tuple[Factored, dict[str, Path]]:
-    """Write `dense.onnx`, `model.onnx` and the network to compare with; return the factored graph, and paths by what they are.
+    """Export `dense.onnx`, `model.onnx` and the network to compare with.
 
-    `before cut` and `after cut` are written to `scratch`: they are only there to measure the approximation error.
+    Args:
+        trained: the trained networks.
+        data: the data set, for an example input.
+        folder: the folder of the run.
+        scratch: a folder for `before cut` and `after cut`, which are only used to measure the approximation error.
+        form: the form in which the cores run.
+        progress: is told of layers that stay dense.
+
+    Returns:
+        The factored graph, and the paths of the graphs by label.
+
     """
     example = data.example()
-    tracing = Tracing(to_dense(trained.factored), example)  # the other networks differ in their weights alone
+    tracing = Tracing(to_dense(trained.factored), example)  # the other networks differ only in their weights
     dense = tracing.graph()
     save_model(dense, folder / "dense.onnx")
     paths = {"dense form": folder / "dense.onnx", "factored": folder / "model.onnx"}
@@ -364,12 +398,14 @@ def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: P
     try:
         chosen = Form(block=form.block, dense_if_slower=form.dense_if_slower, batch=form.batch)
         factored, slower = factorize_fastest(dense, trained.plan, cores, chosen)
-    except PlanError as error:  # the trained cores are worth a graph and a report all the same
+    except PlanError as error:  # export and report the trained cores anyway
         progress("note", 1.0, str(error))
         return factorize(dense, trained.plan, cores)
     if slower.layers:
         progress(
-            "note", 1.0, f"dense, for no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}"
+            "note",
+            1.0,
+            f"kept dense, since no form of their cores is faster here: {', '.join(layer.name for layer in slower.layers)}",
         )
     return factored
 
@@ -384,9 +420,25 @@ def run(
     command: str = "tensorrail run",
     accelerator: Accelerator | None = None,
 ) -> Report | None:
-    """Do the whole job and return its report, which also lies in the folder as `report.json`, `.md` and `.html`.
+    """Do a whole run, and write its report to the folder as `report.json`, `report.md` and `report.html`.
 
-    Of several processes the first one measures and reports; the others return None.
+    Args:
+        recipe: the recipe.
+        folder: the folder of the run.
+        resume: continue the run in the folder; default False.
+        overwrite: delete the run in the folder and start again; default False.
+        progress: is told of the progress; default: nothing is.
+        command: the command line that the report names.
+        accelerator: device, processes and precision; default `make_accelerator(recipe)`.
+
+    Returns:
+        The report, or None in all processes but the first one, which measures.
+
+    Raises:
+        RecipeError: the folder holds another run, or the recipe does not fit.
+        TrainingError: the training failed.
+        CheckpointError: a checkpoint cannot be read or written.
+
     """
     accelerator = accelerator or make_accelerator(recipe)
     if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""A report as Markdown and as one self-contained HTML page with its plots inline."""
+"""A report as Markdown, and as one self-contained HTML page with inline plots."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _STYLE = (
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
-    parts = [f"# {report.name}", f"{report.data}. Made by `{report.command}`.", "## Dense against factored"]
-    parts.append(_md_table(report.head(), report.table()))
-    parts += ["## Three errors", _md_table(("error", "measured"), report.errors())]
-    parts += [
+    sections = [f"# {report.name}", f"{report.data}. Made by `{report.command}`.", "## Dense against factored"]
+    sections.append(_md_table(report.head(), report.table()))
+    sections += ["## Three errors", _md_table(("error", "measured"), report.errors())]
+    sections += [
         "## Targets",
         _md_table(_CHECK_HEAD, _checks(report)),
         "## Layers",
         _md_table(_LAYER_HEAD, _layers(report)),
     ]
-    parts += ["## Training", _md_table(_PHASE_HEAD, _phases(report)), "## Machine", _machine(report)]
-    return "\n\n".join(parts) + "\n"
+    sections += ["## Training", _md_table(_PHASE_HEAD, _phases(report)), "## Machine", _machine(report)]
+    return "\n\n".join(sections) + "\n"
 
 
 def html(report: Report) -> str:
-    """Return the report as one HTML page that loads nothing from elsewhere."""
+    """Return the report as one HTML page that loads no other files."""
     sections = [
         f"<h1>{escape(report.name)}</h1><p>{escape(report.data)}. Made by <code>{escape(report.command)}</code>.</p>",
         "<h2>Dense against factored</h2>" + _html_table(report.head(), report.table()),
@@ -58,23 +58,23 @@ def html(report: Report) -> str:
     )
 
 
-_CHECK_HEAD = ("target", "asked", "measured", "holds")
+_CHECK_HEAD = ("target", "required", "measured", "met")
 _LAYER_HEAD = (
     "layer",
     "format",
     "modes",
     "ranks",
     "runs as",
-    "dense",
-    "cores",
-    "stored",
+    "dense parameters",
+    "core parameters",
+    "stored parameters",
     "merged cores",
     "FLOPs",
     "share of FLOPs",
     "share of time",
     "weight error",
 )
-_PHASE_HEAD = ("phase", "epochs", "last loss", "last test accuracy", "worst primal residual", "seconds")
+_PHASE_HEAD = ("phase", "epochs", "final loss", "final test accuracy", "largest primal residual", "time (s)")
 
 
 def _checks(report: Report) -> list[tuple[str, ...]]:
@@ -126,7 +126,7 @@ def _machine(report: Report) -> str:
     threads = run.threads or "ONNX Runtime's own choice of"
     return (
         f"{run.machine.processor}, {run.machine.cores} cores, {run.machine.system}; ONNX Runtime {run.machine.onnxruntime}, "
-        f"provider {run.provider}, {threads} threads; times interleaved A B B A{run.fresh}, 95 % intervals."
+        f"provider {run.provider}, {threads} threads; times interleaved A B B A{run.fresh}, 95 % confidence intervals."
     )
 
 
@@ -152,13 +152,13 @@ def _latency_figure(report: Report) -> Figure:
         top = max(float(np.percentile(latency.samples, 90)) for latency in run.latencies) * 1.3
         for latency in run.latencies:
             axes.hist(latency.samples, bins=60, range=(0, top), alpha=0.6, label=latency.model)
-        axes.set(title=f"batch {run.batch}", xlabel="milliseconds", ylabel="runs")
+        axes.set(title=f"batch {run.batch}", xlabel="latency (ms)", ylabel="runs")
         axes.legend()
     return figure
 
 
 def _layer_figure(report: Report) -> Figure:
-    """Show where the FLOPs are and where the time goes, and how many parameters each layer keeps."""
+    """Plot the FLOPs, the time and the parameters of each layer."""
     from matplotlib.figure import Figure
 
     rows = report.layers
@@ -168,12 +168,12 @@ def _layer_figure(report: Report) -> Figure:
     total = report.model("factored").cost.flops
     left.barh(places - 0.2, [100 * row.flops / total for row in rows], 0.4, label="FLOPs")
     left.barh(places + 0.2, [100 * row.time_share for row in rows], 0.4, label="time, batch 1")
-    left.set(xlabel="share of the factored model, %", yticks=places, yticklabels=[row.layer for row in rows])
+    left.set(xlabel="share of the factored model (%)", yticks=places, yticklabels=[row.layer for row in rows])
     left.invert_yaxis()
     left.legend(fontsize="small")
     right.barh(places - 0.2, [row.dense_params / 1e3 for row in rows], 0.4, label="dense", color="tab:gray")
     right.barh(places + 0.2, [row.stored_params / 1e3 for row in rows], 0.4, label="stored cores", color="tab:green")
-    right.set(xlabel="parameters, thousands")
+    right.set(xlabel="parameters (thousands)")
     right.legend(fontsize="small")
     return figure
 
@@ -187,11 +187,11 @@ def _training_figure(training: Sequence[Epoch]) -> Figure:
     end = 0
     for phase in dict.fromkeys(epoch.phase for epoch in training):
         rows = [epoch for epoch in training if epoch.phase == phase]
-        # The control starts where ADMM starts: from the dense baseline.
+        # The control starts from the dense baseline, as ADMM does.
         offset[phase] = offset.get("admm", end) if phase == "control" else end
         left.plot([offset[phase] + e.epoch for e in rows], [e.test_accuracy for e in rows], label=phase)
         end = offset[phase] + rows[-1].epoch
-    left.set(xlabel="epoch", ylabel="test accuracy, %")
+    left.set(xlabel="epoch", ylabel="test accuracy (%)")
     left.legend()
     for layer in dict.fromkeys(name for epoch in training for name in epoch.residuals):
         rows = [epoch for epoch in training if layer in epoch.residuals]

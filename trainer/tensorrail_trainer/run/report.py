@@ -1,4 +1,4 @@
-"""The report of a run: one record, written as JSON, Markdown and one self-contained HTML page."""
+"""The report of a run: one record, which is written as JSON, as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tensorrail_trainer.training.epochs import Epoch, projection_line
 
 
 class LayerRow(Record):
-    """One planned layer. Parameters count the weight alone; `merged` says which cores each stored constant holds."""
+    """One planned layer. Parameters count the weight only; `merged` lists the cores that each stored constant holds."""
 
     layer: str
     format: str
@@ -27,13 +27,13 @@ class LayerRow(Record):
     dense_params: int
     core_params: int
     stored_params: int
-    flops: int  # of the layer's steps, one sample
+    flops: int  # of all steps of the layer, for one sample
     weight_error: float
-    time_share: float  # of the factored model's time at batch 1, from ONNX Runtime's profile
+    time_share: float  # share of the time of the factored model at batch 1, from ONNX Runtime's profile
 
 
 class Model(Record):
-    """One network: its cost at batch 1 and its accuracy on the test split, run by ONNX Runtime."""
+    """One network: its cost at batch 1, and its accuracy on the test split in ONNX Runtime."""
 
     label: str
     cost: GraphCost
@@ -41,7 +41,7 @@ class Model(Record):
 
 
 class Check(Record):
-    """One target: what was to be shown, what was measured, and whether it holds."""
+    """One target: what was required, what was measured, and whether the target is met."""
 
     name: str
     target: str
@@ -52,8 +52,9 @@ class Check(Record):
 class Report(PrintedRecord):
     """Everything that a run measured.
 
-    `approximation`: the dense network at the end of ADMM against the same with each planned weight replaced by its cores'
-    reconstruction. `numerical`: the fine-tuned network in dense form against the factored graph. Accuracy is in `models`.
+    `approximation` compares the dense network at the end of ADMM with the same network whose planned weights are replaced by
+    the reconstruction from their cores. `numerical` compares the fine-tuned network in dense form with the factored graph. The
+    accuracies are in `models`.
     """
 
     version: Literal[1] = 1
@@ -61,13 +62,13 @@ class Report(PrintedRecord):
     data: str
     command: str
     placement: Placement  # of the factored model
-    models: tuple[Model, ...]  # what is compared with: dense control, network or form; the dense form; factored
+    models: tuple[Model, ...]  # the reference (dense control, network or form), the dense form, the factored model
     approximation: Parity
     numerical: Parity
     latency: tuple[LatencyReport, ...]
     layers: tuple[LayerRow, ...]
     training: tuple[Epoch, ...]
-    cut_accuracy: float | None = None  # percent, in torch, of the cores as they were cut, before fine-tuning
+    cut_accuracy: float | None = None  # percent, in torch, of the factored network before fine-tuning
     checks: tuple[Check, ...]
 
     def shown(self) -> tuple[Part, ...]:
@@ -82,19 +83,19 @@ class Report(PrintedRecord):
 
     @property
     def holds(self) -> bool:
-        """Whether every target holds."""
+        """Whether every target is met."""
         return all(check.holds for check in self.checks)
 
     def model(self, label: str) -> Model:
-        """Return the model of that label."""
+        """Return the model with this label."""
         return next(model for model in self.models if model.label == label)
 
     def head(self) -> tuple[str, str, str, str]:
-        """Return the head of the one table."""
+        """Return the header of the main table."""
         return "", self.models[0].label, "factored", ""
 
     def table(self) -> list[tuple[str, str, str, str]]:
-        """Return the rows of the one table: what, the dense network compared with, factored, and how they compare."""
+        """Return the rows of the main table: quantity, dense reference, factored model, and their comparison."""
         dense, factored = self.models[0], self.model("factored")
         rows = [
             (
@@ -129,7 +130,7 @@ class Report(PrintedRecord):
         return rows
 
     def errors(self) -> list[tuple[str, str]]:
-        """Return the three errors, each with what was compared."""
+        """Return the three errors, each with a description of what is compared."""
         dense, factored = self.models[0].accuracy, self.model("factored").accuracy
         return [
             (

@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints and its processes."""
+"""The training loop, its log and its checkpoints."""

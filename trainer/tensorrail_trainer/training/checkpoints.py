@@ -1,6 +1,7 @@
-"""Checkpoints: one file an epoch and phase, the last two kept, written whole, read without running code.
+"""Checkpoints: one file per epoch and phase, of which the last two are kept.
 
-torch writes them as zip files with a checksum for each tensor, which it does not compare itself when it reads.
+They are written atomically and read without running code. torch writes zip files with a checksum for each tensor but does not
+compare it when reading; this module does.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ _KEEP = 2
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. `note` is told, in a line, of files that were refused while loading."""
+    """The checkpoints of a run folder. `note` is called with one line for damaged files that are ignored while loading."""
 
     def __init__(self, folder: Path, note: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.note = folder, note
 
     def save(self, phase: str, epoch: int, state: dict[str, Any]) -> None:
-        """Write the state after `epoch` epochs of a phase; of that phase only the one before it stays beside it.
+        """Write the state after `epoch` epochs of a phase, and delete all but the previous checkpoint of the phase.
 
-        Those of later epochs go as well: they were refused, and the phase has gone on from an earlier one. Raises
-        `CheckpointError` when the disk is full or the folder may not be written to; what was there stays.
+        Checkpoints of later epochs are deleted, too: they were damaged, and the phase resumed from an earlier one. Raises
+        `CheckpointError` if the file cannot be written; the earlier checkpoints are kept then.
         """
         buffer = io.BytesIO()
         torch.save(state | {"phase": phase, "epoch": epoch}, buffer)
@@ -39,60 +40,60 @@ class Checkpoints:
             write_bytes(path, buffer.getvalue())
         except OSError as error:
             before = [old.name for old, at in self._files(phase).items() if at < epoch]
-            kept = f"{before[-1]} is whole" if before else f"of phase {phase} none was written before"
+            last = f"{before[-1]} is the last complete one" if before else f"phase {phase} has no earlier one"
             raise CheckpointError(
-                f"checkpoint {path} cannot be written ({error.strerror or error}); {kept}: make room, or the folder writable, "
-                "and go on with --resume"
+                f"checkpoint {path} cannot be written ({error.strerror or error}); {last}; free some disk space or make the "
+                "folder writable, then continue with --resume"
             ) from None
         files = self._files(phase)
-        stay = [old for old, at in files.items() if at <= epoch][-_KEEP:]
-        for old in files.keys() - set(stay):
+        kept = [old for old, at in files.items() if at <= epoch][-_KEEP:]
+        for old in files.keys() - set(kept):
             old.unlink(missing_ok=True)
 
     def latest(self, phase: str) -> dict[str, Any] | None:
-        """Return the newest state of a phase that is whole, or None when there is none.
+        """Return the state of the newest undamaged checkpoint of a phase, or None if there is none.
 
-        Raises `CheckpointError` for a file that may not be read: it may be whole.
+        Raises `CheckpointError` for a file without read permission, since it may be undamaged.
         """
-        refused: list[str] = []
-        found = None
+        damaged: list[str] = []
+        state = None
         for path in reversed(list(self._files(phase))):
-            found = _read(path, phase)
-            if found is not None:
+            state = _read(path, phase)
+            if state is not None:
                 break
-            refused.append(path.name)
-        if refused:
-            instead = f"going on from epoch {found['epoch']}" if found else f"phase {phase} starts anew"
-            self.note(f"refused the damaged checkpoint {', '.join(refused)}; {instead}")
-        return found
+            damaged.append(path.name)
+        if damaged:
+            instead = f"resuming from epoch {state['epoch']}" if state else f"phase {phase} starts from the beginning"
+            self.note(f"ignored the damaged checkpoint {', '.join(damaged)}; {instead}")
+        return state
 
     def _files(self, phase: str) -> dict[Path, int]:
-        """Return the files of a phase with their epochs, in the order of these."""
-        found = {file: place[1] for file in self.folder.glob("*.pt") if (place := place_of(file)) and place[0] == phase}
-        return dict(sorted(found.items(), key=lambda one: one[1]))
+        """Return the files of a phase with their epochs, in the order of the epochs."""
+        epochs = {file: place[1] for file in self.folder.glob("*.pt") if (place := place_of(file)) and place[0] == phase}
+        return dict(sorted(epochs.items(), key=lambda item: item[1]))
 
 
 def place_of(path: Path) -> tuple[str, int] | None:
-    """Return the phase and the epoch that a checkpoint's name says; None for a file that is not called like one."""
-    found = re.fullmatch(r"(.+)-([0-9]{4,6})\.pt", path.name)
-    return (found[1], int(found[2])) if found else None
+    """Return the phase and the epoch from the name of a checkpoint, or None if it is not the name of a checkpoint."""
+    match = re.fullmatch(r"(.+)-([0-9]{4,6})\.pt", path.name)
+    return (match[1], int(match[2])) if match else None
 
 
 def _read(path: Path, phase: str) -> dict[str, Any] | None:
-    """Return the state in a file, or None when it is damaged or no state of this phase."""
+    """Return the state in a file, or None if the file is damaged or holds no state of this phase."""
     try:
         content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({error.strerror or error}): make it readable and go on with --resume"
+            f"checkpoint {path} cannot be read ({error.strerror or error}); make it readable, then continue with --resume"
         ) from None
     try:
-        with zipfile.ZipFile(content) as parts:
-            if parts.testzip() is not None:
+        with zipfile.ZipFile(content) as archive:
+            if archive.testzip() is not None:
                 return None
         content.seek(0)
         state = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 - a damaged file raises whatever its bytes say
+    except Exception:  # noqa: BLE001 - a damaged file can raise any exception
         return None
-    whole = isinstance(state, dict) and state.get("phase") == phase and isinstance(state.get("epoch"), int)
-    return state if whole else None
+    valid = isinstance(state, dict) and state.get("phase") == phase and isinstance(state.get("epoch"), int)
+    return state if valid else None

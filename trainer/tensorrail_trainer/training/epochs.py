@@ -1,4 +1,4 @@
-"""The training log: one row for each epoch of each phase."""
+"""The training log: one row per epoch of each phase."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tensorrail_runtime.tables import Part, PrintedRecord
 
 
 class Epoch(Record):
-    """One row of the training log. Accuracies in percent; residuals are (primal, dual) by layer.
+    """One row of the training log. Accuracies are in percent; `residuals` holds (primal, dual) by layer.
 
-    `seconds` is the whole epoch with its evaluation, `projection_seconds` what ADMM's updates took of it.
+    `seconds` is the time of the whole epoch with its evaluation, `projection_seconds` the part of it spent in ADMM's updates.
     """
 
     phase: str
@@ -46,7 +46,7 @@ class Epoch(Record):
 
 
 def projection_share(epochs: Sequence[Epoch]) -> float | None:
-    """Return which share of ADMM's time went into projections; None where there was no ADMM."""
+    """Return the share of the ADMM phase's time that its updates took, or None if there was no ADMM phase."""
     admm = [row for row in epochs if row.phase == "admm"]
     return sum(row.projection_seconds for row in admm) / max(1e-9, sum(row.seconds for row in admm)) if admm else None
 
@@ -62,7 +62,7 @@ class TrainingLog(PrintedRecord):
 
     version: Literal[1] = 1
     epochs: tuple[Epoch, ...]
-    cut_accuracy: float | None = None  # percent, of the cores as they were cut, before fine-tuning
+    cut_accuracy: float | None = None  # percent, of the factored network before fine-tuning
 
     def shown(self) -> tuple[Part, ...]:
         """Return the last epoch of each phase, and the time that projections took."""

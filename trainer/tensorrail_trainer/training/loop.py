@@ -1,8 +1,8 @@
-"""The training loop of a phase: resumable at every epoch, the same result whether it was interrupted or not.
+"""The training loop of a phase. It can be resumed at every epoch, with the same result as an uninterrupted run.
 
-Nothing is drawn from a state that an interruption would lose: the batches, what is done to them and any randomness of the
-model follow from the seed, the phase and the epoch alone. Nor does it depend on how many processes share the work: each takes
-its part of the same global batches, batch-norm sees all of them, and gradients are averaged.
+The batches, their augmentation and the randomness of the model depend only on the seed, the phase and the epoch. The result
+does not depend on the number of processes either: each takes its part of the same global batches, batch-norm uses the whole
+batch, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from tensorrail_trainer.training.cuda_graph import IMPLEMENTATION, CaptureError,
 from tensorrail_trainer.training.epochs import Epoch
 
 OnEpoch = Callable[[Epoch, int], None]
-"""Called after every epoch with its row and the number of epochs of the phase."""
+"""Called after every epoch with its row of the log and the number of epochs of the phase."""
 
-_ON_GPU = 1024  # samples evaluated at once, of those that lie there
-_LOOK = 32  # steps between looks at the loss: each look waits for the device
+_ON_GPU = 1024  # samples per batch of an evaluation whose data are on the GPU
+_CHECK_EVERY = 32  # steps between checks of the loss: each check waits for the device
 
 
 @dataclass
 class Phase:
-    """One phase of a run: what is trained, by which schedule, toward which teacher, and the rows of its epochs.
+    """One phase of a run: the model, its schedule, ADMM and teacher if any, and the log of its epochs.
 
-    `channels_last`: images and two-dimensional convolutions have their channels last in memory, which on a CPU runs many times
-    faster, and which a network that calls `view` on images does not take.
+    With `channels_last` images and 2-D convolutions use torch's channels_last memory format, which runs many times faster on a
+    CPU. Networks that call `view` on images do not support it.
     """
 
     name: str
@@ -60,9 +60,23 @@ class Phase:
 def train(
     phase: Phase, recipe: Recipe, data: Dataset, accelerator: Accelerator, store: Checkpoints, on_epoch: OnEpoch
 ) -> nn.Module:
-    """Train a phase from its last checkpoint, or from the start, to its last epoch, and return the model.
+    """Train a phase from its last checkpoint, or from the start, to its last epoch.
 
-    With `ema` the model returned is the averaged one. Raises `TrainingError` when the loss is no longer finite.
+    Args:
+        phase: the phase; its model is trained in place, and its rows are filled.
+        recipe: the recipe of the run.
+        data: the data set, on the device of the accelerator.
+        accelerator: device, processes and precision.
+        store: the checkpoints of the run.
+        on_epoch: called after every epoch.
+
+    Returns:
+        The trained model; with `ema` the averaged one.
+
+    Raises:
+        TrainingError: the loss or the weights are not finite, or the phase cannot be trained with these settings.
+        CheckpointError: a checkpoint cannot be read or written, or belongs to another network.
+
     """
     settings = recipe.train
     place(phase.model, accelerator.device, phase.channels_last)
@@ -72,8 +86,8 @@ def train(
     first = state["epoch"] if state else 0
     if not alike(torch.tensor([first], device=accelerator.device)):
         raise CheckpointError(
-            f"{store.folder}: the processes find phase {phase.name} at different epochs: expected one run folder that all of "
-            "them see"
+            f"{store.folder}: the processes found phase {phase.name} at different epochs; expected one run folder that all "
+            "processes share"
         )
     if state is not None:
         try:
@@ -81,8 +95,8 @@ def train(
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(
-                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, is of another network or "
-                f"program ({what}); remove it, or start anew with --overwrite"
+                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, does not match this network or "
+                f"this version ({what}); delete it, or start again with --overwrite"
             ) from None
     if world() > 1 and settings.sync_batch_norm:
         try:
@@ -125,7 +139,8 @@ def train(
         on_epoch(row, phase.schedule.epochs)
         if closed:
             break
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else the model would compute in bf16 for ever, exported too
+    # Otherwise the model would compute in bf16 afterwards, even in the export.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     unsync_batch_norm(phase.model)
     if average is not None:
@@ -135,12 +150,12 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, accelerator: Accelerator, channels_last: bool = True) -> float:
-    """Return the top-1 accuracy in percent, each process having answered its share."""
+    """Return the top-1 accuracy on a split in percent; every process evaluates a part of it."""
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     size = _ON_GPU if accelerator.device.type == "cuda" and isinstance(split, InMemory) else EVALUATED
     for x, y in split.batches(in_order(len(split), size), Share(rank(), world())):
-        if not len(y):  # a last batch of fewer samples than processes
+        if not len(y):  # the last batch has fewer samples than there are processes
             continue
         with accelerator.autocast():
             hits += (model(laid_out(x, channels_last)).argmax(1) == y).sum()
@@ -148,8 +163,8 @@ def evaluate(model: nn.Module, split: Split, accelerator: Accelerator, channels_
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """Return the schedule's optimizer, weight decay on the kinds of parameters that it names and on no other."""
-    cores = _owned(module.cores for module in model.modules() if isinstance(module, FactoredLayer | FactoredRecurrent))
+    """Return the optimizer of a schedule, with weight decay only on the parameters that `decay_on` lists."""
+    cores = _parameter_ids(module.cores for module in model.modules() if isinstance(module, FactoredLayer | FactoredRecurrent))
     norms = {id(p) for module in model.modules() for p in module.parameters(recurse=False) if _of_norm(module, p)}
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -168,12 +183,12 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimize
 
 
 def _of_norm(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Return whether a module's own parameter scales or shifts what it normalises; others may have an `eps` as well."""
-    one = sum(size > 1 for size in parameter.shape) <= 1  # as (C,) and (1, C, 1, 1)
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (hasattr(module, "eps") and one)
+    """Return whether a parameter is the scale or shift of a normalization. Other modules may have an attribute `eps`, too."""
+    is_vector = sum(size > 1 for size in parameter.shape) <= 1  # such as (C,) or (1, C, 1, 1)
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (hasattr(module, "eps") and is_vector)
 
 
-def _owned(modules: Iterable[nn.Module]) -> set[int]:
+def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
@@ -182,7 +197,7 @@ class _Job:
     """One epoch of a phase."""
 
     phase: Phase
-    model: nn.Module  # as the accelerator wrapped it
+    model: nn.Module  # wrapped by the accelerator
     optimizer: Any
     average: AveragedModel | None
     recipe: Recipe
@@ -194,22 +209,22 @@ class _Job:
     residuals: tuple[Residual, ...] = ()
 
     def run(self) -> tuple[float, float]:
-        """Train the epoch and return the mean loss (penalty included) and the accuracy on the batches as they came."""
+        """Train the epoch; return the mean loss (with penalty) and the accuracy in percent, both on the training batches."""
         phase, settings = self.phase, self.recipe.train
         seed = zlib.crc32(f"{self.recipe.seed}/{phase.name}/{self.epoch}".encode())
-        torch.manual_seed(seed + rank())  # what the model draws, such as dropout, is its process's own
+        torch.manual_seed(seed + rank())  # dropout differs between processes
         self.model.train()
         picks = shuffled(len(self.data.train), settings.batch, seed)
         if not picks:
             raise TrainingError(
-                f"phase {phase.name}: {len(self.data.train)} training samples make no batch of {settings.batch}; lower "
-                "train.batch"
+                f"phase {phase.name}: expected at least one batch of {settings.batch} training samples, got "
+                f"{len(self.data.train)} samples; lower train.batch"
             )
         every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
         if every and every > phase.schedule.epochs * len(picks):
             raise TrainingError(
-                f"phase {phase.name}: {every} steps never pass in {phase.schedule.epochs} epochs of {len(picks)}, and nothing "
-                "would be updated; lower train.admm.every_steps"
+                f"phase {phase.name}: expected train.admm.every_steps of at most {phase.schedule.epochs * len(picks)} "
+                f"({phase.schedule.epochs} epochs of {len(picks)} steps), got {every}: ADMM would never update; lower it"
             )
         before = self.epoch * len(picks)
         losses: list[Tensor] = []
@@ -224,8 +239,8 @@ class _Job:
             seen += len(y)
             due = bool(every) and (before + step + 1) % (every or 1) == 0
             last = step + 1 == len(picks)
-            if (step + 1) % _LOOK == 0 or due or last:
-                self._look(losses, len(picks))
+            if (step + 1) % _CHECK_EVERY == 0 or due or last:
+                self._check_losses(losses, len(picks))
             if due or last:
                 self._require_finite(step, len(picks))
             if due:
@@ -234,7 +249,7 @@ class _Job:
         return float(summed(torch.stack(losses).mean())) / world(), 100 * right / seen
 
     def close(self) -> tuple[tuple[Residual, ...], bool]:
-        """Do what ADMM does between epochs; return the last residuals and whether the phase is at its end."""
+        """Do the ADMM updates that are due after the epoch; return the last residuals and whether the phase has ended."""
         schedule = self.phase.schedule
         last = self.epoch + 1 == schedule.epochs
         if not isinstance(schedule, AdmmSchedule) or self.phase.admm is None:
@@ -243,8 +258,8 @@ class _Job:
             self._update(hard=True)
         elif schedule.every_steps is None and (self.epoch + 1) % schedule.every == 0:
             self._update()
-        small = schedule.stop is not None and bool(self.residuals)
-        if small and max(max(r.primal, r.moved) for r in self.residuals) < (schedule.stop or 0.0):
+        may_stop = schedule.stop is not None and bool(self.residuals)
+        if may_stop and max(max(r.primal, r.moved) for r in self.residuals) < (schedule.stop or 0.0):
             if schedule.hard and not last:
                 self._update(hard=True)
             return self.residuals, True
@@ -254,22 +269,22 @@ class _Job:
         settings = self.recipe.train
         if self.replay is None:
             share = float(rng.beta(settings.mixup, settings.mixup)) if settings.mixup else 1.0
-            found = self._work(x, y, share)
+            results = self._work(x, y, share)
         else:
             try:
                 loss, right = self.replay(self._work, x, y)
             except CaptureError as error:
                 raise TrainingError(
                     f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph ({error}); "
-                    "leave train.cuda_graph out and go on with --resume"
+                    "remove train.cuda_graph, then continue with --resume"
                 ) from None
-            found = loss, right
+            results = loss, right
         if self.average is not None:
             self.average.update_parameters(self.phase.model)
-        return found
+        return results
 
     def _work(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Do one step of the optimizer; return the loss and how many answers were right, both on the device."""
+        """Do one step of the optimizer; return the loss and the number of correct predictions, both on the device."""
         phase, settings = self.phase, self.recipe.train
         if share < 1.0:
             x = torch.lerp(x.flip(0), x, share)
@@ -278,9 +293,9 @@ class _Job:
             loss = _cross_entropy(scores, y, share, settings.label_smoothing)
             if phase.teacher is not None and settings.distill is not None:
                 with torch.no_grad():
-                    taught = phase.teacher(x)
-                weight, heat = settings.distill.weight, settings.distill.temperature
-                loss = (1 - weight) * loss + weight * _divergence(scores, taught, heat)
+                    teacher_scores = phase.teacher(x)
+                weight, temperature = settings.distill.weight, settings.distill.temperature
+                loss = (1 - weight) * loss + weight * _divergence(scores, teacher_scores, temperature)
         if phase.admm is not None:
             loss = loss + phase.admm.penalty()
         self.optimizer.zero_grad(set_to_none=True)
@@ -292,12 +307,12 @@ class _Job:
 
     def _set_rates(self, share: float) -> None:
         schedule = self.phase.schedule
-        now = rate(schedule, self.epoch + share)
+        lr = rate(schedule, self.epoch + share)
         for group in self.optimizer.param_groups:
             if self.replay is None:
-                group["lr"] = now
+                group["lr"] = lr
             else:
-                group["lr"].fill_(now)  # where the graph reads it
+                group["lr"].fill_(lr)  # the graph reads this memory
         if isinstance(schedule, AdmmSchedule) and self.phase.admm is not None and not schedule.balance:
             self.phase.admm.set_rho(penalty_weight(schedule, self.epoch))
 
@@ -307,22 +322,22 @@ class _Job:
             return
         start = time.perf_counter()
         self.residuals = admm.project_weights() if hard else admm.update()
-        if hard and self.average is not None:  # which is what the phase hands on
+        if hard and self.average is not None:  # the average is the result of the phase
             admm.project_copy(self.average.module)
         if not hard and isinstance(schedule, AdmmSchedule) and schedule.balance:
             admm.balance()
         self.projecting += time.perf_counter() - start
 
-    def _look(self, losses: list[Tensor], steps: int) -> None:
-        """Raise `TrainingError` with the first step whose loss was not finite, if there was one since the last look."""
-        first = max(0, len(losses) - _LOOK)
-        values = summed(torch.stack(losses[first:])).tolist()  # not finite on one process: on all
+    def _check_losses(self, losses: list[Tensor], steps: int) -> None:
+        """Raise `TrainingError` for the first step since the last check whose loss was not finite."""
+        first = max(0, len(losses) - _CHECK_EVERY)
+        values = summed(torch.stack(losses[first:])).tolist()  # if it is not finite on one process, it is not finite on all
         for k, value in enumerate(values):
             if not np.isfinite(value):
                 raise self._diverged(f"the loss is {value}", first + k, steps)
 
     def _require_finite(self, step: int, steps: int) -> None:
-        """Raise `TrainingError` when a step left weights that are not finite, which its own loss does not show."""
+        """Raise `TrainingError` if the weights are not finite, which the loss of the last step does not show."""
         with torch.no_grad():
             finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.phase.model.parameters()]).all()
         if not finite:
@@ -330,7 +345,7 @@ class _Job:
 
     def _diverged(self, what: str, step: int, steps: int) -> TrainingError:
         lr, name = rate(self.phase.schedule, self.epoch + step / steps), self.phase.name
-        keep = "" if name == "dense" else "; a dense network that is trained goes on as the model.weights of another run"
+        keep = "" if name == "dense" else "; a new run can start from the trained dense network: name it as model.weights"
         return TrainingError(
             f"phase {name}, epoch {self.epoch + 1}, step {step + 1}: {what} at learning rate {lr:.3g}; try a lower "
             f"train.{name}.lr, a warmup or a clip{keep}"
@@ -344,24 +359,24 @@ def _cross_entropy(scores: Tensor, y: Tensor, share: float, smoothing: float) ->
     return share * loss + (1 - share) * F.cross_entropy(scores, y.flip(0), label_smoothing=smoothing)
 
 
-def _divergence(scores: Tensor, taught: Tensor, heat: float) -> Tensor:
-    own, other = (F.log_softmax(one.float() / heat, 1) for one in (scores, taught))
-    return heat**2 * F.kl_div(own, other, reduction="batchmean", log_target=True)
+def _divergence(scores: Tensor, teacher_scores: Tensor, temperature: float) -> Tensor:
+    student, teacher = (F.log_softmax(logits.float() / temperature, 1) for logits in (scores, teacher_scores))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def place(model: nn.Module, device: torch.device, channels_last: bool = True) -> None:
-    """Move a model to a device, its two-dimensional convolutions with the channels last or first."""
+    """Move a model to a device, its 2-D convolutions in channels_last memory format or contiguous."""
     model.to(device)
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    for parameter in model.parameters():  # `model.to(memory_format=…)` fails at those with five axes
+    for parameter in model.parameters():  # `model.to(memory_format=…)` fails for parameters with five axes
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def laid_out(x: Tensor, channels_last: bool = True) -> Tensor:
-    """Return images (B, C, H, W) with the channels last in memory, or anything as it is."""
+    """Return images (B, C, H, W) in channels_last memory format; other tensors, or all without `channels_last`, unchanged."""
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
 
@@ -403,7 +418,7 @@ def _restore(
     chosen = [{key: group[key] for key in IMPLEMENTATION if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, kept in zip(optimizer.param_groups, chosen, strict=True):
-        group.update(kept)  # of this device, and not of the one that wrote the checkpoint
+        group.update(kept)  # the implementation for this device, not for the one that wrote the checkpoint
     if average is not None:
         average.load_state_dict(state["average"])
     if accelerator.scaler and state["scaler"]:
