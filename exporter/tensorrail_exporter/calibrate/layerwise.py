@@ -7,8 +7,8 @@ inputs can give: the best weight (with a ridge toward the dense one), cut to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -16,11 +16,10 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.calibrate import metric
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits, run_to
-from tensorrail_exporter.graphs.io import export_graph, import_graph
+from tensorrail_exporter.graphs.io import export_graph
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
-from tensorrail_exporter.rewrite.rewriter import check_finite, decompose_graph, reconstruct
-from tensorrail_exporter.rewrite.rules.emit import Site
-from tensorrail_exporter.rewrite.sites import NamedLayers, walk
+from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.rewriter import check_finite, decompose, with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer, dense_layer
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.records import Record
@@ -42,11 +41,16 @@ class LayerFit(Record):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A dense graph whose biases fit the cores, the cores, and how well they keep each layer."""
+    """A dense graph whose biases fit the cores, as the plan was found in it; the cores, and how well they keep each layer."""
 
-    model: onnx.ModelProto
+    resolved: ResolvedPlan
     cores: dict[str, list[np.ndarray]]
     layers: tuple[LayerFit, ...]
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The dense graph."""
+        return self.resolved.model
 
 
 def fit_layers(
@@ -64,14 +68,26 @@ def fit_layers(
     its weight alone, and its row says so. Raises `GraphError` as `decompose_graph` does, and for a calibration without
     samples or with outputs that are not finite.
     """
+    return fit(resolve(model, plan), calibration, settings, ridge=ridge, on_share=on_share)
+
+
+def fit(
+    resolved: ResolvedPlan,
+    calibration: Calibration,
+    settings: Session | None = None,
+    *,
+    ridge: float = _RIDGE,
+    on_share: Callable[[float, str], None] = lambda _, __: None,
+) -> Fitted:
+    """Do what `fit_layers` does for a plan that was resolved; it is not changed."""
     if not calibration.count:
         raise GraphError("the calibration holds no sample: expected one or more batches of inputs")
     settings = settings or Session()
-    planned = {layer.name: layer for layer in plan.layers}
-    cores = decompose_graph(model, plan)  # for the layers that cannot be fitted; it names what is not in the graph
-    uses = _uses(model, plan)
+    model = resolved.model
+    cores = decompose(resolved)  # for the layers that cannot be fitted
+    uses = _uses(resolved.copy())
     able = {name: found for name, found in uses.items() if found and fits(found[0].spec)}
-    weights = dense_weights(model, [planned[name] for name in able])
+    weights = dense_weights(resolved, able)
     samplers = {name: [Sampler(use, calibration.count * len(found)) for use in found] for name, found in able.items()}
     wanted = _outputs(model, able, weights, samplers, calibration, settings)
     done: dict[str, list[np.ndarray]] = {}
@@ -80,7 +96,7 @@ def fit_layers(
     current = model
     for number, (name, found) in enumerate(uses.items()):
         on_share(number / len(uses), name)
-        part = planned[name]
+        layer = resolved.layers[name]
         if name in able:
             run = run_to(current, [use.input_name for use in found], settings)
             statistics = Statistics(weights[name][0].size, len(weights[name]))
@@ -89,8 +105,8 @@ def fit_layers(
             del wanted[name]
             if not np.isfinite(statistics.yy) or not np.isfinite(statistics.x).all():
                 raise GraphError(f"layer {name}: its inputs or outputs on the calibration data are not finite; check the data")
-            biased = takes_bias(model, part)
-            cores[name], bias, row = _fit(part, weights[name], cores[name], statistics, ridge, biased=biased)
+            biased = takes_bias(layer)
+            cores[name], bias, row = _fit(layer.plan, weights[name], cores[name], statistics, ridge, biased=biased)
             if bias is not None:
                 biases[name] = bias
         else:
@@ -98,66 +114,73 @@ def fit_layers(
             row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
         rows.append(row)
         done[name] = cores[name]
-        partial = Plan(layers=tuple(planned[one] for one in done))
-        current = reconstruct(add_biases(model, partial, biases), partial, done)
+        partial = add_biases(resolved, biases)
+        current = with_weights(
+            partial,
+            {
+                n: partial.layers[n].plan.reconstruct(c, weights[n].shape if n in weights else partial.layers[n].spec.shape)
+                for n, c in done.items()
+            },
+        )
     on_share(1.0, "")
-    return Fitted(add_biases(model, plan, biases), cores, tuple(rows))
+    return Fitted(add_biases(resolved, biases), cores, tuple(rows))
 
 
-def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, np.ndarray]:
-    """Return the weights (O, I, *K) of layers, float32; `GraphError` for one that holds NaN or infinite values."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
+def dense_weights(resolved: ResolvedPlan, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Return the weights (O, I, *K) of planned layers, float32; `GraphError` for one that holds NaN or infinite values.
+
+    `names` are those of the layers, None for all of the plan.
+    """
     found = {}
-    for layer in layers:
-        rule, sites = named.find(layer.name)
-        found[layer.name] = np.array(rule.weight(sites[0].node), np.float32)
-        check_finite(layer.name, found[layer.name])
+    for name in resolved.layers if names is None else names:
+        found[name] = np.array(resolved.layers[name].weight, np.float32)
+        check_finite(name, found[name])
     return found
 
 
-def takes_bias(model: onnx.ModelProto, layer: LayerPlan) -> bool:
+def takes_bias(layer: ResolvedLayer) -> bool:
     """Return whether a bias can be given to the layer without a new node: one node, a Conv or Gemm, or an Add behind it."""
-    graph = import_graph(model)
-    _, sites = NamedLayers(graph).find(layer.name)
-    return len(sites) == 1 and _bias(sites[0]) is not None
+    return len(layer.sites) == 1 and _bias(layer) is not None
 
 
-def add_biases(model: onnx.ModelProto, plan: Plan, biases: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """Return the graph with a vector (O,) added to the bias of layers of the plan; one that has none gets it."""
+def add_biases(resolved: ResolvedPlan, biases: Mapping[str, np.ndarray]) -> ResolvedPlan:
+    """Return the plan with a model whose layers have a vector (O,) added to their bias; one that has none gets it.
+
+    The argument is not changed. Raises `GraphError` for a layer that `takes_bias` does not hold for.
+    """
     if not biases:
-        return model
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    for layer in plan.layers:
-        if layer.name not in biases:
-            continue
-        rule, sites = named.find(layer.name)
-        place = _bias(sites[0])
-        if place is None:
-            raise GraphError(
-                f"layer {layer.name}: has no bias that could be changed; expected a Conv, a Gemm, or a MatMul with an Add of "
-                "a constant vector behind it"
-            )
-        node, index = place
-        scale = 1.0
-        if node.op == "Gemm":
-            scale = node.attrs.get("alpha", 1.0) / (node.attrs.get("beta", 1.0) or 1.0)
-        site = sites[0].node
-        dtype = site.inputs[rule.weight_input(site)].dtype
-        present = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
-        before = np.asarray(node.inputs[index].values, np.float64) if present else 0.0
-        values = (before + scale * biases[layer.name]).astype(dtype)
-        constant = gs.Constant(named.names.unique(f"{layer.name}/bias"), values)
-        if index < len(node.inputs):
-            node.inputs[index] = constant
-        else:
-            node.inputs.append(constant)
-    return export_graph(graph, model)
+        return resolved
+    changed = resolved.copy(folded=False)
+    for name, bias in biases.items():
+        _add_bias(changed.layers[name], bias)
+    return replace(changed, model=export_graph(changed.graph, resolved.model))
 
 
-def _bias(site: Site) -> tuple[gs.Node, int] | None:
+def _add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
+    """Add a vector (O,) to the layer's bias; return the node that holds it."""
+    place, name, site = _bias(layer), layer.plan.name, layer.sites[0]
+    if place is None:
+        raise GraphError(
+            f"layer {name}: has no bias that could be changed; expected a Conv, a Gemm, or a MatMul with an Add of "
+            "a constant vector behind it"
+        )
+    node, index = place
+    scale = 1.0
+    if node.op == "Gemm":
+        scale = node.attrs.get("alpha", 1.0) / (node.attrs.get("beta", 1.0) or 1.0)
+    present = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
+    before = np.asarray(node.inputs[index].values, np.float64) if present else 0.0
+    constant = gs.Constant(site.names.unique(f"{name}/bias"), (before + scale * bias).astype(layer.dtype))
+    if index < len(node.inputs):
+        node.inputs[index] = constant
+    else:
+        node.inputs.append(constant)
+    return node
+
+
+def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
     """Return the node and the place of its input that hold the layer's bias, or could; None when there is none."""
+    site = layer.sites[0]
     node = site.node
     if node.op in ("Conv", "Gemm"):
         if node.attrs.get("beta", 1.0) == 0:
@@ -168,7 +191,7 @@ def _bias(site: Site) -> tuple[gs.Node, int] | None:
         vector = known and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
         return (node, 2) if vector and node.inputs[2].values.size > 1 else None
     consumers = node.outputs[0].outputs
-    if node.op != "MatMul" or len(consumers) != 1 or consumers[0].op != "Add" or isinstance(node.inputs[0], gs.Constant):
+    if node.op != "MatMul" or len(consumers) != 1 or consumers[0].op != "Add" or layer.rule.weight_input(node) == 0:
         return None
     add = consumers[0]
     for index, tensor in enumerate(add.inputs):
@@ -177,17 +200,15 @@ def _bias(site: Site) -> tuple[gs.Node, int] | None:
     return None
 
 
-def _uses(model: onnx.ModelProto, plan: Plan) -> dict[str, list[DenseLayer]]:
+def _uses(folded: ResolvedPlan) -> dict[str, list[DenseLayer]]:
     """Return for each planned layer, in the graph's order, its nodes outside of bodies: several where they share the weight."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    order = {id(node): place for place, (_, node) in enumerate(walk(graph))}
-    found = []
-    for part in plan.layers:
-        rule, sites = named.find(part.name)
-        uses = [dense_layer(part.name, graph, rule, [site]) for site in sites if site.graph is graph]
-        found.append((min(order[id(site.node)] for site in sites), part.name, uses))
-    return {name: uses for _, name, uses in sorted(found, key=lambda one: one[:2])}
+    graph = folded.graph
+    return {
+        layer.plan.name: [
+            dense_layer(layer.plan.name, graph, layer.rule, [site]) for site in layer.sites if site.graph is graph
+        ]
+        for layer in folded.in_graph_order
+    }
 
 
 def _rows(samplers: list[Sampler], values: list[np.ndarray], batch: int) -> np.ndarray:

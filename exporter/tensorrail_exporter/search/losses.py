@@ -19,7 +19,8 @@ from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run
 from tensorrail_exporter.calibrate.layerwise import dense_weights
 from tensorrail_exporter.calibrate.metric import roots
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.options import Option
@@ -45,13 +46,18 @@ def losses_of(
     calibration: Calibration | None = None,
     settings: Session | None = None,
     *,
+    resolved: ResolvedPlan | None = None,
     on_share: Callable[[float, str], None] = lambda _, __: None,
 ) -> Losses:
-    """Return the loss of every option of every layer, by the layer's name and in the options' order."""
+    """Return the loss of every option of every layer, by the layer's name and in the options' order.
+
+    `resolved` is a plan of these layers, in any format, in the model: where it is at hand.
+    """
     settings = settings or Session()
     layers = [layer for layer, options in wanted.items() if options]
     plans = [wanted[layer][0].plan(layer.name) for layer in layers]
-    weights = dense_weights(model, plans)
+    resolved = resolved or resolve(model, Plan(layers=tuple(plans)))
+    weights = dense_weights(resolved, [layer.name for layer in layers])
     metric = _channel_roots(model, layers, calibration, settings) if calibration is not None else {}
     whitened = {name: on_inputs(weight, metric[name][0]) if name in metric else weight for name, weight in weights.items()}
     shares = {}
@@ -60,7 +66,7 @@ def losses_of(
         shares[layer.name] = tuple(lost_shares(whitened[layer.name], wanted[layer]))
     if calibration is None:
         return Losses("weights", shares)
-    probe = _Probe(model, calibration.first(_SAMPLES), settings)
+    probe = _Probe(resolved, calibration.first(_SAMPLES), settings)
     scaled = {}
     for number, layer in enumerate(layers):
         on_share(0.5 + 0.5 * number / len(layers), layer.name)
@@ -69,7 +75,7 @@ def losses_of(
         weight = cut.reconstruct(cut.decompose(whitened[layer.name]), layer.spec.shape)
         if layer.name in metric:
             weight = on_inputs(weight, metric[layer.name][1])
-        effect = probe.effect(cut, weight)
+        effect = probe.effect(layer.name, weight)
         scaled[layer.name] = tuple(share * effect / max(shares[layer.name][near], 1e-9) for share in shares[layer.name])
     on_share(1.0, "")
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
@@ -133,18 +139,18 @@ def lost_shares(weight: np.ndarray, options: Sequence[Option]) -> list[float]:
 class _Probe:
     """Measures what one layer's approximation does to the outputs of the network."""
 
-    def __init__(self, model: onnx.ModelProto, calibration: Calibration, settings: Session) -> None:
-        self.model, self.calibration, self.settings = model, calibration, settings
-        self.names = [output.name for output in model.graph.output]
-        self.dense = self._outputs(model)
+    def __init__(self, resolved: ResolvedPlan, calibration: Calibration, settings: Session) -> None:
+        self.resolved, self.calibration, self.settings = resolved, calibration, settings
+        self.names = [output.name for output in resolved.model.graph.output]
+        self.dense = self._outputs(resolved.model)
         self.compared = [k for k, parts in enumerate(self.dense) if all(part.dtype.kind in "fiub" for part in parts)]
         if not self.compared:
             raise GraphError(f"the model's outputs, {', '.join(self.names)}, hold no numbers: nothing can be compared")
         _require_classes(calibration.labels, self.dense[0][0])
 
-    def effect(self, layer: LayerPlan, weight: np.ndarray) -> float:
+    def effect(self, layer: str, weight: np.ndarray) -> float:
         """Return the loss of the network with this layer's weight alone replaced: see `_distance`."""
-        return self._distance(self._outputs(with_weights(self.model, Plan(layers=(layer,)), {layer.name: weight})))
+        return self._distance(self._outputs(with_weights(self.resolved, {layer: weight})))
 
     def _outputs(self, model: onnx.ModelProto) -> list[list[np.ndarray]]:
         """Return every output, batch by batch."""

@@ -20,11 +20,11 @@ import onnx
 
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import dense_weights
-from tensorrail_exporter.graphs.io import import_graph, save_model
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.rewrite.rewriter import factorize
-from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.rewriter import rewrite
 from tensorrail_exporter.rewrite.survey import DenseLayer, survey
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.latency_table import LatencyTable
@@ -190,7 +190,8 @@ def plan_network(
         for layer in layers
         if layer.output is not None and layer.inputs[layer.data] is not None
     }
-    dense_weights(model, [options[0].plan(layer.name) for layer, options in wanted.items() if options])  # are they finite?
+    resolved = resolve(model, Plan(layers=tuple(own[0].plan(layer.name) for layer, own in wanted.items() if own)))
+    dense_weights(resolved)  # are they finite?
     if calibration is not None and calibration.count:
         check_outputs(model, calibration, settings.exact)
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +202,12 @@ def plan_network(
         table.measure(wanted, settings, seconds=search.seconds, on_share=lambda share, what: on_stage(f"timing {what}", share))
         faster = {layer: _faster(layer, options, table, search.gain) for layer, options in wanted.items()}
         losses = losses_of(
-            model, faster, calibration, settings.exact, on_share=lambda share, what: on_stage(f"sensitivity {what}", share)
+            model,
+            faster,
+            calibration,
+            settings.exact,
+            resolved=resolved,
+            on_share=lambda share, what: on_stage(f"sensitivity {what}", share),
         )
         # The least of several: what else runs on the machine for a moment only ever makes a time longer.
         whole = min(_dense_ms(dense, search, settings, shapes) for _ in range(3))
@@ -502,8 +508,8 @@ def _measured(
     if not report.plan.layers:
         return report
     path = folder / "chosen.onnx"
-    cores = random_cores(model, report.plan)
-    save_model(factorize(model, report.plan, cores, scan=not settings.on_gpu).model, path)
+    resolved = resolve(model, report.plan)
+    save_model(rewrite(resolved, timing_cores(resolved), scan=not settings.on_gpu).model, path)
     seconds, binding = search.check_seconds, settings.on_gpu
     times = bench_fresh(
         [dense, path], batch=search.batch, seconds=seconds, settings=settings, shapes=shapes, io_binding=binding
@@ -513,22 +519,24 @@ def _measured(
     report = report.model_copy(update={"measured": times.ratios[0], "planned": planned})
     if settings.on_gpu:
         return report
-    layers = layer_times(dense, path, report.plan, settings=settings, batch=search.batch, shapes=shapes)
+    layers = layer_times(dense, path, report.plan, settings=settings, batch=search.batch, shapes=shapes, resolved=resolved)
     return report.model_copy(update={"slower": slower_layers(layers)})
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:
     """Return cores of the plan's shapes with values of the size that keeps activations as they are: to time a plan."""
+    return timing_cores(resolve(model, plan), seed)
+
+
+def timing_cores(resolved: ResolvedPlan, seed: int = 0) -> dict[str, list[np.ndarray]]:
+    """Do what `random_cores` does for a plan that was resolved."""
     rng = np.random.default_rng(seed)
-    graph = import_graph(model)
-    named = NamedLayers(graph)
     found = {}
-    for layer in plan.layers:
-        rule, sites = named.find(layer.name)
-        shape = rule.layer(sites[0].node).shape
-        sizes = layer.core_shapes(shape)
-        ranks = layer.ranks[1:] if layer.format == "tr" else layer.ranks  # a ring's first one comes again as its last
+    for name, layer in resolved.layers.items():
+        part, shape = layer.plan, layer.spec.shape
+        sizes = part.core_shapes(shape)
+        ranks = part.ranks[1:] if part.format == "tr" else part.ranks  # a ring's first one comes again as its last
         terms = math.prod(shape[1:]) * math.prod(ranks)  # of the sums: over the inputs, and over the ranks in a weight
         scale = terms ** (-0.5 / len(sizes))
-        found[layer.name] = [(rng.standard_normal(size, np.float32) * np.float32(scale)) for size in sizes]
+        found[name] = [(rng.standard_normal(size, np.float32) * np.float32(scale)) for size in sizes]
     return found
