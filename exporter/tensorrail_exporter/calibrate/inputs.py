@@ -20,7 +20,8 @@ import onnxruntime as ort
 from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.pictures import eight_bits
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.graphs.io import export_graph, import_graph, save_model
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.sessions.inputs import TYPES, batches_of, load_arrays
@@ -127,16 +128,14 @@ def run_to(
 
     `GraphError` for a tensor that is not in the graph; the function raises `ModelError` for inputs that do not fit.
     """
-    graph = import_graph(model)
-    known = graph.tensors()
-    unknown = [name for name in tensors if name not in known]
+    network = Network(model)
+    unknown = [name for name in tensors if not network.knows(name)]
     if unknown:
         raise GraphError(f"tensor {unknown[0]!r} is not in the graph: expected the input or output of one of its nodes")
-    inputs = {tensor.name for tensor in graph.inputs}
-    graph.outputs = [known[name] for name in dict.fromkeys(tensors) if name not in inputs]
-    if not graph.outputs:
+    outputs = [name for name in dict.fromkeys(tensors) if name not in network.inputs]
+    if not outputs:
         return lambda feed: [feed[name] for name in tensors]
-    part = export_graph(graph, model)
+    part = network.part(network.above(outputs), list(network.inputs.values()), outputs)
     with tempfile.TemporaryDirectory() as folder:
         save_model(part, Path(folder) / "part.onnx")
         session = open_session(Path(folder) / "part.onnx", settings=replace(settings, linger=False))

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.calibrate import layerwise, metric
 from tensorrail_exporter.calibrate.inputs import Calibration
-from tensorrail_exporter.calibrate.layerwise import add_biases, dense_weights, fit_layers, takes_bias
+from tensorrail_exporter.calibrate.layerwise import dense_weights, fit_layers
+from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_runtime.sessions.session import Session
 
