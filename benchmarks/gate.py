@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_runtime.gate.regress import Effort, Limits, Timing, Verdict, check
+from tensorrail_runtime.gate.regress import Effort, Limits, TimeChange, Verdict, check
 from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
@@ -111,7 +111,7 @@ def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, effort: Eff
     return verdicts
 
 
-def _timing(verdict: Verdict) -> Timing:
+def _timing(verdict: Verdict) -> TimeChange:
     if verdict.timing is None:
         raise SystemExit(f"a trial was not timed: {verdict.reason}")
     return verdict.timing

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.calibrate.inputs import Calibration
-from tensorrail_exporter.calibrate.layerwise import LayerFit, fit_layers
-from tensorrail_exporter.graphs.io import import_graph, save_model
+from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.precision.reduce import PrecisionReport
-from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
-from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose, rewrite, with_cores
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size, times_less
 from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
@@ -149,12 +149,13 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     exact = settings.exact
     if not plan.layers:
         raise PlanError("the plan names no layer: there is nothing to rewrite")
+    base = resolve(model, plan)
     if calibration is not None:
-        fitted = fit_layers(model, plan, calibration, exact, progress=progress)
-        base, cores, fits = fitted.model, fitted.cores, fitted.layers
+        fitted = fit(base, calibration, exact, progress=progress)
+        base, cores, fits = fitted.resolved, fitted.cores, fitted.layers
     else:
-        base, cores, fits = model, decompose_graph(model, plan), ()
-    factored = factorize(base, plan, cores, scan=not settings.on_gpu)
+        cores, fits = decompose(base), ()
+    factored = rewrite(base, cores, scan=not settings.on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
         save_model(model, dense_path)
@@ -162,10 +163,10 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         session = open_session(dense_path, settings=exact)
         feeds: list[Mapping[str, np.ndarray]]
         feeds = list(calibration.first(100).feeds) if calibration is not None else [random_inputs(session, 7, shapes=shapes)]
-        numerical = _numerical(base, plan, cores, path, feeds, Path(folder), exact)
+        numerical = _numerical(base, cores, path, feeds, Path(folder), exact)
         rewritten = factored.model
         if options.refine is not None and calibration is not None:
-            rewritten = _refined(options.refine, model, base, plan, cores, factored, calibration)
+            rewritten = _refined(options.refine, model, base, cores, factored, calibration)
             save_model(rewritten, path)
         progress("comparing outputs", 0.5)
         against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=exact)
@@ -213,8 +214,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
 def _refined(
     refine: Refine,
     model: onnx.ModelProto,
-    base: onnx.ModelProto,
-    plan: Plan,
+    base: ResolvedPlan,
     cores: Mapping[str, list[np.ndarray]],
     factored: Factored,
     calibration: Calibration,
@@ -224,9 +224,9 @@ def _refined(
     A fit that changes what is not stored in the graph of Scans is kept as the graph without them.
     """
     if not any(layer.scan for layer in factored.layers):
-        return refine(model, factored.model, plan, calibration)
-    nodes = factorize(base, plan, cores, scan=False).model
-    fitted = refine(model, nodes, plan, calibration)
+        return refine(model, factored.model, base.plan, calibration)
+    nodes = rewrite(base, cores, scan=False).model
+    fitted = refine(model, nodes, base.plan, calibration)
     before = {tensor.name: tensor for tensor in nodes.graph.initializer}
     changed = {tensor.name: tensor for tensor in fitted.graph.initializer if tensor != before.get(tensor.name)}
     made = onnx.ModelProto()
@@ -240,8 +240,7 @@ def _refined(
 
 
 def _numerical(
-    base: onnx.ModelProto,
-    plan: Plan,
+    base: ResolvedPlan,
     cores: Mapping[str, list[np.ndarray]],
     path: Path,
     feeds: list[Mapping[str, np.ndarray]],
@@ -250,9 +249,9 @@ def _numerical(
 ) -> float:
     """Return the error of the rewriting itself; `GraphError` when it is more than rounding."""
     joined = folder / "reconstructed.onnx"
-    save_model(reconstruct(base, plan, cores), joined)
+    save_model(with_cores(base, cores), joined)
     found = parity(joined, path, inputs=feeds[:1], tolerance=None, settings=settings).worst
-    most = _rounding(base, plan)
+    most = _rounding(base)
     if not found <= most:
         raise GraphError(
             f"the factored graph differs from what its cores stand for by {found:.1e}, relative; at most {most:.1g} "
@@ -261,17 +260,14 @@ def _numerical(
     return found
 
 
-def _rounding(model: onnx.ModelProto, plan: Plan) -> float:
+def _rounding(resolved: ResolvedPlan) -> float:
     """Return the relative difference that rounding may make in the coarsest type of the planned weights.
 
     The roundings of a layer, each at most the unit roundoff u (2⁻¹¹ in float16), are taken to add up, those of different layers
     to be independent: 8 · u · √layers.
     """
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    found = [named.find(layer.name) for layer in plan.layers]
-    unit = max(float(np.finfo(rule.weight(sites[0].node).dtype).eps) / 2 for rule, sites in found)
-    return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(found)))
+    unit = max(float(np.finfo(layer.dtype).eps) / 2 for layer in resolved.layers.values())
+    return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(resolved.layers)))
 
 
 def _size(path: Path, batch: int, shapes: Shapes | None, milliseconds: float) -> Size:

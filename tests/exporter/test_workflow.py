@@ -119,12 +119,12 @@ def test_the_report_holds_what_was_measured(network, tmp_path):
 @pytest.fixture
 def wrong(monkeypatch):
     """Return a function from which on graphs are written with other cores than came."""
-    real = compressing.factorize
+    real = compressing.rewrite
 
-    def factorize(model, plan, cores, **options):
-        return real(model, plan, {name: [core * 1.01 for core in found] for name, found in cores.items()}, **options)
+    def rewrite(resolved, cores, **options):
+        return real(resolved, {name: [core * 1.01 for core in found] for name, found in cores.items()}, **options)
 
-    return lambda: monkeypatch.setattr(compressing, "factorize", factorize)
+    return lambda: monkeypatch.setattr(compressing, "rewrite", rewrite)
 
 
 def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, wrong):

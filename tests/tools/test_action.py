@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from pre_commit.commands.validate_manifest import validate_manifest
 
 from tensorrail_runtime.gate.outputs import markdown, workflow_commands
-from tensorrail_runtime.gate.regress import Finding, Timing, Verdict
+from tensorrail_runtime.gate.regress import Finding, TimeChange, Verdict
 from tensorrail_runtime.sessions.machine import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,7 @@ def test_a_name_with_line_breaks_stays_one_annotation():
     finding = Finding(name="parity", baseline=HOSTILE, measured="a, b: 5%", limit="0", holds=False)
     place = Machine(processor="p", cores=2, system="s", onnxruntime="1")
     numbers = {"slowdown": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "p50_ms": 1.0, "baseline_p50_ms": 1.0}
-    verdict = Verdict(model="m:1,\n2.onnx", timing=Timing(**numbers), findings=(finding, finding), machine=place)
+    verdict = Verdict(model="m:1,\n2.onnx", timing=TimeChange(**numbers), findings=(finding, finding), machine=place)
     line = (
         "::error title=parity of m%3A1%2C%0A2.onnx::measured a, b: 5%25, "
         "baseline y%0A::error::mine%0A::add-mask::x%0A|<b>*a*</b>`, limit 0"

@@ -21,9 +21,9 @@ from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.pictures import eight_bits
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.graphs.tap import with_outputs
+from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.rewrite.survey import DenseLayer
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.sessions.inputs import TYPES, batches_of, load_arrays
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.sessions.session import run as run_session
@@ -165,11 +165,14 @@ def run_to(
         GraphError: a tensor is not in the graph.
 
     """
-    fed = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
-    computed = [name for name in tensors if name not in fed]
-    if not computed:
+    network = Network(model)
+    unknown = [name for name in tensors if not network.knows(name)]
+    if unknown:
+        raise GraphError(f"tensor {unknown[0]!r} is not in the graph: expected the input or output of one of its nodes")
+    outputs = [name for name in dict.fromkeys(tensors) if name not in network.inputs]
+    if not outputs:
         return lambda feed: [feed[name] for name in tensors]
-    part = with_outputs(model, computed, only=True)
+    part = network.part(network.above(outputs), list(network.inputs.values()), outputs)
     with tempfile.TemporaryDirectory() as folder:
         save_model(part, Path(folder) / "part.onnx")
         session = open_session(Path(folder) / "part.onnx", settings=replace(settings, linger=False))

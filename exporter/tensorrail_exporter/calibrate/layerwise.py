@@ -7,20 +7,21 @@ inputs can give: the best weight (with a ridge toward the dense one), cut to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.calibrate import metric
-from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits, run_to
-from tensorrail_exporter.graphs.io import export_graph, import_graph
+from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits
+from tensorrail_exporter.calibrate.progressive import ProgressiveNetwork
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
-from tensorrail_exporter.rewrite.rewriter import check_finite, decompose_graph, reconstruct
-from tensorrail_exporter.rewrite.rules.emit import Site
-from tensorrail_exporter.rewrite.sites import NamedLayers, walk
+from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.rewriter import check_finite, decompose
 from tensorrail_exporter.rewrite.survey import DenseLayer, dense_layer
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.progress import Progress, silent
@@ -43,11 +44,16 @@ class LayerFit(Record):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A dense graph whose biases fit the cores, the cores, and how well they keep each layer."""
+    """A dense graph whose biases fit the cores, as the plan was found in it; the cores, and how well they keep each layer."""
 
-    model: onnx.ModelProto
+    resolved: ResolvedPlan
     cores: dict[str, list[np.ndarray]]
     layers: tuple[LayerFit, ...]
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The dense graph."""
+        return self.resolved.model
 
 
 def fit_layers(
@@ -59,163 +65,120 @@ def fit_layers(
     ridge: float = _RIDGE,
     progress: Progress = silent,
 ) -> Fitted:
-    """Return cores for every planned layer, fitted in the graph's order to the outputs of the dense network.
+    """Return cores for every planned layer, fitted in the order of the graph to the outputs of the dense network.
 
-    A layer whose patches are too wide for a full second moment, or that stands in the body of a node, is decomposed from
-    its weight alone, and its row says so. Raises `GraphError` as `decompose_graph` does, and for a calibration without
-    samples or with outputs that are not finite.
+    A layer whose patches are too wide for a full second moment, or that is in the body of a node, is decomposed from its weight
+    alone, and its row says so.
+
+    Args:
+        model: the dense graph.
+        plan: the layers, formats, modes and ranks.
+        calibration: inputs of the network.
+        settings: how the network runs; default: the CPU provider.
+        ridge: weight of the pull toward the dense weight, as a share of the mean eigenvalue of the inputs' second moment.
+        progress: told which layer is fitted.
+
+    Returns:
+        The graph with the biases that fit the cores, the cores, and how well each layer keeps its outputs.
+
+    Raises:
+        GraphError: a layer is not in the graph or cannot be rewritten, or the calibration has no samples or outputs that are
+            not finite.
+
     """
+    return fit(resolve(model, plan), calibration, settings, ridge=ridge, progress=progress)
+
+
+def fit(
+    resolved: ResolvedPlan,
+    calibration: Calibration,
+    settings: Session | None = None,
+    *,
+    ridge: float = _RIDGE,
+    progress: Progress = silent,
+) -> Fitted:
+    """Do what `fit_layers` does for a plan that was resolved; it is not changed."""
     if not calibration.count:
         raise GraphError("the calibration holds no sample: expected one or more batches of inputs")
     settings = settings or Session()
-    planned = {layer.name: layer for layer in plan.layers}
-    cores = decompose_graph(model, plan)  # for the layers that cannot be fitted; it names what is not in the graph
-    uses = _uses(model, plan)
+    cores = decompose(resolved)  # for the layers that cannot be fitted
+    uses = _uses(resolved.copy())
     able = {name: found for name, found in uses.items() if found and fits(found[0].spec)}
-    weights = dense_weights(model, [planned[name] for name in able])
+    weights = dense_weights(resolved, able)
     samplers = {name: [Sampler(use, calibration.count * len(found)) for use in found] for name, found in able.items()}
-    wanted = _outputs(model, able, weights, samplers, calibration, settings)
-    done: dict[str, list[np.ndarray]] = {}
     biases: dict[str, np.ndarray] = {}
     rows = []
-    current = model
-    for number, (name, found) in enumerate(uses.items()):
-        progress("fitting layers", number / len(uses), name)
-        part = planned[name]
-        if name in able:
-            run = run_to(current, [use.input_name for use in found], settings)
-            statistics = Statistics(weights[name][0].size, len(weights[name]))
-            for k, feed in enumerate(calibration.feeds):
-                statistics.add(_rows(samplers[name], run(feed), k), wanted[name][k])
-            del wanted[name]
-            if not np.isfinite(statistics.yy) or not np.isfinite(statistics.x).all():
-                raise GraphError(f"layer {name}: its inputs or outputs on the calibration data are not finite; check the data")
-            biased = takes_bias(model, part)
-            cores[name], bias, row = _fit(part, weights[name], cores[name], statistics, ridge, biased=biased)
-            if bias is not None:
-                biases[name] = bias
-        else:
-            why = "its patches are too wide for a full second moment" if found else "in the body of a node"
-            row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
-        rows.append(row)
-        done[name] = cores[name]
-        partial = Plan(layers=tuple(planned[one] for one in done))
-        current = reconstruct(add_biases(model, partial, biases), partial, done)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = {name: [use.input_name for use in found] for name, found in able.items()}
+        network = ProgressiveNetwork(resolved, inputs, calibration.feeds, settings, Path(folder))
+        wanted = _outputs(network, weights, samplers)
+        for number, (name, found) in enumerate(uses.items()):
+            progress("fitting layers", number / len(uses), name)
+            layer = resolved.layers[name]
+            if name in able:
+                statistics = _statistics(network, name, weights[name], samplers[name], wanted.pop(name))
+                biased = takes_bias(layer)
+                cores[name], bias, row = _fit(layer.plan, weights[name], cores[name], statistics, ridge, biased=biased)
+                if bias is not None:
+                    biases[name] = bias
+            else:
+                why = "its patches are too wide for a full second moment" if found else "in the body of a node"
+                row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
+            rows.append(row)
+            network.replace(name, np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape)), biases.get(name))
     progress("fitting layers", 1.0)
-    return Fitted(add_biases(model, plan, biases), cores, tuple(rows))
+    return Fitted(add_biases(resolved, biases), cores, tuple(rows))
 
 
-def dense_weights(model: onnx.ModelProto, layers: list[LayerPlan]) -> dict[str, np.ndarray]:
-    """Return the weights (O, I, *K) of layers, float32; `GraphError` for one that holds NaN or infinite values."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
+def dense_weights(resolved: ResolvedPlan, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Return the weights (O, I, *K) of planned layers, float32; `GraphError` for one that holds NaN or infinite values.
+
+    `names` are those of the layers, None for all of the plan.
+    """
     found = {}
-    for layer in layers:
-        rule, sites = named.find(layer.name)
-        found[layer.name] = np.array(rule.weight(sites[0].node), np.float32)
-        check_finite(layer.name, found[layer.name])
+    for name in resolved.layers if names is None else names:
+        found[name] = np.array(resolved.layers[name].weight, np.float32)
+        check_finite(name, found[name])
     return found
 
 
-def takes_bias(model: onnx.ModelProto, layer: LayerPlan) -> bool:
-    """Return whether a bias can be given to the layer without a new node: one node, a Conv or Gemm, or an Add behind it."""
-    graph = import_graph(model)
-    _, sites = NamedLayers(graph).find(layer.name)
-    return len(sites) == 1 and _bias(sites[0]) is not None
-
-
-def add_biases(model: onnx.ModelProto, plan: Plan, biases: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """Return the graph with a vector (O,) added to the bias of layers of the plan; one that has none gets it."""
-    if not biases:
-        return model
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    for layer in plan.layers:
-        if layer.name not in biases:
-            continue
-        rule, sites = named.find(layer.name)
-        place = _bias(sites[0])
-        if place is None:
-            raise GraphError(
-                f"layer {layer.name}: has no bias that could be changed; expected a Conv, a Gemm, or a MatMul with an Add of "
-                "a constant vector behind it"
-            )
-        node, index = place
-        scale = 1.0
-        if node.op == "Gemm":
-            scale = node.attrs.get("alpha", 1.0) / (node.attrs.get("beta", 1.0) or 1.0)
-        site = sites[0].node
-        dtype = site.inputs[rule.weight_input(site)].dtype
-        present = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
-        before = np.asarray(node.inputs[index].values, np.float64) if present else 0.0
-        values = (before + scale * biases[layer.name]).astype(dtype)
-        constant = gs.Constant(named.names.unique(f"{layer.name}/bias"), values)
-        if index < len(node.inputs):
-            node.inputs[index] = constant
-        else:
-            node.inputs.append(constant)
-    return export_graph(graph, model)
-
-
-def _bias(site: Site) -> tuple[gs.Node, int] | None:
-    """Return the node and the place of its input that hold the layer's bias, or could; None when there is none."""
-    node = site.node
-    if node.op in ("Conv", "Gemm"):
-        if node.attrs.get("beta", 1.0) == 0:
-            return None
-        if len(node.inputs) < 3 or node.inputs[2].is_empty():
-            return (node, 2) if node.op == "Conv" or site.graph.opset >= 11 else None
-        known = isinstance(node.inputs[2], gs.Constant)
-        vector = known and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
-        return (node, 2) if vector and node.inputs[2].values.size > 1 else None
-    consumers = node.outputs[0].outputs
-    if node.op != "MatMul" or len(consumers) != 1 or consumers[0].op != "Add" or isinstance(node.inputs[0], gs.Constant):
-        return None
-    add = consumers[0]
-    for index, tensor in enumerate(add.inputs):
-        if isinstance(tensor, gs.Constant) and tensor.values.ndim == 1 and tensor.values.size > 1:
-            return add, index
-    return None
-
-
-def _uses(model: onnx.ModelProto, plan: Plan) -> dict[str, list[DenseLayer]]:
+def _uses(folded: ResolvedPlan) -> dict[str, list[DenseLayer]]:
     """Return for each planned layer, in the graph's order, its nodes outside of bodies: several where they share the weight."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    order = {id(node): place for place, (_, node) in enumerate(walk(graph))}
-    found = []
-    for part in plan.layers:
-        rule, sites = named.find(part.name)
-        uses = [dense_layer(part.name, graph, rule, [site]) for site in sites if site.graph is graph]
-        found.append((min(order[id(site.node)] for site in sites), part.name, uses))
-    return {name: uses for _, name, uses in sorted(found, key=lambda one: one[:2])}
+    graph = folded.graph
+    return {
+        layer.plan.name: [
+            dense_layer(layer.plan.name, graph, layer.rule, [site]) for site in layer.sites if site.graph is graph
+        ]
+        for layer in folded.in_graph_order
+    }
 
 
-def _rows(samplers: list[Sampler], values: list[np.ndarray], batch: int) -> np.ndarray:
+def _rows(samplers: list[Sampler], values: Mapping[str, np.ndarray], batch: int) -> np.ndarray:
     """Return the rows of all nodes of a layer on one batch."""
-    return np.concatenate([sampler.rows(data, batch) for sampler, data in zip(samplers, values, strict=True)])
+    return np.concatenate([sampler.rows(values[sampler.layer.input_name], batch) for sampler in samplers])
 
 
 def _outputs(
-    model: onnx.ModelProto,
-    layers: Mapping[str, list[DenseLayer]],
-    weights: Mapping[str, np.ndarray],
-    samplers: Mapping[str, list[Sampler]],
-    calibration: Calibration,
-    settings: Session,
+    network: ProgressiveNetwork, weights: Mapping[str, np.ndarray], samplers: Mapping[str, list[Sampler]]
 ) -> dict[str, list[np.ndarray]]:
     """Return for each layer what the dense network gives at the sampled places (rows, O), bias left out, batch by batch."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in layers}
-    if not layers:
-        return found
-    tensors = list(dict.fromkeys(use.input_name for uses in layers.values() for use in uses))
-    run = run_to(model, tensors, settings)
-    for k, feed in enumerate(calibration.feeds):
-        values = dict(zip(tensors, run(feed), strict=True))
-        for name, uses in layers.items():
-            rows = _rows(samplers[name], [values[use.input_name] for use in uses], k)
-            found[name].append(rows @ weights[name].reshape(len(weights[name]), -1).T)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in samplers}
+    for k, values in enumerate(network.dense()):
+        for name, own in samplers.items():
+            found[name].append(_rows(own, values, k) @ weights[name].reshape(len(weights[name]), -1).T)
     return found
+
+
+def _statistics(
+    network: ProgressiveNetwork, name: str, weight: np.ndarray, samplers: list[Sampler], wanted: list[np.ndarray]
+) -> Statistics:
+    """Return the sums over a layer's inputs as they are now; `GraphError` for values that are not finite."""
+    statistics = Statistics(weight[0].size, len(weight))
+    for k, values in enumerate(network.inputs_of(name)):
+        statistics.add(_rows(samplers, values, k), wanted[k])
+    if not np.isfinite(statistics.yy) or not np.isfinite(statistics.x).all():
+        raise GraphError(f"layer {name}: its inputs or outputs on the calibration data are not finite; check the data")
+    return statistics
 
 
 def _fit(

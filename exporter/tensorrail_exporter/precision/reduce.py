@@ -144,33 +144,7 @@ def reduced(
     test: Labelled | None = None,
     conditions: Conditions | None = None,
 ) -> PrecisionReport:
-    """Convert a model to fp16 or int8, compare it with fp32, and write it.
-
-    Args:
-        model: the fp32 model.
-        out: the file to write, completely or not at all.
-        to: `fp16` or `int8`.
-        calibration: batches of inputs by name. int8 needs them; fp16 is only compared on them, by default on random inputs.
-        data: inputs for the accuracy, which are not used for calibration; default: the accuracy is not measured.
-        labels: labels of `data`.
-        metric: metric of the accuracy; default `top1`.
-        method: calibration method of int8, one of `METHODS`; default `minmax`.
-        keep: names of layers, weights or nodes that stay fp32.
-        tolerance: largest relative L2 difference of every output; default from `TOLERANCES`.
-        batch: size of the dynamic axes of random inputs, and so the batch size of the latency; default 1.
-        shapes: shapes of random inputs by name, instead of `batch`.
-        seconds: time for the measurement of the latency; default 10.
-        settings: settings of the ONNX Runtime sessions; default `Session()`.
-        seed: seed of random inputs; default 0.
-        on_round: is called with the share of the latency measurement that is done.
-
-    Returns:
-        The measurements, with the ranges of all layers if an output exceeds the tolerance.
-
-    Raises:
-        RangeError: fp16 overflows on the inputs; nothing is written.
-        GraphError: the model cannot be converted; nothing is written.
-        ModelError: a model cannot be run or scored; nothing is written.
+    """Convert a model to fp16 or int8, compare it with fp32, and write it, completely or not at all.
 
     Args:
         model: the fp32 model's file, dense or factored.

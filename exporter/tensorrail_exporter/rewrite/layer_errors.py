@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tensorrail_exporter.graphs.io import import_graph, save_model
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.plans.cores import Cores
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.rewrite.rewriter import reconstruct
-from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.rewriter import with_cores
 from tensorrail_runtime.measure.parity import LayerError, Tolerances, compare
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
@@ -32,8 +32,19 @@ def layer_errors(
     settings: Session | None = None,
 ) -> tuple[LayerError, ...]:
     """Return the two errors at every planned layer, in the graph's order; layers in the body of a node have no tensor here."""
-    tensors = _outputs(dense, plan)
-    graphs = [dense, reconstruct(dense, plan, cores), factored]
+    return errors_of(resolve(dense, plan), factored, cores, feeds, settings)
+
+
+def errors_of(
+    resolved: ResolvedPlan,
+    factored: onnx.ModelProto,
+    cores: Cores,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    settings: Session | None = None,
+) -> tuple[LayerError, ...]:
+    """Do what `layer_errors` does for a plan that was resolved in the dense model."""
+    tensors = _outputs(resolved)
+    graphs = [resolved.model, with_cores(resolved, cores), factored]
     shown = [set(tensors.values()) & _tensors(graph) for graph in graphs]
     values = []
     with tempfile.TemporaryDirectory() as folder:
@@ -53,17 +64,13 @@ def layer_errors(
     return tuple(found)
 
 
-def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
+def _outputs(resolved: ResolvedPlan) -> dict[str, str]:
     """Return the output tensor of every planned layer, in the order of the graph; of the first node of a shared weight."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    order = {node.name: index for index, node in enumerate(model.graph.node)} | {
-        output: index for index, node in enumerate(model.graph.node) for output in node.output
+    order = {output: index for index, node in enumerate(resolved.model.graph.node) for output in node.output}
+    found = {
+        name: next(tensor.name for tensor in layer.sites[0].node.outputs if not tensor.is_empty())
+        for name, layer in resolved.layers.items()
     }
-    found = {}
-    for layer in plan.layers:
-        _, sites = named.find(layer.name)
-        found[layer.name] = next(tensor.name for tensor in sites[0].node.outputs if not tensor.is_empty())
     return dict(sorted(found.items(), key=lambda item: order.get(item[1], len(order))))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,15 +12,14 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.contraction import Conv, LayerSpec, MatMul, Step, describe, runs_in_scan
 from tensorrail_exporter.graphs.fold import is_standard
-from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph
+from tensorrail_exporter.graphs.io import check_model, export_graph
 from tensorrail_exporter.plans.cores import Cores, check_cores
 from tensorrail_exporter.plans.costs import contraction_cost
 from tensorrail_exporter.plans.padding import pad_ranks
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
-from tensorrail_exporter.rewrite.rules import Rule
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
-from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -97,32 +96,7 @@ def factorize(
     Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
     or cores that do not fit. The argument is not changed.
     """
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    rewrites = []
-    for layer in plan.layers:
-        rule, sites = named.find(layer.name)
-        specs = [_layer(rule, site, scan and holds_scan(model)) for site in sites]
-        spec = specs[0]
-        layer.check(spec.shape)
-        if layer.name not in cores:
-            raise GraphError(f"layer {layer.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
-        check_cores(layer, cores[layer.name], spec.shape)
-        weight = rule.weight(sites[0].node)
-        width = block if isinstance(block, int) else block.get(layer.name, 1)
-        merged = layer.model_copy(update={"merge": layer.merge_for(spec)})
-        padded = pad_ranks(layer, cores[layer.name], spec.shape, width)
-        # Nodes that share a weight may differ in stride, dilation or the axes of their input.
-        steps = [merged.contraction(padded, one) for one in specs]
-        folded = []
-        for site, one, own in zip(sites, specs, steps, strict=True):
-            normed = _with_batch_norm(site, own) if fold_batch_norm else own
-            folded.append(normed is not own)
-            rule.rewrite(replace(site, scan=runs_in_scan(own, one)), normed, layer.name)
-        rewrites.append(_record(merged, sites, spec, weight, cores[layer.name], steps[0], block=width, batch_norm=all(folded)))
-    factored = export_graph(graph, model)
-    check_model(factored)
-    return Factored(factored, tuple(rewrites))
+    return rewrite(resolve(model, plan), cores, block=block, fold_batch_norm=fold_batch_norm, scan=scan)
 
 
 def reconstruct(model: onnx.ModelProto, plan: Plan, cores: Cores) -> onnx.ModelProto:
@@ -130,44 +104,77 @@ def reconstruct(model: onnx.ModelProto, plan: Plan, cores: Cores) -> onnx.ModelP
 
     Against the dense graph it shows the approximation error alone, against the factored graph the numerical one.
     """
-
-    def made(layer: LayerPlan, spec: LayerSpec) -> np.ndarray:
-        layer.check(spec.shape)
-        check_cores(layer, cores[layer.name], spec.shape)
-        return np.asarray(layer.reconstruct(cores[layer.name], spec.shape))
-
-    return _with_weights(model, plan, made)
-
-
-def with_weights(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """Return the graph with the weights of planned layers replaced by others (O, I, *K), in torch's gate order."""
-    return _with_weights(model, plan, lambda layer, _: weights[layer.name])
-
-
-def _with_weights(model: onnx.ModelProto, plan: Plan, made: Callable[[LayerPlan, LayerSpec], np.ndarray]) -> onnx.ModelProto:
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    for layer in plan.layers:
-        rule, sites = named.find(layer.name)
-        weight = made(layer, rule.layer(sites[0].node))
-        for site in sites:
-            dtype = site.node.inputs[rule.weight_input(site.node)].dtype
-            rule.replace_weight(site.node, weight.astype(dtype), named.names.unique(f"{layer.name}/dense"))
-    return export_graph(graph, model)
+    return with_cores(resolve(model, plan), cores)
 
 
 def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.ndarray]]:
     """Return cores for every planned layer, decomposed from the weights that stand in the graph."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
+    return decompose(resolve(model, plan))
+
+
+def rewrite(
+    resolved: ResolvedPlan,
+    cores: Cores,
+    *,
+    block: int | Mapping[str, int] = 1,
+    fold_batch_norm: bool = False,
+    scan: bool = True,
+) -> Factored:
+    """Do what `factorize` does for a plan that was resolved; it is not changed."""
+    work = resolved.copy()
+    scan = scan and holds_scan(work.model)
+    rewrites = []
+    for layer in work.layers.values():
+        part, spec = layer.plan, layer.spec
+        if part.name not in cores:
+            raise GraphError(f"layer {part.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
+        check_cores(part, cores[part.name], spec.shape)
+        specs = [own if scan else replace(own, scan=False) for own in layer.specs]
+        weight = layer.weight
+        width = block if isinstance(block, int) else block.get(part.name, 1)
+        merged = part.model_copy(update={"merge": part.merge_for(specs[0])})
+        padded = pad_ranks(part, cores[part.name], spec.shape, width)
+        # Nodes that share a weight may differ in stride, dilation or the axes of their input.
+        steps = [merged.contraction(padded, own) for own in specs]
+        folded = []
+        for site, spec_here, steps_here in zip(layer.sites, specs, steps, strict=True):
+            normed = _with_batch_norm(site, steps_here) if fold_batch_norm else steps_here
+            folded.append(normed is not steps_here)
+            layer.rule.rewrite(replace(site, scan=runs_in_scan(steps_here, spec_here)), normed, part.name)
+        rewrites.append(
+            _record(merged, layer.sites, specs[0], weight, cores[part.name], steps[0], block=width, batch_norm=all(folded))
+        )
+    factored = export_graph(work.graph, work.model)
+    check_model(factored)
+    return Factored(factored, tuple(rewrites))
+
+
+def with_cores(resolved: ResolvedPlan, cores: Cores) -> onnx.ModelProto:
+    """Do what `reconstruct` does for a plan that was resolved; it is not changed."""
+    weights = {}
+    for name, layer in resolved.layers.items():
+        check_cores(layer.plan, cores[name], layer.spec.shape)
+        weights[name] = np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape))
+    return with_weights(resolved, weights)
+
+
+def with_weights(resolved: ResolvedPlan, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """Return the graph with the weights of planned layers replaced by others (O, I, *K), in torch's gate order."""
+    work = resolved.copy()
+    for name, weight in weights.items():
+        layer = work.layers[name]
+        for site in layer.sites:
+            layer.rule.replace_weight(site.node, weight.astype(layer.dtype), site.names.unique(f"{name}/dense"))
+    return export_graph(work.graph, work.model)
+
+
+def decompose(resolved: ResolvedPlan) -> dict[str, list[np.ndarray]]:
+    """Return cores for every layer of a plan that was resolved, from the weights that stand in the graph."""
     cores = {}
-    for layer in plan.layers:
-        rule, sites = named.find(layer.name)
-        layer.check(rule.layer(sites[0].node).shape)
-        weight = rule.weight(sites[0].node)
-        wide = weight if weight.dtype == np.float64 else weight.astype(np.float32)
-        check_finite(layer.name, wide)
-        cores[layer.name] = layer.decompose(wide)
+    for name, layer in resolved.layers.items():
+        wide = layer.weight if layer.weight.dtype == np.float64 else layer.weight.astype(np.float32)
+        check_finite(name, wide)
+        cores[name] = layer.plan.decompose(wide)
     return cores
 
 
@@ -175,11 +182,6 @@ def check_finite(layer: str, weight: np.ndarray) -> None:
     """Raise `GraphError` for a weight that cannot be decomposed."""
     if not np.isfinite(weight).all():
         raise GraphError(f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed")
-
-
-def _layer(rule: Rule, site: Site, scan: bool) -> LayerSpec:
-    found = rule.layer(site.node)
-    return found if scan else replace(found, scan=False)
 
 
 def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_runtime.measure.placement import placement, time_shares
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session
@@ -30,6 +29,7 @@ def layer_times(
     settings: Session | None = None,
     batch: int = 1,
     shapes: Shapes | None = None,
+    resolved: ResolvedPlan | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Return the time of every planned layer in the dense and in the factorized network.
 
@@ -40,6 +40,7 @@ def layer_times(
         settings: settings of the ONNX Runtime sessions; default `Session()`.
         batch: size of the dynamic axes of the inputs; default 1.
         shapes: shapes of the inputs by name, instead of `batch`.
+        resolved: the plan in the dense model, where it is at hand.
 
     Returns:
         Dense and factorized milliseconds by the name of the layer: medians over profiles that are taken in turn.
@@ -49,7 +50,7 @@ def layer_times(
 
     """
     layers = [layer.name for layer in plan.layers]
-    ends = _outputs(onnx.load(dense, load_external_data=False), plan)
+    ends = _outputs(resolved or resolve(onnx.load(dense, load_external_data=False), plan))
     profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):
         times = [_times(path, layers, outputs, settings, batch, shapes) for path, outputs in ((dense, ends), (factored, None))]
@@ -84,9 +85,7 @@ def _times(
     return {name: share * total for name, share in time_shares(path, placed, layers, ends).items()}
 
 
-def _outputs(model: onnx.ModelProto, plan: Plan) -> dict[str, str]:
+def _outputs(resolved: ResolvedPlan) -> dict[str, str]:
     """Return the name of the planned layer for every output of its dense nodes."""
-    graph = import_graph(model)
-    named = NamedLayers(graph)
-    sites = [(site, layer.name) for layer in plan.layers for site in named.find(layer.name)[1]]
-    return {tensor.name: name for site, name in sites for tensor in site.node.outputs if not tensor.is_empty()}
+    nodes = [(site.node, name) for name, layer in resolved.layers.items() for site in layer.sites]
+    return {tensor.name: name for node, name in nodes for tensor in node.outputs if not tensor.is_empty()}

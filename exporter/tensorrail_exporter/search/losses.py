@@ -20,7 +20,8 @@ from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run
 from tensorrail_exporter.calibrate.layerwise import dense_weights
 from tensorrail_exporter.calibrate.metric import roots
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.options import Option
@@ -53,6 +54,7 @@ def losses_of(
     calibration: Calibration | None = None,
     settings: Session | None = None,
     *,
+    resolved: ResolvedPlan | None = None,
     progress: Progress = silent,
 ) -> Losses:
     """Return the loss of every option of every layer.
@@ -62,6 +64,7 @@ def losses_of(
         wanted: the options of every layer.
         calibration: calibration inputs; default: only the weights are used.
         settings: settings of the ONNX Runtime sessions; default `Session()`.
+        resolved: a plan of these layers, in any format, in the model, where it is at hand.
         progress: told which layer is next.
 
     Returns:
@@ -74,7 +77,8 @@ def losses_of(
     settings = settings or Session()
     layers = [layer for layer, options in wanted.items() if options]
     plans = [wanted[layer][0].plan(layer.name) for layer in layers]
-    weights = dense_weights(model, plans)
+    resolved = resolved or resolve(model, Plan(layers=tuple(plans)))
+    weights = dense_weights(resolved, [layer.name for layer in layers])
     metric = _channel_roots(model, layers, calibration, settings) if calibration is not None else {}
     whitened = {name: on_inputs(weight, metric[name][0]) if name in metric else weight for name, weight in weights.items()}
     shares = {}
@@ -83,7 +87,7 @@ def losses_of(
         shares[layer.name] = tuple(lost_shares(whitened[layer.name], wanted[layer]))
     if calibration is None:
         return Losses("weights", shares)
-    probe = _Probe(model, calibration.first(_SAMPLES), settings)
+    probe = _Probe(resolved, calibration.first(_SAMPLES), settings)
     scaled = {}
     for number, layer in enumerate(layers):
         progress("measuring losses", 0.5 + 0.5 * number / len(layers), layer.name)
@@ -93,7 +97,7 @@ def losses_of(
         weight = plan.reconstruct(plan.decompose(whitened[layer.name]), layer.spec.shape)
         if layer.name in metric:
             weight = on_inputs(weight, metric[layer.name][1])
-        effect = probe.effect(plan, weight)
+        effect = probe.effect(layer.name, weight)
         scaled[layer.name] = tuple(share * effect / max(shares[layer.name][nearest], 1e-9) for share in shares[layer.name])
     progress("measuring losses", 1.0)
     return Losses("labels" if calibration.labels is not None else "calibration", scaled)
@@ -164,18 +168,18 @@ def lost_shares(weight: np.ndarray, options: Sequence[Option]) -> list[float]:
 class _Probe:
     """Measures the effect of the approximation of one layer on the outputs of the network."""
 
-    def __init__(self, model: onnx.ModelProto, calibration: Calibration, settings: Session) -> None:
-        self.model, self.calibration, self.settings = model, calibration, settings
-        self.names = [output.name for output in model.graph.output]
-        self.dense = self._outputs(model)
+    def __init__(self, resolved: ResolvedPlan, calibration: Calibration, settings: Session) -> None:
+        self.resolved, self.calibration, self.settings = resolved, calibration, settings
+        self.names = [output.name for output in resolved.model.graph.output]
+        self.dense = self._outputs(resolved.model)
         self.compared = [k for k, parts in enumerate(self.dense) if all(part.dtype.kind in "fiub" for part in parts)]
         if not self.compared:
             raise GraphError(f"the model's outputs, {', '.join(self.names)}, are not numeric: losses cannot be measured")
         _require_classes(calibration.labels, self.dense[0][0])
 
-    def effect(self, layer: LayerPlan, weight: np.ndarray) -> float:
+    def effect(self, layer: str, weight: np.ndarray) -> float:
         """Return the loss of the network, see `_distance`, when only the weight of this layer is replaced."""
-        return self._distance(self._outputs(with_weights(self.model, Plan(layers=(layer,)), {layer.name: weight})))
+        return self._distance(self._outputs(with_weights(self.resolved, {layer: weight})))
 
     def _outputs(self, model: onnx.ModelProto) -> list[list[np.ndarray]]:
         """Return the values of every output, one array per batch."""

@@ -18,6 +18,7 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import dense_weights
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import check_outputs, losses_of
@@ -73,7 +74,8 @@ def plan_network(
     layers = survey(model, batch, shapes, scan=not settings.on_gpu)
     _check_keep(search.keep, layers)
     options = _options(layers, search, grid)
-    dense_weights(model, [forms[0].plan(layer.name) for layer, forms in options.items() if forms])  # are they finite?
+    resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
+    dense_weights(resolved)  # are they finite?
     if calibration is not None and calibration.count:
         check_outputs(model, calibration, settings.exact)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +85,7 @@ def plan_network(
         table = LatencyTable.open(settings, search.cache)
         table.measure(options, settings, seconds=search.seconds, progress=progress)
         faster = {layer: _faster(layer, forms, table, search.gain) for layer, forms in options.items()}
-        losses = losses_of(model, faster, calibration, settings.exact, progress=progress)
+        losses = losses_of(model, faster, calibration, settings.exact, resolved=resolved, progress=progress)
         timing = Timing(batch, shapes, search.check_seconds, processes=_PROCESSES, io_binding=settings.on_gpu)
         verification = Verification(model, dense, timing, settings)
         size = size.model_copy(update={"milliseconds": verification.dense_ms()})

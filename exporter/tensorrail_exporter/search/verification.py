@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tensorrail_exporter.graphs.io import import_graph, save_model
+from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.rewrite.rewriter import factorize
-from tensorrail_exporter.rewrite.sites import NamedLayers
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.rewriter import rewrite
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
 from tensorrail_exporter.search.report import PlanReport
 from tensorrail_runtime.graphs.cost import cost
@@ -47,8 +47,8 @@ class Verification:
         if not report.plan.layers:
             return report
         path = self.dense.with_name("chosen.onnx")
-        cores = random_cores(self.model, report.plan)
-        save_model(factorize(self.model, report.plan, cores, scan=not self.settings.on_gpu).model, path)
+        resolved = resolve(self.model, report.plan)
+        save_model(rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model, path)
         times = bench([self.dense, path], self.timing, self.settings)
         counted = cost(path, self.timing.batch, self.timing.shapes)
         planned = report.planned.model_copy(
@@ -58,22 +58,31 @@ class Verification:
         if self.settings.on_gpu:
             return report
         layers = layer_times(
-            self.dense, path, report.plan, settings=self.settings, batch=self.timing.batch, shapes=self.timing.shapes
+            self.dense,
+            path,
+            report.plan,
+            settings=self.settings,
+            batch=self.timing.batch,
+            shapes=self.timing.shapes,
+            resolved=resolved,
         )
         return report.model_copy(update={"slower": slower_layers(layers)})
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:
     """Return cores of the plan's shapes, with values of a size that keeps activations as large as they are: to time a plan."""
+    return cores_to_time(resolve(model, plan), seed)
+
+
+def cores_to_time(resolved: ResolvedPlan, seed: int = 0) -> dict[str, list[np.ndarray]]:
+    """Return what `random_cores` returns, for a plan that is resolved already."""
     rng = np.random.default_rng(seed)
-    named = NamedLayers(import_graph(model))
     cores = {}
-    for layer in plan.layers:
-        rule, sites = named.find(layer.name)
-        shape = rule.layer(sites[0].node).shape
-        sizes = layer.core_shapes(shape)
-        ranks = layer.ranks[1:] if layer.format == "tr" else layer.ranks  # a ring's first rank is its last one, too
+    for name, layer in resolved.layers.items():
+        plan, shape = layer.plan, layer.spec.shape
+        sizes = plan.core_shapes(shape)
+        ranks = plan.ranks[1:] if plan.format == "tr" else plan.ranks  # a ring's first rank is its last one, too
         terms = math.prod(shape[1:]) * math.prod(ranks)  # of the sums: over the inputs, and over the ranks in a weight
         scale = np.float32(terms ** (-0.5 / len(sizes)))
-        cores[layer.name] = [rng.standard_normal(size, np.float32) * scale for size in sizes]
+        cores[name] = [rng.standard_normal(size, np.float32) * scale for size in sizes]
     return cores

@@ -27,7 +27,7 @@ from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.gate.checks import Data, Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.latency import LatencyReport, bench, cycles
-from tensorrail_runtime.measure.timing import Timing as LatencyTiming
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import Record, first_problem
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes
@@ -142,7 +142,7 @@ class Verdict(PrintedRecord):
     """
 
     model: str
-    timing: Timing | None
+    timing: TimeChange | None
     findings: tuple[Finding, ...]
     machine: Machine
     recorded_on: Machine | None = None
@@ -193,7 +193,7 @@ class Verdict(PrintedRecord):
         )
 
 
-class Timing(Record):
+class TimeChange(Record):
     """The slow-down of a model as a share (0.05 is 5 % more time), with its 95 % interval over processes and its p-value."""
 
     slowdown: float
@@ -337,7 +337,7 @@ def check(
         limit=f"detects slow-downs of {limits.max_slowdown:.1%} or more; fails above {threshold:+.1%} at p < {_ALPHA}",
         holds=not (slowdown > threshold and p < _ALPHA),
     )
-    timing = Timing(
+    timing = TimeChange(
         slowdown=slowdown,
         low=low,
         high=high,
@@ -395,7 +395,7 @@ def time_here(request: dict[str, object]) -> str:
     """Time the models of a request in turns, in this process, and return the report as JSON; `_measure` calls it."""
     settings = Session(**request["settings"])  # type: ignore[arg-type] # made by `asdict` in `_measure`
     paths, batch, shapes, seconds = (request[name] for name in ("paths", "batch", "shapes", "seconds"))
-    timing = LatencyTiming(batch, shapes, seconds, warmup=0.1)  # type: ignore[arg-type] # the request is JSON
+    timing = Timing(batch, shapes, seconds, warmup=0.1)  # type: ignore[arg-type] # the request is JSON
     return bench(paths, timing, settings).model_dump_json()  # type: ignore[arg-type] # likewise
 
 

@@ -10,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.calibrate import layerwise, metric
 from tensorrail_exporter.calibrate.inputs import Calibration
-from tensorrail_exporter.calibrate.layerwise import add_biases, dense_weights, fit_layers, takes_bias
+from tensorrail_exporter.calibrate.layerwise import dense_weights, fit_layers
+from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
+from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_runtime.sessions.session import Session
 
 CPU = Session(threads=1)
@@ -146,7 +148,7 @@ def test_a_large_ridge_decomposes_the_dense_weight(network, rng, monkeypatch):
 
     monkeypatch.setattr(metric, "decompose", keeping)
     fit_layers(network, PLAN, calibration(rng, 100), CPU, ridge=1e7)
-    for name, values in dense_weights(network, list(PLAN.layers)).items():
+    for name, values in dense_weights(resolve(network, PLAN)).items():
         np.testing.assert_allclose(seen[name], values, atol=1e-4)
 
 
@@ -322,13 +324,14 @@ def gemm(rng, third, **attributes):
 def test_a_bias_is_added_to_what_a_gemm_gives(third, attributes, able, rng):
     model = gemm(rng, third, **attributes)
     layer = LayerPlan(name="w", format="svd", modes=(8, 12), ranks=(4,))
-    assert takes_bias(model, layer) is able
+    resolved = resolve(model, Plan(layers=(layer,)))
+    assert takes_bias(resolved.layers["w"]) is able
     if not able:
         with pytest.raises(GraphError, match="layer w: has no bias that could be changed; expected a Conv, a Gemm, or"):
-            add_biases(model, Plan(layers=(layer,)), {"w": np.ones(8)})
+            add_biases(resolved, {"w": np.ones(8)})
         return
     bias = rng.standard_normal(8)
-    changed = add_biases(model, Plan(layers=(layer,)), {"w": bias})
+    changed = add_biases(resolved, {"w": bias}).model
     x = weight(rng, 5, 12)
     alpha = attributes.get("alpha", 1.0)  # what is added is in the units of the product x W
     np.testing.assert_allclose(run(changed, x)[0], run(model, x)[0] + alpha * bias, atol=1e-5)

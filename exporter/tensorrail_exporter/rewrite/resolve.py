@@ -1,0 +1,204 @@
+"""A plan and a model, brought together once: which nodes each planned layer is, and what they compute.
+
+`resolve` imports the graph, finds every planned layer and checks its plan. Whoever changes the graph works on
+`ResolvedPlan.copy`, which imports nothing: nodes and tensors are copied, the values of constants are shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from tensorrail_exporter.formats.contraction import LayerSpec
+from tensorrail_exporter.graphs.io import import_graph
+from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.rewrite.rules import Rule
+from tensorrail_exporter.rewrite.rules.emit import Names, Site
+from tensorrail_exporter.rewrite.sites import NamedLayers, walk
+from tensorrail_runtime.errors import GraphError
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedLayer:
+    """One planned layer in a graph.
+
+    Attributes:
+        plan: its format, modes and ranks, which fit the weight.
+        rule: how its nodes are read and rewritten.
+        sites: its nodes; several where they share the weight.
+        specs: what each node computes; shape, stride and axes may differ where the weight is shared.
+        constants: the weight of each node; where nodes of the graph compute it, the folded value.
+        place: where its first node stands in the graph, bodies included, from 0.
+
+    """
+
+    plan: LayerPlan
+    rule: Rule
+    sites: tuple[Site, ...]
+    specs: tuple[LayerSpec, ...]
+    constants: tuple[gs.Constant, ...]
+    place: int
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What the first node computes."""
+        return self.specs[0]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:  # any of the floating types
+        """Type of the weight."""
+        found: np.dtype[Any] = np.dtype(self.constants[0].dtype)
+        return found
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """The dense weight (O, I, *K) as it stands in the graph, a recurrent layer's gates in torch's order."""
+        node, constant = self.sites[0].node, self.constants[0]
+        inputs: list[gs.Tensor] = [gs.Variable("data") for _ in node.inputs]
+        inputs[self.rule.weight_input(node)] = gs.Constant(constant.name, constant.values)
+        return self.rule.weight(gs.Node(node.op, attrs=node.attrs, inputs=inputs))  # the node itself may compute its weight
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedPlan:
+    """A plan whose layers were found in a model. The graph stays as it was imported; `copy` gives one to be changed.
+
+    Attributes:
+        model: the model, as it came.
+        graph: its graph; computed weights are computed there.
+        plan: the plan.
+        layers: the planned layers by name, in the plan's order.
+
+    """
+
+    model: onnx.ModelProto
+    graph: gs.Graph
+    plan: Plan
+    layers: dict[str, ResolvedLayer]
+
+    @property
+    def in_graph_order(self) -> tuple[ResolvedLayer, ...]:
+        """The layers by where their first nodes stand in the graph."""
+        return tuple(sorted(self.layers.values(), key=lambda layer: (layer.place, layer.plan.name)))
+
+    def copy(self, *, folded: bool = True) -> ResolvedPlan:
+        """Return the same with a graph that may be changed, and the sites in it. Nothing is imported; values are shared.
+
+        Args:
+            folded: whether planned weights that are computed from constants become constants, default True.
+
+        Returns:
+            A resolved plan; changes of its graph and nodes are not seen in this one.
+
+        """
+        copier = _Copier()
+        graph = copier.graph(self.graph)
+        names = Names(set(next((layer.sites[0].names.taken for layer in self.layers.values()), ())))
+        layers = {}
+        for name, layer in self.layers.items():
+            sites = tuple(Site(copier.graphs[id(site.graph)], copier.nodes[id(site.node)], names) for site in layer.sites)
+            constants = tuple(copier.tensor(constant) for constant in layer.constants)
+            if folded:
+                _give(layer.rule, sites, constants)
+            layers[name] = replace(layer, sites=sites, constants=constants)
+        return replace(self, graph=graph, layers=layers)
+
+
+def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
+    """Find every layer of a plan in a model.
+
+    Args:
+        model: the dense model; it is not changed.
+        plan: names, formats, modes and ranks of the layers.
+
+    Returns:
+        The layers' nodes, what these compute and their weights.
+
+    Raises:
+        GraphError: a layer is not in the graph, cannot be rewritten or is planned by two names; the message says why.
+        PlanError: modes, ranks or merge do not fit the weight's shape.
+
+    """
+    graph = import_graph(model)
+    named = NamedLayers(graph)
+    places = {id(node): place for place, (_, node) in enumerate(walk(graph))}
+    before = {id(node): tuple(node.inputs) for _, node in walk(graph)}
+    layers: dict[str, ResolvedLayer] = {}
+    owners: dict[int, str] = {}
+    for part in plan.layers:
+        rule, sites = named.find(part.name)
+        for site in sites:
+            if (owner := owners.setdefault(id(site.node), part.name)) != part.name:
+                raise GraphError(f"layer {part.name}: is the layer that is planned as {owner} already; plan it once")
+        specs = tuple(rule.layer(site.node) for site in sites)
+        part.check(specs[0].shape)
+        constants = tuple(site.node.inputs[rule.weight_input(site.node)] for site in sites)
+        place = min(places[id(site.node)] for site in sites)
+        layers[part.name] = ResolvedLayer(part, rule, tuple(sites), specs, constants, place)
+    for layer in layers.values():  # as long as layers are looked for, weights stay folded
+        original = [before[id(site.node)][layer.rule.weight_input(site.node)] for site in layer.sites]
+        _give(layer.rule, layer.sites, original)
+    return ResolvedPlan(model, graph, plan, layers)
+
+
+def _give(rule: Rule, sites: tuple[Site, ...], weights: list[gs.Tensor] | tuple[gs.Constant, ...]) -> None:
+    """Give each node its weight."""
+    for site, weight in zip(sites, weights, strict=True):
+        index = rule.weight_input(site.node)
+        if site.node.inputs[index] is not weight:
+            site.node.inputs[index] = weight
+
+
+class _Copier:
+    """Copies a graph with the bodies in it: `gs.Graph.copy` tells tensors by names, of which bodies may have their own."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, gs.Graph] = {}
+        self.nodes: dict[int, gs.Node] = {}
+        self.tensors: dict[int, gs.Tensor] = {}
+
+    def graph(self, graph: gs.Graph) -> gs.Graph:
+        made = gs.Graph(
+            nodes=[self.node(node) for node in graph.nodes],
+            inputs=[self.tensor(tensor) for tensor in graph.inputs],
+            outputs=[self.tensor(tensor) for tensor in graph.outputs],
+            name=graph.name,
+            doc_string=graph.doc_string,
+            opset=graph.opset,
+            import_domains=graph.import_domains,
+            producer_name=graph.producer_name,
+            producer_version=graph.producer_version,
+            functions=graph.functions,
+            ir_version=graph.ir_version,
+        )
+        self.graphs[id(graph)] = made
+        return made
+
+    def node(self, node: gs.Node) -> gs.Node:
+        attrs = {name: self.attribute(value) for name, value in node.attrs.items()}
+        inputs, outputs = ([self.tensor(tensor) for tensor in tensors] for tensors in (node.inputs, node.outputs))
+        made = gs.Node(node.op, node.name, attrs, inputs, outputs, node.domain)
+        self.nodes[id(node)] = made
+        return made
+
+    def attribute(self, value: object) -> object:
+        if isinstance(value, gs.Graph):
+            return self.graph(value)
+        return [self.attribute(one) for one in value] if isinstance(value, list) else value
+
+    def tensor(self, tensor: gs.Tensor) -> gs.Tensor:
+        if tensor.is_empty():
+            return gs.Variable.empty()
+        if id(tensor) not in self.tensors:
+            made = tensor.copy()
+            if isinstance(tensor, gs.Variable):
+                made.type = tensor.type
+            else:
+                made.data_location = tensor.data_location
+            self.tensors[id(tensor)] = made
+        return self.tensors[id(tensor)]
