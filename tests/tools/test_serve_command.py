@@ -69,7 +69,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
             ((small_path, "--name", "a/b"), "expected a model name of letters, digits"),
             ((small_path, "--fraction", 0), "expected a share of shadowed requests above 0"),
             ((small_path, "--provider", "quantum"), "unknown provider 'quantum': expected one of cpu"),
-            ((small_path, "--address", "ray://head:10001"), "expected `auto` or HOST:PORT of its head"),
+            ((small_path, "--address", "ray://head:10001"), "expected `auto` or HOST:PORT of the cluster's head"),
             ((small_path, "--shadow", garbage), "garbage.onnx: ONNX Runtime cannot load it"),
             ((small_path, "--shadow", other), "cannot shadow the served model: expected outputs y (FP32), got z (FP32)"),
             (

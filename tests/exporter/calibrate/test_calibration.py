@@ -224,7 +224,7 @@ def wrong_files(rng, folder):
     (folder / "text.npz").write_text("no archive")
     np.save(folder / "single.npy", a)
     found[folder / "text.npz"] = "not an npz file of plain arrays"
-    found[folder / "single.npy"] = "a single array came; expected an npz file"
+    found[folder / "single.npy"] = "expected an npz file of named arrays, got a single array"
     found[folder / "nowhere.npz"] = "cannot be read"
     return found
 
