@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import multiprocessing.forkserver
 import os
 import shutil
 import sys
@@ -92,6 +93,27 @@ def in_this_process(monkeypatch):
 
     for module in ("measure.latency", "gate.regress"):
         monkeypatch.setattr(f"tensorrail_runtime.{module}.fresh", call)
+
+
+# What a training run imports, which takes ten seconds.
+_PRELOADED = [
+    "tensorrail.cli",
+    "tensorrail_trainer.run.pipeline",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch._dynamo",
+]
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Start a server from which processes are forked that have imported all that a training run needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture
