@@ -19,7 +19,7 @@ def test_options_reach_the_configuration(cli, small_path, tmp_path):
     assert code == 0
     assert "batches up to 16" in printed
     assert f"version 1: {small_path}; version 2: {small_path}" in printed
-    assert "an answer in a batch of two lies" in printed
+    assert "answers in a batch of two differ by" in printed
     written = " ".join((tmp_path / "r" / "net" / "config.pbtxt").read_text().split())
     for expected in (
         'name: "net" backend: "onnxruntime" default_model_filename: "model.onnx" max_batch_size: 16',
@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, small_path, tmp_path):
         ((small_path, "--name", "../up"), "expected a model name of letters"),
         ((small_path, "--dense", other), "expected versions with the same inputs and outputs, got x TYPE_FP32 [-1, 3]"),
         ((small_path, "--separate"), "give the dense model as well"),
-        ((small_path, "--versions", "new"), "versions are latest, all, or numbers such as 1,2, and 'new' came"),
+        ((small_path, "--versions", "new"), "--versions: expected latest, all, or numbers such as 1,2, got 'new'"),
         ((small_path, "--versions", "2"), "some of [1], got [2]"),
         ((small_path, "--level", "most"), "unknown graph optimization level 'most'"),
         ((small_path, "--provider", "tpu"), "unknown provider 'tpu'"),

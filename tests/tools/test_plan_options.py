@@ -49,8 +49,8 @@ SIZE = ("--target", "params=1.5", "--allow-slower")
     [
         (("plan", "nan.onnx", *SIZE), "layer c: its weight holds NaN or infinite values"),
         (("plan", "inf.onnx", *SIZE), "layer c: its weight holds NaN or infinite values"),
-        (("plan", "dense.onnx", *SIZE, "--keep", "tpyo"), "layer tpyo: to be kept dense, and no layer .* has that name: c"),
-        (("compress", "dense.onnx", "-o", "o.onnx", *SIZE, "--keep", "d*"), r"layer d\*: to be kept dense"),
+        (("plan", "dense.onnx", *SIZE, "--keep", "tpyo"), "keep: no layer is named tpyo; the layers that can be factored are c"),
+        (("compress", "dense.onnx", "-o", "o.onnx", *SIZE, "--keep", "d*"), r"keep: no layer is named d\*"),
         (("plan", "dense.onnx", *SIZE, "--calibration", "onehot.npz"), r"onehot.npz: expected integer labels, one per sample"),
         (
             ("plan", "dense.onnx", *SIZE, "--calibration", "words.npz"),
@@ -72,14 +72,14 @@ def test_what_no_measuring_can_help_is_refused_before_it(cli, files, arguments, 
 def test_options_that_a_plan_makes_idle_are_refused(cli, files, option, value):
     given = [f"--{option}", *([value] if value else [])]
     arguments = ("compress", "dense.onnx", "-o", "o.onnx", "--plan", "p.json", "--duration", "0.5", *given)
-    check_refused(cli, files, arguments, f"--{option} says how a plan is found, and one came")
+    check_refused(cli, files, arguments, f"--{option} is for the search of a plan and has no effect with --plan")
 
 
 @pytest.mark.parametrize("option", ["fit", "samples"])
 @pytest.mark.parametrize("way", [("--plan", "p.json"), SIZE])
 def test_options_of_calibration_are_refused_without_any(cli, files, option, way):
     arguments = ("compress", "dense.onnx", "-o", "o.onnx", *way, "--duration", "0.5", f"--{option}", "5")
-    check_refused(cli, files, arguments, f"--{option} is of calibration inputs, and none came")
+    check_refused(cli, files, arguments, f"--{option} is about calibration inputs and has no effect without them")
 
 
 def test_no_fit_without_calibration_is_what_happens_anyway(cli, in_this_process, files):
@@ -100,14 +100,14 @@ def check_refused(cli, folder, arguments, reason):
 def test_a_target_on_what_the_model_has_none_of_is_refused(cli, relu, name):
     code, _, errors = cli("plan", relu, "--target", f"{name}=2", "--seconds", "1")
     assert code == 2
-    assert errors == f"tensorrail: target {name}=2: the model has 0 {name}, and nothing to divide\n"
+    assert errors == f"tensorrail: target {name}=2: the model has 0 {name}, so there is nothing to reduce\n"
 
 
 def test_a_model_without_a_layer_has_a_plan_without_a_layer(cli, in_this_process, relu, tmp_path):
     code, printed, _ = cli("plan", relu, "--max-loss", "1", "--seconds", "1", "-o", tmp_path / "p.json")
     assert code == 0
     assert "FLOPs ÷ 1.00, parameters ÷ 1.00" in " ".join(printed.split())
-    assert "nothing to rewrite" in printed
+    assert "no layer is rewritten" in printed
     assert Plan.load(tmp_path / "p.json").layers == ()
 
 

@@ -45,7 +45,16 @@ def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dty
     code, printed, err = cli(*arguments, "--batch", 2, "--json", record)
     assert (code, err) == (0, "")
     assert dtype in types(out)
-    for shown in ("fp32", to, "file, bytes", "relative L2 of y", "top-1 agreement", "top1", "latency p50, batch 2", "speed-up"):
+    for shown in (
+        "fp32",
+        to,
+        "file (bytes)",
+        "relative L2 of y",
+        "top-1 agreement",
+        "top1",
+        "latency p50 (ms), batch 2",
+        "speed-up",
+    ):
         assert shown in printed
     report = PrecisionReport.model_validate_json(record.read_text())
     assert (report.samples, report.latency.batch, report.holds) == (20, 2, True)
@@ -142,14 +151,14 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, data, tmp_path, 
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     onnx.save(model, tmp_path / "h.onnx")
     cases = [
-        ((small_path, "--to", "int8"), "int8 needs typical inputs for the ranges of the activations: --calibration FILE.npz"),
+        ((small_path, "--to", "int8"), "int8 needs typical inputs for the ranges of activations: give --calibration FILE.npz"),
         ((small_path, "--to", "bf16"), "unknown precision 'bf16': expected one of fp16, int8"),
         ((small_path, "--to", "fp16", "--method", "minmax"), "fp16 needs no calibration"),
         ((small_path, "--to", "int8", "--calibration", data, "--method", "mean"), "unknown calibration method 'mean'"),
         ((small_path, "--to", "int8", "--calibration", other), "expected an array for input 'x'"),
         ((small_path, "--to", "int8", "--calibration", garbage), "not an npz file"),
         ((small_path, "--to", "fp16", "--metric", "top5"), "--metric scores labelled data: give --data FILE.npz as well"),
-        ((small_path, "--to", "fp16", "--data", unlabelled), "holds no array 'labels'"),
+        ((small_path, "--to", "fp16", "--data", unlabelled), "expected an array 'labels'"),
         ((small_path, "--to", "fp16", "--keep", "nowhere"), "layer nowhere: listed in keep, but not in the graph"),
         ((small_path, "--to", "fp16", "--provider", "tpu"), "unknown provider 'tpu'"),
         ((quantized, "--to", "int8", "--calibration", data), "already quantized"),
