@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
 from tensorrail_exporter.graphs.preserve import presentable, restore
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.graphs.files import bodies, descendants
 from tensorrail_runtime.records import write_bytes
 
@@ -51,7 +51,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     except DecodeError:
         raise GraphError(f"{path}: not an ONNX model, or a truncated one: it cannot be parsed as protobuf") from None
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise GraphError(f"{path}: not a valid ONNX model ({_first_line(error)})") from None
+        raise GraphError(f"{path}: not a valid ONNX model ({first_line(error)})") from None
     for tensor in _tensors(model.graph):
         if not _is_whole(tensor):
             raise GraphError(
@@ -100,7 +100,7 @@ def check_model(model: onnx.ModelProto) -> None:
                 save_model(model, path)
                 onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GraphError(f"the rewritten graph does not pass onnx.checker ({_first_line(error)})") from None
+        raise GraphError(f"the rewritten graph does not pass onnx.checker ({first_line(error)})") from None
 
 
 def size_of(model: onnx.ModelProto) -> int:
@@ -123,7 +123,7 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
     try:
         graph = gs.import_onnx(presentable(model))
     except Exception as error:  # noqa: BLE001 - the library defines no error class of its own
-        raise GraphError(f"onnx-graphsurgeon cannot read this graph ({type(error).__name__}: {_first_line(error)})") from None
+        raise GraphError(f"onnx-graphsurgeon cannot read this graph ({type(error).__name__}: {first_line(error)})") from None
     inferred = _inferred(model, data_prop=False)
     if inferred is not None:
         _give_shapes(graph, inferred.graph)
@@ -203,7 +203,7 @@ def export_graph(graph: gs.Graph, original: onnx.ModelProto) -> onnx.ModelProto:
     try:
         exported = gs.export_onnx(graph, do_type_check=False)
     except Exception as error:  # noqa: BLE001 - the library defines no error class of its own
-        raise GraphError(f"onnx-graphsurgeon cannot write this graph ({type(error).__name__}: {_first_line(error)})") from None
+        raise GraphError(f"onnx-graphsurgeon cannot write this graph ({type(error).__name__}: {first_line(error)})") from None
     restore(exported.graph, original.graph)
     _lift(exported.graph, {tensor.name for tensor in original.graph.initializer})
     _hoist(exported.graph)
@@ -309,7 +309,3 @@ def _with_external_data(model: onnx.ModelProto, part: Path, location: str) -> on
         file.flush()
         os.fsync(file.fileno())
     return copy
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -148,11 +148,8 @@ def _refine(options: Options) -> Refine | None:
     settings = FitSettings() if epochs is None else FitSettings(block_epochs=epochs)
 
     def refine(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
-        def told(share: float, what: str) -> None:
-            options.progress("fitting to activations", share, what)
-
         try:
-            return fit_blocks(dense, factored, plan, inputs, settings, told).model
+            return fit_blocks(dense, factored, plan, inputs, settings, options.progress).model
         except GraphError as error:
             if epochs is not None:  # asked for
                 raise

@@ -21,11 +21,13 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
 from tensorrail_trainer.fit.module import OnnxModule
 
 _RATE = 0.01  # relative to the root mean square of a tensor: Adam's first steps change values by this share
 _BATCH = 32
+_STAGE = "fitting to activations"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def fit_blocks(
     plan: Plan,
     calibration: Calibration,
     settings: FitSettings | None = None,
-    on_share: Callable[[float, str], None] = lambda _, __: None,
+    progress: Progress = silent,
 ) -> CalibrationFit:
     """Fit cores, biases and batch-norms of the factored graph to the activations of the dense graph.
 
@@ -75,7 +77,7 @@ def fit_blocks(
         plan: the plan.
         calibration: inputs, without labels.
         settings: the settings of the fit; default `FitSettings()`.
-        on_share: called with the share of the work that is done, and the name of the current block.
+        progress: told which block is fitted.
 
     Returns:
         The factored graph with fitted values. A block that the fit does not improve keeps its values.
@@ -102,7 +104,7 @@ def fit_blocks(
         teacher_outputs = _run(teacher, teacher_outputs, tensors)
         target = teacher_outputs.floating()
         if names and target and settings.block_epochs:
-            on_share(0.6 * number / len(spans), block)
+            progress(_STAGE, 0.6 * number / len(spans), block)
             before = _lost_share(_run(student, student_inputs, tensors), target)
             parameters = student.parameters_by_name()
             start = {name: parameters[name].detach().clone() for name in names}
@@ -119,7 +121,7 @@ def fit_blocks(
         else:
             student_inputs = _run(student, student_inputs, tensors)
     if settings.epochs:
-        on_share(0.6, "the whole graph")
+        progress(_STAGE, 0.6, "the whole graph")
         trained = (name for tensors, names in spans if names for name in tensors)
         targets = _run(teacher, feeds, list(dict.fromkeys([*trained, *ends])))
         _train(
@@ -129,9 +131,9 @@ def fit_blocks(
             trainable,
             settings.epochs,
             settings,
-            on_share=lambda s: on_share(0.6 + 0.4 * s, "the whole graph"),
+            on_share=lambda share: progress(_STAGE, 0.6 + 0.4 * share, "the whole graph"),
         )
-    on_share(1.0, "")
+    progress(_STAGE, 1.0)
     return CalibrationFit(student.write_back(factored), tuple(rows))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tensorrail_exporter.rewrite.rules.recurrent import TORCH_FROM_ONNX
 from tensorrail_trainer.fit.node import Inputs, Node
 
 Outputs = tuple[Tensor, ...]
@@ -18,9 +19,6 @@ _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d
 _CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MAX_POOL: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-_TORCH_FROM_ONNX = {"LSTM": [0, 2, 3, 1], "GRU": [1, 0, 2]}
-"""The gates in torch's order, (i, f, g, o) and (r, z, n), as indices into ONNX's order, (i, o, f, c) and (z, r, h)."""
 
 
 def convolution(node: Node, inputs: Inputs) -> Outputs:
@@ -180,8 +178,8 @@ def _flat_weights(op: str, weight: Tensor, recurrent: Tensor, bias: Tensor | Non
     for direction in range(len(weight)):
         values = [weight[direction], recurrent[direction], *([] if bias is None else bias[direction].chunk(2))]
         for value in values:
-            gates = value.reshape(len(_TORCH_FROM_ONNX[op]), -1, *value.shape[1:])
-            flat.append(gates[_TORCH_FROM_ONNX[op]].reshape(value.shape))
+            gates = value.reshape(len(TORCH_FROM_ONNX[op]), -1, *value.shape[1:])
+            flat.append(gates[list(TORCH_FROM_ONNX[op])].reshape(value.shape))
     return flat
 
 

@@ -17,7 +17,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.graphs.files import opset_of
 from tensorrail_trainer.fit.limits import why_not
 from tensorrail_trainer.fit.node import Node, read_node, read_tensor
@@ -96,7 +96,7 @@ class OnnxModule(nn.Module):
                 results = OPERATORS[node.op](node, inputs)
             except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
                 shapes = ", ".join("none" if tensor is None else str(list(tensor.shape)) for tensor in inputs)
-                raise GraphError(f"{node}: {_first_line(error)} (input shapes: {shapes})") from error
+                raise GraphError(f"{node}: {first_line(error)} (input shapes: {shapes})") from error
             for name, result in zip(node.outputs, results, strict=False):
                 if name and name not in feeds:
                     values[name] = result
@@ -206,7 +206,3 @@ def _read_nodes(model: onnx.ModelProto, tensors: dict[str, Tensor], trained: set
 
 def _to_computed_dtype(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

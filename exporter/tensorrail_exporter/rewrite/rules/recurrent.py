@@ -19,7 +19,7 @@ from tensorrail_exporter.rewrite.rules.emit import Site
 
 OPS: tuple[str, ...] = ("LSTM", "GRU")
 
-_TORCH_FROM_ONNX = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
+TORCH_FROM_ONNX = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
 """Positions of torch's gates (i, f, g, o) and (r, z, n) among ONNX's (i, o, f, c) and (z, r, h)."""
 
 
@@ -33,7 +33,7 @@ def why_not(node: gs.Node) -> str | None:
     weight = node.inputs[1]
     if not isinstance(weight, gs.Constant):
         return f"its input weight {weight.name!r} is computed in the graph, not a constant"
-    directions, gates = len(scan.directions(node)), len(_TORCH_FROM_ONNX[node.op])
+    directions, gates = len(scan.directions(node)), len(TORCH_FROM_ONNX[node.op])
     if len(weight.shape) != 3 or weight.shape[0] != directions or weight.shape[1] % gates:
         return f"expected an input weight of shape ({directions}, {gates} · hidden, inputs), got {list(weight.shape)}"
     return None
@@ -50,7 +50,7 @@ def layer(node: gs.Node) -> LayerSpec:
 def weight(node: gs.Node) -> np.ndarray:
     """Return the weight (directions · gates · hidden, I) with the gates in torch's order."""
     values = np.asarray(node.inputs[1].values)
-    return scan.in_order(values, _TORCH_FROM_ONNX[node.op]).reshape(-1, values.shape[2])
+    return scan.in_order(values, TORCH_FROM_ONNX[node.op]).reshape(-1, values.shape[2])
 
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
@@ -76,7 +76,7 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
         node.inputs[0] = projected
         node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, np.asarray(matrix).astype(dtype)))
     elif site.scan:
-        scan.rewrite(site, projected, _TORCH_FROM_ONNX[node.op], layer)
+        scan.rewrite(site, projected, TORCH_FROM_ONNX[node.op], layer)
     else:
         node.inputs[0] = projected
         node.inputs[1] = _identity(site, f"{layer}/identity", dtype)
@@ -106,7 +106,7 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
     directions, rows, _ = node.inputs[1].shape
     if site.graph.opset < 9:
         return site.constant(name, _as_onnx(node, np.eye(directions * rows, dtype=dtype)))
-    order = np.argsort(_TORCH_FROM_ONNX[node.op])
+    order = np.argsort(TORCH_FROM_ONNX[node.op])
     size = directions * rows
     shape, gates, whole = (
         site.constant(f"{name}/{part}", np.array(sizes, np.int64))
@@ -137,4 +137,4 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
 def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
     """Return a weight as (directions, gates · hidden, p), with the gates in ONNX's order."""
     by_direction = weight.reshape(len(scan.directions(node)), -1, weight.shape[1])
-    return np.ascontiguousarray(scan.in_order(by_direction, np.argsort(_TORCH_FROM_ONNX[node.op])))
+    return np.ascontiguousarray(scan.in_order(by_direction, np.argsort(TORCH_FROM_ONNX[node.op])))
