@@ -155,25 +155,6 @@ def parity(
     """Run two models on the same inputs and compare every output, over all runs together.
 
     Args:
-        reference: the ONNX file of the reference, for example the dense model.
-        candidate: the ONNX file of the model to compare with it.
-        inputs: the inputs of each run, by name; without them, random ones.
-        batches: the batch sizes of random inputs.
-        shapes: shapes of random inputs, by name.
-        tolerance: the largest relative L2 difference of an output; None sets no limit. Ignored with `tolerances`.
-        tolerances: limits by output and element.
-        provider: "cpu", "cuda" or "tensorrt"; ignored with `settings`.
-        settings: all options of the sessions.
-        seed: the seed of the random inputs.
-
-    Returns:
-        The differences of each output, and whether they are within the tolerance.
-
-    Raises:
-        ModelError: the models have different inputs or outputs, an output is not a tensor or not finite, or no run gave any
-            value to compare.
-
-    Args:
         reference: the file of the model to compare with.
         candidate: the file of the model that is compared.
         inputs: arrays by input name, one mapping for each run; default: random ones at each of `batches`.
