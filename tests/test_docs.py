@@ -7,7 +7,9 @@ parsed) or `<!-- may fall short: reason -->` (exit code 1, measured and not held
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -229,6 +231,24 @@ def test_blocks_that_are_not_run_say_why():
         found = [block for block in blocks(path) if block.note]
         assert len(found) == marked, f"{name_of(path)}: a comment does not stand right before a block"
         assert all(len(block.reason or "") > 8 for block in found), name_of(path)
+
+
+def test_calls_of_the_front_door_name_parameters_that_exist():
+    sources = {name_of(path): [b.code for b in blocks(path) if b.language == "python"] for path in TEXTS}
+    sources |= {name_of(path): [path.read_text(encoding="utf-8")] for path in sorted((ROOT / "examples").glob("*.py"))}
+    count = 0
+    for name, codes in sources.items():
+        for call in (node for code in codes for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+            text = ast.unparse(call.func)
+            if not re.fullmatch(r"tr(\.\w+)+", text):
+                continue
+            value = tensorrail
+            for attribute in text.split(".")[1:]:
+                value = getattr(value, attribute)
+            known = inspect.signature(value).parameters
+            assert {word.arg for word in call.keywords} <= set(known), f"{name}: {ast.unparse(call)}"
+            count += 1
+    assert count > 50
 
 
 def test_yaml_blocks_are_parts_of_a_recipe():
