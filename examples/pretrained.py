@@ -2,8 +2,8 @@
 
     python examples/pretrained.py [torchvision/resnet18 | timm/resnet18] [--params 2.3] [--image 64] [--weights] [--out FOLDER]
 
-It needs torchvision or timm; if the package is not installed, it prints one line that says so. --weights downloads the published
-weights. Decomposition alone loses accuracy: fine-tune afterwards, or train toward low rank first (own_loop.py).
+It needs torchvision or timm, and prints one line if the package is not installed. --weights downloads the published weights.
+Decomposition alone loses accuracy: fine-tune afterwards, or train toward low rank first (own_loop.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tensor formats: one module per format, all with the same functions, listed in one dict.
 
-A new format is one file and one line in `FORMATS`. Trainer, exporter, recipes and tests iterate over the dict. All that a format
-module needs can be imported from here.
+A new format is one file and one line in `FORMATS`. Trainer, exporter, recipes and tests iterate over the dict. A format
+module can import all that it needs from here.
 """
 
 from __future__ import annotations
