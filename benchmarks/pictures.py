@@ -118,7 +118,7 @@ def with_table(page: str) -> str:
         f"[{row.low:.2f}, {row.high:.2f}] |"
         for row in forms(ROOT / "results" / "compress.json")
     ]
-    head = ["| network | form | MACs ÷ | parameters ÷ | speed-up [95 %] |", "|---|---|---|---|---|"]
+    head = ["| network | form | MACs reduction (×) | parameter reduction (×) | speed-up [95 % CI] |", "|---|---|---|---|---|"]
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return "\n".join([before + BEGIN, *head, *rows, "", END]) + after

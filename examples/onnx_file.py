@@ -1,8 +1,8 @@
-"""An ONNX file from elsewhere: plan by measured time, compress with calibration inputs, check, time. Needs no torch.
+"""An existing ONNX file: plan by measured time, compress with calibration inputs, check, time. Needs no torch.
 
     python examples/onnx_file.py [MODEL.onnx --inputs X.npz] [--latency 1.5] [--out model.onnx]
 
-Without a file it makes a small one, whose weights are nearly of low rank, and inputs for it.
+Without a file, the script writes a small network, whose weights are nearly of low rank, and inputs for it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_exporter.calibrate.inputs import load_calibration
-from tensorrail_exporter.graphs.io import load_model, save_model
-from tensorrail_exporter.search.planner import Search, plan_network
-from tensorrail_exporter.workflow import compress
-from tensorrail_runtime import bench, parity
-from tensorrail_runtime.errors import TargetError
+import tensorrail as tr
 
 
 def stand_in(folder: Path) -> tuple[Path, Path]:
-    """Write a small network and inputs for it, and return their paths: what you would have already."""
+    """Write a small network and inputs for it, and return their paths; they stand in for your own files."""
     rng = np.random.default_rng(0)
     weights = {"stem": (64, 3), "body.0": (64, 64), "body.1": (64, 64)}
     constants, nodes, last = [], [], "image"
@@ -46,7 +41,7 @@ def stand_in(folder: Path) -> tuple[Path, Path]:
     graph = helper.make_graph(nodes, "stand-in", [image], [logits], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)
-    save_model(model, folder / "dense.onnx")
+    tr.save_model(model, folder / "dense.onnx")
     np.savez(folder / "inputs.npz", image=rng.standard_normal((128, 3, 32, 32)).astype(np.float32))
     return folder / "dense.onnx", folder / "inputs.npz"
 
@@ -55,38 +50,38 @@ def main() -> None:
     """Plan, compress, check, time; exit code 1 when the target was not measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--inputs", type=Path, help="An npz file, arrays by input name; or a folder of files or images.")
-    parser.add_argument("--latency", type=float, default=1.5, help="How many times less.")
-    parser.add_argument("--seconds", type=float, default=10.0, help="Of timing layers, and of the final comparison.")
+    parser.add_argument("--inputs", type=Path, help="An npz file with arrays by input name, or a folder of files or images.")
+    parser.add_argument("--latency", type=float, default=1.5, help="How many times lower the latency should be.")
+    parser.add_argument("--seconds", type=float, default=10.0, help="Seconds of timing the layers, and of each comparison.")
     parser.add_argument("--out", type=Path, default=Path("model.onnx"))
     options = parser.parse_args()
     if options.model is None:
-        folder = options.out.parent / "stand-in"  # apart: your own file may be called the same
+        folder = options.out.parent / "stand-in"  # a folder of its own, so that no file of yours is overwritten
         folder.mkdir(exist_ok=True)
         options.model, options.inputs = stand_in(folder)
 
-    dense = load_model(options.model)
-    calibration = load_calibration(options.inputs, options.model) if options.inputs else None
-    search = Search(targets={"latency": options.latency}, seconds=options.seconds, check_seconds=options.seconds)
+    settings = tr.Options(
+        timing=tr.Timing(seconds=options.seconds),
+        search=tr.Search(seconds=options.seconds, check_seconds=options.seconds),
+        fit=tr.Fit(epochs=0),  # 0: cores are fitted layer by layer, in NumPy; a further fit needs torch
+    )
+    target = {"latency": options.latency}
     try:
-        planned = plan_network(dense, search, calibration=calibration)
-    except TargetError as error:  # the message says how far one can go on this machine
+        report = tr.compress(options.model, options.out, target, calibration=options.inputs, options=settings)
+    except tr.TargetError as error:  # the message says what can be reached on this machine
         print(error)
         sys.exit(1)
-    for row in planned.rows:
+    for row in report.planned:
         print(f"{row.layer}: {row.what} runs as {row.steps or f'dense, {row.reason}'}")
-    report = compress(
-        dense, planned.plan, options.out, calibration=calibration, targets=planned.targets, seconds=options.seconds
-    )
     print(f"parameters ÷ {report.ratios.params:.2f}, FLOPs ÷ {report.ratios.flops:.2f}")
 
-    # What `tensorrail check` and `tensorrail bench` do, on the inputs and at the batch size that you serve:
-    feeds = list(calibration.first(64).feeds) if calibration else None
-    found = parity(options.model, options.out, inputs=feeds, tolerance=None)
-    print(
-        f"outputs differ by {found.worst:.3f} relative; the largest score agrees on {_percent(found.outputs[0].top1_agreement)}"
-    )
-    ratio = bench([options.model, options.out], batch=8, seconds=options.seconds).ratios[0]
+    # The same as `tensorrail check` and `tensorrail bench`, on the inputs and at the batch size that you serve:
+    inputs = options.inputs if options.inputs and options.inputs.is_file() else None  # None: random inputs
+    parity = tr.check(options.model, options.out, inputs=inputs, tolerance=None)
+    agreement = _percent(parity.outputs[0].top1_agreement)
+    print(f"outputs differ by {parity.worst:.3f} (relative L2); top-1 agrees on {agreement}")
+    timing = tr.Timing(batch=8, seconds=options.seconds)
+    ratio = tr.bench([options.model, options.out], options=tr.Options(timing=timing)).ratios[0]
     print(f"speed-up {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] at batch 8")
     sys.exit(0 if report.meets and report.faster else 1)
 

@@ -1,8 +1,8 @@
-"""Your own training loop, torch alone, and ADMM in four of its lines: train, cut, fine-tune, export, time.
+"""ADMM in four lines of your own training loop: train, factorize, fine-tune, export, time.
 
     python examples/own_loop.py [--epochs 8] [--out FOLDER]
 
-The data are made: blurred blobs in one of eight places, with noise. Takes some seconds.
+The data are generated: blurred blobs in one of eight places, with noise. It takes a few seconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import tensorrail as tr
-from tensorrail_runtime import bench, parity
 
 LR, MOMENTUM, BATCH = 0.05, 0.9, 32
 
 
 def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return images (count, 3, 16, 16), a blob in each, and the eighth of the circle that it lies in (count,)."""
+    """Return images (count, 3, 16, 16) with one blob each, and its place on a circle, 0 to 7 (count,)."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 8, (count,), generator=random)
     angle = (labels + 0.8 * (torch.rand(count, generator=random) - 0.5)) * torch.pi / 4
@@ -33,7 +32,7 @@ def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, admm: tr.ADMM | None = None) -> None:
-    """Train in place; with ADMM, its penalty is part of the loss and its variables are updated after each epoch."""
+    """Train the model in place; with ADMM, add its penalty to the loss and update its variables after each epoch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
     for epoch in range(epochs):
         for batch, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
@@ -50,14 +49,14 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, admm: 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the share of right answers in percent."""
+    """Return the accuracy in percent."""
     return 100 * float((model(x).argmax(1) == y).float().mean())
 
 
 def main() -> None:
-    """Train a dense network, draw it to low rank, cut it, fine-tune it, and hold it against dense training of equal length."""
+    """Train a dense network, train it toward low rank, factorize and fine-tune it, and compare it with a dense control."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=8, help="Of the ADMM phase.")
+    parser.add_argument("--epochs", type=int, default=8, help="Epochs of the ADMM phase.")
     parser.add_argument("--out", type=Path, default=Path())
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -71,7 +70,7 @@ def main() -> None:
     print(f"dense: {accuracy(model, *test):.1f} %")
 
     plan = tr.Plan(layers=tr.plan_layers(model, "[25]", ranks=16))
-    rho = (1 - MOMENTUM) / LR / (len(x) / BATCH)  # the penalty follows its update: rho · lr · steps / (1 − momentum) = 1
+    rho = (1 - MOMENTUM) / LR / (len(x) / BATCH)  # so that rho · lr · steps / (1 − momentum) = 1
     admm = tr.ADMM(model, plan, rho=rho)
     train(model, x, y, options.epochs, LR, admm)
     print(f"after ADMM, still dense: {accuracy(model, *test):.1f} %")
@@ -84,11 +83,12 @@ def main() -> None:
     print(f"dense control, as many epochs: {accuracy(control, *test):.1f} %")
 
     dense = tr.to_onnx(tr.to_dense(model), x[:2])
-    cores = {name: [core.numpy() for core in one] for name, one in tr.cores_of(model).items()}
-    tr.save_model(dense, options.out / "dense.onnx")
-    tr.save_model(tr.factorize(dense, plan, cores).model, options.out / "model.onnx")
-    error = parity(options.out / "dense.onnx", options.out / "model.onnx", tolerance=1e-4).worst
-    ratio = bench([options.out / "dense.onnx", options.out / "model.onnx"], batch=8, seconds=1.0).ratios[0]
+    cores = {name: [core.numpy() for core in layer] for name, layer in tr.cores_of(model).items()}
+    paths = [options.out / "dense.onnx", options.out / "model.onnx"]
+    tr.save_model(dense, paths[0])
+    tr.save_model(tr.factorize(dense, plan, cores).model, paths[1])
+    error = tr.check(*paths, tolerance=1e-4).worst
+    ratio = tr.bench(paths, options=tr.Options(timing=tr.Timing(batch=8, seconds=1.0))).ratios[0]
     print(f"numerical error {error:.1e}; speed-up {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] at batch 8")
 
 

@@ -7,7 +7,9 @@ parsed) or `<!-- may fall short: reason -->` (exit code 1, measured and not held
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -23,6 +25,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import tensorrail
 import tensorrail.cli
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, decompose_graph, factorize, save_cores
 from tensorrail_exporter.graphs.io import save_model
@@ -230,6 +233,24 @@ def test_blocks_that_are_not_run_say_why():
         assert all(len(block.reason or "") > 8 for block in found), name_of(path)
 
 
+def test_calls_of_the_front_door_name_parameters_that_exist():
+    sources = {name_of(path): [b.code for b in blocks(path) if b.language == "python"] for path in TEXTS}
+    sources |= {name_of(path): [path.read_text(encoding="utf-8")] for path in sorted((ROOT / "examples").glob("*.py"))}
+    count = 0
+    for name, codes in sources.items():
+        for call in (node for code in codes for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+            text = ast.unparse(call.func)
+            if not re.fullmatch(r"tr(\.\w+)+", text):
+                continue
+            value = tensorrail
+            for attribute in text.split(".")[1:]:
+                value = getattr(value, attribute)
+            known = inspect.signature(value).parameters
+            assert {word.arg for word in call.keywords} <= set(known), f"{name}: {ast.unparse(call)}"
+            count += 1
+    assert count > 50
+
+
 def test_yaml_blocks_are_parts_of_a_recipe():
     from pydantic import TypeAdapter
 
@@ -283,6 +304,28 @@ def test_the_reference_has_every_public_name(package):
         assert hasattr(importlib.import_module(module), attribute), name
         # The reference is made without running code: a module hides a function of its name.
         assert not (ROOT / Path(made.__path__[0]).parent / f"{name.replace('.', '/')}.py").exists(), name
+
+
+def test_the_reference_of_the_front_door_has_every_verb_and_setting():
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")}
+    listed = {stem: re.findall(r"^::: (\S+)$", text, re.MULTILINE) for stem, text in pages.items()}
+    described = {name.rpartition(".")[2] for names in listed.values() for name in names}
+    assert set(tensorrail.__all__) - {"regress"} <= described
+    for name in set(listed["tensorrail"]):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    named = set(re.findall(r"`(?:tr\.)?(\w+)`", pages["tensorrail"]))
+    own = {name.rpartition(".")[2] for name in listed["tensorrail"]}
+    assert set(tensorrail.__all__) - {"regress"} <= named | own
+
+
+def test_pages_and_examples_import_the_front_door_alone():
+    own_format = {"tensorrail_exporter", "tensorrail_exporter.formats"}  # what a format of one's own is made of
+    for path in [*TEXTS, *sorted((ROOT / "examples").glob("*.py"))]:
+        text = path.read_text(encoding="utf-8")
+        imported = re.findall(r"^\s*(?:from|import) (tensorrail_[\w.]*)", text, re.MULTILINE)
+        allowed = own_format if path.name == "own-format.md" else set()
+        assert set(imported) <= allowed, name_of(path)
 
 
 def test_figures_of_the_performance_page_stand_in_results():

@@ -57,9 +57,9 @@ def test_pretrained_says_in_one_line_what_is_missing(run, monkeypatch, tmp_path)
     for name in ("torchvision", "timm"):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
         code, text = run("pretrained.py", f"{name}/resnet18")
-        assert (code, text) == (0, f"left out: {name} is not installed (pip install {name})\n")
+        assert (code, text) == (0, f"skipped: {name} is not installed (pip install {name})\n")
     code, _ = run("pretrained.py", "resnet18")
-    assert code == "expected torchvision/NAME or timm/NAME, and 'resnet18' came"
+    assert code == "expected torchvision/NAME or timm/NAME, got 'resnet18'"
     assert not list(tmp_path.glob("*.onnx"))
 
 
@@ -95,11 +95,11 @@ def test_pretrained_on_a_network_of_the_packages_kind(run, monkeypatch, tmp_path
 def test_onnx_file(run, tmp_path):
     code, text = run("onnx_file.py", "--seconds", "1", "--latency", "1.2")
     assert code in (0, 1)  # 1: not measured to be faster, which nothing here depends on
-    if "cannot be met" in text:
+    if "cannot be met" in text or "every layer stays dense" in text:
         return
     assert float(re.search(r"FLOPs ÷ ([\d.]+)", text)[1]) > 1
     assert "body.0: " in text
-    assert float(re.search(r"differ by ([\d.]+) relative", text)[1]) < 0.5
+    assert float(re.search(r"differ by ([\d.]+) \(relative L2\)", text)[1]) < 0.5
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
 
 

@@ -15,7 +15,8 @@ from tensorrail_exporter.calibrate import inputs, layerwise, progressive
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import fit_layers
 from tensorrail_exporter.rewrite import biases, resolve, rewriter
-from tensorrail_exporter.workflow import compress
+from tensorrail_exporter.workflow import Compression, compress
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.session import Session
 
 CPU = Session(threads=1)
@@ -83,7 +84,7 @@ def fitted(model, plan, data, _):
 
 
 def compressed(model, plan, data, folder):
-    compress(model, plan, folder / "out.onnx", calibration=data, settings=CPU, seconds=0.1)
+    compress(model, plan, folder / "out.onnx", Compression(data, conditions=Conditions(Timing(seconds=0.1), CPU)))
 
 
 @pytest.mark.parametrize(("run", "chain"), [(fitted, matrices), (fitted, kernels), (compressed, matrices)])

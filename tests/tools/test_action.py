@@ -218,7 +218,7 @@ def test_the_first_model_has_no_baseline(gate, small_path):
         ({"mode": "guess"}, "input mode is one of check record, and 'guess' came"),
         ({"on-regression": "$(touch pwned)"}, "input on-regression is one of fail warn"),
         ({"retrained": "yes"}, "input retrained is one of false true"),
-        ({"max-slowdown": "fast"}, "written as 5%25 or 0.05, and 'fast' came"),
+        ({"max-slowdown": "fast"}, "--max-slowdown: expected a share such as 5%25 or 0.05, got 'fast'"),
         ({"provider": "tpu; touch pwned"}, "unknown provider"),
         ({"model": "none`touch pwned`.onnx"}, "cannot be read|not an ONNX model|cannot load"),
         ({"model": "--help"}, "--help"),

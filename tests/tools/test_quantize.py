@@ -174,5 +174,5 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, data, tmp_path, 
         assert reason in err, err
     assert not out.exists()
     code, _, err = cli("quantize", small_path, "--to", "fp16", "-o", small_path, *QUICK)
-    assert (code, "is read as well, and would be lost" in err) == (2, True)
+    assert (code, "is also read, and would be lost" in err) == (2, True)
     assert not list(tmp_path.glob(".*"))

@@ -1,6 +1,7 @@
 """The tensor formats: one module per format, all with the same functions, listed in one dict.
 
-A new format is one file and one line in `FORMATS`. Trainer, exporter, recipes and tests iterate over the dict.
+A new format is one file and one line in `FORMATS`. Trainer, exporter, recipes and tests iterate over the dict. A format
+module can import all that it needs from here.
 """
 
 from __future__ import annotations
@@ -10,9 +11,30 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
-from tensorrail_exporter.formats.contraction import ArrayT, LayerSpec, Op, Step
-from tensorrail_exporter.formats.modes import Equation
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.modes import LETTERS, Equation, default_modes, require_merge, require_ranks, split
+from tensorrail_exporter.formats.truncation import backend_of, permute
 from tensorrail_runtime.errors import PlanError
+
+__all__ = [
+    "FORMATS",
+    "LETTERS",
+    "ArrayT",
+    "Chain",
+    "Equation",
+    "Format",
+    "LayerSpec",
+    "Op",
+    "Step",
+    "backend_of",
+    "default_modes",
+    "format_of",
+    "permute",
+    "project",
+    "require_merge",
+    "require_ranks",
+    "split",
+]
 
 
 class Format(Protocol):
