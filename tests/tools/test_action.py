@@ -144,7 +144,7 @@ def test_the_same_model_holds_and_names_in_it_are_no_commands(gate, small_path, 
     assert "### ✅ dense.onnx: no regression" in summary
     assert "| nodes | 5 | 5 | +0.0% | yes |" in summary
     assert "| accuracy (top1) |" in summary
-    assert r"| parity | y ::error::mine ::add-mask::x \|\<b\>\*a\*\</b\>\` | 0.0e+00 apart |" in summary
+    assert r"| parity | y ::error::mine ::add-mask::x \|\<b\>\*a\*\</b\>\` | 0.0e+00 relative difference |" in summary
     assert "::error::mine" in done.stdout  # while commands are stopped
     assert obeyed(done.stdout) == []
     names = ["annotations", "benchmark.json", "errors", "junit.xml", "summary.md", "verdict.json"]
@@ -184,7 +184,7 @@ def test_a_baseline_is_recorded_and_a_larger_and_wrong_model_fails_against_it(ga
     assert (done.returncode, outputs["holds"]) == (1, "false")
     assert "### ❌ larger.onnx: regression" in summary
     assert "| nodes | 5 | 6 | +0.0% | **NO** |" in summary
-    assert re.search(r"\| parity \| y \| .* apart \| 0\.001 relative \| \*\*NO\*\* \|", summary)
+    assert re.search(r"\| parity \| y \| .* relative difference \| 0\.001 relative \| \*\*NO\*\* \|", summary)
     assert "interleaved with the baseline's model" in summary
     nodes, parity = obeyed(done.stdout)
     assert nodes == "::error title=nodes of larger.onnx::measured 6, baseline 5, limit +0.0%25"
