@@ -38,6 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich takes longer to import than all else
 )
 for command in (run, train, plan, compress, export, quantize, check, accuracy, bench, inspect, package, serve):
     app.command(command.__name__.rpartition(".")[2])(command.command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
     from tensorrail_runtime.progress import Progress as Listener
     from tensorrail_runtime.sessions.inputs import Shapes
     from tensorrail_runtime.tables import Part, PrintedRecord
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
 _WIDTH = 160  # characters of a table in a file or a pipe, which has no width of its own
 _MINUTE = 60.0
 
-# Names come from files, which may be a stranger's: no mark-up is read in them.
-console = Console(markup=False, emoji=False)
-if not console.is_terminal:
-    console = Console(markup=False, emoji=False, width=_WIDTH)
+
+@functools.cache
+def console() -> Console:
+    """Return the console; rich is imported when something is shown, which `--help` does without."""
+    from rich.console import Console
+
+    # Names come from files, which may be a stranger's: no mark-up is read in them.
+    terminal = Console(markup=False, emoji=False)
+    return terminal if terminal.is_terminal else Console(markup=False, emoji=False, width=_WIDTH)
 
 
 def plain(text: str) -> str:
@@ -33,14 +39,14 @@ def plain(text: str) -> str:
 
 def say(text: str) -> None:
     """Print a line, whatever the names in it hold."""
-    console.print(plain(text), soft_wrap=True)
+    console().print(plain(text), soft_wrap=True)
 
 
 def show(parts: Sequence[Part]) -> None:
     """Print the tables and lines of a report."""
     from tensorrail_runtime.tables import show as show_on
 
-    show_on(parts, console)
+    show_on(parts, console())
 
 
 def finish(report: PrintedRecord, json: Path | None, holds: bool = True, last: str = "") -> NoReturn:
@@ -72,12 +78,14 @@ def progress_bar(*, stays: bool = False) -> Iterator[Listener]:
         stays: bars stay on the terminal when their stage has ended.
 
     """
-    if not console.is_terminal:
+    if not console().is_terminal:
         with _Log() as log:
             yield log
         return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=console, transient=not stays) as bars:
+    with Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=console(), transient=not stays) as bars:
         yield _Bars(bars)
 
 

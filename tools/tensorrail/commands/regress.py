@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 _MOST = 10.0  # a slow-down in per cent, as a share
 
-app = typer.Typer(help="Check a model's latency, size and outputs against a baseline.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check a model's latency, size and outputs against a baseline.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx")]
 Processes = Annotated[int, typer.Option(min=2, help="Fresh processes; an even number loads each model first equally often.")]

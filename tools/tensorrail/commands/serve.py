@@ -94,4 +94,4 @@ def _show(started: Started, options: ServeOptions) -> None:
         )
     for line in lines:
         say(line)
-    console.file.flush()
+    console().file.flush()

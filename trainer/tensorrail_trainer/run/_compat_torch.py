@@ -23,11 +23,13 @@ def read_operators_once() -> None:
 
 
 def forget_recurrent_kernels() -> None:
-    """Clear torch's cached kernels of LSTM and GRU.
+    """Clear what torch has cached of LSTM and GRU, compiled functions included.
 
-    The exporter traces these operators by its own decomposition, which holds for sequences of any length. If the process has
-    already run the operator, torch uses the cached kernel instead, and the example's length becomes a constant of the graph.
+    The exporter traces these operators by a decomposition of its own, for sequences of any length. If the process has run or
+    exported such a network before, torch uses the cached kernel, or compares the length with that of a compiled loop, and the
+    example's length becomes a constant of the graph.
     """
+    torch.compiler.reset()
     for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
         with contextlib.suppress(AttributeError):
             operator._dispatch_cache.clear()

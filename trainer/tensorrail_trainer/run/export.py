@@ -87,7 +87,8 @@ class Tracing:
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         with _quiet(), _attention_in_parts():
             read_operators_once()
-            forget_recurrent_kernels()
+            if any(isinstance(part, nn.RNNBase) for part in plain.modules()):
+                forget_recurrent_kernels()
             try:
                 program = torch.onnx.export(
                     plain,
