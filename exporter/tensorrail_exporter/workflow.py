@@ -99,7 +99,7 @@ class CompressReport(PrintedRecord):
         parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
         agreement = "" if self.top1_agreement is None else f"; top-1 agrees on {100 * self.top1_agreement:.1f} %"
         parts.append(
-            f"outputs differ by {self.approximation:.2e} (relative L2){agreement}; the rewriting itself by {self.numerical:.1e}"
+            f"outputs differ by {self.approximation:.2e} (relative L2){agreement}; numerical error of the rewriting {self.numerical:.1e}"
         )
         if not self.faster:
             parts.append("NOT measured to be faster than the dense model")
@@ -148,7 +148,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     settings.check()
     exact = settings.exact
     if not plan.layers:
-        raise PlanError("the plan names no layer: there is nothing to rewrite")
+        raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
     base = resolve(model, plan)
     if calibration is not None:
         fitted = fit(base, calibration, exact, progress=progress)
@@ -254,8 +254,8 @@ def _numerical(
     most = _rounding(base)
     if not found <= most:
         raise GraphError(
-            f"the factored graph differs from what its cores stand for by {found:.1e}, relative; at most {most:.1g} "
-            "was expected: leave layers out of the plan until it holds, and report the model"
+            f"expected the factored graph to differ by at most {most:.1g} (relative L2) from the graph with reconstructed weights, "
+            f"got {found:.1e}; remove layers from the plan until this check passes, and please report the model"
         )
     return found
 

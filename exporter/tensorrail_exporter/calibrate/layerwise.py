@@ -99,7 +99,7 @@ def fit(
 ) -> Fitted:
     """Do what `fit_layers` does for a plan that was resolved; it is not changed."""
     if not calibration.count:
-        raise GraphError("the calibration holds no sample: expected one or more batches of inputs")
+        raise GraphError("expected one or more batches of calibration inputs, got none")
     settings = settings or Session()
     cores = decompose(resolved)  # for the layers that cannot be fitted
     uses = _uses(resolved.copy())
@@ -177,7 +177,9 @@ def _statistics(
     for k, values in enumerate(network.inputs_of(name)):
         statistics.add(_rows(samplers, values, k), wanted[k])
     if not np.isfinite(statistics.yy) or not np.isfinite(statistics.x).all():
-        raise GraphError(f"layer {name}: its inputs or outputs on the calibration data are not finite; check the data")
+        raise GraphError(
+            f"layer {name}: its inputs or outputs on the calibration data hold NaN or infinite values; check the data"
+        )
     return statistics
 
 

@@ -36,8 +36,8 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
     place, name, site = _bias(layer), layer.plan.name, layer.sites[0]
     if place is None:
         raise GraphError(
-            f"layer {name}: has no bias that could be changed; expected a Conv, a Gemm, or a MatMul with an Add of "
-            "a constant vector behind it"
+            f"layer {name}: has no bias that can be changed; expected one Conv or Gemm node, or one MatMul node followed by an Add "
+            "of a constant vector"
         )
     node, index = place
     scale = 1.0

@@ -134,7 +134,7 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
         rule, sites = named.find(part.name)
         for site in sites:
             if (owner := owners.setdefault(id(site.node), part.name)) != part.name:
-                raise GraphError(f"layer {part.name}: is the layer that is planned as {owner} already; plan it once")
+                raise GraphError(f"layer {part.name}: is also planned as {owner}; plan it under one of these names")
         specs = tuple(rule.layer(site.node) for site in sites)
         part.check(specs[0].shape)
         constants = tuple(site.node.inputs[rule.weight_input(site.node)] for site in sites)

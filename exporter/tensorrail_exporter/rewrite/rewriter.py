@@ -127,7 +127,10 @@ def rewrite(
     for layer in work.layers.values():
         part, spec = layer.plan, layer.spec
         if part.name not in cores:
-            raise GraphError(f"layer {part.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
+            raise GraphError(
+                f"layer {part.name}: expected cores for every planned layer, got cores only for {', '.join(cores) or 'none'}; add "
+                "this layer's cores, or remove it from the plan"
+            )
         check_cores(part, cores[part.name], spec.shape)
         specs = [own if scan else replace(own, scan=False) for own in layer.specs]
         weight = layer.weight
@@ -181,7 +184,9 @@ def decompose(resolved: ResolvedPlan) -> dict[str, list[np.ndarray]]:
 def check_finite(layer: str, weight: np.ndarray) -> None:
     """Raise `GraphError` for a weight that cannot be decomposed."""
     if not np.isfinite(weight).all():
-        raise GraphError(f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed")
+        raise GraphError(
+            f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed; keep the layer dense"
+        )
 
 
 def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:

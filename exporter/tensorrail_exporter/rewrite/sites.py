@@ -54,13 +54,13 @@ class NamedLayers:
             if is_standard(other) and other.op in STAY_DENSE:
                 raise GraphError(f"layer {name}: cannot be rewritten: {STAY_DENSE[other.op]}")
             ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
-            raise GraphError(f"layer {name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
+            raise GraphError(f"layer {name}: no rule rewrites {ops}; expected one of {', '.join(_RULE_OF)}")
         groups = _by_weight(sites)
         if len(groups) > 1:
             own = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
             raise GraphError(
-                f"layer {name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its "
-                f"own: {own or 'none has one: give the nodes names'}"
+                f"layer {name}: expected nodes that share one weight, got {len(sites)} nodes with {len(groups)} different weights; "
+                f"plan each weight by its own name: {own or 'none has one: give the nodes names'}"
             )
         for site in sites:
             rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
@@ -210,10 +210,10 @@ def _why_not(node: gs.Node, rule: Rule) -> str | None:
         weight = node.inputs[rule.weight_input(node)]
         maker = weight.inputs[0].op if weight.inputs else ""
         if maker in ("DequantizeLinear", "DynamicQuantizeLinear"):
-            why = f"its weight is quantized ({maker} makes it); plan the fp32 model, and quantize what comes of it"
+            why = f"its weight is quantized (the output of {maker}); plan the fp32 model, and quantize the factored model"
         return why
     if 0 in node.inputs[rule.weight_input(node)].shape:
-        return "its weight holds no values"
+        return f"its weight is empty: it has shape {list(node.inputs[rule.weight_input(node)].shape)}"
     dtype = node.inputs[rule.weight_input(node)].dtype
     if dtype not in (np.float16, np.float32, np.float64):
         return f"its weight is of type {type_name(dtype)}; expected float16, float32 or float64"

@@ -86,7 +86,7 @@ def factorize_fastest(
     if slower.layers:
         if not kept.layers:
             raise PlanError(
-                f"every planned layer is faster in dense form here, at batch {form.batch}: make a plan on this machine instead"
+                f"every planned layer is faster in dense form here, at batch {form.batch}; make a plan on this machine instead"
             )
         model = reconstruct(model, slower, cores)
     return factorize(model, kept, cores, block=widths, fold_batch_norm=form.fold_batch_norm, scan=scan), slower

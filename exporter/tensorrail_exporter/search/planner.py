@@ -180,7 +180,7 @@ def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:
     for pattern in keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             known = ", ".join(names) or "none"
-            raise PlanError(f"keep: no layer is named {pattern}; the layers that can be factored are {known}")
+            raise PlanError(f"keep: no layer matches {pattern!r}; the layers that can be factored are: {known}")
 
 
 def _counted(dense: Path, targets: Mapping[str, float], timing: Timing) -> Size:

@@ -146,8 +146,7 @@ class PlanReport(PrintedRecord):
             f"FLOPs ÷ {self.reached['flops']:.2f}, parameters ÷ {self.reached['params']:.2f}"
         ]
         lines += [
-            f"target missed: {name} falls {reached:.2f} times, target {self.targets[name]:g}"
-            for name, reached in self.missed.items()
+            f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}" for name, reached in self.missed.items()
         ]
         title = f"plan for {self.provider}, batch {self.batch}; losses measured on {self.loss_from}"
         return (Table(title, head, rows), *lines, *self._measured_lines())
@@ -157,11 +156,11 @@ class PlanReport(PrintedRecord):
             return ["no layer is rewritten: every layer stays dense"]
         ratio = self.measured
         lines = [
-            f"measured: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]; the predicted time is off by "
+            f"measured: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]; error of the predicted time "
             f"{100 * (self.prediction_error or 0.0):+.1f} %"
         ]
         if self.slower:
             lines.append(f"slower than dense in the network's profile: {', '.join(self.slower)}")
         if ratio.low <= 1.0:
-            lines.append("the planned network was not measured to be faster")
+            lines.append("the planned network is not faster: the interval of its speed-up is not above 1")
         return lines

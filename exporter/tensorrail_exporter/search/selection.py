@@ -175,5 +175,5 @@ def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str
         best = max(dense_ms / candidates.table.milliseconds(layer, option) for option in candidates.options[layer])
         if best * search.gain >= 1:
             return "slower in the network's profile"
-        return f"no form is faster: the best one {best:.2f}×"
+        return f"no form is faster: the best one reaches {best:.2f}×"
     return "other layers save more for the same loss"

@@ -67,4 +67,4 @@ class Search:
             if name not in TARGETS:
                 raise PlanError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
             if not 1.0 < value < 1e4:
-                raise PlanError(f"target {name}={value:g}: expected how many times less, a number above 1, such as 2.0")
+                raise PlanError(f"target {name}: expected a reduction factor between 1 and 10000, such as 2.0, got {value:g}")
