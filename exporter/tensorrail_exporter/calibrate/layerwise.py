@@ -2,7 +2,7 @@
 
 For each layer, in the order of the graph, a linear regression on these inputs gives the weight that best reproduces the outputs
 of the dense network, with a ridge toward the dense weight. It is decomposed to the plan's format in the metric of the inputs
-(`metric.decompose`), and a bias keeps the mean of every output. Later layers so compensate for the errors of earlier ones.
+(`metric.decompose`), and a bias keeps the mean of every output. Later layers thus compensate for the errors of earlier ones.
 """
 
 from __future__ import annotations

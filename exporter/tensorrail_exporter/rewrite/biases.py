@@ -74,8 +74,8 @@ def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
             return None
         if len(node.inputs) < 3 or node.inputs[2].is_empty():
             return (node, 2) if node.op == "Conv" or site.graph.opset >= 11 else None
-        known = isinstance(node.inputs[2], gs.Constant)
-        vector = known and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
+        is_constant = isinstance(node.inputs[2], gs.Constant)
+        vector = is_constant and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
         return (node, 2) if vector and node.inputs[2].values.size > 1 else None
     consumers = node.outputs[0].outputs
     if node.op != "MatMul" or len(consumers) != 1 or consumers[0].op != "Add" or layer.rule.weight_input(node) == 0:

@@ -258,13 +258,13 @@ def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:
     constants = norm.inputs[1:5]
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     inference = not norm.attrs.get("training_mode", 0) and len(norm.outputs) == 1
-    all_constant = all(isinstance(tensor, gs.Constant) for tensor in constants) and (
+    constant_inputs = all(isinstance(tensor, gs.Constant) for tensor in constants) and (
         bias is None or isinstance(bias, gs.Constant)
     )
-    all_constant = all_constant and all(
+    constant_inputs = constant_inputs and all(
         tuple(tensor.shape) == last.weight.shape[:1] for tensor in constants
     )  # one value per channel
-    if not inference or not all_constant or any(node.outputs[0] is out for out in site.graph.outputs):
+    if not inference or not constant_inputs or any(node.outputs[0] is out for out in site.graph.outputs):
         return steps
     scale, shift, mean, variance = (np.asarray(tensor.values, np.float64) for tensor in constants)
     factor = scale / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
@@ -294,8 +294,8 @@ def _record(
 ) -> LayerRewrite:
     constants = [step for step in steps if isinstance(step, Conv | MatMul)]
     cost = contraction_cost(steps, spec)
-    wide = weight.astype(np.float64)
-    residual = wide - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
+    dense_weight = weight.astype(np.float64)
+    residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
     return LayerRewrite(
         layer=layer.name,
         op=sites[0].node.op,
@@ -316,5 +316,5 @@ def _record(
         dense_params=weight.size,
         core_params=sum(core.size for core in cores),
         stored_params=sum(step.weight.size for step in constants),
-        weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(wide) or 1.0)),
+        weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(dense_weight) or 1.0)),
     )

@@ -66,10 +66,10 @@ class NamedLayers:
             raise GraphError(f"layer {name}: no rule rewrites {ops}; expected one of {', '.join(_RULE_OF)}")
         groups = _by_weight(sites)
         if len(groups) > 1:
-            own = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
+            own_names = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
             raise GraphError(
                 f"layer {name}: expected nodes that share one weight, got {len(sites)} nodes with {len(groups)} "
-                f"different weights; plan each weight by its own name: {own or 'none has one: give the nodes names'}"
+                f"different weights; plan each weight by its own name: {own_names or 'none has one: give the nodes names'}"
             )
         for site in sites:
             rule = _RULE_OF[site.node.op]  # the same for all sites, since they are one group

@@ -94,8 +94,8 @@ class PlanReport(PrintedRecord):
 
     `dense` is measured. `planned` is counted in the graph of the chosen network, with the predicted time. `measured` is the
     speed-up of the chosen network over the dense one. `slower` lists rewritten layers that are slower than dense in its
-    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU nothing is profiled, so the
-    latency table alone decides which layers are faster.
+    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU nothing is profiled:
+    the latency table alone decides which layers are faster.
     """
 
     version: Literal[1] = 1
@@ -163,7 +163,7 @@ class PlanReport(PrintedRecord):
             f"FLOPs ÷ {self.reached['flops']:.2f}, parameters ÷ {self.reached['params']:.2f}"
         ]
         lines += [
-            f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}" for name, reached in self.missed.items()
+            f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}×" for name, reached in self.missed.items()
         ]
         title = f"plan for {self.provider}, batch {self.batch}; losses measured on {self.loss_from}"
         return (Table(title, head, rows), *lines, *self._measured_lines())

@@ -436,7 +436,7 @@ def run(
         folder: the folder of the run.
         resume: continue the run in the folder; default False.
         overwrite: delete the run in the folder and start again; default False.
-        progress: is told of the progress; default: nothing is.
+        progress: is told of the progress; default: nothing is shown.
         command: the command line that the report names.
         accelerator: device, processes and precision; default `make_accelerator(recipe)`.
 
