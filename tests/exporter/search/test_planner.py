@@ -163,7 +163,7 @@ def test_the_fastest_network_within_a_loss(network, known_times, tmp_path):
     assert 0 < sum(row.loss for row in small.rows) <= 0.2
     assert sum(row.loss for row in large.rows) <= 1.0
     assert large.planned.milliseconds < small.planned.milliseconds < small.dense.milliseconds
-    with pytest.raises(PlanError, match="the largest loss is a positive number"):
+    with pytest.raises(PlanError, match="max_loss: expected a positive number, got -1"):
         plan_network(network, {}, Search(max_loss=-1.0))
 
 
