@@ -1,4 +1,4 @@
-"""A faster model from nothing but an ONNX file: decompose, rewrite, check, time, and say what came of it."""
+"""Makes a faster model from an ONNX file alone: decompose, rewrite, check, time and report."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.ModelProto]
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
 
-_ROUNDING = 1e-4  # relative: what may differ between reconstructed weights and their cores in float32
-_ROUNDINGS = 8  # in a layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
+_ROUNDING = 1e-4  # relative L2: allowed difference between reconstructed weights and their cores in float32
+_ROUNDINGS = 8  # per layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
 
 
 class Ratios(Record):
-    """Dense over factored. `latency` is measured, with its 95 % interval; the others are counted."""
+    """Dense divided by factored. `latency` is measured, with its 95 % interval; the others are counted."""
 
     params: float
     macs: float
@@ -52,7 +52,7 @@ class Ratios(Record):
 
 
 class CompressReport(PrintedRecord):
-    """What `compress` made, against the dense model."""
+    """The model that `compress` wrote, compared with the dense model."""
 
     version: Literal[1] = 1
     dense: Size
@@ -61,16 +61,16 @@ class CompressReport(PrintedRecord):
     targets: dict[str, float]
     meets: bool
     predicted_latency: float | None  # the speed-up that the latency table predicted
-    approximation: float  # relative L2 of the outputs, factored against dense, on the calibration or random inputs
+    approximation: float  # relative L2 error of the outputs against the dense model, on calibration or random inputs
     top1_agreement: float | None
-    numerical: float  # relative L2, reconstructed weights against their cores, before any fit
+    numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
     accuracy: Comparison | None
     layers: tuple[LayerRewrite, ...]
     planned: tuple[PlannedLayer, ...]
     fits: tuple[LayerFit, ...]
     latency: LatencyReport
-    reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, beside itself in fp32
-    planning: PlanReport | None = None  # how the plan was chosen, where a target was given
+    reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, compared with fp32
+    planning: PlanReport | None = None  # how the plan was chosen, if a target was given
     model: str = ""  # the file that was written
 
     @property
@@ -79,7 +79,7 @@ class CompressReport(PrintedRecord):
         return self.ratios.latency_low > 1.0
 
     def shown(self) -> tuple[Part, ...]:
-        """Return the plan, the table of both models, what differs, and the models in reduced precision."""
+        """Return the plan, the table of both models, the errors, and the models in reduced precision."""
         dense, factored, ratios = self.dense, self.factored, self.ratios
         rows = [
             ("parameters", f"{dense.params:,}", f"{factored.params:,}", f"÷ {ratios.params:.2f}"),
@@ -99,7 +99,8 @@ class CompressReport(PrintedRecord):
         parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
         agreement = "" if self.top1_agreement is None else f"; top-1 agrees on {100 * self.top1_agreement:.1f} %"
         parts.append(
-            f"outputs differ by {self.approximation:.2e} (relative L2){agreement}; the rewriting itself by {self.numerical:.1e}"
+            f"outputs differ by {self.approximation:.2e} (relative L2){agreement}; "
+            f"numerical error of the rewriting {self.numerical:.1e}"
         )
         if not self.faster:
             parts.append("NOT measured to be faster than the dense model")
@@ -111,33 +112,34 @@ class CompressReport(PrintedRecord):
 
 @dataclass(frozen=True)
 class Compression:
-    """How a plan is carried out and measured."""
+    """How a model is compressed and measured."""
 
     calibration: Calibration | None = None
-    """Inputs that cores are fitted to, layer by layer; without them each weight is decomposed by itself."""
+    """Inputs that cores are fitted to, layer by layer; default: none, so each weight is decomposed on its own."""
     refine: Refine | None = None
-    """A further fit of the factored graph to the calibration inputs."""
+    """A function that fits the factored graph further to the calibration inputs; default: none."""
     test: Labelled | None = None
-    """Labelled inputs for the accuracy; nothing is fitted to them."""
+    """Labelled inputs to measure the accuracy on; nothing is fitted to them."""
     conditions: Conditions = field(default_factory=lambda: Conditions(Timing(processes=5)))
-    """How latency is measured and models run."""
+    """How models run and how latency is measured; default: 5 processes on the CPU provider."""
 
 
 def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options: Compression | None = None) -> CompressReport:
-    """Write the factored model of a plan to `out`, and measure it against the dense one.
+    """Write the factored model of a plan to `out`, and compare it with the dense one.
 
     Args:
         model: the dense graph.
-        plan: the layers to rewrite; the report of a search brings its targets and predictions with it.
+        plan: the layers to rewrite; the report of a search also provides targets and predictions.
         out: the file to write.
-        options: the inputs to fit and test with, and how the models are measured.
+        options: the inputs to fit and test with, and how the models are measured; default `Compression()`.
 
     Returns:
         Size, speed, accuracy and the errors of the factored model.
 
     Raises:
         PlanError: the plan names no layer.
-        GraphError: the factored graph does not compute what its cores stand for; nothing is written.
+        GraphError: a layer is not in the graph or cannot be rewritten, or the factored graph differs from the graph with
+            reconstructed weights by more than rounding; nothing is written.
 
     """
     options = options or Compression()
@@ -148,7 +150,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     settings.check()
     exact = settings.exact
     if not plan.layers:
-        raise PlanError("the plan names no layer: there is nothing to rewrite")
+        raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
     base = resolve(model, plan)
     if calibration is not None:
         fitted = fit(base, calibration, exact, progress=progress)
@@ -219,9 +221,9 @@ def _refined(
     factored: Factored,
     calibration: Calibration,
 ) -> onnx.ModelProto:
-    """Return the factored graph with refined values; where a layer is a Scan, which no fit runs, they are found without it.
+    """Return the factored graph with refined values. Layers that run as a Scan are refined in a graph without Scan.
 
-    A fit that changes what is not stored in the graph of Scans is kept as the graph without them.
+    If the refined tensors are not all stored in the graph with Scan, the graph without Scan is returned.
     """
     if not any(layer.scan for layer in factored.layers):
         return refine(model, factored.model, base.plan, calibration)
@@ -229,14 +231,14 @@ def _refined(
     fitted = refine(model, nodes, base.plan, calibration)
     before = {tensor.name: tensor for tensor in nodes.graph.initializer}
     changed = {tensor.name: tensor for tensor in fitted.graph.initializer if tensor != before.get(tensor.name)}
-    made = onnx.ModelProto()
-    made.CopyFrom(factored.model)
-    places = {tensor.name: tensor for tensor in made.graph.initializer}
-    if not changed.keys() <= places.keys():
+    refined = onnx.ModelProto()
+    refined.CopyFrom(factored.model)
+    stored = {tensor.name: tensor for tensor in refined.graph.initializer}
+    if not changed.keys() <= stored.keys():
         return fitted
     for name, tensor in changed.items():
-        places[name].CopyFrom(tensor)
-    return made
+        stored[name].CopyFrom(tensor)
+    return refined
 
 
 def _numerical(
@@ -247,24 +249,24 @@ def _numerical(
     folder: Path,
     settings: Session,
 ) -> float:
-    """Return the error of the rewriting itself; `GraphError` when it is more than rounding."""
-    joined = folder / "reconstructed.onnx"
-    save_model(with_cores(base, cores), joined)
-    found = parity(joined, path, inputs=feeds[:1], tolerance=None, settings=settings).worst
-    most = _rounding(base)
-    if not found <= most:
+    """Return the numerical error of the rewriting. Raises `GraphError` if it exceeds rounding."""
+    reconstructed = folder / "reconstructed.onnx"
+    save_model(with_cores(base, cores), reconstructed)
+    error = parity(reconstructed, path, inputs=feeds[:1], tolerance=None, settings=settings).worst
+    limit = _rounding(base)
+    if not error <= limit:
         raise GraphError(
-            f"the factored graph differs from what its cores stand for by {found:.1e}, relative; at most {most:.1g} "
-            "was expected: leave layers out of the plan until it holds, and report the model"
+            f"expected the factored graph to differ by at most {limit:.1g} (relative L2) from the graph with reconstructed "
+            f"weights, got {error:.1e}; remove layers from the plan until this check passes, and please report the model"
         )
-    return found
+    return error
 
 
 def _rounding(resolved: ResolvedPlan) -> float:
-    """Return the relative difference that rounding may make in the coarsest type of the planned weights.
+    """Return the relative difference that rounding may cause in the coarsest type of the planned weights.
 
-    The roundings of a layer, each at most the unit roundoff u (2⁻¹¹ in float16), are taken to add up, those of different layers
-    to be independent: 8 · u · √layers.
+    Each rounding is at most the unit roundoff u (2⁻¹¹ in float16). Roundings within a layer add up, those of different
+    layers are independent: 8 · u · √layers.
     """
     unit = max(float(np.finfo(layer.dtype).eps) / 2 for layer in resolved.layers.values())
     return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(resolved.layers)))

@@ -1,8 +1,8 @@
-"""Decomposition without training: layer by layer, each on the inputs that the already compressed network really gives it.
+"""Decomposes a network without training: layer by layer, each on the inputs that it receives from the compressed layers before.
 
-For every layer in the graph's order the outputs that the dense network had are compared with what the compressed network's
-inputs can give: the best weight (with a ridge toward the dense one), cut to the plan's format in the metric of those inputs
-(`metric.decompose`), and a bias that keeps the mean of every output. Errors of earlier layers are so made up for by later ones.
+For each layer, in the order of the graph, a linear regression on these inputs gives the weight that best reproduces the outputs
+of the dense network, with a ridge toward the dense weight. It is decomposed to the plan's format in the metric of the inputs
+(`metric.decompose`), and a bias keeps the mean of every output. Later layers thus compensate for the errors of earlier ones.
 """
 
 from __future__ import annotations
@@ -32,19 +32,26 @@ _RIDGE = 0.01  # of the mean eigenvalue of the inputs' second moment
 
 
 class LayerFit(Record):
-    """What the calibration made of one layer: shares of the variance of its outputs that are lost."""
+    """How well one layer was fitted. `plain` and `fitted` are the lost share of the variance of its outputs."""
 
     layer: str
-    rows: int  # sampled patches behind the moments; 0: cut from the weight alone, and `why`
-    plain: float | None  # by the format's own decomposition of the weight
-    fitted: float | None  # by the cores that came out, their bias included
+    rows: int  # number of sampled patches; 0: decomposed from the weight alone, for the reason in `why`
+    plain: float | None  # with cores decomposed from the weight alone
+    fitted: float | None  # with the fitted cores and bias
     bias: bool
     why: str = ""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A dense graph whose biases fit the cores, as the plan was found in it; the cores, and how well they keep each layer."""
+    """The result of a fit.
+
+    Attributes:
+        resolved: the plan in the dense graph, whose biases now fit the cores.
+        cores: the fitted cores, by layer name.
+        layers: how well each layer was fitted, in the order of the graph.
+
+    """
 
     resolved: ResolvedPlan
     cores: dict[str, list[np.ndarray]]
@@ -65,25 +72,27 @@ def fit_layers(
     ridge: float = _RIDGE,
     progress: Progress = silent,
 ) -> Fitted:
-    """Return cores for every planned layer, fitted in the order of the graph to the outputs of the dense network.
+    """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
 
     A layer whose patches are too wide for a full second moment, or that is in the body of a node, is decomposed from its weight
-    alone, and its row says so.
+    alone; its row gives the reason.
 
     Args:
-        model: the dense graph.
+        model: the dense graph; it is not changed.
         plan: the layers, formats, modes and ranks.
         calibration: inputs of the network.
         settings: how the network runs; default: the CPU provider.
-        ridge: weight of the pull toward the dense weight, as a share of the mean eigenvalue of the inputs' second moment.
-        progress: told which layer is fitted.
+        ridge: weight of the pull toward the dense weight, as a share of the mean eigenvalue of the inputs' second moment;
+            default 0.01.
+        progress: is told which layer is fitted.
 
     Returns:
-        The graph with the biases that fit the cores, the cores, and how well each layer keeps its outputs.
+        The dense graph with fitted biases, the cores, and how well each layer was fitted.
 
     Raises:
-        GraphError: a layer is not in the graph or cannot be rewritten, or the calibration has no samples or outputs that are
-            not finite.
+        GraphError: a layer is not in the graph or cannot be rewritten, the calibration has no samples, or inputs or outputs
+            of a layer are not finite.
+        PlanError: modes or ranks do not fit the weight.
 
     """
     return fit(resolve(model, plan), calibration, settings, ridge=ridge, progress=progress)
@@ -97,32 +106,32 @@ def fit(
     ridge: float = _RIDGE,
     progress: Progress = silent,
 ) -> Fitted:
-    """Do what `fit_layers` does for a plan that was resolved; it is not changed."""
+    """Do the same as `fit_layers` for a resolved plan, which is not changed."""
     if not calibration.count:
-        raise GraphError("the calibration holds no sample: expected one or more batches of inputs")
+        raise GraphError("expected one or more batches of calibration inputs, got none")
     settings = settings or Session()
     cores = decompose(resolved)  # for the layers that cannot be fitted
     uses = _uses(resolved.copy())
-    able = {name: found for name, found in uses.items() if found and fits(found[0].spec)}
-    weights = dense_weights(resolved, able)
-    samplers = {name: [Sampler(use, calibration.count * len(found)) for use in found] for name, found in able.items()}
+    fittable = {name: nodes for name, nodes in uses.items() if nodes and fits(nodes[0].spec)}
+    weights = dense_weights(resolved, fittable)
+    samplers = {name: [Sampler(use, calibration.count * len(nodes)) for use in nodes] for name, nodes in fittable.items()}
     biases: dict[str, np.ndarray] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        inputs = {name: [use.input_name for use in found] for name, found in able.items()}
+        inputs = {name: [use.input_name for use in nodes] for name, nodes in fittable.items()}
         network = ProgressiveNetwork(resolved, inputs, calibration.feeds, settings, Path(folder))
-        wanted = _outputs(network, weights, samplers)
-        for number, (name, found) in enumerate(uses.items()):
+        dense_outputs = _outputs(network, weights, samplers)
+        for number, (name, nodes) in enumerate(uses.items()):
             progress("fitting layers", number / len(uses), name)
             layer = resolved.layers[name]
-            if name in able:
-                statistics = _statistics(network, name, weights[name], samplers[name], wanted.pop(name))
+            if name in fittable:
+                statistics = _statistics(network, name, weights[name], samplers[name], dense_outputs.pop(name))
                 biased = takes_bias(layer)
                 cores[name], bias, row = _fit(layer.plan, weights[name], cores[name], statistics, ridge, biased=biased)
                 if bias is not None:
                     biases[name] = bias
             else:
-                why = "its patches are too wide for a full second moment" if found else "in the body of a node"
+                why = "its patches are too wide for a full second moment" if nodes else "in the body of a node"
                 row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
             rows.append(row)
             network.replace(name, np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape)), biases.get(name))
@@ -131,19 +140,28 @@ def fit(
 
 
 def dense_weights(resolved: ResolvedPlan, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Return the weights (O, I, *K) of planned layers, float32; `GraphError` for one that holds NaN or infinite values.
+    """Return the weights of planned layers.
 
-    `names` are those of the layers, None for all of the plan.
+    Args:
+        resolved: the plan in the dense graph.
+        names: the layers; default: all layers of the plan.
+
+    Returns:
+        The weights (O, I, *K) by layer name, float32.
+
+    Raises:
+        GraphError: a weight holds NaN or infinite values.
+
     """
-    found = {}
+    weights = {}
     for name in resolved.layers if names is None else names:
-        found[name] = np.array(resolved.layers[name].weight, np.float32)
-        check_finite(name, found[name])
-    return found
+        weights[name] = np.array(resolved.layers[name].weight, np.float32)
+        check_finite(name, weights[name])
+    return weights
 
 
 def _uses(folded: ResolvedPlan) -> dict[str, list[DenseLayer]]:
-    """Return for each planned layer, in the graph's order, its nodes outside of bodies: several where they share the weight."""
+    """Return the nodes of each planned layer that are not in a body, by layer name in the order of the graph."""
     graph = folded.graph
     return {
         layer.plan.name: [
@@ -154,46 +172,49 @@ def _uses(folded: ResolvedPlan) -> dict[str, list[DenseLayer]]:
 
 
 def _rows(samplers: list[Sampler], values: Mapping[str, np.ndarray], batch: int) -> np.ndarray:
-    """Return the rows of all nodes of a layer on one batch."""
+    """Return the sampled input rows of all nodes of a layer for one batch."""
     return np.concatenate([sampler.rows(values[sampler.layer.input_name], batch) for sampler in samplers])
 
 
 def _outputs(
     network: ProgressiveNetwork, weights: Mapping[str, np.ndarray], samplers: Mapping[str, list[Sampler]]
 ) -> dict[str, list[np.ndarray]]:
-    """Return for each layer what the dense network gives at the sampled places (rows, O), bias left out, batch by batch."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in samplers}
+    """Return each layer's dense outputs without bias at the sampled positions, one array (rows, O) per batch."""
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in samplers}
     for k, values in enumerate(network.dense()):
-        for name, own in samplers.items():
-            found[name].append(_rows(own, values, k) @ weights[name].reshape(len(weights[name]), -1).T)
-    return found
+        for name, layer_samplers in samplers.items():
+            outputs[name].append(_rows(layer_samplers, values, k) @ weights[name].reshape(len(weights[name]), -1).T)
+    return outputs
 
 
 def _statistics(
-    network: ProgressiveNetwork, name: str, weight: np.ndarray, samplers: list[Sampler], wanted: list[np.ndarray]
+    network: ProgressiveNetwork, name: str, weight: np.ndarray, samplers: list[Sampler], dense_outputs: list[np.ndarray]
 ) -> Statistics:
-    """Return the sums over a layer's inputs as they are now; `GraphError` for values that are not finite."""
+    """Return the sums over a layer's current inputs and its dense outputs. Raises `GraphError` if they are not finite."""
     statistics = Statistics(weight[0].size, len(weight))
     for k, values in enumerate(network.inputs_of(name)):
-        statistics.add(_rows(samplers, values, k), wanted[k])
+        statistics.add(_rows(samplers, values, k), dense_outputs[k])
     if not np.isfinite(statistics.yy) or not np.isfinite(statistics.x).all():
-        raise GraphError(f"layer {name}: its inputs or outputs on the calibration data are not finite; check the data")
+        raise GraphError(
+            f"layer {name}: its inputs or outputs on the calibration data hold NaN or infinite values; check the data"
+        )
     return statistics
 
 
 def _fit(
-    part: LayerPlan, weight: np.ndarray, plain: list[np.ndarray], statistics: Statistics, ridge: float, *, biased: bool
+    plan: LayerPlan, weight: np.ndarray, plain: list[np.ndarray], statistics: Statistics, ridge: float, *, biased: bool
 ) -> tuple[list[np.ndarray], np.ndarray | None, LayerFit]:
+    """Return the fitted cores, the vector to add to the bias (None without bias), and the row of the layer."""
     moments = statistics.moments(centred=biased)
     target = statistics.best(weight, moments, centred=biased, ridge=ridge)
-    cores = metric.decompose(part, target, moments)
-    fitted, before = part.reconstruct(cores, weight.shape), part.reconstruct(plain, weight.shape)
-    if not statistics.lost(fitted, centred=biased) <= statistics.lost(before, centred=biased):
-        cores, fitted = plain, before  # of rows that say next to nothing
+    cores = metric.decompose(plan, target, moments)
+    fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(plain, weight.shape)
+    if not statistics.lost(fitted, centred=biased) <= statistics.lost(unfitted, centred=biased):
+        cores, fitted = plain, unfitted  # too few or too similar rows to fit to
     row = LayerFit(
-        layer=part.name,
+        layer=plan.name,
         rows=statistics.count,
-        plain=statistics.lost(before, centred=False),
+        plain=statistics.lost(unfitted, centred=False),
         fitted=statistics.lost(fitted, centred=biased),
         bias=biased,
     )

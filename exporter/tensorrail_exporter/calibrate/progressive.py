@@ -1,10 +1,10 @@
-"""A network whose layers are replaced one after the other, run on the calibration inputs as far as each next layer.
+"""Runs a network on the calibration inputs while its layers are replaced one after the other.
 
-No node is run twice on the same inputs. What a layer reads is computed from the tensors that are still needed: those that the
-nodes run so far have made and that nodes not run yet read. The nodes between them and the layer are a small model of their own.
+No node runs twice on the same inputs. The tensors that later nodes still need are kept. The nodes between these tensors and the
+next layer form a small model, which computes the inputs of that layer.
 
-Three kinds of nodes are run again wherever they are needed: those made of constants only; those behind a layer that is not
-replaced yet, as where a later node shares the layer's weight; and those that make what is no array, such as a sequence.
+Three kinds of nodes run again whenever they are needed: nodes that depend on constants only; nodes after a layer that is not
+replaced yet, for example if a later node shares its weight; and nodes whose output is not an array, such as a sequence.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.sessions.inputs import TYPES
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
-_MEMORY = 2**30  # bytes of tensors that are kept in memory; more of them lie in files
-_SMALL = 2**16  # bytes: a smaller one always stays in memory
+_MEMORY = 2**30  # bytes of tensors that are kept in memory; further ones are kept in files
+_SMALL = 2**16  # bytes; smaller tensors always stay in memory
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
 
 class ProgressiveNetwork:
-    """The dense network at first; `replace` puts a layer's new weight into it.
+    """A network that starts dense, and whose layers get new weights by `replace`.
 
     Args:
         resolved: the plan in the dense model; it is not changed.
-        inputs: the tensors that each layer of interest reads, the layers in the graph's order.
+        inputs: the input tensors of each layer to be fitted, by layer name in the order of the graph.
         feeds: batches of the network's inputs by name.
-        settings: how it is run.
-        folder: an empty folder, for tensors that do not fit into memory.
+        settings: how the network runs.
+        folder: an empty folder for models and for tensors that do not fit into memory.
 
     Raises:
         GraphError: a tensor is not in the graph.
@@ -63,7 +63,7 @@ class ProgressiveNetwork:
         self.written: dict[int, onnx.NodeProto] = {}
         self.places: dict[int, int] = {}
         place = -1
-        # The graph was written in its own order: node by node, the two are walked together.
+        # The graph was exported in the order of its nodes, so both can be walked together.
         for (graph, node), proto in zip(walk(self.plan.graph), written_nodes(self.network.graph), strict=True):
             place += graph is self.plan.graph
             self.written[id(node)], self.places[id(node)] = proto, place
@@ -76,20 +76,20 @@ class ProgressiveNetwork:
         self.kept = _Tensors(folder)
 
     def dense(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield all layers' inputs by tensor, batch by batch, as the network gives them before anything is replaced."""
-        made = [name for name in self.tensors if name in self.network.makers]
-        session = self._open(self.network.above(made), made)
+        """Yield the inputs of all layers in the dense network, by tensor name, batch by batch."""
+        computed = [name for name in self.tensors if name in self.network.makers]
+        session = self._open(self.network.above(computed), computed)
         for batch in range(len(self.feeds)):
             yield self._values(session, self.tensors, batch)
 
     def inputs_of(self, layer: str) -> Iterator[dict[str, np.ndarray]]:
-        """Yield a layer's inputs by tensor, batch by batch, with all layers as they are now.
+        """Yield the current inputs of a layer by tensor name, batch by batch.
 
-        The layers are asked for once each, in the order of `inputs`, and each for all batches.
+        Call it once per layer, in the order of `inputs`, and consume all batches.
         """
         names, step = self.inputs[layer], self.steps[layer]
-        made = [name for name in names if name in self.network.makers and name not in self.kept]
-        session, run_now, keep = self._segment(made, step)
+        computed = [name for name in names if name in self.network.makers and name not in self.kept]
+        session, run_now, keep = self._segment(computed, step)
         for batch in range(len(self.feeds)):
             values = self._values(session, (*names, *keep), batch)
             yield {name: values[name] for name in names}
@@ -100,9 +100,9 @@ class ProgressiveNetwork:
             self.kept.drop(name)
 
     def replace(self, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
-        """Give a layer another weight (O, I, *K), in torch's gate order, and add a vector (O,) to its bias."""
+        """Set the weight (O, I, *K) of a layer, gates in torch's order, and add a vector (O,) to its bias."""
         layer = self.plan.layers[name]
-        sites = [site for site in layer.sites if id(site.node) in self.written]  # without those that no output needs
+        sites = [site for site in layer.sites if id(site.node) in self.written]  # unused nodes are not exported
         for site in sites:
             layer.rule.replace_weight(site.node, weight.astype(layer.dtype), site.names.unique(f"{name}/dense"))
             self._write(site.node)
@@ -111,20 +111,20 @@ class ProgressiveNetwork:
         self.pending.subtract(self._places_of(name))
 
     def _write(self, node: gs.Node) -> None:
-        """Bring a node's changed inputs into the network."""
+        """Copy the changed inputs of a node to the network."""
         proto, place = self.written[id(node)], self.places[id(node)]
-        present = set(proto.input)
+        old_inputs = set(proto.input)
         for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant) and tensor.name not in present:
+            if isinstance(tensor, gs.Constant) and tensor.name not in old_inputs:
                 self.network.constants[tensor.name] = numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
         del proto.input[:]
         proto.input.extend(tensor.name for tensor in node.inputs)
         self.network.reads[place] = reads_of(self.network.nodes[place])
 
-    def _segment(self, made: Sequence[str], step: int) -> tuple[ort.InferenceSession | None, set[int], list[str]]:
-        """Return what computes some tensors, the places of the nodes that need not run again, and what of them is kept."""
+    def _segment(self, computed: Sequence[str], step: int) -> tuple[ort.InferenceSession | None, set[int], list[str]]:
+        """Return a session that computes some tensors, the nodes that need not run again, and the outputs of them to keep."""
         while True:
-            places = self.network.above(made, self.kept)
+            places = self.network.above(computed, self.kept)
             final = self._final(places)
             run_now = {
                 place
@@ -133,15 +133,15 @@ class ProgressiveNetwork:
             }
             outputs = [name for place in sorted(run_now) for name in self.network.nodes[place].output if name]
             keep = [name for name in outputs if self._is_read_after(name, step, run_now)]
-            session = self._open(places, list(dict.fromkeys((*made, *keep))))
+            session = self._open(places, list(dict.fromkeys((*computed, *keep))))
             types = {} if session is None else {entry.name: entry.type for entry in session.get_outputs()}
-            others = {name for name in keep if types[name] not in TYPES}
-            if not others:
+            no_arrays = {name for name in keep if types[name] not in TYPES}
+            if not no_arrays:
                 return session, run_now, keep
-            self.no_arrays |= others
+            self.no_arrays |= no_arrays
 
     def _final(self, places: set[int]) -> set[int]:
-        """Return those nodes that are not, and are not behind, a layer that is still to be replaced."""
+        """Return the nodes whose outputs do not depend on a layer that is still to be replaced."""
         final: set[int] = set()
         for place in sorted(places):
             makers = {self.network.makers.get(name) for name in self.network.reads[place] if name not in self.kept}
@@ -150,44 +150,44 @@ class ProgressiveNetwork:
         return final
 
     def _is_read_after(self, name: str, step: int, run_now: Collection[int] = ()) -> bool:
-        """Return whether a tensor is a later layer's input, or read by a node that is to be run for one."""
+        """Return whether a tensor is an input of a later layer, or of a node that will run for a later layer."""
         if self.last_input.get(name, -1) > step:
             return True
         readers = (place for place in self.network.readers.get(name, ()) if place not in self.done and place not in run_now)
         return any(self.last_use.get(place, -1) > step for place in readers)
 
     def _open(self, places: set[int], outputs: list[str]) -> ort.InferenceSession | None:
-        """Return a session of some nodes; None without nodes."""
+        """Return a session that runs some nodes; None if there are none."""
         if not places:
             return None
-        made = {name for place in places for name in self.network.nodes[place].output}
+        computed = {name for place in places for name in self.network.nodes[place].output}
         read = dict.fromkeys(name for place in sorted(places) for name in sorted(self.network.reads[place]))
-        outside = [name for name in read if name not in made and not self.network.is_stored(name)]
+        outside = [name for name in read if name not in computed and not self.network.is_stored(name)]
         inputs = [self.network.inputs[name] if name in self.network.inputs else self.kept.entry(name) for name in outside]
         path = self.folder / "part.onnx"
         save_model(self.network.part(places, inputs, outputs), path)
         return open_session(path, settings=self.settings)
 
     def _values(self, session: ort.InferenceSession | None, names: Iterable[str], batch: int) -> dict[str, np.ndarray]:
-        """Return tensors of one batch, those that a session makes and those that are known."""
+        """Return tensors of one batch: outputs of a session, kept tensors and inputs of the network."""
         feed = self.feeds[batch]
-        found: dict[str, np.ndarray] = {}
+        values: dict[str, np.ndarray] = {}
         if session is not None:
             read = [entry.name for entry in session.get_inputs()]
             kept = {name: self.kept.get(name, batch) for name in read if name in self.kept}
-            found = run(session, kept | {name: feed[name] for name in read if name in feed and name not in kept})
+            values = run(session, kept | {name: feed[name] for name in read if name in feed and name not in kept})
         for name in names:
-            if name not in found:
-                found[name] = self.kept.get(name, batch) if name in self.kept else feed[name]
-        return found
+            if name not in values:
+                values[name] = self.kept.get(name, batch) if name in self.kept else feed[name]
+        return values
 
     def _places_of(self, name: str) -> set[int]:
-        """Return the places in the graph of the nodes that are the layer or hold it in a body."""
+        """Return the indices of the nodes that are the layer, or hold it in a body."""
         nodes = [id(site.node) for site in self.plan.layers[name].sites]
         return {self.places[node] for node in nodes if node in self.places}
 
     def _made_of_constants(self) -> set[int]:
-        """Return the places of the nodes that are made of constants only."""
+        """Return the indices of the nodes that depend on constants only."""
         fixed: set[int] = set()
         for place, reads in enumerate(self.network.reads):
             makers = [self.network.makers.get(name) for name in reads if not self.network.is_stored(name)]
@@ -196,7 +196,7 @@ class ProgressiveNetwork:
         return fixed
 
     def _last_use(self) -> dict[int, int]:
-        """Return for every node that a layer's inputs are computed by the step of the last such layer."""
+        """Return, for every node that a layer's inputs depend on, the step of the last such layer."""
         last: dict[int, int] = {}
         for name in reversed(self.inputs):
             waiting = list(self.inputs[name])
@@ -209,7 +209,7 @@ class ProgressiveNetwork:
 
 
 class _Tensors:
-    """Tensors by name, batch by batch: in memory up to a size, in files beyond it."""
+    """Stores tensors by name, one array per batch: in memory up to a total size, then in files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -228,7 +228,7 @@ class _Tensors:
         return len(self.arrays)
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Keep the next batch of a tensor."""
+        """Store the next batch of a tensor."""
         if array.nbytes > _SMALL and self.bytes + array.nbytes > _MEMORY:
             path = self.folder / f"{self.count}.npy"
             self.count += 1
@@ -244,31 +244,31 @@ class _Tensors:
         return np.asarray(self.arrays[name][batch])
 
     def drop(self, name: str) -> None:
-        """Forget a tensor."""
+        """Delete a tensor."""
         self.bytes -= sum(array.nbytes for array in self.arrays.pop(name) if not isinstance(array, np.memmap))
         for path in self.files.pop(name, ()):
-            with contextlib.suppress(OSError):  # Windows keeps a file that is still read: the folder goes at the end
+            with contextlib.suppress(OSError):  # Windows cannot delete a file that is still mapped; the folder is deleted later
                 path.unlink()
 
     def entry(self, name: str) -> onnx.ValueInfoProto:
-        """Return a tensor as the input of a model: axes that differ between batches are open."""
+        """Return the declaration of a tensor as a model input; axes that differ between batches are dynamic."""
         arrays = self.arrays[name]
         sizes = zip(*(array.shape for array in arrays), strict=True)
-        axes = [own[0] if len(set(own)) == 1 else None for own in sizes]
+        axes = [lengths[0] if len(set(lengths)) == 1 else None for lengths in sizes]
         return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(arrays[0].dtype), axes)
 
 
 def _showing(resolved: ResolvedPlan, tensors: Iterable[str]) -> ResolvedPlan:
-    """Return a copy whose graph gives some tensors too: nothing above them is unused.
+    """Return a copy whose graph has some tensors as further outputs, so that the nodes before them are exported.
 
-    Raises `GraphError` for one that is not in the graph.
+    Raises `GraphError` if a tensor is not in the graph.
     """
     plan = resolved.copy()
-    known = plan.graph.tensors()
+    tensor_by_name = plan.graph.tensors()
     for name in tensors:
-        if name not in known:
+        if name not in tensor_by_name:
             raise GraphError(f"tensor {name!r} is not in the graph: expected the input or output of one of its nodes")
         ends = (*plan.graph.inputs, *plan.graph.outputs)
-        if isinstance(known[name], gs.Variable) and not any(known[name] is end for end in ends):
-            plan.graph.outputs.append(known[name])
+        if isinstance(tensor_by_name[name], gs.Variable) and not any(tensor_by_name[name] is end for end in ends):
+            plan.graph.outputs.append(tensor_by_name[name])
     return plan

@@ -1,4 +1,4 @@
-"""Parts of a network: some of its nodes, with the constants that they read, as a model of their own. Nothing is imported."""
+"""Extracts some nodes of a model, with the constants that they read, as a separate model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import onnx
 
-_IR_VERSION = 4  # the first in which an initializer need not be an input
+_IR_VERSION = 4  # the first version in which initializers need not be inputs
 
 
 class Network:
-    """The nodes of a model by the tensors that they make and read; what is read of `constants` may be changed.
+    """Indexes the nodes of a model by their inputs and outputs. The values in `constants` may be replaced.
 
-    What a node's bodies read from the graph around them is read by the node.
+    Tensors that the bodies of a node read from the graph count as inputs of the node.
+
+    Args:
+        model: the model; it is not copied.
+
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -30,55 +34,74 @@ class Network:
         self.inputs = {value.name: value for value in graph.input if not self.is_stored(value.name)}
 
     def is_stored(self, name: str) -> bool:
-        """Return whether a tensor's values stand in the model."""
+        """Return whether a tensor is an initializer."""
         return name in self.constants or name in self.sparse
 
     def knows(self, name: str) -> bool:
-        """Return whether a tensor is an input, a constant or made by a node of the graph, those of bodies left out."""
+        """Return whether a tensor is an input, an initializer or the output of a node of the graph, outside of bodies."""
         return name in self.makers or name in self.inputs or self.is_stored(name)
 
     def above(self, tensors: Iterable[str], known: Collection[str] = ()) -> set[int]:
-        """Return the places of the nodes that tensors are computed by, as far as they are not above `known` ones."""
-        found: set[int] = set()
+        """Return the nodes that are needed to compute some tensors from others.
+
+        Args:
+            tensors: the tensors to compute.
+            known: tensors whose values are given; default: none.
+
+        Returns:
+            The indices of the nodes.
+
+        """
+        needed: set[int] = set()
         waiting = list(tensors)
         while waiting:
             name = waiting.pop()
             place = self.makers.get(name)
-            if place is not None and place not in found and name not in known:
-                found.add(place)
+            if place is not None and place not in needed and name not in known:
+                needed.add(place)
                 waiting.extend(self.reads[place])
-        return found
+        return needed
 
     def part(self, places: Iterable[int], inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[str]) -> onnx.ModelProto:
-        """Return some of the nodes as a model from `inputs` to `outputs`, whose types the runtime infers."""
+        """Return some of the nodes as a model.
+
+        Args:
+            places: the indices of the nodes.
+            inputs: the inputs of the model.
+            outputs: the names of its outputs; ONNX Runtime infers their types.
+
+        Returns:
+            The model, with the constants that the nodes read.
+
+        """
         order = sorted(places)
-        part = onnx.ModelProto(ir_version=max(self.model.ir_version, _IR_VERSION))
-        part.opset_import.extend(self.model.opset_import)
-        part.functions.extend(self.model.functions)
-        part.graph.name = "part"
-        part.graph.node.extend(self.nodes[place] for place in order)
+        submodel = onnx.ModelProto(ir_version=max(self.model.ir_version, _IR_VERSION))
+        submodel.opset_import.extend(self.model.opset_import)
+        submodel.functions.extend(self.model.functions)
+        submodel.graph.name = "part"
+        submodel.graph.node.extend(self.nodes[place] for place in order)
         read = dict.fromkeys(name for place in order for name in sorted(self.reads[place])) | dict.fromkeys(outputs)
-        part.graph.initializer.extend(self.constants[name] for name in read if name in self.constants)
-        part.graph.sparse_initializer.extend(self.sparse[name] for name in read if name in self.sparse)
-        part.graph.input.extend(inputs)
-        part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-        return part
+        submodel.graph.initializer.extend(self.constants[name] for name in read if name in self.constants)
+        submodel.graph.sparse_initializer.extend(self.sparse[name] for name in read if name in self.sparse)
+        submodel.graph.input.extend(inputs)
+        submodel.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        return submodel
 
 
 def reads_of(node: onnx.NodeProto) -> frozenset[str]:
-    """Return the names of the tensors that a node or its bodies read from the graph that the node stands in."""
+    """Return the names of the tensors that a node and its bodies read from the graph that contains the node."""
     read = {name for name in node.input if name}
     for attribute in node.attribute:
         for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            made = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
-            made |= {name for inner in body.node for name in inner.output}
-            wanted = {value.name for value in body.output}.union(*(reads_of(inner) for inner in body.node))
-            read |= wanted - made
+            local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
+            local |= {name for inner in body.node for name in inner.output}
+            used = {value.name for value in body.output}.union(*(reads_of(inner) for inner in body.node))
+            read |= used - local
     return frozenset(read)
 
 
 def written_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield every node, each followed by the nodes of its bodies: in the order of `rewrite.sites.walk`."""
+    """Yield every node, followed by the nodes of its bodies, in the same order as `rewrite.sites.walk`."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""Biases of planned layers: whether a layer has room for one, and adding to it."""
+"""Changes the biases of planned layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,26 @@ from tensorrail_runtime.errors import GraphError
 
 
 def takes_bias(layer: ResolvedLayer) -> bool:
-    """Return whether a bias can be given to the layer without a new node: one node, a Conv or Gemm, or an Add behind it."""
+    """Return whether a vector can be added to the layer's bias without a new node.
+
+    This holds for one Conv or Gemm node, and for one MatMul node followed by an Add of a constant vector.
+    """
     return len(layer.sites) == 1 and _bias(layer) is not None
 
 
 def add_biases(resolved: ResolvedPlan, biases: Mapping[str, np.ndarray]) -> ResolvedPlan:
-    """Return the plan with a model whose layers have a vector (O,) added to their bias; one that has none gets it.
+    """Return the resolved plan in a model with changed biases.
 
-    The argument is not changed. Raises `GraphError` for a layer that `takes_bias` does not hold for.
+    Args:
+        resolved: the plan in the dense model; it is not changed.
+        biases: a vector (O,) to add to the bias of each layer, by layer name; a layer without a bias gets this one.
+
+    Returns:
+        The resolved plan in the changed model.
+
+    Raises:
+        GraphError: `takes_bias` is false for a layer.
+
     """
     if not biases:
         return resolved
@@ -32,19 +44,19 @@ def add_biases(resolved: ResolvedPlan, biases: Mapping[str, np.ndarray]) -> Reso
 
 
 def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
-    """Add a vector (O,) to the layer's bias; return the node that holds it."""
-    place, name, site = _bias(layer), layer.plan.name, layer.sites[0]
-    if place is None:
+    """Add a vector (O,) to the layer's bias; return the node that takes it. Raises `GraphError` if there is none."""
+    bias_input, name, site = _bias(layer), layer.plan.name, layer.sites[0]
+    if bias_input is None:
         raise GraphError(
-            f"layer {name}: has no bias that could be changed; expected a Conv, a Gemm, or a MatMul with an Add of "
-            "a constant vector behind it"
+            f"layer {name}: has no bias that can be changed; expected one Conv or Gemm node, or one MatMul node "
+            "followed by an Add of a constant vector"
         )
-    node, index = place
+    node, index = bias_input
     scale = 1.0
     if node.op == "Gemm":
         scale = node.attrs.get("alpha", 1.0) / (node.attrs.get("beta", 1.0) or 1.0)
-    present = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
-    before = np.asarray(node.inputs[index].values, np.float64) if present else 0.0
+    has_bias = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
+    before = np.asarray(node.inputs[index].values, np.float64) if has_bias else 0.0
     constant = gs.Constant(site.names.unique(f"{name}/bias"), (before + scale * bias).astype(layer.dtype))
     if index < len(node.inputs):
         node.inputs[index] = constant
@@ -54,7 +66,7 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
 
 
 def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
-    """Return the node and the place of its input that hold the layer's bias, or could; None when there is none."""
+    """Return the node and input index of the layer's bias, also if it has none yet; None if it cannot have one."""
     site = layer.sites[0]
     node = site.node
     if node.op in ("Conv", "Gemm"):
@@ -62,8 +74,8 @@ def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
             return None
         if len(node.inputs) < 3 or node.inputs[2].is_empty():
             return (node, 2) if node.op == "Conv" or site.graph.opset >= 11 else None
-        known = isinstance(node.inputs[2], gs.Constant)
-        vector = known and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
+        is_constant = isinstance(node.inputs[2], gs.Constant)
+        vector = is_constant and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
         return (node, 2) if vector and node.inputs[2].values.size > 1 else None
     consumers = node.outputs[0].outputs
     if node.op != "MatMul" or len(consumers) != 1 or consumers[0].op != "Add" or layer.rule.weight_input(node) == 0:

@@ -1,7 +1,7 @@
-"""A plan and a model, brought together once: which nodes each planned layer is, and what they compute.
+"""Resolves a plan in a model once: finds the nodes of each planned layer, and what they compute.
 
-`resolve` imports the graph, finds every planned layer and checks its plan. Whoever changes the graph works on
-`ResolvedPlan.copy`, which imports nothing: nodes and tensors are copied, the values of constants are shared.
+`resolve` imports the graph, finds every planned layer and checks its plan. Code that changes the graph works on
+`ResolvedPlan.copy`, which does not import the model again: nodes and tensors are copied, the values of constants are shared.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ResolvedLayer:
         rule: how its nodes are read and rewritten.
         sites: its nodes; several where they share the weight.
         specs: what each node computes; shape, stride and axes may differ where the weight is shared.
-        constants: the weight of each node; where nodes of the graph compute it, the folded value.
-        place: where its first node stands in the graph, bodies included, from 0.
+        constants: the weight of each node, folded to a constant if nodes of the graph compute it.
+        place: index of its first node in the graph, counting the nodes of bodies, from 0.
 
     """
 
@@ -52,8 +52,8 @@ class ResolvedLayer:
     @property
     def dtype(self) -> np.dtype[Any]:  # any of the floating types
         """Type of the weight."""
-        found: np.dtype[Any] = np.dtype(self.constants[0].dtype)
-        return found
+        dtype: np.dtype[Any] = np.dtype(self.constants[0].dtype)
+        return dtype
 
     @cached_property
     def weight(self) -> np.ndarray:
@@ -61,16 +61,18 @@ class ResolvedLayer:
         node, constant = self.sites[0].node, self.constants[0]
         inputs: list[gs.Tensor] = [gs.Variable("data") for _ in node.inputs]
         inputs[self.rule.weight_input(node)] = gs.Constant(constant.name, constant.values)
-        return self.rule.weight(gs.Node(node.op, attrs=node.attrs, inputs=inputs))  # the node itself may compute its weight
+        return self.rule.weight(
+            gs.Node(node.op, attrs=node.attrs, inputs=inputs)
+        )  # a stand-in node, since the weight of the original may be computed
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedPlan:
-    """A plan whose layers were found in a model. The graph stays as it was imported; `copy` gives one to be changed.
+    """A plan whose layers were found in a model. The graph is never changed; `copy` returns one that may be changed.
 
     Attributes:
-        model: the model, as it came.
-        graph: its graph; computed weights are computed there.
+        model: the model.
+        graph: its graph, in which computed weights are not folded.
         plan: the plan.
         layers: the planned layers by name, in the plan's order.
 
@@ -83,17 +85,17 @@ class ResolvedPlan:
 
     @property
     def in_graph_order(self) -> tuple[ResolvedLayer, ...]:
-        """The layers by where their first nodes stand in the graph."""
+        """The layers in the order of their first nodes in the graph."""
         return tuple(sorted(self.layers.values(), key=lambda layer: (layer.place, layer.plan.name)))
 
     def copy(self, *, folded: bool = True) -> ResolvedPlan:
-        """Return the same with a graph that may be changed, and the sites in it. Nothing is imported; values are shared.
+        """Return a copy whose graph may be changed, with the sites in it. The values of constants are shared.
 
         Args:
-            folded: whether planned weights that are computed from constants become constants, default True.
+            folded: whether planned weights that are computed from constants become constants; default True.
 
         Returns:
-            A resolved plan; changes of its graph and nodes are not seen in this one.
+            A resolved plan; changes of its graph and nodes do not affect this one.
 
         """
         copier = _Copier()
@@ -117,10 +119,10 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
         plan: names, formats, modes and ranks of the layers.
 
     Returns:
-        The layers' nodes, what these compute and their weights.
+        The nodes of each layer, what they compute, and the weights.
 
     Raises:
-        GraphError: a layer is not in the graph, cannot be rewritten or is planned by two names; the message says why.
+        GraphError: a layer is not in the graph, cannot be rewritten, or is planned under two names.
         PlanError: modes, ranks or merge do not fit the weight's shape.
 
     """
@@ -130,24 +132,24 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
     before = {id(node): tuple(node.inputs) for _, node in walk(graph)}
     layers: dict[str, ResolvedLayer] = {}
     owners: dict[int, str] = {}
-    for part in plan.layers:
-        rule, sites = named.find(part.name)
+    for layer_plan in plan.layers:
+        rule, sites = named.find(layer_plan.name)
         for site in sites:
-            if (owner := owners.setdefault(id(site.node), part.name)) != part.name:
-                raise GraphError(f"layer {part.name}: is the layer that is planned as {owner} already; plan it once")
+            if (owner := owners.setdefault(id(site.node), layer_plan.name)) != layer_plan.name:
+                raise GraphError(f"layer {layer_plan.name}: is also planned as {owner}; plan it under one of these names")
         specs = tuple(rule.layer(site.node) for site in sites)
-        part.check(specs[0].shape)
+        layer_plan.check(specs[0].shape)
         constants = tuple(site.node.inputs[rule.weight_input(site.node)] for site in sites)
         place = min(places[id(site.node)] for site in sites)
-        layers[part.name] = ResolvedLayer(part, rule, tuple(sites), specs, constants, place)
-    for layer in layers.values():  # as long as layers are looked for, weights stay folded
+        layers[layer_plan.name] = ResolvedLayer(layer_plan, rule, tuple(sites), specs, constants, place)
+    for layer in layers.values():  # weights stay folded until all layers are found
         original = [before[id(site.node)][layer.rule.weight_input(site.node)] for site in layer.sites]
         _give(layer.rule, layer.sites, original)
     return ResolvedPlan(model, graph, plan, layers)
 
 
 def _give(rule: Rule, sites: tuple[Site, ...], weights: list[gs.Tensor] | tuple[gs.Constant, ...]) -> None:
-    """Give each node its weight."""
+    """Set the weight of each node."""
     for site, weight in zip(sites, weights, strict=True):
         index = rule.weight_input(site.node)
         if site.node.inputs[index] is not weight:
@@ -155,7 +157,7 @@ def _give(rule: Rule, sites: tuple[Site, ...], weights: list[gs.Tensor] | tuple[
 
 
 class _Copier:
-    """Copies a graph with the bodies in it: `gs.Graph.copy` tells tensors by names, of which bodies may have their own."""
+    """Copies a graph with its bodies. `gs.Graph.copy` identifies tensors by name, but a body may reuse a name of the graph."""
 
     def __init__(self) -> None:
         self.graphs: dict[int, gs.Graph] = {}
@@ -163,7 +165,7 @@ class _Copier:
         self.tensors: dict[int, gs.Tensor] = {}
 
     def graph(self, graph: gs.Graph) -> gs.Graph:
-        made = gs.Graph(
+        copied = gs.Graph(
             nodes=[self.node(node) for node in graph.nodes],
             inputs=[self.tensor(tensor) for tensor in graph.inputs],
             outputs=[self.tensor(tensor) for tensor in graph.outputs],
@@ -176,29 +178,29 @@ class _Copier:
             functions=graph.functions,
             ir_version=graph.ir_version,
         )
-        self.graphs[id(graph)] = made
-        return made
+        self.graphs[id(graph)] = copied
+        return copied
 
     def node(self, node: gs.Node) -> gs.Node:
         attrs = {name: self.attribute(value) for name, value in node.attrs.items()}
         inputs, outputs = ([self.tensor(tensor) for tensor in tensors] for tensors in (node.inputs, node.outputs))
-        made = gs.Node(node.op, node.name, attrs, inputs, outputs, node.domain)
-        self.nodes[id(node)] = made
-        return made
+        copied = gs.Node(node.op, node.name, attrs, inputs, outputs, node.domain)
+        self.nodes[id(node)] = copied
+        return copied
 
     def attribute(self, value: object) -> object:
         if isinstance(value, gs.Graph):
             return self.graph(value)
-        return [self.attribute(one) for one in value] if isinstance(value, list) else value
+        return [self.attribute(item) for item in value] if isinstance(value, list) else value
 
     def tensor(self, tensor: gs.Tensor) -> gs.Tensor:
         if tensor.is_empty():
             return gs.Variable.empty()
         if id(tensor) not in self.tensors:
-            made = tensor.copy()
+            copied = tensor.copy()
             if isinstance(tensor, gs.Variable):
-                made.type = tensor.type
+                copied.type = tensor.type
             else:
-                made.data_location = tensor.data_location
-            self.tensors[id(tensor)] = made
+                copied.data_location = tensor.data_location
+            self.tensors[id(tensor)] = copied
         return self.tensors[id(tensor)]

@@ -26,23 +26,23 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 
 class LayerRewrite(Record):
-    """What was done to one layer. Parameters count the weight alone, without bias; FLOPs are 2 × MACs of one sample.
+    """How one layer was rewritten. Parameters count the weight without the bias; FLOPs are 2 × MACs of one sample.
 
-    Of nodes that share the weight and differ in stride or dilation, steps and FLOPs are the first one's.
+    If several nodes share the weight and differ in stride or dilation, steps and FLOPs are those of the first node.
     """
 
     layer: str
     op: str
-    nodes: int  # how many nodes shared the weight; all were rewritten
+    nodes: int  # number of nodes that share the weight; all were rewritten
     shape: tuple[int, ...]
     format: str
     modes: tuple[int, ...]
-    ranks: tuple[int, ...]  # as they are in the cores, clamped
-    block: int  # ranks that run are widened by zeros to multiples of it
+    ranks: tuple[int, ...]  # as in the cores, after clamping
+    block: int  # ranks are padded with zeros to multiples of it
     merge: str
-    merged: tuple[tuple[int, ...], ...]  # which cores each stored constant holds; one index: the trained core, exactly
-    batch_norm: bool  # whether the batch-norm behind it was folded into the last constant
-    scan: bool = False  # whether its loop was written as a Scan
+    merged: tuple[tuple[int, ...], ...]  # the cores in each stored constant; one index: the trained core, unchanged
+    batch_norm: bool  # whether the batch norm after it was folded into the last constant
+    scan: bool = False  # whether it runs as a Scan
     steps: str
     kernels: int
     flops: int
@@ -50,11 +50,11 @@ class LayerRewrite(Record):
     dense_params: int
     core_params: int
     stored_params: int
-    weight_error: float  # ‖W − reconstruct(cores)‖ / ‖W‖, W as it stood in the graph
+    weight_error: float  # ‖W − reconstruct(cores)‖ / ‖W‖, with W from the dense graph
 
 
 class Rewrites(PrintedRecord):
-    """All rewritten layers of a graph, as a file; `dense` are planned layers that have their cores' dense weight."""
+    """All rewritten layers of a graph, as a file. `dense` lists planned layers that run with a reconstructed weight."""
 
     layers: tuple[LayerRewrite, ...]
     dense: tuple[LayerPlan, ...] = ()
@@ -73,7 +73,7 @@ class Rewrites(PrintedRecord):
 
 @dataclass(frozen=True)
 class Factored:
-    """The factored graph and what was done to each layer."""
+    """The factored graph, and how each layer was rewritten."""
 
     model: onnx.ModelProto
     layers: tuple[LayerRewrite, ...]
@@ -90,25 +90,64 @@ def factorize(
 ) -> Factored:
     """Return the graph with every planned layer rewritten to the contraction of its cores.
 
-    `block` widens the ranks that run with zeros to its multiples, one for all or one a layer, which changes no output.
-    `fold_batch_norm` takes a batch-norm that alone follows a rewritten convolution into the last core; otherwise every
-    trained core stays as it is. `scan` allows a recurrent layer without a boundary to run as a Scan, which is for CPUs.
-    Raises `GraphError` for a planned layer that is not in the graph or cannot be rewritten, `PlanError` for modes, ranks
-    or cores that do not fit. The argument is not changed.
+    Args:
+        model: the dense graph; it is not changed.
+        plan: the layers, formats, modes and ranks.
+        cores: the cores of each planned layer, by name.
+        block: ranks are padded with zeros to multiples of it, which changes no output; one number for all layers, or one per
+            layer name (1 for a layer without an entry); default 1.
+        fold_batch_norm: whether a batch norm that is the only consumer of a rewritten convolution is folded into its last core;
+            default False, which keeps every trained core unchanged.
+        scan: whether a recurrent layer without a rank between input and output may run as a Scan, which is fast on CPUs only;
+            default True.
+
+    Returns:
+        The factored graph, and how each layer was rewritten.
+
+    Raises:
+        GraphError: a planned layer is not in the graph, has no cores or cannot be rewritten.
+        PlanError: modes, ranks or cores do not fit the weight.
+
     """
     return rewrite(resolve(model, plan), cores, block=block, fold_batch_norm=fold_batch_norm, scan=scan)
 
 
 def reconstruct(model: onnx.ModelProto, plan: Plan, cores: Cores) -> onnx.ModelProto:
-    """Return the graph with every planned weight replaced by the dense weight that its cores stand for.
+    """Return the graph with every planned weight replaced by the dense weight reconstructed from its cores.
 
-    Against the dense graph it shows the approximation error alone, against the factored graph the numerical one.
+    Its outputs differ from the dense graph's by the approximation error, and from the factored graph's by the numerical error.
+
+    Args:
+        model: the dense graph; it is not changed.
+        plan: the layers, formats, modes and ranks.
+        cores: the cores of each planned layer, by name.
+
+    Returns:
+        The graph with reconstructed weights.
+
+    Raises:
+        GraphError: a planned layer is not in the graph or cannot be rewritten.
+        PlanError: modes, ranks or cores do not fit the weight.
+
     """
     return with_cores(resolve(model, plan), cores)
 
 
 def decompose_graph(model: onnx.ModelProto, plan: Plan) -> dict[str, list[np.ndarray]]:
-    """Return cores for every planned layer, decomposed from the weights that stand in the graph."""
+    """Decompose the weight of every planned layer.
+
+    Args:
+        model: the dense graph; it is not changed.
+        plan: the layers, formats, modes and ranks.
+
+    Returns:
+        The cores of each planned layer, by name.
+
+    Raises:
+        GraphError: a planned layer is not in the graph, cannot be rewritten, or has NaN or infinite weights.
+        PlanError: modes or ranks do not fit the weight.
+
+    """
     return decompose(resolve(model, plan))
 
 
@@ -120,29 +159,41 @@ def rewrite(
     fold_batch_norm: bool = False,
     scan: bool = True,
 ) -> Factored:
-    """Do what `factorize` does for a plan that was resolved; it is not changed."""
+    """Do the same as `factorize` for a resolved plan, which is not changed."""
     work = resolved.copy()
     scan = scan and holds_scan(work.model)
     rewrites = []
     for layer in work.layers.values():
-        part, spec = layer.plan, layer.spec
-        if part.name not in cores:
-            raise GraphError(f"layer {part.name}: planned, and no cores came for it; cores came for {', '.join(cores)}")
-        check_cores(part, cores[part.name], spec.shape)
-        specs = [own if scan else replace(own, scan=False) for own in layer.specs]
+        layer_plan, spec = layer.plan, layer.spec
+        if layer_plan.name not in cores:
+            raise GraphError(
+                f"layer {layer_plan.name}: expected cores for every planned layer, got cores only for "
+                f"{', '.join(cores) or 'none'}; add this layer's cores, or remove it from the plan"
+            )
+        check_cores(layer_plan, cores[layer_plan.name], spec.shape)
+        specs = [node_spec if scan else replace(node_spec, scan=False) for node_spec in layer.specs]
         weight = layer.weight
-        width = block if isinstance(block, int) else block.get(part.name, 1)
-        merged = part.model_copy(update={"merge": part.merge_for(specs[0])})
-        padded = pad_ranks(part, cores[part.name], spec.shape, width)
+        layer_block = block if isinstance(block, int) else block.get(layer_plan.name, 1)
+        merged = layer_plan.model_copy(update={"merge": layer_plan.merge_for(specs[0])})
+        padded = pad_ranks(layer_plan, cores[layer_plan.name], spec.shape, layer_block)
         # Nodes that share a weight may differ in stride, dilation or the axes of their input.
-        steps = [merged.contraction(padded, own) for own in specs]
+        steps = [merged.contraction(padded, node_spec) for node_spec in specs]
         folded = []
-        for site, spec_here, steps_here in zip(layer.sites, specs, steps, strict=True):
-            normed = _with_batch_norm(site, steps_here) if fold_batch_norm else steps_here
-            folded.append(normed is not steps_here)
-            layer.rule.rewrite(replace(site, scan=runs_in_scan(steps_here, spec_here)), normed, part.name)
+        for site, node_spec, node_steps in zip(layer.sites, specs, steps, strict=True):
+            final_steps = _with_batch_norm(site, node_steps) if fold_batch_norm else node_steps
+            folded.append(final_steps is not node_steps)
+            layer.rule.rewrite(replace(site, scan=runs_in_scan(node_steps, node_spec)), final_steps, layer_plan.name)
         rewrites.append(
-            _record(merged, layer.sites, specs[0], weight, cores[part.name], steps[0], block=width, batch_norm=all(folded))
+            _record(
+                merged,
+                layer.sites,
+                specs[0],
+                weight,
+                cores[layer_plan.name],
+                steps[0],
+                block=layer_block,
+                batch_norm=all(folded),
+            )
         )
     factored = export_graph(work.graph, work.model)
     check_model(factored)
@@ -150,7 +201,7 @@ def rewrite(
 
 
 def with_cores(resolved: ResolvedPlan, cores: Cores) -> onnx.ModelProto:
-    """Do what `reconstruct` does for a plan that was resolved; it is not changed."""
+    """Do the same as `reconstruct` for a resolved plan, which is not changed."""
     weights = {}
     for name, layer in resolved.layers.items():
         check_cores(layer.plan, cores[name], layer.spec.shape)
@@ -159,7 +210,16 @@ def with_cores(resolved: ResolvedPlan, cores: Cores) -> onnx.ModelProto:
 
 
 def with_weights(resolved: ResolvedPlan, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """Return the graph with the weights of planned layers replaced by others (O, I, *K), in torch's gate order."""
+    """Return the graph with new weights for some planned layers.
+
+    Args:
+        resolved: the plan in the dense graph; it is not changed.
+        weights: weights (O, I, *K) by layer name, a recurrent layer's gates in torch's order.
+
+    Returns:
+        The graph with these weights.
+
+    """
     work = resolved.copy()
     for name, weight in weights.items():
         layer = work.layers[name]
@@ -169,36 +229,42 @@ def with_weights(resolved: ResolvedPlan, weights: Mapping[str, np.ndarray]) -> o
 
 
 def decompose(resolved: ResolvedPlan) -> dict[str, list[np.ndarray]]:
-    """Return cores for every layer of a plan that was resolved, from the weights that stand in the graph."""
+    """Do the same as `decompose_graph` for a resolved plan."""
     cores = {}
     for name, layer in resolved.layers.items():
-        wide = layer.weight if layer.weight.dtype == np.float64 else layer.weight.astype(np.float32)
-        check_finite(name, wide)
-        cores[name] = layer.plan.decompose(wide)
+        values = layer.weight if layer.weight.dtype == np.float64 else layer.weight.astype(np.float32)
+        check_finite(name, values)
+        cores[name] = layer.plan.decompose(values)
     return cores
 
 
 def check_finite(layer: str, weight: np.ndarray) -> None:
-    """Raise `GraphError` for a weight that cannot be decomposed."""
+    """Raise `GraphError` if a weight holds NaN or infinite values."""
     if not np.isfinite(weight).all():
-        raise GraphError(f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed")
+        raise GraphError(
+            f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed; keep the layer dense"
+        )
 
 
 def _with_batch_norm(site: Site, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Take the batch-norm behind a convolution into its last step and its bias; the steps themselves when there is none."""
+    """Fold the batch norm after a convolution into its last step and bias; return the same steps if nothing can be folded."""
     node, last = site.node, steps[-1]
     consumers = node.outputs[0].outputs
     if not isinstance(last, Conv) or len(consumers) != 1 or consumers[0].op != "BatchNormalization":
         return steps
     norm = consumers[0]
-    if not is_standard(norm) or not any(norm is other for other in site.graph.nodes):  # one in a body gives the body's output
+    if not is_standard(norm) or not any(norm is other for other in site.graph.nodes):  # an output of a body
         return steps
     constants = norm.inputs[1:5]
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     inference = not norm.attrs.get("training_mode", 0) and len(norm.outputs) == 1
-    known = all(isinstance(tensor, gs.Constant) for tensor in constants) and (bias is None or isinstance(bias, gs.Constant))
-    known = known and all(tuple(tensor.shape) == last.weight.shape[:1] for tensor in constants)  # one value a channel
-    if not inference or not known or any(node.outputs[0] is out for out in site.graph.outputs):
+    constant_inputs = all(isinstance(tensor, gs.Constant) for tensor in constants) and (
+        bias is None or isinstance(bias, gs.Constant)
+    )
+    constant_inputs = constant_inputs and all(
+        tuple(tensor.shape) == last.weight.shape[:1] for tensor in constants
+    )  # one value per channel
+    if not inference or not constant_inputs or any(node.outputs[0] is out for out in site.graph.outputs):
         return steps
     scale, shift, mean, variance = (np.asarray(tensor.values, np.float64) for tensor in constants)
     factor = scale / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
@@ -228,8 +294,8 @@ def _record(
 ) -> LayerRewrite:
     constants = [step for step in steps if isinstance(step, Conv | MatMul)]
     cost = contraction_cost(steps, spec)
-    wide = weight.astype(np.float64)
-    residual = wide - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
+    dense_weight = weight.astype(np.float64)
+    residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
     return LayerRewrite(
         layer=layer.name,
         op=sites[0].node.op,
@@ -250,5 +316,5 @@ def _record(
         dense_params=weight.size,
         core_params=sum(core.size for core in cores),
         stored_params=sum(step.weight.size for step in constants),
-        weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(wide) or 1.0)),
+        weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(dense_weight) or 1.0)),
     )

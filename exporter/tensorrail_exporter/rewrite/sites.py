@@ -1,4 +1,4 @@
-"""Where the planned layers are: in the graph or in the body of one of its nodes, by the weight's name or the node's."""
+"""Finds planned layers by the name of their weight or node, in a graph and in the bodies of its nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
 
 
 def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
-    """Yield every node with the graph that it stands in, those of If, Loop and Scan bodies included."""
+    """Yield every node and the graph that contains it, including the nodes in the bodies of If, Loop and Scan."""
     for node in graph.nodes:
         yield graph, node
         for value in node.attrs.values():
@@ -28,9 +28,10 @@ def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
 
 
 class NamedLayers:
-    """The layers of one graph by every name that a plan may call them; made once, and true while they are rewritten.
+    """The layers of one graph, by every name that a plan may use for them.
 
-    Nodes that a rewriting adds are none of them. `names` are those that are taken, in the graph and in all bodies below it.
+    The index is built once and stays valid while layers are rewritten; it does not include nodes that a rewriting adds. `names`
+    holds the names in use in the graph and in all bodies of its nodes.
     """
 
     def __init__(self, graph: gs.Graph) -> None:
@@ -42,9 +43,17 @@ class NamedLayers:
                 self._sites.setdefault(name, []).append(Site(inner, node, self.names))
 
     def find(self, name: str) -> tuple[Rule, list[Site]]:
-        """Return a layer's rule and nodes, their weights folded; more than one node when they share a weight.
+        """Return the rule and the nodes of a layer, and fold a computed weight to a constant.
 
-        `GraphError` when the layer is not there or its name stands for several weights, or says why it stays dense.
+        Args:
+            name: the name of the layer's weight, with or without `.weight`, of its node, or of its output.
+
+        Returns:
+            The rule that rewrites the layer, and its nodes: several if they share the weight.
+
+        Raises:
+            GraphError: the layer is not in the graph, cannot be rewritten, or the name refers to several weights.
+
         """
         sites = self._called(name)
         if not sites:
@@ -54,48 +63,48 @@ class NamedLayers:
             if is_standard(other) and other.op in STAY_DENSE:
                 raise GraphError(f"layer {name}: cannot be rewritten: {STAY_DENSE[other.op]}")
             ops = ", ".join(sorted({_full_name(site.node) for site in sites}))
-            raise GraphError(f"layer {name}: no rule rewrites {ops}; the rules take {', '.join(_RULE_OF)}")
+            raise GraphError(f"layer {name}: no rule rewrites {ops}; expected one of {', '.join(_RULE_OF)}")
         groups = _by_weight(sites)
         if len(groups) > 1:
-            own = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
+            own_names = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
             raise GraphError(
-                f"layer {name}: its {len(sites)} nodes take {len(groups)} different weights; plan each by a name of its "
-                f"own: {own or 'none has one: give the nodes names'}"
+                f"layer {name}: expected nodes that share one weight, got {len(sites)} nodes with {len(groups)} "
+                f"different weights; plan each weight by its own name: {own_names or 'none has one: give the nodes names'}"
             )
         for site in sites:
-            rule = _RULE_OF[site.node.op]  # of all of them, or the groups would be two
+            rule = _RULE_OF[site.node.op]  # the same for all sites, since they are one group
             _fold(site, rule, name)
             if why := _why_not(site.node, rule):
                 raise GraphError(f"layer {name}: cannot be rewritten: {why}")
         return rule, sites
 
     def rewritable(self) -> dict[str, gs.Node]:
-        """Return the nodes that a plan may name, each under the name that one would choose for it.
+        """Return one node of every layer that can be rewritten, by the name that a plan should use.
 
-        Where a name stands for several weights, such as the parts of a matrix that is split, each comes under one of its own.
+        If a name refers to several weights, such as the parts of a matrix that is split, each is listed under its own name.
         """
-        found: dict[str, gs.Node] = {}
+        node_by_name: dict[str, gs.Node] = {}
         for inner, node in walk(self.graph):
             if _on_folded(Site(inner, node, self.names), lambda *_: True) and (name := self._own_name(node)):
-                found.setdefault(name, node)
-        return found
+                node_by_name.setdefault(name, node)
+        return node_by_name
 
     def _called(self, name: str) -> list[Site]:
-        """Return the nodes that a name stands for: by their weight's name, else by their own, else by their output's."""
-        # A node that was rewritten has no outputs, and one whose weight was folded has lost the name of what it is made of.
+        """Return the nodes that a name refers to: by the name of the weight, else of the node, else of the output."""
+        # Names change: a rewritten node has no outputs, and a folded weight loses the names of the tensors it came from.
         sites = [site for site in self._sites.get(name, ()) if name in _all_names(site.node)]
         called = [site for site in sites if name in names_of(site.node)]
-        # A computed tensor of that name is no weight: it stands for the node only where nothing else does.
-        found = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
-        # A weight's name goes before a node's: nodes that only bear the name of another layer's weight are other layers.
-        found = [site for site in found if name in _weight_names(site.node)] or found
-        return found or [site for site in sites if _has_weight(site.node)]
+        # A computed tensor of that name is not a weight: its node is returned only if no other node matches.
+        matching = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
+        # Weight names take precedence: a node that is named like the weight of another layer is a different layer.
+        matching = [site for site in matching if name in _weight_names(site.node)] or matching
+        return matching or [site for site in sites if _has_weight(site.node)]
 
     def _own_name(self, node: gs.Node) -> str | None:
-        """Return the first name of a node that stands for its weight alone."""
+        """Return the first name of a node that refers to its weight only."""
         for name in _all_names(node):
             sites = self._called(name)
-            if any(one.node is node for one in sites) and len(_by_weight(sites)) == 1:
+            if any(site.node is node for site in sites) and len(_by_weight(sites)) == 1:
                 return name
         return None
 
@@ -109,12 +118,12 @@ def _full_name(node: gs.Node) -> str:
 
 
 def names_of(node: gs.Node) -> list[str]:
-    """Return the names by which a plan may call a node: its weight's, with and without `.weight`, and its own."""
+    """Return the names that a plan may use for a node: those of its weight, with and without `.weight`, and its own."""
     return [*_weight_names(node), *([node.name] if node.name else [])]
 
 
 def _all_names(node: gs.Node) -> dict[str, None]:
-    """Return the names of a node and of the tensors that it makes; none for one that was rewritten."""
+    """Return the names of a node and of its outputs; none for a node that was rewritten."""
     return dict.fromkeys((*names_of(node), *_output_names(node))) if node.outputs else {}
 
 
@@ -128,7 +137,7 @@ def _names_in(graph: gs.Graph) -> Names:
 
 
 def _by_weight(sites: list[Site]) -> list[list[Site]]:
-    """Return the nodes by the weight (O, I, *K) that they compute with; all together when one of them cannot be rewritten."""
+    """Return the nodes grouped by their weight (O, I, *K); one group if one of them cannot be rewritten."""
     if len(sites) == 1:
         return [sites]
     groups: list[tuple[Rule | None, np.ndarray, list[Site]]] = []
@@ -136,9 +145,9 @@ def _by_weight(sites: list[Site]) -> list[list[Site]]:
         weight = _weight(site)
         if weight is None:
             return [sites]
-        for rule, present, group in groups:
-            alike = rule is _rule_of(site.node) and present.dtype == weight.dtype
-            if alike and np.array_equal(present, weight, equal_nan=True):
+        for rule, group_weight, group in groups:
+            same_kind = rule is _rule_of(site.node) and group_weight.dtype == weight.dtype
+            if same_kind and np.array_equal(group_weight, weight, equal_nan=True):
                 group.append(site)
                 break
         else:
@@ -147,12 +156,12 @@ def _by_weight(sites: list[Site]) -> list[list[Site]]:
 
 
 def _weight(site: Site) -> np.ndarray | None:
-    """Return a node's weight (O, I, *K), folded where it is computed; None when it stays dense. The node is not changed."""
+    """Return a node's weight (O, I, *K), also if it is computed; None if the node cannot be rewritten. It is not changed."""
     return _on_folded(site, lambda rule, node: rule.weight(node))
 
 
 def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer | None:
-    """Return what `ask` says of a copy of the node whose weight is folded; None when the node stays dense."""
+    """Call `ask` on a copy of the node with a constant weight; return None if the node cannot be rewritten."""
     node, rule = site.node, _rule_of(site.node)
     if rule is None:
         return None
@@ -179,7 +188,7 @@ def _weight_names(node: gs.Node) -> list[str]:
     if rule := _rule_of(node):
         weight = node.inputs[rule.weight_input(node)]
         origin = (weight.name,) if isinstance(weight, gs.Constant) else sources(weight)[:1]
-        names = [name for whole in (*origin, weight.name) if whole for name in (whole.removesuffix(".weight"), whole)]
+        names = [name for full in (*origin, weight.name) if full for name in (full.removesuffix(".weight"), full)]
     return names
 
 
@@ -208,12 +217,12 @@ def _fold(site: Site, rule: Rule, name: str) -> None:
 def _why_not(node: gs.Node, rule: Rule) -> str | None:
     if why := rule.why_not(node):
         weight = node.inputs[rule.weight_input(node)]
-        maker = weight.inputs[0].op if weight.inputs else ""
-        if maker in ("DequantizeLinear", "DynamicQuantizeLinear"):
-            why = f"its weight is quantized ({maker} makes it); plan the fp32 model, and quantize what comes of it"
+        producer = weight.inputs[0].op if weight.inputs else ""
+        if producer in ("DequantizeLinear", "DynamicQuantizeLinear"):
+            why = f"its weight is quantized (the output of {producer}); plan the fp32 model, and quantize the factored model"
         return why
     if 0 in node.inputs[rule.weight_input(node)].shape:
-        return "its weight holds no values"
+        return f"its weight is empty: it has shape {list(node.inputs[rule.weight_input(node)].shape)}"
     dtype = node.inputs[rule.weight_input(node)].dtype
     if dtype not in (np.float16, np.float32, np.float64):
         return f"its weight is of type {type_name(dtype)}; expected float16, float32 or float64"

@@ -1,4 +1,4 @@
-"""Every layer of a graph that could be factored, with the shapes that it meets at one batch size."""
+"""Lists the layers of a graph that can be factored, with their shapes at one batch size."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tensorrail_runtime.sessions.inputs import Shapes
 
 @dataclass(frozen=True, eq=False)
 class DenseLayer:
-    """One dense layer. `inputs` are the shapes of the node's inputs, None where there is none or it is not known."""
+    """One dense layer. `inputs` are the shapes of the node's inputs, None for an input that is absent or of unknown shape."""
 
     name: str
     op: str
     spec: LayerSpec
-    nodes: int  # how many nodes share the weight: all are rewritten together
+    nodes: int  # number of nodes that share the weight; all are rewritten together
     attrs: Mapping[str, object]
     inputs: tuple[tuple[int, ...] | None, ...]
-    output: tuple[int, ...] | None  # of a recurrent node its sequence of outputs, whether or not that is used
-    data: int  # which of the inputs is the activation
+    output: tuple[int, ...] | None  # for a recurrent node the sequence of outputs, even if it is not used
+    data: int  # index of the input that is the activation
     dtype: np.dtype
     opset: int
-    first: bool  # whether it reads an input of the graph: its data then arrive in the caller's layout
-    macs: int  # of all its nodes, at this batch size
+    first: bool  # whether it reads an input of the graph, whose memory layout the caller chooses
+    macs: int  # of all its nodes, at the batch size of the survey
     input_name: str
     output_name: str
 
@@ -51,7 +51,7 @@ class DenseLayer:
         return self.spec.params * self.dtype.itemsize
 
     def describe(self) -> str:
-        """Return one word a dimension, such as `Conv 3×3 64→128 /2 on 56×56`."""
+        """Return a short description, such as `Conv 3×3 64→128 /2 on 56×56`."""
         kernel = f" {'×'.join(map(str, self.spec.kernel))}" if self.spec.kernel else ""
         stride = f" /{max(self.spec.stride)}" if self.spec.stride and max(self.spec.stride) > 1 else ""
         size = f" on {'×'.join(map(str, self.spec.size))}" if any(self.spec.size) else ""
@@ -59,7 +59,7 @@ class DenseLayer:
 
     @property
     def signature(self) -> dict[str, object]:
-        """What the layer's time depends on, and its name does not: layers of equal signature are measured once."""
+        """Everything that the layer's time depends on: layers with equal signatures are timed once."""
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -73,11 +73,22 @@ class DenseLayer:
 def survey(
     model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None, *, scan: bool = True
 ) -> tuple[DenseLayer, ...]:
-    """Return the layers of a graph that a plan may name, in the graph's order, at one batch size.
+    """Return the layers of a graph that can be factored, in the order of the graph.
 
-    Dynamic axes are `shapes`' or else `batch`. Without `scan` no layer's loop may become a Scan, as for a GPU. A layer that
-    cannot be rewritten, such as one whose weight a grouped convolution uses as well, is left out. Raises `ModelError` for a
-    shape of an input that is not there.
+    A layer that cannot be rewritten is left out, such as one that shares its weight with a grouped convolution.
+
+    Args:
+        model: the dense graph; it is not changed.
+        batch: size of the dynamic axes of inputs without an entry in `shapes`; default 1.
+        shapes: shapes of inputs by name.
+        scan: whether recurrent layers may run as a Scan; False for a GPU, default True.
+
+    Returns:
+        The layers, with shapes and MACs at this batch size.
+
+    Raises:
+        ModelError: `shapes` names an input that the model does not have.
+
     """
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
@@ -86,27 +97,29 @@ def survey(
     named = NamedLayers(graph)
     layers = named.rewritable()
     if any(_shape(node.inputs[0]) is None or _output(node) is None for node in layers.values()):
-        _complete(graph, seen_shapes(bound, batch, shapes))  # such as those behind computed initial states
+        _complete(graph, seen_shapes(bound, batch, shapes))  # such as the shapes after computed initial states
         layers = named.rewritable()
-    found = []
+    dense_layers = []
     for name in layers:
         try:
             rule, sites = named.find(name)
         except GraphError:
             continue
-        found.append(dense_layer(name, graph, rule, sites))
-    return tuple(found if scan and holds_scan(model) else (replace(one, spec=replace(one.spec, scan=False)) for one in found))
+        dense_layers.append(dense_layer(name, graph, rule, sites))
+    if scan and holds_scan(model):
+        return tuple(dense_layers)
+    return tuple(replace(layer, spec=replace(layer.spec, scan=False)) for layer in dense_layers)
 
 
 def _complete(graph: gs.Graph, known: Mapping[str, Sequence[int | str]]) -> None:
-    """Give tensors whose shape is not known in full the one that is."""
+    """Set the known shapes of tensors whose shape is missing or incomplete."""
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor.name in known and _shape(tensor) is None:
             tensor.shape = list(known[tensor.name])
 
 
 def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -> DenseLayer:
-    """Return one layer as its first node shows it; its MACs are those of all of them."""
+    """Return the layer of some nodes that share a weight: described by the first node, with the MACs of all of them."""
     node = sites[0].node
     weight = rule.weight_input(node)
     data = 1 - weight if node.op == "MatMul" else 0
@@ -129,7 +142,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
 
 
 def _macs(node: gs.Node, spec: LayerSpec) -> int:
-    """Return multiply-accumulates of the node's weight on the data that it meets; 0 where their shape is not known."""
+    """Return the MACs of the node; 0 if the shape of its data is not known."""
     if node.op in ("LSTM", "GRU"):
         shape = _shape(node.inputs[0])
         return 0 if shape is None else shape[0] * shape[1] * spec.params
@@ -140,7 +153,7 @@ def _macs(node: gs.Node, spec: LayerSpec) -> int:
 
 
 def _output(node: gs.Node) -> tuple[int, ...] | None:
-    """Return the shape of the node's first output, also where only the last state of a recurrent layer is used."""
+    """Return the shape of the node's first output, also if only the last state of a recurrent layer is used."""
     if node.op not in ("LSTM", "GRU") or not node.outputs[0].is_empty():
         return _shape(node.outputs[0])
     data, recurrent = _shape(node.inputs[0]), _shape(node.inputs[2])
@@ -161,5 +174,5 @@ def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""The form of given cores that runs fastest here: zeros around their ranks, or the dense weight that they stand for."""
+"""Chooses the form of given cores that runs fastest on this machine: ranks padded with zeros, or the dense weight."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _WIDER = 1.02  # a wider block must be 2 % faster
 
 @dataclass(frozen=True)
 class Form:
-    """Which forms of given cores may be chosen, and how they are timed."""
+    """The forms of given cores to choose from, and how they are timed."""
 
     block: int | Literal["auto"] = "auto"
-    """Ranks are widened by zeros to multiples of it; `auto`: the fastest of 1, 4, 8 and 16 for each layer."""
+    """Ranks are padded with zeros to multiples of it; default `auto`: the fastest of 1, 4, 8 and 16 for each layer."""
     dense_if_slower: bool = False
-    """Give a layer that no form of its cores makes faster their dense weight: the same function in a larger file."""
+    """Use the reconstructed dense weight for a layer that no form makes faster: equal outputs, larger file; default False."""
     fold_batch_norm: bool = False
-    """Take a batch norm behind a convolution into its last core."""
+    """Fold a batch norm after a convolution into its last core; default False."""
     scan: bool = True
-    """Let a wide LSTM or GRU without a rank between input and output run as a Scan; never on a GPU."""
+    """Allow a wide LSTM or GRU without a rank between input and output to run as a Scan, but never on a GPU; default True."""
     batch: int = 1
-    """Batch size that layers are timed with."""
+    """Batch size for timing; default 1."""
     shapes: Shapes | None = None
-    """Shapes of inputs by name that layers are timed with."""
+    """Shapes of inputs by name for timing; default: those of the model."""
     seconds: float = 60.0
-    """Seconds of timing layers that are not in the latency table yet."""
+    """Time limit in seconds for timing layers that are not in the latency table yet; default 60."""
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
 
@@ -59,21 +59,22 @@ def factorize_fastest(
     settings: Session | None = None,
     progress: Progress = silent,
 ) -> tuple[Factored, Plan]:
-    """Return the factored graph in the form that runs fastest here.
+    """Return the factored graph in the form that runs fastest on this machine.
 
     Args:
-        model: the dense graph.
+        model: the dense graph; it is not changed.
         plan: the layers, formats, modes and ranks.
         cores: the cores of each planned layer, by name.
-        form: which forms may be chosen.
+        form: the forms to choose from; default `Form()`.
         settings: how the network will run; default: the CPU provider.
-        progress: told about the timing of layers.
+        progress: is told about the timing of layers.
 
     Returns:
-        The factored graph, and the planned layers in it that have their cores' dense weight.
+        The factored graph, and the plan of the layers in it that have a reconstructed dense weight.
 
     Raises:
-        PlanError: every planned layer is faster in dense form; and what `factorize` raises.
+        PlanError: every planned layer is faster in dense form, or modes, ranks or cores do not fit the weight.
+        GraphError: a planned layer is not in the graph, has no cores or cannot be rewritten.
 
     """
     form = form or Form()
@@ -82,14 +83,14 @@ def factorize_fastest(
     if form.block == "auto" or form.dense_if_slower:
         widths |= fastest_blocks(model, plan, form, settings=settings, progress=progress)
     slower = Plan(layers=tuple(layer for layer in plan.layers if not widths[layer.name]))
-    kept = Plan(layers=tuple(layer for layer in plan.layers if widths[layer.name]))
+    factored_plan = Plan(layers=tuple(layer for layer in plan.layers if widths[layer.name]))
     if slower.layers:
-        if not kept.layers:
+        if not factored_plan.layers:
             raise PlanError(
-                f"every planned layer is faster in dense form here, at batch {form.batch}: make a plan on this machine instead"
+                f"every planned layer is faster in dense form here, at batch {form.batch}; make a plan on this machine instead"
             )
         model = reconstruct(model, slower, cores)
-    return factorize(model, kept, cores, block=widths, fold_batch_norm=form.fold_batch_norm, scan=scan), slower
+    return factorize(model, factored_plan, cores, block=widths, fold_batch_norm=form.fold_batch_norm, scan=scan), slower
 
 
 def fastest_blocks(
@@ -100,14 +101,24 @@ def fastest_blocks(
     settings: Session | None = None,
     progress: Progress = silent,
 ) -> dict[str, int]:
-    """Return for every layer of a plan the block that its ranks run fastest with, when zeros widen them to its multiples.
+    """Return the block of each planned layer with which it runs fastest.
 
-    A wider block must be 2 % faster to be chosen. With `form.dense_if_slower`, a layer that runs faster with the dense weight
-    of its cores than with any of them gets 0.
+    Ranks are padded with zeros to multiples of the block. A wider block must be 2 % faster to be chosen.
+
+    Args:
+        model: the dense graph; it is not changed.
+        plan: the layers, formats, modes and ranks.
+        form: the blocks to choose from, and how they are timed; default `Form()`.
+        settings: how the network will run; default: the CPU provider.
+        progress: is told about the timing of layers.
+
+    Returns:
+        The blocks by layer name; with `form.dense_if_slower`, 0 for a layer that is faster with a dense weight.
+
     """
     form, settings = form or Form(), settings or Session()
     planned = {layer.name: layer for layer in plan.layers}
-    widest_first = sorted(form.blocks, reverse=True)  # of blocks that give the same steps the narrowest one stays
+    widest_first = sorted(form.blocks, reverse=True)  # of several blocks with the same steps, the last and narrowest is kept
     options = {
         layer: tuple({o.steps: o for o in (option_for(planned[layer.name], layer.spec, b) for b in widest_first)}.values())
         for layer in survey(model, form.batch, form.shapes, scan=form.scan and not settings.on_gpu)

@@ -1,8 +1,9 @@
-"""The plan of a whole network: what each layer becomes, so that a target is met at the least loss of accuracy.
+"""Plans a whole network: chooses a form for each layer that meets the targets at the least loss of accuracy.
 
-Options on the target's rank grid → their measured times → their losses → one choice for all layers → the chosen network is
-built, timed against the dense one and profiled. Where it misses a latency target or exceeds it by far, the budget is changed
-in that proportion; a form that the profile shows slower than its dense layer is no longer offered; and the choice is repeated.
+The steps are: list the options on the rank grid of the hardware, time them, measure their losses, choose one option per layer,
+then build the chosen network, time it against the dense one and profile it. If it misses a target, or exceeds a latency target
+by far, the budget is scaled by that ratio, forms that the profile shows slower than their dense layer are removed, and the
+choice is repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress
 from tensorrail_runtime.sessions.machine import machine, processor
 
-_BEYOND = 1.03  # of a latency target: a network faster than that could lose less
+_BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
 _NUDGE = 1.005
 _TRIES = 4
 _GPU_GRID = 8
@@ -48,21 +49,24 @@ def plan_network(
     calibration: Calibration | None = None,
     conditions: Conditions | None = None,
 ) -> PlanReport:
-    """Return the plan that meets the targets at the least loss, and its report.
+    """Find the plan that meets the targets at the least loss.
 
     Args:
-        model: the dense graph.
-        targets: how many times less of `latency`, `flops`, `params` or `bytes`; all must hold.
-        search: how the plan is searched for, and the largest loss, where that is limited.
-        calibration: inputs that losses are measured on; without them the weights alone decide.
-        conditions: batch size and shapes that times and FLOPs are for, how the network will run, and who is told about the
-            stages of the search. Default: batch 1 on the CPU provider.
+        model: the dense graph; it is not changed.
+        targets: reduction factors of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; all must be met.
+        search: how the plan is searched for, and the limit on the loss, if any; default `Search()`.
+        calibration: inputs that losses are measured on; default: none, so losses are estimated from the weights.
+        conditions: batch size and shapes for times and FLOPs, how the network will run, and where progress is reported;
+            default: batch 1 on the CPU provider.
+
+    Returns:
+        The report of the chosen network, with the plan.
 
     Raises:
-        TargetError: the targets cannot be met, with what can be reached.
-        PlanError: a target on what the model has none of, or layers to keep that do not exist.
-        GraphError: weights or outputs that are not finite, or labels that are not classes.
-        ModelError: the model does not run as asked.
+        TargetError: a target cannot be met; the message says what can be reached.
+        PlanError: a target is invalid or on a quantity that is 0, or a pattern of `search.keep` matches no layer.
+        GraphError: weights or outputs are not finite, or labels are not classes.
+        ModelError: the model does not run in these conditions.
 
     """
     search, conditions = search or Search(), conditions or Conditions()
@@ -75,7 +79,7 @@ def plan_network(
     _check_keep(search.keep, layers)
     options = _options(layers, search, grid)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
-    dense_weights(resolved)  # are they finite?
+    dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
         check_outputs(model, calibration, settings.exact)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +98,7 @@ def plan_network(
     rows = [
         PlannedLayer.dense(layer, 0.0, "not timed: the shape of its data is not known")
         for layer in layers
-        if layer not in options  # such as those in the bodies of If and Loop
+        if layer not in options  # such as layers in the bodies of If and Loop
     ]
     best = _best(reports)
     return best.model_copy(update={"rows": (*best.rows, *rows)})
@@ -108,7 +112,7 @@ def _search(
     grid: int,
     progress: Progress,
 ) -> list[PlanReport]:
-    """Choose, measure and correct the budget, until the measured network is what was asked for or a few tries are done."""
+    """Choose a network, measure it and correct the budget, until the targets are met or the number of tries is used up."""
     aims = dict(targets)
     start = PlanReport(
         targets=dict(targets),
@@ -130,19 +134,19 @@ def _search(
         except TargetError:
             if not reports:
                 raise
-            break  # no tighter budget can be met: the reports so far are all there are
+            break  # the tighter budget cannot be met: return the reports so far
         progress("timing the chosen network", number / _TRIES)
         report = verification.measured(report)
         reports.append(report)
         slower = () if search.allow_slower else report.slower
-        off = {*report.missed}
+        to_correct = {*report.missed}
         if "latency" in aims and report.reached["latency"] / targets["latency"] > _BEYOND:
-            off.add("latency")
-        if report.measured is None or not (off or slower):
+            to_correct.add("latency")
+        if report.measured is None or not (to_correct or slower):
             break
-        for name in off:
-            # The table is a few per cent off, and a weight that something else reads stays in the graph: what was reached says
-            # how much tighter or looser the budget should be.
+        for name in to_correct:
+            # The table is a few per cent off, and a weight with another reader stays in the graph: the ratio of target to
+            # reached value says how much tighter or looser the budget should be.
             aims[name] *= targets[name] / report.reached[name] * _NUDGE
         candidates = candidates.without(report, slower)
         if min(aims.values(), default=2.0) <= 1.0 or not candidates.can_reach(aims):
@@ -152,7 +156,7 @@ def _search(
 
 
 def _best(reports: Sequence[PlanReport]) -> PlanReport:
-    """Return the report with the least loss among those that meet all targets; else the one nearest to them."""
+    """Return the report with the least loss among those that meet all targets, else the one that comes closest."""
     meeting = [report for report in reports if report.meets]
     if meeting:
         return min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
@@ -160,12 +164,12 @@ def _best(reports: Sequence[PlanReport]) -> PlanReport:
 
 
 def _nearness(report: PlanReport) -> float:
-    """Return which share of its targets a plan reaches, of the one that it is farthest from."""
+    """Return the share of a target that a plan reaches, for the target with the smallest share."""
     return min((report.reached[name] / target for name, target in report.targets.items()), default=1.0)
 
 
 def _options(layers: Sequence[DenseLayer], search: Search, grid: int) -> dict[DenseLayer, tuple[Option, ...]]:
-    """Return the forms to time for each layer whose data have a known shape; none for one that is kept dense."""
+    """Return the forms to time for each layer whose data shape is known; no forms for a layer that is kept dense."""
     return {
         layer: ()
         if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep)
@@ -180,11 +184,11 @@ def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:
     for pattern in keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             known = ", ".join(names) or "none"
-            raise PlanError(f"keep: no layer is named {pattern}; the layers that can be factored are {known}")
+            raise PlanError(f"keep: no layer matches {pattern!r}; the layers that can be factored are: {known}")
 
 
 def _counted(dense: Path, targets: Mapping[str, float], timing: Timing) -> Size:
-    """Return the size of the dense model, its time still 0; `PlanError` for a target on what it has none of."""
+    """Return the size of the dense model, with time 0. Raises `PlanError` for a target on a quantity that is 0."""
     counted = cost(dense, timing.batch, timing.shapes)
     size = Size(params=counted.params, macs=counted.macs, flops=counted.flops, bytes=counted.bytes, milliseconds=0.0)
     for name, value in targets.items():
@@ -194,6 +198,6 @@ def _counted(dense: Path, targets: Mapping[str, float], timing: Timing) -> Size:
 
 
 def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, gain: float) -> tuple[Option, ...]:
-    """Return the forms that take at most this share of the dense layer's time."""
+    """Return the forms whose time is at most `gain` times that of the dense layer."""
     dense = table.milliseconds(layer)
     return tuple(option for option in options if table.milliseconds(layer, option) <= gain * dense)

@@ -1,4 +1,4 @@
-"""The record of a plan: every layer, what the network costs before and after, and what was measured."""
+"""The report of a plan: its layers, the size of the network before and after, and the measured speed-up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 class PlannedLayer(Record):
     """One layer of the plan; `reason` says why it stays dense.
 
-    Milliseconds are predicted, for all nodes of the layer together; 0 where the layer was not timed.
+    Milliseconds are predicted, for all nodes of the layer together; 0 if the layer was not timed.
     """
 
     layer: str
@@ -35,7 +35,14 @@ class PlannedLayer(Record):
 
     @classmethod
     def dense(cls, layer: DenseLayer, milliseconds: float, reason: str) -> PlannedLayer:
-        """Return the row of a layer that stays dense."""
+        """Return the row of a layer that stays dense.
+
+        Args:
+            layer: the layer.
+            milliseconds: its time.
+            reason: why it stays dense.
+
+        """
         return cls(
             layer=layer.name,
             what=layer.describe(),
@@ -54,7 +61,7 @@ class PlannedLayer(Record):
 
 
 class Size(Record):
-    """What one network costs at the batch size of the report: FLOPs are 2 × MACs, `bytes` those of its files."""
+    """Size and time of one network at the batch size of the report. FLOPs are 2 × MACs; `bytes` is the size of its files."""
 
     params: int
     macs: int
@@ -63,22 +70,32 @@ class Size(Record):
     milliseconds: float  # median, measured or predicted: the field that holds the record says which
 
     def of(self, target: str) -> float:
-        """Return the quantity that a target is about."""
+        """Return the quantity that a target refers to, such as `milliseconds` for `latency`."""
         return float(self.milliseconds if target == "latency" else getattr(self, target))
 
 
 def times_less(dense: Size, factored: Size, target: str) -> float:
-    """Return how many times less of a quantity the factored network takes; 1 where both take none."""
+    """Return the reduction factor of a quantity.
+
+    Args:
+        dense: the size of the dense network.
+        factored: the size of the factored network.
+        target: the quantity: `latency`, `flops`, `params`, `bytes` or `macs`.
+
+    Returns:
+        Dense divided by factored; 1 if factored is 0.
+
+    """
     return dense.of(target) / factored.of(target) if factored.of(target) else 1.0
 
 
 class PlanReport(PrintedRecord):
-    """How a plan was chosen, and what is expected of it.
+    """How a plan was chosen, and what it achieves.
 
-    `dense` is measured; `planned` is counted in the chosen network's graph, with the predicted time. `measured` is the chosen
-    network against the dense one. `slower` are the rewritten layers that its profile shows slower than dense: none, unless
-    slower layers were allowed or no other choice meets the targets. On a GPU nothing is profiled: the latency table alone says
-    which layers are faster.
+    `dense` is measured. `planned` is counted in the graph of the chosen network, with the predicted time. `measured` is the
+    speed-up of the chosen network over the dense one. `slower` lists rewritten layers that are slower than dense in its
+    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU nothing is profiled:
+    the latency table alone decides which layers are faster.
     """
 
     version: Literal[1] = 1
@@ -102,18 +119,18 @@ class PlanReport(PrintedRecord):
 
     @property
     def prediction_error(self) -> float | None:
-        """Predicted time over measured time, less one."""
+        """Predicted time divided by measured time, minus 1."""
         return None if self.measured is None else self.measured.value / self.predicted - 1
 
     @property
     def reached(self) -> dict[str, float]:
-        """How many times less the chosen network takes, by target: latency measured, the others counted in its graph."""
+        """The reduction factors of the chosen network by target: latency is measured, the others are counted in its graph."""
         latency = 1.0 if self.measured is None else self.measured.value
         return {name: latency if name == "latency" else times_less(self.dense, self.planned, name) for name in TARGETS}
 
     @property
     def missed(self) -> dict[str, float]:
-        """What was reached of the targets that the chosen network does not meet."""
+        """The reduction factors of the targets that the chosen network does not meet."""
         return {name: self.reached[name] for name, target in self.targets.items() if not is_met(self.reached[name], target)}
 
     @property
@@ -122,7 +139,7 @@ class PlanReport(PrintedRecord):
         return not self.missed
 
     def shown(self) -> tuple[Part, ...]:
-        """Return the table of layers, what is predicted and what was measured."""
+        """Return the table of layers, the predictions and the measurements."""
         head = (
             *("layer", "dense layer", "runs as", "dense (ms)", "planned (ms)", "speed-up"),
             *("dense MFLOPs", "planned MFLOPs", "loss"),
@@ -146,8 +163,7 @@ class PlanReport(PrintedRecord):
             f"FLOPs ÷ {self.reached['flops']:.2f}, parameters ÷ {self.reached['params']:.2f}"
         ]
         lines += [
-            f"target missed: {name} falls {reached:.2f} times, target {self.targets[name]:g}"
-            for name, reached in self.missed.items()
+            f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}×" for name, reached in self.missed.items()
         ]
         title = f"plan for {self.provider}, batch {self.batch}; losses measured on {self.loss_from}"
         return (Table(title, head, rows), *lines, *self._measured_lines())
@@ -157,11 +173,11 @@ class PlanReport(PrintedRecord):
             return ["no layer is rewritten: every layer stays dense"]
         ratio = self.measured
         lines = [
-            f"measured: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]; the predicted time is off by "
+            f"measured: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]; error of the predicted time "
             f"{100 * (self.prediction_error or 0.0):+.1f} %"
         ]
         if self.slower:
             lines.append(f"slower than dense in the network's profile: {', '.join(self.slower)}")
         if ratio.low <= 1.0:
-            lines.append("the planned network was not measured to be faster")
+            lines.append("the planned network is not faster: the interval of its speed-up is not above 1")
         return lines

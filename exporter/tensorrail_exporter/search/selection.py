@@ -1,4 +1,4 @@
-"""One form for every layer, so that all targets are met at the least loss: the options' costs, and the rows of the choice."""
+"""Selects one form for every layer, so that all targets are met at the least loss."""
 
 from __future__ import annotations
 
@@ -20,31 +20,38 @@ from tensorrail_runtime.errors import TargetError
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a choice is made from."""
+    """The layers with their forms, times and losses, to choose from."""
 
     options: Mapping[DenseLayer, Sequence[Option]]
-    """All forms of each layer that were timed."""
+    """All timed forms of each layer."""
     faster: Mapping[DenseLayer, tuple[Option, ...]]
-    """Those of them that may be chosen: fast enough."""
+    """The forms that are fast enough to be chosen."""
     losses: Losses
-    """The losses of `faster`, in its order."""
+    """The losses of the forms in `faster`, in the same order."""
     table: LatencyTable
+    """The measured times."""
     dense: Size
-    """The whole dense network, measured."""
+    """Size and measured time of the dense network."""
 
     def without(self, report: PlanReport, slower: Sequence[str]) -> Candidates:
-        """Return the candidates without the chosen forms of the layers that were slower with them."""
+        """Return the candidates without some of the chosen forms.
+
+        Args:
+            report: the report of the choice.
+            slower: the layers whose chosen forms are removed.
+
+        """
         chosen = {row.layer: row.steps for row in report.rows if row.layer in slower}
         faster, losses = {}, dict(self.losses.values)
         for layer, options in self.faster.items():
-            kept = [k for k, option in enumerate(options) if option.steps != chosen.get(layer.name)]
-            faster[layer] = tuple(options[k] for k in kept)
+            remaining = [k for k, option in enumerate(options) if option.steps != chosen.get(layer.name)]
+            faster[layer] = tuple(options[k] for k in remaining)
             if options:
-                losses[layer.name] = tuple(self.losses.values[layer.name][k] for k in kept)
+                losses[layer.name] = tuple(self.losses.values[layer.name][k] for k in remaining)
         return replace(self, faster=faster, losses=replace(self.losses, values=losses))
 
     def costs(self, target: str, layer: DenseLayer) -> list[float]:
-        """Return what the dense layer and each of its faster options cost toward a target."""
+        """Return the cost of the dense layer and of each of its faster options: milliseconds, FLOPs, parameters or bytes."""
         options = self.faster[layer]
         match target:
             case "latency":
@@ -58,42 +65,45 @@ class Candidates:
                 return [float(layer.bytes), *(float(option.params * layer.dtype.itemsize) for option in options)]
 
     def limits(self, targets: Mapping[str, float]) -> list[Limit]:
-        """Return what all layers together may cost toward each target."""
+        """Return the limit on the total cost of these layers for each target (a reduction factor)."""
         limits = []
-        for name, times in targets.items():
+        for name, factor in targets.items():
             costs = [self.costs(name, layer) for layer in self.faster]
-            rest = self.dense.of(name) - sum(options[0] for options in costs)  # of the network, outside these layers
-            limits.append(Limit(name, costs, self.dense.of(name) / times - rest))
+            rest = self.dense.of(name) - sum(options[0] for options in costs)  # the cost of the network outside these layers
+            limits.append(Limit(name, costs, self.dense.of(name) / factor - rest))
         return limits
 
     def can_reach(self, targets: Mapping[str, float]) -> bool:
-        """Return whether each target can be met for itself, with the cheapest form of every layer."""
+        """Return whether each target on its own can be met with the cheapest form of every layer."""
         return all(_least(limit) <= limit.most for limit in self.limits(targets))
 
 
 def select(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, search: Search) -> PlanReport:
-    """Return the report of the choice with the least loss, or with the least time where the loss is limited.
+    """Choose the forms with the least loss, or with the least time if the loss is limited.
 
     Args:
-        start: the report to complete: it holds the targets that were asked for.
-        aims: the targets that the choice is made for; they may be tighter or looser than those asked for.
-        candidates: the layers, their forms, times and losses.
-        search: the largest loss, and which layers stay dense.
+        start: the report to complete, with the user's targets.
+        aims: the targets of this choice, which may be tighter or looser than the user's.
+        candidates: the layers with their forms, times and losses.
+        search: the limit on the loss, and the layers that stay dense.
+
+    Returns:
+        The report with the chosen plan, its rows and its predicted size.
 
     Raises:
-        TargetError: a target cannot be met, with what can be reached.
+        TargetError: a target cannot be met; the message says what can be reached.
 
     """
     limits = candidates.limits(aims)
     for limit in limits:
         _require_reachable(limit, start, search)
     layers = candidates.faster
-    lost = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in layers]
+    losses = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in layers]
     if search.max_loss is None:
-        picks = choose(lost, limits)
+        picks = choose(losses, limits)
     else:
         times = [candidates.costs("latency", layer) for layer in layers]
-        picks = choose(times, [*limits, Limit("loss", lost, search.max_loss)])
+        picks = choose(times, [*limits, Limit("loss", losses, search.max_loss)])
     rows, plans = [], []
     for layer, pick in zip(layers, picks, strict=True):
         if pick:
@@ -113,7 +123,7 @@ def select(start: PlanReport, aims: Mapping[str, float], candidates: Candidates,
 
 
 def macs_of(layer: DenseLayer, option: Option) -> int:
-    """Return the MACs of all the layer's nodes in this form, at the survey's batch size."""
+    """Return the MACs of all nodes of the layer in this form, at the batch size of the survey."""
     return round(layer.macs * option.macs / max(1, dense_cost(layer.spec).macs))
 
 
@@ -135,7 +145,7 @@ def _row(layer: DenseLayer, option: Option, table: LatencyTable, loss: float) ->
 
 
 def _planned(dense: Size, rows: Sequence[PlannedLayer], layers: Mapping[DenseLayer, object]) -> Size:
-    """Return the size of the network with these rows: the dense one less what they save."""
+    """Return the size of the network with these rows: the dense size minus the savings of the rows."""
     macs = dense.macs - sum(row.dense_macs - row.macs for row in rows)
     pairs = zip(rows, layers, strict=True)
     return Size(
@@ -175,5 +185,5 @@ def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str
         best = max(dense_ms / candidates.table.milliseconds(layer, option) for option in candidates.options[layer])
         if best * search.gain >= 1:
             return "slower in the network's profile"
-        return f"no form is faster: the best one {best:.2f}×"
+        return f"no form is faster: the best one reaches {best:.2f}×"
     return "other layers save more for the same loss"

@@ -1,4 +1,4 @@
-"""What a plan should reach, and how it is searched for."""
+"""The targets of a plan, and the settings of the search."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _MET = 0.99  # measured times vary: a network that reaches this share of a targe
 
 
 def is_met(reached: float, target: float) -> bool:
-    """Return whether a target is met: the one definition, for plans and for compressed models.
+    """Return whether a target is met, within 1 %.
 
     Args:
-        reached: how many times less the network takes than the dense one, such as 1.99.
-        target: how many times less it should take, such as 2.0.
+        reached: the reduction factor of the network against the dense one, such as 1.99.
+        target: the reduction factor to reach, such as 2.0.
+
+    Returns:
+        Whether `reached` is at least 0.99 times `target`.
 
     """
     return reached >= _MET * target
@@ -31,24 +34,23 @@ class Search:
     """How the plan of a network is searched for."""
 
     formats: tuple[str, ...] = ("auto",)
-    """Formats to choose from; `auto`: those that are usually fastest for the layer."""
+    """Formats to choose from; default `auto`: those that are usually fastest for the layer."""
     grid: int = 0
-    """Ranks are multiples of it; 0: the number of channels that the provider's kernels compute at once."""
+    """Ranks are multiples of it; default 0: the number of channels that the provider's kernels compute at once."""
     keep: tuple[str, ...] = ()
-    """Patterns (`*`, `?`) of layers that stay dense."""
+    """Name patterns (`*`, `?`) of layers that stay dense; default: none."""
     max_loss: float | None = None
-    """The fastest network within this sum of losses, in place of targets or together with them."""
+    """Limit on the sum of losses: find the fastest network within it, with or without targets; default: no limit."""
     allow_slower: bool = False
-    """For a target on size: also rewrite layers that are not 5 % faster than the dense layer."""
+    """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 150.0
-    """Seconds of timing layers that are not in the latency table yet."""
+    """Time limit in seconds for timing layers that are not in the latency table yet; default 150."""
     check_seconds: float = 10.0
-    """Seconds of timing the chosen network."""
+    """Seconds for timing the chosen network; default 10."""
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
-
     also: tuple[str, ...] = ()
-    """Precisions, `fp16` or `int8`, that `compress` writes the model in as well."""
+    """Further precisions, `fp16` or `int8`, in which `compress` also writes the model; default: none."""
 
     @property
     def gain(self) -> float:
@@ -56,7 +58,15 @@ class Search:
         return math.inf if self.allow_slower else _GAIN
 
     def check(self, targets: Mapping[str, float]) -> None:
-        """Raise `PlanError` for a target that does not exist or cannot be a target, and where there is none."""
+        """Check the targets and the limit on the loss.
+
+        Args:
+            targets: reduction factors by target name.
+
+        Raises:
+            PlanError: there is neither a target nor a limit, a name is unknown, or a value is out of range.
+
+        """
         if self.max_loss is not None and not self.max_loss > 0:
             raise PlanError(f"max_loss: expected a positive number, got {self.max_loss:g}")
         if not targets and self.max_loss is None:
@@ -67,4 +77,4 @@ class Search:
             if name not in TARGETS:
                 raise PlanError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
             if not 1.0 < value < 1e4:
-                raise PlanError(f"target {name}={value:g}: expected how many times less, a number above 1, such as 2.0")
+                raise PlanError(f"target {name}: expected a reduction factor between 1 and 10000, such as 2.0, got {value:g}")

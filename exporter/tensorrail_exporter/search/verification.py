@@ -1,4 +1,4 @@
-"""The chosen network, built and timed: what a plan predicts is measured on the whole network."""
+"""Builds the network of a plan, and times it against the dense network."""
 
 from __future__ import annotations
 
@@ -23,26 +23,37 @@ from tensorrail_runtime.sessions.session import Session
 
 @dataclass(frozen=True)
 class Verification:
-    """How the chosen network is timed against the dense one."""
+    """The dense model, and how networks are timed against it."""
 
     model: onnx.ModelProto
+    """The dense graph."""
     dense: Path
-    """The file of the dense model; the factored one is written beside it."""
+    """The file of the dense model; the factored model is written to the same folder."""
     timing: Timing
+    """How long, and with which batch size and shapes."""
     settings: Session
+    """How the networks run."""
 
     def dense_ms(self) -> float:
-        """Return the minimum of three timings of the dense network in milliseconds: other load only makes a time longer."""
+        """Return the minimum of three timings of the dense network in milliseconds, since other load only adds time."""
         timing = Timing(
             self.timing.batch, self.timing.shapes, self.timing.seconds / 9, processes=1, io_binding=self.settings.on_gpu
         )
         return min(bench([self.dense], timing, self.settings).latencies[0].p50 for _ in range(3))
 
     def measured(self, report: PlanReport) -> PlanReport:
-        """Return the report with the chosen network timed and profiled beside the dense one.
+        """Time and profile the network of a plan against the dense network.
 
-        The cores are random: they run as long as any. Only the CPU provider is profiled, for a GPU's kernels still run when
-        their node has ended in the profile.
+        The cores are random, since their values do not affect the time. Only the CPU provider is profiled: on a GPU a node
+        ends in the profile before its kernels do.
+
+        Args:
+            report: the report of a plan.
+
+        Returns:
+            The report with the measured speed-up, the size of the factored graph and the layers that are slower than dense; the
+            same report if its plan has no layers.
+
         """
         if not report.plan.layers:
             return report
@@ -70,19 +81,33 @@ class Verification:
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """Return cores of the plan's shapes, with values of a size that keeps activations as large as they are: to time a plan."""
+    """Return random cores to time a plan with, scaled so that the magnitude of activations stays the same.
+
+    Args:
+        model: the dense graph; it is not changed.
+        plan: the layers, formats, modes and ranks.
+        seed: seed of the random values; default 0.
+
+    Returns:
+        The cores of each planned layer, by name.
+
+    Raises:
+        GraphError: a planned layer is not in the graph or cannot be rewritten.
+        PlanError: modes or ranks do not fit the weight.
+
+    """
     return cores_to_time(resolve(model, plan), seed)
 
 
 def cores_to_time(resolved: ResolvedPlan, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """Return what `random_cores` returns, for a plan that is resolved already."""
+    """Do the same as `random_cores` for a resolved plan."""
     rng = np.random.default_rng(seed)
     cores = {}
     for name, layer in resolved.layers.items():
         plan, shape = layer.plan, layer.spec.shape
         sizes = plan.core_shapes(shape)
-        ranks = plan.ranks[1:] if plan.format == "tr" else plan.ranks  # a ring's first rank is its last one, too
-        terms = math.prod(shape[1:]) * math.prod(ranks)  # of the sums: over the inputs, and over the ranks in a weight
+        ranks = plan.ranks[1:] if plan.format == "tr" else plan.ranks  # the first rank of a ring is also the last
+        terms = math.prod(shape[1:]) * math.prod(ranks)  # terms of the sums over inputs and ranks
         scale = np.float32(terms ** (-0.5 / len(sizes)))
         cores[name] = [rng.standard_normal(size, np.float32) * scale for size in sizes]
     return cores

@@ -76,7 +76,7 @@ def test_layers_come_in_the_plans_order_and_in_the_graphs(rng):
         (plan_of("nowhere"), GraphError, "layer nowhere: not in the graph; its layers with weights are "),
         (plan_of("relu"), GraphError, "layer relu: no rule rewrites Relu"),
         (plan_of("w", shape=(8, 9)), PlanError, "layer w: "),
-        (plan_of("w", "first"), GraphError, "layer first: is the layer that is planned as w already"),
+        (plan_of("w", "first"), GraphError, "layer first: is also planned as w;"),
     ],
 )
 def test_what_does_not_fit_is_refused(plan, error, message, rng):

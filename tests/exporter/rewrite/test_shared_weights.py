@@ -141,7 +141,10 @@ def test_full_rank_is_the_dense_network(case, form_name, rng):
 )
 def test_a_name_of_several_weights_is_refused_with_the_names_to_take(case, name, nodes, own, rng):
     plan = Plan(layers=(LayerPlan(name=name, format="svd", modes=(8, 8), ranks=(8,)),))
-    reason = f"layer {name}: its {nodes} nodes take {nodes} different weights; plan each by a name of its own: {own}$"
+    reason = (
+        f"layer {name}: expected nodes that share one weight, got {nodes} nodes with {nodes} different weights; "
+        f"plan each weight by its own name: {own}$"
+    )
     with pytest.raises(GraphError, match=reason):
         decompose_graph(CASES[case](rng)[0], plan)
 
@@ -168,7 +171,7 @@ def test_a_matrix_that_equals_its_transpose_is_one_layer(rng):
 
 def test_a_layer_planned_by_two_of_its_names_is_refused(small_model):
     parts = [LayerPlan(name=name, format="svd", modes=(10, 32), ranks=(4,)) for name in ("fc", "fc.weight")]
-    with pytest.raises(GraphError, match=r"layer fc\.weight: is the layer that is planned as fc already; plan it once"):
+    with pytest.raises(GraphError, match=r"layer fc\.weight: is also planned as fc; plan it under one of these names"):
         factorize(small_model, Plan(layers=tuple(parts)), decompose_graph(small_model, Plan(layers=tuple(parts))))
 
 

@@ -95,26 +95,26 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
             recipe, or the folder holds files of these names without a run.
 
     """
-    kept, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
-    if kept.exists() and not checkpoints.is_dir():
-        raise RecipeError(f"{kept} exists, but its folder holds no run; give the run another folder")
+    recipe_file, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
+    if recipe_file.exists() and not checkpoints.is_dir():
+        raise RecipeError(f"{recipe_file} exists, but its folder holds no run; give the run another folder")
     written = (
         *(file for file in checkpoints.glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES),
         *(folder / name for name in _WRITTEN),
     )
     if overwrite and checkpoints.is_dir():
         _require_apart(recipe, written)
-        for file in (*written, kept):
+        for file in (*written, recipe_file):
             file.unlink(missing_ok=True)
-    if not kept.exists():
-        there = next((file for file in written if file.exists()), None)
-        if there is not None:
-            raise RecipeError(f"{there} exists, but the folder has no recipe.yaml; give the run an empty folder")
+    if not recipe_file.exists():
+        existing = next((file for file in written if file.exists()), None)
+        if existing is not None:
+            raise RecipeError(f"{existing} exists, but the folder has no recipe.yaml; give the run an empty folder")
     else:
         if not resume:
             raise RecipeError(f"{folder} already holds a run; continue it with --resume, or start it again with --overwrite")
-        before = Recipe.load(kept)
-        changed = [key for key in _TRAINED_BY if _deciding(before, key) != _deciding(recipe, key)]
+        old_recipe = Recipe.load(recipe_file)
+        changed = [key for key in _TRAINED_BY if _deciding(old_recipe, key) != _deciding(recipe, key)]
         if changed:
             raise RecipeError(
                 f"{folder} was trained with a recipe that differs in {', '.join(changed)}; give the run another name, or "
@@ -122,16 +122,16 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
     for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
-        for left in folder.glob(pattern):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-    recipe.save(kept)
+        for leftover in folder.glob(pattern):  # of a process that was killed while writing
+            leftover.unlink(missing_ok=True)
+    recipe.save(recipe_file)
 
 
 def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
     """Raise `RecipeError` if a file that is about to be deleted is an input of the recipe."""
-    going = {file.resolve() for file in written}
+    to_delete = {file.resolve() for file in written}
     for key, name in recipe.files():
-        if Path(name).resolve() in going:
+        if Path(name).resolve() in to_delete:
             raise RecipeError(
                 f"{key}: {name} belongs to the run that --overwrite would delete; give the new run another folder"
             )
@@ -145,7 +145,15 @@ def _deciding(recipe: Recipe, key: str) -> Any:
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Return the device, processes and precision of the training, as set by `accelerate launch`, or for this process only.
 
-    Raises `RecipeError` if the device does not support the precision.
+    Args:
+        recipe: the recipe, which sets the precision.
+
+    Returns:
+        The accelerator.
+
+    Raises:
+        RecipeError: the device does not support the precision.
+
     """
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
     forget_other_precision(precision)
@@ -192,10 +200,10 @@ def train_all(
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
-    kept = folder / "plan.json"
-    plan = Plan.load(kept) if kept.exists() else recipe.make_plan(dense)
+    plan_file = folder / "plan.json"
+    plan = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(dense)
     job.accelerator.wait_for_everyone()
-    job.write(lambda: plan.save(kept))
+    job.write(lambda: plan.save(plan_file))
     start = job.copy_of(dense)
     if teacher is None and settings.distill is not None:
         teacher = job.copy_of(dense)
@@ -210,12 +218,12 @@ def train_all(
     progress("note", 1.0, f"factored, before fine-tuning: test accuracy {cut_accuracy:.2f} %")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
     job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
-    found: nn.Module | None = dense if settings.dense or recipe.model.weights else None
+    reference_network: nn.Module | None = dense if settings.dense or recipe.model.weights else None
     reference = "dense network"
     if job.control is not None:
-        found = job.fit(Phase("control", job.copy_of(dense), job.control, teacher=teacher))
+        reference_network = job.fit(Phase("control", job.copy_of(dense), job.control, teacher=teacher))
         reference = "dense control"
-    return Trained(plan, uncut, finetuned, found, reference, tuple(job.rows), cut_accuracy, roots), job.data
+    return Trained(plan, uncut, finetuned, reference_network, reference, tuple(job.rows), cut_accuracy, roots), job.data
 
 
 def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
@@ -235,8 +243,8 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
     cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
     networks = [("model", "the network", dense), ("plan", "the factored network", swap(cut, plan, cores))]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw from it
-        channels_last = all(_takes_channels_last(one, x, device) for _, _, one in networks)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw random numbers
+        channels_last = all(_takes_channels_last(network, x, device) for _, _, network in networks)
         if teacher is not None:
             channels_last = channels_last and _takes_channels_last(teacher, x, device, trains=False)
         x = laid_out(x, channels_last)
@@ -337,19 +345,19 @@ class _Training:
         self.left -= phase.schedule.epochs
         phase.channels_last = self.channels_last
 
-        def told(row: Epoch, epochs: int) -> None:
+        def report_epoch(row: Epoch, epochs: int) -> None:
             stage = f"{row.phase} epoch {row.epoch}/{epochs}"
             self.progress(stage, row.epoch / epochs, row.line(self.left + epochs - row.epoch))
 
-        model = train(phase, self.recipe, self.data, self.accelerator, self.store, told)
+        model = train(phase, self.recipe, self.data, self.accelerator, self.store, report_epoch)
         self.rows.extend(phase.rows)
         return model
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model on the device, without its hooks."""
-        into = self.recipe.make_model(trained=False)
-        into.load_state_dict(model.state_dict())
-        return into.to(self.accelerator.device)
+        copied = self.recipe.make_model(trained=False)
+        copied.load_state_dict(model.state_dict())
+        return copied.to(self.accelerator.device)
 
     def write(self, action: Callable[[], None]) -> None:
         """Call a function in the first process only."""
@@ -394,6 +402,7 @@ def export_all(
 
 
 def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: Progress) -> Factored:
+    """Return the factored graph in the form that the recipe asks for."""
     cores = _numpy(trained.factored)
     try:
         chosen = Form(block=form.block, dense_if_slower=form.dense_if_slower, batch=form.batch)
@@ -427,7 +436,7 @@ def run(
         folder: the folder of the run.
         resume: continue the run in the folder; default False.
         overwrite: delete the run in the folder and start again; default False.
-        progress: is told of the progress; default: nothing is.
+        progress: is told of the progress; default: nothing is shown.
         command: the command line that the report names.
         accelerator: device, processes and precision; default `make_accelerator(recipe)`.
 
@@ -461,7 +470,7 @@ def run(
     )
     compared = (next(iter(paths)), "factored")
     latency = tuple(
-        bench(  # in fresh processes: this one has trained and decomposed, and would time one model slower than the other
+        bench(  # in new processes: after training, this process would time one of the models too slow
             [paths[label] for label in compared],
             Timing(batch, seconds=recipe.bench.seconds, processes=recipe.bench.processes),
             Session(threads=recipe.bench.threads),
@@ -498,6 +507,7 @@ def run(
 def _checks(
     recipe: Recipe, models: tuple[Model, ...], numerical: Parity, latency: tuple[LatencyReport, ...]
 ) -> tuple[Check, ...]:
+    """Compare accuracy, parameters, numerical error and latency with the targets of the recipe."""
     target = recipe.targets
     dense, factored = models[0], models[-1]
     drop = dense.accuracy.percent - factored.accuracy.percent
@@ -522,11 +532,11 @@ def _checks(
             holds=numerical.holds,
         ),
     ]
-    for run_ in latency:
-        ratio = run_.ratios[0]
+    for measured in latency:
+        ratio = measured.ratios[0]
         checks.append(
             Check(
-                name=f"speed-up at batch {run_.batch}",
+                name=f"speed-up at batch {measured.batch}",
                 target=f"≥ {target.speedup}×, interval above 1",
                 measured=f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]",
                 holds=ratio.value >= target.speedup and ratio.low > 1,
@@ -536,4 +546,5 @@ def _checks(
 
 
 def _numpy(model: nn.Module) -> dict[str, list[np.ndarray]]:
+    """Return the cores of a factored network as arrays, by layer name."""
     return {name: [core.numpy() for core in cores] for name, cores in cores_of(model).items()}
