@@ -204,7 +204,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, in_this_process, small_path,
         (("accuracy", small_path, "--data", garbage), "not an npz file"),
         (
             ("accuracy", small_path, "--data", data, "--max-drop", 0),
-            "--max-drop compares B's score with A's: give a second model",
+            "--max-drop compares B's score with A's: expected a second model",
         ),
         (("bench", small_path, "--min-speedup", 2), "--min-speedup compares other models with the first"),
         (("check", small_path, small_path, "--plan", plan_path), "--plan has no effect without --layers"),

@@ -73,12 +73,13 @@ MINE = (
 )
 
 
-def test_a_torch_module_is_read_by_its_name(folder):
+def test_a_torch_module_is_read_by_its_name(folder, inside, monkeypatch):
     """What its layers are called is known before anything is timed."""
     (folder / "mine.py").write_text(MINE)
-    done = call(folder, "plan", "mine:make", "--shape", "image=3,16,16", "--target", "params=1.2", "--keep", "none")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "stages.0.0.conv1" in done.stderr
+    monkeypatch.syspath_prepend(str(folder))
+    code, printed, errors = inside("plan", "mine:make", "--shape", "image=3,16,16", "--target", "params=1.2", "--keep", "none")
+    assert (code, printed) == (2, "")
+    assert "stages.0.0.conv1" in errors
 
 
 @pytest.mark.slow

@@ -83,11 +83,12 @@ class Tracing:
         sizes = {axis: torch.export.Dim(axis) for named in axes.values() for axis in named.values()}
         shapes = tuple({k: sizes[axis] for k, axis in axes.get(name, {}).items()} for name in names)
         by_name = isinstance(example, Mapping)
+        has_lengths = any(set(named) - {0} for named in axes.values())  # or other dynamic axes that are not the batch
         # Weights in channels_last memory format would be written as strided views.
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         with _quiet(), _attention_in_parts():
             read_operators_once()
-            if any(isinstance(part, nn.RNNBase) for part in plain.modules()):
+            if has_lengths and any(isinstance(part, nn.RNNBase) for part in plain.modules()):
                 forget_recurrent_kernels()
             try:
                 program = torch.onnx.export(
@@ -110,7 +111,7 @@ class Tracing:
         if output_names is None and len(program.model.graph.outputs) == 1:
             program.model.graph.outputs[0].name = "logits"
         self._program = program.model
-        self._inferred = any(set(named) - {0} for named in axes.values()) and _forget_lengths(self._program.graph)
+        self._inferred = has_lengths and _forget_lengths(self._program.graph)
 
     def graph(self, module: nn.Module | None = None) -> onnx.ModelProto:
         """Return the graph of the traced module, or of a module that differs only in its weights.
