@@ -1,0 +1,109 @@
+"""The functions of `import tensorrail`: models in every form, defaults of the commands, and reports that print themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tensorrail as tr
+from tensorrail import terminal
+from tensorrail.commands import arguments, bench, export, package, quantize
+from tensorrail_runtime.gate.regress import Limits
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16 * 8 * 8, 10)).eval()
+
+
+def test_a_model_is_a_file_a_graph_or_a_module_with_inputs(small_path, small_model, module):
+    for model in (small_path, str(small_path), small_model):
+        assert tr.inspect(model).params == tr.inspect(small_path).params
+        assert tr.check(small_path, model).holds
+    example = torch.zeros(2, 16, 8, 8)
+    assert tr.inspect((module, example)).params == 16 * 8 * 8 * 10 + 10
+    assert not tr.check((module, example), (nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), example)).holds
+    with pytest.raises(tr.ModelError, match=r"expected a model as a path, .* got Linear"):
+        tr.inspect(nn.Linear(3, 4))
+
+
+def test_arrays_are_taken_as_files_are(small_path, small_model, rng, tmp_path):
+    x = rng.standard_normal((9, 16, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x, labels=np.zeros(9, np.int64))
+    np.savez(tmp_path / "inputs.npz", x=x)
+    assert tr.check(small_path, small_model, inputs={"x": x}) == tr.check(
+        small_path, small_model, inputs=tmp_path / "inputs.npz"
+    ).model_copy(update={"candidate": "candidate.onnx"})
+    paired = tr.accuracy(small_path, small_model, data={"x": x, "labels": np.zeros(9, np.int64)})
+    assert paired.difference == 0.0
+    assert tr.accuracy(small_path, data=tmp_path / "x.npz").scores == paired.reference.scores
+    with pytest.raises(tr.ModelError, match="expected an array 'labels' beside the inputs, found x"):
+        tr.accuracy(small_path, data={"x": x})
+
+
+def test_a_printed_report_is_what_the_command_prints(small_path, cli):
+    code, printed, _ = cli("inspect", small_path)
+    assert code == 0
+    assert printed.split() == str(tr.inspect(small_path)).split()
+    code, printed, _ = cli("check", small_path, small_path)
+    assert code == 0
+    assert printed.split() == str(tr.check(small_path, small_path)).split()
+
+
+def test_defaults_of_commands_are_those_of_the_functions():
+    assert arguments.session_options() == arguments.provider_option() == tr.Session()
+    assert arguments.timing_options() == arguments.shape_options() == bench.bench_options() == tr.Timing()
+    assert arguments.search_options() == tr.Search()
+    assert quantize.quantization_options("fp16") == tr.Quantization("fp16")
+    assert export.form_options() == tr.Form(block=1)
+    assert package.repository_options() == tr.Repository(shapes={})
+    assert package.serving_options() == tr.Serving()
+
+
+def test_a_baseline_is_recorded_and_a_model_in_memory_is_checked(small_path, small_model, tmp_path, in_this_process):
+    options = tr.Options(timing=tr.Timing(seconds=0.05, processes=2))
+    baseline = tr.regress.record(small_path, tmp_path / "baseline.json", options=options)
+    assert "p50" in str(baseline)
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(small_model)
+    bias = next(tensor for tensor in wrong.graph.initializer if tensor.name == "fc.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, 100.0, np.float32), "fc.bias"))
+    verdict = tr.regress.check(tmp_path / "baseline.json", wrong, limits=Limits(max_slowdown=0.9), options=options)
+    assert [finding.name for finding in verdict.findings if not finding.holds] == ["parity"]
+
+
+def test_a_plan_in_memory_is_carried_out_without_a_search(small_model, tmp_path, in_this_process):
+    plan = tr.Plan(layers=(tr.LayerPlan(name="conv", format="svd", modes=(32, 144), ranks=(8,)),))
+    stages = []
+    options = tr.Options(timing=tr.Timing(seconds=0.05), progress=lambda stage, share, detail="": stages.append((stage, share)))
+    report = tr.compress(small_model, tmp_path / "out.onnx", plan, options=options)
+    assert [layer.layer for layer in report.layers] == ["conv"]
+    assert report.planning is None
+    assert {stage for stage, _ in stages} >= {"comparing outputs", "measuring latency"}
+    assert all(0 <= share <= 1 for _, share in stages)
+    assert "latency p50 (ms)" in str(report)
+    rewrites = tr.export(small_model, tmp_path / "exported.onnx", plan)
+    assert "conv" in str(rewrites)
+    assert tr.check(tmp_path / "out.onnx", tmp_path / "exported.onnx").holds
+    with pytest.raises(tr.PlanError, match="expected a target"):
+        tr.compress(small_model, tmp_path / "none.onnx")
+    assert not (tmp_path / "none.onnx").exists()
+
+
+def test_a_log_has_a_line_for_each_stage_and_one_a_minute(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "_MINUTE", 0.0)
+    with terminal.progress_bar() as progress:
+        progress("timing layers", 0.0, "Conv 3×3")
+        progress("timing layers", 0.5, "Gemm")
+        progress("note", 1.0, "something to know")
+        progress("comparing outputs", 0.25)
+        lines = []
+        while not any(line.startswith("comparing outputs, 25 %") for line in lines):  # by the clock, within a second
+            lines += capsys.readouterr().out.splitlines()
+    assert lines[0] == "timing layers  Conv 3×3"
+    assert "something to know" in lines
+    assert lines.count("comparing outputs") == 1
