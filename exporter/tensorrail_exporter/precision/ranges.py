@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.precision.weights import Weighted, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError
+from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import open_session, run
 from tensorrail_runtime.tables import Table

@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_exporter.plans.cores import Cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import with_cores
+from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.measure.parity import LayerError, Tolerances, compare
 from tensorrail_runtime.sessions.session import Session, open_session, run
 

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
 from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
+from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -343,11 +344,7 @@ def seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> di
         The shape of each tensor by name; empty if the model does not run or is too large to be passed in memory.
 
     """
-    exposed = onnx.ModelProto()  # with every tensor as an output
-    exposed.CopyFrom(bound)
-    outputs = {value.name for value in bound.graph.output}
-    names = [name for node in bound.graph.node for name in node.output if name and name not in outputs]
-    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    exposed = with_outputs(bound, (name for node in bound.graph.node for name in node.output if name))
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -5,8 +5,8 @@ import pytest
 from conftest import make_model
 from onnx import helper
 
-from tensorrail_exporter.graphs.tap import with_outputs
 from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.graphs.tap import with_outputs
 
 
 @pytest.fixture
@@ -38,27 +38,14 @@ def test_tensors_are_added_behind_the_outputs(model, rng):
     np.testing.assert_array_equal(values["y"], run(model, {"x": x})["y"])
 
 
-def test_only_the_part_of_the_graph_above_the_tensors_is_kept(model, rng):
-    x = rng.standard_normal((3, 4)).astype(np.float32)
-    part = with_outputs(model, ["r", "a"], only=True)
-    assert [node.name for node in part.graph.node] == ["first", "relu"]
-    assert [tensor.name for tensor in part.graph.initializer] == ["a.weight"]
-    values, whole = run(part, {"x": x}), run(with_outputs(model, ["a", "r"]), {"x": x})
-    assert list(values) == ["r", "a"]
-    for name, array in values.items():
-        np.testing.assert_array_equal(array, whole[name])
-
-
-@pytest.mark.parametrize("only", [False, True])
-def test_an_output_that_no_node_computes_is_a_tensor_of_the_graph(model, rng, only):
+def test_an_output_that_no_node_computes_is_a_tensor_of_the_graph(model, rng):
     stored = rng.standard_normal((2, 2)).astype(np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(stored, "stored"))
     model.graph.output.append(helper.make_tensor_value_info("stored", onnx.TensorProto.FLOAT, [2, 2]))
     x = rng.standard_normal((3, 4)).astype(np.float32)
-    np.testing.assert_array_equal(run(with_outputs(model, ["stored", "a"], only=only), {"x": x})["stored"], stored)
+    np.testing.assert_array_equal(run(with_outputs(model, ["stored", "a"]), {"x": x})["stored"], stored)
 
 
-@pytest.mark.parametrize("only", [False, True])
-def test_an_unknown_tensor_is_named(model, only):
+def test_an_unknown_tensor_is_named(model):
     with pytest.raises(GraphError, match="tensor 'nowhere' is not in the graph: expected the input or output of one of its"):
-        with_outputs(model, ["a", "nowhere"], only=only)
+        with_outputs(model, ["a", "nowhere"])

@@ -6,20 +6,17 @@ from collections.abc import Iterable
 
 import onnx
 
-from tensorrail_exporter.graphs.io import export_graph, import_graph
 from tensorrail_runtime.errors import GraphError
 
 
-def with_outputs(model: onnx.ModelProto, tensors: Iterable[str], *, only: bool = False) -> onnx.ModelProto:
-    """Return a copy of the model that has the given tensors among its outputs.
+def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """Return a copy of the model that also has the given tensors among its outputs.
 
     The added outputs have no declared type: ONNX Runtime infers it when it loads the model.
 
     Args:
         model: any ONNX model; it is not changed.
         tensors: names of tensors of the main graph, not of the body of an If, Loop or Scan.
-        only: False keeps the outputs of the model and appends the tensors to them. True makes the tensors the only
-            outputs, in the order given, and removes the nodes and initializers that they do not depend on.
 
     Returns:
         A new model. A tensor that is named twice, or that is an output already, is listed once.
@@ -35,11 +32,6 @@ def with_outputs(model: onnx.ModelProto, tensors: Iterable[str], *, only: bool =
     unknown = [name for name in names if name not in known]
     if unknown:
         raise GraphError(f"tensor {unknown[0]!r} is not in the graph: expected the input or output of one of its nodes")
-    if only:
-        graph = import_graph(model)
-        by_name = graph.tensors()
-        graph.outputs = [by_name[name] for name in names]
-        return export_graph(graph, model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     present = {value.name for value in copy.graph.output}
