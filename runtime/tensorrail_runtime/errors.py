@@ -37,6 +37,14 @@ class GraphError(TensorrailError, ValueError):
     """A graph cannot be rewritten as the plan says; the message names the layer and gives the reason."""
 
 
+class CacheError(TensorrailError, ValueError):
+    """A table of layer times cannot be read or written."""
+
+
+class UsageError(TensorrailError, ValueError):
+    """Options of a command contradict each other, have no effect, or are not written as expected."""
+
+
 class RecipeError(TensorrailError, ValueError):
     """A recipe cannot be read, or names something that does not exist."""
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tensorrail_exporter.search.fastest_form import Form
     from tensorrail_exporter.search.targets import Search
     from tensorrail_runtime.errors import (
+        CacheError,
         CheckpointError,
         DataError,
         GraphError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         TargetError,
         TensorrailError,
         TrainingError,
+        UsageError,
     )
     from tensorrail_runtime.gate.regress import Limits
     from tensorrail_runtime.measure.accuracy import Labelled
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADMM",
     "FORMATS",
+    "CacheError",
     "Calibration",
     "CheckpointError",
     "DataError",
@@ -97,6 +100,7 @@ __all__ = [
     "Timing",
     "Tolerances",
     "TrainingError",
+    "UsageError",
     "accuracy",
     "bench",
     "check",
@@ -178,6 +182,7 @@ _MODULES = {
     "tensorrail_exporter.search.fastest_form": ("Form",),
     "tensorrail_exporter.search.targets": ("Search",),
     "tensorrail_runtime.errors": (
+        "CacheError",
         "CheckpointError",
         "DataError",
         "GraphError",
@@ -187,6 +192,7 @@ _MODULES = {
         "TargetError",
         "TensorrailError",
         "TrainingError",
+        "UsageError",
     ),
     "tensorrail_runtime.gate.regress": ("Limits",),
     "tensorrail_runtime.measure.accuracy": ("Labelled",),

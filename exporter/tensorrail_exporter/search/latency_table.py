@@ -23,7 +23,7 @@ from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.context import copies_of, dense_context, factored_context
 from tensorrail_exporter.search.options import Option
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import CacheError
 from tensorrail_runtime.measure.latency import fresh_bursts
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record, first_problem, write_text
@@ -111,7 +111,7 @@ class LatencyTable:
             folder: folder of the tables; default the user's cache folder, see `cache_folder`.
 
         Raises:
-            GraphError: the file of the table cannot be read, is not a latency table, or is one of another target.
+            CacheError: the file of the table cannot be read, is not a latency table, or is one of another target.
 
         """
         target = Target.here(settings)
@@ -120,7 +120,7 @@ class LatencyTable:
         table = cls(target, path)
         stored = _read(path)
         if stored is not None and stored.target != target:
-            raise GraphError(
+            raise CacheError(
                 f"{path}: the latency table of another target ({stored.target}); remove it to measure again on this one"
             )
         table.times = {timed.key: timed for timed in stored.times} if stored else {}
@@ -130,7 +130,7 @@ class LatencyTable:
         """Write the table completely or not at all, and keep the times that another process has added in the meantime.
 
         Raises:
-            GraphError: the file cannot be written, or is not a latency table.
+            CacheError: the file cannot be written, or is not a latency table.
 
         """
         if self.path is None:
@@ -143,7 +143,7 @@ class LatencyTable:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, stored.model_dump_json(indent=1) + "\n")
         except OSError as error:
-            raise GraphError(
+            raise CacheError(
                 f"{self.path}: the latency table cannot be written ({error.strerror or error}): choose a writable "
                 "folder, or set $TENSORRAIL_CACHE to one"
             ) from None
@@ -173,7 +173,8 @@ class LatencyTable:
             progress: told what is measured next.
 
         Raises:
-            GraphError: the table cannot be written, or a layer cannot be timed because its shapes are unknown.
+            CacheError: the table cannot be written.
+            GraphError: a layer cannot be timed because its shapes are unknown.
 
 
         """
@@ -204,11 +205,11 @@ def _read(path: Path) -> _Stored | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise GraphError(
+        raise CacheError(
             f"{path}: cannot be read ({error.strerror or error}): expected a readable latency table, or no file"
         ) from None
     except ValidationError as error:
-        raise GraphError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure again") from None
+        raise CacheError(f"{path}: not a latency table ({first_problem(error)}): remove it to measure again") from None
 
 
 def cache_folder() -> Path:

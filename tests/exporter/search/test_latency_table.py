@@ -12,11 +12,11 @@ import pytest
 from conftest import make_model
 from onnx import helper
 
-from tensorrail_exporter import GraphError
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search import latency_table
 from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder
 from tensorrail_exporter.search.options import option_for, options_of
+from tensorrail_runtime.errors import CacheError
 from tensorrail_runtime.sessions import machine
 from tensorrail_runtime.sessions.session import Session
 
@@ -193,14 +193,14 @@ def test_a_broken_file_is_named_in_one_line_and_never_overwritten(calls, rng, tm
     table.measure({layer: []}, CPU)
     for text, reason in broken(json.loads(table.path.read_text())).items():
         table.path.write_text(text)
-        with pytest.raises(GraphError) as caught:
+        with pytest.raises(CacheError) as caught:
             LatencyTable.open(CPU, tmp_path)
         assert str(table.path) in str(caught.value)
         assert reason in str(caught.value)
         assert "remove it to measure again" in str(caught.value)
         assert "\n" not in str(caught.value)
     table.path.write_bytes(b"\xff\x00")
-    with pytest.raises(GraphError, match="not a latency table"):
+    with pytest.raises(CacheError, match="not a latency table"):
         table.save()
     assert table.path.read_bytes() == b"\xff\x00"
 
@@ -208,7 +208,7 @@ def test_a_broken_file_is_named_in_one_line_and_never_overwritten(calls, rng, tm
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(calls, rng, tmp_path):
     (tmp_path / "file").write_text("")
     table = LatencyTable(Target.here(CPU), tmp_path / "file" / "table.json")
-    with pytest.raises(GraphError, match=r"table.json: .*(cannot be read|cannot be written) \(Not a directory\)"):
+    with pytest.raises(CacheError, match=r"table.json: .*(cannot be read|cannot be written) \(Not a directory\)"):
         table.measure({conv_layer(rng): []}, CPU)
     closed = tmp_path / "closed"
     closed.mkdir()
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(cal
     closed.chmod(0o500)
     try:
         if not os.access(closed, os.W_OK):  # root may write everywhere
-            with pytest.raises(GraphError, match=r"cannot be written \(Permission denied\): choose a writable folder, or set"):
+            with pytest.raises(CacheError, match=r"cannot be written \(Permission denied\): choose a writable folder, or set"):
                 table.measure({conv_layer(rng): []}, CPU)
     finally:
         closed.chmod(0o700)
@@ -227,7 +227,7 @@ def test_a_folder_in_place_of_the_table_is_said(tmp_path):
     path = LatencyTable.open(CPU, tmp_path).path
     path.mkdir()
     with pytest.raises(
-        GraphError, match=r"json: cannot be read \(Is a directory\): expected a readable latency table, or no file"
+        CacheError, match=r"json: cannot be read \(Is a directory\): expected a readable latency table, or no file"
     ):
         LatencyTable.open(CPU, tmp_path)
 
@@ -256,7 +256,7 @@ def test_a_failed_write_leaves_the_old_table(calls, rng, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(latency_table, "write_text", full)
-    with pytest.raises(GraphError, match="No space left on device"):
+    with pytest.raises(CacheError, match="No space left on device"):
         table.save()
     assert table.path.read_bytes() == before
 

@@ -29,12 +29,12 @@ def command(
     """Score one model on data, or two on the same samples with a paired test."""
     from tensorrail.options import Options
     from tensorrail.verbs.accuracy import accuracy
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
     from tensorrail_runtime.measure.accuracy import Comparison
     from tensorrail_runtime.measure.timing import Timing
 
     if max_drop is not None and candidate is None:
-        raise ModelError("--max-drop compares B's score with A's: expected a second model")
+        raise UsageError("--max-drop compares B's score with A's: expected a second model")
     with progress_bar() as progress:
         options = Options(session, Timing(batch), progress=progress)
         report = accuracy(reference, candidate, data=data, metric=metric, options=options)

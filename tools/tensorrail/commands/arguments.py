@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def _json(path: Path | None) -> Path | None:
     from tensorrail.inputs import require_writable
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
 
     if path is None:
         return None
     if path.suffix.lower() == ".onnx":
-        raise ModelError(f"--json {path}: expected the name of a JSON file, such as out.json, got that of a model")
+        raise UsageError(f"--json {path}: expected the name of a JSON file, such as out.json, got that of a model")
     return require_writable(path)
 
 
@@ -143,16 +143,16 @@ def search_options(
 
 
 def read_targets(texts: list[str] | None) -> dict[str, float]:
-    """Return the targets of texts such as `latency=2.0`; `PlanError` says how one is written."""
-    from tensorrail_runtime.errors import PlanError
+    """Return the targets of texts such as `latency=2.0`; `UsageError` says how one is written."""
+    from tensorrail_runtime.errors import UsageError
 
     targets: dict[str, float] = {}
     for text in texts or []:
         name, _, value = text.partition("=")
         if name.strip() in targets:
-            raise PlanError(f"--target: {name.strip()} is given twice; give it once")
+            raise UsageError(f"--target: {name.strip()} is given twice; give it once")
         try:
             targets[name.strip()] = float(value)
         except ValueError:
-            raise PlanError(f"--target: expected NAME=NUMBER, such as latency=2.0, got {text!r}") from None
+            raise UsageError(f"--target: expected NAME=NUMBER, such as latency=2.0, got {text!r}") from None
     return targets

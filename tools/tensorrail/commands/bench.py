@@ -49,10 +49,10 @@ def command(
     """Time models in turns, A B B A, and print the speed-up over the first with a 95 % interval."""
     from tensorrail.options import Options
     from tensorrail.verbs.bench import bench
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
 
     if min_speedup is not None and len(models) < 2:
-        raise ModelError("--min-speedup compares other models with the first: expected two models or more, got one")
+        raise UsageError("--min-speedup compares other models with the first: expected two models or more, got one")
     with progress_bar() as progress:
         report = bench(models, memory=memory, options=Options(session, timing, progress=progress))
     fast_enough = min_speedup is None or all(ratio.low >= min_speedup for ratio in report.ratios)

@@ -38,13 +38,13 @@ def layer_options(
 ) -> Layers | None:
     """Return the plan at whose layers the models are compared as well."""
     from tensorrail.verbs.check import Layers
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
 
     if layers and plan is None:
-        raise ModelError("--layers compares at the layers of a plan: give --plan")
+        raise UsageError("--layers compares at the layers of a plan: give --plan")
     for option, given in (("--plan", plan), ("--cores", cores)):
         if given is not None and not layers:
-            raise ModelError(
+            raise UsageError(
                 f"{option} has no effect without --layers, which compares at the layers of a plan: give it as well"
             )
     return None if plan is None else Layers(plan, cores)
@@ -65,15 +65,15 @@ def command(
     """Compare the outputs of two models on the same inputs, random or from a file. Exit code 1 when out of tolerance."""
     from tensorrail.options import Options
     from tensorrail.verbs.check import check
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
     from tensorrail_runtime.measure.timing import Timing
     from tensorrail_runtime.sessions.inputs import parse_shapes
 
     sizes = tuple(batch or (1, 7))
     if data is not None and shape:
-        raise ModelError("--shape is for random inputs, and --data has shapes of its own: give one of them")
+        raise UsageError("--shape is for random inputs, and --data has shapes of its own: give one of them")
     if len(batch or ()) > 1 and (shape or data is not None):
-        raise ModelError(f"{'--shape' if shape else '--data'} runs at one batch size, got several: give --batch once")
+        raise UsageError(f"{'--shape' if shape else '--data'} runs at one batch size, got several: give --batch once")
     timing = Timing(max(sizes) if data is not None else sizes[0], parse_shapes(shape or []))
     report = check(
         reference,
@@ -87,7 +87,7 @@ def command(
 
 
 def _limits(option: str, texts: list[str] | None) -> dict[str, float]:
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
 
     limits = {}
     for text in texts or []:
@@ -95,5 +95,5 @@ def _limits(option: str, texts: list[str] | None) -> dict[str, float]:
         try:
             limits[name] = float(value)
         except ValueError:
-            raise ModelError(f"{option}: expected a number such as 1e-4, or OUTPUT=1e-4, got {text!r}") from None
+            raise UsageError(f"{option}: expected a number such as 1e-4, or OUTPUT=1e-4, got {text!r}") from None
     return limits

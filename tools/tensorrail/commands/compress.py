@@ -70,18 +70,18 @@ def command(
 
 
 def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None, *, has_target: bool) -> None:
-    """Raise `PlanError` unless there is a target or a plan, and for an option that would have no effect."""
-    from tensorrail_runtime.errors import PlanError
+    """Raise `UsageError` unless there is a target or a plan, and for an option that would have no effect."""
+    from tensorrail_runtime.errors import UsageError
 
     if has_target == (plan is not None):
-        raise PlanError("expected either --target latency=2.0 (or flops, params, bytes) or --plan plan.json, not both")
+        raise UsageError("expected either --target latency=2.0 (or flops, params, bytes) or --plan plan.json, not both")
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     for name in _OF_THE_SEARCH if plan is not None else ():
         if name in given:
-            raise PlanError(
+            raise UsageError(
                 f"--{name.replace('_', '-')} is for the search of a plan and has no effect with --plan: leave it out"
             )
     for name in ("fit", "samples") if calibration is None else ():
         if name in given and context.params[name]:
-            raise PlanError(f"--{name} is about calibration inputs and has no effect without them: give --calibration")
+            raise UsageError(f"--{name} is about calibration inputs and has no effect without them: give --calibration")

@@ -43,10 +43,10 @@ def form_options(
 ) -> Form:
     """Return which forms of the cores may be chosen."""
     from tensorrail_exporter.search.fastest_form import Form
-    from tensorrail_runtime.errors import PlanError
+    from tensorrail_runtime.errors import UsageError
 
     if block != "auto" and not (block.isascii() and block.isdigit() and int(block)):
-        raise PlanError(f"--block: expected a number of 1 or more, or auto, got {block!r}")
+        raise UsageError(f"--block: expected a number of 1 or more, or auto, got {block!r}")
     return Form(
         block="auto" if block == "auto" else int(block),
         dense_if_slower=dense_if_slower,

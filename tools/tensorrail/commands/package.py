@@ -103,11 +103,11 @@ def command(
 
 
 def _versions(text: str | None) -> str | tuple[int, ...] | None:
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
 
     if text in (None, "latest", "all"):
         return text
     parts = text.split(",") if text else []
     if not parts or not all(part.strip().isdecimal() for part in parts):
-        raise ModelError(f"--versions: expected latest, all, or numbers such as 1,2, got {text!r}")
+        raise UsageError(f"--versions: expected latest, all, or numbers such as 1,2, got {text!r}")
     return tuple(int(part) for part in parts)

@@ -71,11 +71,11 @@ def limit_options(
     ] = None,
 ) -> Limits:
     """Return the slow-down to detect, and how far outputs and the metric may differ."""
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
     from tensorrail_runtime.gate.regress import Limits
 
     if retrained and tolerance is not None:
-        raise ModelError("--retrained compares no outputs, so --tolerance has no effect: give one of them")
+        raise UsageError("--retrained compares no outputs, so --tolerance has no effect: give one of them")
     limits = Limits(max_slowdown=_share(max_slowdown))
     if retrained or tolerance is not None:
         limits = limits.model_copy(update={"tolerance": tolerance})
@@ -157,12 +157,12 @@ def check(
 
     from tensorrail.inputs import as_labelled
     from tensorrail.verbs import regress
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
     from tensorrail_runtime.gate.regress import Baseline, Limits
 
     options, asked = how
     if limits.score != Limits().score and data is None:
-        raise ModelError("--max-drop limits the accuracy on labelled data: give --data FILE.npz as well")
+        raise UsageError("--max-drop limits the accuracy on labelled data: give --data FILE.npz as well")
     if baseline.suffix != ".onnx":
         Baseline.load(baseline).require(**asked)
     with progress_bar() as progress:
@@ -183,12 +183,12 @@ def _options(batch: int, shape: list[str] | None, threads: int, provider: str, p
 
 
 def _share(text: str) -> float:
-    from tensorrail_runtime.errors import ModelError
+    from tensorrail_runtime.errors import UsageError
 
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
     if not (0 < value < 1 or (text.endswith("%") and 0 < value < _MOST)):
-        raise ModelError(f"--max-slowdown: expected a share such as 5% or 0.05, got {text!r}")
+        raise UsageError(f"--max-slowdown: expected a share such as 5% or 0.05, got {text!r}")
     return value
