@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-JOBS ?= 3 # on two cores: one worker waits for Ray, or for a server, much of its time
+JOBS ?= 2
 OPTIONS ?=
 CODE := trainer exporter runtime tools tests benchmarks docs examples
 

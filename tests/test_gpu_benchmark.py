@@ -93,6 +93,7 @@ def test_what_the_time_does_not_reach_is_named(benched, tmp_path):
     assert "- resnet20, batch 2, fp32, NCHW: not run, the time was over" in page
 
 
+@pytest.mark.slow
 def test_recipes_are_trained_and_epochs_of_data_that_is_not_there_are_not(benched, tmp_path):
     recipe = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
     recipe["model"]["args"] = {"widths": [16], "blocks": 1, "hidden": 16}

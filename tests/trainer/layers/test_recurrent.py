@@ -63,8 +63,15 @@ def train(model, steps=5):
         optimizer.step()
 
 
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize(
+    ("kind", "bidirectional"),
+    [
+        pytest.param(nn.LSTM, True, id="LSTM, bidirectional"),
+        pytest.param(nn.GRU, False, id="GRU, forward"),
+        pytest.param(nn.LSTM, False, id="LSTM, forward", marks=pytest.mark.slow),
+        pytest.param(nn.GRU, True, id="GRU, bidirectional", marks=pytest.mark.slow),
+    ],
+)
 def test_trained_recurrent_cores_are_exported_exactly(kind, bidirectional):
     """Export once for all formats: after the dense training only cores are trained, and the rest of the graph is the same."""
     torch.manual_seed(0)

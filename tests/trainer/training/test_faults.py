@@ -22,7 +22,7 @@ from tensorrail_trainer.training.checkpoints import Checkpoints
 RECIPE = {
     "version": 1,
     "name": "small",
-    "data": {"name": "digits", "args": {"test_fraction": 0.5, "size": 16}},
+    "data": {"name": "digits", "args": {"test_fraction": 0.8, "size": 16}},
     "model": {"name": "small_resnet", "args": {"widths": [8], "blocks": 1, "hidden": 16}},
     "plan": [{"layers": "stages.*.conv?", "ranks": 4}],
     "train": {
