@@ -55,7 +55,7 @@ def served(model: Path, options: Sequence[str]) -> Iterator[int]:
         line = process.stdout.readline()
         found = re.search(r":(\d+)/v2/", line)
         if found is None:
-            sys.exit(f"{model}: is not served: {line or 'no word came'}")
+            sys.exit(f"{model}: cannot be served: {line or 'the server printed nothing'}")
         yield int(found.group(1))
     finally:
         process.terminate()

@@ -98,7 +98,7 @@ def main() -> None:
         print("skipped: torch has no GPU here")
         return
     if options.steps < 1:
-        parser.error(f"--steps: expected 1 or more, and {options.steps} came")
+        parser.error(f"--steps: expected 1 or more, got {options.steps}")
     rows: list[Log] = []
     for size in options.batches:
         found = {graph: timed(options.model, size, options.steps, graph=graph) for graph in (False, True)}

@@ -215,9 +215,9 @@ def test_the_first_model_has_no_baseline(gate, small_path):
 @pytest.mark.parametrize(
     ("inputs", "reason"),
     [
-        ({"mode": "guess"}, "input mode is one of check record, and 'guess' came"),
-        ({"on-regression": "$(touch pwned)"}, "input on-regression is one of fail warn"),
-        ({"retrained": "yes"}, "input retrained is one of false true"),
+        ({"mode": "guess"}, "input mode: expected one of check record, got 'guess'"),
+        ({"on-regression": "$(touch pwned)"}, "input on-regression: expected one of fail warn"),
+        ({"retrained": "yes"}, "input retrained: expected one of false true"),
         ({"max-slowdown": "fast"}, "--max-slowdown: expected a share such as 5%25 or 0.05, got 'fast'"),
         ({"provider": "tpu; touch pwned"}, "unknown provider"),
         ({"model": "none`touch pwned`.onnx"}, "cannot be read|not an ONNX model|cannot load"),
