@@ -107,3 +107,20 @@ def test_a_log_has_a_line_for_each_stage_and_one_a_minute(capsys, monkeypatch):
     assert lines[0] == "timing layers  Conv 3×3"
     assert "something to know" in lines
     assert lines.count("comparing outputs") == 1
+
+
+def test_open_axes_are_told_of(small_model, tmp_path, in_this_process):
+    plan = tr.Plan(layers=(tr.LayerPlan(name="conv", format="svd", modes=(32, 144), ranks=(8,)),))
+    for axis in (2, 3):
+        small_model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"side{axis}"
+    notes = []
+
+    def progress(stage, share, detail=""):
+        if stage == "note":
+            notes.append(detail)
+
+    for shapes in ({}, {"x": (1, 16, 8, 8)}):
+        options = tr.Options(timing=tr.Timing(seconds=0.05, shapes=shapes), progress=progress)
+        tr.compress(small_model, tmp_path / "out.onnx", plan, options=options)
+    assert len(notes) == 1
+    assert notes[0].startswith("warning: input 'x' has 3 dynamic axes, all set to the batch size")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.progress import Progress
+from tensorrail_runtime.sessions.inputs import Shapes, open_axes
 
 if TYPE_CHECKING:
     import onnx
@@ -63,3 +65,13 @@ def as_graph(model: Any) -> onnx.ModelProto:  # Any: see `Model`
     raise ModelError(
         f"expected a model as a path, an onnx.ModelProto or (torch module, example inputs), got {type(model).__name__}"
     )
+
+
+def load_to_search(path: Path, shapes: Shapes, progress: Progress) -> onnx.ModelProto:
+    """Return the model of a file, and tell which dynamic axes get the batch size without being named a batch."""
+    from tensorrail_exporter.graphs.io import load_model
+
+    graph = load_model(path)
+    for line in open_axes(graph, shapes):
+        progress("note", 1.0, f"warning: {line}")
+    return graph

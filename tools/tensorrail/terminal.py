@@ -8,17 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from tensorrail_runtime.progress import Progress as Listener
-    from tensorrail_runtime.sessions.inputs import Shapes
     from tensorrail_runtime.tables import Part, PrintedRecord
 
-_WIDTH = 160  # characters of a table in a file or a pipe, which has no width of its own
 _MINUTE = 60.0
 
 
@@ -27,9 +25,11 @@ def console() -> Console:
     """Return the console; rich is imported when something is shown, which `--help` does without."""
     from rich.console import Console
 
+    from tensorrail_runtime.tables import WIDTH
+
     # Names come from files, which may be a stranger's: no mark-up is read in them.
     terminal = Console(markup=False, emoji=False)
-    return terminal if terminal.is_terminal else Console(markup=False, emoji=False, width=_WIDTH)
+    return terminal if terminal.is_terminal else Console(markup=False, emoji=False, width=WIDTH)
 
 
 def plain(text: str) -> str:
@@ -59,15 +59,6 @@ def finish(report: PrintedRecord, json: Path | None, holds: bool = True, last: s
     if json is not None:
         report.save(json)
     raise typer.Exit(0 if holds else 1)
-
-
-def warn_of_open_axes(model: Any, shapes: Shapes) -> None:  # Any: a path or an ONNX model
-    """Say which dynamic axes of a model get the batch size without being named a batch."""
-    from tensorrail.models import as_graph
-    from tensorrail_runtime.sessions.inputs import open_axes
-
-    for line in open_axes(as_graph(model), shapes):
-        say(f"warning: {line}")
 
 
 @contextmanager

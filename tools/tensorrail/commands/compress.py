@@ -20,7 +20,7 @@ from tensorrail.commands.arguments import (
     timing_options,
 )
 from tensorrail.commands.groups import Group, grouped
-from tensorrail.terminal import finish, progress_bar, warn_of_open_axes
+from tensorrail.terminal import finish, progress_bar
 
 _OF_THE_SEARCH = ("format", "grid", "keep", "allow_slower", "seconds", "cache")
 """Options that say how a plan is searched for: without effect where one is given."""
@@ -61,7 +61,6 @@ def command(
 
     targets = read_targets(target)
     _check_given(context, plan, calibration, has_target=bool(targets) or search.max_loss is not None)
-    warn_of_open_axes(model, timing.shapes)
     with progress_bar() as progress:
         fitting = Fit(None if fit < 0 else fit, samples)
         options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, progress)

@@ -18,7 +18,7 @@ from tensorrail.commands.arguments import (
     shape_options,
 )
 from tensorrail.commands.groups import Group, grouped
-from tensorrail.terminal import finish, progress_bar, warn_of_open_axes
+from tensorrail.terminal import finish, progress_bar
 
 
 @grouped
@@ -44,7 +44,6 @@ def command(
     if out is not None:
         require_writable(out, model, calibration)
     network, timing = load_network(model, timing)
-    warn_of_open_axes(network, timing.shapes)
     with progress_bar() as progress:
         options = Options(session, timing, search, Fit(samples=samples), progress)
         report = plan(network, targets, calibration=calibration, options=options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail.inputs import as_calibration, as_labelled, require_writable
-from tensorrail.models import as_file
+from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
 from tensorrail_runtime.errors import GraphError, PlanError, TargetError
 from tensorrail_runtime.measure.accuracy import Labelled
@@ -57,7 +57,6 @@ def compress(
         GraphError: the model cannot be rewritten; nothing is written.
 
     """
-    from tensorrail_exporter.graphs.io import load_model
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.search.planner import plan_network
     from tensorrail_exporter.search.targets import Search
@@ -73,11 +72,11 @@ def compress(
     out = Path(out)
     for path in (out, *(_reduced_path(out, precision) for precision in search.also)):
         require_writable(path, model, target, calibration, data)
-    conditions = options.conditions(Timing(processes=_PROCESSES))
-    if not conditions.timing.processes:
-        conditions = replace(conditions, timing=replace(conditions.timing, processes=_PROCESSES))
+    conditions = options.conditions(Timing())
+    timing = conditions.timing
+    conditions = replace(conditions, timing=replace(timing, processes=timing.processes or _PROCESSES))
     with as_file(model) as path:
-        graph = load_model(path)
+        graph = load_to_search(path, timing.shapes, options.progress)
         inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
         test = as_labelled(data)
         refine = _refine(options) if inputs is not None else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tensorrail.inputs import as_calibration
-from tensorrail.models import as_file
+from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
 from tensorrail_runtime.measure.timing import Timing
 
@@ -41,14 +41,14 @@ def plan(
         GraphError: the model or its outputs cannot be planned for.
 
     """
-    from tensorrail_exporter.graphs.io import load_model
     from tensorrail_exporter.search.planner import plan_network
     from tensorrail_exporter.search.targets import Search
 
     options = options or Options()
     search = options.search or Search()
     search.check(target or {})
+    conditions = options.conditions(Timing())
     with as_file(model) as path:
-        graph = load_model(path)
+        graph = load_to_search(path, conditions.timing.shapes, options.progress)
         inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
-        return plan_network(graph, target or {}, search, calibration=inputs, conditions=options.conditions(Timing()))
+        return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)
