@@ -38,7 +38,7 @@ _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy t
 _NUDGE = 1.005
 _TRIES = 4
 _GPU_GRID = 8
-_PROCESSES = 5
+_PROCESSES = 5  # at most; a process that times for less than a second mostly starts
 
 
 def plan_network(
@@ -90,7 +90,8 @@ def plan_network(
         table.measure(options, settings, seconds=search.seconds, progress=progress)
         faster = {layer: _faster(layer, forms, table, search.gain) for layer, forms in options.items()}
         losses = losses_of(model, faster, calibration, settings.exact, resolved=resolved, progress=progress)
-        timing = Timing(batch, shapes, search.check_seconds, processes=_PROCESSES, io_binding=settings.on_gpu)
+        processes = min(max(int(search.check_seconds), 1), _PROCESSES)
+        timing = Timing(batch, shapes, search.check_seconds, processes=processes, io_binding=settings.on_gpu)
         verification = Verification(model, dense, timing, settings)
         size = size.model_copy(update={"milliseconds": verification.dense_ms()})
         candidates = Candidates(options, faster, losses, table, size)

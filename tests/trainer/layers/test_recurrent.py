@@ -217,7 +217,7 @@ def test_the_classifiers_that_recipes_name_run_in_cores(kind, bidirectional):
     close(cut(x), to_dense(cut)(x))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", [pytest.param("lstm", marks=pytest.mark.slow), "gru"])
 def test_the_cost_of_layers_both_ways_is_known(kind, tmp_path):
     """torch computes the shape between such layers in the graph, where ONNX's inference does not follow."""
     model = MODELS[kind](inputs=12, hidden=8, classes=3, layers=2, bidirectional=True).eval()
