@@ -182,7 +182,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         sizes = [_size(p, batch, shapes, times.latencies[k].p50) for k, p in enumerate((dense_path, path))]
         accuracy = None
         if test is not None:
-            scores = [evaluate(p, test.inputs, test.labels, metric=test.metric, settings=exact) for p in (dense_path, path)]
+            scores = [evaluate(p, test, settings=exact) for p in (dense_path, path)]
             accuracy = compare_scores(*scores)
     save_model(rewritten, out)
     ratio = times.ratios[0]

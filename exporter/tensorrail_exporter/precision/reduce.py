@@ -175,7 +175,7 @@ def reduced(
     feeds = given if given is not None else [random_inputs(session, size, timing.seed, timing.shapes) for size in sizes]
     scores = None
     if test is not None:  # before anything is written: it shows whether the data fit
-        scores = evaluate(model, test.inputs, test.labels, metric=test.metric, settings=exact)
+        scores = evaluate(model, test, settings=exact)
     single = load_model(model)
     if to == "fp16":
         small = to_fp16(single, keep=keep)
@@ -191,7 +191,7 @@ def reduced(
         same = parity(model, written, inputs=feeds, tolerance=tolerance, settings=exact)
         accuracy = None
         if scores is not None and test is not None:
-            accuracy = compare_scores(scores, evaluate(written, test.inputs, test.labels, metric=test.metric, settings=exact))
+            accuracy = compare_scores(scores, evaluate(written, test, settings=exact))
         latency = bench(
             [model, written],
             replace(timing, io_binding=settings.on_gpu),
