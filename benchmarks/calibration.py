@@ -23,9 +23,8 @@ from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.search.planner import plan_network
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.graphs.cost import cost
-from tensorrail_runtime.measure.accuracy import evaluate
+from tensorrail_runtime.measure.accuracy import Labelled, evaluate
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.sessions.inputs import load_arrays
 from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
 from tensorrail_trainer.planning.published import published_plan
 
@@ -43,8 +42,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     dense, inputs = load_model(options.dense), load_calibration(options.calibration, options.dense, most=options.samples)
-    arrays = load_arrays(options.test)
-    labels = arrays.pop("labels")
+    test = Labelled.load(options.test)
     total = cost(options.dense).macs
     lines = [
         "# Accuracy without training",
@@ -52,7 +50,7 @@ def main() -> None:
         "Command: `python benchmarks/calibration.py DENSE.onnx --calibration X.npz --test TEST.npz "
         f"--samples {options.samples} --flops {' '.join(f'{one:g}' for one in options.flops)} "
         f"--published {options.published}`. {options.data} "
-        f"{inputs.count} unlabelled inputs, accuracy on {len(labels)} others.",
+        f"{inputs.count} unlabelled inputs, accuracy on {len(test.labels)} others.",
         "",
         "| plan | MACs ÷ | dense | every weight by itself | layer by layer | + 12 epochs a block | + 6 epochs of the whole |",
         "|---|---|---|---|---|---|---|",
@@ -62,7 +60,7 @@ def main() -> None:
 
         def top1(model) -> str:
             save_model(model, path)
-            return f"{100 * evaluate(path, arrays, labels).mean:.2f} %"
+            return f"{100 * evaluate(path, test).mean:.2f} %"
 
         plans: dict[str, Plan] = {}
         if options.published:

@@ -151,7 +151,8 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
             predicted = report.predicted
             final = run.ratios[-1].value
             fewest = least_cut(model, report, batch, cache)
-            slow = slower_layers(layer_times(dense, folder / "planned.onnx", report.plan, batch=batch))
+            conditions = Conditions(Timing(batch))
+            slow = slower_layers(layer_times(dense, folder / "planned.onnx", report.plan, conditions=conditions))
             lines += [
                 "",
                 f"Predicted {predicted:.2f}×: its time {100 * (final / predicted - 1):+.1f} % off the measured one. "

@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_runtime.gate.regress import Effort, Limits, TimeChange, Verdict, check
+from tensorrail_runtime.gate.regress import Limits, TimeChange, Verdict, check
 from tensorrail_runtime.measure.latency import bench
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import PROVIDERS, Session
@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
-    effort = Effort(processes=options.processes, seconds=options.seconds)
     limits = Limits(tolerance=None, flops=1, params=1, bytes=1, nodes=1)  # time alone is in question
     with tempfile.TemporaryDirectory() as folder:
         a, same, slower = (Path(folder) / name for name in ("a.onnx", "same.onnx", "slower.onnx"))
@@ -64,11 +63,12 @@ def main() -> None:
         shutil.copy(a, same)
         onnx.save(chain(LENGTH + EXTRA), slower)
         settings = Session(provider=options.provider, threads=options.threads)
+        conditions = Conditions(Timing(seconds=options.seconds, processes=options.processes), settings)
         truth = bench([a, slower], Timing(seconds=20), settings)
         injected = 1 / truth.ratios[0].value - 1
         start = time.perf_counter()
-        equal = _trials("equal", a, same, options.alarms, limits, effort, settings)
-        found = _trials("slower", a, slower, options.finds, limits, effort, settings)
+        equal = _trials("equal", a, same, options.alarms, limits, conditions)
+        found = _trials("slower", a, slower, options.finds, limits, conditions)
         each = (time.perf_counter() - start) / (len(equal) + len(found))
     where = machine(gpu=options.provider != "cpu")
     device = f"{where.processor}, {where.cores} cores" if where.gpu is None else where.gpu.name
@@ -102,10 +102,10 @@ def main() -> None:
         write_text(options.out, text)
 
 
-def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, effort: Effort, settings: Session) -> list[Verdict]:
+def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, conditions: Conditions) -> list[Verdict]:
     verdicts = []
     for number in range(count):
-        verdicts.append(check(a, b, limits=limits, effort=effort, settings=settings))
+        verdicts.append(check(a, b, limits=limits, conditions=conditions))
         last = _timing(verdicts[-1])
         print(f"{name} {number + 1}/{count}: {last.slowdown:+.2%}, p = {last.p_value:.2g}", flush=True)
     return verdicts

@@ -24,11 +24,11 @@ from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
-from tensorrail_runtime.measure.latency import LatencyReport, bench
+from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
+from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
@@ -144,31 +144,22 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     """
     options = options or Compression()
     planning, plan = (plan, plan.plan) if isinstance(plan, PlanReport) else (None, plan)
-    calibration, test = options.calibration, options.test
     timing, settings, progress = options.conditions.timing, options.conditions.settings, options.conditions.progress
-    batch, shapes = timing.batch, timing.shapes
     settings.check()
     exact = settings.exact
     if not plan.layers:
         raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
-    base = resolve(model, plan)
-    if calibration is not None:
-        fitted = fit(base, calibration, exact, progress=progress)
-        base, cores, fits = fitted.resolved, fitted.cores, fitted.layers
-    else:
-        cores, fits = decompose(base), ()
+    base, cores, fits = _with_cores(resolve(model, plan), options)
     factored = rewrite(base, cores, scan=not settings.on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
         save_model(model, dense_path)
         save_model(factored.model, path)
-        session = open_session(dense_path, settings=exact)
-        feeds: list[Mapping[str, np.ndarray]]
-        feeds = list(calibration.first(100).feeds) if calibration is not None else [random_inputs(session, 7, shapes=shapes)]
+        feeds = _feeds(dense_path, options)
         numerical = _numerical(base, cores, path, feeds, Path(folder), exact)
         rewritten = factored.model
-        if options.refine is not None and calibration is not None:
-            rewritten = _refined(options.refine, model, base, cores, factored, calibration)
+        if options.refine is not None and options.calibration is not None:
+            rewritten = _refined(options.refine, model, base, cores, factored, options.calibration)
             save_model(rewritten, path)
         progress("comparing outputs", 0.5)
         against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=exact)
@@ -179,23 +170,14 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
             labels=["dense", "factored"],
             progress=progress,
         )
-        sizes = [_size(p, batch, shapes, times.latencies[k].p50) for k, p in enumerate((dense_path, path))]
-        accuracy = None
-        if test is not None:
-            scores = [evaluate(p, test.inputs, test.labels, metric=test.metric, settings=exact) for p in (dense_path, path)]
-            accuracy = compare_scores(*scores)
+        dense_size, size = (_size(p, timing, times.latencies[k].p50) for k, p in enumerate((dense_path, path)))
+        accuracy = _accuracy(dense_path, path, options)
     save_model(rewritten, out)
-    ratio = times.ratios[0]
-    ratios = Ratios(
-        **{name: times_less(sizes[0], sizes[1], name) for name in ("params", "macs", "flops", "bytes")},
-        latency=ratio.value,
-        latency_low=ratio.low,
-        latency_high=ratio.high,
-    )
+    ratios = _ratios(dense_size, size, times.ratios[0])
     targets = dict(planning.targets) if planning else {}
     return CompressReport(
-        dense=sizes[0],
-        factored=sizes[1],
+        dense=dense_size,
+        factored=size,
         ratios=ratios,
         targets=targets,
         meets=all(is_met(float(getattr(ratios, name)), value) for name, value in targets.items()),
@@ -211,6 +193,33 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         planning=planning,
         model=str(out),
     )
+
+
+def _with_cores(
+    resolved: ResolvedPlan, options: Compression
+) -> tuple[ResolvedPlan, Mapping[str, list[np.ndarray]], tuple[LayerFit, ...]]:
+    """Return the plan in its graph, its cores, and how well each layer was fitted, where there are calibration inputs."""
+    if options.calibration is None:
+        return resolved, decompose(resolved), ()
+    conditions = options.conditions
+    fitted = fit(resolved, options.calibration, conditions.settings.exact, progress=conditions.progress)
+    return fitted.resolved, fitted.cores, fitted.layers
+
+
+def _feeds(dense: Path, options: Compression) -> list[Mapping[str, np.ndarray]]:
+    """Return the inputs that outputs are compared on: calibration inputs, or random ones where there are none."""
+    if options.calibration is not None:
+        return list(options.calibration.first(100).feeds)
+    session = open_session(dense, settings=options.conditions.settings.exact)
+    return [random_inputs(session, 7, shapes=options.conditions.timing.shapes)]
+
+
+def _accuracy(dense: Path, factored: Path, options: Compression) -> Comparison | None:
+    """Compare the accuracy of both models, where there are labelled inputs."""
+    if options.test is None:
+        return None
+    exact = options.conditions.settings.exact
+    return compare_scores(*(evaluate(path, options.test, settings=exact) for path in (dense, factored)))
 
 
 def _refined(
@@ -272,12 +281,21 @@ def _rounding(resolved: ResolvedPlan) -> float:
     return max(_ROUNDING, _ROUNDINGS * unit * math.sqrt(len(resolved.layers)))
 
 
-def _size(path: Path, batch: int, shapes: Shapes | None, milliseconds: float) -> Size:
-    counted = cost(path, batch, shapes)
+def _size(path: Path, timing: Timing, milliseconds: float) -> Size:
+    counted = cost(path, timing.batch, timing.shapes)
     return Size(
         params=counted.params,
         macs=counted.macs,
         flops=counted.flops,
         bytes=counted.bytes,
         milliseconds=milliseconds,
+    )
+
+
+def _ratios(dense: Size, factored: Size, latency: Ratio) -> Ratios:
+    return Ratios(
+        **{name: times_less(dense, factored, name) for name in ("params", "macs", "flops", "bytes")},
+        latency=latency.value,
+        latency_low=latency.low,
+        latency_high=latency.high,
     )

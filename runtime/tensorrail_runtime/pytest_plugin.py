@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from tensorrail_runtime.gate.regress import Verdict
+    from tensorrail_runtime.gate.regress import Limits, Verdict
+    from tensorrail_runtime.measure.accuracy import Labelled
+    from tensorrail_runtime.measure.timing import Conditions
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,18 +29,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None]:
-    """Return a function (model, baseline, **options of `regress.check`) that fails the test when the check fails."""
+    """Return a function that fails the test when `regress.check` of a model against a baseline fails."""
 
-    def gate(model: Path | str, baseline: Path | str, **options: Any) -> Verdict | None:
+    def gate(
+        model: Path | str,
+        baseline: Path | str,
+        *,
+        limits: Limits | None = None,
+        conditions: Conditions | None = None,
+        data: Labelled | None = None,
+    ) -> Verdict | None:
         from tensorrail_runtime.errors import ModelError
         from tensorrail_runtime.gate import regress
 
         try:
             if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":
-                recordable = ("settings", "batch", "shapes", "effort", "data")
-                regress.record(model, baseline, **{name: value for name, value in options.items() if name in recordable})
+                regress.record(model, baseline, conditions=conditions, data=data)
                 return None
-            verdict = regress.check(baseline, model, **options)
+            verdict = regress.check(baseline, model, limits=limits, conditions=conditions, data=data)
         except ModelError as error:
             pytest.fail(str(error), pytrace=False)
         if not verdict.holds:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tensorrail.verbs.compress import compress
     from tensorrail.verbs.export import export
     from tensorrail.verbs.inspect import inspect
-    from tensorrail.verbs.package import Repository, package
+    from tensorrail.verbs.package import package
     from tensorrail.verbs.plan import plan
     from tensorrail.verbs.quantize import quantize
     from tensorrail.verbs.run import run, train
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from tensorrail_runtime.measure.timing import Timing
     from tensorrail_runtime.serve.http.options import ServeOptions
     from tensorrail_runtime.sessions.session import Session
-    from tensorrail_runtime.triton.package import Serving
+    from tensorrail_runtime.triton.package import Repository, Serving
     from tensorrail_trainer.admm.admm import ADMM
     from tensorrail_trainer.layers.dense import dense_layers
     from tensorrail_trainer.layers.swap import cores_of, to_dense
@@ -145,10 +145,7 @@ _MODULES = {
     "tensorrail.verbs.compress": ("compress",),
     "tensorrail.verbs.export": ("export",),
     "tensorrail.verbs.inspect": ("inspect",),
-    "tensorrail.verbs.package": (
-        "Repository",
-        "package",
-    ),
+    "tensorrail.verbs.package": ("package",),
     "tensorrail.verbs.plan": ("plan",),
     "tensorrail.verbs.quantize": ("quantize",),
     "tensorrail.verbs.run": (
@@ -200,7 +197,10 @@ _MODULES = {
     "tensorrail_runtime.measure.timing": ("Timing",),
     "tensorrail_runtime.serve.http.options": ("ServeOptions",),
     "tensorrail_runtime.sessions.session": ("Session",),
-    "tensorrail_runtime.triton.package": ("Serving",),
+    "tensorrail_runtime.triton.package": (
+        "Repository",
+        "Serving",
+    ),
     "tensorrail_trainer.admm.admm": ("ADMM",),
     "tensorrail_trainer.layers.dense": ("dense_layers",),
     "tensorrail_trainer.layers.swap": (

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
 from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.precision.fp16 import to_fp16 as to_fp16
@@ -24,7 +25,7 @@ from tensorrail_runtime.graphs.files import bytes_of
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import Parity, parity
-from tensorrail_runtime.measure.timing import Conditions
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
@@ -134,6 +135,16 @@ class Quantization:
     tolerance: float | None = None
     """Largest relative L2 difference of any output; default 0.01 for fp16, 0.1 for int8."""
 
+    @property
+    def calibrated_by(self) -> Method | None:
+        """The method of int8 calibration; None for fp16, which has none."""
+        return (self.method or "minmax") if self.to == "int8" else None
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance, or its default."""
+        return TOLERANCES[self.to] if self.tolerance is None else self.tolerance
+
 
 def reduced(
     model: Path | str,
@@ -164,51 +175,38 @@ def reduced(
 
     """
     conditions = conditions or Conditions()
-    timing, settings, to, keep = conditions.timing, conditions.settings, quantization.to, quantization.keep
+    settings, to = conditions.settings, quantization.to
     model, out = Path(model), Path(out).resolve()  # a link stays one
     settings.check()
     exact = settings.exact
     _check_request(model, out, quantization)
     session = open_session(model, settings=exact)
-    given = None if calibration is None else list(calibration)
-    sizes = _RANDOM_BATCHES[:1] if timing.shapes else _RANDOM_BATCHES  # a shape that is given has its own batch
-    feeds = given if given is not None else [random_inputs(session, size, timing.seed, timing.shapes) for size in sizes]
-    scores = None
-    if test is not None:  # before anything is written: it shows whether the data fit
-        scores = evaluate(model, test.inputs, test.labels, metric=test.metric, settings=exact)
+    feeds = _random_feeds(session, conditions.timing) if calibration is None else list(calibration)
+    # Before anything is written: it shows whether the data fit.
+    scores = None if test is None else evaluate(model, test, settings=exact)
     single = load_model(model)
-    if to == "fp16":
-        small = to_fp16(single, keep=keep)
-        require_finite(single, small, feeds)
-    else:
-        small = to_int8(single, given or (), method=quantization.method or "minmax", keep=keep)
-    left = _left_fp32(single, small, keep)
+    small = _converted(single, quantization, feeds, () if calibration is None else feeds)
+    left = _left_fp32(single, small, quantization.keep)
     # Measured in a folder beside `out` and then moved. The name is the final one: names of external data derive from it.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name
         save_model(small, written)
-        tolerance = TOLERANCES[to] if quantization.tolerance is None else quantization.tolerance
-        same = parity(model, written, inputs=feeds, tolerance=tolerance, settings=exact)
+        same = parity(model, written, inputs=feeds, tolerance=quantization.allowed, settings=exact)
         accuracy = None
         if scores is not None and test is not None:
-            accuracy = compare_scores(scores, evaluate(written, test.inputs, test.labels, metric=test.metric, settings=exact))
-        latency = bench(
-            [model, written],
-            replace(timing, io_binding=settings.on_gpu),
-            settings,
-            labels=["fp32", to],
-            progress=conditions.progress,
-        )
+            accuracy = compare_scores(scores, evaluate(written, test, settings=exact))
+        timing = replace(conditions.timing, io_binding=settings.on_gpu)
+        latency = bench([model, written], timing, settings, labels=["fp32", to], progress=conditions.progress)
         report = PrecisionReport(
             model=model.name,
             reduced=out.name,
             to=to,
-            method=(quantization.method or "minmax") if to == "int8" else None,
-            keep=keep,
+            method=quantization.calibrated_by,
+            keep=quantization.keep,
             fp32=left,
             bytes_before=bytes_of(model),
             bytes_after=bytes_of(written),
-            inputs="random" if given is None else "given",
+            inputs="random" if calibration is None else "given",
             samples=sum(same.batches),
             parity=same,
             accuracy=accuracy,
@@ -218,6 +216,26 @@ def reduced(
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == written):  # the graph last, after its data
             file.replace(out.parent / file.name)
     return report
+
+
+def _random_feeds(session: ort.InferenceSession, timing: Timing) -> list[Mapping[str, np.ndarray]]:
+    """Return random inputs to compare outputs on, in batches of two sizes; a shape that is given has its own batch."""
+    sizes = _RANDOM_BATCHES[:1] if timing.shapes else _RANDOM_BATCHES
+    return [random_inputs(session, size, timing.seed, timing.shapes) for size in sizes]
+
+
+def _converted(
+    model: onnx.ModelProto,
+    quantization: Quantization,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    calibration: Sequence[Mapping[str, np.ndarray]],
+) -> onnx.ModelProto:
+    """Return the model in fp16, finite on the inputs `feeds`, or in int8, with ranges from the calibration inputs."""
+    if quantization.calibrated_by is not None:
+        return to_int8(model, calibration, method=quantization.calibrated_by, keep=quantization.keep)
+    small = to_fp16(model, keep=quantization.keep)
+    require_finite(model, small, feeds)
+    return small
 
 
 def _check_request(model: Path, out: Path, quantization: Quantization) -> None:

@@ -15,32 +15,21 @@ import onnx
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_runtime.measure.placement import placement, time_shares
-from tensorrail_runtime.sessions.inputs import Shapes
-from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.measure.timing import Conditions
 
 _PROFILES = 3  # profiles of each network, taken in turn
 
 
 def layer_times(
-    dense: Path,
-    factored: Path,
-    plan: Plan,
-    *,
-    settings: Session | None = None,
-    batch: int = 1,
-    shapes: Shapes | None = None,
-    resolved: ResolvedPlan | None = None,
+    dense: Path, factored: Path, plan: Plan | ResolvedPlan, *, conditions: Conditions | None = None
 ) -> dict[str, tuple[float, float]]:
     """Return the time of every planned layer in the dense and in the factorized network.
 
     Args:
         dense: the dense model.
         factored: the factorized model.
-        plan: the plan that the factorized model was made by.
-        settings: settings of the ONNX Runtime sessions; default `Session()`.
-        batch: size of the dynamic axes of the inputs; default 1.
-        shapes: shapes of the inputs by name, instead of `batch`.
-        resolved: the plan in the dense model, where it is at hand.
+        plan: the plan that the factorized model was made by; where it is at hand, as resolved in the dense model.
+        conditions: how the models run, their batch size and shapes; default `Conditions()`.
 
     Returns:
         Dense and factorized milliseconds by the name of the layer: medians over profiles that are taken in turn.
@@ -49,11 +38,12 @@ def layer_times(
         ModelError: a model cannot be run.
 
     """
-    layers = [layer.name for layer in plan.layers]
-    ends = _outputs(resolved or resolve(onnx.load(dense, load_external_data=False), plan))
+    conditions = conditions or Conditions()
+    resolved = plan if isinstance(plan, ResolvedPlan) else resolve(onnx.load(dense, load_external_data=False), plan)
+    layers, ends = list(resolved.layers), _outputs(resolved)
     profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):
-        times = [_times(path, layers, outputs, settings, batch, shapes) for path, outputs in ((dense, ends), (factored, None))]
+        times = [_times(path, layers, outputs, conditions) for path, outputs in ((dense, ends), (factored, None))]
         for name in layers:
             profiles[name].append((times[0][name], times[1][name]))
     return {
@@ -72,15 +62,9 @@ def slower_layers(times: dict[str, tuple[float, float]]) -> tuple[str, ...]:
     return tuple(name for name, (dense, factored) in times.items() if factored > dense + 1e-3)
 
 
-def _times(
-    path: Path,
-    layers: Sequence[str],
-    ends: dict[str, str] | None,
-    settings: Session | None,
-    batch: int,
-    shapes: Shapes | None,
-) -> dict[str, float]:
-    placed = placement(path, settings=settings, batch=batch, shapes=shapes)
+def _times(path: Path, layers: Sequence[str], ends: dict[str, str] | None, conditions: Conditions) -> dict[str, float]:
+    timing = conditions.timing
+    placed = placement(path, settings=conditions.settings, batch=timing.batch, shapes=timing.shapes)
     total = 1e-3 * sum(node.microseconds for node in placed.nodes)
     return {name: share * total for name, share in time_shares(path, placed, layers, ends).items()}
 

@@ -17,7 +17,7 @@ from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
 from tensorrail_exporter.search.report import PlanReport
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.latency import bench
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.session import Session
 
 
@@ -68,15 +68,7 @@ class Verification:
         report = report.model_copy(update={"measured": times.ratios[0], "planned": planned})
         if self.settings.on_gpu:
             return report
-        layers = layer_times(
-            self.dense,
-            path,
-            report.plan,
-            settings=self.settings,
-            batch=self.timing.batch,
-            shapes=self.timing.shapes,
-            resolved=resolved,
-        )
+        layers = layer_times(self.dense, path, resolved, conditions=Conditions(self.timing, self.settings))
         return report.model_copy(update={"slower": slower_layers(layers)})
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.graphs.files import sha256_of
-from tensorrail_runtime.measure.accuracy import evaluate
+from tensorrail_runtime.measure.accuracy import Labelled, evaluate
 from tensorrail_runtime.measure.parity import is_exact, relative_l2
 from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.records import Record
@@ -24,9 +24,6 @@ from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session
 _SKETCH_SIZE = 1024  # numbers kept of an output, for parity
 _NOISE = 1e-4  # sums in another order differ by less between runs
 _CHUNK = 2**20  # values that are processed at a time
-
-Data = tuple[Mapping[str, np.ndarray], np.ndarray, str]
-"""Input arrays, labels and the metric."""
 
 
 class Tensor(Record):
@@ -123,7 +120,7 @@ class Finding(Record):
 
 
 def facts_of(
-    path: Path | str, settings: Session, batch: int = 1, data: Data | None = None, shapes: Shapes | None = None
+    path: Path | str, settings: Session, batch: int = 1, data: Labelled | None = None, shapes: Shapes | None = None
 ) -> Facts:
     """Measure the properties of a model.
 
@@ -131,7 +128,7 @@ def facts_of(
         path: the ONNX file.
         settings: the options of the session.
         batch: the size of dynamic axes that `shapes` does not set.
-        data: inputs, labels and metric of the score; without them there is none.
+        data: labelled inputs of the score; without them there is none.
         shapes: shapes of inputs, by name.
 
     Returns:
@@ -151,7 +148,7 @@ def facts_of(
     placed = placement(path, settings=settings, batch=batch, shapes=shapes)
     score = None
     if data is not None:
-        score = evaluate(path, data[0], data[1], metric=data[2], settings=settings).mean
+        score = evaluate(path, data, settings=settings).mean
     return Facts(
         sha256=sha256_of(Path(path)),
         flops=graph_cost.flops,
@@ -164,7 +161,7 @@ def facts_of(
         outputs=outputs,
         varying=tuple(name for name, output in outputs.items() if not _alike(output, again[name], _NOISE)),
         score=score,
-        metric=data[2] if data is not None else "",
+        metric=data.metric if data is not None else "",
         data=sha256_of_data(data) if data is not None else "",
     )
 
@@ -233,10 +230,10 @@ def held(before: Facts, after: Facts, limits: Limits, provider: str) -> list[Fin
     ]
 
 
-def sha256_of_data(data: Data) -> str:
+def sha256_of_data(data: Labelled) -> str:
     """Return the SHA-256 of arrays and labels: only scores on the same data are compared."""
     digest = hashlib.sha256()
-    for name, array in [*sorted(data[0].items()), ("labels", data[1])]:
+    for name, array in [*sorted(data.inputs.items()), ("labels", data.labels)]:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -15,19 +15,20 @@ measures how often the check is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
-from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.gate.checks import Data, Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
+from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
+from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.latency import LatencyReport, bench, cycles
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record, first_problem
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes
@@ -35,12 +36,17 @@ from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
-__all__ = ["Baseline", "Data", "Effort", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
+__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
+
+TIMING = Timing(seconds=1.0, processes=6)
+"""How long models are timed by default. Even numbers of processes are best: each model is loaded first in half of them."""
 
 _BLOCKS = 8  # blocks of each process, of which medians are taken
 _ALPHA = 0.01  # significance level
 _PRECISION = 10  # max_slowdown divided by the standard error that is small enough
 _MOST = 4  # times the requested processes, on a busy machine
+_LEAST_PROCESSES = 2
+_WARMUP = 0.1  # seconds of each process
 
 
 Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=_BLOCKS)]
@@ -113,7 +119,7 @@ class Baseline(PrintedRecord):
                     "omit the option, or record the baseline again"
                 )
 
-    def require_data(self, data: Data | None) -> None:
+    def require_data(self, data: Labelled | None) -> None:
         """Raise `ModelError` for data other than those of the baseline's score, and if only one side has a score."""
         facts, baseline = self.facts, f"the baseline of {self.model}"
         if data is None:
@@ -123,8 +129,10 @@ class Baseline(PrintedRecord):
                 )
         elif facts.score is None:
             raise ModelError(f"{baseline} contains no score: record it with --data, or omit --data here")
-        elif data[2] != facts.metric:
-            raise ModelError(f"{baseline} contains a {facts.metric} score, got metric {data[2]}: pass --metric {facts.metric}")
+        elif data.metric != facts.metric:
+            raise ModelError(
+                f"{baseline} contains a {facts.metric} score, got metric {data.metric}: pass --metric {facts.metric}"
+            )
         elif facts.data and facts.data != sha256_of_data(data):
             raise ModelError(f"{baseline} contains a score on different data: pass the same data, or record the baseline again")
 
@@ -204,54 +212,38 @@ class TimeChange(Record):
     baseline_p50_ms: float
 
 
-class Effort(Record):
-    """How much is measured: the number of fresh processes (up to four times as many on a busy machine), and seconds in each."""
-
-    processes: int = Field(default=6, ge=2)  # even numbers are best: each model is loaded first in half of the processes
-    seconds: float = Field(default=1.0, gt=0)
-
-
 def record(
-    path: Path | str,
-    out: Path | str,
-    *,
-    settings: Session | None = None,
-    batch: int = 1,
-    shapes: Shapes | None = None,
-    effort: Effort | None = None,
-    data: Data | None = None,
-    on_process: Callable[[float], None] = lambda _: None,
+    path: Path | str, out: Path | str, *, conditions: Conditions | None = None, data: Labelled | None = None
 ) -> Baseline:
     """Measure a model and write its baseline.
 
     Args:
         path: the ONNX file.
         out: the JSON file to write, in an existing folder.
-        settings: the options of the session; only provider and threads are recorded.
-        batch: the size of dynamic axes that `shapes` does not set.
-        shapes: shapes of inputs, by name.
-        effort: how many processes to run, and for how long.
-        data: inputs, labels and metric for a score.
-        on_process: called after each process with the share of the processes that have ended.
+        conditions: how the model runs and is timed: batch size, shapes, fresh processes (6 by default; up to four times as many
+            on a busy machine) and seconds in each (1 by default). Only provider and threads of the session are recorded.
+        data: labelled inputs for a score.
 
     Returns:
         The baseline.
 
     Raises:
         ModelError: the model cannot be run, or `out` is not a JSON file in an existing folder.
+        UsageError: fewer than two processes or no seconds to time in.
 
     """
-    settings, shapes = settings or Session(), shapes or {}
+    conditions = _checked(conditions)
+    timing, settings = conditions.timing, conditions.settings
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
-    facts = facts_of(path, settings, batch, data, shapes)
-    runs = _measure([path], settings, batch, shapes, effort or Effort(), on_process)
+    facts = facts_of(path, settings, timing.batch, data, timing.shapes)
+    runs = _measure([path], conditions)
     baseline = Baseline(
         model=Path(os.path.relpath(path, Path(out).parent)).as_posix(),
         provider=settings.provider,
         threads=settings.threads,
-        batch=batch,
-        shapes={name: tuple(shape) for name, shape in shapes.items()},
+        batch=timing.batch,
+        shapes={name: tuple(shape) for name, shape in timing.shapes.items()},
         machine=runs[0].machine,
         facts=facts,
         processes=tuple(report.latencies[0].samples for report in runs),
@@ -265,12 +257,8 @@ def check(
     path: Path | str,
     *,
     limits: Limits | None = None,
-    effort: Effort | None = None,
-    settings: Session | None = None,
-    batch: int | None = None,
-    shapes: Shapes | None = None,
-    data: Data | None = None,
-    on_process: Callable[[float], None] = lambda _: None,
+    conditions: Conditions | None = None,
+    data: Labelled | None = None,
 ) -> Verdict:
     """Compare a model with a baseline, or with another model.
 
@@ -281,12 +269,9 @@ def check(
         reference: a baseline, its file, or another model (a file that ends in .onnx), which is then measured as well.
         path: the ONNX file of the model to check.
         limits: the limits for the differences.
-        effort: how many processes to run, and for how long.
-        settings: the options of the session; with a baseline, its provider and threads.
-        batch: the size of dynamic axes that `shapes` does not set, 1 by default; with a baseline, its batch.
-        shapes: shapes of inputs, by name; with a baseline, its shapes.
-        data: inputs, labels and metric of a score; with a baseline, the data that it was recorded with.
-        on_process: called after each process with the share of the processes that have ended.
+        conditions: how the models run and are timed, as for `record`. A baseline has its own provider, threads, batch size and
+            shapes: they are left at their defaults here, or are the recorded ones.
+        data: labelled inputs for a score; with a baseline, the data that it was recorded with.
 
     Returns:
         One finding per property, and the times.
@@ -294,50 +279,103 @@ def check(
     Raises:
         ModelError: a file is neither a baseline nor a model, the options differ from the recorded ones, or a score cannot be
             compared since one side has none or it is of another metric or other data.
+        UsageError: fewer than two processes or no seconds to time in.
 
     """
-    limits, effort = limits or Limits(), effort or Effort()
-    other: Path | None = None
-    recorded: Baseline | None = None
-    if isinstance(reference, Baseline) or Path(reference).suffix != ".onnx":
-        recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
-        if settings is not None:
-            recorded.require(provider=settings.provider, threads=settings.threads)
-        recorded.require(batch=batch, shapes=shapes)
-        recorded.require_data(data)
-        settings = Session(provider=recorded.provider, threads=recorded.threads)
-        batch, shapes = recorded.batch, recorded.shapes
-        other = None if isinstance(reference, Baseline) else _at_hand(recorded, Path(reference))
-        before = recorded.facts
-    else:
-        settings, batch, other = settings or Session(), batch or 1, Path(reference)
-        before = facts_of(other, settings, batch, data, shapes)
-    shapes = {name: tensor.at(batch, (shapes or {}).get(name)) for name, tensor in before.inputs.items()}
-    failed = interface_of(path, settings, before)
-    if failed is None:
-        try:
-            after = facts_of(path, settings, 1, data, shapes)  # `shapes` contains the batch
-        except ModelError as error:
-            failed = Finding(name="run", baseline="runs", measured=str(error), limit="runs", holds=False)
-    if failed is not None:
-        return Verdict(model=Path(path).name, timing=None, findings=(failed,), machine=machine(gpu=settings.on_gpu))
-    paths = [path] if other is None else [other, path]
-    runs = _measure(paths, settings, 1, shapes, effort, on_process, limits.max_slowdown / _PRECISION)
-    new = [run.latencies[-1].samples for run in runs]
-    if other is not None:
-        old: Sequence[Sequence[float]] = [run.latencies[0].samples for run in runs]
-    elif recorded is not None:
-        old = recorded.processes
-    slowdown, low, high, p = compare_times(old, new, paired=other is not None)
-    threshold = limits.max_slowdown / 2
-    latency = Finding(
-        name="latency",
-        baseline=f"{np.median(np.concatenate(old)):.4f} ms",
-        measured=f"{slowdown:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.2g}",
-        limit=f"detects slow-downs of {limits.max_slowdown:.1%} or more; fails above {threshold:+.1%} at p < {_ALPHA}",
-        holds=not (slowdown > threshold and p < _ALPHA),
+    limits = limits or Limits()
+    before = _reference(reference, _checked(conditions), data)
+    settings = before.conditions.settings
+    after = _facts_like(before, path, data)
+    if isinstance(after, Finding):
+        return Verdict(model=Path(path).name, timing=None, findings=(after,), machine=machine(gpu=settings.on_gpu))
+    paths = [path] if before.model is None else [before.model, path]
+    runs = _measure(paths, before.conditions, limits.max_slowdown / _PRECISION)
+    timing = _time_change(before, runs)
+    return Verdict(
+        model=Path(path).name,
+        timing=timing,
+        findings=(_latency(timing, limits), *held(before.facts, after, limits, settings.provider)),
+        machine=runs[0].machine,
+        recorded_on=before.recorded.machine if before.recorded is not None and before.model is None else None,
     )
-    timing = TimeChange(
+
+
+def _checked(conditions: Conditions | None) -> Conditions:
+    """Return the conditions with the default number of processes where none is given; raises `UsageError` for too few."""
+    conditions = conditions or Conditions(TIMING)
+    timing = replace(conditions.timing, processes=conditions.timing.processes or TIMING.processes)
+    if timing.processes < _LEAST_PROCESSES or not timing.seconds > 0:
+        raise UsageError(
+            f"expected at least {_LEAST_PROCESSES} fresh processes and more than 0 seconds in each, got "
+            f"processes={timing.processes}, seconds={timing.seconds:g}"
+        )
+    return replace(conditions, timing=timing)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What a model is checked against."""
+
+    facts: Facts
+    """The properties of the baseline's model."""
+    conditions: Conditions
+    """How both models run; its shapes are those of every input, with the batch."""
+    model: Path | None
+    """The baseline's model, which is timed beside the checked one; None if it is not there, or has changed."""
+    recorded: Baseline | None
+    """The baseline; None for another model."""
+
+
+def _reference(reference: Baseline | Path | str, conditions: Conditions, data: Labelled | None) -> _Reference:
+    """Read a baseline, or measure the properties of the other model."""
+    timing = conditions.timing
+    model: Path | None
+    recorded: Baseline | None
+    if not isinstance(reference, Baseline) and Path(reference).suffix == ".onnx":
+        model, recorded, batch, shapes = Path(reference), None, timing.batch, timing.shapes
+        facts = facts_of(reference, conditions.settings, batch, data, shapes)
+    else:
+        recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
+        _require_recorded(recorded, conditions)
+        recorded.require_data(data)
+        conditions = replace(conditions, settings=Session(provider=recorded.provider, threads=recorded.threads))
+        model = None if isinstance(reference, Baseline) else _at_hand(recorded, Path(reference))
+        facts, batch, shapes = recorded.facts, recorded.batch, recorded.shapes
+    every_shape = {name: tensor.at(batch, shapes.get(name)) for name, tensor in facts.inputs.items()}
+    return _Reference(facts, replace(conditions, timing=replace(timing, batch=1, shapes=every_shape)), model, recorded)
+
+
+def _require_recorded(recorded: Baseline, conditions: Conditions) -> None:
+    """Raise `ModelError` for options that are neither the defaults nor the recorded ones."""
+    timing, settings = conditions.timing, conditions.settings
+    recorded.require(
+        provider=None if settings.provider == Session.provider else settings.provider,
+        threads=None if settings.threads == Session.threads else settings.threads,
+        batch=None if timing.batch == Timing.batch else timing.batch,
+        shapes=timing.shapes,
+    )
+
+
+def _facts_like(before: _Reference, path: Path | str, data: Labelled | None) -> Facts | Finding:
+    """Return the properties of a model on the inputs of the baseline's model, or a finding if it does not run on them."""
+    settings, timing = before.conditions.settings, before.conditions.timing
+    other_interface = interface_of(path, settings, before.facts)
+    if other_interface is not None:
+        return other_interface
+    try:
+        return facts_of(path, settings, timing.batch, data, timing.shapes)
+    except ModelError as error:
+        return Finding(name="run", baseline="runs", measured=str(error), limit="runs", holds=False)
+
+
+def _time_change(before: _Reference, runs: Sequence[LatencyReport]) -> TimeChange:
+    """Compare the times of the checked model with those of the baseline's model in the same runs, or with the recorded ones."""
+    new: list[Sequence[float]] = [run.latencies[-1].samples for run in runs]
+    old: list[Sequence[float]] = [run.latencies[0].samples for run in runs]
+    if before.model is None and before.recorded is not None:
+        old = list(before.recorded.processes)
+    slowdown, low, high, p = compare_times(old, new, paired=before.model is not None)
+    return TimeChange(
         slowdown=slowdown,
         low=low,
         high=high,
@@ -345,12 +383,16 @@ def check(
         p50_ms=float(np.median(np.concatenate(new))),
         baseline_p50_ms=float(np.median(np.concatenate(old))),
     )
-    return Verdict(
-        model=Path(path).name,
-        timing=timing,
-        findings=(latency, *held(before, after, limits, settings.provider)),
-        machine=runs[0].machine,
-        recorded_on=recorded.machine if recorded is not None and other is None else None,
+
+
+def _latency(timing: TimeChange, limits: Limits) -> Finding:
+    threshold = limits.max_slowdown / 2
+    return Finding(
+        name="latency",
+        baseline=f"{timing.baseline_p50_ms:.4f} ms",
+        measured=f"{timing.slowdown:+.1%} [{timing.low:+.1%}, {timing.high:+.1%}], p = {timing.p_value:.2g}",
+        limit=f"detects slow-downs of {limits.max_slowdown:.1%} or more; fails above {threshold:+.1%} at p < {_ALPHA}",
+        holds=not (timing.slowdown > threshold and timing.p_value < _ALPHA),
     )
 
 
@@ -391,28 +433,19 @@ def compare_times(
     return value, low, high, p
 
 
-def time_here(request: dict[str, object]) -> str:
+def time_here(request: dict[str, Any]) -> str:  # Any: JSON, made by `_measure`
     """Time the models of a request in turns, in this process, and return the report as JSON; `_measure` calls it."""
-    settings = Session(**request["settings"])  # type: ignore[arg-type] # made by `asdict` in `_measure`
-    paths, batch, shapes, seconds = (request[name] for name in ("paths", "batch", "shapes", "seconds"))
-    timing = Timing(batch, shapes, seconds, warmup=0.1)  # type: ignore[arg-type] # the request is JSON
-    return bench(paths, timing, settings).model_dump_json()  # type: ignore[arg-type] # likewise
+    return bench(request["paths"], Timing(**request["timing"]), Session(**request["settings"])).model_dump_json()
 
 
-def _measure(
-    paths: Sequence[Path | str],
-    settings: Session,
-    batch: int,
-    shapes: Shapes,
-    effort: Effort,
-    on_process: Callable[[float], None],
-    precision: float | None = None,
-) -> list[LatencyReport]:
+def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: float | None = None) -> list[LatencyReport]:
     """Time the models in fresh processes; with a precision, until the standard error of the estimate is at most that."""
+    timing = conditions.timing
+    each = Timing(timing.batch, timing.shapes, timing.seconds, _WARMUP)
     reports: list[LatencyReport] = []
-    while len(reports) < effort.processes or (
+    while len(reports) < timing.processes or (
         precision is not None
-        and len(reports) < _MOST * effort.processes
+        and len(reports) < _MOST * timing.processes
         and (len(reports) % 2 or _standard_error(reports) > precision)
     ):
         number = len(reports)
@@ -420,14 +453,12 @@ def _measure(
         order = list(paths) if number % 2 == 0 else list(reversed(paths))
         request = {
             "paths": [str(p) for p in order],
-            "settings": asdict(settings),
-            "batch": batch,
-            "shapes": {name: list(shape) for name, shape in shapes.items()},
-            "seconds": effort.seconds,
+            "settings": asdict(conditions.settings),
+            "timing": asdict(each),
         }
         report = LatencyReport.model_validate_json(fresh("tensorrail_runtime.gate.regress:time_here", request))
         reports.append(report.model_copy(update={"latencies": report.latencies[:: 1 if order == list(paths) else -1]}))
-        on_process(min(1.0, len(reports) / effort.processes))
+        conditions.progress("measuring latency", min(1.0, len(reports) / timing.processes))
     return reports
 
 

@@ -37,9 +37,9 @@ class Labelled:
     inputs: Mapping[str, np.ndarray]
     """Arrays (N, …) by input name."""
     labels: np.ndarray
-    """One label a sample, (N,)."""
+    """One label a sample, (N, …)."""
     metric: str = "top1"
-    """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample."""
+    """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample (see `Metric`)."""
 
     @classmethod
     def load(cls, path: Path | str, metric: str | None = None) -> Labelled:
@@ -135,7 +135,7 @@ def accuracy(path: Path | str, images: np.ndarray, labels: np.ndarray, *, batch:
     if not np.size(images) or np.shape(images)[:1] != np.shape(labels)[:1]:
         raise ModelError(f"expected as many images as labels, got arrays of shape {np.shape(images)} and {np.shape(labels)}")
     name = _first_input(path, open_session(path, provider=provider))
-    evaluation = evaluate(path, {name: images}, labels, batch=batch, settings=Session(provider=provider))
+    evaluation = evaluate(path, Labelled({name: images}, labels), batch=batch, settings=Session(provider=provider))
     return Accuracy(correct=int(sum(evaluation.scores)), total=len(labels))
 
 
@@ -169,10 +169,8 @@ def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray
 
 def evaluate(
     path: Path | str,
-    arrays: Mapping[str, np.ndarray],
-    labels: np.ndarray,
+    data: Labelled,
     *,
-    metric: str = "top1",
     batch: int = 64,
     settings: Session | None = None,
     on_batch: Callable[[float], None] = lambda _: None,
@@ -181,9 +179,7 @@ def evaluate(
 
     Args:
         path: the ONNX file.
-        arrays: the samples by the name of the input, each of shape (N, …).
-        labels: the labels, of shape (N, …).
-        metric: "top1", "top5", or `module:function` of a custom metric (see `Metric`).
+        data: the samples, their labels and the metric.
         batch: the number of samples in each run.
         settings: the options of the session.
         on_batch: called after each batch with the share of the samples that are scored.
@@ -196,10 +192,11 @@ def evaluate(
             than one number per sample.
 
     """
+    metric, labels = data.metric, data.labels
     scorer = metric_of(metric)
     session = open_session(path, settings=settings)
     require_tensors(path, session)
-    feeds = batches_of(session, arrays, batch)
+    feeds = batches_of(session, data.inputs, batch)
     count = sum(map(samples_of, feeds))
     if not count or np.shape(labels)[:1] != (count,):
         raise ModelError(f"expected as many labels as samples, got labels of shape {np.shape(labels)} and {count} samples")

@@ -3,7 +3,7 @@
 Needs the extra `serve`. This package, the protocol, the signature and the batch axis can be imported without Ray.
 """
 
-from tensorrail_runtime.serve.http.options import Limits, ServeOptions
+from tensorrail_runtime.serve.http.options import RequestLimits, ServeOptions
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 
-__all__ = ["Limits", "ProtocolError", "ServeOptions"]
+__all__ = ["ProtocolError", "RequestLimits", "ServeOptions"]

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 from tensorrail_runtime.triton.config import MODEL_FILE, Serving, TritonSignature, config, text
 from tensorrail_runtime.triton.model import check_batching, check_warmup, request_shapes, signature
 
-__all__ = ["Package", "Packaged", "Serving", "package"]
+__all__ = ["Package", "Packaged", "Repository", "Serving", "package"]
 
 
 class Packaged(Record):
@@ -68,30 +69,44 @@ def _shown(model: Packaged) -> tuple[Part, ...]:
     return table, versions, f"answers in a batch of two differ by {model.batch_difference:.1e} from single ones (relative L2)"
 
 
+@dataclass(frozen=True)
+class Repository:
+    """What is written into a model repository, beside the model itself."""
+
+    name: str | None = None
+    """The model's name in Triton; default: that of its file."""
+    dense: Path | str | None = None
+    """The dense model, as version 1; the model is version 2."""
+    separate: bool = False
+    """Two models, NAME and NAME-dense, in place of two versions."""
+    shapes: Shapes | None = None
+    """Shapes of one request by input, needed for dynamic axes other than the batch."""
+    tolerance: float = 1e-3
+    """Largest relative L2 difference of an answer in a batch from a single one."""
+    overwrite: bool = False
+    """Replace the Triton model of that name."""
+
+    def versions(self, model: Path) -> dict[str, dict[int, Path]]:
+        """Return the file of each version, by the name of the Triton model; raises `ModelError` where they do not fit."""
+        name = _checked_name(self.name or model.stem)
+        if self.dense is None:
+            if self.separate:
+                raise ModelError("expected two models to package separately, got one: give the dense model as well")
+            return {name: {1: model}}
+        dense = Path(self.dense)
+        return {name: {1: model}, f"{name}-dense": {1: dense}} if self.separate else {name: {1: dense, 2: model}}
+
+
 def package(
-    model: Path | str,
-    repository: Path | str,
-    *,
-    name: str | None = None,
-    dense: Path | str | None = None,
-    separate: bool = False,
-    serving: Serving | None = None,
-    shapes: Shapes | None = None,
-    tolerance: float = 1e-3,
-    overwrite: bool = False,
+    model: Path | str, repository: Path | str, *, contents: Repository | None = None, serving: Serving | None = None
 ) -> Package:
     """Write a model into a Triton model repository; other models in it do not change.
 
     Args:
         model: the ONNX file.
         repository: the folder of the repository, which may be new.
-        name: the name of the model in Triton; without it, that of the file.
-        dense: the dense model, as version 1 of the same name.
-        separate: whether the dense model becomes a model of its own, `NAME-dense`.
+        contents: the name, the versions and the dense model beside it.
         serving: how Triton serves the model.
-        shapes: shapes of one request by input, needed for dynamic axes other than the batch.
-        tolerance: the largest relative L2 difference between an answer alone and in a batch.
-        overwrite: whether to replace an existing Triton model of that name.
 
     Returns:
         The models that were written.
@@ -100,34 +115,25 @@ def package(
         ModelError: the model cannot be served as asked, or its folder is not empty; nothing was written.
 
     """
-    serving, repository = serving or Serving(), Path(repository)
+    contents, serving, repository = contents or Repository(), serving or Serving(), Path(repository)
     serving.check()
-    name = _checked_name(name or Path(model).stem)
-    plan: dict[str, dict[int, Path]] = {name: {1: Path(model)}}
-    if dense is not None and separate:
-        plan[f"{name}-dense"] = {1: Path(dense)}
-    elif dense is not None:
-        plan[name] = {1: Path(dense), 2: Path(model)}
-    elif separate:
-        raise ModelError("expected two models to package separately, got one: give the dense model as well")
-    for model_name in plan:
-        _refuse_taken(repository / model_name, overwrite)
+    models = contents.versions(Path(model))
+    for name in models:
+        _refuse_taken(repository / name, contents.overwrite)
     with _workshop(repository) as workshop:
         packaged = []
-        for model_name, versions in plan.items():
-            (workshop / model_name).mkdir()
-            written = _fill(workshop / model_name, model_name, versions, serving, shapes or {}, tolerance)
-            packaged.append(written.model_copy(update={"folder": str(repository / model_name)}))
+        for name, versions in models.items():
+            (workshop / name).mkdir()
+            written = _fill(workshop / name, name, versions, serving, contents)
+            packaged.append(written.model_copy(update={"folder": str(repository / name)}))
         repository.mkdir(exist_ok=True)
-        for model_name in plan:
-            _refuse_taken(repository / model_name, overwrite)  # another process may have written it meanwhile
-            _replace(workshop / model_name, repository / model_name, workshop)
+        for name in models:
+            _refuse_taken(repository / name, contents.overwrite)  # another process may have written it meanwhile
+            _replace(workshop / name, repository / name, workshop)
     return Package(repository=str(repository), models=tuple(packaged))
 
 
-def _fill(
-    folder: Path, name: str, versions: Mapping[int, Path], serving: Serving, shapes: Shapes, tolerance: float
-) -> Packaged:
+def _fill(folder: Path, name: str, versions: Mapping[int, Path], serving: Serving, contents: Repository) -> Packaged:
     """Write the folder of one model, and check the copies that Triton will load."""
     signatures: dict[int, TritonSignature] = {}
     differences = []
@@ -142,11 +148,11 @@ def _fill(
             own = signatures[version] = signature(copy, session)
             batched = serving.batch_for(own) > 0
             if batched or serving.warmup:
-                requests = request_shapes(own, batched, shapes)
+                requests = request_shapes(own, batched, contents.shapes or {})
             if serving.warmup:
                 check_warmup(session, own, serving, requests, batched)
             if batched:
-                differences.append(check_batching(copy, session, own, requests, tolerance))
+                differences.append(check_batching(copy, session, own, requests, contents.tolerance))
     first, *others = signatures.values()
     for version, other in zip(list(versions)[1:], others, strict=True):
         _refuse_other(versions, version, first, other)

@@ -65,8 +65,8 @@ def known_times(monkeypatch):
         ratios = tuple(Ratio(model=r.model, reference=r.reference, value=value, low=value, high=value) for r in run.ratios)
         return run.model_copy(update={"latencies": latencies, "ratios": ratios})
 
-    def profiled(dense, factored, plan, **_):
-        return {layer.name: (1.0, factors.get(f"profile {layer.name}", 0.5)) for layer in plan.layers}
+    def profiled(dense, factored, resolved, **_):
+        return {name: (1.0, factors.get(f"profile {name}", 0.5)) for name in resolved.layers}
 
     monkeypatch.setattr(verification, "bench", bench)
     monkeypatch.setattr(verification, "layer_times", profiled)

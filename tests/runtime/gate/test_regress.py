@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -13,14 +14,21 @@ from conftest import make_model, small_network
 from onnx import numpy_helper
 
 from tensorrail_runtime import ModelError, Session, bench, open_session, parity, random_inputs
+from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
-from tensorrail_runtime.gate.regress import Baseline, Effort, Limits, check, compare_times, record
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.gate.regress import Baseline, Limits, check, compare_times, record
+from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.timing import Conditions, Timing
 
 pytestmark = pytest.mark.usefixtures("in_this_process")  # but for the module's own baseline and verdicts
-QUICK = Effort(processes=2, seconds=0.05)
+QUICK = Conditions(Timing(seconds=0.05, processes=2))
 LENIENT = Limits(max_slowdown=9.0)  # times are not what is tested
+
+
+def timed(**settings):
+    """Return the quick conditions with other settings of the timing."""
+    return replace(QUICK, timing=replace(QUICK.timing, **settings))
 
 
 def times(rng, scale, processes=6, count=100):
@@ -55,7 +63,7 @@ def recorded(tmp_path_factory):
     """A folder with `dense.onnx`, its baseline, and `changed.onnx`, whose outputs are others; tests read it alone."""
     folder = tmp_path_factory.mktemp("recorded")
     onnx.save(small_network(np.random.default_rng(0)), folder / "dense.onnx")
-    record(folder / "dense.onnx", folder / "baseline.json", effort=QUICK)
+    record(folder / "dense.onnx", folder / "baseline.json", conditions=QUICK)
     changed(folder / "dense.onnx", "fc.bias", lambda bias: bias + np.float32(1))
     return folder
 
@@ -63,13 +71,13 @@ def recorded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def same_verdict(recorded):
     """What a check says of a model against its own baseline."""
-    return check(recorded / "baseline.json", recorded / "dense.onnx", limits=LENIENT, effort=QUICK)
+    return check(recorded / "baseline.json", recorded / "dense.onnx", limits=LENIENT, conditions=QUICK)
 
 
 @pytest.fixture(scope="module")
 def other_verdict(recorded):
     """What a check says of a model with other outputs."""
-    return check(recorded / "baseline.json", recorded / "changed.onnx", limits=LENIENT, effort=QUICK)
+    return check(recorded / "baseline.json", recorded / "changed.onnx", limits=LENIENT, conditions=QUICK)
 
 
 @pytest.fixture
@@ -124,14 +132,14 @@ def test_a_model_holds_against_its_own_baseline(recorded, same_verdict):
 def test_without_its_model_a_baseline_still_has_its_times(baseline, small_path):
     moved = small_path.with_name("moved.onnx")
     small_path.rename(moved)
-    assert not check(baseline, moved, limits=LENIENT, effort=QUICK).interleaved
+    assert not check(baseline, moved, limits=LENIENT, conditions=QUICK).interleaved
 
 
 def test_other_outputs_fall_short_with_the_reason_and_a_retrained_model_may_have_them(recorded, other_verdict):
     assert not other_verdict.holds
     assert other_verdict.reason.startswith("changed.onnx: parity ")
     retrained = LENIENT.model_copy(update={"tolerance": None})
-    assert check(recorded / "baseline.json", recorded / "changed.onnx", limits=retrained, effort=QUICK).holds
+    assert check(recorded / "baseline.json", recorded / "changed.onnx", limits=retrained, conditions=QUICK).holds
 
 
 def test_a_larger_model_falls_short(small_path, rng):
@@ -150,7 +158,7 @@ def test_a_larger_model_falls_short(small_path, rng):
     other = small_path.with_name("larger.onnx")
     onnx.save(model, other)
     limits = LENIENT.model_copy(update={"tolerance": None})
-    verdict = check(small_path, other, limits=limits, effort=QUICK)  # two models, on the spot
+    verdict = check(small_path, other, limits=limits, conditions=QUICK)  # two models, on the spot
     short = {finding.name for finding in verdict.findings if not finding.holds}
     assert short >= {"flops", "params", "bytes", "nodes"}
 
@@ -158,45 +166,54 @@ def test_a_larger_model_falls_short(small_path, rng):
 def test_accuracy_is_a_hard_limit(untimed, small_path, tmp_path, rng):
     x = rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
     labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
-    data = ({"x": x}, labels, "top1")
+    data = Labelled({"x": x}, labels, "top1")
     untimed(small_path, tmp_path / "b.json", data=data)
     other = changed(small_path, "fc.bias", lambda bias: bias + np.arange(10, dtype=np.float32) * 9)
     limits = LENIENT.model_copy(update={"tolerance": None})
-    verdict = check(tmp_path / "b.json", other, limits=limits, effort=QUICK, data=data)
+    verdict = check(tmp_path / "b.json", other, limits=limits, conditions=QUICK, data=data)
     assert "accuracy (top1)" in verdict.reason
 
 
 def test_a_score_that_cannot_be_compared_is_refused(baseline, small_path, tmp_path, rng):
     x = rng.standard_normal((12, 16, 8, 8)).astype(np.float32)
     labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
-    data, scored = ({"x": x}, labels, "top1"), tmp_path / "scored.json"
-    record(small_path, scored, effort=QUICK, data=data)
+    data, scored = Labelled({"x": x}, labels, "top1"), tmp_path / "scored.json"
+    record(small_path, scored, conditions=QUICK, data=data)
     for file, given, reason in (
         (baseline, data, r"dense.onnx contains no score: record it with --data"),
         (scored, None, r"contains a score \(top1\), got no data: pass the data of its recording"),
-        (scored, ({"x": x}, labels, "top5"), "contains a top1 score, got metric top5: pass --metric top1"),
-        (scored, ({"x": x[:6]}, labels[:6], "top1"), "a score on different data"),
-        (scored, ({"x": x}, (labels + 1) % 10, "top1"), "a score on different data"),
+        (scored, Labelled({"x": x}, labels, "top5"), "contains a top1 score, got metric top5: pass --metric top1"),
+        (scored, Labelled({"x": x[:6]}, labels[:6], "top1"), "a score on different data"),
+        (scored, Labelled({"x": x}, (labels + 1) % 10, "top1"), "a score on different data"),
     ):
         with pytest.raises(ModelError, match=reason):
-            check(file, small_path, limits=LENIENT, effort=QUICK, data=given)
-    verdict = check(scored, small_path, limits=LENIENT, effort=QUICK, data=data)
+            check(file, small_path, limits=LENIENT, conditions=QUICK, data=given)
+    verdict = check(scored, small_path, limits=LENIENT, conditions=QUICK, data=data)
     assert "accuracy (top1)" in {finding.name for finding in verdict.findings}
     before = json.loads(scored.read_text())  # as it was recorded before the data's hash was
     del before["facts"]["data"]
     scored.write_text(json.dumps(before))
-    assert check(scored, small_path, limits=LENIENT, effort=QUICK, data=data).holds
+    assert check(scored, small_path, limits=LENIENT, conditions=QUICK, data=data).holds
 
 
 def test_a_baseline_is_checked_as_it_was_recorded(baseline, small_path):
     for asked, reason in (
-        ({"settings": Session(threads=1)}, "recorded with threads 0, got --threads 1: omit the option"),
-        ({"settings": Session(provider="cuda")}, "recorded with provider cpu, got --provider cuda"),
-        ({"batch": 2}, "recorded with batch 1, got --batch 2"),
+        (replace(QUICK, settings=Session(threads=1)), "recorded with threads 0, got --threads 1: omit the option"),
+        (replace(QUICK, settings=Session(provider="cuda")), "recorded with provider cpu, got --provider cuda"),
+        (timed(batch=2), "recorded with batch 1, got --batch 2"),
     ):
         with pytest.raises(ModelError, match=reason):
-            check(baseline, small_path, limits=LENIENT, effort=QUICK, **asked)
-    assert check(baseline, small_path, limits=LENIENT, effort=QUICK, settings=Session(), batch=1).holds
+            check(baseline, small_path, limits=LENIENT, conditions=asked)
+    assert check(baseline, small_path, limits=LENIENT, conditions=QUICK).holds
+
+
+def test_too_few_processes_and_no_time_are_refused(baseline, small_path):
+    for asked, reason in (
+        ({"processes": 1}, "got processes=1, seconds=0.05"),
+        ({"seconds": 0.0}, "got processes=2, seconds=0"),
+    ):
+        with pytest.raises(UsageError, match=f"expected at least 2 fresh processes .*, {reason}"):
+            check(baseline, small_path, conditions=timed(**asked))
 
 
 def test_weights_beside_the_file_are_held_to_the_limits_and_are_part_of_the_model(untimed, small_path, tmp_path):
@@ -204,11 +221,11 @@ def test_weights_beside_the_file_are_held_to_the_limits_and_are_part_of_the_mode
     onnx.save(onnx.load(small_path), path, save_as_external_data=True, location=data.name, size_threshold=0)
     made = untimed(path, tmp_path / "apart.json")
     assert made.facts.bytes == path.stat().st_size + data.stat().st_size
-    assert check(tmp_path / "apart.json", path, limits=LENIENT, effort=QUICK).interleaved
+    assert check(tmp_path / "apart.json", path, limits=LENIENT, conditions=QUICK).interleaved
     data.write_bytes(b"\0" * data.stat().st_size)  # another model, by the same .onnx
-    assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, effort=QUICK).interleaved
+    assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, conditions=QUICK).interleaved
     data.unlink()
-    assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, effort=QUICK).interleaved
+    assert not check(tmp_path / "apart.json", small_path, limits=LENIENT, conditions=QUICK).interleaved
 
 
 def test_ci_formats_say_what_was_found(other_verdict):
@@ -310,20 +327,20 @@ def test_a_model_of_several_dynamic_axes_is_gated_at_the_shape_given(tmp_path):
     weight = np.ones((4, 8), np.float32)
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "n")
     onnx.save(make_model([node], {"w": weight}, {"x": ["n", "t", 4]}, {"y": ["n", "t", 8]}), tmp_path / "m.onnx")
-    made = record(tmp_path / "m.onnx", tmp_path / "b.json", effort=QUICK, shapes={"x": (2, 50, 4)})
+    made = record(tmp_path / "m.onnx", tmp_path / "b.json", conditions=timed(shapes={"x": (2, 50, 4)}))
     assert made.facts.flops == 2 * 2 * 50 * 4 * 8
-    assert check(tmp_path / "b.json", tmp_path / "m.onnx", limits=LENIENT, effort=QUICK).holds
+    assert check(tmp_path / "b.json", tmp_path / "m.onnx", limits=LENIENT, conditions=QUICK).holds
     with pytest.raises(ModelError, match="recorded with shapes x=2,50,4, got x=2,60,4: omit --shape"):
-        check(tmp_path / "b.json", tmp_path / "m.onnx", shapes={"x": (2, 60, 4)})
+        check(tmp_path / "b.json", tmp_path / "m.onnx", conditions=timed(shapes={"x": (2, 60, 4)}))
 
 
 @pytest.mark.parametrize("axes", [(1, 3, "h", "w"), (8, 3, 16, 16)])
 def test_a_baseline_is_held_against_its_own_model_whatever_its_batch(axes, tmp_path):
     model = make_model([onnx.helper.make_node("Relu", ["x"], ["y"])], {}, {"x": list(axes)}, {"y": list(axes)})
     onnx.save(model, tmp_path / "m.onnx")
-    record(tmp_path / "m.onnx", tmp_path / "b.json", effort=QUICK, batch=8)
-    for batch in (None, 8):
-        assert check(tmp_path / "b.json", tmp_path / "m.onnx", limits=LENIENT, effort=QUICK, batch=batch).holds
+    record(tmp_path / "m.onnx", tmp_path / "b.json", conditions=timed(batch=8))
+    for conditions in (QUICK, timed(batch=8)):
+        assert check(tmp_path / "b.json", tmp_path / "m.onnx", limits=LENIENT, conditions=conditions).holds
 
 
 def test_a_retrained_detector_may_find_another_number(tmp_path):
@@ -359,7 +376,7 @@ def test_both_models_run_on_the_shapes_of_the_baselines(untimed, tmp_path, rng):
     fixed = one_node(tmp_path / "f.onnx", "Conv", (1, 3, 64, 64), ("float", 1, 8, 64, 64), weight, **pads)
     moving = one_node(tmp_path / "d.onnx", "Conv", ("n", 3, "h", "w"), ("float", "n", 8, "h", "w"), weight, **pads)
     made = untimed(fixed, tmp_path / "f.json")
-    verdict = check(tmp_path / "f.json", moving, limits=LENIENT, effort=QUICK)
+    verdict = check(tmp_path / "f.json", moving, limits=LENIENT, conditions=QUICK)
     assert verdict.holds, verdict.reason
     flops = next(one for one in verdict.findings if one.name == "flops")
     assert flops.baseline == flops.measured == f"{made.facts.flops:,}"
@@ -377,7 +394,7 @@ def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(untimed, tmp
     renamed = one_node(tmp_path / "z.onnx", "MatMul", ("n", 4), ("float", "n", 4), weight, inputs=("z",))
     bad = one_node(tmp_path / "nan.onnx", "MatMul", ("n", 4), ("float", "n", 4), {"w": np.full((4, 4), np.nan, np.float32)})
     for path, reason in ((one, r"interface x \(float\) 1×4"), (renamed, r"interface z"), (bad, "run .*output 'y' holds NaN")):
-        verdict = check(tmp_path / "b.json", path, limits=LENIENT, effort=QUICK)
+        verdict = check(tmp_path / "b.json", path, limits=LENIENT, conditions=QUICK)
         assert not verdict.holds
         assert verdict.timing is None
         assert re.search(reason, verdict.reason)
@@ -420,9 +437,9 @@ def test_a_model_that_varies_and_one_without_values_are_compared_only_when_told_
     onnx.save(model, none)
     for path, reason in ((noise, "y vary from run to run; use --retrained"), (none, "no output has a value on random inputs")):
         untimed(path, tmp_path / "b.json")
-        assert reason in check(tmp_path / "b.json", path, limits=LENIENT, effort=QUICK).reason
+        assert reason in check(tmp_path / "b.json", path, limits=LENIENT, conditions=QUICK).reason
         retrained = LENIENT.model_copy(update={"tolerance": None})
-        assert check(tmp_path / "b.json", path, limits=retrained, effort=QUICK).holds
+        assert check(tmp_path / "b.json", path, limits=retrained, conditions=QUICK).holds
     with pytest.raises(ModelError, match="nothing to compare"):
         parity(none, none)
 
@@ -441,7 +458,7 @@ def test_times_of_another_machine_are_said_to_be(baseline, small_path):
     baseline.write_text(json.dumps(content))
     moved = small_path.with_name("moved.onnx")
     small_path.rename(moved)
-    verdict = check(baseline, moved, limits=LENIENT, effort=QUICK)
+    verdict = check(baseline, moved, limits=LENIENT, conditions=QUICK)
     assert "times of another machine (Cortex-A53, " in verdict.warning
     assert "Cortex" in markdown(verdict)
 
@@ -459,7 +476,7 @@ def test_a_baseline_never_takes_a_models_place(small_path, tmp_path):
     content = small_path.read_bytes()
     for out in (small_path, tmp_path / "none" / "b.json"):
         with pytest.raises(ModelError, match="expected a JSON file in an existing folder"):
-            record(small_path, out, effort=QUICK)
+            record(small_path, out, conditions=QUICK)
     assert small_path.read_bytes() == content
 
 
@@ -514,8 +531,9 @@ def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, recorded):
     model, other, baseline = (str(recorded / name) for name in ("dense.onnx", "changed.onnx", "baseline.json"))
     pytester.makepyfile(
         f"""
-        from tensorrail_runtime.gate.regress import Effort, Limits
-        OPTIONS = dict(limits=Limits(max_slowdown=9.0), effort=Effort(processes=2, seconds=0.05))
+        from tensorrail_runtime.gate.regress import Limits
+        from tensorrail_runtime.measure.timing import Conditions, Timing
+        OPTIONS = dict(limits=Limits(max_slowdown=9.0), conditions=Conditions(Timing(seconds=0.05, processes=2)))
         def test_same(latency_gate):
             latency_gate({model!r}, {baseline!r}, **OPTIONS)
         def test_other(latency_gate):

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
 from tensorrail_runtime.measure import latency as timing
-from tensorrail_runtime.measure.accuracy import metric_of
+from tensorrail_runtime.measure.accuracy import Labelled, metric_of
 from tensorrail_runtime.measure.latency import Latency, LatencyReport, ratio, turns
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.sessions.inputs import batch_of
@@ -274,8 +274,8 @@ def test_two_models_are_compared_on_the_same_samples(small_path, rng):
     labels = scores.argmax(1)
     other = changed(small_path, "fc.bias", lambda bias: bias + np.float32(2) * np.arange(10, dtype=np.float32))
     shares = []
-    a = evaluate(small_path, {"x": x}, labels, batch=64, on_batch=shares.append)
-    b = evaluate(other, {"x": x}, labels, batch=64)
+    a = evaluate(small_path, Labelled({"x": x}, labels), batch=64, on_batch=shares.append)
+    b = evaluate(other, Labelled({"x": x}, labels), batch=64)
     assert shares == [0.32, 0.64, 0.96, 1.0]
     paired = compare_scores(a, b)
     assert a.mean == 1
@@ -284,7 +284,7 @@ def test_two_models_are_compared_on_the_same_samples(small_path, rng):
     assert paired.low < paired.difference < paired.high
     assert paired.p_value == pytest.approx(2 * 0.5**paired.only_reference)  # McNemar, exact, all on one side
     assert compare_scores(a, a).p_value == 1
-    assert evaluate(other, {"x": x}, labels, metric="top5").mean >= b.mean
+    assert evaluate(other, Labelled({"x": x}, labels, "top5")).mean >= b.mean
 
 
 def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monkeypatch):
@@ -295,8 +295,8 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
     )
     monkeypatch.chdir(tmp_path)
     x = {"x": rng.standard_normal((20, 16, 8, 8)).astype(np.float32)}
-    a = evaluate(small_path, x, np.zeros(20), metric="own_metric:margin")
-    b = evaluate(small_path, x, np.ones(20), metric="own_metric:margin")
+    a = evaluate(small_path, Labelled(x, np.zeros(20), "own_metric:margin"))
+    b = evaluate(small_path, Labelled(x, np.ones(20), "own_metric:margin"))
     paired = compare_scores(a, b)
     assert paired.test == "Wilcoxon signed-rank"
     assert paired.difference == pytest.approx(-1)
@@ -308,9 +308,9 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         ("bad_metric:nan", "expected a number for each sample, got NaN"),
     ):
         with pytest.raises(ModelError, match=reason):
-            evaluate(small_path, x, np.zeros(20), metric=metric)
+            evaluate(small_path, Labelled(x, np.zeros(20), metric))
     with pytest.raises(ModelError, match="integer labels"):
-        evaluate(small_path, x, np.zeros(20))
+        evaluate(small_path, Labelled(x, np.zeros(20)))
 
 
 def test_models_without_inputs_are_compared_and_other_outputs_than_tensors_are_refused(small_model, tmp_path):
@@ -321,7 +321,7 @@ def test_models_without_inputs_are_compared_and_other_outputs_than_tensors_are_r
     assert result.holds
     assert result.batches == (1, 1)
     with pytest.raises(ModelError, match="the model has no inputs"):
-        evaluate(alone, {"x": np.ones((2, 4))}, np.zeros(2, np.int64))
+        evaluate(alone, Labelled({"x": np.ones((2, 4))}, np.zeros(2, np.int64)))
     with pytest.raises(ModelError, match="the model has no inputs, so it cannot be run on images"):
         accuracy(alone, np.ones((2, 4)), np.zeros(2, np.int64))
     graph = helper.make_graph(
@@ -333,7 +333,7 @@ def test_models_without_inputs_are_compared_and_other_outputs_than_tensors_are_r
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), several)
     for call in (
         lambda: parity(several, several),
-        lambda: evaluate(several, {"x": np.ones((2, 4), np.float32)}, np.zeros(2, np.int64)),
+        lambda: evaluate(several, Labelled({"x": np.ones((2, 4), np.float32)}, np.zeros(2, np.int64))),
     ):
         with pytest.raises(ModelError, match=r"output 'y' has type seq\(tensor\(float\)\): only tensors"):
             call()
@@ -347,13 +347,13 @@ def test_outputs_without_elements_are_no_evidence(tmp_path):
     onnx.save(make_model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": ["n", 8]}, {"y": ["n", 8]}), tmp_path / "n.onnx")
     assert parity(tmp_path / "n.onnx", tmp_path / "n.onnx", batches=(0, 1)).holds
     with pytest.raises(ModelError, match="batches of 0, got 3 samples"):
-        evaluate(tmp_path / "zero.onnx", {"x": np.ones((3, 8), np.float32)}, np.zeros(3, np.int64))
+        evaluate(tmp_path / "zero.onnx", Labelled({"x": np.ones((3, 8), np.float32)}, np.zeros(3, np.int64)))
 
 
 def test_labels_without_an_axis_are_refused(small_path):
     x = np.zeros((1, 16, 8, 8), np.float32)
     with pytest.raises(ModelError, match=r"labels of shape \(\) and 1 samples"):
-        evaluate(small_path, {"x": x}, np.array(1))
+        evaluate(small_path, Labelled({"x": x}, np.array(1)))
     with pytest.raises(ModelError, match="as many images as labels"):
         accuracy(small_path, x, np.array(1))
 
@@ -362,9 +362,9 @@ def test_a_scalar_input_goes_into_every_batch(tmp_path, rng):
     path = tmp_path / "scaled.onnx"
     onnx.save(make_model([helper.make_node("Mul", ["s", "x"], ["y"])], {}, {"s": [], "x": ["n", 3]}, {"y": ["n", 3]}), path)
     x = rng.standard_normal((5, 3)).astype(np.float32)
-    found = evaluate(path, {"s": np.array(2, np.float32), "x": x}, x.argmin(1), batch=2)
+    found = evaluate(path, Labelled({"s": np.array(2, np.float32), "x": x}, x.argmin(1)), batch=2)
     assert found.scores == (0.0,) * 5
     negative = np.array(-2, np.float32)
-    assert evaluate(path, {"s": negative, "x": x}, x.argmin(1), batch=2).scores == (1.0,) * 5
+    assert evaluate(path, Labelled({"s": negative, "x": x}, x.argmin(1)), batch=2).scores == (1.0,) * 5
     feed = {"s": negative, "x": x}
     assert parity(path, path, inputs=[feed]).batches == (5,)

@@ -13,7 +13,7 @@ pytest.importorskip("prometheus_client", reason="the extra `serve` is not instal
 from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.app import Service, create_app
 from tensorrail_runtime.serve.http.metrics import Metrics
-from tensorrail_runtime.serve.http.options import Limits
+from tensorrail_runtime.serve.http.options import RequestLimits
 from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batching import Answer, run_batch
 from tensorrail_runtime.serve.replicas.differences import Difference
@@ -98,7 +98,9 @@ class Client:
 @pytest.fixture
 def client(small_path):
     session = open_session(small_path, threads=1)
-    service = Service("m", Signature.of(session), Local(session), Metrics("m"), Limits(body=100_000, seconds=5, accepted=3))
+    service = Service(
+        "m", Signature.of(session), Local(session), Metrics("m"), RequestLimits(body=100_000, seconds=5, accepted=3)
+    )
     service.server_version = "1.2.3"
     return Client(service)
 
@@ -194,7 +196,7 @@ def test_bodies_that_are_too_long_are_never_held(client, x):
 
 
 def test_a_request_that_takes_too_long_ends_with_504_or_408(client, x):
-    client.service.limits = Limits(seconds=0.01)
+    client.service.limits = RequestLimits(seconds=0.01)
     client.service.backend.hold = asyncio.Event().wait  # for ever
     status, text, _ = client.infer(request(x))
     assert (status, json.loads(text)["error"]) == (504, "no answer within 0.01 s")
@@ -224,7 +226,7 @@ def test_more_requests_than_are_accepted_get_503_and_the_others_their_answers(cl
 
 def test_an_answer_counts_until_its_client_has_read_it(client, x):
     service = client.service
-    service.limits = Limits(seconds=0.3)
+    service.limits = RequestLimits(seconds=0.3)
     held, dropped = [], []
 
     async def scenario():
@@ -295,7 +297,7 @@ def test_nothing_is_computed_for_a_client_that_has_gone(client, x):
 
 
 def test_a_large_request_is_read_beside_the_others(client, rng):
-    client.service.limits = Limits(body=10_000_000)
+    client.service.limits = RequestLimits(body=10_000_000)
     x = rng.standard_normal((200, 16, 8, 8)).astype(np.float32)
     answer = json.loads(client.infer(request(x))[1])["outputs"][0]["data"]
     expected = client.service.backend.session.run(None, {"x": x})[0]

@@ -10,7 +10,7 @@ from conftest import make_model
 from onnx import TensorProto, helper
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.serve.http.options import Limits, ServeOptions
+from tensorrail_runtime.serve.http.options import RequestLimits, ServeOptions
 from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batch_axis import find_batch_axis
 from tensorrail_runtime.serve.replicas.batching import Answer, pack, run_batch
@@ -282,8 +282,8 @@ def test_differences_are_relative_and_by_output():
         ({"fraction": 0.0}, "expected a share of shadowed requests"),
         ({"cpus": 0.0}, "expected more than 0 CPUs per replica"),
         ({"address": "ray://head:10001"}, "expected `auto` or HOST:PORT"),
-        ({"limits": Limits(seconds=float("inf"))}, "expected limits of at least 1 byte"),
-        ({"limits": Limits(body=0)}, "expected limits of at least 1 byte"),
+        ({"limits": RequestLimits(seconds=float("inf"))}, "expected limits of at least 1 byte"),
+        ({"limits": RequestLimits(body=0)}, "expected limits of at least 1 byte"),
     ],
 )
 def test_options_that_cannot_be_are_refused(changes, reason):

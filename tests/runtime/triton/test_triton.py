@@ -13,7 +13,7 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session
-from tensorrail_runtime.triton.package import Serving, package
+from tensorrail_runtime.triton.package import Repository, Serving, package
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_every_option_field_by_field(small_path, repository, schema, parsed):
         warmup_data="random",
         versions=(1,),
     )
-    package(small_path, repository, name="net.v2", serving=serving)
+    package(small_path, repository, contents=Repository(name="net.v2"), serving=serving)
     found = parsed(repository / "net.v2")
     pb = schema
     accelerators = pb.ModelOptimizationPolicy.ExecutionAccelerators()
@@ -159,7 +159,7 @@ def test_a_fixed_batch_is_no_batching(tmp_path, repository, parsed):
     assert [(warmup.batch_size, list(warmup.inputs["x"].dims)) for warmup in found.model_warmup] == [(1, [1, 3])]
     for asked in (Serving(max_batch=4), Serving(preferred=(2,)), Serving(delay=5)):
         with pytest.raises(ModelError, match=r"'x' has shape \[1, 3\], whose first axis is not dynamic"):
-            package(path, repository, name="asked", serving=asked)
+            package(path, repository, contents=Repository(name="asked"), serving=asked)
 
 
 def test_a_value_a_sample_is_reshaped_and_a_lone_value_is_not(tmp_path, repository, parsed):
@@ -223,7 +223,7 @@ def test_dense_and_factored_are_two_versions(versions, policy, small_path, tmp_p
     model = onnx.load(small_path)
     model.doc_string = "factored"
     onnx.save(model, factored)
-    made = package(factored, repository, name="net", dense=small_path, serving=Serving(versions=versions))
+    made = package(factored, repository, contents=Repository(name="net", dense=small_path), serving=Serving(versions=versions))
     assert listing(repository) == ["net/1/model.onnx", "net/2/model.onnx", "net/config.pbtxt"]
     assert (repository / "net/1/model.onnx").read_bytes() == small_path.read_bytes()
     assert (repository / "net/2/model.onnx").read_bytes() == factored.read_bytes()
@@ -234,17 +234,17 @@ def test_dense_and_factored_are_two_versions(versions, policy, small_path, tmp_p
 
 
 def test_dense_and_factored_may_be_two_models(small_path, repository, parsed):
-    made = package(small_path, repository, name="net", dense=small_path, separate=True)
+    made = package(small_path, repository, contents=Repository(name="net", dense=small_path, separate=True))
     assert [model.name for model in made.models] == ["net", "net-dense"]
     assert [parsed(repository / name).name for name in ("net", "net-dense")] == ["net", "net-dense"]
     with pytest.raises(ModelError, match="expected two models to package separately, got one"):
-        package(small_path, repository, name="other", separate=True)
+        package(small_path, repository, contents=Repository(name="other", separate=True))
 
 
 def test_versions_that_take_other_things_are_refused(small_path, tmp_path, repository):
     other = save(tmp_path / "other.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": ["n", 3]}, {"y": ["n", 3]})
     with pytest.raises(ModelError, match=r"got .* and x TYPE_FP32 \[-1, 3\] in .*other\.onnx: .*--separate"):
-        package(other, repository, dense=small_path)
+        package(other, repository, contents=Repository(dense=small_path))
     with pytest.raises(ModelError, match=r"expected versions latest, all, or some of \[1\], got \[1, 3\]"):
         package(other, repository, serving=Serving(versions=(1, 3)))
     assert not repository.exists()
@@ -306,7 +306,7 @@ def test_an_answer_that_depends_on_its_neighbour_is_refused(kind, tmp_path, repo
     with pytest.raises(ModelError, match=r"mixing\.onnx: an answer changes by .* with another request in its batch"):
         package(path, repository)
     assert not repository.exists()
-    package(path, repository, serving=Serving(max_batch=0), shapes={"x": (1, 3)})
+    package(path, repository, contents=Repository(shapes={"x": (1, 3)}), serving=Serving(max_batch=0))
     assert list(parsed(repository / "mixing").input[0].dims) == [-1, 3]
 
 
@@ -360,10 +360,10 @@ def test_axes_of_any_size_need_a_shape_to_be_run(tmp_path, repository, parsed):
     with pytest.raises(ModelError, match=r"dynamic axes, \[-1, -1\]: give the shape of one request, --shape x=8,8"):
         package(path, repository)
     with pytest.raises(ModelError, match=r"input 'x': expected shape \[-1, -1\], got \[1, 2, 3\]"):
-        package(path, repository, shapes={"x": (1, 2, 3)})
+        package(path, repository, contents=Repository(shapes={"x": (1, 2, 3)}))
     with pytest.raises(ModelError, match="shapes: unknown input 'z'"):
-        package(path, repository, shapes={"z": (1, 2)})
-    package(path, repository, shapes={"x": (1, 7)})
+        package(path, repository, contents=Repository(shapes={"z": (1, 2)}))
+    package(path, repository, contents=Repository(shapes={"x": (1, 7)}))
     found = parsed(repository / "text")
     assert list(found.input[0].dims) == [-1]
     assert list(found.model_warmup[0].inputs["x"].dims) == [7]
@@ -385,17 +385,17 @@ def test_tensors_that_triton_does_not_take(kind, shape, reason, tmp_path, reposi
 
 
 def test_what_is_there_stays_unless_it_is_to_be_overwritten(small_path, tmp_path, repository):
-    package(small_path, repository, name="net", dense=small_path)
-    package(small_path, repository, name="other")
+    package(small_path, repository, contents=Repository(name="net", dense=small_path))
+    package(small_path, repository, contents=Repository(name="other"))
     with pytest.raises(ModelError, match="net: is not empty"):
-        package(small_path, repository, name="net")
+        package(small_path, repository, contents=Repository(name="net"))
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
     before = listing(repository)
     with pytest.raises(ModelError, match=r"garbage\.onnx: not an ONNX model"):
-        package(garbage, repository, name="net", overwrite=True)
+        package(garbage, repository, contents=Repository(name="net", overwrite=True))
     assert listing(repository) == before
-    package(small_path, repository, name="net", overwrite=True)
+    package(small_path, repository, contents=Repository(name="net", overwrite=True))
     assert listing(repository) == ["net/1/model.onnx", "net/config.pbtxt", "other/1/model.onnx", "other/config.pbtxt"]
     assert not list(tmp_path.glob(".*"))
 
@@ -407,18 +407,18 @@ def test_a_folder_that_is_no_triton_model_is_never_removed(small_path, tmp_path,
     (repository / "file").write_text("")
     for name, reason in (("home", "holds no config.pbtxt"), ("link", "not a folder"), ("file", "not a folder")):
         with pytest.raises(ModelError, match=reason):
-            package(small_path, repository, name=name, overwrite=True)
+            package(small_path, repository, contents=Repository(name=name, overwrite=True))
     with pytest.raises(ModelError, match="not a folder: expected a Triton model repository"):
         package(small_path, repository / "file")
     (repository / "empty").mkdir()
-    package(small_path, repository, name="empty")
+    package(small_path, repository, contents=Repository(name="empty"))
     assert (repository / "home" / "letter.txt").read_text() == "dear"
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "with space", "-x", "ü"])
 def test_names_stay_in_the_repository(name, small_path, tmp_path, repository):
     with pytest.raises(ModelError, match="expected a model name of letters"):
-        package(small_path, repository, name=name)
+        package(small_path, repository, contents=Repository(name=name))
     assert not repository.exists()
 
 

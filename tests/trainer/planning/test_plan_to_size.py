@@ -11,7 +11,7 @@ from tensorrail_exporter.formats import FORMATS
 from tensorrail_trainer import plan_layers, to_onnx
 from tensorrail_trainer.layers.swap import swap
 from tensorrail_trainer.planning import ranks as planning
-from tensorrail_trainer.planning.ranks import plan_to_size
+from tensorrail_trainer.planning.ranks import any_plan_to_size, plan_to_size
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def test_ranks_of_fresh_weights_are_not_looked_for(model, monkeypatch):
         raise AssertionError("a fresh weight was decomposed")
 
     monkeypatch.setattr(planning, "project", never)
-    plan = plan_to_size(model, "[01]", 3.0, trained=False)
+    plan = any_plan_to_size(model, "[01]", 3.0)
     assert plan
     with pytest.raises(PlanError, match="cannot be reduced 500×"):
-        plan_to_size(model, "[01]", 500.0, trained=False)
+        any_plan_to_size(model, "[01]", 500.0)
 
 
 def test_what_cannot_be_is_refused(model):

@@ -12,9 +12,8 @@ from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish
 
 if TYPE_CHECKING:
-    from tensorrail.verbs.package import Repository
     from tensorrail_runtime.sessions.session import Session
-    from tensorrail_runtime.triton.package import Serving
+    from tensorrail_runtime.triton.package import Repository, Serving
 
 
 def repository_options(
@@ -30,8 +29,8 @@ def repository_options(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the Triton model of that name.")] = False,
 ) -> Repository:
     """Return what is written beside the model itself."""
-    from tensorrail.verbs.package import Repository
     from tensorrail_runtime.sessions.inputs import parse_shapes
+    from tensorrail_runtime.triton.package import Repository
 
     return Repository(name, dense, separate, parse_shapes(shape or []), tolerance, overwrite)
 

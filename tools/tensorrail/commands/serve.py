@@ -47,7 +47,7 @@ def serving_options(
     fraction: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that the shadow gets.")] = 0.01,
 ) -> tuple[Path, ServeOptions]:
     """Return the model and how it is served."""
-    from tensorrail_runtime.serve.http.options import MIB, Limits, ServeOptions
+    from tensorrail_runtime.serve.http.options import MIB, RequestLimits, ServeOptions
 
     return model, ServeOptions(
         name=name or model.stem,
@@ -61,7 +61,7 @@ def serving_options(
         provider=provider,
         cpus=cpus,
         gpus=(0.0 if provider == "cpu" else 1.0) if gpus is None else gpus,
-        limits=Limits(body=int(max_mib * MIB), seconds=timeout, accepted=max_requests),
+        limits=RequestLimits(body=int(max_mib * MIB), seconds=timeout, accepted=max_requests),
         shadow=shadow,
         fraction=fraction,
         grace=grace,

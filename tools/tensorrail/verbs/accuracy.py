@@ -48,9 +48,7 @@ def accuracy(
         scores = [
             evaluate(
                 files.enter_context(as_file(model, name)),
-                labelled.inputs,
-                labelled.labels,
-                metric=labelled.metric,
+                labelled,
                 batch=batch,
                 settings=options.session,
                 on_batch=lambda share, name=name: options.progress(f"scoring the {name}", share),  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,9 @@ from tensorrail.inputs import as_labelled
 from tensorrail.models import as_file
 from tensorrail.options import Options
 from tensorrail_runtime.gate import regress
-from tensorrail_runtime.gate.regress import Baseline, Effort, Limits, Verdict
-from tensorrail_runtime.measure.timing import Timing
-
-_TIMING = Timing(seconds=1.0, processes=6)
+from tensorrail_runtime.gate.regress import TIMING, Baseline, Limits, Verdict
+from tensorrail_runtime.measure.timing import Conditions
+from tensorrail_runtime.sessions.session import Session
 
 
 def record(
@@ -38,18 +38,8 @@ def record(
         ModelError: the model cannot be measured.
 
     """
-    options = options or Options()
-    timing = options.timing or _TIMING
-    return regress.record(
-        Path(model),
-        Path(out),
-        settings=options.session,
-        batch=timing.batch,
-        shapes=timing.shapes,
-        effort=_effort(timing),
-        data=_data(data),
-        on_process=lambda share: options.progress("measuring latency", share),
-    )
+    conditions = (options or Options()).conditions(TIMING)
+    return regress.record(Path(model), Path(out), conditions=conditions, data=as_labelled(data))
 
 
 def check(
@@ -77,28 +67,9 @@ def check(
         ModelError: the baseline or the model cannot be read or measured.
 
     """
-    options = options or Options()
-    timing = options.timing or _TIMING
+    conditions = (options or Options()).conditions(TIMING)
     baseline = Path(baseline)
-    paired = baseline.suffix == ".onnx"
+    if baseline.suffix != ".onnx":
+        conditions = Conditions(replace(conditions.timing, batch=1), Session(), conditions.progress)
     with as_file(model) as path:
-        return regress.check(
-            baseline,
-            path,
-            limits=limits or Limits(),
-            effort=_effort(timing),
-            settings=options.session if paired else None,
-            batch=timing.batch if paired else None,
-            shapes=timing.shapes,
-            data=_data(data),
-            on_process=lambda share: options.progress("measuring latency", share),
-        )
-
-
-def _effort(timing: Timing) -> Effort:
-    return Effort(processes=timing.processes or _TIMING.processes, seconds=timing.seconds)
-
-
-def _data(data: Any) -> regress.Data | None:  # Any: see `as_labelled`
-    labelled = as_labelled(data)
-    return None if labelled is None else (labelled.inputs, labelled.labels, labelled.metric)
+        return regress.check(baseline, path, limits=limits, conditions=conditions, data=as_labelled(data))

@@ -36,15 +36,13 @@ def run(
 
     """
     read = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    accelerator = pipeline.make_accelerator(read)
     return pipeline.run(
         read,
         Path(folder or Path("runs") / read.name),
         resume=resume,
         overwrite=overwrite,
-        progress=progress if accelerator.is_main_process else silent,
+        progress=progress,
         command=f"tensorrail run {recipe}" if isinstance(recipe, Path | str) else "tensorrail.run",
-        accelerator=accelerator,
     )
 
 

@@ -92,42 +92,26 @@ def fit_blocks(
     teacher, student = OnnxModule(dense), OnnxModule(factored, trainable)
     feeds = _divided(dense, teacher, calibration)
     ends = [value.name for value in dense.graph.output]
-    cuts = [name for name in cut_points(dense) if name in cut_points(factored)]
-    if feeds.together:
-        independent = _sample_by_sample(teacher, feeds.values[:3], cuts)
-        cuts = [name for name in cuts if name in independent]
-    spans = _spans(factored, cuts, ends, set(trainable))
+    spans = _spans(factored, _shared_cuts(dense, factored, teacher, feeds), ends, set(trainable))
     rows = []
     student_inputs, teacher_outputs = feeds, feeds
     for number, (tensors, names) in enumerate(spans):
-        block = ", ".join(tensors)
         teacher_outputs = _run(teacher, teacher_outputs, tensors)
         target = teacher_outputs.floating()
         if names and target and settings.block_epochs:
-            progress(_STAGE, 0.6 * number / len(spans), block)
-            before = _lost_share(_run(student, student_inputs, tensors), target)
-            parameters = student.parameters_by_name()
-            start = {name: parameters[name].detach().clone() for name in names}
-            _train(student, student_inputs, target, names, settings.block_epochs, settings)
-            fitted = _run(student, student_inputs, tensors)
-            after = _lost_share(fitted, target)
-            if not after < before:
-                with torch.no_grad():
-                    for name, value in start.items():
-                        parameters[name].copy_(value)
-                fitted, after = _run(student, student_inputs, tensors), before
-            student_inputs = fitted
-            rows.append(BlockFit(block=block, tensors=len(names), before=before, after=after))
+            progress(_STAGE, 0.6 * number / len(spans), ", ".join(tensors))
+            row, student_inputs = _fit_block(student, student_inputs, target, (tensors, names), settings)
+            rows.append(row)
         else:
             student_inputs = _run(student, student_inputs, tensors)
     if settings.epochs:
         progress(_STAGE, 0.6, "the whole graph")
         trained = (name for tensors, names in spans if names for name in tensors)
-        targets = _run(teacher, feeds, list(dict.fromkeys([*trained, *ends])))
+        targets = _run(teacher, feeds, list(dict.fromkeys([*trained, *ends]))).floating()
         _train(
             student,
             feeds,
-            targets.floating(),
+            targets,
             trainable,
             settings.epochs,
             settings,
@@ -135,6 +119,35 @@ def fit_blocks(
         )
     progress(_STAGE, 1.0)
     return CalibrationFit(student.write_back(factored), tuple(rows))
+
+
+def _fit_block(
+    student: OnnxModule, inputs: _Pieces, target: _Pieces, span: tuple[list[str], list[str]], settings: FitSettings
+) -> tuple[BlockFit, _Pieces]:
+    """Fit one block, and return its errors and its outputs. A block that the fit does not improve keeps its values."""
+    tensors, names = span
+    before = _lost_share(_run(student, inputs, tensors), target)
+    parameters = student.parameters_by_name()
+    start = {name: parameters[name].detach().clone() for name in names}
+    _train(student, inputs, target, names, settings.block_epochs, settings)
+    outputs = _run(student, inputs, tensors)
+    after = _lost_share(outputs, target)
+    if not after < before:
+        with torch.no_grad():
+            for name, value in start.items():
+                parameters[name].copy_(value)
+        outputs, after = _run(student, inputs, tensors), before
+    return BlockFit(block=", ".join(tensors), tensors=len(names), before=before, after=after), outputs
+
+
+def _shared_cuts(dense: onnx.ModelProto, factored: onnx.ModelProto, teacher: OnnxModule, feeds: _Pieces) -> list[str]:
+    """Return the tensors at which both graphs can be divided; of samples, those that depend on one sample alone."""
+    of_factored = set(cut_points(factored))
+    cuts = [name for name in cut_points(dense) if name in of_factored]
+    if not feeds.together:
+        return cuts
+    independent = _sample_by_sample(teacher, feeds.values[:3], cuts)
+    return [name for name in cuts if name in independent]
 
 
 @dataclass(frozen=True)

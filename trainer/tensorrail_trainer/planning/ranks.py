@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -15,7 +16,7 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.dense import dense_layer, dense_layers
+from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers
 
 _RUNGS = 32
 
@@ -101,7 +102,6 @@ def plan_to_size(
     format: str = "tt",  # noqa: A002 - the name of the plan's field
     modes: Sequence[int] | None = None,
     merge: str = "auto",
-    trained: bool = True,
 ) -> tuple[LayerPlan, ...]:
     """Plan the layers of a pattern so that the whole network has `times` fewer parameters.
 
@@ -116,7 +116,6 @@ def plan_to_size(
         format: as for `plan_layers`.
         modes: as for `plan_layers`.
         merge: as for `plan_layers`.
-        trained: False skips the decompositions and returns any plan of that size; default True.
 
     Returns:
         One `LayerPlan` per layer that does not stay dense.
@@ -125,39 +124,83 @@ def plan_to_size(
         PlanError: no layer matches, or the layers cannot become that small.
 
     """
+    layers = _unranked(model, pattern, format, modes, merge)
+    options = [_options(layer, dense_layer(model, layer.name), _truncated_share) for layer in layers]
+    return _within(options, model, pattern, times)
+
+
+def any_plan_to_size(
+    model: nn.Module,
+    pattern: str,
+    times: float,
+    *,
+    format: str = "tt",  # noqa: A002 - the name of the plan's field
+    modes: Sequence[int] | None = None,
+    merge: str = "auto",
+) -> tuple[LayerPlan, ...]:
+    """Return any plan of the size that `plan_to_size` plans for, with its arguments and errors.
+
+    It decomposes no weight: it shows what an untrained network will be planned to.
+    """
+    layers = _unranked(model, pattern, format, modes, merge)
+    options = [_options(layer, dense_layer(model, layer.name), lambda *_: 0.0) for layer in layers]
+    return _within(options, model, pattern, times)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a layer can become, its dense form first."""
+
+    plans: tuple[LayerPlan | None, ...]
+    """The plans, with increasing ranks; None for the dense form."""
+    params: tuple[float, ...]
+    """The number of stored parameters of each option."""
+    losses: tuple[float, ...]
+    """The loss of each option."""
+
+
+def _unranked(
+    model: nn.Module,
+    pattern: str,
+    format: str,  # noqa: A002
+    modes: Sequence[int] | None,
+    merge: str,
+) -> list[LayerPlan]:
+    """Return the plans of the matching layers, whose ranks are still to be chosen."""
     form = format_of(format)
-    names = _matching(model, pattern)
-    options: list[list[LayerPlan | None]] = []
-    sizes: list[list[float]] = []
-    losses: list[list[float]] = []
-    for name in names:
-        dense = dense_layer(model, name)
-        weight = dense.weight().detach().float().cpu().contiguous()
-        shape = tuple(weight.shape)
-        layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
-        options.append([None])
-        sizes.append([float(weight.numel())])
-        losses.append([0.0])
-        layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=(1,), merge=merge)
-        for option, size in _ladder(layer, dense.spec):
-            options[-1].append(option)
-            sizes[-1].append(float(size))
-            losses[-1].append(_truncated_share(weight, format, layer_modes, option.ranks) if trained else 0.0)
+    shapes = {name: dense_layer(model, name).spec.shape for name in _matching(model, pattern)}
+    chosen = {name: tuple(modes) if modes is not None else form.default_modes(shape) for name, shape in shapes.items()}
+    return [LayerPlan(name=name, format=format, modes=chosen[name], ranks=(1,), merge=merge) for name in shapes]
+
+
+def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan], float]) -> _Options:
+    weight = dense.weight().detach().float().cpu().contiguous()
+    rungs = _ladder(layer, dense.spec)
+    return _Options(
+        plans=(None, *(plan for plan, _ in rungs)),
+        params=(float(weight.numel()), *(float(size) for _, size in rungs)),
+        losses=(0.0, *(loss(weight, plan) for plan, _ in rungs)),
+    )
+
+
+def _within(options: Sequence[_Options], model: nn.Module, pattern: str, times: float) -> tuple[LayerPlan, ...]:
+    """Choose an option for each layer, with the least sum of losses within the budget; raises `PlanError` if none fits."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    rest = total - sum(layer_sizes[0] for layer_sizes in sizes)
-    smallest = rest + sum(min(layer_sizes) for layer_sizes in sizes)
+    rest = total - sum(layer.params[0] for layer in options)
+    smallest = rest + sum(min(layer.params) for layer in options)
     if smallest * times > total:
         raise PlanError(
             f"parameters cannot be reduced {times:g}×: at most {total / smallest:.2f}× is reachable, with all layers of "
             f"{pattern!r} at rank 1; lower params, or match more layers"
         )
-    picks = choose(losses, [Limit("params", sizes, total / times - rest)])
-    return tuple(plan for layer_options, pick in zip(options, picks, strict=True) if (plan := layer_options[pick]) is not None)
+    budget = Limit("params", [layer.params for layer in options], total / times - rest)
+    picks = choose([layer.losses for layer in options], [budget])
+    return tuple(plan for layer, pick in zip(options, picks, strict=True) if (plan := layer.plans[pick]) is not None)
 
 
-def _truncated_share(weight: Tensor, format: str, modes: tuple[int, ...], ranks: tuple[int, ...]) -> float:  # noqa: A002
+def _truncated_share(weight: Tensor, plan: LayerPlan) -> float:
     """Return the share of a weight's squared norm that its projection truncates."""
-    lost = (weight - project(format, weight, modes, ranks)).square().sum()
+    lost = (weight - project(plan.format, weight, plan.modes, plan.ranks)).square().sum()
     return float(lost / weight.square().sum().clamp_min(1e-30))
 
 

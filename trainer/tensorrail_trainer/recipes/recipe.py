@@ -23,7 +23,7 @@ from tensorrail_trainer.layers.dense import planned_layers
 from tensorrail_trainer.networks.registry import model_of
 from tensorrail_trainer.networks.weights import load_weights
 from tensorrail_trainer.planning.published import published_plan
-from tensorrail_trainer.planning.ranks import join, plan_layers, plan_to_size
+from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_layers, plan_to_size
 from tensorrail_trainer.recipes.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Schedule, Training
 
 Integers = Annotated[tuple[int, ...], FROM_LIST]
@@ -339,9 +339,8 @@ def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, traine
         planned_layers(model, Plan(layers=selected))
         return selected
     if rule.params is not None:
-        return plan_to_size(
-            model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, trained=trained
-        )
+        planned = plan_to_size if trained else any_plan_to_size
+        return planned(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
     ranks = rule.ranks if rule.ranks is not None else ()
     return plan_layers(model, rule.layers, format=rule.format, ranks=ranks, modes=rule.modes, merge=rule.merge)
 

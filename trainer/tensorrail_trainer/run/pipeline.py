@@ -31,7 +31,7 @@ from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import accuracy_of
 from tensorrail_runtime.measure.latency import LatencyReport, bench
 from tensorrail_runtime.measure.parity import Parity, parity
-from tensorrail_runtime.measure.placement import placement, time_shares
+from tensorrail_runtime.measure.placement import Placement, placement, time_shares
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import write_text
@@ -45,7 +45,7 @@ from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import cores_of, swap, to_dense
 from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.processes import world
-from tensorrail_trainer.recipes.recipe import Export, Recipe
+from tensorrail_trainer.recipes.recipe import Bench, Export, Recipe
 from tensorrail_trainer.run.export import Tracing
 from tensorrail_trainer.run.render import html, markdown
 from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
@@ -427,7 +427,6 @@ def run(
     overwrite: bool = False,
     progress: Progress = silent,
     command: str = "tensorrail run",
-    accelerator: Accelerator | None = None,
 ) -> Report | None:
     """Do a whole run, and write its report to the folder as `report.json`, `report.md` and `report.html`.
 
@@ -436,9 +435,8 @@ def run(
         folder: the folder of the run.
         resume: continue the run in the folder; default False.
         overwrite: delete the run in the folder and start again; default False.
-        progress: is told of the progress; default: nothing is shown.
+        progress: is told of the progress, in the first process alone; default: nothing is shown.
         command: the command line that the report names.
-        accelerator: device, processes and precision; default `make_accelerator(recipe)`.
 
     Returns:
         The report, or None in all processes but the first one, which measures.
@@ -449,11 +447,11 @@ def run(
         CheckpointError: a checkpoint cannot be read or written.
 
     """
-    accelerator = accelerator or make_accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     if accelerator.is_main_process:
         prepare(recipe, folder, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()
-    trained, data = train_all(recipe, folder, progress, accelerator)
+    trained, data = train_all(recipe, folder, progress if accelerator.is_main_process else silent, accelerator)
     if not accelerator.is_main_process:
         return None
     sample = data.example(33).numpy()
@@ -463,24 +461,12 @@ def run(
         factored, paths = export_all(trained, data, folder, Path(scratch), recipe.export, progress)
         progress("checking parity and accuracy in ONNX Runtime", 0.0)
         approximation = parity(paths.pop("before cut"), paths.pop("after cut"), inputs=feeds, tolerance=None)
-    target = recipe.targets
-    numerical = parity(paths["dense form"], paths["factored"], inputs=feeds, tolerance=target.numerical_error)
+    numerical = parity(paths["dense form"], paths["factored"], inputs=feeds, tolerance=recipe.targets.numerical_error)
     models = tuple(
         Model(label=label, cost=cost(path), accuracy=accuracy_of(path, arrays(data.test))) for label, path in paths.items()
     )
-    compared = (next(iter(paths)), "factored")
-    latency = tuple(
-        bench(  # in new processes: after training, this process would time one of the models too slow
-            [paths[label] for label in compared],
-            Timing(batch, seconds=recipe.bench.seconds, processes=recipe.bench.processes),
-            Session(threads=recipe.bench.threads),
-            labels=compared,
-            progress=lambda _, share, detail="", batch=batch: progress(f"measuring latency at batch {batch}", share, detail),
-        )
-        for batch in recipe.bench.batches
-    )
+    latency = _latency(recipe.bench, paths, progress)
     placed = placement(paths["factored"])
-    shares = time_shares(paths["factored"], placed, [row.layer for row in factored.layers])
     report = Report(
         name=recipe.name,
         data=data.source,
@@ -490,10 +476,7 @@ def run(
         numerical=numerical,
         latency=latency,
         placement=placed,
-        layers=tuple(
-            LayerRow(**row.model_dump(include=set(LayerRow.model_fields)), time_share=shares[row.layer])
-            for row in factored.layers
-        ),
+        layers=_layer_rows(factored, paths["factored"], placed),
         training=trained.rows,
         cut_accuracy=trained.cut_accuracy,
         checks=_checks(recipe, models, numerical, latency),
@@ -502,6 +485,32 @@ def run(
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "report.html", html(report))
     return report
+
+
+def _latency(settings: Bench, paths: Mapping[str, Path], progress: Progress) -> tuple[LatencyReport, ...]:
+    """Time the first network and the factored one at each batch size.
+
+    They run in new processes: after training, this process would time one of the models too slow.
+    """
+    compared = (next(iter(paths)), "factored")
+    return tuple(
+        bench(
+            [paths[label] for label in compared],
+            Timing(batch, seconds=settings.seconds, processes=settings.processes),
+            Session(threads=settings.threads),
+            labels=compared,
+            progress=lambda _, share, detail="", batch=batch: progress(f"measuring latency at batch {batch}", share, detail),
+        )
+        for batch in settings.batches
+    )
+
+
+def _layer_rows(factored: Factored, path: Path, placed: Placement) -> tuple[LayerRow, ...]:
+    """Return the rewritten layers with their shares of the time of the factored network."""
+    shares = time_shares(path, placed, [row.layer for row in factored.layers])
+    return tuple(
+        LayerRow(**row.model_dump(include=set(LayerRow.model_fields)), time_share=shares[row.layer]) for row in factored.layers
+    )
 
 
 def _checks(

@@ -82,54 +82,13 @@ def train(
     place(phase.model, accelerator.device, phase.channels_last)
     optimizer = make_optimizer(phase.model, phase.schedule)
     average = _average(phase.model, settings)
-    state = store.latest(phase.name)
-    first = state["epoch"] if state else 0
-    if not alike(torch.tensor([first], device=accelerator.device)):
-        raise CheckpointError(
-            f"{store.folder}: the processes found phase {phase.name} at different epochs; expected one run folder that all "
-            "processes share"
-        )
-    if state is not None:
-        try:
-            _restore(phase, optimizer, average, accelerator, state)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            what = " ".join(str(error).split())[:160] or type(error).__name__
-            raise CheckpointError(
-                f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, does not match this network or "
-                f"this version ({what}); delete it, or start again with --overwrite"
-            ) from None
-    if world() > 1 and settings.sync_batch_norm:
-        try:
-            sync_batch_norm(phase.model)
-        except ValueError as error:
-            raise TrainingError(f"phase {phase.name}: {error}") from None
-    if settings.compile:
-        phase.model.compile()
-    if phase.teacher is not None:
-        place(phase.teacher, accelerator.device, phase.channels_last)
-        phase.teacher.eval().requires_grad_(False)
+    first, done = _resumed(phase, optimizer, average, accelerator, store)
+    _prepare_networks(phase, settings, accelerator.device)
     model, prepared = accelerator.prepare(phase.model, optimizer)
     replay = _replay(settings, optimizer, accelerator.device)
-    done = state is not None and state["done"]
     for epoch in range(first, 0 if done else phase.schedule.epochs):
-        start = time.perf_counter()
         job = _Job(phase, model, prepared, average, recipe, data, accelerator, epoch, replay)
-        loss, accuracy = job.run()
-        residuals, closed = job.close()
-        row = Epoch(
-            phase=phase.name,
-            epoch=epoch + 1,
-            lr=rate(phase.schedule, epoch),
-            loss=loss,
-            train_accuracy=accuracy,
-            test_accuracy=evaluate(
-                phase.model if average is None else average.module, data.test, accelerator, phase.channels_last
-            ),
-            seconds=time.perf_counter() - start,
-            projection_seconds=job.projecting,
-            rho=phase.admm.rho if phase.admm else None,
-            residuals={r.layer: (r.primal, r.dual) for r in residuals},
-        )
+        row, closed = job.carry_out()
         phase.rows.append(row)
         if phase.admm is not None:
             phase.admm.synchronize()
@@ -146,6 +105,51 @@ def train(
     if average is not None:
         phase.model.load_state_dict(average.module.state_dict())
     return phase.model
+
+
+def _resumed(
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    accelerator: Accelerator,
+    store: Checkpoints,
+) -> tuple[int, bool]:
+    """Restore the last checkpoint of a phase; return the number of its epochs, and whether the phase has ended.
+
+    Raises `CheckpointError` if the checkpoint does not match the network, or the processes do not all have the same one.
+    """
+    state = store.latest(phase.name)
+    first = state["epoch"] if state else 0
+    if not alike(torch.tensor([first], device=accelerator.device)):
+        raise CheckpointError(
+            f"{store.folder}: the processes found phase {phase.name} at different epochs; expected one run folder that all "
+            "processes share"
+        )
+    if state is None:
+        return 0, False
+    try:
+        _restore(phase, optimizer, average, accelerator, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CheckpointError(
+            f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, does not match this network or "
+            f"this version ({what}); delete it, or start again with --overwrite"
+        ) from None
+    return first, bool(state["done"])
+
+
+def _prepare_networks(phase: Phase, settings: Training, device: torch.device) -> None:
+    """Set up batch-norm over all processes, compilation and the teacher."""
+    if world() > 1 and settings.sync_batch_norm:
+        try:
+            sync_batch_norm(phase.model)
+        except ValueError as error:
+            raise TrainingError(f"phase {phase.name}: {error}") from None
+    if settings.compile:
+        phase.model.compile()
+    if phase.teacher is not None:
+        place(phase.teacher, device, phase.channels_last)
+        phase.teacher.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -207,6 +211,26 @@ class _Job:
     replay: Replay | None = None
     projecting: float = 0.0  # seconds
     residuals: tuple[Residual, ...] = ()
+
+    def carry_out(self) -> tuple[Epoch, bool]:
+        """Train the epoch and do the ADMM updates; return its row of the log, and whether the phase has ended."""
+        phase, start = self.phase, time.perf_counter()
+        loss, accuracy = self.run()
+        residuals, closed = self.close()
+        tested = phase.model if self.average is None else self.average.module
+        row = Epoch(
+            phase=phase.name,
+            epoch=self.epoch + 1,
+            lr=rate(phase.schedule, self.epoch),
+            loss=loss,
+            train_accuracy=accuracy,
+            test_accuracy=evaluate(tested, self.data.test, self.accelerator, phase.channels_last),
+            seconds=time.perf_counter() - start,
+            projection_seconds=self.projecting,
+            rho=phase.admm.rho if phase.admm else None,
+            residuals={r.layer: (r.primal, r.dual) for r in residuals},
+        )
+        return row, closed
 
     def run(self) -> tuple[float, float]:
         """Train the epoch; return the mean loss (with penalty) and the accuracy in percent, both on the training batches."""

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.metrics import CONTENT_TYPE_LATEST, Metrics
-from tensorrail_runtime.serve.http.options import Limits
+from tensorrail_runtime.serve.http.options import RequestLimits
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 from tensorrail_runtime.serve.protocol.request import InferRequest, parse_request
 from tensorrail_runtime.serve.protocol.response import VERSION, render_response
@@ -55,7 +55,7 @@ class Service:
     signature: Signature
     backend: Backend
     metrics: Metrics
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     shadow: Shadow | None = None
     server_version: str = ""
     stopping: bool = False

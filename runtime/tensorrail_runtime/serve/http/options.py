@@ -14,8 +14,8 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits of requests.
+class RequestLimits:
+    """RequestLimits of requests.
 
     Attributes:
         body: the largest body of a request, in bytes.
@@ -68,7 +68,7 @@ class ServeOptions:
     provider: str = "cpu"
     cpus: float = 1.0
     gpus: float = 0.0
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     shadow: Path | None = None
     fraction: float = 0.01
     grace: float = 30.0
