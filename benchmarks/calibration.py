@@ -54,7 +54,8 @@ def main() -> None:
         f"--published {options.published}`. {options.data} "
         f"{inputs.count} unlabelled inputs, accuracy on {len(labels)} others.",
         "",
-        "| plan | MACs ÷ | dense | every weight by itself | layer by layer | + 12 epochs a block | + 6 epochs of the whole |",
+        "| plan | MACs reduction | dense | every weight by itself | layer by layer | + 12 epochs a block "
+        "| + 6 epochs of the whole |",
         "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
