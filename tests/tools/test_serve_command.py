@@ -74,9 +74,9 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
             ((small_path, "--shadow", other), "cannot shadow the served model: expected outputs y (FP32), got z (FP32)"),
             (
                 (small_path, "--port", port),
-                f"cannot listen at 127.0.0.1:{port} (Address already in use): try another --port",
+                f"cannot listen at 127.0.0.1:{port} (Address already in use): try another port",
             ),
-            ((small_path, "--host", "no.such.host.invalid"), "--host no.such.host.invalid: this name cannot be resolved"),
+            ((small_path, "--host", "no.such.host.invalid"), "host 'no.such.host.invalid': this name cannot be resolved"),
         ):
             code, out, err = cli("serve", *arguments)
             assert (code, out) == (2, ""), reason

@@ -63,7 +63,7 @@ def as_labelled(data: Any, metric: str | None = None) -> Labelled | None:  # Any
     """
     if data is None:
         if metric is not None:
-            raise ModelError("--metric scores labelled data: give --data FILE.npz as well")
+            raise ModelError(f"metric {metric!r} scores labelled data, got no data: give data with labels as well")
         return None
     if isinstance(data, Labelled):
         return data

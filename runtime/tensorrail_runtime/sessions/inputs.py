@@ -130,7 +130,7 @@ def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
         example = ",".join(str(size or (50 if place else 1)) for place, size in enumerate(axes))
         lines.append(
             f"input {value.name!r} has {axes.count(None)} dynamic axes, all set to the batch size: give its shape, "
-            f"such as --shape {value.name}={example}"
+            f"such as {value.name}={example}"
         )
     return lines
 

@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
 
 def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
     prepare(small(tmp_path), tmp_path / "run")
-    with pytest.raises(RecipeError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(RecipeError, match="already holds a run; resume it, or overwrite it"):
         prepare(small(tmp_path), tmp_path / "run")
     with pytest.raises(RecipeError, match="a recipe that differs in seed"):
         prepare(small(tmp_path, seed=3), tmp_path / "run", resume=True)
@@ -393,7 +393,7 @@ def test_a_run_is_not_removed_that_the_next_one_starts_from(tmp_path):
         model=SMALL["model"] | {"weights": str(weights)},
         train={key: value for key, value in SMALL["train"].items() if key != "dense"},
     )
-    with pytest.raises(RecipeError, match=r"model.weights: .*dense.safetensors belongs to the run that --overwrite"):
+    with pytest.raises(RecipeError, match=r"model.weights: .*dense.safetensors belongs to the run that would be overwritten"):
         prepare(again, folder, overwrite=True)
     assert weights.exists()
     assert (folder / "recipe.yaml").exists()

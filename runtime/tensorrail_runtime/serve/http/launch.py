@@ -112,7 +112,7 @@ def _socket(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
         raise ModelError(
-            f"--host {host}: this name cannot be resolved: give a host name or IP address of this machine"
+            f"host {host!r}: this name cannot be resolved: give a host name or IP address of this machine"
         ) from None
     listening = socket.socket(family, kind, protocol)
     try:
@@ -120,7 +120,7 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         listening.close()
-        raise ModelError(f"cannot listen at {host}:{port} ({error.strerror}): try another --port") from None
+        raise ModelError(f"cannot listen at {host}:{port} ({error.strerror}): try another port") from None
     return listening
 
 

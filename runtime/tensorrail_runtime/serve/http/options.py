@@ -79,7 +79,7 @@ class ServeOptions:
         for invalid, reason in (
             (
                 not _NAME.fullmatch(self.name),
-                f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give --name",
+                f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give another name",
             ),
             (not 0 <= self.port <= 65535, f"expected a port from 0 (any free port) to 65535, got {self.port}"),
             (self.replicas < 1, f"expected 1 or more replicas, got {self.replicas}"),
