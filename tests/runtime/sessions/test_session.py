@@ -17,6 +17,7 @@ from tensorrail_runtime import ModelError, Session, bench, footprint, open_sessi
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes
+from tensorrail_runtime.sessions.machine import processors
 
 HAS_PROVIDER = "CUDAExecutionProvider" in ort.get_available_providers()
 
@@ -271,3 +272,14 @@ def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):
         footprint(small_path, shapes={"x": (2, 16, 8, 9)})
     with pytest.raises(ModelError, match=r"none\.onnx: ONNX Runtime cannot load it"):
         footprint(tmp_path / "none.onnx")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to processors")
+def test_only_the_processors_that_this_process_may_use_count():
+    allowed = os.sched_getaffinity(0)
+    assert processors() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

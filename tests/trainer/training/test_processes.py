@@ -15,9 +15,9 @@ from datetime import timedelta
 import pytest
 import torch
 import yaml
-from small_recipe import small_recipe
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from small_recipe import small_recipe
 from torch import distributed, multiprocessing, nn
 
 import tensorrail.cli

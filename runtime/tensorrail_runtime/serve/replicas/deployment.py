@@ -16,6 +16,7 @@ from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.serve.http.model_file import Model
 from tensorrail_runtime.serve.http.options import ServeOptions, on_loopback
 from tensorrail_runtime.serve.replicas._compat_ray import address_of_local_cluster
+from tensorrail_runtime.sessions.machine import processors
 from tensorrail_runtime.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def connect(options: ServeOptions) -> None:
         reserved = options.cpus * (options.replicas + (options.shadow is not None))
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(reserved)),
+            num_cpus=max(processors(), math.ceil(reserved)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
