@@ -192,7 +192,7 @@ def test_a_baseline_is_checked_as_it_was_recorded(baseline, small_path):
     for asked, reason in (
         ({"settings": Session(threads=1)}, "recorded with threads 0, got threads 1: omit it"),
         ({"settings": Session(provider="cuda")}, "recorded with provider cpu, got provider cuda"),
-        ({"batch": 2}, "recorded with batch 1, got --batch 2"),
+        ({"batch": 2}, "recorded with batch 1, got batch 2"),
     ):
         with pytest.raises(ModelError, match=reason):
             check(baseline, small_path, limits=LENIENT, effort=QUICK, **asked)
