@@ -38,6 +38,16 @@ def types(path):
     return {numpy_helper.to_array(tensor).dtype.name for tensor in onnx.load(path).graph.initializer}
 
 
+@pytest.mark.parametrize(("choice", "largest"), [("--reduce-range", 64), ("--no-reduce-range", 127)])
+def test_int8_weights_have_the_bits_that_were_asked_for(choice, largest, cli, small_path, data, tmp_path):
+    out = tmp_path / "small.onnx"
+    assert cli("quantize", small_path, "--to", "int8", "-o", out, "--calibration", data, choice, *QUICK)[0] == 0
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer}
+    assert np.abs(weights["conv.weight_quantized"]).max() == largest
+    code, _, err = cli("quantize", small_path, "--to", "fp16", "-o", out, choice, *QUICK)
+    assert (code, "reduce_range is a choice for int8 weights, got fp16" in err) == (2, True)
+
+
 @pytest.mark.parametrize(("to", "dtype"), [("fp16", "float16"), ("int8", "int8")])
 def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dtype, cli, small_path, data, tmp_path):
     out, record = tmp_path / "small.onnx", tmp_path / "r.json"

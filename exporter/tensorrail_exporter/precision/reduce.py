@@ -133,6 +133,8 @@ class Quantization:
     """Layers or nodes that stay fp32."""
     tolerance: float | None = None
     """Largest relative L2 difference of any output; default 0.01 for fp16, 0.1 for int8."""
+    reduce_range: bool | None = None
+    """Whether int8 weights have 7 bits, for processors without VNNI; default: only if this machine's processor lacks VNNI."""
 
 
 def reduced(
@@ -181,7 +183,8 @@ def reduced(
         small = to_fp16(single, keep=keep)
         require_finite(single, small, feeds)
     else:
-        small = to_int8(single, given or (), method=quantization.method or "minmax", keep=keep)
+        narrow = quantization.reduce_range
+        small = to_int8(single, given or (), method=quantization.method or "minmax", keep=keep, reduce_range=narrow)
     left = _left_fp32(single, small, keep)
     # Measured in a folder beside `out` and then moved. The name is the final one: names of external data derive from it.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -226,6 +229,8 @@ def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
         raise GraphError(f"unknown precision {to!r}: expected one of {', '.join(get_args(Precision))}")
     if method is not None and to != "int8":
         raise GraphError(f"calibration method {method!r} was given, but {to} needs no calibration: leave it out")
+    if quantization.reduce_range is not None and to != "int8":
+        raise GraphError(f"reduce_range is a choice for int8 weights, got {to}: leave it out, or convert to int8")
     if not out.parent.is_dir():
         raise GraphError(f"{out}: its folder does not exist: create it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):

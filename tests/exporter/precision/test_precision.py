@@ -625,6 +625,9 @@ def test_reduced_measures_and_its_record_is_strict(small_path, small_model, rng,
         PrecisionReport.model_validate(report.model_dump() | {"more": 1})
     with pytest.raises(ValueError, match="version"):
         PrecisionReport.model_validate(report.model_dump() | {"version": 2})
+    for narrow, largest in ((True, 64), (False, 127)):
+        reduced(small_path, out, Quantization("int8", reduce_range=narrow), calibration=feeds, conditions=QUICK)
+        assert np.abs(initializers(onnx.load(out))["conv.weight_quantized"]).max() == largest
     missed = reduced(small_path, out, Quantization("fp16", tolerance=1e-9), conditions=QUICK)
     assert not missed.holds
     assert {one.layer for one in missed.ranges} == {"conv", "fc"}
@@ -642,6 +645,7 @@ def test_reduced_writes_nothing_when_it_fails(small_path, rng, tmp_path):
         (lambda: reduced(small_path, out, Quantization("bf16")), "unknown precision 'bf16': expected one of fp16, int8"),
         (lambda: reduced(small_path, out, Quantization("int8")), "needs calibration data"),
         (lambda: reduced(small_path, out, Quantization("fp16", method="minmax")), "fp16 needs no calibration"),
+        (lambda: reduced(small_path, out, Quantization("fp16", reduce_range=True)), "a choice for int8 weights, got fp16"),
         (lambda: reduced(small_path, small_path, Quantization("fp16")), "is the fp32 model itself"),
         (lambda: reduced(small_path, out, Quantization("fp16"), test=wrong), "as many labels as samples"),
         (lambda: reduced(tmp_path / "large.onnx", out, Quantization("fp16")), "layer a: overflows in fp16"),
