@@ -86,7 +86,11 @@ class Baseline(PrintedRecord):
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected a baseline") from None
         except (ValidationError, UnicodeDecodeError) as error:
-            problem = first_problem(error) if isinstance(error, ValidationError) else "not a text file"
+            problem = (
+                first_problem(error)
+                if isinstance(error, ValidationError)
+                else "it is not a text file; give the JSON file that `regress record` wrote"
+            )
             if isinstance(error, ValidationError) and error.errors()[0]["loc"] == ("version",):
                 problem += "; it was recorded by another version of tensorrail: record it again"
             raise ModelError(f"{path}: not a baseline: {problem}") from None

@@ -153,7 +153,10 @@ def open_session(
             raise ModelError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
     if session.get_providers()[0] != name:
         reason = first_error() or "ONNX Runtime gave no reason"
-        raise ModelError(f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
+        raise ModelError(
+            f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}; "
+            "install what is missing, or choose provider cpu"
+        )
     return session
 
 

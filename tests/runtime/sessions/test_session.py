@@ -274,6 +274,12 @@ def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):
         footprint(tmp_path / "none.onnx")
 
 
+def test_an_array_of_another_shape_is_named_with_the_shape_of_its_input(small_path):
+    for shape in ((4, 3, 8, 8), (4, 16, 8)):
+        with pytest.raises(ModelError, match=r"input 'x': expected an array of shape \[batch, 16, 8, 8\], got \[4, "):
+            batches_of(open_session(small_path), {"x": np.zeros(shape, np.float32)}, 2)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to processors")
 def test_only_the_processors_that_this_process_may_use_count():
     allowed = os.sched_getaffinity(0)

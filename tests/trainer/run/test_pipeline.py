@@ -535,7 +535,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         Recipe.load(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(RecipeError, match="not valid YAML"):
+    with pytest.raises(RecipeError, match="not valid YAML: line 1, column 5: "):
         Recipe.load(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="the file"):
@@ -579,6 +579,13 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
     path.write_text(text.replace("lr: 0.05", "lr: 5e-2").replace("rho: 0.1", "rho: 1E-1"))
     assert path.read_text() != text
     assert Recipe.load(path) == small(tmp_path)
+
+
+def test_a_misspelled_key_is_told_with_the_key_that_is_missing(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("model:", "modle:"))
+    with pytest.raises(RecipeError, match=r"modle: unknown key; did you mean 'model'\?"):
+        Recipe.load(path)
 
 
 @pytest.mark.parametrize("text", ["version: 1\nname: 2020-13-45", "[" * 1200, "a: [", "{"])
