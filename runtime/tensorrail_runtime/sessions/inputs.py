@@ -216,8 +216,8 @@ def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], 
         The inputs of each batch, by name.
 
     Raises:
-        ModelError: an input has no array or one of another shape, the arrays have different lengths, or the samples do not fill whole batches of a
-            model with a fixed batch size.
+        ModelError: an input has no array or one of another shape, the arrays have different lengths, or the samples do not
+            fill whole batches of a model with a fixed batch size.
 
     """
     entries = session.get_inputs()
