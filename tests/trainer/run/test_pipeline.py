@@ -180,7 +180,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, mo
 
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(
-        CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\); make it readable, then continue"
+        CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\); make it readable, then resume the run"
     ):
         store.latest("dense")
 
