@@ -63,7 +63,7 @@ def test_wrong_inputs_providers_and_files_are_refused(small_path, tmp_path):
         parity(small_path, small_path, inputs=[{"x": np.zeros((1, 2, 8, 8), np.float32)}])
     with pytest.raises(ModelError, match="unknown provider 'tpu': expected one of cpu, cuda"):
         open_session(small_path, provider="tpu")
-    with pytest.raises(ModelError, match="none.onnx: cannot be read"):
+    with pytest.raises(ModelError, match=r"none\.onnx: cannot be read"):
         open_session(tmp_path / "none.onnx")
 
 
