@@ -52,7 +52,8 @@ def main() -> None:
         f"--published {options.published}`. {options.data} "
         f"{inputs.count} unlabelled inputs, accuracy on {len(test.labels)} others.",
         "",
-        "| plan | MACs ÷ | dense | every weight by itself | layer by layer | + 12 epochs a block | + 6 epochs of the whole |",
+        "| plan | MACs reduction | dense | every weight by itself | layer by layer | + 12 epochs a block "
+        "| + 6 epochs of the whole |",
         "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -125,7 +125,7 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         lines = [
             f"### {name}, batch {batch}",
             "",
-            "| form | MACs ÷ | parameters ÷ | p50 | speed-up | 95 % | speed-up / MACs ÷ |",
+            "| form | MACs reduction | parameters reduction | p50 | speed-up | 95 % | speed-up divided by MACs reduction |",
         ]
         lines.append("|---|---|---|---|---|---|---|")
         rows = []
@@ -157,8 +157,9 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
                 "",
                 f"Predicted {predicted:.2f}×: its time {100 * (final / predicted - 1):+.1f} % off the measured one. "
                 f"{len(report.plan.layers)} layers rewritten; slower than dense by the profile: {', '.join(slow) or 'none'}. "
-                f"Planning took {took:.0f} s. By the latency table, losses aside, a network of that speed has MACs ÷ "
-                f"{fewest:.2f} at the least: speed-up / MACs ÷ of {predicted / fewest:.2f} at the most.",
+                f"Planning took {took:.0f} s. By the latency table, losses aside, a network of that speed has a "
+                f"MACs reduction of at least {fewest:.2f}: the speed-up divided by MACs reduction is at most "
+                f"{predicted / fewest:.2f}.",
             ]
             record |= {
                 "least_cut": fewest,

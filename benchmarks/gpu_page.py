@@ -25,7 +25,7 @@ def markdown(log: Log) -> str:
             *_peaks_lines(log.get("peaks")),
             *_table(
                 "Plans",
-                "network, rank grid|for|FLOPs ÷ asked|layers|formats|predicted|measured|took",
+                "network, rank grid|for|FLOPs reduction asked|layers|formats|predicted|measured|took",
                 (
                     f"{row['network']}, {row['grid']}|{row['mode']}, batch {row['batch']}|"
                     + (
@@ -60,7 +60,7 @@ def markdown(log: Log) -> str:
             ),
             *_table(
                 "Latency",
-                "network|batch|mode|form|MACs ÷|p50|speed-up|95 %|bound|share of it",
+                "network|batch|mode|form|MACs reduction|p50|speed-up|95 %|bound|share of it",
                 (
                     f"{row['network']}|{row['batch']}|{row['mode']}|{row['form']}|{row['macs']:.2f}|{row['ms']:.3f} ms"
                     f"|{row['speed_up'][0]:.2f}×|{row['speed_up'][1]:.2f}–{row['speed_up'][2]:.2f}|{_bound(row)}"

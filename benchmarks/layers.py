@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
-    lines = ["| layer | rank | MACs ÷ | speed-up | 95 % interval |", "|---|---|---|---|---|"]
+    lines = ["| layer | rank | MACs reduction | speed-up | 95 % interval |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for channels, size in SHAPES:
             dense = chain(channels, size)

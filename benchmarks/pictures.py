@@ -88,7 +88,7 @@ def forms(path: Path) -> list[Form]:
 def without_training(path: Path) -> dict[str, dict[str, float]]:
     """Return the accuracies in percent of `results/calibration.md`: by plan and its MACs, then by what was done."""
     return {
-        f"{row['plan'].strip('`')}, MACs ÷ {row['MACs ÷']}": {
+        f"{row['plan'].strip('`')}, MACs reduction {row['MACs reduction']}": {
             key: float(value.rstrip(" %")) for key, value in row.items() if value.endswith("%")
         }
         for row in _table(path.read_text(encoding="utf-8"))

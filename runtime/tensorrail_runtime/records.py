@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from difflib import get_close_matches
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -70,7 +71,16 @@ def first_problem(error: ValidationError) -> str:
         The key, what was expected and what was found, such as `seed: expected a valid integer, got 'one'`.
 
     """
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    if problem["type"] == "json_invalid":
+        return problem["msg"][:1].lower() + problem["msg"][1:]
+    if problem["type"] == "missing":
+        *folder, name = problem["loc"]
+        for other in problems:  # the key may be there, misspelled
+            *place, unknown = other["loc"]
+            if other["type"] == "extra_forbidden" and place == folder and get_close_matches(str(unknown), [str(name)]):
+                return f"{'.'.join(map(str, other['loc']))}: unknown key; did you mean {name!r}?"
     key = ".".join(map(str, problem["loc"])) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; check its spelling or remove it"

@@ -100,7 +100,10 @@ def test_a_torch_module_can_be_planned(folder):
         (("plan", "nowhere:make", "--shape", "x=3,8,8", "--target", "latency=2"), "cannot be imported"),
         (("compress", "dense.onnx", "-o", "o.onnx"), "expected either --target latency=2.0"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int4"), "also: expected fp16 or int8"),
-        (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int8"), "int8 needs calibration inputs"),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int8"),
+            "int8 needs typical inputs for the ranges",
+        ),
         (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "none.json"), "none.json: cannot be read"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--calibration", "none.npz"), "none.npz"),
         (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +69,23 @@ def test_every_error_is_of_one_family():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__]
     assert all(issubclass(one, errors.TensorrailError) for one in classes)
     assert {one.__name__: one.exit_code for one in classes if one.exit_code != 2} == {"TargetError": 1}
+
+
+def test_messages_of_the_library_name_no_command_line_options():
+    """They are read in Python, too, where a setting is a parameter."""
+    elsewhere = {"cli.py", "pytest_plugin.py", "machine.py"}  # say which options exist, or call a program
+    options = []
+    for package in PACKAGES:
+        folder = Path(importlib.import_module(package).__file__).parent
+        for path in folder.rglob("*.py"):
+            if path.name in elsewhere or path.parent.name == "commands":
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            texts = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+            options += [
+                f"{path}:{text.lineno}"
+                for text in texts
+                if id(text) not in prose and re.search(r"(?<![\w-])--[a-z]", text.value)
+            ]
+    assert options == []

@@ -44,7 +44,7 @@ def test_a_model_without_a_batch_needs_its_shape(cli, tmp_path):
     onnx.save(model, path)
     code, _, err = cli("package", path, "--triton", tmp_path / "r")
     assert (code, err.count("\n")) == (2, 1)
-    assert "--shape x=1,8" in err
+    assert "such as x=1,8" in err
     code, printed, _ = cli("package", path, "--triton", tmp_path / "r", "--shape", "x=1,8", "--no-dynamic-batching")
     assert code == 0
     assert "no batching" in printed

@@ -38,6 +38,16 @@ def types(path):
     return {numpy_helper.to_array(tensor).dtype.name for tensor in onnx.load(path).graph.initializer}
 
 
+@pytest.mark.parametrize(("choice", "largest"), [("--reduce-range", 64), ("--no-reduce-range", 127)])
+def test_int8_weights_have_the_bits_that_were_asked_for(choice, largest, cli, small_path, data, tmp_path):
+    out = tmp_path / "small.onnx"
+    assert cli("quantize", small_path, "--to", "int8", "-o", out, "--calibration", data, choice, *QUICK)[0] == 0
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer}
+    assert np.abs(weights["conv.weight_quantized"]).max() == largest
+    code, _, err = cli("quantize", small_path, "--to", "fp16", "-o", out, choice, *QUICK)
+    assert (code, "reduce_range is a choice for int8 weights, got fp16" in err) == (2, True)
+
+
 @pytest.mark.parametrize(("to", "dtype"), [("fp16", "float16"), ("int8", "int8")])
 def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dtype, cli, small_path, data, tmp_path):
     out, record = tmp_path / "small.onnx", tmp_path / "r.json"
@@ -131,7 +141,7 @@ def test_overflow_shows_the_ranges_and_the_keep_that_helps(cli, large_path, tmp_
     assert code == 2
     assert err.count("\n") == 1
     assert "layer a: overflows in fp16" in err
-    assert "--keep a --keep b" in err
+    assert "in fp32: a, b" in err
     assert "beyond fp16" in printed
     assert not out.exists()
     assert cli("quantize", large_path, "--to", "fp16", "-o", out, "--keep", "a", "--keep", "b", *QUICK)[0] == 0
@@ -151,13 +161,16 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, data, tmp_path, 
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     onnx.save(model, tmp_path / "h.onnx")
     cases = [
-        ((small_path, "--to", "int8"), "int8 needs typical inputs for the ranges of activations: give --calibration FILE.npz"),
+        ((small_path, "--to", "int8"), "int8 needs typical inputs for the ranges of activations: give calibration inputs, 100"),
         ((small_path, "--to", "bf16"), "unknown precision 'bf16': expected one of fp16, int8"),
         ((small_path, "--to", "fp16", "--method", "minmax"), "fp16 needs no calibration"),
         ((small_path, "--to", "int8", "--calibration", data, "--method", "mean"), "unknown calibration method 'mean'"),
         ((small_path, "--to", "int8", "--calibration", other), "expected an array for input 'x'"),
         ((small_path, "--to", "int8", "--calibration", garbage), "not an npz file"),
-        ((small_path, "--to", "fp16", "--metric", "top5"), "--metric scores labelled data: give --data FILE.npz as well"),
+        (
+            (small_path, "--to", "fp16", "--metric", "top5"),
+            "metric 'top5' scores labelled data, got no data: give data with labels",
+        ),
         ((small_path, "--to", "fp16", "--data", unlabelled), "expected an array 'labels'"),
         ((small_path, "--to", "fp16", "--keep", "nowhere"), "layer nowhere: listed in keep, but not in the graph"),
         ((small_path, "--to", "fp16", "--provider", "tpu"), "unknown provider 'tpu'"),

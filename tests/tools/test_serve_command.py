@@ -65,7 +65,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
         port = taken.getsockname()[1]
         for arguments, reason in (
             ((garbage,), "garbage.onnx: ONNX Runtime cannot load it"),
-            ((tmp_path / "none.onnx",), "none.onnx: ONNX Runtime cannot load it"),
+            ((tmp_path / "none.onnx",), "none.onnx: cannot be read (No such file or directory): expected an ONNX model"),
             ((small_path, "--name", "a/b"), "expected a model name of letters, digits"),
             ((small_path, "--fraction", 0), "expected a share of shadowed requests above 0"),
             ((small_path, "--provider", "quantum"), "unknown provider 'quantum': expected one of cpu"),
@@ -74,9 +74,9 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
             ((small_path, "--shadow", other), "cannot shadow the served model: expected outputs y (FP32), got z (FP32)"),
             (
                 (small_path, "--port", port),
-                f"cannot listen at 127.0.0.1:{port} (Address already in use): try another --port",
+                f"cannot listen at 127.0.0.1:{port} (Address already in use): try another port",
             ),
-            ((small_path, "--host", "no.such.host.invalid"), "--host no.such.host.invalid: this name cannot be resolved"),
+            ((small_path, "--host", "no.such.host.invalid"), "host 'no.such.host.invalid': this name cannot be resolved"),
         ):
             code, out, err = cli("serve", *arguments)
             assert (code, out) == (2, ""), reason

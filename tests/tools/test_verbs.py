@@ -94,6 +94,24 @@ def test_a_plan_in_memory_is_carried_out_without_a_search(small_model, tmp_path,
     assert not (tmp_path / "none.onnx").exists()
 
 
+def test_what_is_given_in_the_wrong_form_is_named(small_path, tmp_path):
+    out, array = tmp_path / "out.onnx", np.zeros((2, 16, 8, 8), np.float32)
+    for call, reason in (
+        (lambda: tr.bench(str(small_path)), "models: expected a list of models"),
+        (lambda: tr.compress(small_path, out, {"flops": "two"}), "target flops: expected a reduction factor .*, got 'two'"),
+        (
+            lambda: tr.compress(small_path, out, {"flops": 2}, calibration=array),
+            "calibration: expected a path or arrays by input",
+        ),
+        (lambda: tr.quantize(small_path, out, "int8", calibration=array), "inputs: expected a path or arrays by input name"),
+        (lambda: tr.accuracy(small_path, data=array), "data: expected a path or arrays by input name"),
+        (lambda: tr.Timing(batch=0), "batch: expected 1 or more samples, got 0"),
+    ):
+        with pytest.raises(tr.TensorrailError, match=reason):
+            call()
+    assert not out.exists()
+
+
 def test_a_log_has_a_line_for_each_stage_and_one_a_minute(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "_MINUTE", 0.0)
     with terminal.progress_bar() as progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.sessions.inputs import batches_of, load_arrays
 from tensorrail_runtime.sessions.session import Session, open_session
@@ -37,7 +37,7 @@ def as_calibration(inputs: Any, model: Path, samples: int) -> Calibration | None
         return inputs
     if isinstance(inputs, Path | str):
         return load_calibration(inputs, model, most=samples)
-    arrays = {name: np.asarray(array)[:samples] for name, array in inputs.items()}
+    arrays = {name: np.asarray(array)[:samples] for name, array in _mapping(inputs, "calibration").items()}
     labels = arrays.pop("labels", None)
     return Calibration(tuple(batches_of(open_session(model), arrays, 25)), labels)
 
@@ -46,7 +46,7 @@ def as_feeds(inputs: Arrays | None, model: Path, batch: int, settings: Session) 
     """Return inputs in batches of a size, as a session takes them; None where there are none."""
     if inputs is None:
         return None
-    arrays = load_arrays(inputs) if isinstance(inputs, Path | str) else dict(inputs)
+    arrays = load_arrays(inputs) if isinstance(inputs, Path | str) else dict(_mapping(inputs, "inputs"))
     return list(batches_of(open_session(model, settings=settings), arrays, batch))
 
 
@@ -63,17 +63,26 @@ def as_labelled(data: Any, metric: str | None = None) -> Labelled | None:  # Any
     """
     if data is None:
         if metric is not None:
-            raise ModelError("--metric scores labelled data: give --data FILE.npz as well")
+            raise ModelError(f"metric {metric!r} scores labelled data, got no data: give data with labels as well")
         return None
     if isinstance(data, Labelled):
         return data
     if isinstance(data, Path | str):
         return Labelled.load(data, metric)
-    arrays = dict(data)
+    arrays = dict(_mapping(data, "data"))
     if "labels" not in arrays:
         raise ModelError(f"data: expected an array 'labels' beside the inputs, found {', '.join(arrays) or 'none'}")
     labels = arrays.pop("labels")
     return Labelled(arrays, labels, metric or "top1")
+
+
+def _mapping(arrays: Any, what: str) -> Mapping[str, Any]:  # Any: whatever was given
+    """Return arrays by input name; `UsageError` for anything else, such as a single array."""
+    if not isinstance(arrays, Mapping):
+        raise UsageError(
+            f"{what}: expected a path or arrays by input name, such as {{'image': array}}, got {type(arrays).__name__}"
+        )
+    return arrays
 
 
 def require_writable(out: Path | str, *inputs: Any) -> Path:  # Any: models and data, of which paths count

@@ -29,7 +29,10 @@ def load_network(model: str, timing: Timing) -> tuple[Any, Timing]:  # Any: a pa
     from tensorrail_trainer.run.export import to_onnx
 
     if len(timing.shapes) != 1:
-        raise PlanError(f"{model}: a torch module needs the shape of its input without the batch axis: --shape image=3,224,224")
+        raise PlanError(
+            f"{model}: a torch module needs the shape of its one input without the batch axis, such as "
+            f"image=3,224,224, got {len(timing.shapes) or 'none'}"
+        )
     (shape,) = timing.shapes.values()
     module = imported(model, "model factory")()
     if not isinstance(module, torch.nn.Module):

@@ -33,7 +33,11 @@ def console() -> Console:
 
 
 def plain(text: str) -> str:
-    """Return text without the characters that would steer a terminal."""
+    """Return text without the characters that would steer a terminal.
+
+    As `tensorrail_runtime.tables.plain`, whose package imports ONNX Runtime: that would slow down each error of usage, and an
+    error that says that ONNX Runtime is missing could not be shown.
+    """
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 

@@ -72,7 +72,7 @@ def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:
         if not largest <= LARGEST:
             raise GraphError(
                 f"layer {layer.layer}: its weight {layer.weight} contains {largest:.3g}, outside the fp16 range of "
-                f"±{LARGEST:.0f}; keep it in fp32 (--keep {layer.layer}), or scale it down"
+                f"±{LARGEST:.0f}; keep layer {layer.layer} in fp32, or scale it down"
             )
 
 

@@ -81,7 +81,7 @@ def ranges_table(ranges: Sequence[LayerRange]) -> Table:
         *("layer", "core", "range of the core", "ratio of channels", "range of the output", "beyond fp16", "subnormal"),
         *("int8 error of the core", "8-bit error of the output"),
     )
-    return Table(f"ranges in fp32, the most suspicious first{left}: try --keep LAYER", head, rows)
+    return Table(f"ranges in fp32, the most suspicious first{left}: try to keep the first layers in fp32", head, rows)
 
 
 class RangeError(GraphError):
@@ -172,7 +172,7 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
     # If the first node is a cast that the converter added, the layer that reads or produces the value is named instead.
     named = first.name if any(first.name == node.name for node in model.graph.node) else next(iter(keep), first.name)
     layers = {w.node.name: w.layer for w in weighted(model)}
-    shown = " ".join(f"--keep {name}" for name in keep[:_SHOWN]) + (f" and {len(keep) - _SHOWN} more" if keep[_SHOWN:] else "")
+    shown = ", ".join(keep[:_SHOWN]) + (f" and {len(keep) - _SHOWN} more" if keep[_SHOWN:] else "")
     raise RangeError(
         f"layer {layers.get(named, named)}: overflows in fp16, whose range is ±{LARGEST:.0f}; keep the layers that produce or "
         f"read such values in fp32: {shown or 'none found, as no layer has such values in fp32'}",

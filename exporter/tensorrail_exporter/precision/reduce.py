@@ -134,6 +134,8 @@ class Quantization:
     """Layers or nodes that stay fp32."""
     tolerance: float | None = None
     """Largest relative L2 difference of any output; default 0.01 for fp16, 0.1 for int8."""
+    reduce_range: bool | None = None
+    """Whether int8 weights have 7 bits, for processors without VNNI; default: only if this machine's processor lacks VNNI."""
 
     @property
     def calibrated_by(self) -> Method | None:
@@ -232,7 +234,8 @@ def _converted(
 ) -> onnx.ModelProto:
     """Return the model in fp16, finite on the inputs `feeds`, or in int8, with ranges from the calibration inputs."""
     if quantization.calibrated_by is not None:
-        return to_int8(model, calibration, method=quantization.calibrated_by, keep=quantization.keep)
+        method, narrow = quantization.calibrated_by, quantization.reduce_range
+        return to_int8(model, calibration, method=method, keep=quantization.keep, reduce_range=narrow)
     small = to_fp16(model, keep=quantization.keep)
     require_finite(model, small, feeds)
     return small
@@ -244,6 +247,8 @@ def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
         raise GraphError(f"unknown precision {to!r}: expected one of {', '.join(get_args(Precision))}")
     if method is not None and to != "int8":
         raise GraphError(f"calibration method {method!r} was given, but {to} needs no calibration: leave it out")
+    if quantization.reduce_range is not None and to != "int8":
+        raise GraphError(f"reduce_range is a choice for int8 weights, got {to}: leave it out, or convert to int8")
     if not out.parent.is_dir():
         raise GraphError(f"{out}: its folder does not exist: create it first, or choose another one")
     if out.exists() and model.exists() and out.samefile(model):

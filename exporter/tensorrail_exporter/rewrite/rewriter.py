@@ -242,7 +242,8 @@ def check_finite(layer: str, weight: np.ndarray) -> None:
     """Raise `GraphError` if a weight holds NaN or infinite values."""
     if not np.isfinite(weight).all():
         raise GraphError(
-            f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed; keep the layer dense"
+            f"layer {layer}: its weight holds NaN or infinite values and cannot be decomposed: "
+            "repair the model, or keep the layer dense"
         )
 
 

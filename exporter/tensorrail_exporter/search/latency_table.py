@@ -95,12 +95,14 @@ class LatencyTable:
         target: the target that all times are of.
         path: the file of the table; None for a table that is not stored.
         times: the times by their keys.
+        unstored: why the times are not stored, for the user; empty where they are.
 
     """
 
     target: Target
     path: Path | None = None
     times: dict[str, Timed] = field(default_factory=dict)
+    unstored: str = ""
 
     @classmethod
     def open(cls, settings: Session, folder: Path | str | None = None) -> LatencyTable:
@@ -108,7 +110,8 @@ class LatencyTable:
 
         Args:
             settings: settings of the sessions.
-            folder: folder of the tables; default the user's cache folder, see `cache_folder`.
+            folder: folder of the tables; default the user's cache folder, see `cache_folder`. Where nobody chose a folder
+                and that one cannot be written, as without a home folder, the table is not stored.
 
         Raises:
             CacheError: the file of the table cannot be read, is not a latency table, or is one of another target.
@@ -116,6 +119,12 @@ class LatencyTable:
         """
         target = Target.here(settings)
         name = f"latency-{_digest(target.model_dump())}.json"
+        if not folder and not os.environ.get("TENSORRAIL_CACHE") and (problem := _default_folder_problem()):
+            return cls(
+                target,
+                unstored=f"warning: the times of layers are not stored and will be measured again next time: {problem}; "
+                "to keep them, set the environment variable TENSORRAIL_CACHE to a writable folder",
+            )
         path = Path(folder or cache_folder()) / name
         table = cls(target, path)
         stored = _read(path)
@@ -186,6 +195,8 @@ class LatencyTable:
                 forms = {_form(option): option for option in (*queued, *missing)}  # equal layers may have different options
                 queued[:] = forms.values()
         if jobs:
+            if self.unstored:
+                progress("note", 1.0, self.unstored)
             self.save()  # reports a folder that cannot be written before anything is measured
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
@@ -218,6 +229,19 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrail"
+
+
+def _default_folder_problem() -> str:
+    """Return why the default cache folder cannot be used, or an empty string; the folder is created."""
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # of Path.home()
+        return "this user has no home folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"the cache folder {folder} cannot be created ({error.strerror or error})"
+    return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"the cache folder {folder} is not writable"
 
 
 def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float) -> list[Timed]:

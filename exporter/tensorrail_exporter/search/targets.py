@@ -76,5 +76,5 @@ class Search:
         for name, value in targets.items():
             if name not in TARGETS:
                 raise PlanError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}")
-            if not 1.0 < value < 1e4:
-                raise PlanError(f"target {name}: expected a reduction factor between 1 and 10000, such as 2.0, got {value:g}")
+            if not isinstance(value, int | float) or not 1.0 < value < 1e4:
+                raise PlanError(f"target {name}: expected a reduction factor between 1 and 10000, such as 2.0, got {value!r}")

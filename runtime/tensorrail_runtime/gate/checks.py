@@ -322,9 +322,9 @@ def _same_outputs(before: Facts, after: Facts, tolerance: float) -> Finding:
     pairs = [(output, after.outputs.get(name)) for name, output in before.outputs.items()]
     measured, holds = "different outputs", False
     if varying := sorted({*before.varying, *after.varying}):
-        measured = f"{', '.join(varying)} vary from run to run; use --retrained to skip this check"
+        measured = f"{', '.join(varying)} vary from run to run; for a retrained model, skip this check (retrained)"
     elif not any(output.values for output in before.outputs.values()):
-        measured = "no output has a value on random inputs; use --retrained to skip this check"
+        measured = "no output has a value on random inputs; for a retrained model, skip this check (retrained)"
     elif before.outputs.keys() == after.outputs.keys() and all(_same_form(*pair) for pair in pairs):
         worst = float(np.max([old.apart(new) for old, new in pairs if new is not None]))  # NaN if one of them is
         measured, holds = f"{worst:.1e} relative difference", worst <= tolerance

@@ -92,7 +92,11 @@ class Baseline(PrintedRecord):
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected a baseline") from None
         except (ValidationError, UnicodeDecodeError) as error:
-            problem = first_problem(error) if isinstance(error, ValidationError) else "not a text file"
+            problem = (
+                first_problem(error)
+                if isinstance(error, ValidationError)
+                else "it is not a text file; give the JSON file that `regress record` wrote"
+            )
             if isinstance(error, ValidationError) and error.errors()[0]["loc"] == ("version",):
                 problem += "; it was recorded by another version of tensorrail: record it again"
             raise ModelError(f"{path}: not a baseline: {problem}") from None
@@ -109,14 +113,14 @@ class Baseline(PrintedRecord):
         if shapes and {name: tuple(shape) for name, shape in shapes.items()} != self.shapes:
             raise ModelError(
                 f"the baseline of {self.model} was recorded with shapes {_shown(self.shapes)}, got {_shown(shapes)}: "
-                "omit --shape, or record the baseline again"
+                "omit the shapes, or record the baseline again"
             )
         for name, requested in (("provider", provider), ("threads", threads), ("batch", batch)):
             recorded = getattr(self, name)
             if requested not in (None, recorded):
                 raise ModelError(
-                    f"the baseline of {self.model} was recorded with {name} {recorded}, got --{name} {requested}: "
-                    "omit the option, or record the baseline again"
+                    f"the baseline of {self.model} was recorded with {name} {recorded}, got {name} {requested}: "
+                    "omit it, or record the baseline again"
                 )
 
     def require_data(self, data: Labelled | None) -> None:
@@ -125,13 +129,13 @@ class Baseline(PrintedRecord):
         if data is None:
             if facts.score is not None:
                 raise ModelError(
-                    f"{baseline} contains a score ({facts.metric}), got no data: pass the data of its recording, --data FILE"
+                    f"{baseline} contains a score ({facts.metric}), got no data: give the data that it was recorded with"
                 )
         elif facts.score is None:
-            raise ModelError(f"{baseline} contains no score: record it with --data, or omit --data here")
+            raise ModelError(f"{baseline} contains no score: record it with data, or give no data here")
         elif data.metric != facts.metric:
             raise ModelError(
-                f"{baseline} contains a {facts.metric} score, got metric {data.metric}: pass --metric {facts.metric}"
+                f"{baseline} contains a {facts.metric} score, got metric {data.metric}: give metric {facts.metric}"
             )
         elif facts.data and facts.data != sha256_of_data(data):
             raise ModelError(f"{baseline} contains a score on different data: pass the same data, or record the baseline again")

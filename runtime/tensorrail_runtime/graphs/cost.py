@@ -119,7 +119,10 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
-        raise ModelError(f"{path}: not an ONNX model whose shapes can be inferred ({first_line(error)})") from None
+        raise ModelError(
+            f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give an ONNX file that "
+            "onnx.checker accepts"
+        ) from None
     known = _shapes(inferred.graph)
     counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
     if any(name and name not in known for node in counted for name in (*node.input, node.output[0])):
@@ -309,15 +312,22 @@ def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.Mode
         shape = shapes.get(value.name, [batch] * len(axes))
         if len(shape) != len(axes):
             raise ModelError(f"input {value.name!r}: expected a shape of {len(axes)} axes, got {list(shape)}")
+        declared = _declared(value)
         for axis, size in zip(axes, shape, strict=True):
             if not axis.HasField("dim_value") or axis.dim_value < 0:
                 axis.dim_value = size
             elif value.name in shapes and axis.dim_value != size:
-                raise ModelError(f"input {value.name!r}: expected {axis.dim_value} for a fixed axis, got shape {list(shape)}")
+                raise ModelError(f"input {value.name!r}: expected shape {declared}, got {list(shape)}")
     for value in model.graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
     return model
+
+
+def _declared(value: onnx.ValueInfoProto) -> str:
+    """Return the shape of an input as text; `?` is an axis of any size."""
+    axes = value.type.tensor_type.shape.dim
+    return f"[{', '.join(str(axis.dim_value) if axis.HasField('dim_value') else axis.dim_param or '?' for axis in axes)}]"
 
 
 def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> onnx.ModelProto:

@@ -199,7 +199,10 @@ def evaluate(
     feeds = batches_of(session, data.inputs, batch)
     count = sum(map(samples_of, feeds))
     if not count or np.shape(labels)[:1] != (count,):
-        raise ModelError(f"expected as many labels as samples, got labels of shape {np.shape(labels)} and {count} samples")
+        raise ModelError(
+            f"expected as many labels as samples, got labels of shape {np.shape(labels)} and {count} samples: check the array "
+            "'labels' of the data"
+        )
     scores: list[float] = []
     for feed in feeds:
         size = samples_of(feed)
@@ -328,8 +331,8 @@ def wrong_labels(labels: np.ndarray, classes: int) -> str:
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
         raise ModelError(
-            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels, got shape "
-            f"{scores.shape} and {labels.dtype} labels"
+            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels, got an "
+            f"output of shape {scores.shape} and labels of type {labels.dtype}"
         )
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise ModelError(wrong)

@@ -492,7 +492,7 @@ def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mappi
             if model_shapes[key] != shapes[0][key]:
                 return [
                     f"input {key!r} had shape {list(shapes[0][key])} for {names[0]} and {list(model_shapes[key])} for {name}: "
-                    f"the models did not do the same work; give --shape {key}={','.join(map(str, shapes[0][key]))}"
+                    f"the models did not do the same work; give the shape {key}={','.join(map(str, shapes[0][key]))}"
                 ]
     return []
 
@@ -516,7 +516,7 @@ def _warnings(
         per_node = 1e3 * latency.p50 / max(1, len(placed.nodes))
         if per_node < _LAUNCH and not settings.cuda_graph:
             warnings.append(
-                f"{latency.model}: limited by kernel launches, {per_node:.1f} µs per node: try --cuda-graph or a larger batch"
+                f"{latency.model}: limited by kernel launches, {per_node:.1f} µs per node: try a CUDA graph or a larger batch"
             )
         if placed.elsewhere:
             names = ", ".join(node.name for node in placed.elsewhere[:3])

@@ -219,7 +219,10 @@ def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
             raise ModelError(f"output {name!r} has {left.dtype} values: only numbers and booleans can be compared")
         for model, array in (("first", left), ("second", right)):
             if not np.isfinite(array).all():
-                raise ModelError(f"output {name!r} of the {model} model holds NaN or infinite values in run {number}")
+                raise ModelError(
+                    f"output {name!r} of the {model} model: expected finite values, got NaN or infinite ones in run {number}: "
+                    "check the inputs and the weights of this model"
+                )
     a, b = ([np.asarray(array, np.float64) for array in arrays] for arrays in (first, second))
     differences = [_difference(left, right) for left, right in zip(first, second, strict=True)]
     x, y, difference = (np.concatenate([array.ravel() for array in arrays]) for arrays in (a, b, differences))

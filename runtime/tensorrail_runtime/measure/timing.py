@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session
@@ -27,6 +28,11 @@ class Timing:
     """Keep inputs and outputs on the device, and leave their transfer out of the times."""
     seed: int = 0
     """Seed of the random inputs."""
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a batch without samples."""
+        if self.batch < 1:
+            raise UsageError(f"batch: expected 1 or more samples, got {self.batch}")
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def open_axes(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
         example = ",".join(str(size or (50 if place else 1)) for place, size in enumerate(axes))
         lines.append(
             f"input {value.name!r} has {axes.count(None)} dynamic axes, all set to the batch size: give its shape, "
-            f"such as --shape {value.name}={example}"
+            f"such as {value.name}={example}"
         )
     return lines
 
@@ -216,8 +216,8 @@ def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], 
         The inputs of each batch, by name.
 
     Raises:
-        ModelError: an input has no array, the arrays have different lengths, or the samples do not fill whole batches of a
-            model with a fixed batch size.
+        ModelError: an input has no array or one of another shape, the arrays have different lengths, or the samples do not
+            fill whole batches of a model with a fixed batch size.
 
     """
     entries = session.get_inputs()
@@ -227,6 +227,8 @@ def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], 
     if missing:
         raise ModelError(f"expected an array for input {missing[0]!r}, got {', '.join(arrays) or 'none'}")
     feeds = {entry.name: arrays[entry.name] for entry in entries}
+    for entry in entries:
+        _require_shape(entry, feeds[entry.name])
     lengths = {name: len(array) for name, array in feeds.items() if array.ndim}
     if len(set(lengths.values())) > 1:
         raise ModelError(f"expected input arrays of equal length, got {lengths}")
@@ -240,6 +242,16 @@ def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], 
         {name: array[start : start + batch] if array.ndim else array for name, array in feeds.items()}
         for start in range(0, total, batch)
     ]
+
+
+def _require_shape(entry: ort.NodeArg, array: np.ndarray) -> None:
+    """Raise `ModelError` for an array with another number of axes, or another size of a fixed axis after the first."""
+    if not entry.shape:  # a scalar, or a shape that is not declared
+        return
+    axes = zip(entry.shape[1:], array.shape[1:], strict=False)
+    if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != actual for size, actual in axes):
+        expected = ", ".join(str(size or "?") for size in entry.shape)
+        raise ModelError(f"input {entry.name!r}: expected an array of shape [{expected}], got {list(array.shape)}")
 
 
 def samples_of(feed: Mapping[str, np.ndarray]) -> int:

@@ -87,6 +87,11 @@ class Processor:
         return self.architecture.lower() in ("x86_64", "amd64") and not self.flags & {"avx512_vnni", "avx_vnni"}
 
 
+def processors() -> int:
+    """Return the number of processors that this process may use: all of the machine, or those that it is bound to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor() -> Processor:
     """Return the processor of this machine."""
     flags = next((line.partition(":")[2] for line in _cpuinfo() if line.startswith("flags")), "")

@@ -150,10 +150,15 @@ def open_session(
                 str(path), options, providers=[_entry(settings)], enable_fallback=0, disabled_optimizers=disabled
             )
         except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
+            if not Path(path).exists():
+                raise ModelError(f"{path}: cannot be read (No such file or directory): expected an ONNX model") from None
             raise ModelError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
     if session.get_providers()[0] != name:
         reason = first_error() or "ONNX Runtime gave no reason"
-        raise ModelError(f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}")
+        raise ModelError(
+            f"{path}: expected {name}, but ONNX Runtime fell back to {session.get_providers()[0]}: {reason}; "
+            "install what is missing, or choose provider cpu"
+        )
     return session
 
 

@@ -20,6 +20,7 @@ from tensorrail_runtime.triton.config import Serving, TritonSignature, TritonTen
 # has the same types; only strings have another name there than in the configuration.
 _TYPES = {onnx_name: f"TYPE_{'STRING' if name == 'BYTES' else name}" for onnx_name, name in ONNX.items()}
 _DTYPES = {_TYPES[onnx_name]: DATATYPES[name] for onnx_name, name in ONNX.items()}
+_UNBATCHED = "package it without batching (largest batch 0)"
 _LOUDER = 10  # the values of the second request in a batch are this many times larger
 
 
@@ -72,7 +73,7 @@ def request_shapes(signature: TritonSignature, batched: bool, shapes: Shapes) ->
         if -1 in requests[tensor.name]:
             raise ModelError(
                 f"input {tensor.name!r} has dynamic axes, {list(tensor.shape)}: give the shape of one request, "
-                f"--shape {tensor.name}={','.join(str(8 if size == -1 else size) for size in tensor.shape)}"
+                f"such as {tensor.name}={','.join(str(8 if size == -1 else size) for size in tensor.shape)}"
             )
     return requests
 
@@ -137,19 +138,19 @@ def check_batching(
         if [np.shape(array)[:1] for array in (both, *(outputs[name] for outputs in alone))] != [(2,), (1,), (1,)]:
             raise ModelError(
                 f"{path}: output {name!r} of a batch of 2 has shape {list(both.shape)}: its first axis is not the batch, so "
-                f"Triton cannot split it between requests; use --max-batch 0"
+                f"Triton cannot split it between requests; {_UNBATCHED}"
             )
         for k, outputs in enumerate(alone):
             if both.shape[1:] != outputs[name].shape[1:]:
                 raise ModelError(
                     f"{path}: output {name!r} has shape {list(both.shape[1:])} in a batch of 2 and "
-                    f"{list(outputs[name].shape[1:])} alone: an answer depends on others in its batch; use --max-batch 0"
+                    f"{list(outputs[name].shape[1:])} alone: an answer depends on others in its batch; {_UNBATCHED}"
                 )
             worst = max(worst, _difference(path, name, outputs[name][0], both[k]))
     if worst > tolerance:
         raise ModelError(
             f"{path}: an answer changes by {worst:.1e} with another request in its batch; the tolerance is {tolerance:g}: "
-            f"Triton batches unrelated requests; use --max-batch 0, or a larger --tolerance"
+            f"Triton batches unrelated requests; {_UNBATCHED}, or with a larger tolerance"
         )
     return worst
 
@@ -158,7 +159,7 @@ def _difference(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -
     if not np.issubdtype(batched.dtype, np.floating):
         return float(np.mean(alone != batched)) if batched.size else 0.0
     if alone.size and np.isnan(alone).all():
-        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, so batching cannot be checked; use --max-batch 0")
+        raise ModelError(f"{path}: output {name!r} is NaN on random inputs, so batching cannot be checked; {_UNBATCHED}")
     if not np.array_equal(np.isnan(alone), np.isnan(batched)):
         return float("inf")
     a, b = (np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone, batched))

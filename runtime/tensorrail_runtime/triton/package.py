@@ -189,26 +189,26 @@ def _refuse_other(versions: Mapping[int, Path], version: int, first: TritonSigna
         if described[0] != described[1]:
             raise ModelError(
                 f"expected versions with the same inputs and outputs, got {described[0]} in {next(iter(versions.values()))} "
-                f"and {described[1]} in {versions[version]}: package them as two models (--separate)"
+                f"and {described[1]} in {versions[version]}: package them as two separate models"
             )
 
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ModelError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}: give --name")
+        raise ModelError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}: give another name")
     return name
 
 
 def _refuse_taken(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ModelError(f"{target}: exists and is not a folder: choose another --name")
+        raise ModelError(f"{target}: exists and is not a folder: choose another name")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ModelError(f"{target}: is not empty: choose another --name, or use --overwrite")
+        raise ModelError(f"{target}: is not empty: choose another name, or allow to overwrite it")
     if not (target / "config.pbtxt").is_file():
         raise ModelError(
-            f"{target}: holds no config.pbtxt, so --overwrite does not replace it as a Triton model: choose another --name"
+            f"{target}: holds no config.pbtxt, so it is not a Triton model and is never overwritten: choose another name"
         )
 
 

@@ -247,6 +247,24 @@ def test_the_cache_folder_is_the_users_own_choice(monkeypatch, tmp_path):
     assert LatencyTable.open(CPU, tmp_path / "other").path.parent == tmp_path / "other"
 
 
+def test_without_a_writable_home_times_are_measured_and_not_stored(calls, rng, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("TENSORRAIL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    layer, notes = conv_layer(rng), []
+    table = LatencyTable.open(CPU)
+    table.measure({layer: []}, CPU, progress=lambda stage, _, detail="": notes.append(detail) if stage == "note" else None)
+    assert table.path is None
+    assert table.milliseconds(layer) == 1.0
+    (note,) = notes
+    assert f"{tmp_path / 'file' / '.cache' / 'tensorrail'} cannot be created (Not a directory)" in note
+    assert "set the environment variable TENSORRAIL_CACHE to a writable folder" in note
+    monkeypatch.setenv("TENSORRAIL_CACHE", str(tmp_path / "file" / "chosen"))  # a folder that the user chose must work
+    with pytest.raises(CacheError, match="Not a directory"):
+        LatencyTable.open(CPU).measure({layer: []}, CPU)
+
+
 def test_a_failed_write_leaves_the_old_table(calls, rng, tmp_path, monkeypatch):
     table = LatencyTable.open(CPU, tmp_path)
     table.measure({conv_layer(rng): []}, CPU)

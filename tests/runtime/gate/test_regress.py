@@ -180,9 +180,9 @@ def test_a_score_that_cannot_be_compared_is_refused(baseline, small_path, tmp_pa
     data, scored = Labelled({"x": x}, labels, "top1"), tmp_path / "scored.json"
     record(small_path, scored, conditions=QUICK, data=data)
     for file, given, reason in (
-        (baseline, data, r"dense.onnx contains no score: record it with --data"),
-        (scored, None, r"contains a score \(top1\), got no data: pass the data of its recording"),
-        (scored, Labelled({"x": x}, labels, "top5"), "contains a top1 score, got metric top5: pass --metric top1"),
+        (baseline, data, r"dense.onnx contains no score: record it with data"),
+        (scored, None, r"contains a score \(top1\), got no data: give the data that it was recorded with"),
+        (scored, Labelled({"x": x}, labels, "top5"), "contains a top1 score, got metric top5: give metric top1"),
         (scored, Labelled({"x": x[:6]}, labels[:6], "top1"), "a score on different data"),
         (scored, Labelled({"x": x}, (labels + 1) % 10, "top1"), "a score on different data"),
     ):
@@ -198,9 +198,9 @@ def test_a_score_that_cannot_be_compared_is_refused(baseline, small_path, tmp_pa
 
 def test_a_baseline_is_checked_as_it_was_recorded(baseline, small_path):
     for asked, reason in (
-        (replace(QUICK, settings=Session(threads=1)), "recorded with threads 0, got --threads 1: omit the option"),
-        (replace(QUICK, settings=Session(provider="cuda")), "recorded with provider cpu, got --provider cuda"),
-        (timed(batch=2), "recorded with batch 1, got --batch 2"),
+        (replace(QUICK, settings=Session(threads=1)), "recorded with threads 0, got threads 1: omit it"),
+        (replace(QUICK, settings=Session(provider="cuda")), "recorded with provider cpu, got provider cuda"),
+        (timed(batch=2), "recorded with batch 1, got batch 2"),
     ):
         with pytest.raises(ModelError, match=reason):
             check(baseline, small_path, limits=LENIENT, conditions=asked)
@@ -381,7 +381,7 @@ def test_both_models_run_on_the_shapes_of_the_baselines(untimed, tmp_path, rng):
     flops = next(one for one in verdict.findings if one.name == "flops")
     assert flops.baseline == flops.measured == f"{made.facts.flops:,}"
     assert (
-        "the models did not do the same work; give --shape x=1,3,64,64"
+        "the models did not do the same work; give the shape x=1,3,64,64"
         in bench([fixed, moving], Timing(seconds=0.1)).warnings[0]
     )
 
@@ -435,7 +435,10 @@ def test_a_model_that_varies_and_one_without_values_are_compared_only_when_told_
     model.graph.node.insert(0, onnx.helper.make_node("Sub", ["x", "x"], ["zero"]))
     model.graph.node[1].input[0] = "zero"
     onnx.save(model, none)
-    for path, reason in ((noise, "y vary from run to run; use --retrained"), (none, "no output has a value on random inputs")):
+    for path, reason in (
+        (noise, "y vary from run to run; for a retrained model, skip this check"),
+        (none, "no output has a value on random inputs"),
+    ):
         untimed(path, tmp_path / "b.json")
         assert reason in check(tmp_path / "b.json", path, limits=LENIENT, conditions=QUICK).reason
         retrained = LENIENT.model_copy(update={"tolerance": None})

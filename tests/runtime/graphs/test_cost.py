@@ -234,7 +234,7 @@ def test_shapes_are_taken_and_wrong_ones_refused(small_path):
     for shapes, reason in (
         ({"z": (1,)}, "unknown input 'z'"),
         ({"x": (1, 2)}, "expected a shape of 4 axes"),
-        ({"x": (1, 3, 8, 8)}, "expected 16 for a fixed axis"),
+        ({"x": (1, 3, 8, 8)}, r"input 'x': expected shape \[batch, 16, 8, 8\], got \[1, 3, 8, 8\]"),
     ):
         with pytest.raises(ModelError, match=reason):
             cost(small_path, shapes=shapes)

@@ -48,7 +48,7 @@ def test_a_known_difference_is_measured(small_path, rng):
 
 
 def test_nan_outputs_and_other_signatures_are_refused(small_path, tmp_path, rng):
-    with pytest.raises(ModelError, match="'y' of the second model holds NaN"):
+    with pytest.raises(ModelError, match="'y' of the second model: expected finite values, got NaN"):
         parity(small_path, changed(small_path, "fc.bias", lambda bias: bias * np.nan))
     node = helper.make_node("Relu", ["z"], ["y"])
     onnx.save(make_model([node], {}, {"z": ["n", 10]}, {"y": ["n", 10]}), tmp_path / "other.onnx")
@@ -63,7 +63,7 @@ def test_wrong_inputs_providers_and_files_are_refused(small_path, tmp_path):
         parity(small_path, small_path, inputs=[{"x": np.zeros((1, 2, 8, 8), np.float32)}])
     with pytest.raises(ModelError, match="unknown provider 'tpu': expected one of cpu, cuda"):
         open_session(small_path, provider="tpu")
-    with pytest.raises(ModelError, match="ONNX Runtime cannot load it"):
+    with pytest.raises(ModelError, match=r"none\.onnx: cannot be read"):
         open_session(tmp_path / "none.onnx")
 
 

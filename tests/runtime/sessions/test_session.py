@@ -17,6 +17,7 @@ from tensorrail_runtime import ModelError, Session, bench, footprint, open_sessi
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes
+from tensorrail_runtime.sessions.machine import processors
 
 HAS_PROVIDER = "CUDAExecutionProvider" in ort.get_available_providers()
 
@@ -269,5 +270,22 @@ def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):
     assert found.gpu_mib is None
     with pytest.raises(ModelError, match=r"expected shape \['batch', 16, 8, 8\], got \[2, 16, 8, 9\]"):
         footprint(small_path, shapes={"x": (2, 16, 8, 9)})
-    with pytest.raises(ModelError, match=r"none\.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(ModelError, match=r"none\.onnx: cannot be read \(No such file or directory\): expected an ONNX model"):
         footprint(tmp_path / "none.onnx")
+
+
+def test_an_array_of_another_shape_is_named_with_the_shape_of_its_input(small_path):
+    for shape in ((4, 3, 8, 8), (4, 16, 8)):
+        with pytest.raises(ModelError, match=r"input 'x': expected an array of shape \[batch, 16, 8, 8\], got \[4, "):
+            batches_of(open_session(small_path), {"x": np.zeros(shape, np.float32)}, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to processors")
+def test_only_the_processors_that_this_process_may_use_count():
+    allowed = os.sched_getaffinity(0)
+    assert processors() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -243,7 +243,7 @@ def test_dense_and_factored_may_be_two_models(small_path, repository, parsed):
 
 def test_versions_that_take_other_things_are_refused(small_path, tmp_path, repository):
     other = save(tmp_path / "other.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": ["n", 3]}, {"y": ["n", 3]})
-    with pytest.raises(ModelError, match=r"got .* and x TYPE_FP32 \[-1, 3\] in .*other\.onnx: .*--separate"):
+    with pytest.raises(ModelError, match=r"got .* and x TYPE_FP32 \[-1, 3\] in .*other\.onnx: .*as two separate models"):
         package(other, repository, contents=Repository(dense=small_path))
     with pytest.raises(ModelError, match=r"expected versions latest, all, or some of \[1\], got \[1, 3\]"):
         package(other, repository, serving=Serving(versions=(1, 3)))
@@ -357,7 +357,7 @@ def test_a_warm_up_that_fails_here_is_refused(tmp_path, repository, parsed):
 
 def test_axes_of_any_size_need_a_shape_to_be_run(tmp_path, repository, parsed):
     path = save(tmp_path / "text.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": ["n", "t"]}, {"y": ["n", "t"]})
-    with pytest.raises(ModelError, match=r"dynamic axes, \[-1, -1\]: give the shape of one request, --shape x=8,8"):
+    with pytest.raises(ModelError, match=r"dynamic axes, \[-1, -1\]: give the shape of one request, such as x=8,8"):
         package(path, repository)
     with pytest.raises(ModelError, match=r"input 'x': expected shape \[-1, -1\], got \[1, 2, 3\]"):
         package(path, repository, contents=Repository(shapes={"x": (1, 2, 3)}))

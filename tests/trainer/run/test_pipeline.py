@@ -180,7 +180,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, mo
 
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(
-        CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\); make it readable, then continue"
+        CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\); make it readable, then resume the run"
     ):
         store.latest("dense")
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
 
 def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
     prepare(small(tmp_path), tmp_path / "run")
-    with pytest.raises(RecipeError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(RecipeError, match="already holds a run; resume it, or overwrite it"):
         prepare(small(tmp_path), tmp_path / "run")
     with pytest.raises(RecipeError, match="a recipe that differs in seed"):
         prepare(small(tmp_path, seed=3), tmp_path / "run", resume=True)
@@ -393,7 +393,7 @@ def test_a_run_is_not_removed_that_the_next_one_starts_from(tmp_path):
         model=SMALL["model"] | {"weights": str(weights)},
         train={key: value for key, value in SMALL["train"].items() if key != "dense"},
     )
-    with pytest.raises(RecipeError, match=r"model.weights: .*dense.safetensors belongs to the run that --overwrite"):
+    with pytest.raises(RecipeError, match=r"model.weights: .*dense.safetensors belongs to the run that would be overwritten"):
         prepare(again, folder, overwrite=True)
     assert weights.exists()
     assert (folder / "recipe.yaml").exists()
@@ -535,7 +535,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         Recipe.load(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(RecipeError, match="not valid YAML"):
+    with pytest.raises(RecipeError, match="not valid YAML: line 1, column 5: "):
         Recipe.load(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="the file"):
@@ -579,6 +579,13 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
     path.write_text(text.replace("lr: 0.05", "lr: 5e-2").replace("rho: 0.1", "rho: 1E-1"))
     assert path.read_text() != text
     assert Recipe.load(path) == small(tmp_path)
+
+
+def test_a_misspelled_key_is_told_with_the_key_that_is_missing(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("model:", "modle:"))
+    with pytest.raises(RecipeError, match=r"modle: unknown key; did you mean 'model'\?"):
+        Recipe.load(path)
 
 
 @pytest.mark.parametrize("text", ["version: 1\nname: 2020-13-45", "[" * 1200, "a: [", "{"])

@@ -13,27 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from small_recipe import small_recipe
 
 import tensorrail.cli
 from tensorrail_runtime import records
 from tensorrail_runtime.errors import CheckpointError
 from tensorrail_trainer.training.checkpoints import Checkpoints
 
-RECIPE = {
-    "version": 1,
-    "name": "small",
-    "data": {"name": "digits", "args": {"test_fraction": 0.8, "size": 16}},
-    "model": {"name": "small_resnet", "args": {"widths": [8], "blocks": 1, "hidden": 16}},
-    "plan": [{"layers": "stages.*.conv?", "ranks": 4}],
-    "train": {
-        "batch": 32,
-        "augment": {"shift": 1},
-        "ema": 0.9,
-        "dense": {"epochs": 2, "lr": 0.05},
-        "admm": {"epochs": 2, "lr": 0.05, "rho": 0.1, "every_steps": 9},
-        "finetune": {"epochs": 2, "lr": 0.02},
-    },
-}
+RECIPE = small_recipe(
+    augment={"shift": 1},
+    ema=0.9,
+    dense={"epochs": 2, "lr": 0.05},
+    admm={"epochs": 2, "lr": 0.05, "rho": 0.1, "every_steps": 9},
+    finetune={"epochs": 2, "lr": 0.02},
+)
 RESULTS = ("plan.json", "cores.safetensors", "dense.safetensors")
 
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from small_recipe import small_recipe
 from torch import distributed, multiprocessing, nn
 
 import tensorrail.cli
@@ -203,21 +204,13 @@ def test_work_is_shared_out_by_its_cost(monkeypatch):
     assert shared_out({"a": 10, "b": 9, "c": 2, "d": 1}) == {"a": 0, "b": 1, "c": 1, "d": 0}
 
 
-RECIPE = {
-    "version": 1,
-    "name": "small",
-    "data": {"name": "digits", "args": {"test_fraction": 0.8, "size": 16}},
-    "model": {"name": "small_resnet", "args": {"widths": [8], "blocks": 1, "hidden": 16}},
-    "plan": [{"layers": "stages.*.conv?", "ranks": 4}],
-    "train": {
-        "batch": 32,
-        "augment": {"shift": 1, "flip": True, "cutout": 3},
-        "dense": {"epochs": 1, "lr": 0.05},
-        "admm": {"epochs": 1, "lr": 0.05, "rho": 0.1},
-        "finetune": {"epochs": 1, "lr": 0.02},
-        "control": "none",
-    },
-}
+RECIPE = small_recipe(
+    augment={"shift": 1, "flip": True, "cutout": 3},
+    dense={"epochs": 1, "lr": 0.05},
+    admm={"epochs": 1, "lr": 0.05, "rho": 0.1},
+    finetune={"epochs": 1, "lr": 0.02},
+    control="none",
+)
 
 
 def trained_by(count, rank, folder, port):

@@ -26,11 +26,18 @@ def quantization_options(
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Largest relative L2 difference of any output; default 0.01 fp16, 0.1 int8.")
     ] = None,
+    reduce_range: Annotated[
+        bool | None,
+        typer.Option(
+            "--reduce-range/--no-reduce-range",
+            help="Whether int8 weights have 7 bits, for processors without VNNI; default: only if this machine lacks VNNI.",
+        ),
+    ] = None,
 ) -> Quantization:
     """Return the precision, and what stays fp32."""
     from tensorrail_exporter.precision.reduce import Quantization
 
-    return Quantization(to, method, tuple(keep or ()), tolerance)  # type: ignore[arg-type] # checked there, with the names
+    return Quantization(to, method, tuple(keep or ()), tolerance, reduce_range)  # type: ignore[arg-type] # checked there, with the names
 
 
 @grouped

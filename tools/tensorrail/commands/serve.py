@@ -31,7 +31,11 @@ def serving_options(
         float, typer.Option("--batch-wait", min=0, max=60_000, help="Milliseconds that a batch which is not full waits.")
     ] = 5.0,
     threads: Annotated[
-        int, typer.Option(min=0, help="Intra-op threads a replica; 0: this machine's cores, shared out among the replicas.")
+        int,
+        typer.Option(
+            min=0,
+            help="Intra-op threads of each replica; 0: the processors that this process may use, shared among the replicas.",
+        ),
     ] = 0,
     provider: Provider = "cpu",
     cpus: Annotated[float, typer.Option(min=0.01, help="CPUs that Ray reserves for a replica.")] = 1.0,

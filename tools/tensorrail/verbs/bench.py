@@ -10,6 +10,7 @@ from typing import Any
 
 from tensorrail.models import as_file
 from tensorrail.options import Options
+from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.measure import latency
 from tensorrail_runtime.measure.footprint import footprint
 from tensorrail_runtime.measure.latency import LatencyReport
@@ -37,10 +38,13 @@ def bench(
 
     Raises:
         ModelError: a model does not run, or inputs do not fit it.
+        UsageError: `models` is a single path.
 
     """
     options = options or Options()
     timing, settings = options.timing or Timing(), options.session
+    if isinstance(models, str | Path):
+        raise UsageError(f"models: expected a list of models, such as [{str(models)!r}], got one path")
     with ExitStack() as files:
         paths: list[Path] = [files.enter_context(as_file(model, f"model{number}")) for number, model in enumerate(models)]
         report = latency.bench(paths, timing, settings, labels=labels, progress=options.progress)

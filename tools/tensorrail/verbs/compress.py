@@ -130,7 +130,7 @@ def _check_also(precisions: Sequence[str], calibration: object) -> None:
         if precision not in get_args(Precision):
             raise PlanError(f"also: expected {' or '.join(get_args(Precision))}, got {precision!r}")
     if "int8" in precisions and calibration is None:
-        raise PlanError("int8 needs calibration inputs, on which the ranges of activations are measured: give --calibration")
+        raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
 
 
 def _refine(options: Options) -> Refine | None:

@@ -50,7 +50,7 @@ def quantize(
     options = options or Options()
     quantization = to if isinstance(to, Quantization) else Quantization(to)  # type: ignore[arg-type] # checked by `reduced`
     if quantization.to == "int8" and calibration is None:
-        raise ModelError("int8 needs typical inputs for the ranges of activations: give --calibration FILE.npz, 100 or more")
+        raise ModelError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
     require_writable(out, model, calibration, data)
     with as_file(model) as path:
         return reduced(

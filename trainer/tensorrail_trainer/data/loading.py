@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from tensorrail_runtime.errors import DataError
+from tensorrail_runtime.sessions.machine import processors
 from tensorrail_trainer.data.splits import Share
 
 ALONE = Share()
@@ -24,8 +24,7 @@ Fetch = Callable[[int, int | None], tuple[Tensor, int]]
 def workers_of(workers: int | None) -> int:
     """Return the number of processes: `workers`, or by default one per core available to this process, at most four."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(4, cores)
+        return min(4, processors())
     if workers < 0:
         raise DataError(f"workers: expected 0 (read in the training process) or more, got {workers}")
     return workers

@@ -212,7 +212,7 @@ class Recipe(Part):
         try:
             raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not a valid date
-            raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+            raise RecipeError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
         try:
             recipe = cls.model_validate(raw)
             recipe._add_import_path(Path(path).resolve().parent)
@@ -326,6 +326,14 @@ class Recipe(Part):
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, with all defaults filled in."""
         write_text(path, yaml.dump(self.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False))
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return what is wrong with a YAML file in one line, with the line and column where it is known."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem and mark:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+    return " ".join(str(error).split())
 
 
 def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, trained: bool) -> tuple[LayerPlan, ...]:

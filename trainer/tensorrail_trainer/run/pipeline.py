@@ -112,13 +112,13 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
             raise RecipeError(f"{existing} exists, but the folder has no recipe.yaml; give the run an empty folder")
     else:
         if not resume:
-            raise RecipeError(f"{folder} already holds a run; continue it with --resume, or start it again with --overwrite")
+            raise RecipeError(f"{folder} already holds a run; resume it, or overwrite it to start again")
         old_recipe = Recipe.load(recipe_file)
         changed = [key for key in _TRAINED_BY if _deciding(old_recipe, key) != _deciding(recipe, key)]
         if changed:
             raise RecipeError(
                 f"{folder} was trained with a recipe that differs in {', '.join(changed)}; give the run another name, or "
-                "start it again with --overwrite"
+                "overwrite this run to start again"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
     for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
@@ -132,9 +132,7 @@ def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
     to_delete = {file.resolve() for file in written}
     for key, name in recipe.files():
         if Path(name).resolve() in to_delete:
-            raise RecipeError(
-                f"{key}: {name} belongs to the run that --overwrite would delete; give the new run another folder"
-            )
+            raise RecipeError(f"{key}: {name} belongs to the run that would be overwritten; give the new run another folder")
 
 
 def _deciding(recipe: Recipe, key: str) -> Any:

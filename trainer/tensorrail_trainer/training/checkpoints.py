@@ -43,7 +43,7 @@ class Checkpoints:
             last = f"{before[-1]} is the last complete one" if before else f"phase {phase} has no earlier one"
             raise CheckpointError(
                 f"checkpoint {path} cannot be written ({error.strerror or error}); {last}; free some disk space or make the "
-                "folder writable, then continue with --resume"
+                "folder writable, then resume the run"
             ) from None
         files = self._files(phase)
         kept = [old for old, at in files.items() if at <= epoch][-_KEEP:]
@@ -85,7 +85,7 @@ def _read(path: Path, phase: str) -> dict[str, Any] | None:
         content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({error.strerror or error}); make it readable, then continue with --resume"
+            f"checkpoint {path} cannot be read ({error.strerror or error}); make it readable, then resume the run"
         ) from None
     try:
         with zipfile.ZipFile(content) as archive:

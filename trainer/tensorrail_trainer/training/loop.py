@@ -133,7 +133,7 @@ def _resumed(
         what = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(
             f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, does not match this network or "
-            f"this version ({what}); delete it, or start again with --overwrite"
+            f"this version ({what}); delete it, or overwrite the run"
         ) from None
     return first, bool(state["done"])
 
@@ -300,7 +300,7 @@ class _Job:
             except CaptureError as error:
                 raise TrainingError(
                     f"phase {self.phase.name}, epoch {self.epoch + 1}: the step cannot be captured as a CUDA graph ({error}); "
-                    "remove train.cuda_graph, then continue with --resume"
+                    "remove train.cuda_graph, then resume the run"
                 ) from None
             results = loss, right
         if self.average is not None:

@@ -9,7 +9,6 @@ would answer such a request with an error, and it reads the whole body before an
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.serve.http.model_file import Model, read_model, read_shadow
 from tensorrail_runtime.serve.http.options import ServeOptions, on_loopback
 from tensorrail_runtime.serve.replicas.deployment import application_name, connect, deployed, set_environment
+from tensorrail_runtime.sessions.machine import processors
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -86,7 +86,7 @@ def serve_model(path: Path, options: ServeOptions, on_ready: Callable[[Started],
 
     model = read_model(path, options)
     shadow = None if options.shadow is None else read_shadow(options.shadow, model, options)
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.replicas)
+    threads = options.threads or max(1, processors() // options.replicas)
     with _socket(options.host, options.port) as listening:
         started = Started(
             path,
@@ -112,7 +112,7 @@ def _socket(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
         raise ModelError(
-            f"--host {host}: this name cannot be resolved: give a host name or IP address of this machine"
+            f"host {host!r}: this name cannot be resolved: give a host name or IP address of this machine"
         ) from None
     listening = socket.socket(family, kind, protocol)
     try:
@@ -120,7 +120,7 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         listening.close()
-        raise ModelError(f"cannot listen at {host}:{port} ({error.strerror}): try another --port") from None
+        raise ModelError(f"cannot listen at {host}:{port} ({error.strerror}): try another port") from None
     return listening
 
 

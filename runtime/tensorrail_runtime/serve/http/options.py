@@ -46,7 +46,8 @@ class ServeOptions:
         replicas: the number of replicas.
         max_batch: the largest number of samples in a run; 1 turns batching off.
         wait: how many seconds a batch that is not full waits for more requests.
-        threads: the number of ONNX Runtime's threads in each replica; 0 shares this machine's cores among the replicas.
+        threads: the number of ONNX Runtime's threads in each replica; 0 divides the processors that this
+            process may use among the replicas.
         provider: "cpu", "cuda" or "tensorrt".
         cpus: the number of CPUs that Ray reserves for each replica.
         gpus: the number of GPUs that Ray reserves for each replica.
@@ -79,7 +80,7 @@ class ServeOptions:
         for invalid, reason in (
             (
                 not _NAME.fullmatch(self.name),
-                f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give --name",
+                f"expected a model name of letters, digits, `.`, `_` and `-`, got {self.name!r}: give another name",
             ),
             (not 0 <= self.port <= 65535, f"expected a port from 0 (any free port) to 65535, got {self.port}"),
             (self.replicas < 1, f"expected 1 or more replicas, got {self.replicas}"),

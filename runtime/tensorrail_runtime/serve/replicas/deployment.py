@@ -16,6 +16,7 @@ from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.serve.http.model_file import Model
 from tensorrail_runtime.serve.http.options import ServeOptions, on_loopback
 from tensorrail_runtime.serve.replicas._compat_ray import address_of_local_cluster
+from tensorrail_runtime.sessions.machine import processors
 from tensorrail_runtime.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def connect(options: ServeOptions) -> None:
         reserved = options.cpus * (options.replicas + (options.shadow is not None))
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(reserved)),
+            num_cpus=max(processors(), math.ceil(reserved)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -79,7 +80,7 @@ def _reachable(address: str) -> str:
         local = address_of_local_cluster()
         if local is None:
             raise ModelError(
-                "no Ray cluster runs on this node: give HOST:PORT of the cluster's head, or omit --address for a local Ray"
+                "no Ray cluster runs on this node: give HOST:PORT of the cluster's head, or no address for a local Ray"
             )
         address = local
     host, _, port = address.rpartition(":")
@@ -115,8 +116,8 @@ def deployed(
     application = application_name(options.name)
     if application in serve.status().applications:
         raise ModelError(
-            f"a model {options.name!r} is already served on this cluster: stop that server, or give another "
-            f"--name; after a killed server, clean up with Ray's serve.delete({application!r})"
+            f"a model {options.name!r} is already served on this cluster: stop that server, or give this model "
+            f"another name; after a killed server, clean up with Ray's serve.delete({application!r})"
         )
     content = ray.put(model.content)  # kept here as long as replicas may start
     replicas = serve.deployment(name="model", num_replicas=options.replicas, **common)(Replica)
@@ -158,7 +159,7 @@ def _wait_until_running(application: str) -> None:
         time.sleep(0.1)
     raise ModelError(
         f"{application}: its replicas did not start within {_START_SECONDS:g} s: if the cluster is busy, use fewer "
-        "--replicas, --cpus or --gpus"
+        "replicas, or reserve fewer CPUs or GPUs for each"
     )
 
 
