@@ -91,8 +91,7 @@ def in_this_process(monkeypatch):
             request["timing"] |= {"warmup": 0.0, "seconds": 0.01}
         return getattr(importlib.import_module(module), name)(json.loads(json.dumps(request)))
 
-    for module in ("measure.latency", "gate.regress"):
-        monkeypatch.setattr(f"tensorrail_runtime.{module}.fresh", call)
+    monkeypatch.setattr("tensorrail_runtime.measure.turns.fresh", call)
 
 
 # What a training run imports, which takes ten seconds.

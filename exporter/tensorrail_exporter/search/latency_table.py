@@ -24,7 +24,7 @@ from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.context import copies_of, dense_context, factored_context
 from tensorrail_exporter.search.options import Option
 from tensorrail_runtime.errors import CacheError
-from tensorrail_runtime.measure.latency import fresh_bursts
+from tensorrail_runtime.measure.turns import fresh_bursts
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record, first_problem, write_text
 from tensorrail_runtime.sessions.machine import machine

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -27,10 +27,10 @@ from tensorrail_runtime.errors import ModelError, UsageError
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.latency import LatencyReport, bench, cycles
+from tensorrail_runtime.measure.latency import LatencyReport, cycles, report_of
 from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.measure.turns import time_in_fresh_process
 from tensorrail_runtime.records import Record, first_problem
-from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session
@@ -437,11 +437,6 @@ def compare_times(
     return value, low, high, p
 
 
-def time_here(request: dict[str, Any]) -> str:  # Any: JSON, made by `_measure`
-    """Time the models of a request in turns, in this process, and return the report as JSON; `_measure` calls it."""
-    return bench(request["paths"], Timing(**request["timing"]), Session(**request["settings"])).model_dump_json()
-
-
 def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: float | None = None) -> list[LatencyReport]:
     """Time the models in fresh processes; with a precision, until the standard error of the estimate is at most that."""
     timing = conditions.timing
@@ -455,12 +450,8 @@ def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: flo
         number = len(reports)
         # Every second process loads the other model first, since the first loaded model gets the better place in memory.
         order = list(paths) if number % 2 == 0 else list(reversed(paths))
-        request = {
-            "paths": [str(p) for p in order],
-            "settings": asdict(conditions.settings),
-            "timing": asdict(each),
-        }
-        report = LatencyReport.model_validate_json(fresh("tensorrail_runtime.gate.regress:time_here", request))
+        timed = time_in_fresh_process(order, conditions.settings, each)
+        report = report_of(timed, order, each, conditions.settings, [Path(path).name for path in order])
         reports.append(report.model_copy(update={"latencies": report.latencies[:: 1 if order == list(paths) else -1]}))
         conditions.progress("measuring latency", min(1.0, len(reports) / timing.processes))
     return reports

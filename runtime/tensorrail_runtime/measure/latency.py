@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.measure.footprint import Footprint
 from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.turns import Turns, time_in_fresh_process, time_models
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.float16 import holds_fp16
-from tensorrail_runtime.sessions.fresh import fresh
-from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
+from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
-from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
-_MIN_ROUNDS = 20
-_MIN_CYCLES = 6  # the fewest values whose range contains the median in 95 % of cases
 _FEW_CYCLES = 40  # with fewer, blocks of cycles are too short
 _BLOCKS, _STUDENT = 8, 2.365  # blocks of cycles, and Student's 0.975 quantile for 7 degrees of freedom
-_TRIES = 300  # random orders of a cycle, of which the most even one is used
-_BURST = 4  # runs in a row of each model
-_BURST_ROUNDS = 5
-_ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
 _ENOUGH = {50: 20, 90: 100, 99: 1000}  # samples for a percentile: at least ten lie beyond it
 _UNSTABLE = 0.10  # coefficient of variation from which times are called unstable
 _LAUNCH = 8.0  # microseconds per node: about the cost of one kernel launch on a GPU
@@ -191,29 +179,36 @@ def bench(
 def _here(
     paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
-    settings = replace(settings, linger=False)
-    if settings.cuda_graph and not timing.io_binding:
-        raise ModelError("a CUDA graph replays fixed addresses and needs IO binding: set IO binding as well")
-    runners = [runner(path, settings, timing) for path in paths]
-    samples, ran_on = [one.samples for one in runners], [one.shapes for one in runners]
-    runs = [one.run for one in runners]
-    turns(runs, timing.warmup, 3)
-    least = max(_MIN_ROUNDS, _MIN_CYCLES * len(runs))
-    times = turns(runs, timing.seconds, least, lambda share: progress("measuring latency", share))
-    loads = [one.load_ms for one in runners]
-    latencies = tuple(Latency.of(*row) for row in zip(names, times, samples, loads, strict=True))
+    timed = time_models(paths, settings, timing, lambda share: progress("measuring latency", share))
+    return report_of(timed, paths, timing, settings, names)
+
+
+def report_of(
+    timed: Turns, paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str]
+) -> LatencyReport:
+    """Return the report of models that ran in turns in one process.
+
+    Args:
+        timed: their times.
+        paths: files of the models; the first one is the reference.
+        timing: how they were timed.
+        settings: how they ran.
+        names: their names in the report.
+
+    """
+    latencies = tuple(Latency.of(*row) for row in zip(names, timed.times, timed.samples, timed.load_ms, strict=True))
     return LatencyReport(
-        batch=samples[0],
+        batch=timed.samples[0],
         provider=settings.provider,
         threads=settings.threads,
-        rounds=len(times[0]),
+        rounds=len(timed.times[0]),
         machine=machine(gpu=settings.on_gpu),
         latencies=latencies,
         ratios=tuple(ratio(latencies[0], other, cycle=len(paths)) for other in latencies[1:]),
         transfers=not timing.io_binding,
         cuda_graph=settings.cuda_graph,
         warnings=(
-            *_uneven(names, samples, ran_on),
+            *_uneven(names, timed.samples, timed.shapes),
             *_warnings(paths, latencies, settings, timing.batch, timing.shapes or None),
         ),
     )
@@ -222,21 +217,13 @@ def _here(
 def _in_fresh_processes(
     paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
-    files = [str(Path(path).resolve()) for path in paths]
     each = replace(timing, seconds=timing.seconds / timing.processes, processes=0)
     runs = []
     for number in range(timing.processes):
         progress("measuring latency", number / timing.processes)
-        first = number % len(paths)
-        request = {
-            "paths": files[first:] + files[:first],
-            "settings": asdict(settings),
-            "timing": asdict(each),
-            "labels": [*names[first:], *names[:first]],
-        }
-        run = LatencyReport.model_validate_json(fresh("tensorrail_runtime.measure.latency:_bench_request", request))
-        back = len(paths) - first
-        runs.append(run.model_copy(update={"latencies": run.latencies[back:] + run.latencies[:back]}))
+        order = [(number + k) % len(paths) for k in range(len(paths))]  # each process loads another model first
+        timed = time_in_fresh_process([paths[k] for k in order], settings, each)
+        runs.append(report_of(timed.reordered([order.index(k) for k in range(len(paths))]), paths, each, settings, names))
     progress("measuring latency", 1.0)
     latencies = tuple(
         Latency.of(
@@ -256,160 +243,6 @@ def _in_fresh_processes(
             "warnings": tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
         }
     )
-
-
-def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> np.ndarray:
-    """Time models in a fresh process in which every model runs four times in a row in each round.
-
-    The first of the four runs finds the caches of another model and is left out; the median of the others counts.
-
-    Args:
-        paths: the ONNX files; their inputs have fixed shapes.
-        settings: the options of the sessions.
-        seconds: about how long to measure; 400 rounds are enough.
-
-    Returns:
-        Times in milliseconds, of shape (models, rounds).
-
-    """
-    request = {"paths": [str(path) for path in paths], "settings": asdict(settings), "seconds": seconds}
-    return np.array(json.loads(fresh("tensorrail_runtime.measure.latency:_bursts_request", request)))
-
-
-def _bench_request(request: dict[str, Any]) -> str:
-    timing, settings = Timing(**request["timing"]), Session(**request["settings"])
-    return bench(request["paths"], timing, settings, labels=request["labels"]).model_dump_json()
-
-
-def _bursts_request(request: dict[str, Any]) -> str:
-    settings = replace(Session(**request["settings"]), linger=False)
-    runners = [runner(path, settings, Timing(io_binding=settings.on_gpu)).run for path in request["paths"]]
-    rounds: list[list[float]] = []
-    start, order = time.perf_counter(), list(range(len(runners)))
-    while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
-        medians = [0.0] * len(runners)
-        for index in order:
-            runners[index]()
-            samples = []
-            for _ in range(_BURST - 1):
-                begin = time.perf_counter()
-                runners[index]()
-                samples.append(1e3 * (time.perf_counter() - begin))
-            medians[index] = float(np.median(samples))
-        rounds.append(medians)
-        order.reverse()
-    return json.dumps(np.array(rounds[1:]).T.tolist())
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A model that is loaded and ready to be timed."""
-
-    run: Callable[[], object]  # runs the model once, on the same random inputs each time
-    load_ms: float  # how long opening took
-    samples: int  # in one run
-    shapes: Mapping[str, tuple[int, ...]]  # of the inputs
-
-
-def runner(path: Path | str, settings: Session, timing: Timing | None = None) -> Runner:
-    """Open a model and return what runs it on random inputs; `ModelError` in one line for inputs that do not fit.
-
-    Of `timing` the batch size, shapes, seed and IO binding count.
-    """
-    timing = timing or Timing()
-    holds_fp16(path)  # read once, and no part of the time that opening takes
-    begin = time.perf_counter()
-    session = open_session(path, settings=settings)
-    load = 1e3 * (time.perf_counter() - begin)
-    feed = random_inputs(session, timing.batch, timing.seed, timing.shapes)
-    entries = session.get_inputs()
-    samples = batch_of([entry.shape for entry in entries], timing.batch, [timing.shapes.get(entry.name) for entry in entries])
-    # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
-    # would capture that run, which is made beside it.
-    example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
-    if timing.io_binding:
-        for name, array in example.items():
-            if not isinstance(array, np.ndarray) or array.dtype == object:
-                raise ModelError(f"{path}: output {name!r} is not a tensor of numbers: do not use IO binding")
-    run_once = bound(session, feed, example, settings) if timing.io_binding else plain(session, feed)
-    return Runner(run_once, load, samples, {name: array.shape for name, array in feed.items()})
-
-
-def turns(
-    runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
-) -> list[list[float]]:
-    """Run all models in turns for about `seconds`, each at least `least` times, and return one list of milliseconds each.
-
-    Only whole cycles run, in which each of n models runs n times: see `cycle_of`.
-    """
-    times: list[list[float]] = [[] for _ in runners]
-    start, order = time.perf_counter(), cycle_of(len(runners))
-    while len(times[0]) < least or time.perf_counter() - start < seconds:
-        for index in order:
-            begin = time.perf_counter()
-            runners[index]()
-            times[index].append(1e3 * (time.perf_counter() - begin))
-        on_round(min(1.0, (time.perf_counter() - start) / seconds) if seconds else 1.0)
-    return times
-
-
-@functools.cache
-def cycle_of(models: int) -> tuple[int, ...]:
-    """Return the order of the models in a cycle: when it repeats, each model runs equally often after every model.
-
-    Such orders are the Eulerian circuits of the complete directed graph with loops (de Bruijn sequences of pairs). Of some
-    hundred random ones, it returns the order in which the average positions of the models differ least, so that a machine
-    that slows down affects all models alike: A B B A for two. It ends with the first model, as does the cycle before it.
-    """
-    rng = np.random.default_rng(0)
-    best: tuple[int, ...] = ()
-    least = math.inf
-    for _ in range(_TRIES):
-        unused = [list(rng.permutation(models)) for _ in range(models)]  # edges from each model
-        path, circuit = [0], []
-        while path:  # Hierholzer's algorithm
-            if unused[path[-1]]:
-                path.append(unused[path[-1]].pop())
-            else:
-                circuit.append(path.pop())
-        order = np.array(circuit[1:])
-        middles = [np.flatnonzero(order == model).mean() for model in range(models)]
-        if (spread := max(middles) - min(middles)) < least:
-            best, least = tuple(map(int, order)), spread
-        if not least:
-            break
-    return best
-
-
-def plain(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    """Return a function that runs the session on arrays in host memory, as a caller would."""
-    return lambda: session.run(None, feed)
-
-
-def bound(
-    session: ort.InferenceSession, feed: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray], settings: Session
-) -> Callable[[], object]:
-    """Return a function that runs the session on inputs on the device and waits for outputs that stay there.
-
-    `example` holds outputs of the right shapes and types: buffers are allocated once, since a CUDA graph replays into them.
-    """
-    device = "cuda" if settings.on_gpu else "cpu"
-    binding = session.io_binding()
-    inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in feed.items()}
-    outputs = {
-        name: ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, device, 0) for name, array in example.items()
-    }
-    for name, value in inputs.items():
-        binding.bind_ortvalue_input(name, value)
-    for name, value in outputs.items():
-        binding.bind_ortvalue_output(name, value)
-
-    def replay() -> object:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        return inputs, outputs  # so that the buffers live as long as this function
-
-    return replay
 
 
 def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
@@ -483,7 +316,7 @@ def _distinct(paths: Sequence[Path | str]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[str]:
+def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, Sequence[int]]]) -> list[str]:
     if len(set(samples)) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in zip(names, samples, strict=True))
         return [f"the models process different numbers of samples in a run ({counts}): the speed-up compares runs, not samples"]

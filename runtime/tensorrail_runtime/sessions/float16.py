@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
+if TYPE_CHECKING:
+    import onnx
 
-_HALF = onnx.TensorProto.FLOAT16
+_HALF = 10  # onnx.TensorProto.FLOAT16
+_MOST = 64  # files that are remembered
+
+_known: dict[tuple[str, int, int], bool] = {}  # by path, time of the last change and size
 
 
 def holds_fp16(path: Path | str) -> bool:
     """Return whether a model has a float16 tensor; False for a file that is not a model. External data are not read."""
+    key = _key(path)
+    if key is None:
+        return False
+    if key not in _known:
+        remember(path, holds=_read(path))
+    return _known[key]
+
+
+def remember(path: Path | str, *, holds: bool) -> None:
+    """Store the answer for a file, so that a process that is told it need not read the model."""
+    key = _key(path)
+    if key is not None:
+        while len(_known) >= _MOST:
+            del _known[next(iter(_known))]
+        _known[key] = holds
+
+
+def _key(path: Path | str) -> tuple[str, int, int] | None:
     try:
         stat = Path(path).stat()
     except OSError:
-        return False
-    return _read(str(path), stat.st_mtime_ns, stat.st_size)
+        return None
+    return str(path), stat.st_mtime_ns, stat.st_size
 
 
-@functools.lru_cache(maxsize=64)
-def _read(path: str, *_: int) -> bool:
+def _read(path: Path | str) -> bool:
+    import onnx
+
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # noqa: BLE001 - protobuf raises its own classes; opening a session reports the error

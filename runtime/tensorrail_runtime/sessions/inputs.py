@@ -6,13 +6,15 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    import onnx
 
 TYPES = {
     "tensor(float)": np.float32,

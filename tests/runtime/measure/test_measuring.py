@@ -8,12 +8,11 @@ from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
-from tensorrail_runtime.measure import latency as timing
 from tensorrail_runtime.measure.accuracy import Labelled, metric_of
-from tensorrail_runtime.measure.latency import Latency, LatencyReport, ratio, turns
+from tensorrail_runtime.measure.latency import Latency, ratio
 from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, turns
 from tensorrail_runtime.sessions.inputs import batch_of
-from tensorrail_runtime.sessions.machine import machine
 
 
 def changed(path, name, change):
@@ -144,17 +143,16 @@ def test_every_model_comes_as_often_after_itself_and_after_each_other(count):
 
 def test_the_interval_over_processes_covers_what_they_differ_by(rng, monkeypatch):
     """Processes that differ by a per cent, a thousand rounds each: a bootstrap over rounds covers half of them."""
-    asked, here = [], machine()
+    asked = []
 
-    def process(_, request):
-        asked.append(request["paths"])
-        own, names = np.exp(0.01 * rng.standard_normal()), request["labels"]
-        scales = {"dense": 2.0 * own, "factored": 1.0}
-        found = tuple(Latency.of(name, scales[name] * np.exp(0.02 * rng.standard_normal(1000))) for name in names)
-        report = LatencyReport(batch=1, provider="cpu", threads=0, rounds=1000, machine=here, latencies=found, ratios=())
-        return report.model_dump_json()
+    def process(paths, settings, timing):
+        asked.append(paths)
+        own = np.exp(0.01 * rng.standard_normal())
+        scales = {"dense.onnx": 2.0 * own, "factored.onnx": 1.0}
+        times = [(scales[path] * np.exp(0.02 * rng.standard_normal(1000))).tolist() for path in paths]
+        return Turns(times, [1.0, 1.0], [1, 1], [{}, {}])
 
-    monkeypatch.setattr(timing, "fresh", process)
+    monkeypatch.setattr("tensorrail_runtime.measure.latency.time_in_fresh_process", process)
     found = [bench(["dense.onnx", "factored.onnx"], Timing(processes=5), labels=["dense", "factored"]) for _ in range(100)]
     covered = sum(one.ratios[0].low <= 2.0 <= one.ratios[0].high for one in found)
     assert covered >= 88  # 95 % nominal; fewer would come up once in some 500 times
@@ -174,7 +172,7 @@ def test_the_interval_of_few_cycles_holds_the_truth_in_95_of_100_cases(count, rn
 
 
 def test_many_models_run_for_as_many_cycles_as_an_interval_needs():
-    times = turns([lambda: None] * 7, 0.0, max(timing._MIN_ROUNDS, timing._MIN_CYCLES * 7))
+    times = turns([lambda: None] * 7, 0.0, max(MIN_ROUNDS, MIN_CYCLES * 7))
     assert len(times[0]) >= 6 * 7
 
 

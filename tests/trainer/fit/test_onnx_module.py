@@ -460,7 +460,10 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = {"small resnet", "lstm"}  # as the larger network, and as the layer in both directions
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS])
 def test_an_exported_network_computes_what_onnx_runtime_does(name):
     torch.manual_seed(0)
     make, shape = NETWORKS[name]
