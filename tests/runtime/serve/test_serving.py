@@ -147,9 +147,18 @@ def start(folder, *arguments, **environment):
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
+def launched(tmp_path_factory):
+    """Start the server and a Ray cluster side by side, since either takes many seconds; yield their futures."""
+    with ThreadPoolExecutor(2) as starting:
+        cluster = starting.submit(start_cluster, tmp_path_factory.mktemp("cluster"))
+        yield starting.submit(start_server, tmp_path_factory.mktemp("served")), cluster
+        stop_cluster(cluster.result())
+
+
+@pytest.fixture(scope="module")
+def servers(launched):
     """Yield a list for the one server that several tests ask; one that a test has stopped is replaced by the next test."""
-    made = []
+    made = [launched[0].result()]
     yield made
     for server in made:
         for process in [*server.children, *(server.tree() if server.process.poll() is None else [])]:
@@ -162,7 +171,7 @@ def servers(tmp_path_factory):
 @pytest.fixture
 def server(servers, tmp_path_factory):
     """Return a server that answers: that of the tests before, or a new one."""
-    if not servers or servers[-1].process.poll() is not None:
+    if servers[-1].process.poll() is not None:
         servers.append(start_server(tmp_path_factory.mktemp("served")))
     return servers[-1]
 
@@ -329,9 +338,19 @@ def test_told_to_stop_it_answers_what_it_accepted_and_leaves_nothing_behind(serv
     assert not alive
 
 
-@pytest.fixture
-def cluster(tmp_path):
-    """A Ray that runs already, one node on loopback: its address, and what its users have in their environment."""
+@dataclass
+class Cluster:
+    """A Ray that runs already, one node on loopback."""
+
+    address: str
+    environment: dict[str, str]  # what its users have in their environment
+    head: subprocess.Popen
+    node: psutil.Process
+    folder: str
+
+
+def start_cluster(logs):
+    """Start a Ray and return it once it runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -344,7 +363,7 @@ def cluster(tmp_path):
     folder = tempfile.mkdtemp(prefix="ray")  # short, for sockets lie there, and not where a user's own Ray is looked for
     options = ("--head", "--block", "--num-cpus=2", "--include-dashboard=false", "--node-ip-address=127.0.0.1")
     options += (f"--port={port}", f"--temp-dir={folder}")
-    with (tmp_path / "ray.txt").open("w") as log:
+    with (logs / "ray.txt").open("w") as log:
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
             stdout=log,
@@ -352,21 +371,25 @@ def cluster(tmp_path):
             env=os.environ | environment,
         )
     end = time.monotonic() + DEADLINE
-    while "Ray runtime started" not in (tmp_path / "ray.txt").read_text():
-        assert head.poll() is None, (tmp_path / "ray.txt").read_text()
+    while "Ray runtime started" not in (logs / "ray.txt").read_text():
+        assert head.poll() is None, (logs / "ray.txt").read_text()
         assert time.monotonic() < end
         time.sleep(0.1)
-    tree = psutil.Process(head.pid)
-    yield f"127.0.0.1:{port}", environment, tree
-    for one in [*tree.children(recursive=True), tree]:
+    return Cluster(f"127.0.0.1:{port}", environment, head, psutil.Process(head.pid), folder)
+
+
+def stop_cluster(cluster):
+    for one in [*cluster.node.children(recursive=True), cluster.node]:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    head.wait(DEADLINE)
-    shutil.rmtree(folder, ignore_errors=True)
+    cluster.head.wait(DEADLINE)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
-def test_on_a_cluster_a_model_without_a_batch_axis(cluster, tmp_path):
-    address, environment, node = cluster
+@pytest.mark.usefixtures("servers")  # which ends the other server
+def test_on_a_cluster_a_model_without_a_batch_axis(launched, tmp_path):
+    cluster = launched[1].result()
+    address, environment, node = cluster.address, cluster.environment, cluster.node
     table = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("Gather", ["table", "i"], ["y"])],
