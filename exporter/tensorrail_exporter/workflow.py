@@ -7,30 +7,30 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 
-from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.calibrate.inputs import Calibration, run_to
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
+from tensorrail_exporter.calibrate.split import Split, split
+from tensorrail_exporter.compressed import CompressReport, Guard, Ratios
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.precision.reduce import PrecisionReport
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
-from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose, rewrite, with_cores
-from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size, times_less
+from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
+from tensorrail_exporter.search.divergence import Divergence
+from tensorrail_exporter.search.report import PlanReport, Size, times_less
 from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
-from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
+from tensorrail_runtime.measure.agreement import agreement
+from tensorrail_runtime.measure.latency import Ratio, bench
 from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
-from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.ModelProto]
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
@@ -39,87 +39,18 @@ _ROUNDING = 1e-4  # relative L2: allowed difference between reconstructed weight
 _ROUNDINGS = 8  # per layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
 
 
-class Ratios(Record):
-    """Dense divided by factored. `latency` is measured, with its 95 % interval; the others are counted."""
-
-    params: float
-    macs: float
-    flops: float
-    bytes: float
-    latency: float
-    latency_low: float
-    latency_high: float
-
-
-class CompressReport(PrintedRecord):
-    """The model that `compress` wrote, compared with the dense model."""
-
-    version: Literal[1] = 1
-    dense: Size
-    factored: Size
-    ratios: Ratios
-    targets: dict[str, float]
-    meets: bool
-    predicted_latency: float | None  # the speed-up that the latency table predicted
-    approximation: float  # relative L2 error of the outputs against the dense model, on calibration or random inputs
-    top1_agreement: float | None
-    numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
-    accuracy: Comparison | None
-    layers: tuple[LayerRewrite, ...]
-    planned: tuple[PlannedLayer, ...]
-    fits: tuple[LayerFit, ...]
-    latency: LatencyReport
-    reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, compared with fp32
-    planning: PlanReport | None = None  # how the plan was chosen, if a target was given
-    model: str = ""  # the file that was written
-
-    @property
-    def faster(self) -> bool:
-        """Whether the whole interval of the measured speed-up lies above 1."""
-        return self.ratios.latency_low > 1.0
-
-    def shown(self) -> tuple[Part, ...]:
-        """Return the plan, the table of both models, the errors, and the models in reduced precision."""
-        dense, factored, ratios = self.dense, self.factored, self.ratios
-        rows = [
-            ("parameters", f"{dense.params:,}", f"{factored.params:,}", f"÷ {ratios.params:.2f}"),
-            ("FLOPs (2 × MACs)", f"{dense.flops:,}", f"{factored.flops:,}", f"÷ {ratios.flops:.2f}"),
-            ("file (bytes)", f"{dense.bytes:,}", f"{factored.bytes:,}", f"÷ {ratios.bytes:.2f}"),
-            (
-                f"latency p50 (ms), batch {self.latency.batch}",
-                f"{dense.milliseconds:.3f}",
-                f"{factored.milliseconds:.3f}",
-                f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
-            ),
-        ]
-        if (paired := self.accuracy) is not None:
-            before, after = (f"{100 * side.mean:.2f} %" for side in (paired.reference, paired.candidate))
-            rows.append((f"{paired.reference.metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"))
-        parts: list[Part] = list(self.planning.shown()) if self.planning else []
-        parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
-        agreement = "" if self.top1_agreement is None else f"; top-1 agrees on {100 * self.top1_agreement:.1f} %"
-        parts.append(
-            f"outputs differ by {self.approximation:.2e} (relative L2){agreement}; "
-            f"numerical error of the rewriting {self.numerical:.1e}"
-        )
-        if not self.faster:
-            parts.append("NOT measured to be faster than the dense model")
-        if not self.meets:
-            targets = ", ".join(f"{name}={value:g}" for name, value in self.targets.items())
-            parts.append(f"target {targets} was NOT reached")
-        return (*parts, *(part for report in self.reduced for part in report.shown()))
-
-
 @dataclass(frozen=True)
 class Compression:
     """How a model is compressed and measured."""
 
     calibration: Calibration | None = None
-    """Inputs that cores are fitted to, layer by layer; default: none, so each weight is decomposed on its own."""
+    """Inputs; cores are fitted to three quarters and judged on the rest. Default: none, so each weight is decomposed alone."""
     refine: Refine | None = None
-    """A function that fits the factored graph further to the calibration inputs; default: none."""
+    """A function that fits the factored graph further; its result is kept if it is better on other inputs; default: none."""
     test: Labelled | None = None
     """Labelled inputs to measure the accuracy on; nothing is fitted to them."""
+    guard: Guard = field(default_factory=Guard)
+    """How closely the outputs must agree with the dense model's."""
     conditions: Conditions = field(default_factory=lambda: Conditions(Timing(processes=5)))
     """How models run and how latency is measured; default: 5 processes on the CPU provider."""
 
@@ -149,18 +80,18 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     exact = settings.exact
     if not plan.layers:
         raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
-    base, cores, fits = _with_cores(resolve(model, plan), options)
-    factored = rewrite(base, cores, scan=not settings.on_gpu)
+    options.guard.check()
+    parts = None if options.calibration is None else split(options.calibration, model)
     with tempfile.TemporaryDirectory() as folder:
         dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
         save_model(model, dense_path)
+        fitted = _fitted(resolve(model, plan), parts, options)
+        factored, fits = fitted.factored, fitted.layers
         save_model(factored.model, path)
-        feeds = _feeds(dense_path, options)
-        numerical = _numerical(base, cores, path, feeds, Path(folder), exact)
-        rewritten = factored.model
-        if options.refine is not None and options.calibration is not None:
-            rewritten = _refined(options.refine, model, base, cores, factored, options.calibration)
-            save_model(rewritten, path)
+        feeds = _feeds(dense_path, parts, options)
+        numerical = _numerical(fitted.resolved, fitted.cores, path, feeds, Path(folder), exact)
+        rewritten = fitted.model
+        save_model(rewritten, path)
         progress("comparing outputs", 0.5)
         against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=exact)
         times = bench(
@@ -172,6 +103,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         )
         dense_size, size = (_size(p, timing, times.latencies[k].p50) for k, p in enumerate((dense_path, path)))
         accuracy = _accuracy(dense_path, path, options)
+        aside = None if parts is None or parts.judged is None else agreement(dense_path, path, parts.judged.feeds, exact)
     save_model(rewritten, out)
     ratios = _ratios(dense_size, size, times.ratios[0])
     targets = dict(planning.targets) if planning else {}
@@ -183,7 +115,9 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         meets=all(is_met(float(getattr(ratios, name)), value) for name, value in targets.items()),
         predicted_latency=planning.predicted if planning else None,
         approximation=against.worst,
-        top1_agreement=against.outputs[0].top1_agreement,
+        top1_agreement=None if aside is None else aside.agreement,
+        aside=aside,
+        guard=options.guard,
         numerical=numerical,
         accuracy=accuracy,
         layers=factored.layers,
@@ -195,21 +129,66 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     )
 
 
-def _with_cores(
-    resolved: ResolvedPlan, options: Compression
-) -> tuple[ResolvedPlan, Mapping[str, list[np.ndarray]], tuple[LayerFit, ...]]:
-    """Return the plan in its graph, its cores, and how well each layer was fitted, where there are calibration inputs."""
-    if options.calibration is None:
-        return resolved, decompose(resolved), ()
-    conditions = options.conditions
-    fitted = fit(resolved, options.calibration, conditions.settings.exact, progress=conditions.progress)
-    return fitted.resolved, fitted.cores, fitted.layers
+@dataclass(frozen=True)
+class _Network:
+    """A factored network, and what it was made of."""
+
+    resolved: ResolvedPlan
+    cores: Mapping[str, list[np.ndarray]]
+    layers: tuple[LayerFit, ...]
+    factored: Factored
+    model: onnx.ModelProto  # the graph of `factored`, or the same with values that were fitted further
 
 
-def _feeds(dense: Path, options: Compression) -> list[Mapping[str, np.ndarray]]:
-    """Return the inputs that outputs are compared on: calibration inputs, or random ones where there are none."""
-    if options.calibration is not None:
-        return list(options.calibration.first(100).feeds)
+def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -> _Network:
+    """Return the factored network, fitted to all inputs that are not set aside.
+
+    A further fit is tried on a part of them, and kept if the network is better for it on the rest.
+    """
+    if parts is None:
+        return _factored(resolved, decompose(resolved), (), options)
+    if options.refine is None:
+        return _layerwise(resolved, parts.seen, options)
+    network = _layerwise(resolved, parts.fitted, options)
+    refined = _refined(options.refine, resolved.model, network, parts.fitted)
+    divergence, of = _divergence(resolved.model, parts.chosen, options)
+    if divergence.of(of(refined)) < divergence.of(of(network.factored.model)):
+        return replace(network, model=refined)
+    reason = "on inputs that it was not made for the network is not better"
+    options.conditions.progress("note", 1.0, f"the fit to activations is left out: {reason}")
+    return network if parts.chosen is parts.fitted else _layerwise(resolved, parts.seen, options)
+
+
+def _layerwise(resolved: ResolvedPlan, inputs: Calibration, options: Compression) -> _Network:
+    fitted = fit(resolved, inputs, options.conditions.settings.exact, progress=options.conditions.progress)
+    return _factored(fitted.resolved, fitted.cores, fitted.layers, options)
+
+
+def _factored(
+    resolved: ResolvedPlan, cores: Mapping[str, list[np.ndarray]], layers: tuple[LayerFit, ...], options: Compression
+) -> _Network:
+    factored = rewrite(resolved, cores, scan=not options.conditions.settings.on_gpu)
+    return _Network(resolved, cores, layers, factored, factored.model)
+
+
+def _divergence(
+    model: onnx.ModelProto, inputs: Calibration, options: Compression
+) -> tuple[Divergence, Callable[[onnx.ModelProto], list[list[np.ndarray]]]]:
+    """Return the divergence from the dense model, and a function that returns the outputs of a model to compare."""
+    names = [output.name for output in model.graph.output]
+
+    def outputs(network: onnx.ModelProto) -> list[list[np.ndarray]]:
+        run = run_to(network, names, options.conditions.settings.exact)
+        batches = [run(feed) for feed in inputs.feeds]
+        return [[batch[k] for batch in batches] for k in range(len(names))]
+
+    return Divergence(names, outputs(model), inputs.labels), outputs
+
+
+def _feeds(dense: Path, parts: Split | None, options: Compression) -> list[Mapping[str, np.ndarray]]:
+    """Return the inputs that outputs are compared on: those set aside, or random ones where there are none."""
+    if parts is not None:
+        return list((parts.judged or parts.fitted).first(100).feeds)
     session = open_session(dense, settings=options.conditions.settings.exact)
     return [random_inputs(session, 7, shapes=options.conditions.timing.shapes)]
 
@@ -222,22 +201,16 @@ def _accuracy(dense: Path, factored: Path, options: Compression) -> Comparison |
     return compare_scores(*(evaluate(path, options.test, settings=exact) for path in (dense, factored)))
 
 
-def _refined(
-    refine: Refine,
-    model: onnx.ModelProto,
-    base: ResolvedPlan,
-    cores: Mapping[str, list[np.ndarray]],
-    factored: Factored,
-    calibration: Calibration,
-) -> onnx.ModelProto:
+def _refined(refine: Refine, dense: onnx.ModelProto, network: _Network, inputs: Calibration) -> onnx.ModelProto:
     """Return the factored graph with refined values. Layers that run as a Scan are refined in a graph without Scan.
 
     If the refined tensors are not all stored in the graph with Scan, the graph without Scan is returned.
     """
+    factored, resolved = network.factored, network.resolved
     if not any(layer.scan for layer in factored.layers):
-        return refine(model, factored.model, base.plan, calibration)
-    nodes = rewrite(base, cores, scan=False).model
-    fitted = refine(model, nodes, base.plan, calibration)
+        return refine(dense, factored.model, resolved.plan, inputs)
+    nodes = rewrite(resolved, network.cores, scan=False).model
+    fitted = refine(dense, nodes, resolved.plan, inputs)
     before = {tensor.name: tensor for tensor in nodes.graph.initializer}
     changed = {tensor.name: tensor for tensor in fitted.graph.initializer if tensor != before.get(tensor.name)}
     refined = onnx.ModelProto()

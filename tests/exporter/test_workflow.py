@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from conftest import make_model
 from onnx import helper, numpy_helper
@@ -11,9 +14,12 @@ from onnx import helper, numpy_helper
 from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError
 from tensorrail_exporter import workflow as compressing
 from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.calibrate.split import split
+from tensorrail_exporter.compressed import CompressReport, Guard
 from tensorrail_exporter.formats import contraction
 from tensorrail_exporter.search.report import PlanReport, Size
-from tensorrail_exporter.workflow import Compression, CompressReport, compress
+from tensorrail_exporter.workflow import Compression, compress
+from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.machine import machine
@@ -65,7 +71,7 @@ QUICK = Conditions(Timing(seconds=0.05, processes=5))
 
 
 def run(network, out, plan=PLAN, **options):
-    return compress(network, plan, out, Compression(conditions=QUICK, **options))
+    return compress(network, plan, out, Compression(**{"conditions": QUICK} | options))
 
 
 def test_calibration_makes_the_outputs_nearer(network, tmp_path):
@@ -152,16 +158,67 @@ def test_a_float16_model_may_differ_by_its_own_rounding_and_no_more(tmp_path, rn
     assert not (tmp_path / "wrong.onnx").exists()
 
 
-def test_a_refinement_is_what_is_written(network, tmp_path):
+def test_inputs_set_aside_change_nothing_in_the_model(network, tmp_path):
+    """Neither cores nor biases depend on them; the agreement that is reported is of them alone."""
+    values = images(1)
+    aside = split(Calibration(({"x": values},)), network).judged.feeds
+    rows = [k for k in range(len(values)) if any((values[k] == row).all() for feed in aside for row in feed["x"])]
+    assert len(rows) == 32
+    others = values.copy()
+    others[rows] = 3.0 * images(9)[rows]
+    reports = []
+    for name, inputs in (("a", values), ("b", others)):
+        reports.append(run(network, tmp_path / f"{name}.onnx", calibration=Calibration(({"x": inputs},))))
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    first, second = (report.aside for report in reports)
+    assert first.samples == second.samples == 32
+    assert first.difference != second.difference
+    dense, factored = (ort.InferenceSession(network.SerializeToString()), ort.InferenceSession(tmp_path / "a.onnx"))
+    before, after = (session.run(None, {"x": values[rows]})[0] for session in (dense, factored))
+    assert first.agreement == pytest.approx((before.argmax(1) == after.argmax(1)).mean())
+    assert first.difference == pytest.approx(np.linalg.norm(after - before) / np.linalg.norm(before), rel=1e-4)
+
+
+def test_too_little_agreement_is_said_and_not_accepted(network, tmp_path):
+    calibration = Calibration(({"x": images(1)},))
+    strict = run(network, tmp_path / "a.onnx", calibration=calibration, guard=Guard(max_difference=1e-4))
+    assert not strict.accepted
+    text = str(strict)
+    assert "NOT accurate enough: outputs differ by" in text
+    assert "keep them dense, ask for a smaller target, give more calibration inputs, or train" in text
+    lenient = run(network, tmp_path / "a.onnx", calibration=calibration, guard=Guard(min_agreement=0.0))
+    assert lenient.accepted
+    assert "NOT accurate enough" not in str(lenient)
+    unknown = run(network, tmp_path / "a.onnx")
+    assert unknown.accepted
+    assert "nothing is known about the accuracy of this model: no calibration inputs were given" in str(unknown)
+    few = run(network, tmp_path / "a.onnx", calibration=Calibration(({"x": images(1, 3)},)))
+    assert "too few calibration inputs to set some aside" in str(few)
+    with pytest.raises(UsageError, match="min_agreement: expected a share from 0 to 1, got 90"):
+        run(network, tmp_path / "a.onnx", guard=Guard(min_agreement=90))
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_refinement_is_written_if_it_is_better_on_other_inputs(better, network, tmp_path):
+    fitted_to, notes = [], []
+
     def refine(dense, factored, plan, calibration):
+        fitted_to.append(calibration.count)
         changed = onnx.ModelProto()
-        changed.CopyFrom(factored)
+        changed.CopyFrom(dense if better else factored)  # the dense network itself is better than any
         changed.producer_name = "refined"
         return changed
 
-    feeds = ({"x": images(1)},)
-    run(network, tmp_path / "out.onnx", calibration=Calibration(feeds), refine=refine)
-    assert onnx.load(tmp_path / "out.onnx").producer_name == "refined"
+    def progress(stage, share, detail=""):
+        if stage == "note":
+            notes.append(detail)
+
+    conditions = replace(QUICK, progress=progress)
+    calibration = Calibration(({"x": images(1)},))
+    report = run(network, tmp_path / "out.onnx", calibration=calibration, refine=refine, conditions=conditions)
+    assert (onnx.load(tmp_path / "out.onnx").producer_name == "refined") == better
+    assert fitted_to == [calibration.count - report.aside.samples - round((calibration.count - report.aside.samples) // 3)]
+    assert [note.startswith("the fit to activations is left out") for note in notes] == [True] * (not better)
 
 
 def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng, monkeypatch):
@@ -173,15 +230,25 @@ def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng
     node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "rnn", hidden_size=4)
     model = make_model([node], weights, {"x": [5, "n", 24]}, {"y": [5, 1, "n", 4]})
     plan = Plan(layers=(LayerPlan(name="w", format="ttm", modes=(4, 4, 6, 4), ranks=(1, 2, 1)),))
-    seen = []
+    seen, refined = [], []
 
     def refine(dense, factored, plan, calibration):
         seen.append({node.op_type for node in factored.graph.node})
         changed = onnx.ModelProto()
         changed.CopyFrom(factored)
         (core,) = [tensor for tensor in changed.graph.initializer if tensor.name == "w/0"]
-        core.CopyFrom(numpy_helper.from_array(np.zeros(core.dims, np.float32), core.name))
+        values, (target,) = numpy_helper.to_array(core), outputs(dense)
+        tried = {}
+        for factor in (*np.linspace(0.7, 0.98, 15), *np.linspace(1.02, 1.3, 15)):
+            core.CopyFrom(numpy_helper.from_array((factor * values).astype(np.float32), core.name))
+            tried[float(np.square(outputs(changed)[0] - target).sum())] = core.SerializeToString()
+        core.ParseFromString(tried[min(tried)])
+        refined.append(numpy_helper.to_array(core))
         return changed
+
+    def outputs(model):
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, feeds[0])
 
     feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},)
     run(model, tmp_path / "out.onnx", plan, calibration=Calibration(feeds), refine=refine)
@@ -191,7 +258,7 @@ def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng
     written = onnx.load(tmp_path / "out.onnx").graph
     assert "Scan" in {node.op_type for node in written.node}
     (core,) = [tensor for tensor in written.initializer if tensor.name == "w/0"]
-    assert not numpy_helper.to_array(core).any()
+    np.testing.assert_array_equal(numpy_helper.to_array(core), refined[0])
 
 
 def test_a_plan_without_layers_is_refused_and_products_in_bodies_count_as_none(tmp_path, rng):

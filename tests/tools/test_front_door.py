@@ -17,7 +17,7 @@ import tensorrail
 PACKAGES = ("tensorrail", "tensorrail_trainer", "tensorrail_exporter", "tensorrail_runtime")
 PUBLIC = {
     "tensorrail": """
-        ADMM FORMATS Calibration CacheError CheckpointError DataError Fit Form GraphError Labelled LayerPlan Layers Limits
+        ADMM FORMATS Calibration CacheError CheckpointError DataError Fit Form GraphError Guard Labelled LayerPlan Layers Limits
         MissingExtraError ModelError Options Plan PlanError Quantization Recipe RecipeError Repository Search
         ServeOptions Serving Session TargetError TensorrailError Timing Tolerances TrainingError UsageError accuracy bench check
         compress cores_of decompose_graph dense_layers export factorize inspect load_calibration load_cores load_model

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tensorrail.verbs.run import run, train
     from tensorrail.verbs.serve import serve
     from tensorrail_exporter.calibrate.inputs import Calibration, load_calibration
+    from tensorrail_exporter.compressed import Guard
     from tensorrail_exporter.formats import FORMATS
     from tensorrail_exporter.graphs.io import load_model, save_model
     from tensorrail_exporter.plans.cores import load_cores, save_cores
@@ -78,6 +79,7 @@ __all__ = [
     "Fit",
     "Form",
     "GraphError",
+    "Guard",
     "Labelled",
     "LayerPlan",
     "Layers",
@@ -157,6 +159,7 @@ _MODULES = {
         "Calibration",
         "load_calibration",
     ),
+    "tensorrail_exporter.compressed": ("Guard",),
     "tensorrail_exporter.formats": ("FORMATS",),
     "tensorrail_exporter.graphs.io": (
         "load_model",

@@ -10,6 +10,7 @@ from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
 
 if TYPE_CHECKING:
+    from tensorrail_exporter.compressed import Guard
     from tensorrail_exporter.search.targets import Search
 
 
@@ -35,6 +36,8 @@ class Options:
     """How a plan is searched for."""
     fit: Fit = field(default_factory=Fit)
     """How cores are fitted to calibration inputs."""
+    guard: Guard | None = None
+    """How closely the outputs of a compressed model must agree with the dense model's, on inputs that are set aside."""
     progress: Progress = silent
     """Told how far the work is: `progress(stage, share, detail)`."""
 

@@ -48,11 +48,13 @@ class Calibration:
     Attributes:
         feeds: batches of inputs, each an array per input name.
         labels: class indices (N,) of all samples, or None.
+        batch: the batch size of the model if it is fixed, else None.
 
     """
 
     feeds: tuple[Mapping[str, np.ndarray], ...]
     labels: np.ndarray | None = None
+    batch: int | None = None
 
     @property
     def count(self) -> int:
@@ -68,7 +70,7 @@ class Calibration:
                 break
             kept.append(feed)
             seen += len(next(iter(feed.values())))
-        return Calibration(tuple(kept), None if self.labels is None else self.labels[:seen])
+        return replace(self, feeds=tuple(kept), labels=None if self.labels is None else self.labels[:seen])
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,14 @@ def load_calibration(
         raise ModelError(f"{path}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}")
     if labels is not None and (labels < 0).any():
         raise ModelError(f"{path}: expected class indices from 0 as labels, got {labels.min()}")
-    fixed = next((entry.shape[0] for entry in entries.values() if isinstance(entry.shape[0], int)), 1)
-    most = max(fixed, most - most % fixed)  # whole batches, for a model with a fixed batch size
+    fixed = next((entry.shape[0] for entry in entries.values() if isinstance(entry.shape[0], int)), None)
+    if fixed is not None:
+        most = max(fixed, most - most % fixed)  # whole batches
     if total > most:
         picks = np.linspace(0, total - 1, most).astype(int)
         arrays = {name: array[picks] for name, array in arrays.items()}
         labels = None if labels is None else labels[picks]
-    return Calibration(tuple(batches_of(session, arrays, _BATCH)), labels)
+    return Calibration(tuple(batches_of(session, arrays, _BATCH)), labels, fixed)
 
 
 def run_to(

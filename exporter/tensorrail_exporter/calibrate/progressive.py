@@ -68,12 +68,12 @@ class ProgressiveNetwork:
             place += graph is self.plan.graph
             self.written[id(node)], self.places[id(node)] = proto, place
         self.pending = Counter(place for name in self.plan.layers for place in self._places_of(name))
-        self.fixed = self._made_of_constants()
+        self.fixed = made_of_constants(self.network)
         self.no_arrays: set[str] = set()
         self.last_use = self._last_use()
         self.last_input = {tensor: self.steps[name] for name, tensors in self.inputs.items() for tensor in tensors}
         self.done: set[int] = set()
-        self.kept = _Tensors(folder)
+        self.kept = KeptTensors(folder)
 
     def dense(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield the inputs of all layers in the dense network, by tensor name, batch by batch."""
@@ -186,15 +186,6 @@ class ProgressiveNetwork:
         nodes = [id(site.node) for site in self.plan.layers[name].sites]
         return {self.places[node] for node in nodes if node in self.places}
 
-    def _made_of_constants(self) -> set[int]:
-        """Return the indices of the nodes that depend on constants only."""
-        fixed: set[int] = set()
-        for place, reads in enumerate(self.network.reads):
-            makers = [self.network.makers.get(name) for name in reads if not self.network.is_stored(name)]
-            if all(maker in fixed for maker in makers) and not self.network.nodes[place].op_type.startswith("Random"):
-                fixed.add(place)
-        return fixed
-
     def _last_use(self) -> dict[int, int]:
         """Return, for every node that a layer's inputs depend on, the step of the last such layer."""
         last: dict[int, int] = {}
@@ -208,7 +199,17 @@ class ProgressiveNetwork:
         return last
 
 
-class _Tensors:
+def made_of_constants(network: Network) -> set[int]:
+    """Return the indices of the nodes that depend on constants only."""
+    fixed: set[int] = set()
+    for place, reads in enumerate(network.reads):
+        makers = [network.makers.get(name) for name in reads if not network.is_stored(name)]
+        if all(maker in fixed for maker in makers) and not network.nodes[place].op_type.startswith("Random"):
+            fixed.add(place)
+    return fixed
+
+
+class KeptTensors:
     """Stores tensors by name, one array per batch: in memory up to a total size, then in files."""
 
     def __init__(self, folder: Path) -> None:

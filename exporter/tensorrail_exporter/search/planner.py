@@ -1,9 +1,10 @@
 """Plans a whole network: chooses a form for each layer that meets the targets at the least loss of accuracy.
 
 The steps are: list the options on the rank grid of the hardware, time them, measure their losses, choose one option per layer,
-then build the chosen network, time it against the dense one and profile it. If it misses a target, or exceeds a latency target
-by far, the budget is scaled by that ratio, forms that the profile shows slower than their dense layer are removed, and the
-choice is repeated.
+measure the loss of the chosen network as a whole and improve the choice, then build the network, time it against the dense one
+and profile it. Where the whole network loses more than its layers were charged, their losses are scaled and the choice is
+repeated. If it misses a target, or exceeds a latency target by far, the budget is scaled by that ratio, forms that the profile
+shows slower than their dense layer are removed, and the choice is repeated.
 """
 
 from __future__ import annotations
@@ -11,25 +12,36 @@ from __future__ import annotations
 import fnmatch
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import dense_weights
+from tensorrail_exporter.calibrate.split import split
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
-from tensorrail_exporter.search.losses import check_outputs, losses_of
+from tensorrail_exporter.search.losses import (
+    SAMPLES,
+    Probe,
+    approximations_of,
+    check_outputs,
+    measured_losses,
+    weight_losses,
+)
 from tensorrail_exporter.search.options import Option, options_of
-from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
-from tensorrail_exporter.search.selection import Candidates, select
+from tensorrail_exporter.search.refinement import Picks, corrected, improved, is_confirmed, marginal_losses
+from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size, VerifiedLoss
+from tensorrail_exporter.search.selection import Candidates, pick, report_of, select
 from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification
 from tensorrail_runtime.errors import PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.measure.agreement import compared
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress
 from tensorrail_runtime.sessions.machine import machine, processor
@@ -37,6 +49,7 @@ from tensorrail_runtime.sessions.machine import machine, processor
 _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
 _NUDGE = 1.005
 _TRIES = 4
+_CORRECTIONS = 3  # of the losses of layers, in one choice
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
 
@@ -89,19 +102,32 @@ def plan_network(
         table = LatencyTable.open(settings, search.cache)
         table.measure(options, settings, seconds=search.seconds, progress=progress)
         faster = {layer: _faster(layer, forms, table, search.gain) for layer, forms in options.items()}
-        losses = losses_of(model, faster, calibration, settings.exact, resolved=resolved, progress=progress)
+        parts = split(calibration, model) if calibration is not None and calibration.count else None
+        approximations = approximations_of(resolved, faster, parts, settings.exact)
+        probe = None
+        if parts is None:
+            losses = weight_losses(faster, approximations, progress)
+        else:
+            kept = Path(folder) / "kept"
+            kept.mkdir()
+            probe = Probe(resolved, approximations, parts.chosen.first(SAMPLES), settings.exact, kept)
+            losses = measured_losses(faster, probe, progress)
         processes = min(max(int(search.check_seconds), 1), _PROCESSES)
         timing = Timing(batch, shapes, search.check_seconds, processes=processes, io_binding=settings.on_gpu)
         verification = Verification(model, dense, timing, settings)
         size = size.model_copy(update={"milliseconds": verification.dense_ms()})
         candidates = Candidates(options, faster, losses, table, size)
-        reports = _search(targets, search, candidates, verification, grid, progress)
+        reports = _search(targets, search, candidates, verification, probe, grid, progress)
+        best = _best(reports)
+        if best.verified is not None and parts is not None and probe is not None and parts.judged is not None:
+            judging = Path(folder) / "aside"
+            judging.mkdir()
+            best = _on_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)
     rows = [
         PlannedLayer.dense(layer, 0.0, "not timed: the shape of its data is not known")
         for layer in layers
         if layer not in options  # such as layers in the bodies of If and Loop
     ]
-    best = _best(reports)
     return best.model_copy(update={"rows": (*best.rows, *rows)})
 
 
@@ -110,6 +136,7 @@ def _search(
     search: Search,
     candidates: Candidates,
     verification: Verification,
+    probe: Probe | None,
     grid: int,
     progress: Progress,
 ) -> list[PlanReport]:
@@ -131,7 +158,7 @@ def _search(
     reports: list[PlanReport] = []
     for number in range(_TRIES):
         try:
-            report = select(start, aims, candidates, search)
+            report, candidates = _chosen(start, aims, candidates, search, probe, progress)
         except TargetError:
             if not reports:
                 raise
@@ -156,12 +183,84 @@ def _search(
     return reports
 
 
+def _chosen(
+    start: PlanReport,
+    aims: Mapping[str, float],
+    candidates: Candidates,
+    search: Search,
+    probe: Probe | None,
+    progress: Progress,
+) -> tuple[PlanReport, Candidates]:
+    """Choose a network; with calibration inputs, measure its loss, correct those of its layers and search on.
+
+    Returns the report, and the candidates with corrected losses.
+    """
+    if probe is None:
+        return select(start, aims, candidates, search), candidates
+    tried: dict[Picks, float] = {}
+    while True:
+        picks = pick(start, aims, candidates, search)
+        if picks in tried:
+            break
+        space = candidates.space(aims)
+        choice, predicted = space.choice(picks), space.predicted(picks)
+        tried[picks] = loss = probe.loss(choice)
+        within = search.max_loss is None or loss <= search.max_loss
+        if not choice or (within and is_confirmed(loss, predicted)) or len(tried) > _CORRECTIONS:
+            break
+        marginal = marginal_losses(probe, choice, loss, progress)
+        candidates = replace(candidates, losses=corrected(candidates.losses, space.charged(picks), marginal, loss))
+    picks, loss = _least(tried, search)
+    space = candidates.space(aims)
+    if search.max_loss is None and search.improve_seconds and space.choice(picks):
+        picks, loss = improved(space, picks, loss, probe, search.improve_seconds, progress)
+    report = report_of(start, candidates, picks, search)
+    factors = candidates.losses.factors
+    verified = VerifiedLoss(
+        unit=candidates.losses.unit,
+        predicted=sum(row.loss / factors.get(row.layer, 1.0) for row in report.rows),
+        loss=loss,
+        corrections=len(tried) - 1,
+        samples=probe.inputs.count,
+    )
+    return report.model_copy(update={"verified": verified if report.plan.layers else None}), candidates
+
+
+def _least(tried: Mapping[Picks, float], search: Search) -> tuple[Picks, float]:
+    """Return the choice with the least loss; if the loss is limited, the first one, the fastest, that keeps the limit."""
+    if search.max_loss is not None:
+        for picks, loss in tried.items():
+            if loss <= search.max_loss:
+                return picks, loss
+    return min(tried.items(), key=lambda item: item[1])
+
+
+def _on_inputs_set_aside(
+    report: PlanReport, choice: Mapping[str, Option], probe: Probe, inputs: Calibration, folder: Path
+) -> PlanReport:
+    """Return the report with the outputs compared on inputs that nothing was chosen by."""
+    aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder)
+    changed = aside.outputs(choice)
+    samples = [len(next(iter(feed.values()))) for feed in inputs.feeds]
+    batches = [[output[k] for output in outputs] for outputs in (aside.divergence.dense, changed) for k in range(len(samples))]
+    agreement = compared(batches[: len(samples)], batches[len(samples) :], samples)
+    verified = report.verified
+    return (
+        report if verified is None else report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})
+    )
+
+
 def _best(reports: Sequence[PlanReport]) -> PlanReport:
     """Return the report with the least loss among those that meet all targets, else the one that comes closest."""
     meeting = [report for report in reports if report.meets]
     if meeting:
-        return min(meeting, key=lambda report: (len(report.slower), sum(row.loss for row in report.rows)))
+        return min(meeting, key=lambda report: (len(report.slower), _loss(report)))
     return max(reports, key=lambda report: (_nearness(report), report.reached["latency"]))
+
+
+def _loss(report: PlanReport) -> float:
+    """Return the loss of a plan: that of the whole network, if it was measured."""
+    return sum(row.loss for row in report.rows) if report.verified is None else report.verified.loss
 
 
 def _nearness(report: PlanReport) -> float:

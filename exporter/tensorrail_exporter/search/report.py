@@ -7,6 +7,7 @@ from typing import Literal
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.targets import TARGETS, is_met
+from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.latency import Ratio
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.machine import Machine
@@ -89,6 +90,32 @@ def times_less(dense: Size, factored: Size, target: str) -> float:
     return dense.of(target) / factored.of(target) if factored.of(target) else 1.0
 
 
+class VerifiedLoss(Record):
+    """The loss of the chosen network as a whole, with all of its layers approximated, before cores are fitted.
+
+    `predicted` is the sum of the losses of its layers, each measured alone. `samples` is the number of inputs that ranks were
+    chosen by, on which both were measured. `aside` compares the outputs on inputs that were not used for anything else; None if
+    there were too few inputs to set any aside.
+    """
+
+    unit: str
+    predicted: float
+    loss: float
+    corrections: int  # how often the losses of layers were scaled and the choice repeated
+    samples: int
+    aside: Agreement | None = None
+
+    def described(self) -> list[str]:
+        """Return the lines for people."""
+        lines = [
+            f"loss of the planned network ({self.unit}): predicted {self.predicted:.3g} from single layers, measured "
+            f"{self.loss:.3g} on {self.samples} inputs"
+        ]
+        if self.aside is None:
+            return [*lines, "too few inputs to set any aside: the loss on other inputs is not known"]
+        return [*lines, f"before cores are fitted, {self.aside.described()}"]
+
+
 class PlanReport(PrintedRecord):
     """How a plan was chosen, and what it achieves.
 
@@ -108,6 +135,7 @@ class PlanReport(PrintedRecord):
     planned: Size
     rows: tuple[PlannedLayer, ...]
     measured: Ratio | None
+    verified: VerifiedLoss | None = None  # without calibration inputs there is none
     slower: tuple[str, ...] = ()
     machine: Machine
     plan: Plan
@@ -166,6 +194,10 @@ class PlanReport(PrintedRecord):
             f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}×" for name, reached in self.missed.items()
         ]
         title = f"plan for {self.provider}, batch {self.batch}; losses measured on {self.loss_from}"
+        if self.verified is not None:
+            lines += self.verified.described()
+        elif self.plan.layers:
+            lines.append("nothing is known about the accuracy of this plan: no calibration inputs were given")
         return (Table(title, head, rows), *lines, *self._measured_lines())
 
     def _measured_lines(self) -> list[str]:

@@ -13,6 +13,7 @@ from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import Losses
 from tensorrail_exporter.search.options import Option
+from tensorrail_exporter.search.refinement import Picks, Space
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.errors import TargetError
@@ -73,6 +74,20 @@ class Candidates:
             limits.append(Limit(name, costs, self.dense.of(name) / factor - rest))
         return limits
 
+    def space(self, targets: Mapping[str, float]) -> Space:
+        """Return all choices that meet the targets."""
+        return Space(self.faster, self.losses.values, self.limits(targets))
+
+    def choice_of(self, report: PlanReport) -> dict[str, Option]:
+        """Return the forms that a report chose, by layer name."""
+        chosen = {row.layer: (row.format, row.ranks, row.steps) for row in report.rows if row.format}
+        return {
+            layer.name: option
+            for layer, options in self.options.items()
+            for option in options
+            if chosen.get(layer.name) == (option.format, option.ranks, option.steps)
+        }
+
     def can_reach(self, targets: Mapping[str, float]) -> bool:
         """Return whether each target on its own can be met with the cheapest form of every layer."""
         return all(_least(limit) <= limit.most for limit in self.limits(targets))
@@ -94,21 +109,29 @@ def select(start: PlanReport, aims: Mapping[str, float], candidates: Candidates,
         TargetError: a target cannot be met; the message says what can be reached.
 
     """
+    return report_of(start, candidates, pick(start, aims, candidates, search), search)
+
+
+def pick(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, search: Search) -> Picks:
+    """Return the form of every layer of `candidates.faster`: 0 for dense, k for its k-th form. The arguments are `select`'s."""
     limits = candidates.limits(aims)
     for limit in limits:
         _require_reachable(limit, start, search)
-    layers = candidates.faster
-    losses = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in layers]
+    losses = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in candidates.faster]
     if search.max_loss is None:
-        picks = choose(losses, limits)
-    else:
-        times = [candidates.costs("latency", layer) for layer in layers]
-        picks = choose(times, [*limits, Limit("loss", losses, search.max_loss)])
+        return choose(losses, limits)
+    times = [candidates.costs("latency", layer) for layer in candidates.faster]
+    return choose(times, [*limits, Limit("loss", losses, search.max_loss)])
+
+
+def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: Search) -> PlanReport:
+    """Return the report of a choice, with its plan, its rows and its predicted size."""
+    layers = candidates.faster
     rows, plans = [], []
-    for layer, pick in zip(layers, picks, strict=True):
-        if pick:
-            option = layers[layer][pick - 1]
-            rows.append(_row(layer, option, candidates.table, candidates.losses.values[layer.name][pick - 1]))
+    for layer, picked in zip(layers, picks, strict=True):
+        if picked:
+            option = layers[layer][picked - 1]
+            rows.append(_row(layer, option, candidates.table, candidates.losses.values[layer.name][picked - 1]))
             plans.append(option.plan(layer.name))
         else:
             dense_ms = layer.nodes * candidates.table.milliseconds(layer)

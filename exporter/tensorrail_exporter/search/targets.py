@@ -45,6 +45,8 @@ class Search:
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 150.0
     """Time limit in seconds for timing layers that are not in the latency table yet; default 150."""
+    improve_seconds: float = 60.0
+    """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 60."""
     check_seconds: float = 10.0
     """Seconds for timing the chosen network; default 10."""
     cache: Path | None = None

@@ -9,8 +9,10 @@ from onnx import TensorProto, helper
 
 from tensorrail_exporter import GraphError
 from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.rewrite.survey import survey
-from tensorrail_exporter.search.losses import losses_of, lost_shares
+from tensorrail_exporter.search.approximations import lost_shares
+from tensorrail_exporter.search.losses import losses_of
 from tensorrail_exporter.search.options import options_of
 from tensorrail_exporter.search.planner import plan_network
 
@@ -37,6 +39,11 @@ def network(rng):
 
 def wanted(model):
     return {layer: options_of(layer, ["auto"], 8) for layer in survey(model) if layer.spec.op == "conv"}
+
+
+def whole(calibration):
+    """All inputs for each purpose."""
+    return Split(calibration, calibration, None)
 
 
 def test_shares_are_exact_for_two_factors_and_a_bound_for_a_train(network):
@@ -76,7 +83,8 @@ def test_input_channels_that_hardly_occur_cost_little(network):
     options = wanted(network)
     first = next(iter(options))
     plain, narrow = (
-        losses_of(network, options, Calibration(tuple({"x": one[k : k + 16]} for k in range(0, 64, 16)))) for one in (x, few)
+        losses_of(network, options, whole(Calibration(tuple({"x": one[k : k + 16]} for k in range(0, 64, 16)))))
+        for one in (x, few)
     )
     assert plain.source == narrow.source == "calibration"
     place = next(k for k, o in enumerate(options[first]) if o.format == "svd" and o.modes[1] == 32 and o.ranks == (8,))
@@ -87,7 +95,7 @@ def test_labels_measure_the_cross_entropy(network):
     rng = np.random.default_rng(4)
     feeds = tuple({"x": rng.standard_normal((16, 32, 8, 8)).astype(np.float32)} for _ in range(4))
     labels = rng.integers(0, 10, 64)
-    found = losses_of(network, wanted(network), Calibration(feeds, labels))
+    found = losses_of(network, wanted(network), whole(Calibration(feeds, labels)))
     assert found.source == "labels"
     assert all(value >= 0 for values in found.values.values() for value in values)
 
@@ -112,7 +120,7 @@ def test_outputs_of_any_shape_are_compared(kind, rng):
     feeds = tuple({"x": rng.standard_normal((count, 16)).astype(np.float32)} for count in (25, 5))
     (layer,) = survey(model)
     options = options_of(layer, ("svd",), 4)
-    (found,) = losses_of(model, {layer: options}, Calibration(feeds)).values.values()
+    (found,) = losses_of(model, {layer: options}, whole(Calibration(feeds))).values.values()
     assert len(found) == len(options)
     assert all(np.isfinite(found))
     assert max(found) > 0
@@ -130,5 +138,26 @@ def test_outputs_that_are_not_finite_are_told_before_anything_is_timed(network, 
 def test_the_loss_of_a_single_sample_is_no_accident(network, rng):
     """About the mean of one sample nothing is left; about the mean of its values there is."""
     single = Calibration(({"x": rng.standard_normal((1, 32, 8, 8)).astype(np.float32)},))
-    losses = losses_of(network, wanted(network), single)
+    losses = losses_of(network, wanted(network), whole(single))
     assert all(0 <= value < 100 for values in losses.values.values() for value in values)
+
+
+def test_the_cheapest_form_is_measured_and_not_extended_from_a_mild_one(rng):
+    """The last layer selects one of ten classes by a narrow margin: a mild cut costs nothing, a deep one everything."""
+    weight = (np.eye(64) + 0.05 * rng.standard_normal((64, 64))).astype(np.float32)
+    head = np.linalg.qr(rng.standard_normal((64, 10)))[0].astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "w"), helper.make_node("MatMul", ["h", "head"], ["y"], "head")]
+    model = make_model(nodes, {"w": weight, "head": head}, {"x": ["batch", 64]}, {"y": ["batch", 10]})
+    classes = rng.integers(0, 10, 256)
+    scale = np.concatenate([np.ones(10), 0.05 * np.ones(54)])
+    basis = np.concatenate([head, np.linalg.svd(head.T)[2][10:].T], axis=1)  # the classes' directions first
+    x = ((6 * np.eye(10)[classes] @ head.T) + (rng.standard_normal((256, 64)) * scale) @ basis.T).astype(np.float32)
+    layer = next(layer for layer in survey(model) if layer.name == "w")
+    options = options_of(layer, ["svd"], 4)
+    calibration = Calibration(tuple({"x": x[k : k + 32]} for k in range(0, 256, 32)))
+    losses = losses_of(model, {layer: options}, whole(calibration)).values["w"]
+    shares = lost_shares(weight.T, options)
+    assert losses[0] == max(losses)
+    mild = min(range(len(options)), key=lambda k: abs(shares[k] - 0.05))
+    extended = losses[mild] * shares[0] / shares[mild]
+    assert losses[0] > 3 * extended

@@ -122,6 +122,14 @@ def search_options(
     seconds: Annotated[
         float, typer.Option("--seconds", min=1, help="Seconds of timing layers that are not in the latency table yet.")
     ] = 150.0,
+    search_seconds: Annotated[
+        float,
+        typer.Option(
+            "--search-seconds",
+            min=0,
+            help="Seconds of trading ranks between layers, by the whole network's loss; 0: none.",
+        ),
+    ] = 60.0,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", help="Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."),
@@ -137,6 +145,7 @@ def search_options(
         max_loss=max_loss,
         allow_slower=allow_slower,
         seconds=seconds,
+        improve_seconds=search_seconds,
         check_seconds=min(10.0, seconds),
         cache=cache,
     )

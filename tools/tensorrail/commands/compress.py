@@ -22,7 +22,7 @@ from tensorrail.commands.arguments import (
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
-_OF_THE_SEARCH = ("format", "grid", "keep", "allow_slower", "seconds", "cache")
+_OF_THE_SEARCH = ("format", "grid", "keep", "allow_slower", "seconds", "search_seconds", "cache")
 """Options that say how a plan is searched for: without effect where one is given."""
 
 
@@ -50,22 +50,34 @@ def command(
         typer.Option("--also", metavar="fp16|int8", help="Write OUT in that precision as well, and show it beside fp32."),
     ] = None,
     data: Data = None,
+    min_agreement: Annotated[
+        float,
+        typer.Option(
+            help="Smallest share of the inputs set aside on which the best class must be the dense model's; 0: no limit."
+        ),
+    ] = 0.9,
+    max_difference: Annotated[
+        float | None,
+        typer.Option(help="Largest relative L2 difference of the outputs on the inputs set aside; default: no limit."),
+    ] = None,
     session: Any = Group(session_options),
     timing: Any = Group(timing_options),
     search: Any = Group(search_options),
     json: Json = None,
 ) -> None:
-    """Plan, decompose, rewrite, check and time. Exit code 1 when the target or a speed-up above 1 was not measured."""
+    """Plan, decompose, rewrite, check and time. Exit code 1: the target, a speed-up or the agreement was not reached."""
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.compress import compress
+    from tensorrail_exporter.compressed import Guard
 
     targets = read_targets(target)
     _check_given(context, plan, calibration, has_target=bool(targets) or search.max_loss is not None)
     with progress_bar() as progress:
+        guard = Guard(min_agreement=min_agreement, max_difference=max_difference)
         fitting = Fit(None if fit < 0 else fit, samples)
-        options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, progress)
+        options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, guard, progress)
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
-    finish(report, json, report.meets and report.faster)
+    finish(report, json, report.meets and report.faster and report.accepted)
 
 
 def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None, *, has_target: bool) -> None:
@@ -81,6 +93,7 @@ def _check_given(context: typer.Context, plan: Path | None, calibration: Path | 
             raise UsageError(
                 f"--{name.replace('_', '-')} is for the search of a plan and has no effect with --plan: leave it out"
             )
-    for name in ("fit", "samples") if calibration is None else ():
+    for name in ("fit", "samples", "min_agreement", "max_difference") if calibration is None else ():
         if name in given and context.params[name]:
-            raise UsageError(f"--{name} is about calibration inputs and has no effect without them: give --calibration")
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is about calibration inputs and has no effect without them: give --calibration")

@@ -45,7 +45,7 @@ def command(
         require_writable(out, model, calibration)
     network, timing = load_network(model, timing)
     with progress_bar() as progress:
-        options = Options(session, timing, search, Fit(samples=samples), progress)
+        options = Options(session, timing, search, Fit(samples=samples), progress=progress)
         report = plan(network, targets, calibration=calibration, options=options)
     if out is not None:
         report.plan.save(out)

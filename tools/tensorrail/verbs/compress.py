@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import onnx
 
     from tensorrail_exporter.calibrate.inputs import Calibration
+    from tensorrail_exporter.compressed import CompressReport
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.search.report import PlanReport
-    from tensorrail_exporter.workflow import CompressReport, Refine
+    from tensorrail_exporter.workflow import Refine
 
 _SAMPLES = 512
 _PROCESSES = 5
@@ -42,14 +43,15 @@ def compress(
         out: the file to write.
         target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; or a plan, or the
             file of one; may be left out where `options.search.max_loss` is given.
-        calibration: inputs without labels that losses are measured on and cores fitted to: an npz file, a folder, or arrays.
+        calibration: inputs without labels: an npz file, a folder, or arrays. Cores are fitted to most of them; a quarter is set
+            aside, and the agreement with the dense model is measured on these.
         data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`.
         options: `session`, `timing` (batch size, shapes, seconds of the final comparison), `search` (its `also`: other
-            precisions to write), `fit` and `progress`.
+            precisions to write), `fit`, `guard` (how closely the outputs must agree) and `progress`.
 
     Returns:
-        Sizes, speed and errors; `print(report)` shows the tables. `report.meets` and `report.faster` say whether the target and
-        a speed-up were measured.
+        Sizes, speed and errors; `print(report)` shows the tables. `report.meets`, `report.faster` and `report.accepted` say
+        whether the target, a speed-up and enough agreement were measured.
 
     Raises:
         TargetError: the target cannot be met, or every layer stays dense; nothing is written.
@@ -57,6 +59,7 @@ def compress(
         GraphError: the model cannot be rewritten; nothing is written.
 
     """
+    from tensorrail_exporter.compressed import Guard
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.search.planner import plan_network
     from tensorrail_exporter.search.targets import Search
@@ -87,7 +90,8 @@ def compress(
             chosen = plan_network(graph, given or {}, search, calibration=inputs, conditions=conditions)
             if not chosen.plan.layers:
                 raise TargetError("every layer stays dense: no form is faster here, and no model was written")
-        report = carry_out(graph, chosen, out, Compression(inputs, refine, test, conditions))
+        compression = Compression(inputs, refine, test, options.guard or Guard(), conditions)
+        report = carry_out(graph, chosen, out, compression)
     return _reduced(report, out, search.also, inputs, test, options)
 
 

@@ -1,0 +1,112 @@
+"""Divides calibration inputs into a part to fit to, a part to choose by, and a part that is set aside.
+
+What was fitted to some inputs, or chosen by them, is better on these than on any others. Whatever a report says about accuracy
+is therefore measured on the part that is set aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+
+from tensorrail_exporter.calibrate.inputs import Calibration
+
+_ASIDE = 4  # one sample in four is set aside
+_CHOOSING = 3  # one in three of the others is for choosing
+_LEAST = 32  # samples to set aside, where there are twice as many
+_FEWEST = 4  # pieces that can be divided
+_BATCH = 25
+
+
+@dataclass(frozen=True)
+class Split:
+    """Calibration inputs in three parts."""
+
+    fitted: Calibration
+    """Inputs that cores are fitted to."""
+    chosen: Calibration
+    """Inputs that ranks are chosen by; the same as `fitted` where there are too few to divide."""
+    judged: Calibration | None
+    """Inputs that nothing is fitted to or chosen by; None where there are too few to set any aside."""
+
+    @property
+    def seen(self) -> Calibration:
+        """All inputs that are not set aside: those to fit to once ranks are chosen."""
+        return self.fitted if self.chosen is self.fitted else joined(self.fitted, self.chosen)
+
+
+def split(calibration: Calibration, model: onnx.ModelProto | None = None, seed: int = 0) -> Split:
+    """Divide calibration inputs at random.
+
+    Args:
+        calibration: the inputs; for a model with a fixed batch size, whole batches are divided.
+        model: the model that they are for, which shows whether its batch size is fixed; default: as `calibration.batch` says.
+        seed: seed of the division; default 0.
+
+    Returns:
+        A quarter of the samples to judge by, at least 32 where there are 64; of the others, a third to choose by and the rest
+        to fit to. Fewer than four samples (or batches of a fixed size) are not divided: nothing is set aside.
+
+    """
+    if calibration.batch is None and model is not None:
+        calibration = replace(calibration, batch=_fixed_batch(model))
+    pieces = _pieces(calibration)
+    count = len(pieces)
+    if count < _FEWEST:
+        return Split(calibration, calibration, None)
+    order = np.random.default_rng(seed).permutation(count)
+    samples = calibration.count / count  # in a piece
+    aside = max(count // _ASIDE, round(_LEAST / samples) if calibration.count >= 2 * _LEAST else 0)
+    rest = order[aside:]
+    choosing = len(rest) // _CHOOSING
+    judged = _of(calibration, pieces, order[:aside])
+    if not choosing:
+        seen = _of(calibration, pieces, rest)
+        return Split(seen, seen, judged)
+    return Split(_of(calibration, pieces, rest[choosing:]), _of(calibration, pieces, rest[:choosing]), judged)
+
+
+def joined(first: Calibration, second: Calibration) -> Calibration:
+    """Return the inputs of two parts of the same calibration as one."""
+    labels = None
+    if first.labels is not None and second.labels is not None:
+        labels = np.concatenate([first.labels, second.labels])
+    return Calibration((*first.feeds, *second.feeds), labels, first.batch)
+
+
+def _fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Return the size of the first axis of the model's inputs, if it is fixed."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        axes = value.type.tensor_type.shape.dim
+        if value.name not in stored and axes and axes[0].HasField("dim_value"):
+            return int(axes[0].dim_value)
+    return None
+
+
+def _pieces(calibration: Calibration) -> list[tuple[int, int]]:
+    """Return the batch and the row of every sample; for a fixed batch size, the batches, with row −1."""
+    if calibration.batch is not None:
+        return [(batch, -1) for batch in range(len(calibration.feeds))]
+    return [(batch, row) for batch, feed in enumerate(calibration.feeds) for row in range(len(next(iter(feed.values()))))]
+
+
+def _of(calibration: Calibration, pieces: Sequence[tuple[int, int]], picks: np.ndarray) -> Calibration:
+    """Return some of the pieces, in the order of the inputs."""
+    kept = [pieces[k] for k in sorted(picks.tolist())]
+    if calibration.batch is not None:
+        starts = np.cumsum([0, *(len(next(iter(feed.values()))) for feed in calibration.feeds)])
+        rows = np.concatenate([np.arange(starts[batch], starts[batch + 1]) for batch, _ in kept])
+        labels = None if calibration.labels is None else calibration.labels[rows]
+        return Calibration(tuple(calibration.feeds[batch] for batch, _ in kept), labels, calibration.batch)
+    starts = np.cumsum([0, *(len(next(iter(feed.values()))) for feed in calibration.feeds)])
+    labels = None if calibration.labels is None else calibration.labels[[starts[batch] + row for batch, row in kept]]
+    feeds: list[Mapping[str, np.ndarray]] = []
+    for begin in range(0, len(kept), _BATCH):
+        group = kept[begin : begin + _BATCH]
+        names = calibration.feeds[0]
+        feeds.append({name: np.stack([calibration.feeds[batch][name][row] for batch, row in group]) for name in names})
+    return Calibration(tuple(feeds), labels)

@@ -1,0 +1,136 @@
+"""The report of `compress`: the model that was written, compared with the dense model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tensorrail_exporter.calibrate.layerwise import LayerFit
+from tensorrail_exporter.precision.reduce import PrecisionReport
+from tensorrail_exporter.rewrite.rewriter import LayerRewrite
+from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
+from tensorrail_runtime.errors import UsageError
+from tensorrail_runtime.measure.accuracy import Comparison
+from tensorrail_runtime.measure.agreement import Agreement
+from tensorrail_runtime.measure.latency import LatencyReport
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.tables import Part, PrintedRecord, Table
+
+_COSTLY = 3  # layers that are named where a model is not accepted
+
+
+class Guard(Record):
+    """How closely the outputs must agree with the dense model's, on inputs that nothing was fitted to."""
+
+    min_agreement: float = 0.9
+    """Smallest share of inputs with the same best class, where outputs are scores of classes; default 0.9."""
+    max_difference: float | None = None
+    """Largest difference ‖b − a‖ / ‖a‖ of the outputs; default: no limit."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for a limit that is out of range."""
+        if not 0 <= self.min_agreement <= 1:
+            raise UsageError(f"min_agreement: expected a share from 0 to 1, got {self.min_agreement:g}")
+        if self.max_difference is not None and not self.max_difference > 0:
+            raise UsageError(f"max_difference: expected a positive number, got {self.max_difference:g}")
+
+    def refusal(self, measured: Agreement) -> str:
+        """Return why a measured agreement is not enough; empty if it is."""
+        if measured.agreement is not None and measured.agreement < self.min_agreement:
+            return (
+                f"NOT accurate enough: the best class is the dense model's on {100 * measured.agreement:.1f} % of the inputs "
+                f"set aside, expected at least {100 * self.min_agreement:g} %"
+            )
+        if self.max_difference is not None and measured.difference > self.max_difference:
+            return (
+                f"NOT accurate enough: outputs differ by {measured.difference:.2e} on the inputs set aside, expected at most "
+                f"{self.max_difference:.2e}"
+            )
+        return ""
+
+
+class Ratios(Record):
+    """Dense divided by factored. `latency` is measured, with its 95 % interval; the others are counted."""
+
+    params: float
+    macs: float
+    flops: float
+    bytes: float
+    latency: float
+    latency_low: float
+    latency_high: float
+
+
+class CompressReport(PrintedRecord):
+    """The model that `compress` wrote, compared with the dense model."""
+
+    version: Literal[1] = 1
+    dense: Size
+    factored: Size
+    ratios: Ratios
+    targets: dict[str, float]
+    meets: bool
+    predicted_latency: float | None  # the speed-up that the latency table predicted
+    approximation: float  # relative L2 error of the outputs against the dense model, on inputs set aside, else on random ones
+    top1_agreement: float | None  # on inputs set aside
+    aside: Agreement | None = None  # the same with intervals; None: no inputs were set aside, so the accuracy is not known
+    guard: Guard = Guard()
+    numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
+    accuracy: Comparison | None
+    layers: tuple[LayerRewrite, ...]
+    planned: tuple[PlannedLayer, ...]
+    fits: tuple[LayerFit, ...]
+    latency: LatencyReport
+    reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, compared with fp32
+    planning: PlanReport | None = None  # how the plan was chosen, if a target was given
+    model: str = ""  # the file that was written
+
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval of the measured speed-up lies above 1."""
+        return self.ratios.latency_low > 1.0
+
+    def shown(self) -> tuple[Part, ...]:
+        """Return the plan, the table of both models, the errors, and the models in reduced precision."""
+        dense, factored, ratios = self.dense, self.factored, self.ratios
+        rows = [
+            ("parameters", f"{dense.params:,}", f"{factored.params:,}", f"÷ {ratios.params:.2f}"),
+            ("FLOPs (2 × MACs)", f"{dense.flops:,}", f"{factored.flops:,}", f"÷ {ratios.flops:.2f}"),
+            ("file (bytes)", f"{dense.bytes:,}", f"{factored.bytes:,}", f"÷ {ratios.bytes:.2f}"),
+            (
+                f"latency p50 (ms), batch {self.latency.batch}",
+                f"{dense.milliseconds:.3f}",
+                f"{factored.milliseconds:.3f}",
+                f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
+            ),
+        ]
+        if (paired := self.accuracy) is not None:
+            before, after = (f"{100 * side.mean:.2f} %" for side in (paired.reference, paired.candidate))
+            rows.append((f"{paired.reference.metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"))
+        parts: list[Part] = list(self.planning.shown()) if self.planning else []
+        parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
+        parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
+        parts.append(self._accuracy_line())
+        if not self.faster:
+            parts.append("NOT measured to be faster than the dense model")
+        if not self.meets:
+            targets = ", ".join(f"{name}={value:g}" for name, value in self.targets.items())
+            parts.append(f"target {targets} was NOT reached")
+        if self.aside is not None and (refused := self.guard.refusal(self.aside)):
+            parts.append(f"{refused}{self._advice()}")
+        return (*parts, *(part for report in self.reduced for part in report.shown()))
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the outputs agree with the dense model's as closely as asked for, as far as is known."""
+        return self.aside is None or not self.guard.refusal(self.aside)
+
+    def _accuracy_line(self) -> str:
+        if self.aside is not None:
+            return self.aside.described()
+        why = "there were too few calibration inputs to set some aside" if self.fits else "no calibration inputs were given"
+        return f"nothing is known about the accuracy of this model: {why}"
+
+    def _advice(self) -> str:
+        costly = sorted((row for row in self.planned if row.format), key=lambda row: -row.loss)[:_COSTLY]
+        names = f" the layers that cost most are {', '.join(row.layer for row in costly)};" if costly else ""
+        return f":{names} keep them dense, ask for a smaller target, give more calibration inputs, or train"

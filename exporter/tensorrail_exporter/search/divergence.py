@@ -1,0 +1,109 @@
+"""How far the outputs of a changed network are from those of the dense one: one number that stands for lost accuracy.
+
+Where the first output holds the scores of classes it is the Kullback–Leibler divergence of the classes' probabilities, in nats;
+with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import log_softmax
+
+from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.measure.accuracy import wrong_labels
+from tensorrail_runtime.measure.agreement import scores_of
+
+Outputs = list[list[np.ndarray]]  # by output, by batch
+
+_TINY = 1e-12
+_SURE = 1e-6  # probabilities are taken as no nearer to 0 and 1
+_TIE = 1e-3  # weight of the squared error beside the cross-entropy, which cannot tell exact networks apart
+
+
+class Divergence:
+    """Compares outputs with those of the dense network on the same inputs.
+
+    Args:
+        names: names of the outputs.
+        dense: the values of every output of the dense network, one array per batch.
+        labels: class indices (N,) of all samples, or None.
+
+    Raises:
+        GraphError: no output is numeric, or the labels do not fit the first output.
+
+    """
+
+    def __init__(self, names: Sequence[str], dense: Outputs, labels: np.ndarray | None = None) -> None:
+        self.dense = dense
+        self.compared = [k for k, parts in enumerate(dense) if all(part.dtype.kind in "fiub" for part in parts)]
+        if not self.compared:
+            raise GraphError(f"the model's outputs, {', '.join(names)}, are not numeric: losses cannot be measured")
+        require_classes(labels, dense[0][0])
+        self.labels = labels if dense[0][0].ndim == 2 else None
+        self.scores = scores_of(dense[0]) if self.labels is None else None
+
+    @property
+    def unit(self) -> str:
+        """What the divergence is, in words."""
+        if self.labels is not None:
+            return "increase of the cross-entropy (nats)"
+        return "KL divergence (nats)" if self.scores else "lost share of the outputs' variance"
+
+    def of(self, changed: Outputs) -> float:
+        """Return the divergence of changed outputs; 0 if they are equal."""
+        if self.labels is not None:
+            rows = np.arange(len(self.labels))
+            before, after = (log_softmax(np.concatenate(out[0]), 1)[rows, self.labels] for out in (self.dense, changed))
+            return max(float(before.mean() - after.mean()), 0.0) + _TIE * self._relative(changed)
+        if self.scores is None or any(a.shape != b.shape for a, b in zip(self.dense[0], changed[0], strict=True)):
+            return self._relative(changed)
+        if self.scores == "sigmoids":  # each class is a choice of two
+            return _binary(self.dense[0], changed[0])
+        before, after = (_log_probabilities(out[0], self.scores) for out in (self.dense, changed))
+        if not np.isfinite(after).all():
+            return self._relative(changed)
+        return max(float((np.exp(before) * (before - after)).sum(-1).mean()), 0.0)
+
+    def _relative(self, changed: Outputs) -> float:
+        """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖², with 1 for an output whose shape has changed."""
+        shares = []
+        for k in self.compared:
+            if any(a.shape != b.shape for a, b in zip(self.dense[k], changed[k], strict=True)):
+                shares.append(1.0)
+                continue
+            before, after = ([np.asarray(part, np.float64) for part in parts] for parts in (self.dense[k], changed[k]))
+            lost = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
+            shares.append(lost / max(_variation(before), _TINY))
+        return float(np.mean(shares))
+
+
+def require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
+    """Raise `GraphError` if there are labels that are not classes of the scores (N, classes)."""
+    if labels is None or scores.ndim != 2:
+        return
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise GraphError(f"expected integer labels, one per sample, got {labels.dtype} of shape {list(labels.shape)}")
+    if wrong := wrong_labels(labels, scores.shape[1]):
+        raise GraphError(wrong)
+
+
+def _binary(dense: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> float:
+    """Return the mean over samples of the sum over classes of the divergence between two probabilities of yes and no."""
+    p, q = (np.clip(np.concatenate(parts).astype(np.float64), _SURE, 1 - _SURE) for parts in (dense, changed))
+    return max(float((p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum(-1).mean()), 0.0)
+
+
+def _log_probabilities(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
+    values = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float64)
+    if kind == "probabilities":
+        return np.asarray(np.log(np.maximum(values, _TINY)))
+    return values if kind == "log-probabilities" else np.asarray(log_softmax(values, -1))
+
+
+def _variation(parts: Sequence[np.ndarray]) -> float:
+    """Return ‖a − mean‖²; the mean is over samples, or over all values if there is one sample or the shapes differ."""
+    together = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
+    values = np.concatenate(parts) if together else np.concatenate([part.ravel() for part in parts])
+    return float(np.square(values - values.mean(0)).sum()) if len(values) else 0.0

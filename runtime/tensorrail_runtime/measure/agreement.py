@@ -1,0 +1,187 @@
+"""How far a model agrees with a reference on inputs that nothing was fitted to, with what a few inputs leave uncertain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.records import Record
+from tensorrail_runtime.sessions.inputs import samples_of
+from tensorrail_runtime.sessions.session import Session, open_session, run
+
+Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
+
+_Z = 1.959964  # quantile of the normal distribution for an interval of 95 %
+_DRAWS = 2000  # resamplings behind the interval of the difference
+_TOLERANCE = 1e-3  # of a sum of probabilities, or of a norm of 1
+
+
+class Agreement(Record):
+    """How far a model agrees with the dense one on inputs that were set aside.
+
+    `agreement` is the share of samples whose best class, by the first output, is the same, with Wilson's 95 % interval (Wilson
+    1927); None if the first output does not hold scores of classes. `difference` is ‖b − a‖ / ‖a‖ of all numeric outputs
+    together, each in units of its own norm, with a 95 % interval from resampling the inputs.
+    """
+
+    samples: int
+    agreement: float | None
+    agreement_low: float | None
+    agreement_high: float | None
+    difference: float
+    difference_low: float
+    difference_high: float
+
+    def described(self) -> str:
+        """Return one line for people."""
+        count = f"{self.samples} inputs set aside" if self.samples != 1 else "1 input set aside"
+        words = []
+        if self.agreement is not None:
+            interval = f"[{100 * (self.agreement_low or 0.0):.1f}, {100 * (self.agreement_high or 0.0):.1f}]"
+            words.append(f"the best class is the dense model's on {100 * self.agreement:.1f} % {interval}")
+        words.append(
+            f"outputs differ by {self.difference:.2e} [{self.difference_low:.2e}, {self.difference_high:.2e}] (relative L2)"
+        )
+        return f"on {count}: {'; '.join(words)}"
+
+
+def scores_of(parts: Sequence[np.ndarray]) -> Scores | None:
+    """Return what kind of scores of classes an output holds along its last axis; None if it holds something else.
+
+    Args:
+        parts: the values of the output, one array per batch.
+
+    """
+    if any(part.dtype.kind != "f" or part.ndim < 2 or part.shape[-1] < 2 or not part.size for part in parts):
+        return None
+    values = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float64)
+    if values.min() >= 0 and np.abs(values.sum(-1) - 1).max() < _TOLERANCE:
+        return "probabilities"
+    if values.max() <= _TOLERANCE and np.abs(np.exp(values).sum(-1) - 1).max() < _TOLERANCE:
+        return "log-probabilities"
+    if parts[0].ndim != 2 or np.abs(np.linalg.norm(values, axis=-1) - 1).max() < _TOLERANCE:
+        return None  # an embedding, or values that belong together
+    if values.min() > 0 and values.max() < 1:
+        return "sigmoids"
+    return "logits" if values.min() < 0 else None
+
+
+def agreement(
+    reference: Path | str, candidate: Path | str, feeds: Sequence[Mapping[str, np.ndarray]], settings: Session | None = None
+) -> Agreement:
+    """Run two models on the same inputs and compare their outputs.
+
+    Args:
+        reference: the file of the dense model.
+        candidate: the file of the other model, with the same inputs and outputs.
+        feeds: batches of inputs by name, which nothing was fitted to.
+        settings: how the models run; default `Session()`.
+
+    Returns:
+        The share of samples with the same best class and the difference of the outputs, with 95 % intervals.
+
+    Raises:
+        ModelError: a model does not run on these inputs, there are none, or the outputs differ in name.
+
+    """
+    if not feeds:
+        raise ModelError("expected one or more batches of inputs to compare models on, got none")
+    runs = []
+    for path in (reference, candidate):
+        session = open_session(path, settings=settings)
+        runs.append([run(session, feed) for feed in feeds])
+    if list(runs[0][0]) != list(runs[1][0]):
+        raise ModelError(f"{candidate}: expected the outputs {', '.join(runs[0][0])}, got {', '.join(runs[1][0])}")
+    dense, other = ([list(batch.values()) for batch in batches] for batches in runs)
+    return compared(dense, other, [samples_of(feed) for feed in feeds])
+
+
+def compared(
+    reference: Sequence[Sequence[np.ndarray]], candidate: Sequence[Sequence[np.ndarray]], samples: Sequence[int]
+) -> Agreement:
+    """Compare the outputs of two models.
+
+    Args:
+        reference: the outputs of the dense model, batch by batch.
+        candidate: those of the other model.
+        samples: the number of samples in each batch.
+
+    """
+    same = _same_classes(reference, candidate, samples)
+    value, low, high = (None, None, None) if same is None else (float(same.mean()), *_wilson(same.sum(), len(same)))
+    difference = _differences(reference, candidate, samples)
+    return Agreement(
+        samples=sum(samples),
+        agreement=value,
+        agreement_low=low,
+        agreement_high=high,
+        difference=difference[0],
+        difference_low=difference[1],
+        difference_high=difference[2],
+    )
+
+
+def _same_classes(
+    reference: Sequence[Sequence[np.ndarray]], candidate: Sequence[Sequence[np.ndarray]], samples: Sequence[int]
+) -> np.ndarray | None:
+    """Return, for each sample, the share of its rows of scores with the same best class; None without scores."""
+    if scores_of([batch[0] for batch in reference]) is None:
+        return None
+    shares = []
+    for before, after, count in zip(reference, candidate, samples, strict=True):
+        if before[0].shape != after[0].shape or before[0].shape[0] != count:
+            return None
+        shares.append((before[0].argmax(-1) == after[0].argmax(-1)).reshape(count, -1).mean(1))
+    return np.concatenate(shares)
+
+
+def _wilson(agreeing: float, count: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share."""
+    share = agreeing / count
+    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _differences(
+    reference: Sequence[Sequence[np.ndarray]], candidate: Sequence[Sequence[np.ndarray]], samples: Sequence[int]
+) -> tuple[float, float, float]:
+    """Return the relative difference of all outputs together, and its interval."""
+    errors, sizes = [], []
+    for before, after, count in zip(reference, candidate, samples, strict=True):
+        pairs = [
+            (np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(before, after, strict=True) if _numeric(a)
+        ]
+        # An output with another shape counts as wholly different; one without a row per sample is shared out over them.
+        error = [np.square(a - b) if a.shape == b.shape else np.square(a) for a, b in pairs]
+        errors.append(_per_sample(error, count))
+        sizes.append(_per_sample([np.square(a) for a, _ in pairs], count))
+    error_sums, size_sums = np.concatenate(errors, 1), np.concatenate(sizes, 1)  # (outputs, samples)
+    scale = np.maximum(size_sums.sum(1, keepdims=True), 1e-30)
+    shares = (error_sums / scale).mean(0)  # what each sample adds to the mean over outputs of the squared difference
+    value = math.sqrt(shares.sum())
+    count = len(shares)
+    if count < 2:
+        return value, 0.0, math.inf
+    draws = np.random.default_rng(0).integers(0, count, (_DRAWS, count))
+    resampled = np.sqrt(shares[draws].sum(1))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return value, float(min(low, value)), float(max(high, value))
+
+
+def _per_sample(squares: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Return the sum of each output's squares for each sample, (outputs, samples)."""
+    rows = []
+    for square in squares:
+        by_row = square.ndim and square.shape[0] == count
+        rows.append(square.reshape(count, -1).sum(1) if by_row else np.full(count, square.sum() / count))
+    return np.array(rows).reshape(len(squares), count)
+
+
+def _numeric(array: object) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
