@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import multiprocessing.forkserver
 import os
 import shutil
@@ -79,6 +80,12 @@ def cli(monkeypatch, capsys):
         return ended.value.code or 0, out, err
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch):
+    """Keep the times of layers although other tests run beside these."""
+    monkeypatch.setattr("tensorrail_exporter.search.latency_table.BUSY", math.inf, raising=False)
 
 
 @pytest.fixture

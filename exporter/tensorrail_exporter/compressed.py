@@ -110,6 +110,7 @@ class CompressReport(PrintedRecord):
         parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
         parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
+        parts += [f"warning: {warning}" for warning in self.latency.warnings]
         if not self.faster:
             parts.append("NOT measured to be faster than the dense model")
         if not self.meets:

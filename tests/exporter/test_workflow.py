@@ -179,6 +179,27 @@ def test_inputs_set_aside_change_nothing_in_the_model(network, tmp_path):
     assert first.difference == pytest.approx(np.linalg.norm(after - before) / np.linalg.norm(before), rel=1e-4)
 
 
+def test_a_latency_target_is_not_met_on_unstable_times(network, tmp_path, monkeypatch):
+    """Three times faster in the median, but the times vary: only the lower end of the interval counts."""
+    real = compressing.bench
+    size = Size(params=2, macs=2, flops=4, bytes=8, milliseconds=1.0)
+    planning = PlanReport(
+        targets={"latency": 2.0}, provider="cpu", batch=1, grid=8, loss_from="weights", dense=size, planned=size, rows=(),
+        measured=None, machine=machine(), plan=PLAN,
+    )  # fmt: skip
+    for warnings, meets in (((), True), (("factored: unstable times",), False)):
+
+        def bench(*arguments, warnings=warnings, **options):
+            report = real(*arguments, **options)
+            ratio = report.ratios[0].model_copy(update={"value": 3.0, "low": 1.5, "high": 6.0})
+            return report.model_copy(update={"ratios": (ratio,), "warnings": warnings})
+
+        monkeypatch.setattr(compressing, "bench", bench)
+        report = run(network, tmp_path / "out.onnx", planning)
+        assert report.meets == meets
+        assert ("warning: factored: unstable times" in str(report)) == (not meets)
+
+
 def test_too_little_agreement_is_said_and_not_accepted(network, tmp_path):
     calibration = Calibration(({"x": images(1)},))
     strict = run(network, tmp_path / "a.onnx", calibration=calibration, guard=Guard(max_difference=1e-4))

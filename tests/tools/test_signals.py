@@ -10,6 +10,15 @@ import sys
 import pytest
 
 
+@pytest.fixture
+def heeded():
+    """Have Ctrl-C heeded: a shell starts what runs in the background with that signal ignored, which processes inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_stopped_command_leaves_nothing_behind(number, code, small_path, tmp_path):

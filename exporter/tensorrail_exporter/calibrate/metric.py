@@ -126,6 +126,7 @@ def _alternate(
                 fitted[outer] = triangle
         correlation = rows @ gram
         for k in reversed([k for k in range(len(fitted)) if k != outer]):
+            fitted = _balanced(fitted)
             fitted[k] = _solve(within, fitted, k, correlation, gram)
         if basis is not None and outer is not None:
             fitted[outer] = (basis @ fitted[outer].reshape(basis.shape[1], -1)).reshape(cores[outer].shape)
@@ -136,6 +137,15 @@ def _alternate(
             break
         before = error
     return best
+
+
+def _balanced(cores: list[np.ndarray]) -> list[np.ndarray]:
+    """Return cores of equal norms with the same product: one that grows while others shrink would overflow in the end."""
+    norms = [float(np.linalg.norm(core)) for core in cores]
+    if not all(0 < norm < math.inf for norm in norms):
+        return cores
+    mean = math.exp(sum(map(math.log, norms)) / len(norms))
+    return [core * np.float32(mean / norm) for core, norm in zip(cores, norms, strict=True)]
 
 
 def _outer(equation: Equation) -> int | None:

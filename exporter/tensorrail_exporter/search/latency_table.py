@@ -34,6 +34,7 @@ DENSE = "dense"  # the form of a layer that is not factorized
 
 _VERSION = 2
 _TOGETHER = 6  # forms in one process, timed in turn with the dense layer
+BUSY = 0.1  # share of the time that a process waits for a processor, above which other programs disturb it
 _ON_GPU = 12  # the same on a GPU, where a process takes seconds to start; every form needs workspaces in its memory
 
 
@@ -96,6 +97,7 @@ class LatencyTable:
         path: the file of the table; None for a table that is not stored.
         times: the times by their keys.
         unstored: why the times are not stored, for the user; empty where they are.
+        busy: what was noticed of other load while times were measured, for the user; empty for none. Such times are not stored.
 
     """
 
@@ -103,6 +105,7 @@ class LatencyTable:
     path: Path | None = None
     times: dict[str, Timed] = field(default_factory=dict)
     unstored: str = ""
+    busy: str = ""
 
     @classmethod
     def open(cls, settings: Session, folder: Path | str | None = None) -> LatencyTable:
@@ -200,12 +203,23 @@ class LatencyTable:
             self.save()  # reports a folder that cannot be written before anything is measured
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
+        waits: list[float] = []
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
-            for timed in _layer_times(layer, options, settings, seconds / total):
+            layer_times, waited = _layer_times(layer, options, settings, seconds / total)
+            for timed in layer_times:
                 self.times[timed.key] = timed
             done += 1 + len(options)
-            self.save()
+            waits.append(waited)
+            # Times that were measured beside other programs serve this run alone.
+            if np.median(waits) <= BUSY:
+                self.save()
+        if waits and np.median(waits) > BUSY:
+            self.busy = (
+                "other programs were running: processes that timed layers waited for a processor "
+                f"{100 * np.median(waits):.0f} % of the time; these times are not kept, measure again when the machine is idle"
+            )
+            progress("note", 1.0, self.busy)
         progress("timing layers", 1.0)
 
 
@@ -244,8 +258,10 @@ def _default_folder_problem() -> str:
     return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"the cache folder {folder} is not writable"
 
 
-def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float) -> list[Timed]:
-    """Return the times of a layer, dense and with these options, each measured for about `seconds`.
+def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float) -> tuple[list[Timed], float]:
+    """Return the times of a layer, dense and with these options, and the share of the time that was spent waiting.
+
+    Each is measured for about `seconds`.
 
     Every form is timed in turn with the dense copies and only the ratio of each pair counts, which cancels other load on the
     machine. The time of the dense layer is the median over all turns. Every group of forms runs in its own process.
@@ -260,6 +276,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
         groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
         base: list[float] = []
+        waits: list[float] = []
         single_ratio = 0.0  # time of a single copy divided by that of all
         for number, group in enumerate(groups):
             paths = [dense, *(Path(folder) / f"{k}.onnx" for k in range(len(group)))]
@@ -267,7 +284,8 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
                 save_model(factored_context(layer, dense_model, option), path)
             if number == 0 and copies > 1:
                 paths.append(single)
-            times = fresh_bursts(paths, settings, seconds * len(paths))
+            times, waited = fresh_bursts(paths, settings, seconds * len(paths))
+            waits.append(waited)
             base += list(times[0])
             ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]
             if number == 0 and copies > 1:
@@ -282,7 +300,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
         least = 0.5 * timed[0].milliseconds * option.macs / max(1, dense_macs)
         milliseconds = max((whole * ratio - ends) / copies, least, 1e-6)
         timed.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=milliseconds))
-    return timed
+    return timed, float(np.median(waits))
 
 
 def _form(option: Option) -> str:

@@ -256,16 +256,16 @@ def _input_moments(
     for k, feed in enumerate(calibration.feeds):
         for layer, data in zip(measurable, run(feed), strict=True):
             name = layer.name
-            rows = samplers[name].rows(data, k).reshape(-1, inputs[name], taps[name])
+            # Each tap of a patch gives a row for the moment of the channels, so one patch in as many is enough.
+            rows = samplers[name].rows(data, k)[:: taps[name]].reshape(-1, inputs[name], taps[name])
             counts[name] += len(rows)
             sums[name] += rows.sum(0, dtype=np.float64)
-            for tap in range(rows.shape[2]):
-                squares[name] += rows[:, :, tap].T @ rows[:, :, tap]
+            channels = np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, inputs[name])
+            squares[name] += channels.T @ channels
     moments = {}
     for layer in measurable:
         name = layer.name
-        means = sums[name] / max(1, counts[name])
-        second = squares[name] / max(1, counts[name])
+        means, second = sums[name] / max(1, counts[name]), squares[name] / max(1, counts[name])
         biased = takes_bias(resolved.layers[name])
         if biased:
             centred = second - means @ means.T

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +35,13 @@ from tensorrail_exporter.search.losses import (
     weight_losses,
 )
 from tensorrail_exporter.search.options import Option, options_of
-from tensorrail_exporter.search.refinement import Picks, corrected, improved, is_confirmed, marginal_losses
-from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size, VerifiedLoss
-from tensorrail_exporter.search.selection import Candidates, pick, report_of, select
+from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
+from tensorrail_exporter.search.selection import Candidates
 from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification
+from tensorrail_exporter.search.verified_choice import choose_verified, with_inputs_set_aside
 from tensorrail_runtime.errors import PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
-from tensorrail_runtime.measure.agreement import compared
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress
 from tensorrail_runtime.sessions.machine import machine, processor
@@ -49,7 +49,6 @@ from tensorrail_runtime.sessions.machine import machine, processor
 _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
 _NUDGE = 1.005
 _TRIES = 4
-_CORRECTIONS = 3  # of the losses of layers, in one choice
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
 
@@ -116,13 +115,13 @@ def plan_network(
         timing = Timing(batch, shapes, search.check_seconds, processes=processes, io_binding=settings.on_gpu)
         verification = Verification(model, dense, timing, settings)
         size = size.model_copy(update={"milliseconds": verification.dense_ms()})
-        candidates = Candidates(options, faster, losses, table, size)
+        candidates = Candidates(options, faster, losses, table, size, _scale(options, table, size.milliseconds))
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
         best = _best(reports)
         if best.verified is not None and parts is not None and probe is not None and parts.judged is not None:
             judging = Path(folder) / "aside"
             judging.mkdir()
-            best = _on_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)
+            best = with_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)
     rows = [
         PlannedLayer.dense(layer, 0.0, "not timed: the shape of its data is not known")
         for layer in layers
@@ -153,12 +152,16 @@ def _search(
         rows=(),
         measured=None,
         machine=machine(gpu=verification.settings.on_gpu),
+        warnings=candidates.warnings,
         plan=Plan(layers=()),
     )
     reports: list[PlanReport] = []
     for number in range(_TRIES):
         try:
-            report, candidates = _chosen(start, aims, candidates, search, probe, progress)
+            began = time.monotonic()
+            report, candidates = choose_verified(start, aims, candidates, search, probe, progress)
+            left = search.improve_seconds - (time.monotonic() - began)  # one budget for all tries
+            search = replace(search, improve_seconds=max(0.0, left))
         except TargetError:
             if not reports:
                 raise
@@ -181,73 +184,6 @@ def _search(
             break
     progress("timing the chosen network", 1.0)
     return reports
-
-
-def _chosen(
-    start: PlanReport,
-    aims: Mapping[str, float],
-    candidates: Candidates,
-    search: Search,
-    probe: Probe | None,
-    progress: Progress,
-) -> tuple[PlanReport, Candidates]:
-    """Choose a network; with calibration inputs, measure its loss, correct those of its layers and search on.
-
-    Returns the report, and the candidates with corrected losses.
-    """
-    if probe is None:
-        return select(start, aims, candidates, search), candidates
-    tried: dict[Picks, float] = {}
-    while True:
-        picks = pick(start, aims, candidates, search)
-        if picks in tried:
-            break
-        space = candidates.space(aims)
-        choice, predicted = space.choice(picks), space.predicted(picks)
-        tried[picks] = loss = probe.loss(choice)
-        within = search.max_loss is None or loss <= search.max_loss
-        if not choice or (within and is_confirmed(loss, predicted)) or len(tried) > _CORRECTIONS:
-            break
-        marginal = marginal_losses(probe, choice, loss, progress)
-        candidates = replace(candidates, losses=corrected(candidates.losses, space.charged(picks), marginal, loss))
-    picks, loss = _least(tried, search)
-    space = candidates.space(aims)
-    if search.max_loss is None and search.improve_seconds and space.choice(picks):
-        picks, loss = improved(space, picks, loss, probe, search.improve_seconds, progress)
-    report = report_of(start, candidates, picks, search)
-    factors = candidates.losses.factors
-    verified = VerifiedLoss(
-        unit=candidates.losses.unit,
-        predicted=sum(row.loss / factors.get(row.layer, 1.0) for row in report.rows),
-        loss=loss,
-        corrections=len(tried) - 1,
-        samples=probe.inputs.count,
-    )
-    return report.model_copy(update={"verified": verified if report.plan.layers else None}), candidates
-
-
-def _least(tried: Mapping[Picks, float], search: Search) -> tuple[Picks, float]:
-    """Return the choice with the least loss; if the loss is limited, the first one, the fastest, that keeps the limit."""
-    if search.max_loss is not None:
-        for picks, loss in tried.items():
-            if loss <= search.max_loss:
-                return picks, loss
-    return min(tried.items(), key=lambda item: item[1])
-
-
-def _on_inputs_set_aside(
-    report: PlanReport, choice: Mapping[str, Option], probe: Probe, inputs: Calibration, folder: Path
-) -> PlanReport:
-    """Return the report with the outputs compared on inputs that nothing was chosen by."""
-    aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder)
-    changed = aside.outputs(choice)
-    samples = [len(next(iter(feed.values()))) for feed in inputs.feeds]
-    batches = [[output[k] for output in outputs] for outputs in (aside.divergence.dense, changed) for k in range(len(samples))]
-    agreement = compared(batches[: len(samples)], batches[len(samples) :], samples)
-    verified = report.verified
-    return (
-        report if verified is None else report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})
-    )
 
 
 def _best(reports: Sequence[PlanReport]) -> PlanReport:
@@ -285,6 +221,12 @@ def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             known = ", ".join(names) or "none"
             raise PlanError(f"keep: no layer matches {pattern!r}; the layers that can be factored are: {known}")
+
+
+def _scale(layers: Mapping[DenseLayer, object], table: LatencyTable, whole: float) -> float:
+    """Return the factor for the times of the layers, with which they add up to no more than the whole network takes."""
+    total = sum(layer.nodes * table.milliseconds(layer) for layer in layers)
+    return min(1.0, whole / total) if total else 1.0
 
 
 def _counted(dense: Path, targets: Mapping[str, float], timing: Timing) -> Size:

@@ -137,6 +137,7 @@ class PlanReport(PrintedRecord):
     measured: Ratio | None
     verified: VerifiedLoss | None = None  # without calibration inputs there is none
     slower: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what makes the times less reliable than they seem
     machine: Machine
     plan: Plan
 
@@ -194,6 +195,7 @@ class PlanReport(PrintedRecord):
             f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}×" for name, reached in self.missed.items()
         ]
         title = f"plan for {self.provider}, batch {self.batch}; losses measured on {self.loss_from}"
+        lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()
         elif self.plan.layers:

@@ -18,6 +18,8 @@ from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.errors import TargetError
 
+_PLAUSIBLE = 0.9  # a smaller scale is no rounding of the measurement
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -33,6 +35,24 @@ class Candidates:
     """The measured times."""
     dense: Size
     """Size and measured time of the dense network."""
+    scale: float = 1.0
+    """Factor for the times in the table; below 1 where the layers alone were slower than the whole network."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the times of the layers less reliable than they seem."""
+        warnings = [self.table.busy] if self.table.busy else []
+        if self.scale < _PLAUSIBLE:
+            total = sum(layer.nodes * self.table.milliseconds(layer) for layer in self.options)
+            warnings.append(
+                f"the times of the layers add up to {total:.2f} ms, but the network takes {self.dense.milliseconds:.2f} ms: "
+                f"they are scaled by {self.scale:.2f}; if the machine was busy, remove the latency table and measure again"
+            )
+        return tuple(warnings)
+
+    def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
+        """Return the time of all nodes of a layer in the network, dense or with an option."""
+        return self.scale * layer.nodes * self.table.milliseconds(layer, option)
 
     def without(self, report: PlanReport, slower: Sequence[str]) -> Candidates:
         """Return the candidates without some of the chosen forms.
@@ -56,8 +76,7 @@ class Candidates:
         options = self.faster[layer]
         match target:
             case "latency":
-                times = (self.table.milliseconds(layer), *(self.table.milliseconds(layer, option) for option in options))
-                return [layer.nodes * time for time in times]
+                return [self.milliseconds(layer), *(self.milliseconds(layer, option) for option in options)]
             case "flops":
                 return [2.0 * layer.macs, *(2.0 * macs_of(layer, option) for option in options)]
             case "params":
@@ -131,11 +150,10 @@ def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: S
     for layer, picked in zip(layers, picks, strict=True):
         if picked:
             option = layers[layer][picked - 1]
-            rows.append(_row(layer, option, candidates.table, candidates.losses.values[layer.name][picked - 1]))
+            rows.append(_row(layer, option, candidates, candidates.losses.values[layer.name][picked - 1]))
             plans.append(option.plan(layer.name))
         else:
-            dense_ms = layer.nodes * candidates.table.milliseconds(layer)
-            rows.append(PlannedLayer.dense(layer, dense_ms, _why_dense(layer, candidates, search)))
+            rows.append(PlannedLayer.dense(layer, candidates.milliseconds(layer), _why_dense(layer, candidates, search)))
     return start.model_copy(
         update={
             "planned": _planned(candidates.dense, rows, layers),
@@ -150,15 +168,15 @@ def macs_of(layer: DenseLayer, option: Option) -> int:
     return round(layer.macs * option.macs / max(1, dense_cost(layer.spec).macs))
 
 
-def _row(layer: DenseLayer, option: Option, table: LatencyTable, loss: float) -> PlannedLayer:
+def _row(layer: DenseLayer, option: Option, candidates: Candidates, loss: float) -> PlannedLayer:
     return PlannedLayer(
         layer=layer.name,
         what=layer.describe(),
         format=option.format,
         ranks=option.ranks,
         steps=option.steps,
-        dense_ms=layer.nodes * table.milliseconds(layer),
-        ms=layer.nodes * table.milliseconds(layer, option),
+        dense_ms=candidates.milliseconds(layer),
+        ms=candidates.milliseconds(layer, option),
         dense_macs=layer.macs,
         macs=macs_of(layer, option),
         dense_params=layer.params,

@@ -6,6 +6,7 @@ process thus starts in half the time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -88,7 +89,7 @@ def time_in_fresh_process(paths: Sequence[Path | str], settings: Session, timing
     return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request)))
 
 
-def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> np.ndarray:
+def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> tuple[np.ndarray, float]:
     """Time models in a fresh process in which every model runs four times in a row in each round.
 
     The first of the four runs finds the caches of another model and is left out; the median of the others counts.
@@ -99,11 +100,13 @@ def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float)
         seconds: about how long to measure; 400 rounds are enough.
 
     Returns:
-        Times in milliseconds, of shape (models, rounds).
+        Times in milliseconds, of shape (models, rounds), and the share of the time that the process waited for a processor
+        because other programs ran; 0 where the system does not tell.
 
     """
     request = _request(paths, settings) | {"seconds": seconds}
-    return np.array(json.loads(fresh(f"{__name__}:answer_bursts", request)))
+    answer = json.loads(fresh(f"{__name__}:answer_bursts", request))
+    return np.array(answer["times"]), float(answer["waited"])
 
 
 def answer_turns(request: dict[str, Any]) -> str:  # Any: JSON, made by `time_in_fresh_process`
@@ -117,7 +120,7 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     settings = replace(_settings(request), linger=False)
     runners = [runner(path, settings, Timing(io_binding=settings.on_gpu)).run for path in request["paths"]]
     rounds: list[list[float]] = []
-    start, order = time.perf_counter(), list(range(len(runners)))
+    start, order, waited = time.perf_counter(), list(range(len(runners))), _waited_ns()
     while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
         medians = [0.0] * len(runners)
         for index in order:
@@ -130,13 +133,26 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
             medians[index] = float(np.median(samples))
         rounds.append(medians)
         order.reverse()
-    return json.dumps(np.array(rounds[1:]).T.tolist())
+    share = 1e-9 * (_waited_ns() - waited) / (time.perf_counter() - start)
+    return json.dumps({"times": np.array(rounds[1:]).T.tolist(), "waited": share})
 
 
 def _request(paths: Sequence[Path | str], settings: Session) -> dict[str, Any]:
     """Return what a fresh process needs to open the models; it need not read which of them hold float16."""
     files = [str(Path(path).resolve()) for path in paths]
     return {"paths": files, "fp16": [holds_fp16(file) for file in files], "settings": asdict(settings)}
+
+
+def _waited_ns() -> int:
+    """Return for how many nanoseconds the threads of this process were ready to run and did not; 0 where it is not known.
+
+    Linux counts it: the second number of schedstat, see Documentation/scheduler/sched-stats.rst of the kernel.
+    """
+    waited = 0
+    for stat in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # a thread that ended meanwhile, or another format
+            waited += int(stat.read_text(encoding="ascii").split()[1])
+    return waited
 
 
 def _settings(request: dict[str, Any]) -> Session:

@@ -79,6 +79,21 @@ def test_identity_moments_give_the_plain_error(data):
         assert mine == pytest.approx(plain, abs=FLAT)
 
 
+@pytest.mark.parametrize(
+    ("modes", "ranks", "seed"), [((2, 2, 3, 1, 1), (2, 4, 2, 3, 4, 2), 1985), ((3, 2, 3, 1, 1), (3, 2, 2, 2, 4, 3), 2865)]
+)
+def test_cores_of_a_ring_do_not_overflow(modes, ranks, seed):
+    """In rings with more ranks than the weight needs, one core once grew and others shrank without end."""
+    shape = (modes[0] * modes[1], 1, 3)
+    plan = LayerPlan(name="w", format="tr", modes=modes, ranks=ranks)
+    weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    cores = decompose(plan, weight, Moments(np.eye(3, dtype=np.float32)))
+    plain = relative(plan.reconstruct(plan.decompose(weight), shape), weight)
+    assert relative(plan.reconstruct(cores, shape), weight) <= plain + FLAT
+    norms = [np.linalg.norm(core) for core in cores]
+    assert max(norms) < 1e4
+
+
 def reduced_rank_regression(weight, gram, rank):
     """Return the least error of a matrix of that rank (Izenman 1975), relative, in double precision."""
     values, vectors = np.linalg.eigh(gram.astype(np.float64))

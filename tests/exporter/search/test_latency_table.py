@@ -32,7 +32,13 @@ def conv_layer(rng, batch=1, name="w", dtype=np.float32, **attributes):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def waits():
+    """The shares of the time that the next measurements wait for a processor; a test appends to them."""
+    return []
+
+
+@pytest.fixture
+def calls(monkeypatch, waits):
     """Replace the measuring by known numbers: 1 ms dense, a form's MACs in µs; return what was asked for."""
     asked = []
 
@@ -42,7 +48,7 @@ def calls(monkeypatch):
         for option in options:
             key = latency_table._key(layer, option)
             found.append(Timed(key=key, layer=layer.describe(), form=option.steps, milliseconds=1e-3 * option.macs))
-        return found
+        return found, waits.pop(0) if waits else 0.0
 
     monkeypatch.setattr(latency_table, "_layer_times", known)
     return asked
@@ -61,6 +67,24 @@ def test_times_are_kept_on_disk_and_measured_once(calls, rng, tmp_path):
     assert again.missing(layer, options) == []
     again.measure({layer: options}, CPU)
     assert len(calls) == 1  # nothing was missing
+
+
+def test_times_of_a_busy_machine_are_told_and_not_kept(calls, waits, rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency_table, "BUSY", 0.1)
+    layers = [conv_layer(rng), conv_layer(rng, dtype=np.float64), conv_layer(rng, batch=2)]
+    options = {layer: options_of(layer, ["auto"], 8) for layer in layers}
+    waits.extend([0.3, 0.4, 0.02])
+    notes = []
+    table = LatencyTable.open(CPU, tmp_path)
+    table.measure(options, CPU, progress=lambda stage, share, detail="": notes.append(detail) if stage == "note" else None)
+    assert all(table.missing(layer, forms) == [] for layer, forms in options.items())  # this run has them
+    assert notes == [table.busy]
+    assert "waited for a processor 30 % of the time; these times are not kept" in table.busy
+    again = LatencyTable.open(CPU, tmp_path)
+    assert again.times == {}
+    again.measure(options, CPU)
+    assert again.busy == ""
+    assert LatencyTable.open(CPU, tmp_path).times == again.times != {}
 
 
 def test_only_what_is_missing_is_measured(calls, rng, tmp_path):

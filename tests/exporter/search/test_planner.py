@@ -51,7 +51,8 @@ def known_times(monkeypatch):
             for option in (None, *options):
                 macs = layer.macs if option is None else macs_of(layer, option)
                 factor = next((f for text, f in factors.items() if option is not None and text in option.steps), 1.0)
-                entry = Timed(key=key_of(layer, option), layer=layer.name, form="", milliseconds=1e-6 * macs * factor)
+                milliseconds = 1e-6 * macs * factor * factors.get("table", 1.0)
+                entry = Timed(key=key_of(layer, option), layer=layer.name, form="", milliseconds=milliseconds)
                 self.times[entry.key] = entry
 
     monkeypatch.setattr(LatencyTable, "measure", measure)
@@ -84,6 +85,21 @@ def test_a_plan_keeps_its_budget_and_says_why_a_layer_stays_dense(network, known
     reasons = {row.layer: row.reason for row in report.rows if row.format is None}
     assert reasons["narrow"] == "too narrow for a rank on the grid"
     assert PlanReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_layers_never_take_longer_than_the_network(network, known_times, tmp_path):
+    """Their table was made under load: it says four times what the whole network takes."""
+    known_times["table"] = 4.0
+    report = plan_network(network, {"latency": 2.0}, search(tmp_path))
+    assert sum(row.dense_ms for row in report.rows) == pytest.approx(report.dense.milliseconds)
+    assert 0 < report.planned.milliseconds <= report.dense.milliseconds / 2.0 * (1 + 1e-9)
+    assert report.predicted > 1
+    (warning,) = report.warnings
+    assert "but the network takes" in warning
+    assert "scaled by 0.25" in warning
+    assert warning in " ".join(str(report).split())
+    known_times["table"] = 1.0
+    assert plan_network(network, {"latency": 2.0}, search(tmp_path)).warnings == ()
 
 
 def test_what_is_promised_is_what_factorize_makes(network, known_times, tmp_path):
