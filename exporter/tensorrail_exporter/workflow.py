@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tensorrail_exporter.calibrate.inputs import Calibration, run_to
+from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
 from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.compressed import CompressReport, Guard, Ratios
@@ -20,6 +20,7 @@ from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
 from tensorrail_exporter.search.divergence import Divergence
+from tensorrail_exporter.search.losses import outputs_of
 from tensorrail_exporter.search.report import PlanReport, Size, times_less
 from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
@@ -151,8 +152,11 @@ def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -
         return _layerwise(resolved, parts.seen, options)
     network = _layerwise(resolved, parts.fitted, options)
     refined = _refined(options.refine, resolved.model, network, parts.fitted)
-    divergence, of = _divergence(resolved.model, parts.chosen, options)
-    if divergence.of(of(refined)) < divergence.of(of(network.factored.model)):
+    names = [output.name for output in resolved.model.graph.output]
+    models = (resolved.model, refined, network.factored.model)
+    dense, *others = (outputs_of(model, names, parts.chosen, options.conditions.settings.exact) for model in models)
+    after, before = map(Divergence(names, dense, parts.chosen.labels).of, others)
+    if after < before:
         return replace(network, model=refined)
     reason = "on inputs that it was not made for the network is not better"
     options.conditions.progress("note", 1.0, f"the fit to activations is left out: {reason}")
@@ -169,20 +173,6 @@ def _factored(
 ) -> _Network:
     factored = rewrite(resolved, cores, scan=not options.conditions.settings.on_gpu)
     return _Network(resolved, cores, layers, factored, factored.model)
-
-
-def _divergence(
-    model: onnx.ModelProto, inputs: Calibration, options: Compression
-) -> tuple[Divergence, Callable[[onnx.ModelProto], list[list[np.ndarray]]]]:
-    """Return the divergence from the dense model, and a function that returns the outputs of a model to compare."""
-    names = [output.name for output in model.graph.output]
-
-    def outputs(network: onnx.ModelProto) -> list[list[np.ndarray]]:
-        run = run_to(network, names, options.conditions.settings.exact)
-        batches = [run(feed) for feed in inputs.feeds]
-        return [[batch[k] for batch in batches] for k in range(len(names))]
-
-    return Divergence(names, outputs(model), inputs.labels), outputs
 
 
 def _feeds(dense: Path, parts: Split | None, options: Compression) -> list[Mapping[str, np.ndarray]]:

@@ -31,7 +31,7 @@ def as_calibration(inputs: Any, model: Path, samples: int) -> Calibration | None
     """
     if inputs is None:
         return None
-    from tensorrail_exporter.calibrate.inputs import Calibration, load_calibration
+    from tensorrail_exporter.calibrate.inputs import BATCH, Calibration, load_calibration
 
     if isinstance(inputs, Calibration):
         return inputs
@@ -39,7 +39,7 @@ def as_calibration(inputs: Any, model: Path, samples: int) -> Calibration | None
         return load_calibration(inputs, model, most=samples)
     arrays = {name: np.asarray(array)[:samples] for name, array in _mapping(inputs, "calibration").items()}
     labels = arrays.pop("labels", None)
-    return Calibration(tuple(batches_of(open_session(model), arrays, 25)), labels)
+    return Calibration(tuple(batches_of(open_session(model), arrays, BATCH)), labels)
 
 
 def as_feeds(inputs: Arrays | None, model: Path, batch: int, settings: Session) -> list[Mapping[str, np.ndarray]] | None:

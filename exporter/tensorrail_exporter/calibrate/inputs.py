@@ -30,10 +30,11 @@ from tensorrail_runtime.sessions.session import run as run_session
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
+BATCH = 25  # samples that run at once, where the model takes any number
+
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _LABELS = "labels"
-_BATCH = 25
 _ROWS = 12  # sampled rows per value of a patch: enough for a second moment that can be inverted
 _LEAST = 20_000  # sampled rows at least
 _LEAST_RIDGE = 1e-6  # share of the mean eigenvalue: the rounding of a moment in single precision
@@ -147,7 +148,7 @@ def load_calibration(
         picks = np.linspace(0, total - 1, most).astype(int)
         arrays = {name: array[picks] for name, array in arrays.items()}
         labels = None if labels is None else labels[picks]
-    return Calibration(tuple(batches_of(session, arrays, _BATCH)), labels, fixed)
+    return Calibration(tuple(batches_of(session, arrays, BATCH)), labels, fixed)
 
 
 def run_to(
@@ -217,7 +218,7 @@ class Sampler:
             if columns:
                 data = np.swapaxes(data, -1, -2)
             flat = data.reshape(-1, spec.shape[1])
-            count = min(len(flat), self.each * _BATCH)
+            count = min(len(flat), self.each * BATCH)
             return np.ascontiguousarray(flat[np.sort(rng.permutation(len(flat))[:count])], np.float32)
         return _patches(np.asarray(data, np.float32), spec, self.each, rng)
 

@@ -6,19 +6,19 @@ is therefore measured on the part that is set aside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
-from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.calibrate.inputs import BATCH, Calibration
+from tensorrail_runtime.sessions.inputs import samples_of
 
 _ASIDE = 4  # one sample in four is set aside
 _CHOOSING = 3  # one in three of the others is for choosing
 _LEAST = 32  # samples to set aside, where there are twice as many
 _FEWEST = 4  # pieces that can be divided
-_BATCH = 25
 
 
 @dataclass(frozen=True)
@@ -91,22 +91,21 @@ def _pieces(calibration: Calibration) -> list[tuple[int, int]]:
     """Return the batch and the row of every sample; for a fixed batch size, the batches, with row −1."""
     if calibration.batch is not None:
         return [(batch, -1) for batch in range(len(calibration.feeds))]
-    return [(batch, row) for batch, feed in enumerate(calibration.feeds) for row in range(len(next(iter(feed.values()))))]
+    return [(batch, row) for batch, feed in enumerate(calibration.feeds) for row in range(samples_of(feed))]
 
 
 def _of(calibration: Calibration, pieces: Sequence[tuple[int, int]], picks: np.ndarray) -> Calibration:
     """Return some of the pieces, in the order of the inputs."""
     kept = [pieces[k] for k in sorted(picks.tolist())]
-    if calibration.batch is not None:
-        starts = np.cumsum([0, *(len(next(iter(feed.values()))) for feed in calibration.feeds)])
-        rows = np.concatenate([np.arange(starts[batch], starts[batch + 1]) for batch, _ in kept])
-        labels = None if calibration.labels is None else calibration.labels[rows]
-        return Calibration(tuple(calibration.feeds[batch] for batch, _ in kept), labels, calibration.batch)
-    starts = np.cumsum([0, *(len(next(iter(feed.values()))) for feed in calibration.feeds)])
-    labels = None if calibration.labels is None else calibration.labels[[starts[batch] + row for batch, row in kept]]
-    feeds: list[Mapping[str, np.ndarray]] = []
-    for begin in range(0, len(kept), _BATCH):
-        group = kept[begin : begin + _BATCH]
-        names = calibration.feeds[0]
-        feeds.append({name: np.stack([calibration.feeds[batch][name][row] for batch, row in group]) for name in names})
-    return Calibration(tuple(feeds), labels)
+    batches, fixed = calibration.feeds, calibration.batch is not None
+    starts = np.cumsum([0, *map(samples_of, batches)])
+    numbers = [np.arange(starts[batch], starts[batch + 1]) if fixed else [starts[batch] + row] for batch, row in kept]
+    labels = None if calibration.labels is None else calibration.labels[np.concatenate(numbers)]
+    if fixed:
+        feeds = [batches[batch] for batch, _ in kept]
+    else:
+        groups = [kept[begin : begin + BATCH] for begin in range(0, len(kept), BATCH)]
+        feeds = [
+            {name: np.stack([batches[batch][name][row] for batch, row in group]) for name in batches[0]} for group in groups
+        ]
+    return Calibration(tuple(feeds), labels, calibration.batch)

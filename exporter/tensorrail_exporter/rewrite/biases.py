@@ -52,9 +52,7 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
             "followed by an Add of a constant vector"
         )
     node, index = bias_input
-    scale = 1.0
-    if node.op == "Gemm":
-        scale = node.attrs.get("alpha", 1.0) / (node.attrs.get("beta", 1.0) or 1.0)
+    scale = bias_scale(node)
     has_bias = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
     before = np.asarray(node.inputs[index].values, np.float64) if has_bias else 0.0
     constant = gs.Constant(site.names.unique(f"{name}/bias"), (before + scale * bias).astype(layer.dtype))
@@ -63,6 +61,11 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
     else:
         node.inputs.append(constant)
     return node
+
+
+def bias_scale(node: gs.Node) -> float:
+    """Return by how much a vector is multiplied when it is added to the bias of a node: alpha / beta for a Gemm."""
+    return float(node.attrs.get("alpha", 1.0) / (node.attrs.get("beta", 1.0) or 1.0)) if node.op == "Gemm" else 1.0
 
 
 def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:

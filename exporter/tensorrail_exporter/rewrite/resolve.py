@@ -58,12 +58,20 @@ class ResolvedLayer:
     @cached_property
     def weight(self) -> np.ndarray:
         """The dense weight (O, I, *K) as it stands in the graph, a recurrent layer's gates in torch's order."""
-        node, constant = self.sites[0].node, self.constants[0]
+        return self.rule.weight(self._stand_in(0))
+
+    def stored(self, weight: np.ndarray, site: int) -> np.ndarray:
+        """Return a weight (O, I, *K) as the node of a site stores it: perhaps transposed, or with gates in another order."""
+        stand_in = self._stand_in(site)
+        self.rule.replace_weight(stand_in, weight.astype(self.dtype, copy=False), self.constants[site].name)
+        return np.asarray(stand_in.inputs[self.rule.weight_input(stand_in)].values)
+
+    def _stand_in(self, site: int) -> gs.Node:
+        """Return a node like that of a site, with the folded weight: that of the original may be computed."""
+        node, constant = self.sites[site].node, self.constants[site]
         inputs: list[gs.Tensor] = [gs.Variable("data") for _ in node.inputs]
         inputs[self.rule.weight_input(node)] = gs.Constant(constant.name, constant.values)
-        return self.rule.weight(
-            gs.Node(node.op, attrs=node.attrs, inputs=inputs)
-        )  # a stand-in node, since the weight of the original may be computed
+        return gs.Node(node.op, attrs=node.attrs, inputs=inputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,14 +85,17 @@ class Probe:
     ) -> None:
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs = inputs
+        self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
         self.divergence = Divergence(self.network.outputs, self.network.dense(), inputs.labels)
 
     def change(self, layer: str, option: Option) -> Change:
         """Return the approximated weight of a layer, and the bias that keeps the mean of its outputs."""
-        approximations = self.approximations[layer]
-        weight = approximations.approximated(option)
-        return Change(weight, approximations.bias(weight))
+        if layer not in self._latest or self._latest[layer][0] != option:
+            approximations = self.approximations[layer]
+            weight = approximations.approximated(option)
+            self._latest[layer] = option, Change(weight, approximations.bias(weight))
+        return self._latest[layer][1]
 
     def effects(self, layer: str, options: Sequence[Option]) -> list[float]:
         """Return the loss of the network with each of some options of one layer. Call it in the order of the graph."""
@@ -101,7 +104,7 @@ class Probe:
             return [self.divergence.of(outputs) for outputs in self.network.with_each(layer, changes)]
         # In the body of a node: the whole network runs.
         models = (with_weights(self.resolved, {layer: change.weight}) for change in changes)
-        return [self.divergence.of(_outputs(model, self.network.outputs, self.inputs, self.settings)) for model in models]
+        return [self.divergence.of(outputs_of(model, self.network.outputs, self.inputs, self.settings)) for model in models]
 
     def loss(self, choice: Mapping[str, Option]) -> float:
         """Return the loss of the network with an option for each of some layers; the others stay dense."""
@@ -230,8 +233,8 @@ def _spread(shares: Sequence[float]) -> list[int]:
     return [order[k] for k in sorted(nearest)]
 
 
-def _outputs(model: onnx.ModelProto, names: Sequence[str], inputs: Calibration, settings: Session) -> Outputs:
-    """Return the values of every output, one array per batch."""
+def outputs_of(model: onnx.ModelProto, names: Sequence[str], inputs: Calibration, settings: Session) -> Outputs:
+    """Return the values of some outputs of a model: one list per output, with one array per batch."""
     run = run_to(model, names, settings)
     batches = [run(feed) for feed in inputs.feeds]
     return [[batch[k] for batch in batches] for k in range(len(names))]

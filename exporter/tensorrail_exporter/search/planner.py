@@ -118,7 +118,7 @@ def plan_network(
         candidates = Candidates(options, faster, losses, table, size, _scale(options, table, size.milliseconds))
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
         best = _best(reports)
-        if best.verified is not None and parts is not None and probe is not None and parts.judged is not None:
+        if probe is not None and parts is not None and parts.judged is not None:
             judging = Path(folder) / "aside"
             judging.mkdir()
             best = with_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)

@@ -62,13 +62,6 @@ class Space:
         """Return the sum of the layers' losses."""
         return sum(self.charged(picks).values())
 
-    def allowed(self, picks: Picks) -> bool:
-        """Return whether a choice keeps all limits."""
-        return all(
-            sum(costs[pick] for costs, pick in zip(limit.costs, picks, strict=True)) <= limit.most * (1 + _ROUNDING)
-            for limit in self.limits
-        )
-
 
 def marginal_losses(probe: Probe, choice: Mapping[str, Option], loss: float, progress: Progress = silent) -> dict[str, float]:
     """Return how much the loss of a network falls when one layer is dense again, for each layer of a choice.

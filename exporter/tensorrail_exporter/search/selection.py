@@ -43,9 +43,9 @@ class Candidates:
         """What makes the times of the layers less reliable than they seem."""
         warnings = [self.table.busy] if self.table.busy else []
         if self.scale < _PLAUSIBLE:
-            total = sum(layer.nodes * self.table.milliseconds(layer) for layer in self.options)
+            whole = self.dense.milliseconds
             warnings.append(
-                f"the times of the layers add up to {total:.2f} ms, but the network takes {self.dense.milliseconds:.2f} ms: "
+                f"the times of the layers add up to {whole / self.scale:.2f} ms, but the network takes {whole:.2f} ms: "
                 f"they are scaled by {self.scale:.2f}; if the machine was busy, remove the latency table and measure again"
             )
         return tuple(warnings)

@@ -20,12 +20,12 @@ from onnx import helper
 from tensorrail_exporter.calibrate.progressive import KeptTensors, made_of_constants
 from tensorrail_exporter.graphs.io import export_graph, save_model
 from tensorrail_exporter.graphs.parts import Network
-from tensorrail_exporter.rewrite.biases import add_bias, takes_bias
+from tensorrail_exporter.rewrite.biases import add_bias, bias_scale, takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan
+from tensorrail_exporter.search.divergence import Outputs
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
-Outputs = list[list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,14 @@ class StitchedNetwork:
         self._resolved = {layer.plan.name: layer for layer in work.in_graph_order if _in_main_graph(layer, work.graph)}
         self._weights: dict[str, list[str]] = {}  # the constants of each layer, one per node
         self._biases: dict[str, str] = {}
+        self._scales: dict[str, float] = {}  # of a vector that is added to a bias
         for name, layer in self._resolved.items():
             self._weights[name] = [site.names.unique(f"{name}/weight") for site in layer.sites]
             for site, constant in zip(layer.sites, self._weights[name], strict=True):
                 layer.rule.replace_weight(site.node, np.asarray(layer.weight, layer.dtype), constant)
             if takes_bias(layer):
                 node = add_bias(layer, np.zeros(layer.spec.shape[0]))
+                self._scales[name] = bias_scale(node)
                 self._biases[name] = next(t.name for t in node.inputs if t.name.startswith(f"{name}/bias"))
         self.network = Network(export_graph(work.graph, resolved.model))
         self.outputs = [value.name for value in self.network.graph.output]
@@ -110,13 +112,8 @@ class StitchedNetwork:
         layer = self._resolved[name]
         weight = layer.weight if change is None else change.weight
         values = {}
-        for site, constant in zip(layer.sites, self._weights[name], strict=True):
-            index = layer.rule.weight_input(site.node)
-            inputs: list[gs.Tensor] = [gs.Variable("data") for _ in site.node.inputs]
-            inputs[index] = site.node.inputs[index]
-            node = gs.Node(site.node.op, attrs=site.node.attrs, inputs=inputs)
-            layer.rule.replace_weight(node, np.asarray(weight, layer.dtype), constant)
-            values[constant] = np.asarray(node.inputs[index].values)
+        for site, constant in enumerate(self._weights[name]):
+            values[constant] = layer.stored(weight, site)
         if name in self._biases:
             values[self._biases[name]] = self._biased(name, None if change is None else change.bias)
         return values
@@ -127,10 +124,7 @@ class StitchedNetwork:
         dense = onnx.numpy_helper.to_array(self.network.constants[constant])
         if bias is None:
             return dense
-        node = self.network.nodes[self.network.readers[constant][0]]
-        scales = {attribute.name: attribute.f for attribute in node.attribute if attribute.name in ("alpha", "beta")}
-        scale = scales.get("alpha", 1.0) / (scales.get("beta", 1.0) or 1.0) if node.op_type == "Gemm" else 1.0
-        return np.asarray(dense + scale * bias, dense.dtype)
+        return np.asarray(dense + self._scales[name] * bias, dense.dtype)
 
     def _advance(self, place: int) -> None:
         """Keep what the nodes from `place` on read of those before it."""

@@ -15,6 +15,7 @@ from tensorrail_exporter.search.selection import Candidates, pick, report_of, se
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.measure.agreement import compared
 from tensorrail_runtime.progress import Progress
+from tensorrail_runtime.sessions.inputs import samples_of
 
 _CORRECTIONS = 3  # of the losses of layers, in one choice
 
@@ -47,6 +48,7 @@ def choose_verified(
     if probe is None:
         return select(start, aims, candidates, search), candidates
     tried: dict[Picks, float] = {}
+    corrections = 0
     while True:
         picks = pick(start, aims, candidates, search)
         if picks in tried:
@@ -55,10 +57,11 @@ def choose_verified(
         choice, predicted = space.choice(picks), space.predicted(picks)
         tried[picks] = loss = probe.loss(choice)
         within = search.max_loss is None or loss <= search.max_loss
-        if not choice or (within and is_confirmed(loss, predicted)) or len(tried) > _CORRECTIONS:
+        if not choice or (within and is_confirmed(loss, predicted)) or corrections == _CORRECTIONS:
             break
         marginal = marginal_losses(probe, choice, loss, progress)
         candidates = replace(candidates, losses=corrected(candidates.losses, space.charged(picks), marginal, loss))
+        corrections += 1
     picks, loss = _least(tried, search)
     space = candidates.space(aims)
     if search.max_loss is None and search.improve_seconds and space.choice(picks):
@@ -69,10 +72,16 @@ def choose_verified(
         unit=candidates.losses.unit,
         predicted=sum(row.loss / factors.get(row.layer, 1.0) for row in report.rows),
         loss=loss,
-        corrections=len(tried) - 1,
+        corrections=corrections,
         samples=probe.inputs.count,
     )
-    return report.model_copy(update={"verified": verified if report.plan.layers else None}), candidates
+    warnings = report.warnings
+    if search.max_loss is not None and loss > search.max_loss:
+        warnings += (
+            f"no choice was found whose measured loss keeps the limit: expected at most {search.max_loss:g}, got {loss:.3g}",
+        )
+    update = {"verified": verified if report.plan.layers else None, "warnings": warnings}
+    return report.model_copy(update=update), candidates
 
 
 def _least(tried: Mapping[Picks, float], search: Search) -> tuple[Picks, float]:
@@ -88,12 +97,9 @@ def with_inputs_set_aside(
     report: PlanReport, choice: Mapping[str, Option], probe: Probe, inputs: Calibration, folder: Path
 ) -> PlanReport:
     """Return the report with the outputs compared on inputs that nothing was chosen by."""
+    if (verified := report.verified) is None:
+        return report
     aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder)
-    changed = aside.outputs(choice)
-    samples = [len(next(iter(feed.values()))) for feed in inputs.feeds]
-    batches = [[output[k] for output in outputs] for outputs in (aside.divergence.dense, changed) for k in range(len(samples))]
-    agreement = compared(batches[: len(samples)], batches[len(samples) :], samples)
-    verified = report.verified
-    return (
-        report if verified is None else report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})
-    )
+    dense, other = (list(zip(*outputs, strict=True)) for outputs in (aside.divergence.dense, aside.outputs(choice)))
+    agreement = compared(dense, other, [samples_of(feed) for feed in inputs.feeds])
+    return report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})

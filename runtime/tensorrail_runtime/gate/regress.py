@@ -27,9 +27,8 @@ from tensorrail_runtime.errors import ModelError, UsageError
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.latency import LatencyReport, cycles, report_of
+from tensorrail_runtime.measure.latency import LatencyReport, cycles, fresh_report
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.measure.turns import time_in_fresh_process
 from tensorrail_runtime.records import Record, first_problem
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
@@ -447,12 +446,8 @@ def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: flo
         and len(reports) < _MOST * timing.processes
         and (len(reports) % 2 or _standard_error(reports) > precision)
     ):
-        number = len(reports)
-        # Every second process loads the other model first, since the first loaded model gets the better place in memory.
-        order = list(paths) if number % 2 == 0 else list(reversed(paths))
-        timed = time_in_fresh_process(order, conditions.settings, each)
-        report = report_of(timed, order, each, conditions.settings, [Path(path).name for path in order])
-        reports.append(report.model_copy(update={"latencies": report.latencies[:: 1 if order == list(paths) else -1]}))
+        first = len(reports) % len(paths)
+        reports.append(fresh_report(paths, first, each, conditions.settings, [Path(path).name for path in paths]))
         conditions.progress("measuring latency", min(1.0, len(reports) / timing.processes))
     return reports
 

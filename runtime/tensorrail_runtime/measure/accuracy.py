@@ -65,10 +65,8 @@ class Accuracy(Record):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the percentage."""
-        from scipy import stats
-
-        low, high = stats.binomtest(self.correct, self.total).proportion_ci(method="wilson")
-        return 100 * float(low), 100 * float(high)
+        low, high = wilson(self.correct, self.total)
+        return 100 * low, 100 * high
 
 
 class Evaluation(PrintedRecord):
@@ -218,6 +216,20 @@ def evaluate(
         scores += batch_scores.tolist()
         on_batch(len(scores) / count)
     return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share (Wilson 1927).
+
+    Args:
+        successes: the number of successes; a fraction where single trials may succeed in part.
+        count: the number of trials.
+
+    """
+    share, squared = successes / count, _Z**2
+    middle = (share + squared / (2 * count)) / (1 + squared / count)
+    half = _Z * float(np.sqrt(share * (1 - share) / count + squared / (4 * count**2))) / (1 + squared / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def compare_scores(reference: Evaluation, candidate: Evaluation) -> Comparison:

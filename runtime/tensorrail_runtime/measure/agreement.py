@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import samples_of
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 
-_Z = 1.959964  # quantile of the normal distribution for an interval of 95 %
 _DRAWS = 2000  # resamplings behind the interval of the difference
 _TOLERANCE = 1e-3  # of a sum of probabilities, or of a norm of 1
 
@@ -113,7 +113,7 @@ def compared(
 
     """
     same = _same_classes(reference, candidate, samples)
-    value, low, high = (None, None, None) if same is None else (float(same.mean()), *_wilson(same.sum(), len(same)))
+    value, low, high = (None, None, None) if same is None else (float(same.mean()), *wilson(float(same.sum()), len(same)))
     difference = _differences(reference, candidate, samples)
     return Agreement(
         samples=sum(samples),
@@ -138,14 +138,6 @@ def _same_classes(
             return None
         shares.append((before[0].argmax(-1) == after[0].argmax(-1)).reshape(count, -1).mean(1))
     return np.concatenate(shares)
-
-
-def _wilson(agreeing: float, count: int) -> tuple[float, float]:
-    """Return Wilson's interval of a share."""
-    share = agreeing / count
-    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _differences(

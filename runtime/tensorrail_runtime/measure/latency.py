@@ -180,10 +180,10 @@ def _here(
     paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
     timed = time_models(paths, settings, timing, lambda share: progress("measuring latency", share))
-    return report_of(timed, paths, timing, settings, names)
+    return _report_of(timed, paths, timing, settings, names)
 
 
-def report_of(
+def _report_of(
     timed: Turns, paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str]
 ) -> LatencyReport:
     """Return the report of models that ran in turns in one process.
@@ -214,6 +214,24 @@ def report_of(
     )
 
 
+def fresh_report(
+    paths: Sequence[Path | str], first: int, timing: Timing, settings: Session, names: Sequence[str]
+) -> LatencyReport:
+    """Return the report of models that ran in turns in a fresh process.
+
+    Args:
+        paths: files of the models; the first one is the reference.
+        first: index of the model that is loaded first, which gets the better place in memory.
+        timing: how they are timed.
+        settings: how they run.
+        names: their names in the report.
+
+    """
+    order = [(first + k) % len(paths) for k in range(len(paths))]
+    timed = time_in_fresh_process([paths[k] for k in order], settings, timing)
+    return _report_of(timed.reordered([order.index(k) for k in range(len(paths))]), paths, timing, settings, names)
+
+
 def _in_fresh_processes(
     paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
@@ -221,9 +239,7 @@ def _in_fresh_processes(
     runs = []
     for number in range(timing.processes):
         progress("measuring latency", number / timing.processes)
-        order = [(number + k) % len(paths) for k in range(len(paths))]  # each process loads another model first
-        timed = time_in_fresh_process([paths[k] for k in order], settings, each)
-        runs.append(report_of(timed.reordered([order.index(k) for k in range(len(paths))]), paths, each, settings, names))
+        runs.append(fresh_report(paths, number % len(paths), each, settings, names))
     progress("measuring latency", 1.0)
     latencies = tuple(
         Latency.of(

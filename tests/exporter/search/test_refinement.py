@@ -1,11 +1,17 @@
 """Losses between measured options, their correction by the whole network, and the search from there."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from tensorrail_exporter.search import verified_choice
 from tensorrail_exporter.search.knapsack import Limit
 from tensorrail_exporter.search.losses import Losses, interpolated
 from tensorrail_exporter.search.refinement import Space, corrected, improved, is_confirmed, marginal_losses
+from tensorrail_exporter.search.selection import Candidates
+from tensorrail_exporter.search.targets import Search
+from tensorrail_runtime.progress import silent
 
 
 def test_effects_between_measured_ones_never_fall():
@@ -53,6 +59,12 @@ def space(costs, losses, most):
     return Space(options, losses, [Limit("flops", costs, most)])
 
 
+def allowed(space, picks):
+    """Return whether a choice keeps all limits."""
+    used = [sum(costs[pick] for costs, pick in zip(limit.costs, picks, strict=True)) for limit in space.limits]
+    return all(cost <= limit.most * (1 + 1e-9) for cost, limit in zip(used, space.limits, strict=True))
+
+
 class _Layer:
     def __init__(self, name):
         self.name = name
@@ -74,7 +86,7 @@ def test_layers_that_are_bad_together_are_parted():
     picks, loss = improved(choices, (1, 1, 0), 52.0, probe, seconds=60.0)
     assert picks in ((1, 0, 1), (0, 1, 1))
     assert loss == pytest.approx(2.1)
-    assert choices.allowed(picks)
+    assert allowed(choices, picks)
     asked = [tuple(sorted(choice)) for choice in probe.asked]
     assert len(asked) == len(set(asked))  # nothing is tried twice
 
@@ -89,9 +101,9 @@ def test_every_trade_keeps_the_limits(rng):
     loss = probe.loss(choices.choice(start))
     picks, best = improved(choices, start, loss, probe, seconds=60.0)
     assert best < loss
-    assert choices.allowed(picks)
+    assert allowed(choices, picks)
     for choice in probe.asked[1:]:
-        assert choices.allowed(tuple(choice.get(name, 0) for name in losses))
+        assert allowed(choices, tuple(choice.get(name, 0) for name in losses))
 
 
 def test_no_time_means_no_search():
@@ -100,3 +112,20 @@ def test_no_time_means_no_search():
     assert improved(choices, (0, 1), 2.0, probe, seconds=-1.0) == ((0, 1), 2.0)
     assert probe.asked == []
     assert np.isfinite(choices.predicted((0, 1)))
+
+
+def test_a_limit_that_no_choice_keeps_is_said(monkeypatch):
+    """What was found comes back, with a warning, and not as if the limit held."""
+    start = SimpleNamespace(warnings=(), plan=SimpleNamespace(layers=("a",)), rows=())
+    start.model_copy = lambda update: SimpleNamespace(**{"warnings": start.warnings, **update})
+    monkeypatch.setattr(verified_choice, "pick", lambda *_: (1,))
+    monkeypatch.setattr(verified_choice, "report_of", lambda *_: start)
+    choices = space([[10.0, 5.0]], {"a": (0.1,)}, 20.0)
+    candidates = Candidates({}, {}, Losses("calibration", {"a": (0.1,)}), None, None)
+    monkeypatch.setattr(Candidates, "space", lambda *_: choices)
+    probe = Probe(lambda choice: 0.5 * len(choice))
+    probe.inputs = SimpleNamespace(count=8)
+    for limit, warned in ((0.2, True), (0.6, False)):
+        report, _ = verified_choice.choose_verified(start, {}, candidates, Search(max_loss=limit), probe, silent)
+        assert [f"expected at most {limit:g}, got 0.5" in warning for warning in report.warnings] == [True] * warned
+        assert report.verified.loss == 0.5
