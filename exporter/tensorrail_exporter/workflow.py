@@ -149,8 +149,8 @@ def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -
     if parts is None:
         return _factored(resolved, decompose(resolved), (), options)
     if options.refine is None:
-        return _layerwise(resolved, parts.seen, options)
-    network = _layerwise(resolved, parts.fitted, options)
+        return _layerwise(resolved, parts, options, refit=True)
+    network = _layerwise(resolved, parts, options, refit=False)
     refined = _refined(options.refine, resolved.model, network, parts.fitted)
     names = [output.name for output in resolved.model.graph.output]
     models = (resolved.model, refined, network.factored.model)
@@ -160,11 +160,13 @@ def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -
         return replace(network, model=refined)
     reason = "on inputs that it was not made for the network is not better"
     options.conditions.progress("note", 1.0, f"the fit to activations is left out: {reason}")
-    return network if parts.chosen is parts.fitted else _layerwise(resolved, parts.seen, options)
+    return network if parts.chosen is parts.fitted else _layerwise(resolved, parts, options, refit=True)
 
 
-def _layerwise(resolved: ResolvedPlan, inputs: Calibration, options: Compression) -> _Network:
-    fitted = fit(resolved, inputs, options.conditions.settings.exact, progress=options.conditions.progress)
+def _layerwise(resolved: ResolvedPlan, parts: Split, options: Compression, *, refit: bool) -> _Network:
+    held_out = None if parts.chosen is parts.fitted else parts.chosen
+    settings, progress = options.conditions.settings.exact, options.conditions.progress
+    fitted = fit(resolved, parts.fitted, settings, held_out=held_out, refit=refit, progress=progress)
     return _factored(fitted.resolved, fitted.cores, fitted.layers, options)
 
 

@@ -22,7 +22,7 @@ from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.modes import Equation
 from tensorrail_exporter.plans.plan import LayerPlan
 
-_SWEEPS = 4
+SWEEPS = 4
 _STEPS = 8  # steps of conjugate gradients for one core in one sweep
 _ENOUGH = 1e-3  # share of the error: the sweeps end after one that gains less
 _FLOOR = 1e-4  # share of the mean eigenvalue: keeps directions that hardly occur from dominating the inverse
@@ -58,7 +58,7 @@ def roots(second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
-def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = _SWEEPS) -> list[np.ndarray]:
+def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = SWEEPS) -> list[np.ndarray]:
     """Return the cores whose outputs are closest to those of a target weight, on inputs with these moments.
 
     Args:
