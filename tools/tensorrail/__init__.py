@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from tensorrail_runtime.measure.parity import Tolerances
     from tensorrail_runtime.measure.timing import Timing
     from tensorrail_runtime.serve.http.options import ServeOptions
+    from tensorrail_runtime.sessions.rules import InputRules
     from tensorrail_runtime.sessions.session import Session
     from tensorrail_runtime.triton.package import Repository, Serving
     from tensorrail_trainer.admm.admm import ADMM
@@ -80,6 +81,7 @@ __all__ = [
     "Form",
     "GraphError",
     "Guard",
+    "InputRules",
     "Labelled",
     "LayerPlan",
     "Layers",
@@ -199,6 +201,7 @@ _MODULES = {
     "tensorrail_runtime.measure.parity": ("Tolerances",),
     "tensorrail_runtime.measure.timing": ("Timing",),
     "tensorrail_runtime.serve.http.options": ("ServeOptions",),
+    "tensorrail_runtime.sessions.rules": ("InputRules",),
     "tensorrail_runtime.sessions.session": ("Session",),
     "tensorrail_runtime.triton.package": (
         "Repository",
