@@ -55,12 +55,12 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
+    from tensorrail_runtime.feeds.rules import InputRules
     from tensorrail_runtime.gate.regress import Limits
     from tensorrail_runtime.measure.accuracy import Labelled
     from tensorrail_runtime.measure.parity import Tolerances
     from tensorrail_runtime.measure.timing import Timing
     from tensorrail_runtime.serve.http.options import ServeOptions
-    from tensorrail_runtime.sessions.rules import InputRules
     from tensorrail_runtime.sessions.session import Session
     from tensorrail_runtime.triton.package import Repository, Serving
     from tensorrail_trainer.admm.admm import ADMM
@@ -201,7 +201,7 @@ _MODULES = {
     "tensorrail_runtime.measure.parity": ("Tolerances",),
     "tensorrail_runtime.measure.timing": ("Timing",),
     "tensorrail_runtime.serve.http.options": ("ServeOptions",),
-    "tensorrail_runtime.sessions.rules": ("InputRules",),
+    "tensorrail_runtime.feeds.rules": ("InputRules",),
     "tensorrail_runtime.sessions.session": ("Session",),
     "tensorrail_runtime.triton.package": (
         "Repository",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.feeds.batches import Batches
+from tensorrail_runtime.feeds.loading import known_values, load_batches
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Timing
-from tensorrail_runtime.sessions.feeds import Batches, known_values, load_batches
-from tensorrail_runtime.sessions.rules import InputRules
 from tensorrail_runtime.sessions.session import Session, open_session
 
 if TYPE_CHECKING:

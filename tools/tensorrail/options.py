@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, silent
-from tensorrail_runtime.sessions.rules import InputRules
 from tensorrail_runtime.sessions.session import Session
 
 if TYPE_CHECKING:

@@ -21,12 +21,13 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_runtime.errors import GraphError, ModelError
-from tensorrail_runtime.sessions.feeds import load_batches, samples_of
-from tensorrail_runtime.sessions.pictures import Preprocessing as Preprocessing
-from tensorrail_runtime.sessions.rules import Axes, InputRules
+from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.loading import load_batches
+from tensorrail_runtime.feeds.pictures import Preprocessing as Preprocessing
+from tensorrail_runtime.feeds.rules import Axes, InputRules
+from tensorrail_runtime.feeds.sources import Source
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.sessions.session import run as run_session
-from tensorrail_runtime.sessions.sources import Source
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 

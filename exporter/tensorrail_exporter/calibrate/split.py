@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.calibrate.inputs import BATCH, Calibration
-from tensorrail_runtime.sessions.rules import Axes
+from tensorrail_runtime.feeds.rules import Axes
 
 _ASIDE = 4  # one sample in four is set aside
 _CHOOSING = 3  # one in three of the others is for choosing

@@ -50,7 +50,7 @@ class Tensor(Record):
 
 
 class Output(Tensor):
-    """An output on random inputs of seed 0, with its shape in that run; `values` is its sketch.
+    """An output on random inputs of seed 0, or known ones, with its shape in that run; `values` is its sketch.
 
     For an output that is compared exactly, such as indices, the sketch is of random numbers that depend on its values.
     """

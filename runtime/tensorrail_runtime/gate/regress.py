@@ -24,6 +24,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.feeds.loading import known_values, load_batches
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled
@@ -32,9 +34,7 @@ from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record, first_problem
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
-from tensorrail_runtime.sessions.rules import InputRules, model_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
-from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 __all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
@@ -72,6 +72,7 @@ class Baseline(PrintedRecord):
         constants: the inputs that are the same in every run, by name.
         batch_axes: the axis of the samples of inputs, where it was given.
         states: the output of the step before for each state.
+        on_data: whether the model ran on the first labelled inputs, not on random ones, for its outputs and times.
         machine: the machine of the recording.
         facts: the properties that do not vary between runs.
         processes: the times of each process, in milliseconds.
@@ -87,6 +88,7 @@ class Baseline(PrintedRecord):
     constants: dict[str, Constant] = Field(default_factory=dict)
     batch_axes: dict[str, Annotated[int, Field(ge=0)] | None] = Field(default_factory=dict)
     states: dict[str, str] = Field(default_factory=dict)
+    on_data: bool = False
     machine: Machine
     facts: Facts
     processes: Annotated[tuple[Times, ...], Field(min_length=1)]
@@ -272,7 +274,7 @@ def record(
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
     rules = rules or InputRules()
     recorded = _recordable(rules)
-    timing = replace(timing, values=_constants(path, settings, rules))
+    timing = _with_values(timing, path, settings, rules, data)
     facts = facts_of(path, settings, timing.batch, _ruled(data, rules), timing.shapes, timing.values)
     runs = _measure([path], replace(conditions, timing=timing))
     baseline = Baseline(
@@ -282,6 +284,7 @@ def record(
         batch=timing.batch,
         shapes={name: tuple(shape) for name, shape in timing.shapes.items()},
         **recorded,
+        on_data=data is not None,
         machine=runs[0].machine,
         facts=facts,
         processes=tuple(report.latencies[0].samples for report in runs),
@@ -325,7 +328,10 @@ def check(
     limits = limits or Limits()
     before = _reference(reference, _checked(conditions), data, rules)
     settings = before.conditions.settings
-    after = _facts_like(before, path, _ruled(data, before.rules))
+    after: Facts | Finding | None = interface_of(path, settings, before.facts)
+    if after is None:
+        before = _on_recorded_data(before, path, data)
+        after = _facts_like(before, path, _ruled(data, before.rules))
     if isinstance(after, Finding):
         return Verdict(model=Path(path).name, timing=None, findings=(after,), machine=machine(gpu=settings.on_gpu))
     paths = [path] if before.model is None else [before.model, path]
@@ -378,7 +384,8 @@ def _reference(
     if not isinstance(reference, Baseline) and Path(reference).suffix == ".onnx":
         model, recorded, batch, shapes = Path(reference), None, timing.batch, timing.shapes
         rules = rules or InputRules()
-        values = _constants(model, conditions.settings, rules)
+        timing = _with_values(timing, model, conditions.settings, rules, data)
+        shapes, values = timing.shapes, timing.values
         facts = facts_of(reference, conditions.settings, batch, _ruled(data, rules), shapes, values)
     else:
         recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
@@ -412,16 +419,34 @@ def _recordable(rules: InputRules) -> dict[str, Any]:  # Any: the fields of a ba
         array = np.asarray(value)
         if array.dtype.kind not in "fiub" or array.ndim > 1:
             raise ModelError(
-                f"constant {name!r}: expected a number or a row of numbers, which a baseline can hold, got {array.dtype} of shape "
-                f"{list(array.shape)}"
+                f"constant {name!r}: expected a number or a row of numbers, got {array.dtype} of shape {list(array.shape)}: a "
+                "baseline holds no others"
             )
         constants[name] = tuple(array.tolist()) if array.ndim else array.item()
     return {"constants": constants, "batch_axes": dict(rules.batch_axes), "states": dict(rules.states)}
 
 
-def _constants(path: Path | str, settings: Session, rules: InputRules) -> Values:
-    """Return the values of constant inputs, after a check of the rules against the model."""
-    return {} if rules == InputRules() else model_inputs(open_session(path, settings=settings), rules).constants
+def _with_values(timing: Timing, path: Path | str, settings: Session, rules: InputRules, data: Labelled | None) -> Timing:
+    """Return the timing with the values that are known: constants, and the first labelled inputs but for states."""
+    if data is None and rules == InputRules():
+        return timing
+    session = open_session(path, settings=settings.exact)
+    ruled = _ruled(data, rules)
+    stateless = None
+    if ruled is not None:
+        batches = load_batches(ruled.inputs, session, ruled.rules, batch=timing.batch, most=timing.batch)
+        stateless = replace(batches, feeds=batches.feeds[:1])
+    shapes, values = known_values(session, rules, stateless, timing.batch, timing.shapes)
+    return replace(timing, shapes=shapes, values={name: value for name, value in values.items() if name not in rules.states})
+
+
+def _on_recorded_data(before: _Reference, path: Path | str, data: Labelled | None) -> _Reference:
+    """Return the reference with the values that its baseline was recorded on, if it was on labelled inputs."""
+    recorded, timing = before.recorded, before.conditions.timing
+    if recorded is None or not recorded.on_data:
+        return before
+    read = _with_values(replace(timing, batch=recorded.batch), path, before.conditions.settings, before.rules, data)
+    return replace(before, conditions=replace(before.conditions, timing=replace(timing, values=read.values)))
 
 
 def _ruled(data: Labelled | None, rules: InputRules) -> Labelled | None:
@@ -432,9 +457,6 @@ def _ruled(data: Labelled | None, rules: InputRules) -> Labelled | None:
 def _facts_like(before: _Reference, path: Path | str, data: Labelled | None) -> Facts | Finding:
     """Return the properties of a model on the inputs of the baseline's model, or a finding if it does not run on them."""
     settings, timing = before.conditions.settings, before.conditions.timing
-    other_interface = interface_of(path, settings, before.facts)
-    if other_interface is not None:
-        return other_interface
     try:
         return facts_of(path, settings, timing.batch, data, timing.shapes, timing.values)
     except ModelError as error:

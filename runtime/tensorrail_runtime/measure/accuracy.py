@@ -19,11 +19,11 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.feeds.loading import load_batches
+from tensorrail_runtime.feeds.rules import InputRules
+from tensorrail_runtime.feeds.sources import read_parts
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.feeds import load_batches
-from tensorrail_runtime.sessions.rules import InputRules
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
-from tensorrail_runtime.sessions.sources import read_parts
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]

@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.feeds import samples_of
-from tensorrail_runtime.sessions.rules import Axes
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]

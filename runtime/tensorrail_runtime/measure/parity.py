@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.rules import Axes, deduced_axes
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.feeds import samples_of
 from tensorrail_runtime.sessions.inputs import random_inputs
-from tensorrail_runtime.sessions.rules import Axes, deduced_axes
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 

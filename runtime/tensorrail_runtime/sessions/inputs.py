@@ -59,10 +59,8 @@ def random_inputs(
     feed: dict[str, np.ndarray] = {}
     remaining = _MOST_VALUES
     for name, entry in entries.items():
-        if values and name in values:
-            feed[name] = _known(entry, values[name], _shape(entry, batch, (shapes or {}).get(name)))
-            continue
-        if entry.type not in TYPES:
+        known = values is not None and name in values
+        if not known and entry.type not in TYPES:
             raise ModelError(f"input {name!r} has type {entry.type}, which cannot be drawn at random: give its values")
         shape = _shape(entry, batch, (shapes or {}).get(name))
         remaining -= math.prod(shape)
@@ -70,6 +68,9 @@ def random_inputs(
             raise ModelError(
                 f"input {name!r} of shape {shape} is too large: at most {_MOST_VALUES:,} random values are drawn for one run"
             )
+        if values is not None and known:
+            feed[name] = _known(entry, values[name], shape)
+            continue
         dtype = np.dtype(TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
         feed[name] = (rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)).astype(dtype)

@@ -210,7 +210,7 @@ def wrong_files(rng, folder):
             {"a": a, "b": b, "labels": np.arange(7)},
             r"expected one label per sample, got 6 samples and labels of shape \(7,\)",
         ),
-        "scalar": ({"a": a, "b": b, "labels": np.array(3)}, r"got 6 samples and labels of shape \(\)"),
+        "scalar": ({"a": a, "b": b, "labels": np.array(3)}, r"got 6 samples and labels of shape \(1,\)"),
         "width": ({"a": b, "b": b}, r"input 'a' expects shape \[n, 5\], got an array of shape \[6, 4\]"),
         "axes": ({"a": a[0], "b": b}, r"input 'a' expects shape \[n, 5\], got an array of shape \[5\]"),
         "nan": ({"a": nan, "b": b}, r"the array of input 'a' contains NaN or infinite values"),

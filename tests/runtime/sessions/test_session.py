@@ -14,9 +14,9 @@ from conftest import make_model
 from onnx import TensorProto, helper
 
 from tensorrail_runtime import ModelError, Session, bench, footprint, open_session, parity, placement, random_inputs
+from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.sessions.feeds import load_batches
 from tensorrail_runtime.sessions.inputs import load_arrays, parse_shapes
 from tensorrail_runtime.sessions.machine import processors
 

@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from tensorrail_exporter.search.targets import Search
+    from tensorrail_runtime.feeds.rules import InputRules
     from tensorrail_runtime.measure.timing import Timing
-    from tensorrail_runtime.sessions.rules import InputRules
     from tensorrail_runtime.sessions.session import Session
 
 
@@ -91,7 +91,7 @@ States = Annotated[
 
 def input_options(constants: Constants = None, batch_axes: BatchAxes = None, states: States = None) -> InputRules:
     """Return what the model's inputs are."""
-    from tensorrail_runtime.sessions.rules import parse_rules
+    from tensorrail_runtime.feeds.rules import parse_rules
 
     return parse_rules(constants or [], batch_axes or [], states or [])
 

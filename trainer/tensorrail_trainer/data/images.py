@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from tensorrail_runtime.errors import DataError
-from tensorrail_runtime.sessions.pictures import eight_bits
+from tensorrail_runtime.feeds.pictures import eight_bits
 from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.splits import Dataset
 

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, UsageError, first_line
+from tensorrail_runtime.feeds.pictures import Preprocessing, picture
 from tensorrail_runtime.sessions.inputs import load_arrays
-from tensorrail_runtime.sessions.pictures import Preprocessing, picture
 
 Source = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
 """An npz file or a folder, arrays by input name, or several such mappings, as the files of a folder hold them."""
