@@ -11,7 +11,7 @@ An array holds samples along the batch axis of its input, and is cut into batche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -101,7 +101,7 @@ def known_values(
     if batches is None or not batches.feeds:
         return known, values
     feed = batches.feeds[0]
-    axis_sizes = {  # by the name of a dynamic axis
+    sizes = {  # by the name of a dynamic axis
         axis: size
         for name, shape in known.items()
         if name in inputs.entries
@@ -109,16 +109,26 @@ def known_values(
         if isinstance(axis, str)
     }
     for name, entry in inputs.entries.items():
-        values.setdefault(name, feed[name])
-        own = inputs.axes[name]
-        dynamic = [place for place, size in enumerate(entry.shape) if not isinstance(size, int)]
-        if name in known or not [place for place in dynamic if place != own]:
-            continue
-        sizes = list(feed[name].shape)
-        for place in dynamic:
-            sizes[place] = axis_sizes.get(entry.shape[place], batch if place == own else sizes[place])
-        known[name] = tuple(sizes)
+        if name in inputs.constants or name not in feed or feed[name].ndim < len(entry.shape):
+            continue  # a run says what is missing
+        values[name] = feed[name]
+        shape = _timed_shape(entry.shape, feed[name].shape, inputs.axes[name], batch, sizes)
+        if shape is not None:
+            known.setdefault(name, shape)
     return known, values
+
+
+def _timed_shape(
+    declared: Sequence[object], actual: Sequence[int], axis: int | None, batch: int, sizes: Mapping[object, int]
+) -> tuple[int, ...] | None:
+    """Return the shape of an input in a run of some samples; None if no axis but that of the batch is dynamic."""
+    dynamic = [place for place, size in enumerate(declared) if not isinstance(size, int)]
+    if not set(dynamic) - {axis}:
+        return None
+    shape = list(actual)
+    for place in dynamic:
+        shape[place] = sizes.get(declared[place], batch if place == axis else actual[place])
+    return tuple(shape)
 
 
 def _taken(part: Part, inputs: ModelInputs) -> Part:
@@ -133,7 +143,8 @@ def _taken(part: Part, inputs: ModelInputs) -> Part:
     missing = [name for name in given if name not in others]
     if missing:
         raise ModelError(
-            f"{where}: no array for input {missing[0]!r}; expected {', '.join(given)}, got {', '.join(others) or 'none'}"
+            f"{where}: no array for input {missing[0]!r}; expected {', '.join(given)}, got {', '.join(others) or 'none'}: "
+            "add the array, or say that the input is a constant or a state"
         )
     taken = {}
     for name, entry in inputs.entries.items():

@@ -17,7 +17,7 @@ def command(
     reference: Annotated[Path, typer.Argument(metavar="A.onnx")],
     candidate: Annotated[Path | None, typer.Argument(metavar="B.onnx")] = None,
     *,
-    data: Annotated[Path, typer.Option(metavar="FILE.npz", help="Arrays by input name, and `labels`.")],
+    data: Annotated[Path, typer.Option(metavar="X.npz|FOLDER", help="Arrays by input name, and `labels`.")],
     metric: Metric = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples that are run at a time.")] = 64,
     inputs: Any = Group(input_options),

@@ -42,7 +42,7 @@ Shape = Annotated[
 Duration = Annotated[float, typer.Option(min=0.1, help="Seconds of measuring latency, all models together.")]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FILE.npz", help="Arrays by input name, and `labels` where a metric needs them."),
+    typer.Option("--data", metavar="X.npz|FOLDER", help="Arrays by input name, and `labels` where a metric needs them."),
 ]
 Metric = Annotated[
     str | None,

@@ -47,7 +47,7 @@ def command(
     quantization: Any = Group(quantization_options),
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.npz", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
+        typer.Option(metavar="X.npz|FOLDER", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
     ] = None,
     data: Data = None,
     metric: Metric = None,
