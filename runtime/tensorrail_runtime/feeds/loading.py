@@ -101,7 +101,7 @@ def known_values(
     if batches is None or not batches.feeds:
         return known, values
     feed = batches.feeds[0]
-    sizes = {  # by the name of a dynamic axis
+    sizes: dict[object, int] = {  # by the name of a dynamic axis
         axis: size
         for name, shape in known.items()
         if name in inputs.entries
@@ -109,9 +109,9 @@ def known_values(
         if isinstance(axis, str)
     }
     for name, entry in inputs.entries.items():
-        if name in inputs.constants or name not in feed or feed[name].ndim < len(entry.shape):
+        if name not in feed or feed[name].ndim < len(entry.shape):
             continue  # a run says what is missing
-        values[name] = feed[name]
+        values.setdefault(name, feed[name])
         shape = _timed_shape(entry.shape, feed[name].shape, inputs.axes[name], batch, sizes)
         if shape is not None:
             known.setdefault(name, shape)

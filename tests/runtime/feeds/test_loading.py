@@ -117,6 +117,13 @@ def test_constants_take_the_shape_of_the_run(rng, tmp_path):
     np.testing.assert_array_equal(found.feeds[0]["mask"], np.ones((2, 4), np.float32))
     np.testing.assert_array_equal(found.feeds[1]["mask"], np.ones((1, 4), np.float32))
     np.testing.assert_array_equal(found.feeds[1]["shift"], np.float32([1, 2, 3, 4]))
+    shapes, values = known_values(session, InputRules({"mask": 1}, {"shift": None}), found, 3)
+    assert shapes == {"x": (3, 4), "mask": (3, 4)}
+    np.testing.assert_array_equal(random_inputs(session, 3, shapes=shapes, values=values)["mask"], np.ones((3, 4)))
+    mask = helper.make_node("Add", ["x", "mask"], ["y"])
+    alone = opened(make_model([mask], {}, {"x": ["n", 4], "mask": ["t"]}, {"y": ["n", 4]}), tmp_path)
+    with pytest.raises(ModelError, match=r"constant 'mask': the size of axis 0 of shape \['t'\] is not known"):
+        load_batches({"x": np.ones((3, 4))}, alone, InputRules({"mask": 1}, {"mask": None}), batch=2)
 
 
 def saved(folder, parts):
