@@ -39,13 +39,13 @@ def read_parts(
 
     """
     if isinstance(source, Mapping):
-        return [("inputs", {name: np.asarray(array) for name, array in source.items()})]
+        return [("inputs", _arrays("inputs", source))]
     if not isinstance(source, Path | str):
         if not isinstance(source, list | tuple) or not all(isinstance(part, Mapping) for part in source):
             raise UsageError(
                 f"inputs: expected a path or arrays by input name, such as {{'image': array}}, got {type(source).__name__}"
             )
-        return [(f"inputs[{k}]", {name: np.asarray(array) for name, array in part.items()}) for k, part in enumerate(source)]
+        return [(where := f"inputs[{k}]", _arrays(where, part)) for k, part in enumerate(source)]
     path = Path(source)
     if not path.is_dir():
         return [(str(path), load_arrays(path))]
@@ -60,6 +60,17 @@ def read_parts(
         kinds = ", ".join(sorted(_IMAGES))
         raise ModelError(f"{path}: no inputs found; expected npz or npy files, or images ({kinds})")
     return [(str(path), _pictures(path, pictures, inputs, most, images or Preprocessing()))]
+
+
+def _arrays(where: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what is given by name as arrays, such as lists of numbers."""
+    arrays = {}
+    for name, values in given.items():
+        try:
+            arrays[name] = np.asarray(values)
+        except (ValueError, TypeError, RuntimeError) as error:  # such as lists of unequal length, a tensor on a GPU
+            raise ModelError(f"{where}: {name!r} is not an array ({first_line(error)}); expected a NumPy array") from None
+    return arrays
 
 
 def _pictures(

@@ -78,6 +78,8 @@ def test_what_no_source_holds_is_named(session, plain):
         load_batches({"input": np.ones((2, WIDTH)), "sr": np.array(RATE)}, session, batch=4)
     with pytest.raises(UsageError, match=r"inputs: expected a path or arrays by input name, .* got ndarray"):
         load_batches(np.ones((2, 3, 4)), plain, batch=4)
+    with pytest.raises(ModelError, match=r"inputs: 'x' is not an array .*; expected a NumPy array"):
+        load_batches({"x": [[1.0], [2.0, 3.0]]}, plain, batch=4)
     with pytest.raises(ModelError, match="expected one or more sets of input arrays, got none"):
         load_batches([], plain, batch=4)
 
