@@ -44,6 +44,9 @@ def test_bench_times_the_values_that_are_given(cli, path, frames):
         assert (code, err) == (0, "")
         assert "m.onnx" in printed
     assert cli("bench", path, *QUICK, "--input", f"sr={RATE}", "--memory")[0] == 0
+    held = {"input": np.ones((3, WIDTH)), "state": np.zeros((2, 3, HIDDEN)), "sr": np.array(RATE, np.int32)}
+    np.savez(frames.with_name("all.npz"), **held)  # what one run takes
+    assert cli("bench", path, *QUICK, "--data", frames.with_name("all.npz"), "--batch", 2)[0] == 0
 
 
 def test_check_compares_on_random_inputs_and_along_sequences(cli, path, frames):
