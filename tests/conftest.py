@@ -53,6 +53,17 @@ def exporter_is_frozen():
 _FROZEN: list[str] = []
 
 
+@pytest.fixture(autouse=True)
+def own_modules_are_forgotten(tmp_path_factory):
+    """Take back the modules that a test writes and imports: another test may write one of the same name."""
+    before = set(sys.modules)
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in sys.modules.keys() - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
+            del sys.modules[name]
+
+
 # What these files share among their tests takes many seconds to make: run first, they are not split between two workers.
 _FIRST = ("test_serving.py", "test_processes.py", "test_faults.py", "test_pipeline.py", "test_regress.py")
 

@@ -129,19 +129,16 @@ def stand_ins(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(stand_ins, tmp_path_factory, monkeypatch, in_this_process) -> Iterator[Path]:
-    """Work in a copy of the stand-ins; what a page registers or imports is taken back."""
+    """Work in a copy of the stand-ins; what a page registers is taken back."""
     made = tmp_path_factory.mktemp("page") / "here"
     shutil.copytree(stand_ins, made)
     monkeypatch.chdir(made)
     monkeypatch.syspath_prepend(str(made))
     monkeypatch.setenv("TENSORRAIL_CACHE", str(stand_ins / "cache"))
-    modules, formats = set(sys.modules), dict(FORMATS)
+    formats = dict(FORMATS)
     yield made
     FORMATS.clear()
     FORMATS.update(formats)
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(made)):
-            del sys.modules[name]
 
 
 def run_command(words: list[str], monkeypatch) -> int:

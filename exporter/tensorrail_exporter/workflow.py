@@ -104,7 +104,11 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         )
         dense_size, size = (_size(p, timing, times.latencies[k].p50) for k, p in enumerate((dense_path, path)))
         accuracy = _accuracy(dense_path, path, options)
-        aside = None if parts is None or parts.judged is None else agreement(dense_path, path, parts.judged.feeds, exact)
+        aside = (
+            None
+            if parts is None or parts.judged is None
+            else agreement(dense_path, path, parts.judged.feeds, exact, parts.judged.axes)
+        )
     save_model(rewritten, out)
     ratios = _ratios(dense_size, size, times.ratios[0])
     targets = dict(planning.targets) if planning else {}
@@ -181,8 +185,8 @@ def _feeds(dense: Path, parts: Split | None, options: Compression) -> list[Mappi
     """Return the inputs that outputs are compared on: those set aside, or random ones where there are none."""
     if parts is not None:
         return list((parts.judged or parts.fitted).first(100).feeds)
-    session = open_session(dense, settings=options.conditions.settings.exact)
-    return [random_inputs(session, 7, shapes=options.conditions.timing.shapes)]
+    session, timing = open_session(dense, settings=options.conditions.settings.exact), options.conditions.timing
+    return [random_inputs(session, 7, shapes=timing.shapes, values=timing.values)]
 
 
 def _accuracy(dense: Path, factored: Path, options: Compression) -> Comparison | None:
@@ -247,7 +251,7 @@ def _rounding(resolved: ResolvedPlan) -> float:
 
 
 def _size(path: Path, timing: Timing, milliseconds: float) -> Size:
-    counted = cost(path, timing.batch, timing.shapes)
+    counted = cost(path, timing.batch, timing.shapes, timing.values)
     return Size(
         params=counted.params,
         macs=counted.macs,

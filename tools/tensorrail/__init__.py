@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
+    from tensorrail_runtime.feeds.rules import InputRules
     from tensorrail_runtime.gate.regress import Limits
     from tensorrail_runtime.measure.accuracy import Labelled
     from tensorrail_runtime.measure.parity import Tolerances
@@ -80,6 +81,7 @@ __all__ = [
     "Form",
     "GraphError",
     "Guard",
+    "InputRules",
     "Labelled",
     "LayerPlan",
     "Layers",
@@ -199,6 +201,7 @@ _MODULES = {
     "tensorrail_runtime.measure.parity": ("Tolerances",),
     "tensorrail_runtime.measure.timing": ("Timing",),
     "tensorrail_runtime.serve.http.options": ("ServeOptions",),
+    "tensorrail_runtime.feeds.rules": ("InputRules",),
     "tensorrail_runtime.sessions.session": ("Session",),
     "tensorrail_runtime.triton.package": (
         "Repository",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _EXTRAS = {
-    "export": ("onnx_graphsurgeon", "safetensors", "tensorly"),
+    "export": ("PIL", "onnx_graphsurgeon", "safetensors", "tensorly"),
     "serve": ("fastapi", "prometheus_client", "ray", "starlette", "uvicorn"),
 }
 _OWN = ("tensorrail", "tensorrail_exporter", "tensorrail_trainer", "tensorrail_runtime")

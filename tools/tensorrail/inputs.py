@@ -2,60 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.feeds.batches import Batches
+from tensorrail_runtime.feeds.loading import known_values, load_batches
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.sessions.inputs import batches_of, load_arrays
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.sessions.session import Session, open_session
 
 if TYPE_CHECKING:
     from tensorrail_exporter.calibrate.inputs import Calibration
 
-Arrays = Path | str | Mapping[str, np.ndarray]
-"""A file of arrays by input name (npz), or such arrays."""
+Arrays = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
+"""A file of arrays by input name (npz), a folder of such files, or such arrays."""
 
 
-def as_calibration(inputs: Any, model: Path, samples: int) -> Calibration | None:  # Any: see `Args`
+def as_calibration(inputs: Any, model: Path, samples: int, rules: InputRules) -> Calibration | None:  # Any: see `Args`
     """Return calibration inputs in batches.
 
     Args:
         inputs: an npz file or a folder, arrays by input name, a `Calibration`, or None.
         model: the file of the model that they are for.
         samples: samples that are used at most.
+        rules: inputs that are constants or states, or whose samples are not along the first axis.
 
     """
     if inputs is None:
         return None
-    from tensorrail_exporter.calibrate.inputs import BATCH, Calibration, load_calibration
+    from tensorrail_exporter.calibrate.inputs import Calibration, load_calibration
 
     if isinstance(inputs, Calibration):
         return inputs
-    if isinstance(inputs, Path | str):
-        return load_calibration(inputs, model, most=samples)
-    arrays = {name: np.asarray(array)[:samples] for name, array in _mapping(inputs, "calibration").items()}
-    labels = arrays.pop("labels", None)
-    return Calibration(tuple(batches_of(open_session(model), arrays, BATCH)), labels)
+    return load_calibration(_source(inputs, "calibration"), model, most=samples, rules=rules)
 
 
-def as_feeds(inputs: Arrays | None, model: Path, batch: int, settings: Session) -> list[Mapping[str, np.ndarray]] | None:
-    """Return inputs in batches of a size, as a session takes them; None where there are none."""
+def as_batches(inputs: Any, model: Path, batch: int, settings: Session, rules: InputRules) -> Batches | None:  # Any: see `Args`
+    """Return inputs in batches of a size, as a session takes them; None where there are none.
+
+    Args:
+        inputs: an npz file or a folder, arrays by input name, a `Calibration`, or None.
+        model: the file of the model that they are for.
+        batch: the largest number of samples in a batch.
+        settings: how the model runs, where it has states.
+        rules: inputs that are constants or states, or whose samples are not along the first axis.
+
+    """
     if inputs is None:
         return None
-    arrays = load_arrays(inputs) if isinstance(inputs, Path | str) else dict(_mapping(inputs, "inputs"))
-    return list(batches_of(open_session(model, settings=settings), arrays, batch))
+    if isinstance(inputs, Path | str | Mapping | list | tuple):
+        session = open_session(model, settings=settings)
+        return load_batches(_source(inputs, "inputs"), session, rules, batch=batch)
+    if not hasattr(inputs, "feeds"):  # of a `Calibration`, whose module a base install cannot import
+        _source(inputs, "inputs")
+    return Batches(tuple(inputs.feeds), inputs.axes, inputs.labels, inputs.batch, inputs.whole)
 
 
-def as_labelled(data: Any, metric: str | None = None) -> Labelled | None:  # Any: see `Args`
+def timed_on(timing: Timing, model: Path, settings: Session, rules: InputRules, inputs: Batches | Calibration | None) -> Timing:
+    """Return the timing on the values and shapes that are known.
+
+    Args:
+        timing: the timing, whose shapes are kept.
+        model: the file of the model.
+        settings: how the model runs.
+        rules: the inputs that are constants.
+        inputs: typical inputs, if there are any: their first feed gives values, and the sizes of axes that are not known.
+
+    """
+    if inputs is None and not (rules.constants or rules.states or rules.batch_axes):
+        return timing
+    batches = inputs if inputs is None or isinstance(inputs, Batches) else Batches(inputs.feeds, inputs.axes)
+    session = open_session(model, settings=settings)
+    shapes, values = known_values(session, rules, batches, timing.batch, timing.shapes)
+    return replace(timing, shapes=shapes, values={**values, **timing.values})
+
+
+def as_labelled(data: Any, metric: str | None = None, rules: InputRules | None = None) -> Labelled | None:  # Any: see `Args`
     """Return labelled inputs.
 
     Args:
-        data: an npz file or a mapping with arrays by input name and `labels`, a `Labelled`, or None.
+        data: an npz file or a folder, a mapping with arrays by input name and `labels`, a `Labelled`, or None.
         metric: `top1` (default), `top5` or `module:function`.
+        rules: inputs that are constants or states, or whose samples are not along the first axis; default: none.
 
     Raises:
         ModelError: there are no labels, or a metric was given without data.
@@ -65,20 +99,25 @@ def as_labelled(data: Any, metric: str | None = None) -> Labelled | None:  # Any
         if metric is not None:
             raise ModelError(f"metric {metric!r} scores labelled data, got no data: give data with labels as well")
         return None
+    rules = rules or InputRules()
     if isinstance(data, Labelled):
-        return data
+        return replace(data, rules=rules) if data.rules == InputRules() else data
     if isinstance(data, Path | str):
-        return Labelled.load(data, metric)
-    arrays = dict(_mapping(data, "data"))
+        return Labelled.load(data, metric, rules)
+    if not isinstance(data, Mapping):
+        _source(data, "data")
+        raise UsageError("data: expected a path or one mapping with arrays by input name and `labels`, got several mappings")
+    arrays = dict(data)
     if "labels" not in arrays:
         raise ModelError(f"data: expected an array 'labels' beside the inputs, found {', '.join(arrays) or 'none'}")
     labels = arrays.pop("labels")
-    return Labelled(arrays, labels, metric or "top1")
+    return Labelled(arrays, np.asarray(labels), metric or "top1", rules)
 
 
-def _mapping(arrays: Any, what: str) -> Mapping[str, Any]:  # Any: whatever was given
-    """Return arrays by input name; `UsageError` for anything else, such as a single array."""
-    if not isinstance(arrays, Mapping):
+def _source(arrays: Any, what: str) -> Any:  # Any: whatever was given
+    """Return a path, or arrays by input name; `UsageError` for anything else, such as a single array."""
+    several = isinstance(arrays, list | tuple) and all(isinstance(part, Mapping) for part in arrays)
+    if not isinstance(arrays, Path | str | Mapping) and not several:
         raise UsageError(
             f"{what}: expected a path or arrays by input name, such as {{'image': array}}, got {type(arrays).__name__}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
@@ -40,6 +41,8 @@ class Options:
     """How closely the outputs of a compressed model must agree with the dense model's, on inputs that are set aside."""
     progress: Progress = silent
     """Told how far the work is: `progress(stage, share, detail)`."""
+    inputs: InputRules = field(default_factory=InputRules)
+    """Which inputs are constants or states, or have their samples along another axis than the first."""
 
     def conditions(self, timing: Timing) -> Conditions:
         """Return what models are measured under, with this timing where none was given."""

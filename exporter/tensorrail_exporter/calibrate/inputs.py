@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import math
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from tensorrail_exporter.calibrate.metric import Moments
-from tensorrail_exporter.calibrate.pictures import eight_bits
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_runtime.errors import GraphError, ModelError
-from tensorrail_runtime.sessions.inputs import TYPES, batches_of, load_arrays
+from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.loading import load_batches
+from tensorrail_runtime.feeds.pictures import Preprocessing as Preprocessing
+from tensorrail_runtime.feeds.rules import Axes, InputRules
+from tensorrail_runtime.feeds.sources import Source
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.sessions.session import run as run_session
 
@@ -32,9 +33,6 @@ Feeds = Sequence[Mapping[str, np.ndarray]]
 
 BATCH = 25  # samples that run at once, where the model takes any number
 
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-_LABELS = "labels"
 _ROWS = 12  # sampled rows per value of a patch: enough for a second moment that can be inverted
 _LEAST = 20_000  # sampled rows at least
 _ROUNDING = 2e-7  # share of the trace: the rounding of a moment in single precision
@@ -51,59 +49,55 @@ class Calibration:
         feeds: batches of inputs, each an array per input name.
         labels: class indices (N,) of all samples, or None.
         batch: the batch size of the model if it is fixed, else None.
+        axes: the batch axis of each input by name: 0 for an input that is not listed, None for one that all samples share.
+        whole: whether feeds cannot be divided into samples, since they differ in shape; default False.
 
     """
 
     feeds: tuple[Mapping[str, np.ndarray], ...]
     labels: np.ndarray | None = None
     batch: int | None = None
+    axes: Axes = field(default_factory=dict)
+    whole: bool = False
+
+    @property
+    def samples(self) -> list[int]:
+        """Number of samples in each feed."""
+        return [samples_of(feed, self.axes) for feed in self.feeds]
 
     @property
     def count(self) -> int:
         """Number of samples."""
-        return sum(len(next(iter(feed.values()))) for feed in self.feeds)
+        return sum(self.samples)
 
     def first(self, count: int) -> Calibration:
         """Return the first batches that together contain at least `count` samples, or all of them."""
-        kept: list[Mapping[str, np.ndarray]] = []
-        seen = 0
-        for feed in self.feeds:
+        kept, seen = 0, 0
+        for size in self.samples:
             if seen >= count:
                 break
-            kept.append(feed)
-            seen += len(next(iter(feed.values())))
-        return replace(self, feeds=tuple(kept), labels=None if self.labels is None else self.labels[:seen])
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes an input: resized, cropped at its centre, scaled as (x / 255 − mean) / std.
-
-    The defaults are those of ImageNet models.
-
-    Attributes:
-        mean: mean of every channel, for values between 0 and 1.
-        std: standard deviation of every channel, for values between 0 and 1.
-        resize: length of the image's shorter side in pixels before the crop; 0, the default, is 256/224 of the input's.
-
-    """
-
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resize: int = 0
+            kept += 1
+            seen += size
+        return replace(self, feeds=self.feeds[:kept], labels=None if self.labels is None else self.labels[:seen])
 
 
 def load_calibration(
-    path: Path | str, model: Path | str, *, most: int = 512, images: Preprocessing | None = None
+    source: Source,
+    model: Path | str,
+    *,
+    most: int = 512,
+    images: Preprocessing | None = None,
+    rules: InputRules | None = None,
 ) -> Calibration:
-    """Read calibration inputs from an npz file or a folder.
+    """Read calibration inputs from an npz file, a folder or arrays in memory.
 
     Args:
-        path: an npz file with an array (N, …) per input and optionally `labels` (N,), or a folder of npy or npz files or of
-            images. The name of the array does not matter if the model has one input.
+        source: an npz file with an array (N, …) per input and optionally `labels` (N,); a folder of npy or npz files or of
+            images; or such arrays by name. The name of the array does not matter if one input needs values.
         model: the ONNX file, for the names, types and shapes of its inputs.
         most: largest number of samples, which are spread evenly over the data; default 512.
         images: preprocessing of images; default that of ImageNet models.
+        rules: inputs that are constants or states, or whose samples are not along the first axis; default: none.
 
     Returns:
         The inputs in batches of the size that the model takes, with the types of its inputs.
@@ -113,43 +107,36 @@ def load_calibration(
             NaN or infinite values; or the labels are not class indices from 0, one per sample.
 
     """
-    path = Path(path)
+    where = source if isinstance(source, Path | str) else "calibration"
     session = open_session(model)
-    arrays = _folder(path, session, most, images or Preprocessing()) if path.is_dir() else load_arrays(path)
-    entries = {entry.name: entry for entry in session.get_inputs()}
-    if not entries:
+    if not session.get_inputs():
         raise ModelError(f"{model}: the model takes no input, so there is nothing to calibrate with data")
-    labels = None if _LABELS in entries else arrays.pop(_LABELS, None)
-    if len(entries) == 1 and len(arrays) == 1:
-        arrays = dict(zip(entries, arrays.values(), strict=True))  # with one array and one input the names need not match
-    missing = [name for name in entries if name not in arrays]
-    if missing:
+    batches = load_batches(source, session, rules, batch=BATCH, most=most, images=images)
+    found = Calibration(batches.feeds, batches.labels, batches.fixed, batches.axes, batches.whole)
+    if found.count > 1 and _all_alike(found):
         raise ModelError(
-            f"{path}: no array for input {missing[0]!r}; expected {', '.join(entries)}, got {', '.join(arrays) or 'none'}"
+            f"{where}: all {found.count} samples are identical, so nothing can be fitted to them; expected typical inputs"
         )
-    arrays = {name: _typed(path, arrays[name], entry) for name, entry in entries.items()}
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ModelError(f"{path}: the arrays of the inputs differ in length: {lengths}; expected one row per sample in each")
-    total = next(iter(lengths.values()))
-    if total > 1 and all((array == array[:1]).all() for array in arrays.values()):
-        raise ModelError(
-            f"{path}: all {total} samples are identical, so nothing can be fitted to them; expected typical inputs"
-        )
-    if labels is not None and labels.shape[:1] != (total,):
-        raise ModelError(f"{path}: expected one label per sample, got {total} samples and labels of shape {labels.shape}")
+    labels = found.labels
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
-        raise ModelError(f"{path}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}")
+        raise ModelError(f"{where}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}")
     if labels is not None and (labels < 0).any():
-        raise ModelError(f"{path}: expected class indices from 0 as labels, got {labels.min()}")
-    fixed = next((entry.shape[0] for entry in entries.values() if isinstance(entry.shape[0], int)), None)
-    if fixed is not None:
-        most = max(fixed, most - most % fixed)  # whole batches
-    if total > most:
-        picks = np.linspace(0, total - 1, most).astype(int)
-        arrays = {name: array[picks] for name, array in arrays.items()}
-        labels = None if labels is None else labels[picks]
-    return Calibration(tuple(batches_of(session, arrays, BATCH)), labels, fixed)
+        raise ModelError(f"{where}: expected class indices from 0 as labels, got {labels.min()}")
+    return found
+
+
+def _all_alike(calibration: Calibration) -> bool:
+    """Return whether all samples have the same values."""
+    first = calibration.feeds[0]
+    for feed in calibration.feeds:
+        for name, array in feed.items():
+            axis = calibration.axes.get(name, 0) if array.ndim else None
+            one = first[name] if axis is None else first[name].take([0], axis)
+            if one.ndim != array.ndim or any(a not in (1, b) for a, b in zip(one.shape, array.shape, strict=True)):
+                return False
+            if not (array == one).all():
+                return False
+    return True
 
 
 def run_to(
@@ -363,105 +350,3 @@ class Statistics:
     def bias(self, weight: np.ndarray) -> np.ndarray:
         """Return the bias (O,) with which the mean of the weight's outputs is that of y."""
         return self.y / self.count - weight.reshape(self.outputs, -1).astype(np.float64) @ (self.x / self.count)
-
-
-def _typed(path: Path, array: np.ndarray, entry: ort.NodeArg) -> np.ndarray:
-    """Return an array in the type of the model's input; check its shape and that its values are finite."""
-    if not entry.shape:
-        raise ModelError(f"{path}: input {entry.name!r} is a scalar; calibration needs inputs with one row per sample")
-    axes = list(zip(entry.shape[1:], array.shape[1:], strict=False))
-    if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != actual for size, actual in axes):
-        raise ModelError(f"{path}: input {entry.name!r} expects shape {entry.shape}, got an array of shape {list(array.shape)}")
-    if np.iscomplexobj(array):
-        raise ModelError(f"{path}: input {entry.name!r} expects {entry.type}, got complex values")
-    numeric = np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
-    if array.dtype == np.uint8 and entry.type in _FLOATS:
-        raise ModelError(
-            f"{path}: input {entry.name!r} expects {entry.type}, got bytes, such as raw pixels; scale them as in training first"
-        )
-    if numeric and entry.type in _FLOATS:
-        array = array.astype(_FLOATS[entry.type], copy=False)
-        if not np.isfinite(array).all():
-            raise ModelError(f"{path}: the array of input {entry.name!r} contains NaN or infinite values; expected finite ones")
-        return array
-    expected = TYPES.get(entry.type)
-    if numeric and expected is not None and array.dtype != expected:
-        cast = array.astype(expected) if array.dtype.kind in "iub" else array
-        if array.dtype.kind not in "iub" or not np.array_equal(cast.astype(np.int64), array.astype(np.int64)):
-            raise ModelError(f"{path}: input {entry.name!r} expects {entry.type}, got values of type {array.dtype}")
-        return cast
-    return array
-
-
-def _folder(path: Path, session: ort.InferenceSession, most: int, images: Preprocessing) -> dict[str, np.ndarray]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    arrays = [file for file in files if file.suffix in (".npy", ".npz")]
-    pictures = [file for file in files if file.suffix.lower() in _IMAGES]
-    if not arrays and not pictures:
-        kinds = ", ".join(sorted(_IMAGES))
-        raise ModelError(f"{path}: no calibration data found; expected npz or npy files, or images ({kinds})")
-    if arrays:
-        parts = list(_array_files(arrays, session.get_inputs()[0].name))
-        return {name: _joined(path, name, arrays, parts) for name in parts[0]}
-    if len(session.get_inputs()) != 1:
-        count = len(session.get_inputs())
-        raise ModelError(f"{path}: found images for a model with {count} inputs; provide an npz file with one array per input")
-    entry = session.get_inputs()[0]
-    sized = len(entry.shape) == 4 and all(isinstance(size, int) for size in entry.shape[1:])
-    if not sized or entry.shape[1] not in (1, 3) or entry.type not in _FLOATS:
-        raise ModelError(
-            f"{path}: found images for input {entry.name!r}, {entry.type} of shape {entry.shape}; expected floats "
-            "(batch, 1 or 3, height, width) of known size: provide an npz file instead"
-        )
-    picks = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)
-    return {entry.name: np.stack([_picture(pictures[k], entry.shape[1:], images) for k in picks])}
-
-
-def _array_files(files: Sequence[Path], name: str) -> Iterator[dict[str, np.ndarray]]:
-    for file in files:
-        if file.suffix == ".npz":
-            yield load_arrays(file)
-            continue
-        try:
-            array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ModelError(f"{file}: not a plain npy array ({str(error).partition(chr(10))[0]})") from None
-        if not isinstance(array, np.ndarray):
-            array.close()
-            raise ModelError(f"{file}: expected a plain npy array, got several arrays in one file: rename it to .npz")
-        yield {name: array}
-
-
-def _joined(folder: Path, name: str, files: Sequence[Path], parts: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return the rows of one array of all files; check that every file has it, with rows of the same shape."""
-    first = parts[0][name]
-    for file, part in zip(files, parts, strict=True):
-        if part.keys() != parts[0].keys():
-            names = ", ".join(parts[0])
-            raise ModelError(f"{folder}: {file.name} holds {', '.join(part)}; expected {names} as in {files[0].name}")
-        array = part[name]
-        if not array.ndim or array.shape[1:] != first.shape[1:]:
-            raise ModelError(
-                f"{folder}: array {name!r} of {file.name} has shape {list(array.shape)}; expected a batch of rows "
-                f"{list(first.shape[1:])} as in {files[0].name}"
-            )
-    return np.concatenate([part[name] for part in parts])
-
-
-def _picture(path: Path, shape: Sequence[int], how: Preprocessing) -> np.ndarray:
-    from PIL import Image
-
-    channels, height, width = shape
-    try:
-        with Image.open(path) as opened:
-            image = eight_bits(opened).convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # PIL raises all of these
-        raise ModelError(f"{path}: not a readable image ({str(error).partition(chr(10))[0]})") from None
-    short = how.resize or round(min(height, width) * 256 / 224)
-    scale = short / min(image.size)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    values = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels) / 255
-    mean, std = (np.resize(np.array(values_of, np.float32), channels) for values_of in (how.mean, how.std))
-    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))

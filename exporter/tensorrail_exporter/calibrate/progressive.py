@@ -27,8 +27,8 @@ from tensorrail_exporter.rewrite.biases import add_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan
 from tensorrail_exporter.rewrite.sites import walk
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.sessions.inputs import TYPES
 from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.values import TYPES
 
 _MEMORY = 2**30  # bytes of tensors that are kept in memory; further ones are kept in files
 _SMALL = 2**16  # bytes; smaller tensors always stay in memory

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.calibrate.inputs import BATCH, Calibration
-from tensorrail_runtime.sessions.inputs import samples_of
+from tensorrail_runtime.feeds.rules import Axes
 
 _ASIDE = 4  # one sample in four is set aside
 _CHOOSING = 3  # one in three of the others is for choosing
@@ -42,7 +42,8 @@ def split(calibration: Calibration, model: onnx.ModelProto | None = None, seed: 
     """Divide calibration inputs at random.
 
     Args:
-        calibration: the inputs; for a model with a fixed batch size, whole batches are divided.
+        calibration: the inputs; for a model with a fixed batch size, and for feeds that cannot be divided into samples, whole
+            batches are divided.
         model: the model that they are for, which shows whether its batch size is fixed; default: as `calibration.batch` says.
         seed: seed of the division; default 0.
 
@@ -52,7 +53,7 @@ def split(calibration: Calibration, model: onnx.ModelProto | None = None, seed: 
 
     """
     if calibration.batch is None and model is not None:
-        calibration = replace(calibration, batch=_fixed_batch(model))
+        calibration = replace(calibration, batch=_fixed_batch(model, calibration.axes))
     pieces = _pieces(calibration)
     count = len(pieces)
     if count < _FEWEST:
@@ -74,38 +75,49 @@ def joined(first: Calibration, second: Calibration) -> Calibration:
     labels = None
     if first.labels is not None and second.labels is not None:
         labels = np.concatenate([first.labels, second.labels])
-    return Calibration((*first.feeds, *second.feeds), labels, first.batch)
+    return replace(first, feeds=(*first.feeds, *second.feeds), labels=labels)
 
 
-def _fixed_batch(model: onnx.ModelProto) -> int | None:
-    """Return the size of the first axis of the model's inputs, if it is fixed."""
+def _fixed_batch(model: onnx.ModelProto, batch_axes: Axes) -> int | None:
+    """Return the size of the batch axis of the model's inputs, if it is fixed."""
     stored = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
         axes = value.type.tensor_type.shape.dim
-        if value.name not in stored and axes and axes[0].HasField("dim_value"):
-            return int(axes[0].dim_value)
+        place = batch_axes.get(value.name, 0)
+        if value.name not in stored and axes and place is not None and axes[place].HasField("dim_value"):
+            return int(axes[place].dim_value)
     return None
 
 
 def _pieces(calibration: Calibration) -> list[tuple[int, int]]:
-    """Return the batch and the row of every sample; for a fixed batch size, the batches, with row −1."""
-    if calibration.batch is not None:
+    """Return the batch and the row of every sample; for batches that stay whole, the batches, with row −1."""
+    if _is_whole(calibration):
         return [(batch, -1) for batch in range(len(calibration.feeds))]
-    return [(batch, row) for batch, feed in enumerate(calibration.feeds) for row in range(samples_of(feed))]
+    return [(batch, row) for batch, size in enumerate(calibration.samples) for row in range(size)]
+
+
+def _is_whole(calibration: Calibration) -> bool:
+    return calibration.whole or calibration.batch is not None
 
 
 def _of(calibration: Calibration, pieces: Sequence[tuple[int, int]], picks: np.ndarray) -> Calibration:
     """Return some of the pieces, in the order of the inputs."""
     kept = [pieces[k] for k in sorted(picks.tolist())]
-    batches, fixed = calibration.feeds, calibration.batch is not None
-    starts = np.cumsum([0, *map(samples_of, batches)])
-    numbers = [np.arange(starts[batch], starts[batch + 1]) if fixed else [starts[batch] + row] for batch, row in kept]
+    batches, whole = calibration.feeds, _is_whole(calibration)
+    starts = np.cumsum([0, *calibration.samples])
+    numbers = [np.arange(starts[batch], starts[batch + 1]) if whole else [starts[batch] + row] for batch, row in kept]
     labels = None if calibration.labels is None else calibration.labels[np.concatenate(numbers)]
-    if fixed:
+    if whole:
         feeds = [batches[batch] for batch, _ in kept]
     else:
         groups = [kept[begin : begin + BATCH] for begin in range(0, len(kept), BATCH)]
-        feeds = [
-            {name: np.stack([batches[batch][name][row] for batch, row in group]) for name in batches[0]} for group in groups
-        ]
-    return Calibration(tuple(feeds), labels, calibration.batch)
+        feeds = [{name: _rows(calibration, name, group) for name in batches[0]} for group in groups]
+    return replace(calibration, feeds=tuple(feeds), labels=labels)
+
+
+def _rows(calibration: Calibration, name: str, group: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return some samples of one input; all of it where the samples share it."""
+    batches, axis = calibration.feeds, calibration.axes.get(name, 0)
+    if axis is None or not batches[0][name].ndim:
+        return batches[0][name]
+    return np.concatenate([batches[batch][name].take([row], axis) for batch, row in group], axis)

@@ -223,7 +223,7 @@ def reduced(
 def _random_feeds(session: ort.InferenceSession, timing: Timing) -> list[Mapping[str, np.ndarray]]:
     """Return random inputs to compare outputs on, in batches of two sizes; a shape that is given has its own batch."""
     sizes = _RANDOM_BATCHES[:1] if timing.shapes else _RANDOM_BATCHES
-    return [random_inputs(session, size, timing.seed, timing.shapes) for size in sizes]
+    return [random_inputs(session, size, timing.seed, timing.shapes, timing.values) for size in sizes]
 
 
 def _converted(

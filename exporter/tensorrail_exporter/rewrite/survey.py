@@ -19,6 +19,7 @@ from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import bind_shapes, seen_shapes
 from tensorrail_runtime.sessions.inputs import Shapes
+from tensorrail_runtime.sessions.values import Values
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,12 @@ class DenseLayer:
 
 
 def survey(
-    model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None, *, scan: bool = True
+    model: onnx.ModelProto,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+    *,
+    scan: bool = True,
+    values: Values | None = None,
 ) -> tuple[DenseLayer, ...]:
     """Return the layers of a graph that can be factored, in the order of the graph.
 
@@ -82,6 +88,7 @@ def survey(
         batch: size of the dynamic axes of inputs without an entry in `shapes`; default 1.
         shapes: shapes of inputs by name.
         scan: whether recurrent layers may run as a Scan; False for a GPU, default True.
+        values: known values of inputs by name, where a shape can only be found by a run; default: random ones.
 
     Returns:
         The layers, with shapes and MACs at this batch size.
@@ -97,7 +104,7 @@ def survey(
     named = NamedLayers(graph)
     layers = named.rewritable()
     if any(_shape(node.inputs[0]) is None or _output(node) is None for node in layers.values()):
-        _complete(graph, seen_shapes(bound, batch, shapes))  # such as the shapes after computed initial states
+        _complete(graph, seen_shapes(bound, batch, shapes, values))  # such as the shapes after computed initial states
         layers = named.rewritable()
     dense_layers = []
     for name in layers:

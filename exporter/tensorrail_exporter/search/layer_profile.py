@@ -64,7 +64,7 @@ def slower_layers(times: dict[str, tuple[float, float]]) -> tuple[str, ...]:
 
 def _times(path: Path, layers: Sequence[str], ends: dict[str, str] | None, conditions: Conditions) -> dict[str, float]:
     timing = conditions.timing
-    placed = placement(path, settings=conditions.settings, batch=timing.batch, shapes=timing.shapes)
+    placed = placement(path, settings=conditions.settings, batch=timing.batch, shapes=timing.shapes, values=timing.values)
     total = 1e-3 * sum(node.microseconds for node in placed.nodes)
     return {name: share * total for name, share in time_shares(path, placed, layers, ends).items()}
 

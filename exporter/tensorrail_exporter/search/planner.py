@@ -87,7 +87,7 @@ def plan_network(
     search.check(targets)
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
-    layers = survey(model, batch, shapes, scan=not settings.on_gpu)
+    layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
     _check_keep(search.keep, layers)
     options = _options(layers, search, grid)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
@@ -112,7 +112,14 @@ def plan_network(
             probe = Probe(resolved, approximations, parts.chosen.first(SAMPLES), settings.exact, kept)
             losses = measured_losses(faster, probe, progress)
         processes = min(max(int(search.check_seconds), 1), _PROCESSES)
-        timing = Timing(batch, shapes, search.check_seconds, processes=processes, io_binding=settings.on_gpu)
+        timing = Timing(
+            batch,
+            shapes,
+            search.check_seconds,
+            processes=processes,
+            io_binding=settings.on_gpu,
+            values=conditions.timing.values,
+        )
         verification = Verification(model, dense, timing, settings)
         size = size.model_copy(update={"milliseconds": verification.dense_ms()})
         candidates = Candidates(options, faster, losses, table, size, _scale(options, table, size.milliseconds))
@@ -231,7 +238,7 @@ def _scale(layers: Mapping[DenseLayer, object], table: LatencyTable, whole: floa
 
 def _counted(dense: Path, targets: Mapping[str, float], timing: Timing) -> Size:
     """Return the size of the dense model, with time 0. Raises `PlanError` for a target on a quantity that is 0."""
-    counted = cost(dense, timing.batch, timing.shapes)
+    counted = cost(dense, timing.batch, timing.shapes, timing.values)
     size = Size(params=counted.params, macs=counted.macs, flops=counted.flops, bytes=counted.bytes, milliseconds=0.0)
     for name, value in targets.items():
         if name != "latency" and size.of(name) == 0:

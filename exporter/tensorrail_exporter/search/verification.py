@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,7 @@ class Verification:
 
     def dense_ms(self) -> float:
         """Return the minimum of three timings of the dense network in milliseconds, since other load only adds time."""
-        timing = Timing(
-            self.timing.batch, self.timing.shapes, self.timing.seconds / 9, processes=1, io_binding=self.settings.on_gpu
-        )
+        timing = replace(self.timing, seconds=self.timing.seconds / 9, processes=1, io_binding=self.settings.on_gpu)
         return min(bench([self.dense], timing, self.settings).latencies[0].p50 for _ in range(3))
 
     def measured(self, report: PlanReport) -> PlanReport:
@@ -61,7 +59,7 @@ class Verification:
         resolved = resolve(self.model, report.plan)
         save_model(rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model, path)
         times = bench([self.dense, path], self.timing, self.settings)
-        counted = cost(path, self.timing.batch, self.timing.shapes)
+        counted = cost(path, self.timing.batch, self.timing.shapes, self.timing.values)
         planned = report.planned.model_copy(
             update={"params": counted.params, "macs": counted.macs, "flops": counted.flops, "bytes": counted.bytes}
         )

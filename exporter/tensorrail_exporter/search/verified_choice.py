@@ -15,7 +15,6 @@ from tensorrail_exporter.search.selection import Candidates, pick, report_of, se
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.measure.agreement import compared
 from tensorrail_runtime.progress import Progress
-from tensorrail_runtime.sessions.inputs import samples_of
 
 _CORRECTIONS = 3  # of the losses of layers, in one choice
 
@@ -101,5 +100,5 @@ def with_inputs_set_aside(
         return report
     aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder)
     dense, other = (list(zip(*outputs, strict=True)) for outputs in (aside.divergence.dense, aside.outputs(choice)))
-    agreement = compared(dense, other, [samples_of(feed) for feed in inputs.feeds])
+    agreement = compared(dense, other, inputs.samples)
     return report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})

@@ -20,6 +20,7 @@ from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, require_tensors, run
+from tensorrail_runtime.sessions.values import Values
 
 _SKETCH_SIZE = 1024  # numbers kept of an output, for parity
 _NOISE = 1e-4  # sums in another order differ by less between runs
@@ -49,7 +50,7 @@ class Tensor(Record):
 
 
 class Output(Tensor):
-    """An output on random inputs of seed 0, with its shape in that run; `values` is its sketch.
+    """An output on random inputs of seed 0, or known ones, with its shape in that run; `values` is its sketch.
 
     For an output that is compared exactly, such as indices, the sketch is of random numbers that depend on its values.
     """
@@ -120,7 +121,12 @@ class Finding(Record):
 
 
 def facts_of(
-    path: Path | str, settings: Session, batch: int = 1, data: Labelled | None = None, shapes: Shapes | None = None
+    path: Path | str,
+    settings: Session,
+    batch: int = 1,
+    data: Labelled | None = None,
+    shapes: Shapes | None = None,
+    values: Values | None = None,
 ) -> Facts:
     """Measure the properties of a model.
 
@@ -130,6 +136,7 @@ def facts_of(
         batch: the size of dynamic axes that `shapes` does not set.
         data: labelled inputs of the score; without them there is none.
         shapes: shapes of inputs, by name.
+        values: known values of inputs by name, in place of random ones.
 
     Returns:
         The properties that do not vary between runs.
@@ -138,14 +145,14 @@ def facts_of(
         ModelError: the model cannot be run, or an output is not a tensor of numbers.
 
     """
-    graph_cost = cost(path, batch, shapes)
+    graph_cost = cost(path, batch, shapes, values)
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     declared = {entry.name: _declared(entry) for entry in session.get_outputs()}
-    inputs = random_inputs(session, batch, shapes=shapes)
+    inputs = random_inputs(session, batch, shapes=shapes, values=values)
     outputs = {name: _output(path, name, array, declared[name]) for name, array in run(session, inputs).items()}
     again = {name: _output(path, name, array, declared[name]) for name, array in run(session, inputs).items()}
-    placed = placement(path, settings=settings, batch=batch, shapes=shapes)
+    placed = placement(path, settings=settings, batch=batch, shapes=shapes, values=values)
     score = None
     if data is not None:
         score = evaluate(path, data, settings=settings).mean
@@ -233,7 +240,8 @@ def held(before: Facts, after: Facts, limits: Limits, provider: str) -> list[Fin
 def sha256_of_data(data: Labelled) -> str:
     """Return the SHA-256 of arrays and labels: only scores on the same data are compared."""
     digest = hashlib.sha256()
-    for name, array in [*sorted(data.inputs.items()), ("labels", data.labels)]:
+    parts = [data.inputs] if isinstance(data.inputs, Mapping) else data.inputs
+    for name, array in [*(item for part in parts for item in sorted(part.items())), ("labels", data.labels)]:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -18,12 +18,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.feeds.loading import known_values, load_batches
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled
@@ -32,7 +34,7 @@ from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record, first_problem
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
-from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 __all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
@@ -52,6 +54,11 @@ Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
 """The times of one process, in milliseconds."""
 
 
+Number = bool | int | float
+Constant = Number | tuple[Number, ...]
+"""The value of a constant input; a tuple is repeated to the shape of the input."""
+
+
 class Baseline(PrintedRecord):
     """The recorded properties and times of a model, for comparison with later models.
 
@@ -62,6 +69,10 @@ class Baseline(PrintedRecord):
         threads: the number of intra-op threads, 0 for ONNX Runtime's choice.
         batch: the size of dynamic axes that `shapes` does not set.
         shapes: the given shapes of inputs, by name.
+        constants: the inputs that are the same in every run, by name.
+        batch_axes: the axis of the samples of inputs, where it was given.
+        states: the output of the step before for each state.
+        on_data: whether the model ran on the first labelled inputs, not on random ones, for its outputs and times.
         machine: the machine of the recording.
         facts: the properties that do not vary between runs.
         processes: the times of each process, in milliseconds.
@@ -74,9 +85,18 @@ class Baseline(PrintedRecord):
     threads: int = Field(ge=0)
     batch: int = Field(ge=1)
     shapes: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]
+    constants: dict[str, Constant] = Field(default_factory=dict)
+    batch_axes: dict[str, Annotated[int, Field(ge=0)] | None] = Field(default_factory=dict)
+    states: dict[str, str] = Field(default_factory=dict)
+    on_data: bool = False
     machine: Machine
     facts: Facts
     processes: Annotated[tuple[Times, ...], Field(min_length=1)]
+
+    @property
+    def rules(self) -> InputRules:
+        """What the model's inputs are."""
+        return InputRules(self.constants, self.batch_axes, self.states)
 
     def shown(self) -> tuple[Part, ...]:
         """Return one line: the model and its median time."""
@@ -107,8 +127,14 @@ class Baseline(PrintedRecord):
         threads: int | None = None,
         batch: int | None = None,
         shapes: Shapes | None = None,
+        rules: InputRules | None = None,
     ) -> None:
         """Raise `ModelError` for options that differ from the recorded ones: a model is measured with the recorded ones."""
+        if rules is not None and rules != InputRules() and _recordable(rules) != _recordable(self.rules):
+            raise ModelError(
+                f"the baseline of {self.model} was recorded with inputs {_recordable(self.rules)}, got {_recordable(rules)}: "
+                "omit the rules of inputs, or record the baseline again"
+            )
         if shapes and {name: tuple(shape) for name, shape in shapes.items()} != self.shapes:
             raise ModelError(
                 f"the baseline of {self.model} was recorded with shapes {_shown(self.shapes)}, got {_shown(shapes)}: "
@@ -216,7 +242,12 @@ class TimeChange(Record):
 
 
 def record(
-    path: Path | str, out: Path | str, *, conditions: Conditions | None = None, data: Labelled | None = None
+    path: Path | str,
+    out: Path | str,
+    *,
+    conditions: Conditions | None = None,
+    data: Labelled | None = None,
+    rules: InputRules | None = None,
 ) -> Baseline:
     """Measure a model and write its baseline.
 
@@ -226,6 +257,8 @@ def record(
         conditions: how the model runs and is timed: batch size, shapes, fresh processes (6 by default; up to four times as many
             on a busy machine) and seconds in each (1 by default). Only provider and threads of the session are recorded.
         data: labelled inputs for a score.
+        rules: which inputs are constants or states, or have their samples along another axis than the first; default: none.
+            They are recorded; constants must be numbers.
 
     Returns:
         The baseline.
@@ -239,14 +272,19 @@ def record(
     timing, settings = conditions.timing, conditions.settings
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
-    facts = facts_of(path, settings, timing.batch, data, timing.shapes)
-    runs = _measure([path], conditions)
+    rules = rules or InputRules()
+    recorded = _recordable(rules)
+    timing = _with_values(timing, path, settings, rules, data)
+    facts = facts_of(path, settings, timing.batch, _ruled(data, rules), timing.shapes, timing.values)
+    runs = _measure([path], replace(conditions, timing=timing))
     baseline = Baseline(
         model=Path(os.path.relpath(path, Path(out).parent)).as_posix(),
         provider=settings.provider,
         threads=settings.threads,
         batch=timing.batch,
         shapes={name: tuple(shape) for name, shape in timing.shapes.items()},
+        **recorded,
+        on_data=data is not None,
         machine=runs[0].machine,
         facts=facts,
         processes=tuple(report.latencies[0].samples for report in runs),
@@ -262,6 +300,7 @@ def check(
     limits: Limits | None = None,
     conditions: Conditions | None = None,
     data: Labelled | None = None,
+    rules: InputRules | None = None,
 ) -> Verdict:
     """Compare a model with a baseline, or with another model.
 
@@ -275,6 +314,7 @@ def check(
         conditions: how the models run and are timed, as for `record`. A baseline has its own provider, threads, batch size and
             shapes: they are left at their defaults here, or are the recorded ones.
         data: labelled inputs for a score; with a baseline, the data that it was recorded with.
+        rules: what the inputs are, as for `record`; a baseline has its own.
 
     Returns:
         One finding per property, and the times.
@@ -286,9 +326,12 @@ def check(
 
     """
     limits = limits or Limits()
-    before = _reference(reference, _checked(conditions), data)
+    before = _reference(reference, _checked(conditions), data, rules)
     settings = before.conditions.settings
-    after = _facts_like(before, path, data)
+    after: Facts | Finding | None = interface_of(path, settings, before.facts)
+    if after is None:
+        before = _on_recorded_data(before, path, data)
+        after = _facts_like(before, path, _ruled(data, before.rules))
     if isinstance(after, Finding):
         return Verdict(model=Path(path).name, timing=None, findings=(after,), machine=machine(gpu=settings.on_gpu))
     paths = [path] if before.model is None else [before.model, path]
@@ -327,28 +370,37 @@ class _Reference:
     """The baseline's model, which is timed beside the checked one; None if it is not there, or has changed."""
     recorded: Baseline | None
     """The baseline; None for another model."""
+    rules: InputRules
+    """What the inputs of both models are."""
 
 
-def _reference(reference: Baseline | Path | str, conditions: Conditions, data: Labelled | None) -> _Reference:
+def _reference(
+    reference: Baseline | Path | str, conditions: Conditions, data: Labelled | None, rules: InputRules | None
+) -> _Reference:
     """Read a baseline, or measure the properties of the other model."""
     timing = conditions.timing
     model: Path | None
     recorded: Baseline | None
     if not isinstance(reference, Baseline) and Path(reference).suffix == ".onnx":
         model, recorded, batch, shapes = Path(reference), None, timing.batch, timing.shapes
-        facts = facts_of(reference, conditions.settings, batch, data, shapes)
+        rules = rules or InputRules()
+        timing = _with_values(timing, model, conditions.settings, rules, data)
+        shapes, values = timing.shapes, timing.values
+        facts = facts_of(reference, conditions.settings, batch, _ruled(data, rules), shapes, values)
     else:
         recorded = reference if isinstance(reference, Baseline) else Baseline.load(reference)
-        _require_recorded(recorded, conditions)
+        _require_recorded(recorded, conditions, rules)
         recorded.require_data(data)
         conditions = replace(conditions, settings=Session(provider=recorded.provider, threads=recorded.threads))
         model = None if isinstance(reference, Baseline) else _at_hand(recorded, Path(reference))
-        facts, batch, shapes = recorded.facts, recorded.batch, recorded.shapes
+        facts, batch, shapes, rules = recorded.facts, recorded.batch, recorded.shapes, recorded.rules
+        values = {name: np.asarray(value) for name, value in recorded.constants.items()}
     every_shape = {name: tensor.at(batch, shapes.get(name)) for name, tensor in facts.inputs.items()}
-    return _Reference(facts, replace(conditions, timing=replace(timing, batch=1, shapes=every_shape)), model, recorded)
+    timing = replace(timing, batch=1, shapes=every_shape, values=values)
+    return _Reference(facts, replace(conditions, timing=timing), model, recorded, rules)
 
 
-def _require_recorded(recorded: Baseline, conditions: Conditions) -> None:
+def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRules | None) -> None:
     """Raise `ModelError` for options that are neither the defaults nor the recorded ones."""
     timing, settings = conditions.timing, conditions.settings
     recorded.require(
@@ -356,17 +408,57 @@ def _require_recorded(recorded: Baseline, conditions: Conditions) -> None:
         threads=None if settings.threads == Session.threads else settings.threads,
         batch=None if timing.batch == Timing.batch else timing.batch,
         shapes=timing.shapes,
+        rules=rules,
     )
+
+
+def _recordable(rules: InputRules) -> dict[str, Any]:  # Any: the fields of a baseline
+    """Return rules as a baseline holds them. Raises `ModelError` for a constant that is no number or row of numbers."""
+    constants = {}
+    for name, value in rules.constants.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiub" or array.ndim > 1:
+            raise ModelError(
+                f"constant {name!r}: expected a number or a row of numbers, got {array.dtype} of shape {list(array.shape)}: a "
+                "baseline holds no others"
+            )
+        constants[name] = tuple(array.tolist()) if array.ndim else array.item()
+    return {"constants": constants, "batch_axes": dict(rules.batch_axes), "states": dict(rules.states)}
+
+
+def _with_values(timing: Timing, path: Path | str, settings: Session, rules: InputRules, data: Labelled | None) -> Timing:
+    """Return the timing with the values that are known: constants, and the first labelled inputs but for states."""
+    if data is None and rules == InputRules():
+        return timing
+    session = open_session(path, settings=settings.exact)
+    ruled = _ruled(data, rules)
+    stateless = None
+    if ruled is not None:
+        batches = load_batches(ruled.inputs, session, ruled.rules, batch=timing.batch, most=timing.batch)
+        stateless = replace(batches, feeds=batches.feeds[:1])
+    shapes, values = known_values(session, rules, stateless, timing.batch, timing.shapes)
+    return replace(timing, shapes=shapes, values={name: value for name, value in values.items() if name not in rules.states})
+
+
+def _on_recorded_data(before: _Reference, path: Path | str, data: Labelled | None) -> _Reference:
+    """Return the reference with the values that its baseline was recorded on, if it was on labelled inputs."""
+    recorded, timing = before.recorded, before.conditions.timing
+    if recorded is None or not recorded.on_data:
+        return before
+    read = _with_values(replace(timing, batch=recorded.batch), path, before.conditions.settings, before.rules, data)
+    return replace(before, conditions=replace(before.conditions, timing=replace(timing, values=read.values)))
+
+
+def _ruled(data: Labelled | None, rules: InputRules) -> Labelled | None:
+    """Return labelled data with the rules, unless they have their own."""
+    return replace(data, rules=rules) if data is not None and data.rules == InputRules() else data
 
 
 def _facts_like(before: _Reference, path: Path | str, data: Labelled | None) -> Facts | Finding:
     """Return the properties of a model on the inputs of the baseline's model, or a finding if it does not run on them."""
     settings, timing = before.conditions.settings, before.conditions.timing
-    other_interface = interface_of(path, settings, before.facts)
-    if other_interface is not None:
-        return other_interface
     try:
-        return facts_of(path, settings, timing.batch, data, timing.shapes)
+        return facts_of(path, settings, timing.batch, data, timing.shapes, timing.values)
     except ModelError as error:
         return Finding(name="run", baseline="runs", measured=str(error), limit="runs", holds=False)
 
@@ -439,7 +531,7 @@ def compare_times(
 def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: float | None = None) -> list[LatencyReport]:
     """Time the models in fresh processes; with a precision, until the standard error of the estimate is at most that."""
     timing = conditions.timing
-    each = Timing(timing.batch, timing.shapes, timing.seconds, _WARMUP)
+    each = Timing(timing.batch, timing.shapes, timing.seconds, _WARMUP, values=timing.values)
     reports: list[LatencyReport] = []
     while len(reports) < timing.processes or (
         precision is not None

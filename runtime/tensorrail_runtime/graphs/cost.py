@@ -22,6 +22,7 @@ from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, 
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
+from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
@@ -92,13 +93,14 @@ class GraphCost(PrintedRecord):
         return (Table(title, head, rows), *left_out)
 
 
-def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> GraphCost:
+def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values: Values | None = None) -> GraphCost:
     """Return the cost of a model, computed from its shapes.
 
     Args:
         path: the ONNX file.
         batch: the size of dynamic axes that `shapes` does not set.
         shapes: shapes of inputs, by name.
+        values: known values of inputs by name, where a shape can only be found by a run; default: random ones.
 
     Returns:
         Parameters, MACs, bytes and kernels of the graph, and the cost of each node that multiplies.
@@ -126,7 +128,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None) -> Grap
     known = _shapes(inferred.graph)
     counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
     if any(name and name not in known for node in counted for name in (*node.input, node.output[0])):
-        observed = seen_shapes(bound, batch, shapes)
+        observed = seen_shapes(bound, batch, shapes, values)
         inferred = _with_shapes(inferred, observed)
         known = _shapes(inferred.graph) | observed
     try:
@@ -342,13 +344,16 @@ def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> 
         return model
 
 
-def seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
+def seen_shapes(
+    bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors in a run of the model, for graphs whose shapes cannot be inferred.
 
     Args:
         bound: the model, with inputs of fixed shapes.
         batch: the size of dynamic axes that `shapes` does not set.
         shapes: shapes of inputs, by name.
+        values: known values of inputs by name, in place of random ones.
 
     Returns:
         The shape of each tensor by name; empty if the model does not run or is too large to be passed in memory.
@@ -360,7 +365,7 @@ def seen_shapes(bound: onnx.ModelProto, batch: int, shapes: Shapes | None) -> di
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        arrays = session.run(None, random_inputs(session, batch, shapes=shapes))
+        arrays = session.run(None, random_inputs(session, batch, shapes=shapes, values=values))
     except Exception:  # noqa: BLE001 - a missing shape is reported later, with the node that needs it
         return {}
     return {value.name: tuple(np.shape(array)) for value, array in zip(session.get_outputs(), arrays, strict=True)}

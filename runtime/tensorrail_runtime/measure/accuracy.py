@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,8 +19,10 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.feeds.loading import load_batches
+from tensorrail_runtime.feeds.rules import InputRules
+from tensorrail_runtime.feeds.sources import read_parts
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, samples_of
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
@@ -34,21 +36,41 @@ _Z = NormalDist().inv_cdf(0.975)
 class Labelled:
     """Inputs with labels that an accuracy is measured on."""
 
-    inputs: Mapping[str, np.ndarray]
-    """Arrays (N, …) by input name."""
+    inputs: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
+    """Arrays (N, …) by input name; or several such mappings, each a sequence or what one run takes."""
     labels: np.ndarray
     """One label a sample, (N, …)."""
     metric: str = "top1"
     """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample (see `Metric`)."""
+    rules: InputRules = field(default_factory=InputRules)
+    """Which inputs are constant, have their samples along another axis than the first, or are states."""
 
     @classmethod
-    def load(cls, path: Path | str, metric: str | None = None) -> Labelled:
-        """Read an npz file with arrays by input name and `labels`; `ModelError` where it has no labels."""
-        arrays = load_arrays(path)
-        if "labels" not in arrays:
-            raise ModelError(f"{path}: expected an array 'labels' beside the inputs, found {', '.join(arrays)}")
-        labels = arrays.pop("labels")
-        return cls(arrays, labels, metric or "top1")
+    def load(cls, path: Path | str, metric: str | None = None, rules: InputRules | None = None) -> Labelled:
+        """Read arrays by input name and `labels` from an npz file, or from each file of a folder.
+
+        Args:
+            path: the file or folder.
+            metric: see `metric`; default `top1`.
+            rules: see `rules`.
+
+        Raises:
+            ModelError: a file cannot be read or has no labels.
+
+        """
+        inputs, labels = [], []
+        for where, arrays in read_parts(path, ()):
+            if "labels" not in arrays:
+                raise ModelError(f"{where}: expected an array 'labels' beside the inputs, found {', '.join(arrays)}")
+            labels.append(np.atleast_1d(arrays.pop("labels")))
+            inputs.append(arrays)
+        try:
+            joined = labels[0] if len(labels) == 1 else np.concatenate(labels)
+        except ValueError as error:
+            raise ModelError(
+                f"{path}: the labels of its files cannot be joined ({error}); expected one label a sample"
+            ) from None
+        return cls(inputs[0] if len(inputs) == 1 else inputs, joined, metric or "top1", rules or InputRules())
 
 
 class Accuracy(Record):
@@ -194,16 +216,15 @@ def evaluate(
     scorer = metric_of(metric)
     session = open_session(path, settings=settings)
     require_tensors(path, session)
-    feeds = batches_of(session, data.inputs, batch)
-    count = sum(map(samples_of, feeds))
+    batches = load_batches(data.inputs, session, data.rules, batch=batch)
+    count = sum(batches.samples)
     if not count or np.shape(labels)[:1] != (count,):
         raise ModelError(
             f"expected as many labels as samples, got labels of shape {np.shape(labels)} and {count} samples: check the array "
             "'labels' of the data"
         )
     scores: list[float] = []
-    for feed in feeds:
-        size = samples_of(feed)
+    for feed, size in zip(batches.feeds, batches.samples, strict=True):
         outputs = run(session, feed)
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():

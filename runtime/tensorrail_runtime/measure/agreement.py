@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import samples_of
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
@@ -59,6 +60,8 @@ def scores_of(parts: Sequence[np.ndarray]) -> Scores | None:
     """
     if any(part.dtype.kind != "f" or part.ndim < 2 or part.shape[-1] < 2 or not part.size for part in parts):
         return None
+    if len({part.shape[-1] for part in parts}) > 1:
+        return None  # the last axis is not that of classes, such as time in feeds of different lengths
     values = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float64)
     if values.min() >= 0 and np.abs(values.sum(-1) - 1).max() < _TOLERANCE:
         return "probabilities"
@@ -72,7 +75,11 @@ def scores_of(parts: Sequence[np.ndarray]) -> Scores | None:
 
 
 def agreement(
-    reference: Path | str, candidate: Path | str, feeds: Sequence[Mapping[str, np.ndarray]], settings: Session | None = None
+    reference: Path | str,
+    candidate: Path | str,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    settings: Session | None = None,
+    axes: Axes | None = None,
 ) -> Agreement:
     """Run two models on the same inputs and compare their outputs.
 
@@ -81,6 +88,7 @@ def agreement(
         candidate: the file of the other model, with the same inputs and outputs.
         feeds: batches of inputs by name, which nothing was fitted to.
         settings: how the models run; default `Session()`.
+        axes: the batch axis of each input by name, by which samples are counted; default: the first axes.
 
     Returns:
         The share of samples with the same best class and the difference of the outputs, with 95 % intervals.
@@ -98,7 +106,7 @@ def agreement(
     if list(runs[0][0]) != list(runs[1][0]):
         raise ModelError(f"{candidate}: expected the outputs {', '.join(runs[0][0])}, got {', '.join(runs[1][0])}")
     dense, other = ([list(batch.values()) for batch in batches] for batches in runs)
-    return compared(dense, other, [samples_of(feed) for feed in feeds])
+    return compared(dense, other, [samples_of(feed, axes) for feed in feeds])
 
 
 def compared(

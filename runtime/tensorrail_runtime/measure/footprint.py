@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.sessions.values import Values, load_values, save_values
 
 _RUNS = 3  # memory is allocated in the first runs
 
@@ -24,7 +26,14 @@ class Footprint(Record):
     gpu_mib: int | None  # None on the CPU
 
 
-def footprint(path: Path | str, *, settings: Session | None = None, batch: int = 1, shapes: Shapes | None = None) -> Footprint:
+def footprint(
+    path: Path | str,
+    *,
+    settings: Session | None = None,
+    batch: int = 1,
+    shapes: Shapes | None = None,
+    values: Values | None = None,
+) -> Footprint:
     """Measure the load time and the memory of a model, which runs three times in a fresh process.
 
     Args:
@@ -32,6 +41,7 @@ def footprint(path: Path | str, *, settings: Session | None = None, batch: int =
         settings: the options of the session.
         batch: the size of dynamic axes that `shapes` does not set.
         shapes: shapes of inputs, by name.
+        values: known values of inputs by name, in place of random ones.
 
     Returns:
         The load time and the memory of host and GPU.
@@ -40,13 +50,16 @@ def footprint(path: Path | str, *, settings: Session | None = None, batch: int =
         ModelError: the model cannot be loaded or run.
 
     """
-    request = {
+    request: dict[str, object] = {
         "path": str(path),
         "batch": batch,
         "settings": asdict(settings or Session()),
         "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
     }
-    return Footprint.model_validate_json(fresh("tensorrail_runtime.measure.footprint:measure", request))
+    with tempfile.TemporaryDirectory() as folder:
+        if values:
+            request["values"] = save_values(values, Path(folder))
+        return Footprint.model_validate_json(fresh("tensorrail_runtime.measure.footprint:measure", request))
 
 
 def measure(request: dict[str, object]) -> str:
@@ -60,7 +73,8 @@ def measure(request: dict[str, object]) -> str:
     start = time.perf_counter()
     session = open_session(str(request["path"]), settings=settings)
     load_ms = 1e3 * (time.perf_counter() - start)
-    feed = random_inputs(session, int(str(request["batch"])), shapes=request["shapes"])  # type: ignore[arg-type] # likewise
+    known = load_values(request.get("values"))  # type: ignore[arg-type] # likewise
+    feed = random_inputs(session, int(str(request["batch"])), shapes=request["shapes"], values=known)  # type: ignore[arg-type] # likewise
     for _ in range(_RUNS):
         run(session, feed)
     after, gpu_after = _peak_mib(), gpu_memory_used() if on_gpu else None

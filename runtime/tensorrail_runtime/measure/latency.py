@@ -15,7 +15,6 @@ from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.measure.turns import Turns, time_in_fresh_process, time_models
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
@@ -209,7 +208,7 @@ def _report_of(
         cuda_graph=settings.cuda_graph,
         warnings=(
             *_uneven(names, timed.samples, timed.shapes),
-            *_warnings(paths, latencies, settings, timing.batch, timing.shapes or None),
+            *_warnings(paths, latencies, settings, timing),
         ),
     )
 
@@ -346,9 +345,7 @@ def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mappi
     return []
 
 
-def _warnings(
-    paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, batch: int, shapes: Shapes | None
-) -> tuple[str, ...]:
+def _warnings(paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, timing: Timing) -> tuple[str, ...]:
     """Return warnings on unstable times, on kernels too small for a GPU, and on nodes on another provider."""
     from tensorrail_runtime.measure.placement import placement
 
@@ -361,7 +358,7 @@ def _warnings(
     if not settings.on_gpu:
         return tuple(warnings)
     for path, latency in zip(paths, latencies, strict=True):
-        placed = placement(path, settings=settings, batch=batch, shapes=shapes)
+        placed = placement(path, settings=settings, batch=timing.batch, shapes=timing.shapes, values=timing.values)
         per_node = 1e3 * latency.p50 / max(1, len(placed.nodes))
         if per_node < _LAUNCH and not settings.cuda_graph:
             warnings.append(

@@ -12,8 +12,10 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.rules import Axes, deduced_axes
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import random_inputs, samples_of
+from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
@@ -151,6 +153,7 @@ def parity(
     batches: Sequence[int] = (1, 7),
     tolerance: float | Tolerances | None = 1e-4,
     settings: Session | None = None,
+    axes: Axes | None = None,
 ) -> Parity:
     """Run two models on the same inputs and compare every output, over all runs together.
 
@@ -162,6 +165,7 @@ def parity(
         tolerance: the largest relative L2 difference of any output; `Tolerances` for limits by output and element; None to
             measure only.
         settings: how both run; default: the CPU provider.
+        axes: the batch axis of each input by name, by which samples are counted; default: as `InputRules` deduces them.
 
     Returns:
         How each output differs, over all runs together.
@@ -181,6 +185,7 @@ def parity(
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
     first_runs, second_runs = ([run(session, feed) for feed in feeds] for session in (first, second))
     names = [entry.name for entry in first.get_outputs()]
+    axes = deduced_axes({entry.name: entry.shape for entry in first.get_inputs()}) if axes is None else axes
     outputs = [
         compare(name, [arrays[name] for arrays in first_runs], [arrays[name] for arrays in second_runs], limits)
         for name in names
@@ -190,7 +195,7 @@ def parity(
     return Parity(
         reference=Path(reference).name,
         candidate=Path(candidate).name,
-        batches=tuple(samples_of(feed) for feed in feeds),
+        batches=tuple(samples_of(feed, axes) for feed in feeds),
         tolerance=limits.relative_l2,
         outputs=tuple(outputs),
     )

@@ -15,6 +15,7 @@ import onnx
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, run
+from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _RUNS = 10
@@ -77,6 +78,7 @@ def placement(
     inputs: Mapping[str, np.ndarray] | None = None,
     batch: int = 1,
     shapes: Shapes | None = None,
+    values: Values | None = None,
 ) -> Placement:
     """Run a model with ONNX Runtime's profiler and return where each node ran.
 
@@ -89,6 +91,7 @@ def placement(
         inputs: the inputs by name; without them, random ones.
         batch: the size of dynamic axes that `shapes` does not set, for random inputs.
         shapes: shapes of inputs by name, for random inputs.
+        values: known values of inputs by name, in place of random ones.
 
     Returns:
         The nodes in the order in which they ran.
@@ -100,7 +103,7 @@ def placement(
     settings = replace(settings or Session(), cuda_graph=False)
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(path, settings=settings, profile=Path(folder) / "profile")
-        feed = dict(inputs) if inputs is not None else random_inputs(session, batch, shapes=shapes)
+        feed = dict(inputs) if inputs is not None else random_inputs(session, batch, shapes=shapes, values=values)
         for _ in range(_WARMUP + _RUNS):
             run(session, feed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.sessions.values import Values
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Timing:
     """Keep inputs and outputs on the device, and leave their transfer out of the times."""
     seed: int = 0
     """Seed of the random inputs."""
+    values: Values = field(default_factory=dict, compare=False)  # arrays have no truth value when compared
+    """Known values of inputs by name, cut or repeated to the shapes that are timed; other inputs are random."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for a batch without samples."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from tensorrail_runtime.sessions.float16 import holds_fp16, remember
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import batch_of, random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.values import load_values, save_values
 
 MIN_ROUNDS = 20
 MIN_CYCLES = 6  # the fewest values whose range contains the median in 95 % of cases
@@ -85,8 +87,11 @@ def time_models(
 
 def time_in_fresh_process(paths: Sequence[Path | str], settings: Session, timing: Timing) -> Turns:
     """Do the same as `time_models` in a fresh process."""
-    request = _request(paths, settings) | {"timing": asdict(timing)}
-    return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request)))
+    request = _request(paths, settings) | {"timing": asdict(replace(timing, values={}))}
+    with tempfile.TemporaryDirectory() as folder:
+        if timing.values:
+            request["values"] = save_values(timing.values, Path(folder))
+        return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request)))
 
 
 def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> tuple[np.ndarray, float]:
@@ -111,8 +116,8 @@ def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float)
 
 def answer_turns(request: dict[str, Any]) -> str:  # Any: JSON, made by `time_in_fresh_process`
     """Time the models of a request in turns, and return the times as JSON; a fresh process calls it."""
-    settings = _settings(request)
-    return json.dumps(asdict(time_models(request["paths"], settings, Timing(**request["timing"]))))
+    timing = Timing(**(request["timing"] | {"values": load_values(request.get("values"))}))
+    return json.dumps(asdict(time_models(request["paths"], _settings(request), timing)))
 
 
 def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_bursts`
@@ -165,23 +170,23 @@ def _settings(request: dict[str, Any]) -> Session:
 class Runner:
     """A model that is loaded and ready to be timed."""
 
-    run: Callable[[], object]  # runs the model once, on the same random inputs each time
+    run: Callable[[], object]  # runs the model once, on the same inputs each time
     load_ms: float  # how long opening took
     samples: int  # in one run
     shapes: Mapping[str, tuple[int, ...]]  # of the inputs
 
 
 def runner(path: Path | str, settings: Session, timing: Timing | None = None) -> Runner:
-    """Open a model and return what runs it on random inputs; `ModelError` in one line for inputs that do not fit.
+    """Open a model and return what runs it on known or random inputs; `ModelError` in one line for inputs that do not fit.
 
-    Of `timing` the batch size, shapes, seed and IO binding count.
+    Of `timing` the batch size, shapes, values, seed and IO binding count.
     """
     timing = timing or Timing()
     holds_fp16(path)  # read once, and no part of the time that opening takes
     begin = time.perf_counter()
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)
-    feed = random_inputs(session, timing.batch, timing.seed, timing.shapes)
+    feed = random_inputs(session, timing.batch, timing.seed, timing.shapes, timing.values)
     entries = session.get_inputs()
     samples = batch_of([entry.shape for entry in entries], timing.batch, [timing.shapes.get(entry.name) for entry in entries])
     # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph

@@ -1,4 +1,4 @@
-"""Inputs for models: random values of the right types and shapes, or arrays from an npz file."""
+"""Inputs for models: random values of the right types and shapes where none are known, and arrays from an npz file."""
 
 from __future__ import annotations
 
@@ -12,24 +12,10 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
+from tensorrail_runtime.sessions.values import TYPES, Values, at_shape, typed
 
 if TYPE_CHECKING:
     import onnx
-
-TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int16)": np.int16,
-    "tensor(uint64)": np.uint64,
-    "tensor(uint32)": np.uint32,
-    "tensor(uint16)": np.uint16,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-    "tensor(bool)": np.bool_,
-}
 
 _MOST_VALUES = 2**29  # random values for one run: 2 GiB as float32
 
@@ -39,33 +25,42 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def random_inputs(
-    session: ort.InferenceSession, batch: int = 1, seed: int = 0, shapes: Shapes | None = None
+    session: ort.InferenceSession,
+    batch: int = 1,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    values: Values | None = None,
 ) -> dict[str, np.ndarray]:
     """Return random inputs for a model: standard normal values, or integers 0 and 1, of the types of its inputs.
+
+    Inputs whose values are known are not random.
 
     Args:
         session: a session of the model.
         batch: the size of every dynamic axis of inputs that `shapes` does not name.
         seed: the seed of the random numbers.
         shapes: shapes of inputs, by name.
+        values: known values of inputs, by name, which are cut or repeated to the shapes of this run; default: none.
 
     Returns:
         One array for each input, by name.
 
     Raises:
-        ModelError: `shapes` names an unknown input or does not fit an input's axes, an input has a type for which no random
-            values can be drawn, or the inputs have more than 2²⁹ values.
+        ModelError: `shapes` or `values` names an unknown input or does not fit an input, an input has a type for which no
+            random values can be drawn, or the inputs have more than 2²⁹ values.
 
     """
     entries = {entry.name: entry for entry in session.get_inputs()}
-    for name in shapes or {}:
-        if name not in entries:
-            raise ModelError(f"shapes: unknown input {name!r}; the model's inputs are {', '.join(entries) or 'none'}")
+    for what, given in (("shapes", shapes or {}), ("values", values or {})):
+        for name in given:
+            if name not in entries:
+                raise ModelError(f"{what}: unknown input {name!r}; the model's inputs are {', '.join(entries) or 'none'}")
     rng = np.random.default_rng(seed)
     feed: dict[str, np.ndarray] = {}
     remaining = _MOST_VALUES
     for name, entry in entries.items():
-        if entry.type not in TYPES:
+        known = values is not None and name in values
+        if not known and entry.type not in TYPES:
             raise ModelError(f"input {name!r} has type {entry.type}, which cannot be drawn at random: give its values")
         shape = _shape(entry, batch, (shapes or {}).get(name))
         remaining -= math.prod(shape)
@@ -73,6 +68,9 @@ def random_inputs(
             raise ModelError(
                 f"input {name!r} of shape {shape} is too large: at most {_MOST_VALUES:,} random values are drawn for one run"
             )
+        if values is not None and known:
+            feed[name] = _known(entry, values[name], shape)
+            continue
         dtype = np.dtype(TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
         feed[name] = (rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)).astype(dtype)
@@ -147,6 +145,16 @@ def _shape(entry: ort.NodeArg, batch: int, shape: Sequence[int] | None) -> list[
     return list(shape)
 
 
+def _known(entry: ort.NodeArg, values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Return known values of an input, cut or repeated to a shape."""
+    array = typed(values, entry, "values")
+    if not entry.shape and array.ndim:  # an input of undeclared shape
+        return array
+    if array.ndim > len(shape) or not array.size:
+        raise ModelError(f"values: input {entry.name!r} expects shape {entry.shape}, got an array of shape {list(array.shape)}")
+    return at_shape(array, shape)
+
+
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Parse the shapes of inputs.
 
@@ -204,61 +212,6 @@ def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
     if not arrays or any(not array.size for array in arrays.values()):
         raise ModelError(f"{path}: holds no data")
     return arrays
-
-
-def batches_of(session: ort.InferenceSession, arrays: Mapping[str, np.ndarray], batch: int) -> list[dict[str, np.ndarray]]:
-    """Return the arrays of the model's inputs, cut along their first axis into batches.
-
-    Args:
-        session: a session of the model.
-        arrays: arrays (N, …) by the name of the input; others are ignored, and a scalar goes into every batch.
-        batch: the largest number of samples of a batch; a model whose batch axis is fixed gets batches of that size.
-
-    Returns:
-        The inputs of each batch, by name.
-
-    Raises:
-        ModelError: an input has no array or one of another shape, the arrays have different lengths, or the samples do not
-            fill whole batches of a model with a fixed batch size.
-
-    """
-    entries = session.get_inputs()
-    if not entries:
-        raise ModelError("the model has no inputs, so it cannot be run on data")
-    missing = [entry.name for entry in entries if entry.name not in arrays]
-    if missing:
-        raise ModelError(f"expected an array for input {missing[0]!r}, got {', '.join(arrays) or 'none'}")
-    feeds = {entry.name: arrays[entry.name] for entry in entries}
-    for entry in entries:
-        _require_shape(entry, feeds[entry.name])
-    lengths = {name: len(array) for name, array in feeds.items() if array.ndim}
-    if len(set(lengths.values())) > 1:
-        raise ModelError(f"expected input arrays of equal length, got {lengths}")
-    total = next(iter(lengths.values()), 1)
-    fixed = next((entry.shape[0] for entry in entries if entry.shape and isinstance(entry.shape[0], int)), None)
-    if fixed is not None:
-        if not fixed or total % fixed:
-            raise ModelError(f"the model takes batches of {fixed}, got {total} samples: give a multiple of {fixed}")
-        batch = fixed
-    return [
-        {name: array[start : start + batch] if array.ndim else array for name, array in feeds.items()}
-        for start in range(0, total, batch)
-    ]
-
-
-def _require_shape(entry: ort.NodeArg, array: np.ndarray) -> None:
-    """Raise `ModelError` for an array with another number of axes, or another size of a fixed axis after the first."""
-    if not entry.shape:  # a scalar, or a shape that is not declared
-        return
-    axes = zip(entry.shape[1:], array.shape[1:], strict=False)
-    if array.ndim != len(entry.shape) or any(isinstance(size, int) and size != actual for size, actual in axes):
-        expected = ", ".join(str(size or "?") for size in entry.shape)
-        raise ModelError(f"input {entry.name!r}: expected an array of shape [{expected}], got {list(array.shape)}")
-
-
-def samples_of(feed: Mapping[str, np.ndarray]) -> int:
-    """Return the number of samples in a batch: 1 where no input has an axis."""
-    return next((len(array) for array in feed.values() if array.ndim), 1)
 
 
 def _array(members: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -210,9 +210,9 @@ def wrong_files(rng, folder):
             {"a": a, "b": b, "labels": np.arange(7)},
             r"expected one label per sample, got 6 samples and labels of shape \(7,\)",
         ),
-        "scalar": ({"a": a, "b": b, "labels": np.array(3)}, r"got 6 samples and labels of shape \(\)"),
-        "width": ({"a": b, "b": b}, r"input 'a' expects shape \['n', 5\], got an array of shape \[6, 4\]"),
-        "axes": ({"a": a[0], "b": b}, r"input 'a' expects shape \['n', 5\], got an array of shape \[5\]"),
+        "scalar": ({"a": a, "b": b, "labels": np.array(3)}, r"got 6 samples and labels of shape \(1,\)"),
+        "width": ({"a": b, "b": b}, r"input 'a' expects shape \[n, 5\], got an array of shape \[6, 4\]"),
+        "axes": ({"a": a[0], "b": b}, r"input 'a' expects shape \[n, 5\], got an array of shape \[5\]"),
         "nan": ({"a": nan, "b": b}, r"the array of input 'a' contains NaN or infinite values"),
         "empty": ({"a": a[:0], "b": b[:0]}, r"holds no data"),
         "pickled": ({"a": np.array([{}, {}], object), "b": b}, r"not an npz file of plain arrays \(Object arrays cannot be"),
@@ -248,8 +248,8 @@ def wrong_folders(rng, root):
         (root / name).mkdir()
         return root / name
 
-    folder("empty", "no calibration data found; expected npz or npy files, or images")
-    (folder("text", "no calibration data found") / "a.txt").write_text("x")
+    folder("empty", "no inputs found; expected npz or npy files, or images")
+    (folder("text", "no inputs found") / "a.txt").write_text("x")
     (folder("broken", r"a.png: not a readable image") / "a.png").write_text("no image")
     whole = folder("cut", r"a.png: not a readable image") / "a.png"
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
@@ -271,10 +271,10 @@ def wrong_folders(rng, root):
     mixed = folder("mixed", r"b.npz holds picture; expected image as in a.npz")
     np.savez(mixed / "a.npz", image=x)
     np.savez(mixed / "b.npz", picture=x)
-    sizes = folder("sizes", r"array 'image' of b.npy has shape \[2, 3, 16, 16\]; expected a batch of rows \[3, 32, 32\]")
+    sizes = folder("sizes", r"b.npy: input 'image' expects shape \[n, 3, 32, 32\], got an array of shape \[2, 3, 16, 16\]")
     np.save(sizes / "a.npy", x)
     np.save(sizes / "b.npy", x[:, :, :16, :16])
-    np.save(folder("scalar", r"array 'image' of a.npy has shape \[\]") / "a.npy", np.float32(1))
+    np.save(folder("scalar", r"a.npy: input 'image' expects shape .*, got an array of shape \[\]") / "a.npy", np.float32(1))
     np.save(folder("one", r"input 'image' expects shape .*, got an array of shape \[3, 32, 32\]") / "a.npy", x[0])
     return found
 

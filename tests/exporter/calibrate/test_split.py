@@ -56,3 +56,28 @@ def test_samples_in_order_are_mixed():
     aside = np.array(numbers(split(calibration(400)).judged))
     quarters = np.bincount(aside // 100, minlength=4)
     assert quarters.min() >= 15
+
+
+def test_samples_lie_along_the_axis_of_each_input():
+    """As a state [2, batch, 1] beside frames [batch, 1], with a constant."""
+    values = np.arange(40, dtype=np.float32)
+    feeds = tuple(
+        {"s": np.stack([values[k : k + 25]] * 2)[..., None], "x": values[k : k + 25, None], "sr": np.array(16000)}
+        for k in (0, 25)
+    )
+    parts = split(Calibration(feeds, np.arange(40), None, {"s": 1, "x": 0, "sr": None}))
+    held = [numbers(part) for part in (parts.fitted, parts.chosen, parts.judged)]
+    assert sorted(itertools.chain(*held)) == list(range(40))
+    for part in (parts.fitted, parts.chosen, parts.judged, parts.seen):
+        assert part.count == len(numbers(part)) == len(part.labels)
+        for feed in part.feeds:
+            np.testing.assert_array_equal(feed["s"], np.stack([feed["x"]] * 2))
+            assert feed["sr"] == 16000
+
+
+def test_feeds_that_differ_in_length_stay_whole():
+    feeds = tuple({"x": np.full((1, length), k, np.float32)} for k, length in enumerate((3, 5, 4, 7, 3, 6, 2, 5)))
+    parts = split(Calibration(feeds, np.arange(8), whole=True))
+    assert sorted(itertools.chain(*(numbers(part) for part in (parts.seen, parts.judged)))) == list(range(8))
+    assert {feed["x"].shape for part in (parts.seen, parts.judged) for feed in part.feeds} == {f["x"].shape for f in feeds}
+    assert parts.judged.labels.tolist() == numbers(parts.judged)

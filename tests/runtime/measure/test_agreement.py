@@ -87,3 +87,10 @@ def test_models_are_run_on_the_inputs(tmp_path):
     assert result.difference == pytest.approx(0.5)
     with pytest.raises(ModelError, match="expected one or more batches of inputs"):
         agreement(tmp_path / "a.onnx", tmp_path / "b.onnx", [])
+
+
+def test_scores_of_feeds_that_differ_in_their_last_axis_are_none(rng):
+    """The last axis is then time, not classes."""
+    parts = [rng.standard_normal((1, length)).astype(np.float32) for length in (5, 7)]
+    assert scores_of(parts[:1]) == "logits"
+    assert scores_of(parts) is None

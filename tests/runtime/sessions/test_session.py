@@ -14,9 +14,10 @@ from conftest import make_model
 from onnx import TensorProto, helper
 
 from tensorrail_runtime import ModelError, Session, bench, footprint, open_session, parity, placement, random_inputs
+from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
-from tensorrail_runtime.sessions.inputs import batches_of, load_arrays, parse_shapes
+from tensorrail_runtime.sessions.inputs import load_arrays, parse_shapes
 from tensorrail_runtime.sessions.machine import processors
 
 HAS_PROVIDER = "CUDAExecutionProvider" in ort.get_available_providers()
@@ -141,9 +142,8 @@ def test_shapes_are_written_with_a_name():
 
 def test_data_files_are_plain_arrays(tmp_path, small_path, rng):
     np.savez(tmp_path / "x.npz", x=rng.standard_normal((5, 16, 8, 8)).astype(np.float32), labels=np.arange(5))
-    arrays = load_arrays(tmp_path / "x.npz")
-    feeds = batches_of(open_session(small_path), arrays, 2)
-    assert [feed["x"].shape[0] for feed in feeds] == [2, 2, 1]
+    loaded = load_batches(tmp_path / "x.npz", open_session(small_path), batch=2)
+    assert [feed["x"].shape[0] for feed in loaded.feeds] == [2, 2, 1]
     np.savez(tmp_path / "pickled.npz", x=np.array([{}], object))
     np.savez(tmp_path / "empty.npz", x=np.zeros((0, 3)))
     (tmp_path / "garbage.npz").write_bytes(b"garbage")
@@ -157,8 +157,8 @@ def test_data_files_are_plain_arrays(tmp_path, small_path, rng):
     ):
         with pytest.raises(ModelError, match=reason):
             load_arrays(tmp_path / name)
-    with pytest.raises(ModelError, match="expected an array for input 'x'"):
-        batches_of(open_session(small_path), {"labels": np.arange(5)}, 2)
+    with pytest.raises(ModelError, match="no array for input 'x'; expected x, got none"):
+        load_batches({"labels": np.arange(5)}, open_session(small_path), batch=2)
 
 
 def npy(shape, descr="<f4", data=b""):
@@ -276,8 +276,8 @@ def test_a_footprint_is_taken_in_a_process_of_its_own(small_path, tmp_path):
 
 def test_an_array_of_another_shape_is_named_with_the_shape_of_its_input(small_path):
     for shape in ((4, 3, 8, 8), (4, 16, 8)):
-        with pytest.raises(ModelError, match=r"input 'x': expected an array of shape \[batch, 16, 8, 8\], got \[4, "):
-            batches_of(open_session(small_path), {"x": np.zeros(shape, np.float32)}, 2)
+        with pytest.raises(ModelError, match=r"input 'x' expects shape \[batch, 16, 8, 8\], got an array of shape \[4, "):
+            load_batches({"x": np.zeros(shape, np.float32)}, open_session(small_path), batch=2)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to processors")

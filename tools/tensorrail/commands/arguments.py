@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from tensorrail_exporter.search.targets import Search
+    from tensorrail_runtime.feeds.rules import InputRules
     from tensorrail_runtime.measure.timing import Timing
     from tensorrail_runtime.sessions.session import Session
 
@@ -41,7 +42,7 @@ Shape = Annotated[
 Duration = Annotated[float, typer.Option(min=0.1, help="Seconds of measuring latency, all models together.")]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FILE.npz", help="Arrays by input name, and `labels` where a metric needs them."),
+    typer.Option("--data", metavar="X.npz|FOLDER", help="Arrays by input name, and `labels` where a metric needs them."),
 ]
 Metric = Annotated[
     str | None,
@@ -68,6 +69,31 @@ Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; defau
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last finished epoch.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start again.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, and how.")]
+
+
+Constants = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="NAME=VALUE", help="An input that is the same in every run, such as sr=16000."),
+]
+BatchAxes = Annotated[
+    list[str] | None,
+    typer.Option("--batch-axis", metavar="NAME=AXIS", help="The axis of an input's samples, if not the first; none: shared."),
+]
+States = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--state",
+        metavar="INPUT:OUTPUT",
+        help="An input that gets an output of the step before: samples are the steps of a sequence, in order.",
+    ),
+]
+
+
+def input_options(constants: Constants = None, batch_axes: BatchAxes = None, states: States = None) -> InputRules:
+    """Return what the model's inputs are."""
+    from tensorrail_runtime.feeds.rules import parse_rules
+
+    return parse_rules(constants or [], batch_axes or [], states or [])
 
 
 def session_options(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Batch, Duration, Json, Shape, session_options
+from tensorrail.commands.arguments import Batch, Data, Duration, Json, Shape, input_options, session_options
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
@@ -39,7 +39,9 @@ def bench_options(
 def command(
     models: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx …]", help="The first one is the reference.")],
     timing: Any = Group(bench_options),
+    inputs: Any = Group(input_options),
     session: Any = Group(session_options),
+    data: Data = None,
     memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")] = False,
     min_speedup: Annotated[
         float | None, typer.Option(help="Exit code 1 unless the interval of every other model lies above this.")
@@ -54,6 +56,6 @@ def command(
     if min_speedup is not None and len(models) < 2:
         raise UsageError("--min-speedup compares other models with the first: expected two models or more, got one")
     with progress_bar() as progress:
-        report = bench(models, memory=memory, options=Options(session, timing, progress=progress))
+        report = bench(models, data=data, memory=memory, options=Options(session, timing, progress=progress, inputs=inputs))
     fast_enough = min_speedup is None or all(ratio.low >= min_speedup for ratio in report.ratios)
     finish(report, json, fast_enough, "" if fast_enough else f"too slow: not every interval lies above {min_speedup}×")

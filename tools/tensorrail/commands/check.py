@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Data, Json, Shape, provider_option
+from tensorrail.commands.arguments import Data, Json, Shape, input_options, provider_option
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish
 
@@ -59,6 +59,7 @@ def command(
     shape: Shape = None,
     data: Data = None,
     session: Any = Group(provider_option),
+    inputs: Any = Group(input_options),
     layers: Any = Group(layer_options),
     json: Json = None,
 ) -> None:
@@ -81,7 +82,7 @@ def command(
         inputs=data or (sizes[:1] if shape else sizes),
         tolerance=tolerance,
         layers=layers,
-        options=Options(session, timing),
+        options=Options(session, timing, inputs=inputs),
     )
     finish(report, json, report.holds)
 

@@ -14,6 +14,7 @@ from tensorrail.commands.arguments import (
     Json,
     Samples,
     Target,
+    input_options,
     read_targets,
     search_options,
     session_options,
@@ -62,6 +63,7 @@ def command(
     ] = None,
     session: Any = Group(session_options),
     timing: Any = Group(timing_options),
+    inputs: Any = Group(input_options),
     search: Any = Group(search_options),
     json: Json = None,
 ) -> None:
@@ -75,7 +77,7 @@ def command(
     with progress_bar() as progress:
         guard = Guard(min_agreement=min_agreement, max_difference=max_difference)
         fitting = Fit(None if fit < 0 else fit, samples)
-        options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, guard, progress)
+        options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, guard, progress, inputs)
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
     finish(report, json, report.meets and report.faster and report.accepted)
 

@@ -12,6 +12,7 @@ from tensorrail.commands.arguments import (
     Json,
     Samples,
     Target,
+    input_options,
     read_targets,
     search_options,
     session_options,
@@ -30,6 +31,7 @@ def command(
     samples: Samples = 128,
     session: Any = Group(session_options),
     timing: Any = Group(shape_options),
+    inputs: Any = Group(input_options),
     search: Any = Group(search_options),
     json: Json = None,
 ) -> None:
@@ -45,7 +47,7 @@ def command(
         require_writable(out, model, calibration)
     network, timing = load_network(model, timing)
     with progress_bar() as progress:
-        options = Options(session, timing, search, Fit(samples=samples), progress=progress)
+        options = Options(session, timing, search, Fit(samples=samples), progress=progress, inputs=inputs)
         report = plan(network, targets, calibration=calibration, options=options)
     if out is not None:
         report.plan.save(out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Data, Json, Metric, provider_option, timing_options
+from tensorrail.commands.arguments import Data, Json, Metric, input_options, provider_option, timing_options
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar, show
 
@@ -47,11 +47,12 @@ def command(
     quantization: Any = Group(quantization_options),
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.npz", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
+        typer.Option(metavar="X.npz|FOLDER", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
     ] = None,
     data: Data = None,
     metric: Metric = None,
     timing: Any = Group(timing_options),
+    inputs: Any = Group(input_options),
     session: Any = Group(provider_option),
     json: Json = None,
 ) -> None:
@@ -63,9 +64,9 @@ def command(
 
     try:
         with progress_bar() as progress:
-            options = Options(session, timing, progress=progress)
+            options = Options(session, timing, progress=progress, inputs=inputs)
             report = quantize(
-                model, out, quantization, calibration=calibration, data=as_labelled(data, metric), options=options
+                model, out, quantization, calibration=calibration, data=as_labelled(data, metric, inputs), options=options
             )
     except RangeError as error:
         show((ranges_table(error.ranges),))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Data, Json, Metric, Shape
+from tensorrail.commands.arguments import Data, Json, Metric, Shape, input_options
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
@@ -126,6 +126,7 @@ def record(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the baseline is written.")],
     options: Any = Group(record_options),
+    inputs: Any = Group(input_options),
     data: Data = None,
     metric: Metric = None,
 ) -> None:
@@ -136,7 +137,8 @@ def record(
     from tensorrail.verbs import regress
 
     with progress_bar() as progress:
-        baseline = regress.record(model, out, data=as_labelled(data, metric), options=replace(options, progress=progress))
+        options = replace(options, progress=progress, inputs=inputs)
+        baseline = regress.record(model, out, data=as_labelled(data, metric), options=options)
     finish(baseline, None, last=f"written to {out}")
 
 
@@ -147,6 +149,7 @@ def check(
     model: Model,
     limits: Any = Group(limit_options),
     how: Any = Group(check_options),
+    inputs: Any = Group(input_options),
     data: Data = None,
     metric: Metric = None,
     written: Any = Group(written_options),
@@ -164,10 +167,11 @@ def check(
     if limits.score != Limits().score and data is None:
         raise UsageError("--max-drop limits the accuracy on labelled data: give --data FILE.npz as well")
     if baseline.suffix != ".onnx":
-        Baseline.load(baseline).require(**asked)
+        Baseline.load(baseline).require(**asked, rules=inputs)
     with progress_bar() as progress:
         labelled = as_labelled(data, metric)
-        verdict = regress.check(baseline, model, limits=limits, data=labelled, options=replace(options, progress=progress))
+        options = replace(options, progress=progress, inputs=inputs)
+        verdict = regress.check(baseline, model, limits=limits, data=labelled, options=options)
     written.save(verdict)
     finish(verdict, json, verdict.holds)
 

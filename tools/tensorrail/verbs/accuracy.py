@@ -27,9 +27,9 @@ def accuracy(
     Args:
         reference: the model to score: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         candidate: a second model, which is compared with the first.
-        data: an npz file or arrays by input name, with `labels`.
+        data: an npz file, a folder of them, or arrays by input name, with `labels`.
         metric: `top1` (default), `top5`, or `module:function` of (outputs, labels) that returns one score a sample.
-        options: `session`, `progress`, and `timing` for the batch size (default 64).
+        options: `session`, `inputs`, `progress`, and `timing` for the batch size (default 64).
 
     Returns:
         The scores of one model, or the comparison of two; `print(report)` shows the table.
@@ -39,7 +39,7 @@ def accuracy(
 
     """
     options = options or Options()
-    labelled = as_labelled(data, metric)
+    labelled = as_labelled(data, metric, options.inputs)
     if labelled is None:
         raise ModelError("data: expected inputs with labels, got none")
     batch = options.timing.batch if options.timing else _BATCH

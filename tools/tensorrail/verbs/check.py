@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import Arrays, as_feeds
+from tensorrail.inputs import Arrays, as_batches, timed_on
 from tensorrail.models import as_file
 from tensorrail.options import Options
 from tensorrail_runtime.measure.parity import LayerError, Parity, Tolerances, parity
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
 
@@ -44,10 +45,12 @@ def check(
     Args:
         reference: the model to compare with: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         candidate: the model that is compared.
-        inputs: an npz file or arrays by input name; or batch sizes of random inputs, default 1 and 7.
+        inputs: an npz file, a folder or arrays by input name; or batch sizes of random inputs, default 1 and 7. States are
+            those of the reference.
         tolerance: the largest relative L2 difference of any output, `Tolerances` for limits by output and element, or None.
         layers: a plan at whose layers approximation and numerical errors are measured as well; needs the extra `export`.
-        options: `session`, and `timing` for the shapes of random inputs and the batch size that given ones are run with.
+        options: `session`, `inputs`, and `timing` for the shapes of random inputs and the batch size that given ones are run
+            with.
 
     Returns:
         How each output differs; `print(report)` shows the table, `report.holds` says whether all are within the tolerance.
@@ -59,17 +62,29 @@ def check(
     options = options or Options()
     settings, timing = options.session, options.timing
     with as_file(reference, "reference") as first, as_file(candidate, "candidate") as second:
-        sizes = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str) else None
+        sizes = _sizes(inputs)
+        feeds: Sequence[Mapping[str, np.ndarray]]
+        axes = None
         if inputs is not None and sizes is None:
-            feeds = as_feeds(inputs, first, timing.batch if timing else 7, settings)  # type: ignore[arg-type] # no sizes
+            batches = as_batches(inputs, first, timing.batch if timing else 7, settings, options.inputs)
+            feeds, axes = (batches.feeds, batches.axes) if batches is not None else ((), None)
         else:
             session = open_session(first, settings=settings)
-            shapes = timing.shapes if timing else {}
-            feeds = [random_inputs(session, size, shapes=shapes) for size in sizes or ((1,) if shapes else (1, 7))]
-        report = parity(first, second, inputs=feeds, tolerance=tolerance, settings=settings)
+            known = timed_on(timing or Timing(), first, settings, options.inputs, None)
+            shapes, values = known.shapes, known.values
+            drawn = sizes or ((1,) if shapes else (1, 7))
+            feeds = [random_inputs(session, size, shapes=shapes, values=values) for size in drawn]
+        report = parity(first, second, inputs=feeds, tolerance=tolerance, settings=settings, axes=axes)
         if layers is None:
             return report
-        return report.model_copy(update={"layers": _layer_errors(first, second, layers, feeds or [], options)})
+        return report.model_copy(update={"layers": _layer_errors(first, second, layers, feeds, options)})
+
+
+def _sizes(inputs: object) -> Sequence[int] | None:
+    """Return the batch sizes of random inputs, if `inputs` are these."""
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and all(isinstance(size, int) for size in inputs):
+        return inputs
+    return None
 
 
 def _layer_errors(

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import as_calibration, as_labelled, require_writable
+from tensorrail.inputs import as_calibration, as_labelled, require_writable, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
 from tensorrail_runtime.errors import GraphError, PlanError, TargetError
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.timing import Conditions, Timing
 
 if TYPE_CHECKING:
     import onnx
@@ -47,7 +47,7 @@ def compress(
             aside, and the agreement with the dense model is measured on these.
         data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`.
         options: `session`, `timing` (batch size, shapes, seconds of the final comparison), `search` (its `also`: other
-            precisions to write), `fit`, `guard` (how closely the outputs must agree) and `progress`.
+            precisions to write), `fit`, `guard` (how closely the outputs must agree), `inputs` and `progress`.
 
     Returns:
         Sizes, speed and errors; `print(report)` shows the tables. `report.meets`, `report.faster` and `report.accepted` say
@@ -76,12 +76,14 @@ def compress(
     for path in (out, *(_reduced_path(out, precision) for precision in search.also)):
         require_writable(path, model, target, calibration, data)
     conditions = options.conditions(Timing())
-    timing = conditions.timing
-    conditions = replace(conditions, timing=replace(timing, processes=timing.processes or _PROCESSES))
+    conditions = replace(conditions, timing=replace(conditions.timing, processes=conditions.timing.processes or _PROCESSES))
     with as_file(model) as path:
-        graph = load_to_search(path, timing.shapes, options.progress)
-        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
-        test = as_labelled(data)
+        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES, options.inputs)
+        conditions = replace(
+            conditions, timing=timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
+        )
+        graph = load_to_search(path, conditions.timing.shapes, options.progress)
+        test = as_labelled(data, rules=options.inputs)
         refine = _refine(options) if inputs is not None else None
         chosen: Plan | PlanReport
         if isinstance(given, Plan):
@@ -92,7 +94,8 @@ def compress(
                 raise TargetError("every layer stays dense: no form is faster here, and no model was written")
         compression = Compression(inputs, refine, test, options.guard or Guard(), conditions)
         report = carry_out(graph, chosen, out, compression)
-    return _reduced(report, out, search.also, inputs, test, options)
+    once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
+    return _reduced(report, out, search.also, inputs, test, once)
 
 
 def _reduced(
@@ -101,7 +104,7 @@ def _reduced(
     precisions: Sequence[str],
     calibration: Calibration | None,
     test: Labelled | None,
-    options: Options,
+    conditions: Conditions,
 ) -> CompressReport:
     """Return the report with the models in other precisions, which are written beside `out`."""
     from tensorrail_exporter.precision.reduce import Quantization, reduced
@@ -115,7 +118,7 @@ def _reduced(
                 Quantization(precision),  # type: ignore[arg-type] # checked by `_check_also`
                 calibration=calibration.feeds if calibration is not None else None,
                 test=test,
-                conditions=options.conditions(Timing()),
+                conditions=conditions,
             )
         )
     return report.model_copy(update={"reduced": tuple(reports)})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import as_calibration
+from tensorrail.inputs import as_calibration, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
 from tensorrail_runtime.measure.timing import Timing
@@ -30,7 +31,8 @@ def plan(
         target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; may be left out
             where `options.search.max_loss` is given.
         calibration: inputs without labels that losses are measured on: an npz file, a folder, or arrays by input name.
-        options: `session`, `timing` (batch size and shapes), `search`, `fit.samples` (default 128) and `progress`.
+        options: `session`, `timing` (batch size and shapes), `search`, `fit.samples` (default 128), `inputs` and
+            `progress`.
 
     Returns:
         The plan in `report.plan`, and what was predicted and measured; `print(report)` shows the table.
@@ -49,6 +51,8 @@ def plan(
     search.check(target or {})
     conditions = options.conditions(Timing())
     with as_file(model) as path:
-        graph = load_to_search(path, conditions.timing.shapes, options.progress)
-        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
+        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES, options.inputs)
+        timing = timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
+        conditions = replace(conditions, timing=timing)
+        graph = load_to_search(path, timing.shapes, options.progress)
         return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)

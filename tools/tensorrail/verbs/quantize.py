@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import as_feeds, as_labelled, require_writable
+from tensorrail.inputs import as_batches, as_labelled, require_writable, timed_on
 from tensorrail.models import as_file
 from tensorrail.options import Options
 from tensorrail_runtime.errors import ModelError
@@ -34,7 +35,7 @@ def quantize(
         to: `fp16`, `int8`, or a `Quantization` that says more.
         calibration: typical inputs: int8 needs them for the ranges of activations; outputs are compared on them.
         data: labelled inputs for the accuracy: an npz file or arrays, with `labels`.
-        options: `session`, `timing` and `progress`.
+        options: `session`, `timing`, `inputs` and `progress`.
 
     Returns:
         What was measured; `print(report)` shows the table, `report.holds` says whether outputs are within the tolerance.
@@ -52,12 +53,16 @@ def quantize(
     if quantization.to == "int8" and calibration is None:
         raise ModelError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
     require_writable(out, model, calibration, data)
+    conditions = options.conditions(Timing())
     with as_file(model) as path:
+        exact = conditions.settings.exact
+        batches = as_batches(calibration, path, _BATCH, exact, options.inputs)
+        timing = timed_on(conditions.timing, path, exact, options.inputs, batches)
         return reduced(
             path,
             out,
             quantization,
-            calibration=as_feeds(calibration, path, _BATCH, options.session),
-            test=as_labelled(data),
-            conditions=options.conditions(Timing()),
+            calibration=None if batches is None else batches.feeds,
+            test=as_labelled(data, rules=options.inputs),
+            conditions=replace(conditions, timing=timing),
         )

@@ -29,7 +29,7 @@ def record(
         out: the file of the baseline.
         data: labelled inputs for the accuracy.
         options: `session`, `progress`, and `timing`: batch size, shapes, fresh processes (default 6) and seconds in each
-            (default 1).
+            (default 1), and `inputs`, which are recorded.
 
     Returns:
         The baseline, which `check` reads from `out`.
@@ -38,8 +38,10 @@ def record(
         ModelError: the model cannot be measured.
 
     """
-    conditions = (options or Options()).conditions(TIMING)
-    return regress.record(Path(model), Path(out), conditions=conditions, data=as_labelled(data))
+    options = options or Options()
+    conditions = options.conditions(TIMING)
+    labelled = as_labelled(data, rules=options.inputs)
+    return regress.record(Path(model), Path(out), conditions=conditions, data=labelled, rules=options.inputs)
 
 
 def check(
@@ -57,8 +59,8 @@ def check(
         model: the model to check: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         limits: the slow-down to detect (default 5 %), and how far outputs and the metric may differ.
         data: labelled inputs for the accuracy.
-        options: `progress`, and `timing` as for `record`; `session`, batch size and shapes are for two models, a baseline has
-            its own.
+        options: `progress`, and `timing` as for `record`; `session`, `inputs`, batch size and shapes are for two models, a
+            baseline has its own.
 
     Returns:
         The findings; `print(verdict)` shows the table, `verdict.holds` says whether all are within their limits.
@@ -67,9 +69,10 @@ def check(
         ModelError: the baseline or the model cannot be read or measured.
 
     """
-    conditions = (options or Options()).conditions(TIMING)
+    options = options or Options()
+    conditions = options.conditions(TIMING)
     baseline = Path(baseline)
     if baseline.suffix != ".onnx":
         conditions = Conditions(replace(conditions.timing, batch=1), Session(), conditions.progress)
     with as_file(model) as path:
-        return regress.check(baseline, path, limits=limits, conditions=conditions, data=as_labelled(data))
+        return regress.check(baseline, path, limits=limits, conditions=conditions, data=as_labelled(data), rules=options.inputs)

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tensorrail_exporter.calibrate.pictures import eight_bits
 from tensorrail_runtime.errors import DataError
+from tensorrail_runtime.feeds.pictures import eight_bits
 from tensorrail_trainer.data.files import Files, class_folders, unreadable
 from tensorrail_trainer.data.splits import Dataset
 

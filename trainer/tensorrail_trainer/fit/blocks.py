@@ -171,13 +171,22 @@ class _Pieces:
         return [_join(chosen)] if self.together else chosen
 
     def joined(self, name: str) -> Tensor:
-        """Return a tensor over all pieces."""
-        return torch.cat([piece[name] for piece in self.values])
+        """Return a tensor over all pieces; all its values in one row where its shape differs between pieces."""
+        values = [piece[name] for piece in self.values]
+        alike = all(value.dim() and value.shape[1:] == values[0].shape[1:] for value in values)
+        return torch.cat(values if alike else [value.reshape(-1) for value in values])
 
 
 def _divided(dense: onnx.ModelProto, teacher: OnnxModule, calibration: Calibration) -> _Pieces:
-    """Divide the calibration inputs into samples if the graph computes each one independently, else into its fixed batches."""
+    """Divide the calibration inputs into samples if the graph computes each one independently, else into its fixed batches.
+
+    Feeds whose samples are not along the first axis of every input stay whole.
+    """
     feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for feed in calibration.feeds]
+    by_rows = all(array.ndim and calibration.axes.get(name, 0) == 0 for name, array in calibration.feeds[0].items())
+    if calibration.whole or not by_rows:
+        whole = tuple({name: _channels_last(value) for name, value in feed.items()} for feed in feeds)
+        return _Pieces(whole, together=False)
     samples = tuple(
         {name: _channels_last(value[k : k + 1]) for name, value in feed.items()}
         for feed in feeds
@@ -345,7 +354,8 @@ def _train(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     variances = {name: _variance(targets.joined(name)) for name in targets.values[0]}
     count = len(inputs.values)
-    size = _BATCH if inputs.together else max(1, _BATCH // len(next(iter(inputs.values[0].values()))))
+    rows = next((len(value) for value in inputs.values[0].values() if value.dim()), 1)
+    size = _BATCH if inputs.together else max(1, _BATCH // rows)
     generator = torch.Generator().manual_seed(settings.seed)
     steps, step = epochs * max(1, count // size), 0
     for _ in range(epochs):

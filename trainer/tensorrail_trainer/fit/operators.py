@@ -150,7 +150,7 @@ def _gather(node: Node, inputs: Inputs) -> Outputs:
         return (x.select(axis, constant),)
     indices = torch.where(indices < 0, indices + x.shape[axis], indices)
     rows = x.index_select(axis, indices.reshape(-1))
-    return (rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]),)
+    return (rows.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])),)
 
 
 def _expand(node: Node, inputs: Inputs) -> Outputs:

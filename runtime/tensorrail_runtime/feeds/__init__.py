@@ -1,0 +1,1 @@
+"""Inputs for models, from files or arrays: rules, sources, batches and sequences."""
