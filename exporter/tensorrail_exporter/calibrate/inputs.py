@@ -271,24 +271,12 @@ class Statistics:
         self.y += y.sum(0, dtype=np.float64)
         self.yy += float(np.vdot(y, y))
 
-    def moments(self, *, centred: bool, shrinkage: float = 0.0) -> Moments:
-        """Return the second moments C of x, shrunk to (1 − s) C + s μ I, where μ is the mean eigenvalue of C.
-
-        Few rows leave directions that none of them has, in which a fit is free to do any harm. The shrunk moments are those of
-        rows of which a share s is noise (Ledoit and Wolf, Journal of Multivariate Analysis, 2004).
-
-        Args:
-            centred: take the moments about the mean, for a layer with a bias.
-            shrinkage: the share s, from 0 to 1; default 0.
-
-        """
+    def moments(self, *, centred: bool) -> Moments:
+        """Return the second moments of x; `centred`, for a layer with a bias, takes them about the mean."""
         gram = self.xx / np.float32(self.count)
         if centred:
             mean = (self.x / self.count).astype(np.float32)
             gram -= mean[:, None] * mean
-        noise = np.float32(shrinkage * float(np.trace(gram, dtype=np.float64)) / self.width)
-        gram *= np.float32(1 - shrinkage)
-        gram[np.diag_indices(self.width)] += noise
         return Moments(gram)
 
     def best(self, weight: np.ndarray, moments: Moments, *, centred: bool, shrinkage: float) -> np.ndarray:
@@ -308,11 +296,11 @@ class Statistics:
         cross = self.xy / self.count
         if centred:
             cross -= np.outer(self.x / self.count, self.y / self.count)
-        variance = float(np.trace(moments.gram, dtype=np.float64))
-        if variance < _ALIKE * float(np.trace(self.xx)) / self.count:
+        size = float(np.trace(self.xx, dtype=np.float64)) / self.count
+        if moments.scale * self.width < _ALIKE * size:
             return weight  # the rows are so similar that their moments about the mean are rounding errors
-        noise = shrinkage * variance / self.width
-        floor = _ROUNDING * float(np.trace(self.xx)) / self.count + 1e-12
+        noise = shrinkage * moments.scale
+        floor = _ROUNDING * size + 1e-12
         dtype = np.dtype(np.float32 if shrinkage >= _SHRUNK else np.float64)  # the more noise, the better the condition
         gram = moments.gram.astype(dtype)
         gram[np.diag_indices(self.width)] += floor

@@ -21,6 +21,7 @@ import onnx
 
 from tensorrail_exporter.calibrate import metric
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits
+from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.progressive import ProgressiveNetwork
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
@@ -233,25 +234,32 @@ class _Problem:
     held_out: Statistics
     biased: bool
 
-    def solved(self, statistics: Statistics, shrinkage: float, sweeps: int) -> list[np.ndarray]:
-        """Return the cores that fit some rows best."""
-        moments = statistics.moments(centred=self.biased, shrinkage=shrinkage)
-        target = statistics.best(self.weight, moments, centred=self.biased, shrinkage=shrinkage)
-        return metric.decompose(self.plan, target, moments, sweeps=sweeps)
+    def moments(self, statistics: Statistics) -> Moments:
+        """Return the moments of some rows, with their spectrum."""
+        moments = statistics.moments(centred=self.biased)
+        moments.spectrum(self.weight.shape[1])
+        return moments
 
-    def lost(self, shrinkage: float) -> float:
+    def solved(self, statistics: Statistics, moments: Moments, shrinkage: float, sweeps: int) -> list[np.ndarray]:
+        """Return the cores that fit some rows best, with their moments shrunk."""
+        shrunk = moments.shrunk(shrinkage)
+        target = statistics.best(self.weight, shrunk, centred=self.biased, shrinkage=shrinkage)
+        return metric.decompose(self.plan, target, shrunk, sweeps=sweeps)
+
+    def lost(self, moments: Moments, shrinkage: float) -> float:
         """Return the share that is lost on the rows that were held out, after a short fit."""
-        fitted = self.plan.reconstruct(self.solved(self.statistics, shrinkage, 1), self.weight.shape)
+        fitted = self.plan.reconstruct(self.solved(self.statistics, moments, shrinkage, 1), self.weight.shape)
         bias = self.statistics.bias(fitted) if self.biased else None
         return self.held_out.lost(fitted, centred=self.biased, bias=bias)
 
     def best_shrinkage(self) -> float:
         """Return the shrinkage that loses least on the rows that were held out."""
-        tried = {at: self.lost(_SHRINKAGES[at]) for at in (_FIRST - 1, _FIRST)}
+        moments = self.moments(self.statistics)
+        tried = {at: self.lost(moments, _SHRINKAGES[at]) for at in (_FIRST - 1, _FIRST)}
         step = 1 if tried[_FIRST] <= tried[_FIRST - 1] else -1
         at = min(tried, key=lambda place: tried[place])
         while 0 <= at + step < len(_SHRINKAGES):
-            tried[at + step] = self.lost(_SHRINKAGES[at + step])
+            tried[at + step] = self.lost(moments, _SHRINKAGES[at + step])
             if not tried[at + step] < tried[at]:
                 break
             at += step
@@ -287,7 +295,7 @@ def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarr
     if shrinkage is None:
         shrinkage = problem.best_shrinkage() if problem.held_out.count else _DEFAULT
     statistics = problem.statistics + problem.held_out if how.refit else problem.statistics
-    cores = problem.solved(statistics, shrinkage, metric.SWEEPS)
+    cores = problem.solved(statistics, problem.moments(statistics), shrinkage, metric.SWEEPS)
     fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(problem.plain, weight.shape)
     if not statistics.lost(fitted, centred=biased) <= statistics.lost(unfitted, centred=biased):
         cores, fitted = problem.plain, unfitted  # too few or too similar rows to fit to

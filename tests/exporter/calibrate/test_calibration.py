@@ -524,7 +524,7 @@ def test_shrunk_moments_are_those_of_rows_with_noise(centred, rng):
     if centred:
         x, y = x - x.mean(0), y - y.mean(0)  # so that noise does not change the means
     found = statistics_of(x, y)
-    moments = found.moments(centred=centred, shrinkage=0.25)
+    moments = found.moments(centred=centred).shrunk(0.25)
     size = np.sqrt(np.trace(found.moments(centred=centred).gram) / 6 * 6 * 400 / 3 / 6)
     noise = np.concatenate([size * np.eye(6), -size * np.eye(6)]) / np.sqrt(2)
     both, answers = np.concatenate([x, noise]), np.concatenate([y, noise @ true.T])
@@ -545,9 +545,9 @@ def test_rows_that_are_all_alike_keep_the_weight(rng):
 def test_moments_that_are_shrunk_completely_keep_the_weight(rng):
     x, y, true = weight(rng, 300, 12), weight(rng, 300, 5), weight(rng, 5, 12)
     found = statistics_of(x, y)
-    best = found.best(true, found.moments(centred=True, shrinkage=1.0), centred=True, shrinkage=1.0)
+    best = found.best(true, found.moments(centred=True).shrunk(1.0), centred=True, shrinkage=1.0)
     np.testing.assert_allclose(best, true, atol=1e-5)
-    near = found.best(true, found.moments(centred=True, shrinkage=0.01), centred=True, shrinkage=0.01)
+    near = found.best(true, found.moments(centred=True).shrunk(0.01), centred=True, shrinkage=0.01)
     assert np.abs(near - true).max() > 0.1
 
 
@@ -559,7 +559,7 @@ def test_inputs_that_are_never_on_keep_the_weight_there(centred, rng):
     best = found.best(true, found.moments(centred=centred), centred=centred, shrinkage=0.0)
     np.testing.assert_allclose(best, true, atol=1e-3)
     nothing = statistics_of(0 * x, 0 * x @ true.T)
-    same = nothing.best(true, nothing.moments(centred=centred, shrinkage=0.01), centred=centred, shrinkage=0.01)
+    same = nothing.best(true, nothing.moments(centred=centred).shrunk(0.01), centred=centred, shrinkage=0.01)
     np.testing.assert_allclose(same, true, atol=1e-5)
     assert nothing.lost(true, centred=centred) == 0
 
