@@ -26,6 +26,7 @@ from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import Labelled, evaluate
 from tensorrail_runtime.records import write_text
 from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
+from tensorrail_trainer.fit.network import NetworkFit, fit_network
 from tensorrail_trainer.planning.published import published_plan
 
 
@@ -76,9 +77,9 @@ def main() -> None:
             fitted = fit_layers(dense, plan, inputs)
             layered = factorize(fitted.model, plan, fitted.cores).model
             between = time.perf_counter()
-            blocks = fit_blocks(dense, layered, plan, inputs, FitSettings()).model
+            blocks = fit_blocks(dense, layered, plan, inputs, FitSettings(seconds=600)).model
             end = time.perf_counter()
-            whole = fit_blocks(dense, blocks, plan, inputs, FitSettings(block_epochs=0, epochs=6)).model
+            whole = fit_network(dense, blocks, plan, inputs, NetworkFit(steps=600, seconds=600))
             scores = [top1(one) for one in (dense, plain, layered, blocks, whole)]
             save_model(plain, path)
             lines.append(f"| {name} | {total / cost(path).macs:.2f} | {' | '.join(scores)} |")

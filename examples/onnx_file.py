@@ -63,7 +63,7 @@ def main() -> None:
     settings = tr.Options(
         timing=tr.Timing(seconds=options.seconds),
         search=tr.Search(seconds=options.seconds, check_seconds=options.seconds),
-        fit=tr.Fit(epochs=0),  # 0: cores are fitted layer by layer, in NumPy; a further fit needs torch
+        fit=tr.Fit(seconds=0),  # 0: cores are fitted layer by layer, in NumPy; a further fit needs torch
     )
     target = {"latency": options.latency}
     try:

@@ -46,8 +46,9 @@ class Compression:
 
     calibration: Calibration | None = None
     """Inputs; cores are fitted to three quarters and judged on the rest. Default: none, so each weight is decomposed alone."""
-    refine: Refine | None = None
-    """A function that fits the factored graph further; its result is kept if it is better on other inputs; default: none."""
+    refine: Mapping[str, Refine] = field(default_factory=dict)
+    """Further fits of the factored graph, by what they are called, in order; each is kept if it is better on inputs that were
+    held out; default: none."""
     test: Labelled | None = None
     """Labelled inputs to measure the accuracy on; nothing is fitted to them."""
     guard: Guard = field(default_factory=Guard)
@@ -146,29 +147,35 @@ class _Network:
 
 
 def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -> _Network:
-    """Return the factored network, fitted to all inputs that are not set aside.
+    """Return the factored network, fitted to the inputs that are not set aside.
 
-    A further fit is tried on a part of them, and kept if the network is better for it on the rest.
+    Each further fit sees a part of them, and is kept if the network is better for it on the rest.
     """
     if parts is None:
         return _factored(resolved, decompose(resolved), (), options)
-    if options.refine is None:
-        return _layerwise(resolved, parts.seen, options)
-    network = _layerwise(resolved, parts.fitted, options)
-    refined = _refined(options.refine, resolved.model, network, parts.fitted)
+    if not options.refine:
+        return _layerwise(resolved, parts, options, refit=True)
+    settings, progress = options.conditions.settings.exact, options.conditions.progress
+    network = _layerwise(resolved, parts, options, refit=False)
     names = [output.name for output in resolved.model.graph.output]
-    models = (resolved.model, refined, network.factored.model)
-    dense, *others = (outputs_of(model, names, parts.chosen, options.conditions.settings.exact) for model in models)
-    after, before = map(Divergence(names, dense, parts.chosen.labels).of, others)
-    if after < before:
-        return replace(network, model=refined)
-    reason = "on inputs that it was not made for the network is not better"
-    options.conditions.progress("note", 1.0, f"the fit to activations is left out: {reason}")
-    return network if parts.chosen is parts.fitted else _layerwise(resolved, parts.seen, options)
+    divergence = Divergence(names, outputs_of(resolved.model, names, parts.chosen, settings), parts.chosen.labels)
+    start = least = divergence.of(outputs_of(network.model, names, parts.chosen, settings))
+    for what, refine in options.refine.items():
+        refined = _refined(refine, resolved.model, network, parts.fitted)
+        loss = divergence.of(outputs_of(refined, names, parts.chosen, settings))
+        if loss < least:
+            network, least = replace(network, model=refined), loss
+        else:
+            progress("note", 1.0, f"{what} is left out: the network is not better for it on inputs that were held out")
+    if least < start or parts.chosen is parts.fitted:
+        return network
+    return _layerwise(resolved, parts, options, refit=True)
 
 
-def _layerwise(resolved: ResolvedPlan, inputs: Calibration, options: Compression) -> _Network:
-    fitted = fit(resolved, inputs, options.conditions.settings.exact, progress=options.conditions.progress)
+def _layerwise(resolved: ResolvedPlan, parts: Split, options: Compression, *, refit: bool) -> _Network:
+    held_out = None if parts.chosen is parts.fitted else parts.chosen
+    settings, progress = options.conditions.settings.exact, options.conditions.progress
+    fitted = fit(resolved, parts.fitted, settings, held_out=held_out, refit=refit, progress=progress)
     return _factored(fitted.resolved, fitted.cores, fitted.layers, options)
 
 
@@ -202,19 +209,25 @@ def _refined(refine: Refine, dense: onnx.ModelProto, network: _Network, inputs: 
     """
     factored, resolved = network.factored, network.resolved
     if not any(layer.scan for layer in factored.layers):
-        return refine(dense, factored.model, resolved.plan, inputs)
-    nodes = rewrite(resolved, network.cores, scan=False).model
+        return refine(dense, network.model, resolved.plan, inputs)
+    nodes = _with_values_of(network.model, rewrite(resolved, network.cores, scan=False).model)
     fitted = refine(dense, nodes, resolved.plan, inputs)
     before = {tensor.name: tensor for tensor in nodes.graph.initializer}
-    changed = {tensor.name: tensor for tensor in fitted.graph.initializer if tensor != before.get(tensor.name)}
-    refined = onnx.ModelProto()
-    refined.CopyFrom(factored.model)
-    stored = {tensor.name: tensor for tensor in refined.graph.initializer}
-    if not changed.keys() <= stored.keys():
+    changed = {tensor.name for tensor in fitted.graph.initializer if tensor != before.get(tensor.name)}
+    if not changed <= {tensor.name for tensor in network.model.graph.initializer}:
         return fitted
-    for name, tensor in changed.items():
-        stored[name].CopyFrom(tensor)
-    return refined
+    return _with_values_of(fitted, network.model)
+
+
+def _with_values_of(other: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model that stores the values of another one, for the tensors that both store."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    stored = {tensor.name: tensor for tensor in copy.graph.initializer}
+    for tensor in other.graph.initializer:
+        if tensor.name in stored and list(tensor.dims) == list(stored[tensor.name].dims):
+            stored[tensor.name].CopyFrom(tensor)
+    return copy
 
 
 def _numerical(

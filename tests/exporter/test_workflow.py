@@ -236,10 +236,10 @@ def test_a_refinement_is_written_if_it_is_better_on_other_inputs(better, network
 
     conditions = replace(QUICK, progress=progress)
     calibration = Calibration(({"x": images(1)},))
-    report = run(network, tmp_path / "out.onnx", calibration=calibration, refine=refine, conditions=conditions)
+    report = run(network, tmp_path / "out.onnx", calibration=calibration, refine={"the fit": refine}, conditions=conditions)
     assert (onnx.load(tmp_path / "out.onnx").producer_name == "refined") == better
     assert fitted_to == [calibration.count - report.aside.samples - round((calibration.count - report.aside.samples) // 3)]
-    assert [note.startswith("the fit to activations is left out") for note in notes] == [True] * (not better)
+    assert [note.startswith("the fit is left out") for note in notes] == [True] * (not better)
 
 
 def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng
         return session.run(None, feeds[0])
 
     feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},)
-    run(model, tmp_path / "out.onnx", plan, calibration=Calibration(feeds), refine=refine)
+    run(model, tmp_path / "out.onnx", plan, calibration=Calibration(feeds), refine={"the fit": refine})
     (ops,) = seen
     assert "LSTM" in ops
     assert "Scan" not in ops

@@ -87,7 +87,7 @@ def test_quantize_without_inputs_compares_with_the_constant(cli, path, tmp_path)
 @pytest.mark.usefixtures("in_this_process")
 def test_compress_fits_to_the_states_of_the_dense_model(path, frames, tmp_path):
     timing = tr.Timing(seconds=0.05, processes=1)
-    options = tr.Options(timing=timing, inputs=INPUTS, fit=tr.Fit(epochs=1))
+    options = tr.Options(timing=timing, inputs=INPUTS, fit=tr.Fit(seconds=1))
     report = tr.compress(path, tmp_path / "c.onnx", PLAN, calibration=frames, options=options)
     assert report.aside.samples == 10
     assert report.fits[0].rows > 0
@@ -171,7 +171,7 @@ def ragged(rng, tmp_path):
 def test_feeds_of_different_lengths_stay_whole(ragged, cli, tmp_path):
     path, sounds = ragged
     search = tr.Search(seconds=1, improve_seconds=0, check_seconds=0.1, cache=tmp_path, allow_slower=True, formats=("svd",))
-    options = tr.Options(search=search, timing=tr.Timing(seconds=0.05, processes=1), fit=tr.Fit(epochs=1))
+    options = tr.Options(search=search, timing=tr.Timing(seconds=0.05, processes=1), fit=tr.Fit(seconds=1))
     report = tr.compress(path, tmp_path / "c.onnx", {"params": 1.1}, calibration=sounds, options=options)
     assert report.aside.samples == 3
     assert report.planning.verified.samples > 0

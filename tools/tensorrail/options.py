@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Fit:
     """How cores are fitted to calibration inputs."""
 
-    epochs: int | None = None
-    """Passes over the inputs that fit the cores to the dense activations, in torch; 0: none, None: 12 if torch is installed."""
+    seconds: float | None = None
+    """Time limit in seconds for fitting cores in torch, block by block and then all together; 0: no such fit; default: 120
+    where torch is installed, else 0."""
     samples: int | None = None
     """Calibration samples that are used at most; default: 512 for `compress`, 128 for `plan`."""
 

@@ -35,8 +35,9 @@ BATCH = 25  # samples that run at once, where the model takes any number
 
 _ROWS = 12  # sampled rows per value of a patch: enough for a second moment that can be inverted
 _LEAST = 20_000  # sampled rows at least
-_LEAST_RIDGE = 1e-6  # share of the mean eigenvalue: the rounding of a moment in single precision
+_ROUNDING = 2e-7  # share of the trace: the rounding of a moment in single precision
 _ALIKE = 1e-5  # share of the mean square: single precision cannot represent a smaller variance
+_SHRUNK = 0.01  # moments that are shrunk this much can be inverted in single precision
 _WIDEST = 6144  # values in the largest patch whose second moment (150 MB) is computed in full
 
 
@@ -278,39 +279,60 @@ class Statistics:
             gram -= mean[:, None] * mean
         return Moments(gram)
 
-    def best(self, weight: np.ndarray, moments: Moments, *, centred: bool, ridge: float) -> np.ndarray:
-        """Return the weight that predicts y from x with the least squared error, regularised towards `weight`.
+    def best(self, weight: np.ndarray, moments: Moments, *, centred: bool, shrinkage: float) -> np.ndarray:
+        """Return the weight T that predicts y from x with the least squared error.
+
+        Of shrunk moments, a share of the rows is noise, for which the outputs are those of `weight`.
 
         Args:
-            weight: the weight (O, I, *K) that the ridge pulls the result towards.
-            moments: the moments of x.
+            weight: the weight (O, I, *K) of the dense layer.
+            moments: the shrunk moments of x.
             centred: whether a bias follows the weight.
-            ridge: strength of the regularisation, as a share of the mean eigenvalue of the moments.
+            shrinkage: the share s that the moments were shrunk by.
 
         """
         from scipy.linalg import cho_factor, cho_solve
 
-        gram = moments.gram.astype(np.float64)
         cross = self.xy / self.count
         if centred:
             cross -= np.outer(self.x / self.count, self.y / self.count)
-        variance = float(np.trace(gram))
-        if variance < _ALIKE * float(np.trace(self.xx)) / self.count:
+        size = float(np.trace(self.xx, dtype=np.float64)) / self.count
+        if moments.scale * self.width < _ALIKE * size:
             return weight  # the rows are so similar that their moments about the mean are rounding errors
-        load = max(ridge, _LEAST_RIDGE) * variance / self.width + 1e-12
-        gram[np.diag_indices(self.width)] += load
+        noise = shrinkage * moments.scale
+        floor = _ROUNDING * size + 1e-12
+        dtype = np.dtype(np.float32 if shrinkage >= _SHRUNK else np.float64)  # the more noise, the better the condition
+        gram = moments.gram.astype(dtype)
+        gram[np.diag_indices(self.width)] += floor
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
-        solved = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), cross + load * flat.T)
+        goal = (1 - shrinkage) * cross + (noise + floor) * flat.T
+        solved = cho_solve(cho_factor(gram, lower=True, overwrite_a=True), goal.astype(dtype))
         return np.ascontiguousarray(solved.T, np.float32).reshape(weight.shape)
 
-    def lost(self, weight: np.ndarray, *, centred: bool) -> float:
-        """Return E‖y − Ŵx‖² divided by the variance of y; `centred` assumes the best bias."""
+    def __add__(self, other: Statistics) -> Statistics:
+        """Return the sums over the rows of both."""
+        total = Statistics(self.width, self.outputs)
+        for name in ("count", "xx", "xy", "x", "y", "yy"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def lost(self, weight: np.ndarray, *, centred: bool, bias: np.ndarray | None = None) -> float:
+        """Return the error E‖y − Ŵx − b‖² of a weight Ŵ divided by the variance of y.
+
+        Args:
+            weight: the weight (O, I, *K).
+            centred: whether a bias follows the weight; without one, b is 0.
+            bias: the bias (O,); default: the best one for these rows.
+
+        """
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
         x, y = self.x / self.count, self.y / self.count
         gram = self.xx.astype(np.float64) / self.count
         error = self.yy / self.count - 2 * float(np.vdot(flat.T, self.xy)) / self.count + float(np.vdot(flat, flat @ gram))
         if centred:
-            error -= float(np.square(y - flat @ x).sum())
+            rest = y - flat @ x
+            error -= float(np.square(rest).sum())
+            error += 0.0 if bias is None else float(np.square(rest - bias).sum())
         return max(0.0, error) / max(self.yy / self.count - float(y @ y), 1e-30)
 
     def bias(self, weight: np.ndarray) -> np.ndarray:

@@ -1,8 +1,12 @@
 """Decomposes a network without training: layer by layer, each on the inputs that it receives from the compressed layers before.
 
 For each layer, in the order of the graph, a linear regression on these inputs gives the weight that best reproduces the outputs
-of the dense network, with a ridge toward the dense weight. It is decomposed to the plan's format in the metric of the inputs
-(`metric.decompose`), and a bias keeps the mean of every output. Later layers thus compensate for the errors of earlier ones.
+of the dense network. It is decomposed to the plan's format in the metric of the inputs (`metric.decompose`), and a bias keeps
+the mean of every output. Later layers thus compensate for the errors of earlier ones.
+
+Both the regression and the metric use moments that are shrunk toward a multiple of the identity: few inputs say nothing about
+some directions, and a fit that ignores these loses accuracy on other inputs. How much is best differs between layers. It is
+chosen by the error on inputs that were held out.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import onnx
 
 from tensorrail_exporter.calibrate import metric
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits
+from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.progressive import ProgressiveNetwork
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
@@ -28,7 +33,9 @@ from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import Session
 
-_RIDGE = 0.01  # of the mean eigenvalue of the inputs' second moment
+_SHRINKAGES = (0.01, 0.05, 0.2, 0.5)  # from which one is chosen for each layer
+_FIRST = 2  # the one that is tried first
+_DEFAULT = 0.1  # without inputs to choose it by
 
 
 class LayerFit(Record):
@@ -39,6 +46,7 @@ class LayerFit(Record):
     plain: float | None  # with cores decomposed from the weight alone
     fitted: float | None  # with the fitted cores and bias
     bias: bool
+    shrinkage: float | None = None  # of the moments of its inputs
     why: str = ""
 
 
@@ -69,7 +77,8 @@ def fit_layers(
     calibration: Calibration,
     settings: Session | None = None,
     *,
-    ridge: float = _RIDGE,
+    held_out: Calibration | None = None,
+    shrinkage: float | None = None,
     progress: Progress = silent,
 ) -> Fitted:
     """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
@@ -82,8 +91,9 @@ def fit_layers(
         plan: the layers, formats, modes and ranks.
         calibration: inputs of the network.
         settings: how the network runs; default: the CPU provider.
-        ridge: weight of the pull toward the dense weight, as a share of the mean eigenvalue of the inputs' second moment;
-            default 0.01.
+        held_out: inputs to choose the shrinkage of each layer by; default: none.
+        shrinkage: how far the moments of the inputs are shrunk toward a multiple of the identity, from 0 to 1, for all layers;
+            default: chosen by the inputs that are held out, 0.1 if there are none.
         progress: is told which layer is fitted.
 
     Returns:
@@ -95,7 +105,7 @@ def fit_layers(
         PlanError: modes or ranks do not fit the weight.
 
     """
-    return fit(resolve(model, plan), calibration, settings, ridge=ridge, progress=progress)
+    return fit(resolve(model, plan), calibration, settings, held_out=held_out, shrinkage=shrinkage, progress=progress)
 
 
 def fit(
@@ -103,10 +113,23 @@ def fit(
     calibration: Calibration,
     settings: Session | None = None,
     *,
-    ridge: float = _RIDGE,
+    held_out: Calibration | None = None,
+    refit: bool = False,
+    shrinkage: float | None = None,
     progress: Progress = silent,
 ) -> Fitted:
-    """Do the same as `fit_layers` for a resolved plan, which is not changed."""
+    """Do the same as `fit_layers` for a resolved plan, which is not changed.
+
+    Args:
+        resolved: the plan in the dense graph.
+        calibration: as for `fit_layers`.
+        settings: as for `fit_layers`.
+        held_out: as for `fit_layers`.
+        refit: once its shrinkage is chosen, fit each layer to the inputs that were held out as well; default False.
+        shrinkage: as for `fit_layers`.
+        progress: as for `fit_layers`.
+
+    """
     if not calibration.count:
         raise GraphError("expected one or more batches of calibration inputs, got none")
     settings = settings or Session()
@@ -114,20 +137,24 @@ def fit(
     uses = _uses(resolved.copy())
     fittable = {name: nodes for name, nodes in uses.items() if nodes and fits(nodes[0].spec)}
     weights = dense_weights(resolved, fittable)
-    samplers = {name: [Sampler(use, calibration.count * len(nodes)) for use in nodes] for name, nodes in fittable.items()}
+    feeds = (*calibration.feeds, *(() if held_out is None else held_out.feeds))
+    count = calibration.count + (0 if held_out is None else held_out.count)
+    samplers = {name: [Sampler(use, count * len(nodes)) for use in nodes] for name, nodes in fittable.items()}
+    how = _Shrinking(len(calibration.feeds), refit, shrinkage)
     biases: dict[str, np.ndarray] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         inputs = {name: [use.input_name for use in nodes] for name, nodes in fittable.items()}
-        network = ProgressiveNetwork(resolved, inputs, calibration.feeds, settings, Path(folder))
+        network = ProgressiveNetwork(resolved, inputs, feeds, settings, Path(folder))
         dense_outputs = _outputs(network, weights, samplers)
         for number, (name, nodes) in enumerate(uses.items()):
             progress("fitting layers", number / len(uses), name)
             layer = resolved.layers[name]
             if name in fittable:
-                statistics = _statistics(network, name, weights[name], samplers[name], dense_outputs.pop(name))
+                statistics = _statistics(network, name, weights[name], samplers[name], dense_outputs.pop(name), how.fitted)
                 biased = takes_bias(layer)
-                cores[name], bias, row = _fit(layer.plan, weights[name], cores[name], statistics, ridge, biased=biased)
+                problem = _Problem(layer.plan, weights[name], cores[name], *statistics, biased)
+                cores[name], bias, row = _fit(problem, how)
                 if bias is not None:
                     biases[name] = bias
             else:
@@ -187,35 +214,97 @@ def _outputs(
     return outputs
 
 
+@dataclass(frozen=True)
+class _Shrinking:
+    """How the shrinkage of the moments is chosen."""
+
+    fitted: int  # number of batches to fit to; the others are held out
+    refit: bool
+    shrinkage: float | None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What the cores of one layer are fitted to."""
+
+    plan: LayerPlan
+    weight: np.ndarray
+    plain: list[np.ndarray]  # cores of the weight alone
+    statistics: Statistics
+    held_out: Statistics
+    biased: bool
+
+    def moments(self, statistics: Statistics) -> Moments:
+        """Return the moments of some rows, with their spectrum."""
+        moments = statistics.moments(centred=self.biased)
+        moments.spectrum(self.weight.shape[1])
+        return moments
+
+    def solved(self, statistics: Statistics, moments: Moments, shrinkage: float, sweeps: int) -> list[np.ndarray]:
+        """Return the cores that fit some rows best, with their moments shrunk."""
+        shrunk = moments.shrunk(shrinkage)
+        target = statistics.best(self.weight, shrunk, centred=self.biased, shrinkage=shrinkage)
+        return metric.decompose(self.plan, target, shrunk, sweeps=sweeps)
+
+    def lost(self, moments: Moments, shrinkage: float) -> float:
+        """Return the share that is lost on the rows that were held out, after a short fit."""
+        fitted = self.plan.reconstruct(self.solved(self.statistics, moments, shrinkage, 1), self.weight.shape)
+        bias = self.statistics.bias(fitted) if self.biased else None
+        return self.held_out.lost(fitted, centred=self.biased, bias=bias)
+
+    def best_shrinkage(self) -> float:
+        """Return the shrinkage that loses least on the rows that were held out."""
+        moments = self.moments(self.statistics)
+        tried = {at: self.lost(moments, _SHRINKAGES[at]) for at in (_FIRST - 1, _FIRST)}
+        step = 1 if tried[_FIRST] <= tried[_FIRST - 1] else -1
+        at = min(tried, key=lambda place: tried[place])
+        while 0 <= at + step < len(_SHRINKAGES):
+            tried[at + step] = self.lost(moments, _SHRINKAGES[at + step])
+            if not tried[at + step] < tried[at]:
+                break
+            at += step
+        return _SHRINKAGES[at]
+
+
 def _statistics(
-    network: ProgressiveNetwork, name: str, weight: np.ndarray, samplers: list[Sampler], dense_outputs: list[np.ndarray]
-) -> Statistics:
-    """Return the sums over a layer's current inputs and its dense outputs. Raises `GraphError` if they are not finite."""
-    statistics = Statistics(weight[0].size, len(weight))
+    network: ProgressiveNetwork,
+    name: str,
+    weight: np.ndarray,
+    samplers: list[Sampler],
+    dense_outputs: list[np.ndarray],
+    fitted: int,
+) -> tuple[Statistics, Statistics]:
+    """Return the sums over a layer's current inputs and its dense outputs, for the first batches and for the others.
+
+    Raises `GraphError` if they are not finite.
+    """
+    parts = Statistics(weight[0].size, len(weight)), Statistics(weight[0].size, len(weight))
     for k, values in enumerate(network.inputs_of(name)):
-        statistics.add(_rows(samplers, values, k), dense_outputs[k])
-    if not np.isfinite(statistics.yy) or not np.isfinite(statistics.x).all():
+        parts[k >= fitted].add(_rows(samplers, values, k), dense_outputs[k])
+    if not all(np.isfinite(part.yy) and np.isfinite(part.x).all() for part in parts):
         raise GraphError(
             f"layer {name}: its inputs or outputs on the calibration data hold NaN or infinite values; check the data"
         )
-    return statistics
+    return parts
 
 
-def _fit(
-    plan: LayerPlan, weight: np.ndarray, plain: list[np.ndarray], statistics: Statistics, ridge: float, *, biased: bool
-) -> tuple[list[np.ndarray], np.ndarray | None, LayerFit]:
+def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarray | None, LayerFit]:
     """Return the fitted cores, the vector to add to the bias (None without bias), and the row of the layer."""
-    moments = statistics.moments(centred=biased)
-    target = statistics.best(weight, moments, centred=biased, ridge=ridge)
-    cores = metric.decompose(plan, target, moments)
-    fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(plain, weight.shape)
+    plan, weight, biased = problem.plan, problem.weight, problem.biased
+    shrinkage = how.shrinkage
+    if shrinkage is None:
+        shrinkage = problem.best_shrinkage() if problem.held_out.count else _DEFAULT
+    statistics = problem.statistics + problem.held_out if how.refit else problem.statistics
+    cores = problem.solved(statistics, problem.moments(statistics), shrinkage, metric.SWEEPS)
+    fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(problem.plain, weight.shape)
     if not statistics.lost(fitted, centred=biased) <= statistics.lost(unfitted, centred=biased):
-        cores, fitted = plain, unfitted  # too few or too similar rows to fit to
+        cores, fitted = problem.plain, unfitted  # too few or too similar rows to fit to
     row = LayerFit(
         layer=plan.name,
         rows=statistics.count,
         plain=statistics.lost(unfitted, centred=False),
         fitted=statistics.lost(fitted, centred=biased),
         bias=biased,
+        shrinkage=shrinkage,
     )
     return cores, statistics.bias(fitted) if biased else None, row

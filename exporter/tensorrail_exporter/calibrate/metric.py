@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.modes import Equation
 from tensorrail_exporter.plans.plan import LayerPlan
 
-_SWEEPS = 4
+SWEEPS = 4
 _STEPS = 8  # steps of conjugate gradients for one core in one sweep
 _ENOUGH = 1e-3  # share of the error: the sweeps end after one that gains less
 _FLOOR = 1e-4  # share of the mean eigenvalue: keeps directions that hardly occur from dominating the inverse
@@ -38,11 +38,42 @@ class Moments:
     """
 
     gram: np.ndarray
+    _spectra: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def channels(self, inputs: int) -> np.ndarray:
         """Return the second moment (I, I) of the input channels, summed over the taps."""
         taps = self.gram.shape[0] // inputs
         return np.asarray(np.einsum("ikjk->ij", self.gram.reshape(inputs, taps, inputs, taps), optimize=True))
+
+    def spectrum(self, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the eigenvalues (I,) and eigenvectors (I, I) of the second moment of the input channels."""
+        if inputs not in self._spectra:
+            values, vectors = np.linalg.eigh(self.channels(inputs).astype(np.float64))
+            self._spectra[inputs] = values, vectors
+        return self._spectra[inputs]
+
+    @property
+    def scale(self) -> float:
+        """The mean eigenvalue of the gram matrix."""
+        return float(np.trace(self.gram, dtype=np.float64)) / len(self.gram)
+
+    def shrunk(self, share: float) -> Moments:
+        """Return (1 − s) C + s μ I for the gram matrix C with the mean eigenvalue μ.
+
+        Few rows leave directions that none of them has, in which a fit is free to do any harm. The shrunk moments are those of
+        rows of which a share s is noise (Ledoit and Wolf, Journal of Multivariate Analysis, 2004). A spectrum that was computed
+        already is not computed again.
+
+        Args:
+            share: the share s, from 0 to 1.
+
+        """
+        gram = self.gram * np.float32(1 - share)
+        gram[np.diag_indices(len(gram))] += np.float32(share * self.scale)
+        other = Moments(gram)
+        for inputs, (values, vectors) in self._spectra.items():  # the eigenvectors stay the same
+            other._spectra[inputs] = (1 - share) * values + share * self.scale * (len(gram) // inputs), vectors
+        return other
 
     def error(self, weight: np.ndarray, target: np.ndarray) -> float:
         """Return the relative error E‖(Ŵ − T)x‖² / E‖Tx‖² of a weight Ŵ against a target T, both (O, …)."""
@@ -53,12 +84,16 @@ class Moments:
 
 def roots(second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the symmetric square root of a second moment (n, n) and its inverse; small eigenvalues are raised."""
-    values, vectors = np.linalg.eigh(second_moment.astype(np.float64))
-    values = np.sqrt(np.maximum(values, _FLOOR * max(float(values.mean()), 1e-30)))
-    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+    return roots_of_spectrum(*np.linalg.eigh(second_moment.astype(np.float64)))
 
 
-def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = _SWEEPS) -> list[np.ndarray]:
+def roots_of_spectrum(values: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same for the eigenvalues (n,) and eigenvectors (n, n) of a second moment."""
+    raised = np.sqrt(np.maximum(values, _FLOOR * max(float(values.mean()), 1e-30)))
+    return (vectors * raised) @ vectors.T, (vectors / raised) @ vectors.T
+
+
+def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = SWEEPS) -> list[np.ndarray]:
     """Return the cores whose outputs are closest to those of a target weight, on inputs with these moments.
 
     Args:
@@ -88,7 +123,7 @@ def _in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, plain: lis
     equation = form.equation(shape, plan.modes)
     if len(equation.inputs) != 1:  # with several input modes the square root mixes all of them
         return _alternate(equation, plain, target, moments.gram, sweeps)
-    root, inverse = roots(moments.channels(shape[1]))
+    root, inverse = roots_of_spectrum(*moments.spectrum(shape[1]))
     white = np.moveaxis(np.tensordot(target, root, (1, 0)), -1, 1)
     cores = form.decompose(np.ascontiguousarray(white, np.float32), plan.modes, plan.ranks)
     taps = moments.gram.shape[0] // shape[1]

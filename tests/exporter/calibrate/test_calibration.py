@@ -472,7 +472,7 @@ def test_the_best_weight_and_bias_are_those_of_least_squares(centred, shift, rng
     true = weight(rng, 5, 3, 2, 2)
     y = (x @ true.reshape(5, -1).T + rng.standard_normal((600, 5)) + 2.0).astype(np.float32)
     found = statistics_of(x, y)
-    best = found.best(np.zeros_like(true), found.moments(centred=centred), centred=centred, ridge=0.0)
+    best = found.best(np.zeros_like(true), found.moments(centred=centred), centred=centred, shrinkage=0.0)
     rows = np.column_stack([x, np.ones(len(x))]) if centred else x
     expected = np.linalg.lstsq(rows.astype(np.float64), y.astype(np.float64))[0]
     np.testing.assert_allclose(best.reshape(5, -1), expected[:12].T, atol=1e-3)
@@ -495,6 +495,17 @@ def test_what_is_lost_is_counted_on_the_rows(centred, rng):
     expected = np.square(error).sum() / np.square(y - y.mean(0)).sum()
     assert found.lost(other, centred=centred) == pytest.approx(expected, rel=1e-3)
     assert found.count == 500
+    if centred:
+        expected = np.square(error + 0.3).sum() / np.square(y - y.mean(0)).sum()
+        assert found.lost(other, centred=True, bias=bias - 0.3) == pytest.approx(expected, rel=1e-3)
+
+
+def test_sums_over_two_sets_of_rows_add_up(rng):
+    x, y = weight(rng, 300, 12), weight(rng, 300, 5)
+    both, whole = statistics_of(x[:200], y[:200]) + statistics_of(x[200:], y[200:]), statistics_of(x, y)
+    assert both.count == whole.count
+    for name in ("xx", "xy", "x", "y", "yy"):
+        np.testing.assert_allclose(getattr(both, name), getattr(whole, name), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -505,21 +516,38 @@ def test_moments_are_numpys(centred, rng):
     np.testing.assert_allclose(gram, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_shrunk_moments_are_those_of_rows_with_noise(centred, rng):
+    """A share of noise rows, for which the dense weight gives the outputs, has the same moments and the same best weight."""
+    x, true = weight(rng, 400, 6), weight(rng, 4, 6)
+    y = (x @ true.T + weight(rng, 400, 4)).astype(np.float32)
+    if centred:
+        x, y = x - x.mean(0), y - y.mean(0)  # so that noise does not change the means
+    found = statistics_of(x, y)
+    moments = found.moments(centred=centred).shrunk(0.25)
+    size = np.sqrt(np.trace(found.moments(centred=centred).gram) / 6 * 6 * 400 / 3 / 6)
+    noise = np.concatenate([size * np.eye(6), -size * np.eye(6)]) / np.sqrt(2)
+    both, answers = np.concatenate([x, noise]), np.concatenate([y, noise @ true.T])
+    np.testing.assert_allclose(moments.gram, both.T @ both * 0.75 / 400, rtol=1e-3, atol=1e-3)
+    best = found.best(true, moments, centred=centred, shrinkage=0.25)
+    np.testing.assert_allclose(best, np.linalg.lstsq(both, answers)[0].T, atol=1e-3)
+
+
 def test_rows_that_are_all_alike_keep_the_weight(rng):
     """About their mean they are rounding alone, which a weight would be fitted to."""
     x = np.full((800, 12), 0.5, np.float32)
     true = weight(rng, 5, 12)
     found = statistics_of(x, (x @ true.T).astype(np.float32))
-    best = found.best(true, found.moments(centred=True), centred=True, ridge=0.0)
+    best = found.best(true, found.moments(centred=True), centred=True, shrinkage=0.0)
     assert np.abs(best - true).max() < 0.1 * np.abs(true).max()
 
 
-def test_a_large_ridge_keeps_the_weight(rng):
+def test_moments_that_are_shrunk_completely_keep_the_weight(rng):
     x, y, true = weight(rng, 300, 12), weight(rng, 300, 5), weight(rng, 5, 12)
     found = statistics_of(x, y)
-    best = found.best(true, found.moments(centred=True), centred=True, ridge=1e7)
+    best = found.best(true, found.moments(centred=True).shrunk(1.0), centred=True, shrinkage=1.0)
     np.testing.assert_allclose(best, true, atol=1e-5)
-    near = found.best(true, found.moments(centred=True), centred=True, ridge=0.01)
+    near = found.best(true, found.moments(centred=True).shrunk(0.01), centred=True, shrinkage=0.01)
     assert np.abs(near - true).max() > 0.1
 
 
@@ -528,10 +556,10 @@ def test_inputs_that_are_never_on_keep_the_weight_there(centred, rng):
     x, true = weight(rng, 300, 12), weight(rng, 5, 12)
     x[:, 4:8] = 0
     found = statistics_of(x, x @ true.T)
-    best = found.best(true, found.moments(centred=centred), centred=centred, ridge=0.0)
+    best = found.best(true, found.moments(centred=centred), centred=centred, shrinkage=0.0)
     np.testing.assert_allclose(best, true, atol=1e-3)
     nothing = statistics_of(0 * x, 0 * x @ true.T)
-    same = nothing.best(true, nothing.moments(centred=centred), centred=centred, ridge=0.01)
+    same = nothing.best(true, nothing.moments(centred=centred).shrunk(0.01), centred=centred, shrinkage=0.01)
     np.testing.assert_allclose(same, true, atol=1e-5)
     assert nothing.lost(true, centred=centred) == 0
 

@@ -8,9 +8,9 @@ from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
-from tensorrail_exporter.calibrate import layerwise, metric
+from tensorrail_exporter.calibrate import layerwise
 from tensorrail_exporter.calibrate.inputs import Calibration
-from tensorrail_exporter.calibrate.layerwise import dense_weights, fit_layers
+from tensorrail_exporter.calibrate.layerwise import dense_weights, fit, fit_layers
 from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_runtime.sessions.session import Session
@@ -139,17 +139,38 @@ def test_full_ranks_keep_the_network(network, rng):
     assert max(loss(network, reconstruct(fitted.model, plan, fitted.cores), x)) < 1e-3  # inputs of a low rank: a ridge's bias
 
 
-def test_a_large_ridge_decomposes_the_dense_weight(network, rng, monkeypatch):
-    seen, original = {}, metric.decompose
+def test_moments_that_are_shrunk_completely_decompose_the_weight_alone(network, rng):
+    """No layer then loses more of its weight than the plain decomposition does."""
+    fitted = fit_layers(network, PLAN, calibration(rng, 100), CPU, shrinkage=1.0)
+    alone = decompose_graph(network, PLAN)
+    weights = dense_weights(resolve(network, PLAN))
+    for layer in PLAN.layers:
+        lost = [
+            np.square(layer.reconstruct(cores[layer.name], weights[layer.name].shape) - weights[layer.name]).sum()
+            for cores in (fitted.cores, alone)
+        ]
+        assert lost[0] <= 1.01 * lost[1]
 
-    def keeping(plan, target, moments):
-        seen[plan.name] = target.copy()
-        return original(plan, target, moments)
 
-    monkeypatch.setattr(metric, "decompose", keeping)
-    fit_layers(network, PLAN, calibration(rng, 100), CPU, ridge=1e7)
-    for name, values in dense_weights(resolve(network, PLAN)).items():
-        np.testing.assert_allclose(seen[name], values, atol=1e-4)
+def test_the_shrinkage_is_chosen_by_inputs_that_are_held_out(network, rng):
+    """Few inputs need much shrinkage, many hardly any; either way the network is better than with the wrong one."""
+    unseen = images(np.random.default_rng(99), 300)
+    held_out = calibration(rng, 50)
+    chosen = {}
+    for count, wrong in ((4, 0.0), (400, 0.9)):
+        data = calibration(rng, count)
+        fitted = fit_layers(network, PLAN, data, CPU, held_out=held_out)
+        other = fit_layers(network, PLAN, data, CPU, shrinkage=wrong)
+        errors = [sum(loss(network, reconstruct(each.model, PLAN, each.cores), unseen)) for each in (fitted, other)]
+        assert errors[0] < errors[1]
+        chosen[count] = {row.layer: row.shrinkage for row in fitted.layers}
+    assert chosen[4]["fc"] > chosen[400]["fc"]
+
+
+def test_refitting_takes_the_inputs_that_were_held_out_as_well(network, rng):
+    data, other = calibration(rng, 60), calibration(rng, 40)
+    rows = [fit(resolve(network, PLAN), data, CPU, held_out=other, refit=refit).layers[0].rows for refit in (False, True)]
+    assert rows[0] == pytest.approx(0.6 * rows[1], rel=0.01)
 
 
 def test_the_arguments_are_not_changed(network, rng):

@@ -142,8 +142,8 @@ def fitted_whole(model, plan, data):
                 x, own = (np.concatenate([s.rows(v, k) for s, v in zip(samplers, run(feed), strict=True)]) for run in runs)
                 statistics.add(x, own @ weights[name].reshape(len(weights[name]), -1).T)
             biased = takes_bias(part)
-            moments = statistics.moments(centred=biased)
-            target = statistics.best(weights[name], moments, centred=biased, ridge=0.01)
+            moments = statistics.moments(centred=biased).shrunk(0.1)
+            target = statistics.best(weights[name], moments, centred=biased, shrinkage=0.1)
             found = metric.decompose(part.plan, target, moments)
             lost = [statistics.lost(part.plan.reconstruct(one, shape), centred=biased) for one in (found, plain[name])]
             cores[name] = found if lost[0] <= lost[1] else plain[name]

@@ -73,7 +73,7 @@ def test_what_is_trained_belongs_to_the_plan(dense, plan):
 def test_the_fit_brings_held_out_outputs_nearer_and_leaves_the_rest(dense, plan):
     factored = factorize(dense, plan, decompose_graph(dense, plan)).model
     feeds = tuple({"image": inputs(1, 128)[k : k + 32]} for k in range(0, 128, 32))
-    fit = fit_blocks(dense, factored, plan, Calibration(feeds), FitSettings(block_epochs=4, epochs=3))
+    fit = fit_blocks(dense, factored, plan, Calibration(feeds), FitSettings(epochs=4))
     held = inputs(2)
     wanted, before, after = (outputs(one, held) for one in (dense, factored, fit.model))
     assert np.linalg.norm(after - wanted) < 0.8 * np.linalg.norm(before - wanted)
@@ -91,7 +91,7 @@ def test_the_fit_brings_held_out_outputs_nearer_and_leaves_the_rest(dense, plan)
 def test_the_same_seed_gives_the_same_model(dense, plan):
     factored = factorize(dense, plan, decompose_graph(dense, plan)).model
     feeds = ({"image": inputs(1, 32)},)
-    short = FitSettings(block_epochs=1, epochs=1)
+    short = FitSettings(epochs=1)
     made = [fit_blocks(dense, factored, plan, Calibration(feeds), short).model.SerializeToString() for _ in range(2)]
     assert made[0] == made[1]
 
@@ -138,7 +138,7 @@ def test_graphs_with_a_fixed_batch_or_time_first_are_fitted_in_their_own_batches
     shape = (6, 3, 12) if turned else (batch, 4, 18)
     feeds = tuple({"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(24))
     factored = factorize(model, plan, decompose_graph(model, plan)).model
-    fit = fit_blocks(model, factored, plan, Calibration(feeds), FitSettings(block_epochs=8))
+    fit = fit_blocks(model, factored, plan, Calibration(feeds), FitSettings(epochs=8))
     assert [block.after < block.before for block in fit.blocks] == [True]
     onnx.checker.check_model(fit.model, full_check=True)
 
@@ -166,7 +166,7 @@ def test_a_fit_that_loses_is_taken_back(rng):
     plan = Plan(layers=tuple(LayerPlan(name=name, format="svd", modes=(16, 16), ranks=(12,)) for name in weights))
     factored = factorize(model, plan, decompose_graph(model, plan)).model
     feeds = ({"x": rng.standard_normal((64, 16)).astype(np.float32)},)
-    fit = fit_blocks(model, factored, plan, Calibration(feeds), FitSettings(block_epochs=1, rate=30.0))
+    fit = fit_blocks(model, factored, plan, Calibration(feeds), FitSettings(epochs=1, rate=30.0))
     assert all(block.after <= block.before for block in fit.blocks)
     before, after = ({t.name: numpy_helper.to_array(t) for t in one.graph.initializer} for one in (factored, fit.model))
     kept = [name for name in before if np.array_equal(before[name], after[name])]

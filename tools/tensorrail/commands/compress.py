@@ -37,15 +37,16 @@ def command(
     calibration: Calibration = None,
     samples: Samples = 512,
     fit: Annotated[
-        int,
+        float | None,
         typer.Option(
             "--fit",
-            min=-1,
-            metavar="EPOCHS",
-            help="Passes over the calibration inputs that fit the cores to the dense activations, in torch; 0: none, "
-            "-1: 12 where torch is installed.",
+            min=0,
+            metavar="SECONDS",
+            help="How long the cores may be fitted in torch, block by block and then all together; 0: not at all.  "
+            "[default: 120 where torch is installed]",
+            show_default=False,
         ),
-    ] = -1,
+    ] = None,
     also: Annotated[
         list[str] | None,
         typer.Option("--also", metavar="fp16|int8", help="Write OUT in that precision as well, and show it beside fp32."),
@@ -76,7 +77,7 @@ def command(
     _check_given(context, plan, calibration, has_target=bool(targets) or search.max_loss is not None)
     with progress_bar() as progress:
         guard = Guard(min_agreement=min_agreement, max_difference=max_difference)
-        fitting = Fit(None if fit < 0 else fit, samples)
+        fitting = Fit(fit, samples)
         options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, guard, progress, inputs)
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
     finish(report, json, report.meets and report.faster and report.accepted)

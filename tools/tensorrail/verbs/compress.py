@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SAMPLES = 512
 _PROCESSES = 5
+_FIT_SECONDS = 120.0
 
 
 def compress(
@@ -84,7 +85,7 @@ def compress(
         )
         graph = load_to_search(path, conditions.timing.shapes, options.progress)
         test = as_labelled(data, rules=options.inputs)
-        refine = _refine(options) if inputs is not None else None
+        refine = _refine(options) if inputs is not None else {}
         chosen: Plan | PlanReport
         if isinstance(given, Plan):
             chosen = given
@@ -140,26 +141,41 @@ def _check_also(precisions: Sequence[str], calibration: object) -> None:
         raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
 
 
-def _refine(options: Options) -> Refine | None:
-    """Return the fit in torch; None when it is switched off, or torch is missing and the fit was not asked for."""
-    epochs = options.fit.epochs
-    if epochs == 0:
-        return None
+def _refine(options: Options) -> dict[str, Refine]:
+    """Return the fits in torch; none when they are switched off, or torch is missing and they were not asked for."""
+    seconds = options.fit.seconds
+    if seconds == 0:
+        return {}
     try:
         from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
+        from tensorrail_trainer.fit.network import NetworkFit, fit_network
     except ModuleNotFoundError:
-        if epochs is not None:
+        if seconds is not None:
             raise
-        return None
-    settings = FitSettings() if epochs is None else FitSettings(block_epochs=epochs)
+        return {}
+    half = (_FIT_SECONDS if seconds is None else seconds) / 2
+    blocks, network = FitSettings(seconds=half), NetworkFit(seconds=half)
 
-    def refine(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
+    def by_blocks(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
+        return fit_blocks(dense, factored, plan, inputs, blocks, options.progress).model
+
+    def as_a_whole(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
+        return fit_network(dense, factored, plan, inputs, network, options.progress)
+
+    fits = {"the fit to activations": by_blocks, "the fit of the whole network": as_a_whole}
+    return {what: _or_left_out(what, fit, options) for what, fit in fits.items()}
+
+
+def _or_left_out(what: str, fit: Refine, options: Options) -> Refine:
+    """Return a fit that leaves the graph as it is, with a note, where torch cannot run it, unless it was asked for."""
+
+    def tried(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
         try:
-            return fit_blocks(dense, factored, plan, inputs, settings, options.progress).model
+            return fit(dense, factored, plan, inputs)
         except GraphError as error:
-            if epochs is not None:  # asked for
+            if options.fit.seconds is not None:  # asked for
                 raise
-            options.progress("note", 1.0, f"the fit to activations is left out: {error}")
+            options.progress("note", 1.0, f"{what} is left out: {error}")
             return factored
 
-    return refine
+    return tried
