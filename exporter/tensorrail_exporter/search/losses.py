@@ -39,6 +39,7 @@ from tensorrail_runtime.sessions.session import Session
 
 SAMPLES = 64  # samples on which effects on the network's outputs are measured
 _POINTS = 5  # options of a layer whose effect is measured
+_SHRINKAGE = 0.1  # of the second moments of inputs, which few samples do not determine; see `calibrate.layerwise`
 _STAGE = "measuring losses"
 
 
@@ -274,7 +275,8 @@ def _input_moments(
             centred = second - means @ means.T
             # Inputs that hardly vary leave nothing but rounding about their mean.
             second = centred if np.trace(centred) > 1e-5 * np.trace(second) else second
-        root, inverse = roots(second)
+        noise = _SHRINKAGE * float(np.trace(second)) / inputs[name]
+        root, inverse = roots((1 - _SHRINKAGE) * second + noise * np.eye(inputs[name]))
         mean = means if biased else np.zeros_like(means)
         moments[name] = InputMoments(root, inverse, mean.reshape(inputs[name], *layer.spec.kernel))
     return moments
