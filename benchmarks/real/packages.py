@@ -46,7 +46,18 @@ class Cache:
 
     def _downloaded(self, requirement: str) -> Path:
         self.wheels.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", self.wheels, requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-q",
+            "-d",
+            self.wheels,
+            requirement,
+        ]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         wheel = self._wheel(requirement)
         if done.returncode or wheel is None:
@@ -71,7 +82,9 @@ def unzip(wheel: Path, folder: Path) -> None:
             if entry.filename.startswith("/") or ".." in parts:
                 raise RuntimeError(f"{wheel.name}: the file name {entry.filename!r} leads out of the package")
             if entry.file_size > _LARGEST:
-                raise RuntimeError(f"{wheel.name}: {entry.filename} has {entry.file_size:,} bytes, expected at most {_LARGEST:,}")
+                raise RuntimeError(
+                    f"{wheel.name}: {entry.filename} has {entry.file_size:,} bytes, expected at most {_LARGEST:,}"
+                )
             if not parts[0].endswith(".data"):
                 archive.extract(entry, folder)
 

@@ -14,7 +14,16 @@ from real.network import Arrays, Data, Network, Packages, count_of, first, from_
 
 PHOTOS = "scikit-image==0.26.0"
 _PEOPLE = ("astronaut.png",)
-_CALIBRATION = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "grass.png", "coins.png", "page.png", "ihc.png")
+_CALIBRATION = (
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+    "grass.png",
+    "coins.png",
+    "page.png",
+    "ihc.png",
+)
 _ASIDE = ("camera.png", "retina.jpg", "motorcycle_right.png", "hubble_deep_field.jpg", "gravel.png", "horse.png", "text.png")
 _MEAN, _STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 _SCORE, _OVERLAP, _SAME = 0.25, 0.45, 0.5
@@ -99,7 +108,9 @@ def _crops(files: Sequence[Path], count: int, side: int, seed: int) -> np.ndarra
         left, top = (int(random.integers(0, size - part + 1)) for size in image.size)
         crop = image.crop((left, top, left + part, top + part)).resize((side, side), Image.Resampling.BILINEAR)
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
-        crop = ImageEnhance.Brightness(ImageEnhance.Color(crop).enhance(random.uniform(0.5, 1.4))).enhance(random.uniform(0.6, 1.3))
+        crop = ImageEnhance.Brightness(ImageEnhance.Color(crop).enhance(random.uniform(0.5, 1.4))).enhance(
+            random.uniform(0.6, 1.3)
+        )
         crops.append(np.asarray(crop, np.float32).transpose(2, 0, 1) / 255)
     return np.stack(crops)
 

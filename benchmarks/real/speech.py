@@ -45,7 +45,11 @@ def speakers(packages: Packages, share: float) -> Data:
     folder = packages(PACKAGE)
     calibration = _spectrograms(folder, VOICES[0::2], count_of(192, share), seed=1)
     count = count_of(320, share)
-    return Data({"mels": calibration}, {"mels": _spectrograms(folder, VOICES[1::2], count, seed=2)}, np.arange(count) % len(VOICES[1::2]))
+    return Data(
+        {"mels": calibration},
+        {"mels": _spectrograms(folder, VOICES[1::2], count, seed=2)},
+        np.arange(count) % len(VOICES[1::2]),
+    )
 
 
 def nearest_speaker(outputs: Arrays, dense: Arrays, truth: np.ndarray) -> float:
