@@ -79,7 +79,7 @@ def compress(
     timing = conditions.timing
     conditions = replace(conditions, timing=replace(timing, processes=timing.processes or _PROCESSES))
     with as_file(model) as path:
-        graph = load_to_search(path, timing.shapes, options.progress)
+        graph = load_to_search(path, timing, options.progress)
         inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
         test = as_labelled(data)
         refine = _refine(options) if inputs is not None else None

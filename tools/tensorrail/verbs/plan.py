@@ -49,6 +49,6 @@ def plan(
     search.check(target or {})
     conditions = options.conditions(Timing())
     with as_file(model) as path:
-        graph = load_to_search(path, conditions.timing.shapes, options.progress)
+        graph = load_to_search(path, conditions.timing, options.progress)
         inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES)
         return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)
