@@ -68,8 +68,11 @@ def carried_out(request: Request) -> dict[str, Any]:
     except tr.TensorrailError as error:
         return {"written": False, "message": str(error)}
     from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    quantize_dynamic(request.model, request.out)
+    ready = Path(request.out).with_suffix(".ready.onnx")
+    quant_pre_process(request.model, ready, skip_symbolic_shape=True)  # as ONNX Runtime advises: constants become initializers
+    quantize_dynamic(ready, request.out)
     return {"written": True, "message": ""}
 
 
