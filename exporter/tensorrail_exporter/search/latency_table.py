@@ -201,7 +201,8 @@ class LatencyTable:
             if self.unstored:
                 progress("note", 1.0, self.unstored)
                 self.unstored = ""  # said once
-            self.save()  # reports a folder that cannot be written before anything is measured
+            if not self.busy:
+                self.save()  # reports a folder that cannot be written before anything is measured
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
         waits: list[float] = []
