@@ -28,11 +28,12 @@ def text(records: Sequence[Record], where: Machine, seconds: float) -> str:
     """
     head = (
         f"Command: `python benchmarks/real_models.py`. {where.processor}, {where.cores} cores, ONNX Runtime "
-        f"{where.onnxruntime}, CPU provider, one thread, batch 1; dense, factored and int8 models in turns, {seconds:g} s, in "
-        "five fresh processes. The networks are those that packages on PyPI carry. A model is accepted if the best class is the "
-        f"dense model's on at least {100 * MIN_AGREEMENT:g} % of the calibration inputs set aside, where outputs are scores of "
-        f"classes, and outputs differ by at most {MAX_DIFFERENCE:g} (relative L2). Of the targets {_targets(records)} the first "
-        "is taken whose model is accepted and faster. The quality is measured on other inputs, which compression never saw."
+        f"{where.onnxruntime}, CPU provider, one thread, batch 1; dense, factored and int8 models in turns, {seconds:g} s, "
+        "in five fresh processes. The networks are those that packages on PyPI carry. A model is accepted if the best class "
+        f"is the dense model's on at least {100 * MIN_AGREEMENT:g} % of the calibration inputs set aside, where outputs are "
+        f"scores of classes, and outputs differ by at most {MAX_DIFFERENCE:g} (relative L2). Of the targets "
+        f"{_targets(records)} the first is taken whose model is accepted and faster. The quality is measured on other "
+        "inputs, which compression never saw."
     )
     lines = ["# Networks from packages on PyPI", "", *textwrap.wrap(head, _WIDTH, break_long_words=False), ""]
     lines += ["## Result", "", *textwrap.wrap(sentence(records), _WIDTH), "", *summary(records)]
