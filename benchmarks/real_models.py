@@ -20,6 +20,7 @@ from real import language, measure, music, ocr, page, photos, speech
 from real.network import Network
 from real.packages import Cache
 
+import tensorrail as tr
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 
@@ -30,6 +31,7 @@ NETWORKS: dict[str, Network] = {
     **speech.NETWORKS,
     **music.NETWORKS,
     **language.NETWORKS,
+    **(speech.STATEFUL if hasattr(tr, "InputRules") else {}),
 }
 
 

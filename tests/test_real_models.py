@@ -140,6 +140,14 @@ def test_the_nearest_sample_must_be_of_the_same_voice(real):
     assert real.speech.nearest_speaker({"y": embeddings}, {}, np.array([0, 1, 1, 1])) == 0.5
 
 
+def test_a_step_of_a_recording_begins_with_the_end_of_the_step_before(real):
+    steps = real.speech.frames(np.arange(1536, dtype=np.float32))
+    assert steps.shape == (3, 576)
+    assert not steps[0, :64].any()
+    np.testing.assert_array_equal(steps[1:, :64], steps[:-1, -64:])
+    np.testing.assert_array_equal(steps[:, 64:].ravel(), np.arange(1536))
+
+
 def test_a_files_features_are_its_two_ends(real):
     found = real.language.features(b"  \n" + b"a" * 10 + b" b\n")
     assert len(found) == 2048

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Request:
     """Seconds of the final comparison of `compress`."""
     cache: str
     """Folder of latency tables."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `tr.InputRules`, if any."""
 
 
 def carried_out(request: Request) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def carried_out(request: Request) -> dict[str, Any]:
         guard=tr.Guard(min_agreement=request.min_agreement, max_difference=request.max_difference),
         progress=told,
     )
+    if request.rules:
+        options = replace(options, inputs=tr.InputRules(**request.rules))
     try:
         if request.do == "compress":
             report = tr.compress(

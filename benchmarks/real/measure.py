@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def measured(name: str, network: Network, packages: Packages, folder: Path, how:
         *(str(path) for path in (dense, folder / "factored.onnx", inputs)),
         {key: list(shape) for key, shape in network.shapes.items()},
         *(0.0, MIN_AGREEMENT, MAX_DIFFERENCE, max(2.0, how.seconds / 4), str(how.cache)),
+        {key: dict(values) for key, values in network.rules.items()},
     )
     tries = compressed(request, folder, how)
     models = {"dense": dense}
@@ -91,7 +92,7 @@ def measured(name: str, network: Network, packages: Packages, folder: Path, how:
         "tries": tries,
         "int8": int8,
         "chosen": chosen if chosen["good"] else None,
-        "speed": speeds(models, network.shapes, how.seconds),
+        "speed": speeds(models, network, how.seconds),
     }
 
 
@@ -161,10 +162,11 @@ def environment() -> dict[str, str]:
 def qualities(models: Mapping[str, Path], network: Network, data: Data) -> tuple[dict[str, float], dict[str, str]]:
     """Return the quality of each model on the inputs set aside, and why a model has none."""
     found, failed = {}, {}
-    dense = outputs_of(models["dense"], data.aside)
+    run = network.run or outputs_of
+    dense = run(models["dense"], data.aside)
     for kind, path in models.items():
         try:
-            outputs = dense if kind == "dense" else outputs_of(path, data.aside)
+            outputs = dense if kind == "dense" else run(path, data.aside)
         except Exception as error:  # noqa: BLE001  # ONNX Runtime's exceptions have no common class of their own
             failed[kind] = str(error).partition("\n")[0]
             continue
@@ -172,9 +174,11 @@ def qualities(models: Mapping[str, Path], network: Network, data: Data) -> tuple
     return found, failed
 
 
-def speeds(models: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], seconds: float) -> dict[str, list[float]]:
+def speeds(models: Mapping[str, Path], network: Network, seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds (p50) and the speed-up over dense with its 95 % interval, of all models in turns."""
-    options = tr.Options(session=tr.Session(threads=1), timing=tr.Timing(shapes=shapes, seconds=seconds, processes=5))
+    options = tr.Options(session=tr.Session(threads=1), timing=tr.Timing(shapes=network.shapes, seconds=seconds, processes=5))
+    if network.rules:
+        options = replace(options, inputs=tr.InputRules(**network.rules))
     report = tr.bench(list(models.values()), labels=list(models), options=options)
     found = {"dense": [report.latencies[0].p50, 1.0, 1.0, 1.0]}
     for latency, ratio in zip(report.latencies[1:], report.ratios, strict=True):

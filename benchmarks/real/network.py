@@ -46,6 +46,10 @@ class Network:
     """What the inputs are, in words."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The shape of each input whose dynamic axes are more than the batch; times are measured with these."""
+    rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Arguments of `tr.InputRules`: constants, batch axes and states."""
+    run: Callable[[Path, Arrays], Arrays] | None = None
+    """Runs a model on `aside`; default: `outputs_of`."""
 
 
 Packages = Callable[[str], Path]

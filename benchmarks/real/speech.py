@@ -1,19 +1,23 @@
-"""Who speaks (Resemblyzer, LSTM), on synthetic speech."""
+"""Who speaks (Resemblyzer, LSTM) and whether someone speaks (Silero, whose state is carried on), on synthetic speech."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import nn
 
 import tensorrail as tr
-from real.network import Arrays, Data, Network, Packages, count_of, first
+from real.network import Arrays, Data, Network, Packages, count_of, first, from_wheel
 from real.ocr import docstrings
-from real.voices import PACKAGE, VOICES, mel_spectrogram, spoken
+from real.voices import PACKAGE, RATE, VOICES, mel_spectrogram, spoken
 
 _FRAMES = 160  # 1.6 s
+_STEP, _CONTEXT = 512, 64  # samples
+_SPEECH = 0.5  # probability from which a step is speech
 
 
 class VoiceEncoder(nn.Module):
@@ -83,6 +87,52 @@ def _spectrograms(folder: Path, voices: tuple[str, ...], count: int, seed: int) 
     return np.stack(rows)
 
 
+def recordings(packages: Packages, share: float) -> Data:
+    """Recordings of sentences with pauses and noise, as steps of 576 samples; one long one is for calibration."""
+    folder = packages(PACKAGE)
+    calibration = frames(_recording(folder, VOICES[0::2], count_of(512, share), seed=3))
+    aside = np.stack([frames(_recording(folder, VOICES[1 + 2 * k :: 2], count_of(256, share), seed=10 + k)) for k in range(12)])
+    return Data({"input": calibration}, {"input": aside})
+
+
+def frames(audio: np.ndarray) -> np.ndarray:
+    """Return the steps (N, 576) of a recording: 512 new samples each, behind the last 64 of the step before."""
+    new = audio.reshape(-1, _STEP)
+    before = np.concatenate([np.zeros((1, _CONTEXT), np.float32), new[:-1, -_CONTEXT:]])
+    return np.concatenate([before, new], 1)
+
+
+def probabilities(model: Path, inputs: Arrays) -> Arrays:
+    """Run a model along recordings (N, steps, 576), side by side, and return the probability of speech (N, steps)."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    steps = inputs["input"].swapaxes(0, 1)
+    state, found = np.zeros((2, steps.shape[1], 128), np.float32), []
+    for step in steps:
+        output, state = session.run(None, {"input": step, "state": state, "sr": np.array(RATE, np.int64)})
+        found.append(output[:, 0])
+    return {"output": np.stack(found, 1)}
+
+
+def speech_found(outputs: Arrays, dense: Arrays, truth: Any) -> float:
+    """Share of the steps that are speech, or not, for both models."""
+    return float(np.mean((first(outputs) >= _SPEECH) == (first(dense) >= _SPEECH)))
+
+
+def _recording(folder: Path, voices: tuple[str, ...], steps: int, seed: int) -> np.ndarray:
+    """Return a recording of so many steps: sentences of changing voices, pauses, noise of changing strength."""
+    random = np.random.default_rng(seed)
+    parts: list[np.ndarray] = []
+    for number, text in enumerate(sentences(seed, 64)):
+        parts += [spoken(folder, voices[number % len(voices)], text) * random.uniform(0.1, 1.0)]
+        parts += [np.zeros(int(random.integers(8_000, 40_000)), np.float32)]
+        if sum(map(len, parts)) >= steps * _STEP:
+            break
+    audio = np.concatenate(parts)[: steps * _STEP]
+    audio = np.pad(audio, (0, steps * _STEP - len(audio)))
+    strength = 10 ** np.interp(np.arange(len(audio)), np.linspace(0, len(audio), 8), random.uniform(-4, -1.5, 8))
+    return (audio + strength * random.standard_normal(len(audio))).astype(np.float32)
+
+
 NETWORKS = {
     "Resemblyzer LSTM": Network(
         "Resemblyzer==0.1.4",
@@ -93,3 +143,17 @@ NETWORKS = {
         "synthetic speech",
     ),
 }
+STATEFUL = {
+    "Silero VAD": Network(
+        "silero-vad==6.2.3",
+        from_wheel("silero_vad/data/silero_vad_16k_op15.onnx"),
+        recordings,
+        speech_found,
+        "steps of the same decision as dense",
+        "synthetic speech",
+        {"input": (1, _CONTEXT + _STEP), "state": (2, 1, 128)},
+        {"constants": {"sr": RATE}, "batch_axes": {"state": 1}, "states": {"state": "stateN"}},
+        probabilities,
+    ),
+}
+"""Networks that need `tr.InputRules`."""
