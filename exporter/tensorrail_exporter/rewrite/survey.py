@@ -126,8 +126,9 @@ def survey(
 def with_known_axes(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None) -> onnx.ModelProto:
     """Return the model with the number of axes of every tensor, also where onnx cannot infer it.
 
-    A product whose data have an unknown number of axes cannot be rewritten. The numbers are those of one run of the model, and
-    are stored as shapes without sizes; they do not depend on the sizes of the inputs.
+    A product whose data have an unknown number of axes cannot be rewritten. The numbers are those of two runs of the model, of
+    which one has a larger batch: an operator such as Squeeze may remove an axis of size 1. They are stored as shapes without
+    sizes.
 
     Args:
         model: the model; it is not changed.
@@ -144,10 +145,12 @@ def with_known_axes(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | Non
     types = untyped_axes(model)
     if not any(name in types for node in model.graph.node if node.op_type == "MatMul" for name in node.input):
         return model
-    bound = onnx.ModelProto()
-    bound.CopyFrom(model)
-    seen = seen_shapes(bind_shapes(bound, batch, shapes or {}), batch, shapes)
-    known = [onnx.helper.make_tensor_value_info(name, types[name], [None] * len(seen[name])) for name in types if name in seen]
+    given = shapes or {}
+    larger = {name: (shape[0] + 1, *shape[1:]) for name, shape in given.items() if len(shape) and name in _with_batch(model)}
+    seen = _seen(model, batch, given)
+    again = _seen(model, batch + 1, {**given, **larger}) or seen
+    same = {name: len(seen[name]) for name in types if name in seen and len(seen[name]) == len(again.get(name, ()))}
+    known = [onnx.helper.make_tensor_value_info(name, types[name], [None] * axes) for name, axes in same.items()]
     if not known:
         return model
     completed = onnx.ModelProto()
@@ -157,6 +160,18 @@ def with_known_axes(model: onnx.ModelProto, batch: int = 1, shapes: Shapes | Non
     del completed.graph.value_info[:]
     completed.graph.value_info.extend([*others, *known])
     return completed
+
+
+def _with_batch(model: onnx.ModelProto) -> set[str]:
+    """Return the inputs whose first axis is dynamic."""
+    axes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    return {name for name, own in axes.items() if own and not own[0].HasField("dim_value")}
+
+
+def _seen(model: onnx.ModelProto, batch: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    bound = onnx.ModelProto()
+    bound.CopyFrom(model)
+    return seen_shapes(bind_shapes(bound, batch, shapes), batch, shapes)
 
 
 def _complete(graph: gs.Graph, known: Mapping[str, Sequence[int | str]]) -> None:
