@@ -106,7 +106,7 @@ def test_boxes_are_found_once_and_with_their_class(real):
 
 
 def test_the_pitch_of_a_tone_is_known_and_read_from_scores(real):
-    data = real.music.tones(None, 0.05)
+    data = real.music.tones(384)(None, 0.05)
     assert data.aside["audio"].shape == (20, 1024)
     np.testing.assert_allclose(data.aside["audio"].std(1), 1.0, rtol=1e-3)
     scores = np.zeros((1, 360))
@@ -190,8 +190,8 @@ def test_a_refusal_is_an_answer_and_a_crash_is_recorded(real, tmp_path, monkeypa
 
 
 def test_targets_are_tried_until_a_model_is_good(real, tmp_path, monkeypatch):
-    answers = {2.0: {"written": False}, 1.5: {"written": True, "accepted": False, "faster": True}}
-    good = {"written": True, "accepted": True, "faster": True}
+    good = {"written": True, "accepted": True, "faster": True, "ended": "done"}
+    answers = {2.0: {"written": False, "ended": "done"}, 1.5: good | {"accepted": False}}
     monkeypatch.setattr(real.measure, "process", lambda asked, *_: dict(answers.get(asked.target, good)))
     how = real.measure.How(1.0, 1.0, 60.0, (2.0, 1.5, 1.25, 1.1), tmp_path)
     assert [answer["good"] for answer in real.measure.compressed(request(real, tmp_path), tmp_path, how)] == [

