@@ -224,7 +224,13 @@ def _padding(conv: gs.Node) -> tuple[gs.Node | None, tuple[int, ...]]:
     pads, value, axes = (_constant(pad, place) for place in (1, 2, 3))
     zeros = len(pad.inputs) < 3 or pad.inputs[2].is_empty() or (value is not None and not value.any())
     plain = pad.attrs.get("mode", "constant") == "constant" and zeros and axes is None and len(pad.inputs) < 4
-    if pads is None or not plain or pads.min() < 0 or pads[[0, 1, len(pads) // 2, len(pads) // 2 + 1]].any():
+    if (
+        pads is None
+        or not plain
+        or pads.shape != (2 * len(conv.inputs[1].shape or ()),)
+        or pads.min(initial=0) < 0
+        or pads[[0, 1, len(pads) // 2, len(pads) // 2 + 1]].any()
+    ):
         return None, ()
     return pad, tuple(int(size) for size in pads)
 

@@ -238,13 +238,14 @@ def test_a_pad_node_stands_before_every_copy_as_in_the_network(rng):
         ([0, 0, 1, 1, 0, 0, -1, 1], "constant", "NOTSET"),  # a crop
         ([0, 0, 1, 1, 0, 0, 1, 1], "reflect", "NOTSET"),
         ([0, 0, 1, 1, 0, 0, 1, 1], "constant", "SAME_UPPER"),
+        ([], "constant", "NOTSET"),  # which no model that runs has
     ],
 )
 def test_a_pad_node_that_is_computed_by_itself_is_left_out(edges, mode, auto_pad, rng):
     model = behind_a_pad(rng, auto_pad=auto_pad)
     model.graph.initializer[-1].CopyFrom(numpy_helper.from_array(np.array(edges, np.int64), "edges"))
     next(node for node in model.graph.node if node.op_type == "Pad").attribute.append(helper.make_attribute("mode", mode))
-    if edges[1]:
+    if edges[1:2] == [1]:
         model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(rng, 32, 34, 3, 3), "w"))
     (layer,) = survey(model)
     assert (layer.padding, layer.source) == ((), layer.inputs[0])
