@@ -197,6 +197,12 @@ def test_fewer_copies_of_very_large_weights(rng):
     assert copies_of(replace(layer, spec=wide)) == 1
 
 
+def test_fewer_copies_of_a_layer_that_takes_long(rng):
+    (layer,) = survey(conv(rng, pads=[1] * 4))
+    assert copies_of(layer) == copies_of(replace(layer, macs=400_000_000, nodes=2)) == 4
+    assert copies_of(replace(layer, macs=400_000_001, nodes=2)) == 2
+
+
 def test_the_same_context_is_made_twice(rng):
     layer = layer_of("conv", rng)
     assert dense_context(layer, 2).SerializeToString() == dense_context(layer, 2).SerializeToString()
