@@ -22,3 +22,19 @@ class Progress(Protocol):
 
 def silent(stage: str, share: float, detail: str = "") -> None:
     """Say nothing."""
+
+
+def part_of(progress: Progress, begin: float, end: float) -> Progress:
+    """Return a progress for a part of a stage: what it is told as 0 to 1 is passed on as `begin` to `end`; notes as they are.
+
+    Args:
+        progress: what is told about the whole stage.
+        begin: the share of the stage that is done before the part.
+        end: the share of the stage that is done after it.
+
+    """
+
+    def told(stage: str, share: float, detail: str = "") -> None:
+        progress(stage, share if stage == "note" else begin + (end - begin) * share, detail)
+
+    return told

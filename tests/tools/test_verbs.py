@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import make_model
 from torch import nn
 
 import tensorrail as tr
@@ -142,3 +143,23 @@ def test_open_axes_are_told_of(small_model, tmp_path, in_this_process):
         tr.compress(small_model, tmp_path / "out.onnx", plan, options=options)
     assert len(notes) == 1
     assert notes[0].startswith("warning: input 'x' has 3 dynamic axes, all set to the batch size")
+
+
+def test_shapes_of_inputs_help_where_onnx_infers_no_number_of_axes(rng, cli, tmp_path):
+    """Which axes Squeeze removes is known in a run only."""
+    nodes = [
+        onnx.helper.make_node("Squeeze", ["x"], ["row"]),
+        onnx.helper.make_node("MatMul", ["row", "w"], ["y"], "product"),
+    ]
+    weights = {"w": rng.standard_normal((10, 6)).astype(np.float32)}
+    dense, plan, out = tmp_path / "dense.onnx", tmp_path / "plan.json", tmp_path / "out.onnx"
+    tr.save_model(make_model(nodes, weights, {"x": ["n", 1, "m", 10]}, {"y": [None, None, 6]}), dense)
+    tr.Plan(layers=(tr.LayerPlan(name="w", format="svd", modes=(6, 10), ranks=(2,)),)).save(plan)
+    code, _, said = cli("export", dense, "--plan", plan, "-o", out)
+    assert (code, out.exists()) == (2, False)
+    assert "give the shapes of the inputs" in " ".join(said.split())
+    code, _, said = cli("export", dense, "--plan", plan, "-o", out, "--shape", "x=2,1,3,10")
+    assert code == 0, said
+    assert [node.op_type for node in onnx.load(out).graph.node].count("MatMul") == 2
+    report = tr.export(dense, out, plan, form=tr.Form(block=1, shapes={"x": (2, 1, 3, 10)}))
+    assert [layer.layer for layer in report.layers] == ["w"]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress
-from tensorrail_runtime.sessions.inputs import Shapes, open_axes
+from tensorrail_runtime.sessions.inputs import open_axes
 
 if TYPE_CHECKING:
     import onnx
@@ -67,11 +68,12 @@ def as_graph(model: Any) -> onnx.ModelProto:  # Any: see `Model`
     )
 
 
-def load_to_search(path: Path, shapes: Shapes, progress: Progress) -> onnx.ModelProto:
+def load_to_search(path: Path, timing: Timing, progress: Progress) -> onnx.ModelProto:
     """Return the model of a file, and tell which dynamic axes get the batch size without being named a batch."""
     from tensorrail_exporter.graphs.io import load_model
+    from tensorrail_exporter.rewrite.survey import with_known_axes
 
     graph = load_model(path)
-    for line in open_axes(graph, shapes):
+    for line in open_axes(graph, timing.shapes):
         progress("note", 1.0, f"warning: {line}")
-    return graph
+    return with_known_axes(graph, timing.batch, timing.shapes, timing.values)

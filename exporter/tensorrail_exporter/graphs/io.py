@@ -142,6 +142,14 @@ def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[
     return {} if inferred is None else _shapes(inferred.graph)
 
 
+def untyped_axes(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element types, by name, of the tensors of the main graph whose number of axes onnx cannot infer."""
+    inferred = _inferred(model, data_prop=False)
+    values = () if inferred is None else inferred.graph.value_info
+    kinds = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
+    return {name: kind.elem_type for name, kind in kinds.items() if not kind.HasField("shape") and kind.elem_type}
+
+
 def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | None:
     """Return a copy of the model with inferred shapes but without its weights, or None if inference fails."""
     light = onnx.ModelProto(ir_version=model.ir_version)

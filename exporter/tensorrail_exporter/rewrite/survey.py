@@ -11,7 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.graphs.io import import_graph, inferred_shapes
+from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, untyped_axes
 from tensorrail_exporter.rewrite.rules import Rule
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
@@ -40,6 +40,16 @@ class DenseLayer:
     macs: int  # of all its nodes, at the batch size of the survey
     input_name: str
     output_name: str
+    padding: tuple[int, ...] = ()  # pads of a Pad node before a convolution, which ONNX Runtime computes within it; () for none
+
+    @property
+    def source(self) -> tuple[int, ...] | None:
+        """The shape of the data, before the padding."""
+        shape = self.inputs[self.data]
+        if shape is None or not self.padding:
+            return shape
+        rank = len(shape)
+        return tuple(size - self.padding[axis] - self.padding[rank + axis] for axis, size in enumerate(shape))
 
     @property
     def params(self) -> int:
@@ -61,6 +71,7 @@ class DenseLayer:
     @property
     def signature(self) -> dict[str, object]:
         """Everything that the layer's time depends on: layers with equal signatures are timed once."""
+        padding: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -68,6 +79,7 @@ class DenseLayer:
             "data": self.data,
             "dtype": str(self.dtype),
             "first": self.first,
+            **padding,
         }
 
 
@@ -118,6 +130,60 @@ def survey(
     return tuple(replace(layer, spec=replace(layer.spec, scan=False)) for layer in dense_layers)
 
 
+def with_known_axes(
+    model: onnx.ModelProto, batch: int = 1, shapes: Shapes | None = None, values: Values | None = None
+) -> onnx.ModelProto:
+    """Return the model with the number of axes of every tensor, also where onnx cannot infer it.
+
+    A product whose data have an unknown number of axes cannot be rewritten. The numbers are those of two runs of the model, of
+    which one has a larger batch: an operator such as Squeeze may remove an axis of size 1. They are stored as shapes without
+    sizes.
+
+    Args:
+        model: the model; it is not changed.
+        batch: size of the dynamic axes of inputs without an entry in `shapes`; default 1.
+        shapes: shapes of inputs by name.
+        values: known values of inputs by name; other inputs are random.
+
+    Returns:
+        A copy with these shapes; the model itself if nothing is unknown or it does not run.
+
+    Raises:
+        ModelError: `shapes` names an input that the model does not have.
+
+    """
+    types = untyped_axes(model)
+    if not any(name in types for node in model.graph.node if node.op_type == "MatMul" for name in node.input):
+        return model
+    given = shapes or {}
+    larger = {name: (shape[0] + 1, *shape[1:]) for name, shape in given.items() if len(shape) and name in _with_batch(model)}
+    seen = _seen(model, batch, given, values)
+    again = _seen(model, batch + 1, {**given, **larger}, values) or seen
+    same = {name: len(seen[name]) for name in types if name in seen and len(seen[name]) == len(again.get(name, ()))}
+    known = [onnx.helper.make_tensor_value_info(name, types[name], [None] * axes) for name, axes in same.items()]
+    if not known:
+        return model
+    completed = onnx.ModelProto()
+    completed.CopyFrom(model)
+    replaced = {value.name for value in known}
+    others = [value for value in model.graph.value_info if value.name not in replaced]
+    del completed.graph.value_info[:]
+    completed.graph.value_info.extend([*others, *known])
+    return completed
+
+
+def _with_batch(model: onnx.ModelProto) -> set[str]:
+    """Return the inputs whose first axis is dynamic."""
+    axes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    return {name for name, own in axes.items() if own and not own[0].HasField("dim_value")}
+
+
+def _seen(model: onnx.ModelProto, batch: int, shapes: Shapes, values: Values | None) -> dict[str, tuple[int, ...]]:
+    bound = onnx.ModelProto()
+    bound.CopyFrom(model)
+    return seen_shapes(bind_shapes(bound, batch, shapes), batch, shapes, values)
+
+
 def _complete(graph: gs.Graph, known: Mapping[str, Sequence[int | str]]) -> None:
     """Set the known shapes of tensors whose shape is missing or incomplete."""
     for tensor in graph.tensors().values():
@@ -130,6 +196,8 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
     node = sites[0].node
     weight = rule.weight_input(node)
     data = 1 - weight if node.op == "MatMul" else 0
+    pad, padding = _padding(node) if node.op == "Conv" else (None, ())
+    source = node.inputs[data] if pad is None else pad.inputs[0]
     return DenseLayer(
         name=name,
         op=node.op,
@@ -141,11 +209,52 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         data=data,
         dtype=np.dtype(node.inputs[weight].dtype),
         opset=graph.opset,
-        first=any(node.inputs[data] is tensor for tensor in graph.inputs),
+        first=any(source is tensor for tensor in graph.inputs),
         macs=sum(_macs(site.node, rule.layer(site.node)) for site in sites),
         input_name=node.inputs[data].name,
         output_name=next(tensor.name for tensor in node.outputs if not tensor.is_empty()),
+        padding=padding,
     )
+
+
+def _padding(conv: gs.Node) -> tuple[gs.Node | None, tuple[int, ...]]:
+    """Return the Pad node before a convolution that ONNX Runtime computes within it, and its pads; None, () if there is none.
+
+    It pads spatial axes with zeros, and nothing else reads its output.
+    """
+    data = conv.inputs[0]
+    pad = data.inputs[0] if len(data.inputs) == 1 else None
+    if (
+        pad is None
+        or pad.op != "Pad"
+        or len(data.outputs) != 1
+        or conv.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    ):
+        return None, ()
+    pads, value, axes = (_constant(pad, place) for place in (1, 2, 3))
+    zeros = len(pad.inputs) < 3 or pad.inputs[2].is_empty() or (value is not None and not value.any())
+    plain = pad.attrs.get("mode", "constant") == "constant" and zeros and axes is None and len(pad.inputs) < 4
+    if (
+        pads is None
+        or not plain
+        or pads.shape != (2 * len(conv.inputs[1].shape or ()),)
+        or pads.min(initial=0) < 0
+        or pads[[0, 1, len(pads) // 2, len(pads) // 2 + 1]].any()
+    ):
+        return None, ()
+    return pad, tuple(int(size) for size in pads)
+
+
+def _constant(node: gs.Node, place: int) -> np.ndarray | None:
+    """Return the value of an input, if it is a constant."""
+    if place >= len(node.inputs):
+        return None
+    tensor = node.inputs[place]
+    if isinstance(tensor, gs.Constant):
+        return np.asarray(tensor.values)
+    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
+    return np.asarray(value.values) if isinstance(value, gs.Constant) else None
 
 
 def _macs(node: gs.Node, spec: LayerSpec) -> int:

@@ -4,7 +4,8 @@ ONNX Runtime's CPU convolutions compute blocks of channels, and the conversion t
 a chain, not in every layer. A layer is therefore never timed alone. Its copies form a chain, in which the output of one is
 the input of the next; if the layer changes the shape, they stand side by side behind a common 1×1 convolution. The time of
 one copy follows from the difference between several copies and one, in which the cost of the ends and of the call cancels.
-Every copy has its own weights, so that a cache holds no larger share of them than in a network.
+Every copy has its own weights, so that a cache holds no larger share of them than in a network. A Pad node before a convolution
+stands before every copy as well: ONNX Runtime computes both as one, which takes longer than the convolution of padded data.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from tensorrail_runtime.errors import GraphError
 
 _COPIES = 4
 _LENGTHS = 4  # index of the input of LSTM and GRU with the lengths of the sequences
+_HEAVY = 200_000_000  # MACs of one copy, beside which the ends and the call cost little
 _MEMORY = 384 * 2**20  # bytes of the dense weights of all copies together, at most
 
 
 def copies_of(layer: DenseLayer) -> int:
-    """Return the number of copies to time: 4, or fewer if the weights are very large."""
-    return max(1, min(_COPIES, _MEMORY // max(1, layer.bytes)))
+    """Return the number of copies to time: 4, or fewer if the weights are very large; 2 if one alone takes long."""
+    copies = _COPIES if layer.macs <= _HEAVY * layer.nodes else 2
+    return max(1, min(copies, _MEMORY // max(1, layer.bytes)))
 
 
 def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
@@ -52,7 +55,7 @@ def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
         )
     rng = np.random.default_rng(0)
     writer = _Writer(layer, rng)
-    chained = layer.inputs[layer.data] == layer.output
+    chained = layer.source == layer.output
     source = "x" if layer.first or layer.spec.op != "conv" else writer.entry("x")
     ends = []
     for copy in range(copies):
@@ -110,6 +113,8 @@ class _Writer:
         """Add one copy of the layer, for a convolution with a Relu behind it, and return the name of its output."""
         layer = self.layer
         names = []
+        if layer.padding:
+            source = self._padded(index, source)
         for place, shape in enumerate(layer.inputs):
             if place == layer.data:
                 names.append(source)
@@ -128,6 +133,12 @@ class _Writer:
         self.nodes.append(helper.make_node("Relu", [out], [f"relu{index}"], f"relu{index}"))
         return f"relu{index}"
 
+    def _padded(self, index: int, source: str) -> str:
+        pads = f"pad{index}/pads"
+        self.constants.append(numpy_helper.from_array(np.array(self.layer.padding, np.int64), pads))
+        self.nodes.append(helper.make_node("Pad", [source, pads], [f"pad{index}"], f"pad{index}"))
+        return f"pad{index}"
+
     def model(self, ends: list[str]) -> onnx.ModelProto:
         """Return the model, whose output is the sum of these tensors."""
         layer = self.layer
@@ -138,7 +149,7 @@ class _Writer:
         graph = helper.make_graph(
             self.nodes,
             "context",
-            [helper.make_tensor_value_info("x", self.kind, layer.inputs[layer.data])],
+            [helper.make_tensor_value_info("x", self.kind, layer.source)],
             [helper.make_tensor_value_info(out, self.kind, layer.output)],
             self.constants,
         )

@@ -38,7 +38,7 @@ class Form:
     batch: int = 1
     """Batch size for timing; default 1."""
     shapes: Shapes | None = None
-    """Shapes of inputs by name for timing; default: those of the model."""
+    """Shapes of inputs by name, for timing and where onnx cannot infer those of tensors; default: those of the model."""
     seconds: float = 60.0
     """Time limit in seconds for timing layers that are not in the latency table yet; default 60."""
     cache: Path | None = None

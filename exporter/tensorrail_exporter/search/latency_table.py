@@ -200,27 +200,43 @@ class LatencyTable:
         if jobs:
             if self.unstored:
                 progress("note", 1.0, self.unstored)
-            self.save()  # reports a folder that cannot be written before anything is measured
+                self.unstored = ""  # said once
+            if not self.busy:
+                self.save()  # reports a folder that cannot be written before anything is measured
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
         waits: list[float] = []
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
             layer_times, waited = _layer_times(layer, options, settings, seconds / total)
-            for timed in layer_times:
+            for timed in self._as_before(layer, layer_times):
                 self.times[timed.key] = timed
             done += 1 + len(options)
             waits.append(waited)
             # Times that were measured beside other programs serve this run alone.
-            if np.median(waits) <= BUSY:
+            if not self.busy and np.median(waits) <= BUSY:
                 self.save()
-        if waits and np.median(waits) > BUSY:
+        if waits and not self.busy and np.median(waits) > BUSY:
             self.busy = (
                 "other programs were running: processes that timed layers waited for a processor "
                 f"{100 * np.median(waits):.0f} % of the time; these times are not kept, measure again when the machine is idle"
             )
             progress("note", 1.0, self.busy)
         progress("timing layers", 1.0)
+
+    def _as_before(self, layer: DenseLayer, layer_times: Sequence[Timed]) -> list[Timed]:
+        """Return new times of a layer scaled to the time of the dense layer that is in the table already, if there is one.
+
+        What was measured is how many times faster a form is than the dense layer, which other load changes less than times.
+        """
+        before = self.times.get(_key(layer, None))
+        if before is None:
+            return list(layer_times)
+        factor = before.milliseconds / next(timed.milliseconds for timed in layer_times if timed.form == DENSE)
+        return [
+            before if timed.form == DENSE else timed.model_copy(update={"milliseconds": timed.milliseconds * factor})
+            for timed in layer_times
+        ]
 
 
 def _read(path: Path) -> _Stored | None:

@@ -28,6 +28,7 @@ from tensorrail_exporter.rewrite.survey import DenseLayer, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
     SAMPLES,
+    Losses,
     Probe,
     approximations_of,
     check_outputs,
@@ -36,18 +37,20 @@ from tensorrail_exporter.search.losses import (
 )
 from tensorrail_exporter.search.options import Option, options_of
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
-from tensorrail_exporter.search.selection import Candidates
+from tensorrail_exporter.search.selection import Candidates, require_reachable
 from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification
 from tensorrail_exporter.search.verified_choice import choose_verified, with_inputs_set_aside
 from tensorrail_runtime.errors import PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.progress import Progress
+from tensorrail_runtime.progress import Progress, part_of
 from tensorrail_runtime.sessions.machine import machine, processor
 
 _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
 _NUDGE = 1.005
+_FIRST = 2  # forms of a layer that are timed first, to refuse a target that is out of reach
+_FAR = 1.15  # times what these forms reach: other forms may be faster than those with the fewest MACs, but hardly by more
 _TRIES = 4
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
@@ -98,9 +101,13 @@ def plan_network(
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         size = _counted(dense, targets, conditions.timing)
+        processes = min(max(int(search.check_seconds), 1), _PROCESSES)
+        timing = replace(conditions.timing, seconds=search.check_seconds, processes=processes, io_binding=settings.on_gpu)
+        verification = Verification(model, dense, timing, settings)
+        size = size.model_copy(update={"milliseconds": verification.dense_ms()})
         table = LatencyTable.open(settings, search.cache)
-        table.measure(options, settings, seconds=search.seconds, progress=progress)
-        faster = {layer: _faster(layer, forms, table, search.gain) for layer, forms in options.items()}
+        timed = _timed(targets, search, options, table, size, conditions)
+        faster = timed.faster
         parts = split(calibration, model) if calibration is not None and calibration.count else None
         approximations = approximations_of(resolved, faster, parts, settings.exact)
         probe = None
@@ -111,18 +118,7 @@ def plan_network(
             kept.mkdir()
             probe = Probe(resolved, approximations, parts.chosen.first(SAMPLES), settings.exact, kept)
             losses = measured_losses(faster, probe, progress)
-        processes = min(max(int(search.check_seconds), 1), _PROCESSES)
-        timing = Timing(
-            batch,
-            shapes,
-            search.check_seconds,
-            processes=processes,
-            io_binding=settings.on_gpu,
-            values=conditions.timing.values,
-        )
-        verification = Verification(model, dense, timing, settings)
-        size = size.model_copy(update={"milliseconds": verification.dense_ms()})
-        candidates = Candidates(options, faster, losses, table, size, _scale(options, table, size.milliseconds))
+        candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
         best = _best(reports)
         if probe is not None and parts is not None and parts.judged is not None:
@@ -135,6 +131,39 @@ def plan_network(
         if layer not in options  # such as layers in the bodies of If and Loop
     ]
     return best.model_copy(update={"rows": (*best.rows, *rows)})
+
+
+def _timed(
+    targets: Mapping[str, float],
+    search: Search,
+    options: Mapping[DenseLayer, tuple[Option, ...]],
+    table: LatencyTable,
+    dense: Size,
+    conditions: Conditions,
+) -> Candidates:
+    """Time all forms of all layers, and return them without losses; raise `TargetError` if they cannot meet a target.
+
+    The forms with the fewest MACs are timed first. A target on the latency that is far beyond them is refused at once.
+    """
+    smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
+    share = _count(smallest) / max(1, _count(smallest) + _count(options))
+    seconds, settings, progress = search.seconds, conditions.settings, conditions.progress
+
+    def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]]) -> Candidates:
+        faster = {layer: _faster(layer, own, table, search.gain) for layer, own in forms.items()}
+        return Candidates(forms, faster, Losses("", {}), table, dense, _scale(options, table, dense.milliseconds))
+
+    table.measure(smallest, settings, seconds=seconds * share, progress=part_of(progress, 0.0, share))
+    latency = {name: factor for name, factor in targets.items() if name == "latency"}
+    require_reachable(latency, candidates(smallest), search, beyond=_FAR)
+    table.measure(options, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
+    timed = candidates(options)
+    require_reachable(targets, timed, search)
+    return timed
+
+
+def _count(options: Mapping[DenseLayer, Sequence[Option]]) -> int:
+    return sum(1 + len(forms) for forms in options.values())
 
 
 def _search(

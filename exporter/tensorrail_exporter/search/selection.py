@@ -135,12 +135,29 @@ def pick(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, s
     """Return the form of every layer of `candidates.faster`: 0 for dense, k for its k-th form. The arguments are `select`'s."""
     limits = candidates.limits(aims)
     for limit in limits:
-        _require_reachable(limit, start, search)
+        _require_reachable(limit, start.targets, candidates.dense, search)
     losses = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in candidates.faster]
     if search.max_loss is None:
         return choose(losses, limits)
     times = [candidates.costs("latency", layer) for layer in candidates.faster]
     return choose(times, [*limits, Limit("loss", losses, search.max_loss)])
+
+
+def require_reachable(targets: Mapping[str, float], candidates: Candidates, search: Search, beyond: float = 1.0) -> None:
+    """Check that each target can be met on its own.
+
+    Args:
+        targets: reduction factors by target name.
+        candidates: the layers with their forms and times; losses do not count.
+        search: how the plan is searched for.
+        beyond: how many times more than what can be reached a target must ask for to be refused; default 1.
+
+    Raises:
+        TargetError: a target cannot be met; the message says what can be reached.
+
+    """
+    for limit in candidates.limits({name: factor / beyond for name, factor in targets.items()}):
+        _require_reachable(limit, targets, candidates.dense, search)
 
 
 def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: Search) -> PlanReport:
@@ -202,16 +219,16 @@ def _least(limit: Limit) -> float:
     return sum(min(costs) for costs in limit.costs)
 
 
-def _require_reachable(limit: Limit, start: PlanReport, search: Search) -> None:
+def _require_reachable(limit: Limit, targets: Mapping[str, float], dense: Size, search: Search) -> None:
     least = _least(limit)
     if least <= limit.most:
         return
-    whole = start.dense.of(limit.name)
+    whole = dense.of(limit.name)
     reachable = whole / (whole - sum(costs[0] for costs in limit.costs) + least)
     forms = "its cheapest form" if search.allow_slower else "its cheapest form that is faster here"
-    advice = "" if "latency" in start.targets or search.allow_slower else ", or allow slower layers"
+    advice = "" if "latency" in targets or search.allow_slower else ", or allow slower layers"
     raise TargetError(
-        f"target {limit.name}={start.targets[limit.name]:g} cannot be met: at most {reachable:.2f}× is reachable, with every "
+        f"target {limit.name}={targets[limit.name]:g} cannot be met: at most {reachable:.2f}× is reachable, with every "
         f"layer in {forms}; ask for less{advice}"
     )
 

@@ -20,6 +20,7 @@ Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 
 _DRAWS = 2000  # resamplings behind the interval of the difference
 _TOLERANCE = 1e-3  # of a sum of probabilities, or of a norm of 1
+_SATURATED = 0.1  # share of sigmoids that may be exactly 0 or 1: ONNX Runtime rounds them to 0 below about −18
 
 
 class Agreement(Record):
@@ -69,7 +70,7 @@ def scores_of(parts: Sequence[np.ndarray]) -> Scores | None:
         return "log-probabilities"
     if parts[0].ndim != 2 or np.abs(np.linalg.norm(values, axis=-1) - 1).max() < _TOLERANCE:
         return None  # an embedding, or values that belong together
-    if values.min() > 0 and values.max() < 1:
+    if values.min() >= 0 and values.max() <= 1 and np.mean((values == 0) | (values == 1)) <= _SATURATED:
         return "sigmoids"
     return "logits" if values.min() < 0 else None
 

@@ -10,8 +10,9 @@ from recurrent_graphs import GATES, recurrent_model
 
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.rewrite import sites
-from tensorrail_exporter.rewrite.survey import survey
-from tensorrail_runtime.errors import ModelError
+from tensorrail_exporter.rewrite.resolve import resolve
+from tensorrail_exporter.rewrite.survey import survey, with_known_axes
+from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_trainer import to_onnx
 
@@ -232,3 +233,18 @@ def test_equal_layers_have_one_signature_and_everything_that_matters_is_in_it(rn
     others.append(signature(behind))  # not the first layer: its data are in the kernels' own layout
     assert all(other != base for other in others)
     assert len({str(other) for other in others}) == len(others)
+
+
+def test_a_product_whose_data_have_an_unknown_number_of_axes_is_resolved_after_one_run(rng):
+    """Squeeze without axes removes those of size 1, and which these are is known in a run only."""
+    nodes = [helper.make_node("Squeeze", ["x"], ["row"]), helper.make_node("MatMul", ["row", "w"], ["y"], "product")]
+    model = make_model(nodes, {"w": weight(rng, 10, 6)}, {"x": ["n", 1, "m", 10]}, {"y": [None, None, 6]})
+    plan = Plan(layers=(LayerPlan(name="w", format="svd", modes=(6, 10), ranks=(4,)),))
+    with pytest.raises(GraphError, match="number of axes of its input 'row' is unknown: give the shapes of the inputs"):
+        resolve(model, plan)
+    before = model.SerializeToString()
+    completed = with_known_axes(model, shapes={"x": (2, 1, 3, 10)})
+    assert resolve(completed, plan).layers["w"].spec.lead == 2
+    assert model.SerializeToString() == before
+    assert with_known_axes(completed) is completed
+    assert with_known_axes(model) is model  # with sizes of 1, other axes would be removed as well

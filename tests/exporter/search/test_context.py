@@ -31,6 +31,16 @@ def conv(rng, outputs=32, inputs=32, kernel=(3, 3), behind=True, bias=False, **a
     return make_model(nodes, weights, {"x": ["n", inputs, *[8] * nd]}, {"y": ["n", outputs, *[None] * nd]})
 
 
+def behind_a_pad(rng, kernel=(3, 3), **attributes):
+    """Return a convolution that keeps the size, because a Pad node of its own adds two rows and columns."""
+    model = conv(rng, kernel=kernel, **attributes)
+    edges = numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "edges")
+    model.graph.initializer.append(edges)
+    model.graph.node.insert(1, helper.make_node("Pad", ["a", "edges"], ["padded"], "pad"))
+    model.graph.node[-1].input[0] = "padded"
+    return model
+
+
 def linear(rng, op, outputs=32, inputs=48, tokens=(), left=False, **attributes):
     values = weight(rng, *((outputs, inputs) if left or attributes.get("transB") else (inputs, outputs)))
     node = helper.make_node(op, ["w", "x"] if left else ["x", "w"], ["y"], "n", **attributes)
@@ -49,6 +59,7 @@ MODELS = {
     "conv": lambda rng: (conv(rng, pads=[1] * 4), None),
     "conv with bias": lambda rng: (conv(rng, pads=[1] * 4, bias=True), None),
     "conv stride 2": lambda rng: (conv(rng, pads=[1] * 4, strides=[2, 2]), None),
+    "conv behind a Pad": lambda rng: (behind_a_pad(rng), None),
     "conv I≠O": lambda rng: (conv(rng, 64, 32, pads=[1] * 4), None),
     "conv 1×1": lambda rng: (conv(rng, 64, 32, (1, 1)), None),
     "conv 1d SAME": lambda rng: (conv(rng, kernel=(3,), auto_pad="SAME_UPPER"), None),
@@ -186,6 +197,12 @@ def test_fewer_copies_of_very_large_weights(rng):
     assert copies_of(replace(layer, spec=wide)) == 1
 
 
+def test_fewer_copies_of_a_layer_that_takes_long(rng):
+    (layer,) = survey(conv(rng, pads=[1] * 4))
+    assert copies_of(layer) == copies_of(replace(layer, macs=400_000_000, nodes=2)) == 4
+    assert copies_of(replace(layer, macs=400_000_001, nodes=2)) == 2
+
+
 def test_the_same_context_is_made_twice(rng):
     layer = layer_of("conv", rng)
     assert dense_context(layer, 2).SerializeToString() == dense_context(layer, 2).SerializeToString()
@@ -206,3 +223,35 @@ def test_contexts_pass_the_checker(rng):
         dense = dense_context(layer, 2)
         onnx.checker.check_model(dense)
         onnx.checker.check_model(factored_context(layer, dense, options_of(layer, ["svd"], 8, most=50.0)[0]))
+
+
+def test_a_pad_node_stands_before_every_copy_as_in_the_network(rng):
+    """ONNX Runtime computes both as one, in another time than the convolution of data that were padded before."""
+    (layer,) = survey(behind_a_pad(rng))
+    assert (layer.inputs[0], layer.source, layer.padding) == ((1, 32, 10, 10), (1, 32, 8, 8), (0, 0, 1, 1, 0, 0, 1, 1))
+    dense = dense_context(layer, 2)
+    assert [node.op_type for node in dense.graph.node] == ["Conv", "Relu", *["Pad", "Conv", "Relu"] * 2]
+    option = options_of(layer, ["svd"], 8)[0]
+    assert [node.op_type for node in factored_context(layer, dense, option).graph.node].count("Pad") == 2
+    (other,) = survey(conv(rng, pads=[1] * 4))
+    assert layer.signature != other.signature
+
+
+@pytest.mark.parametrize(
+    ("edges", "mode", "auto_pad"),
+    [
+        ([0, 1, 1, 1, 0, 1, 1, 1], "constant", "NOTSET"),  # channels
+        ([0, 0, 1, 1, 0, 0, -1, 1], "constant", "NOTSET"),  # a crop
+        ([0, 0, 1, 1, 0, 0, 1, 1], "reflect", "NOTSET"),
+        ([0, 0, 1, 1, 0, 0, 1, 1], "constant", "SAME_UPPER"),
+        ([], "constant", "NOTSET"),  # which no model that runs has
+    ],
+)
+def test_a_pad_node_that_is_computed_by_itself_is_left_out(edges, mode, auto_pad, rng):
+    model = behind_a_pad(rng, auto_pad=auto_pad)
+    model.graph.initializer[-1].CopyFrom(numpy_helper.from_array(np.array(edges, np.int64), "edges"))
+    next(node for node in model.graph.node if node.op_type == "Pad").attribute.append(helper.make_attribute("mode", mode))
+    if edges[1:2] == [1]:
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(rng, 32, 34, 3, 3), "w"))
+    (layer,) = survey(model)
+    assert (layer.padding, layer.source) == ((), layer.inputs[0])

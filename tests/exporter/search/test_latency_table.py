@@ -96,6 +96,36 @@ def test_only_what_is_missing_is_measured(calls, rng, tmp_path):
     assert [steps for _, steps, _ in calls] == [[first.steps], [second.steps]]
 
 
+def test_forms_that_are_measured_later_are_as_much_faster_as_they_were_then(calls, rng, monkeypatch):
+    layer = conv_layer(rng)
+    first, second, *_ = options_of(layer, ["auto"], 8)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({layer: [first]}, CPU)
+    known = latency_table._layer_times
+
+    def slower(*arguments):  # everything takes three times as long
+        found, wait = known(*arguments)
+        return [timed.model_copy(update={"milliseconds": 3 * timed.milliseconds}) for timed in found], wait
+
+    monkeypatch.setattr(latency_table, "_layer_times", slower)
+    table.measure({layer: [first, second]}, CPU)
+    assert table.milliseconds(layer) == 1.0
+    assert table.milliseconds(layer, second) == pytest.approx(1e-3 * second.macs)
+
+
+def test_times_of_a_busy_machine_are_not_kept_later_either(calls, waits, rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency_table, "BUSY", 0.1)
+    layer = conv_layer(rng)
+    first, second, *_ = options_of(layer, ["auto"], 8)
+    table = LatencyTable.open(CPU, tmp_path)
+    waits.extend([0.4, 0.0])
+    notes = []
+    for options in ([first], [first, second]):
+        table.measure({layer: options}, CPU, progress=lambda stage, _, text="": notes.append(text) if stage == "note" else None)
+    assert len(notes) == 1
+    assert LatencyTable.open(CPU, tmp_path).times == {}
+
+
 def test_a_layer_without_options_is_measured_dense(calls, rng):
     layer = conv_layer(rng)
     table = LatencyTable(Target.here(CPU))

@@ -11,7 +11,7 @@ from conftest import make_model
 from onnx import helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
-from tensorrail_exporter.search import selection, verification
+from tensorrail_exporter.search import planner, selection, verification
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.latency_table import LatencyTable, Timed
 from tensorrail_exporter.search.latency_table import _key as key_of
@@ -123,6 +123,27 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     allowed = Search(grid=16, cache=tmp_path, allow_slower=True)
     report = plan_network(network, {"params": 2.0}, allowed)
     assert report.planned.params <= report.dense.params / 2.0
+
+
+def test_a_target_out_of_reach_is_refused_before_all_forms_are_timed_and_losses_measured(
+    network, known_times, tmp_path, monkeypatch
+):
+    timed = []
+    measure = LatencyTable.measure
+
+    def counted(self, wanted, settings, **options):
+        timed.append(sum(map(len, wanted.values())))
+        measure(self, wanted, settings, **options)
+
+    monkeypatch.setattr(LatencyTable, "measure", counted)
+    monkeypatch.setattr(planner, "approximations_of", lambda *_: pytest.fail("losses were measured"))
+    with pytest.raises(TargetError, match=r"latency=90 cannot be met: at most \d+\.\d\d× is reachable"):
+        plan_network(network, {"latency": 90.0}, search(tmp_path))
+    assert timed == [3 * 2]  # two forms of each layer
+    timed.clear()
+    with pytest.raises(TargetError, match="flops=90 cannot be met"):
+        plan_network(network, {"flops": 90.0}, search(tmp_path))
+    assert timed[0] == 3 * 2 < timed[1]  # the forms with the fewest MACs need not be those with the fewest parameters or bytes
 
 
 def test_a_layer_in_a_body_is_named_as_not_timed(network, known_times, tmp_path, rng):

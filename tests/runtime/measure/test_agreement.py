@@ -27,6 +27,8 @@ def normal(*shape, seed=0):
         (softmax(normal(8, 3, 5)), "probabilities"),  # such as one letter per column of an image
         (np.log(softmax(normal(8, 5))), "log-probabilities"),
         (1 / (1 + np.exp(-normal(8, 5))), "sigmoids"),
+        (np.where(np.arange(40) == 7, 0, 1 / (1 + np.exp(-normal(1, 40)))).repeat(2, 0), "sigmoids"),  # one is rounded to 0
+        (np.clip(normal(8, 5), 0, 1), None),  # features from 0 to 1
         (normal(8, 5) / np.linalg.norm(normal(8, 5), axis=1, keepdims=True), None),  # embeddings
         (np.maximum(normal(8, 5), 0) * 3, None),  # features
         (normal(8, 3, 5), None),

@@ -3,9 +3,11 @@
 import copy
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
 from tensorrail_runtime.errors import GraphError
@@ -162,3 +164,11 @@ def test_what_cannot_be_exported_is_said_in_one_line(example, options, message, 
         to_onnx(Classifier(), example, **options)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_onnx_runtime_can_quantize_the_graph_of_a_classifier(tmp_path, caplog):
+    """It transposes the weight of a Gemm; a second shape of that weight would contradict the new one."""
+    path, small = tmp_path / "model.onnx", tmp_path / "small.onnx"
+    onnx.save(to_onnx(nn.Sequential(nn.Linear(8, 5)), torch.zeros(2, 8)), path)
+    quantize_dynamic(path, small)
+    assert {"DynamicQuantizeLinear", "MatMulInteger"} <= {node.op_type for node in onnx.load(small).graph.node}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Json
+from tensorrail.commands.arguments import Json, Shape
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
@@ -40,10 +40,12 @@ def form_options(
         typer.Option(help="Let a wide LSTM or GRU without a rank between input and output run as a Scan: for a CPU."),
     ] = True,
     batch: Annotated[int, typer.Option(min=1, help="Batch size that layers are timed with.")] = 1,
+    shape: Shape = None,
 ) -> Form:
     """Return which forms of the cores may be chosen."""
     from tensorrail_exporter.search.fastest_form import Form
     from tensorrail_runtime.errors import UsageError
+    from tensorrail_runtime.sessions.inputs import parse_shapes
 
     if block != "auto" and not (block.isascii() and block.isdigit() and int(block)):
         raise UsageError(f"--block: expected a number of 1 or more, or auto, got {block!r}")
@@ -53,6 +55,7 @@ def form_options(
         fold_batch_norm=fold_batch_norm,
         scan=scan,
         batch=batch,
+        shapes=parse_shapes(shape) if shape else None,
     )
 
 

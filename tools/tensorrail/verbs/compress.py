@@ -83,7 +83,7 @@ def compress(
         conditions = replace(
             conditions, timing=timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         )
-        graph = load_to_search(path, conditions.timing.shapes, options.progress)
+        graph = load_to_search(path, conditions.timing, options.progress)
         test = as_labelled(data, rules=options.inputs)
         refine = _refine(options) if inputs is not None else {}
         chosen: Plan | PlanReport

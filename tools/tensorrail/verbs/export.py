@@ -35,7 +35,7 @@ def export(
         out: the file to write.
         plan: the layers, formats, modes and ranks, or the file of them.
         cores: the cores of each layer by its name, or the file of them; default: the model's own weights are decomposed.
-        form: which forms of the cores may be chosen; default: the cores as they are.
+        form: which forms of the cores may be chosen, and the shapes of inputs; default: the cores as they are.
         options: `session` and `progress`.
 
     Returns:
@@ -50,11 +50,13 @@ def export(
     from tensorrail_exporter.plans.cores import load_cores
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
+    from tensorrail_exporter.rewrite.survey import with_known_axes
     from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
 
     options = options or Options()
     require_writable(out, model, plan, cores)
-    graph = as_graph(model)
+    form = form or Form(block=1)
+    graph = with_known_axes(as_graph(model), form.batch, form.shapes)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if not read.layers:
         raise PlanError(f"{'the plan' if plan is read else plan}: names no layer, so there is nothing to rewrite")
@@ -62,8 +64,6 @@ def export(
         cores = decompose_graph(graph, read)
     elif isinstance(cores, Path | str):
         cores = load_cores(cores, read)
-    factored, dense_again = factorize_fastest(
-        graph, read, cores, form or Form(block=1), settings=options.session, progress=options.progress
-    )
+    factored, dense_again = factorize_fastest(graph, read, cores, form, settings=options.session, progress=options.progress)
     save_model(factored.model, Path(out))
     return Rewrites(layers=factored.layers, dense=dense_again.layers, model=str(out))

@@ -54,5 +54,5 @@ def plan(
         inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES, options.inputs)
         timing = timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         conditions = replace(conditions, timing=timing)
-        graph = load_to_search(path, timing.shapes, options.progress)
+        graph = load_to_search(path, timing, options.progress)
         return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)

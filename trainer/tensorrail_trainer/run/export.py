@@ -269,7 +269,15 @@ def _name_folded(graph: Any, named: list[tuple[Any, str]]) -> None:
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Remove the debugging metadata of the exporter, which holds source lines and paths of the exporting machine."""
+    """Remove the debugging metadata of the exporter, which holds source lines and paths of the exporting machine.
+
+    The shapes of weights among those of intermediate values are removed as well: the weights have shapes of their own, and
+    tools that transpose a weight, such as ONNX Runtime's `quantize_dynamic`, leave the other shape as it was.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    between = [value for value in model.graph.value_info if value.name not in stored]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(between)
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     records = [*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]

@@ -34,7 +34,7 @@ def why_not(node: gs.Node) -> str | None:
     if len(weight.shape) < 2 or math.prod(weight.shape[:-2]) != 1:
         return f"expected a single matrix as its constant, got shape {list(weight.shape)}"
     if other.shape is None:
-        return f"the number of axes of its input {other.name!r} is unknown: give the graph's inputs a shape"
+        return f"the number of axes of its input {other.name!r} is unknown: give the shapes of the inputs"
     if len(weight.shape) > max(len(other.shape), 2):
         return f"its constant of shape {list(weight.shape)} has more axes than its input and would add axes to the output"
     if side == 0 and len(other.shape) < 2:

