@@ -301,6 +301,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "Range": [case(np.int64(2), np.int64(11), np.int64(3)), case(np.float32(3), np.float32(0), np.float32(-0.5), opset=11)],
     "Reciprocal": [case(positive(3, 4))],
+    "ReduceL1": REDUCED[:4],
+    "ReduceL2": REDUCED[:4],
     "ReduceMax": REDUCED,
     "ReduceMean": REDUCED,
     "ReduceMin": REDUCED,

@@ -276,6 +276,8 @@ OPERATORS: dict[str, Operator] = {
     "Pow": _power,
     "Range": _each(_range),
     "Reciprocal": _each(torch.reciprocal),
+    "ReduceL1": _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, 1, axes, keep)),
+    "ReduceL2": _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keep)),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
