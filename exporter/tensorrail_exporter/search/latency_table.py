@@ -35,6 +35,7 @@ DENSE = "dense"  # the form of a layer that is not factorized
 _VERSION = 2
 _TOGETHER = 6  # forms in one process, timed in turn with the dense layer
 BUSY = 0.1  # share of the time that a process waits for a processor, above which other programs disturb it
+_LOADED = 2**29  # bytes of weights in one process, where layers are timed in turn
 _ON_GPU = 12  # the same on a GPU, where a process takes seconds to start; every form needs workspaces in its memory
 
 
@@ -178,6 +179,9 @@ class LatencyTable:
     ) -> None:
         """Measure the missing times and save the table after every layer.
 
+        The dense layers are timed first, all in turn; each form is then timed in turn with its dense layer. So neither two
+        layers nor two forms are compared by times that were measured minutes apart.
+
         Args:
             wanted: the options of every layer; the dense layer is always measured, too.
             settings: settings of the sessions.
@@ -206,6 +210,12 @@ class LatencyTable:
         total = sum(1 + len(options) for _, options in jobs.values())
         done = 0
         waits: list[float] = []
+        unknown = [layer for layer, _ in jobs.values() if _key(layer, None) not in self.times]
+        if len(unknown) > 1:
+            progress("timing layers", 0.0, f"{len(unknown)} dense layers in turn")
+            dense_times, waited = _dense_times(unknown, settings, seconds / total)
+            self.times |= {timed.key: timed for timed in dense_times}
+            waits.append(waited)
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
             layer_times, waited = _layer_times(layer, options, settings, seconds / total)
@@ -272,6 +282,48 @@ def _default_folder_problem() -> str:
     except OSError as error:
         return f"the cache folder {folder} cannot be created ({error.strerror or error})"
     return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"the cache folder {folder} is not writable"
+
+
+def _dense_times(layers: Sequence[DenseLayer], settings: Session, seconds: float) -> tuple[list[Timed], float]:
+    """Return the times of dense layers, and the share of the time that was spent waiting; each is timed for about `seconds`.
+
+    All of them run in turn in one process, so that they are comparable, whatever else the machine does in the meantime. Where
+    their weights are too large to be loaded together, each group is timed beside the first layer, and its times are those that
+    it would take if the first layer took its usual time.
+    """
+    groups: list[list[DenseLayer]] = [[layers[0]]]
+    for layer in layers[1:]:
+        if sum(copies_of(other) * other.bytes for other in (*groups[-1], layer)) > _LOADED and len(groups[-1]) > 1:
+            groups.append([layers[0]])
+        groups[-1].append(layer)
+    results = [_timed_together(group, settings, seconds) for group in groups]
+    usual = float(np.median([times[0] for times, _ in results]))
+    milliseconds = [usual]
+    for times, _ in results:
+        milliseconds += [time * usual / times[0] for time in times[1:]]
+    timed = [
+        Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=time)
+        for layer, time in zip(layers, milliseconds, strict=True)
+    ]
+    return timed, float(np.median([waited for _, waited in results]))
+
+
+def _timed_together(layers: Sequence[DenseLayer], settings: Session, seconds: float) -> tuple[list[float], float]:
+    """Return the milliseconds of one copy of each dense layer, timed in turn, and the share that was spent waiting."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths: list[Path] = []
+        for layer in layers:
+            for copies in dict.fromkeys((copies_of(layer), 1)):
+                paths.append(Path(folder) / f"{len(paths)}.onnx")
+                save_model(dense_context(layer, copies), paths[-1])
+        measured, waited = fresh_bursts(paths, settings, seconds * len(layers))
+    rows = iter(measured)
+    milliseconds = []
+    for layer in layers:
+        whole, copies = next(rows), copies_of(layer)
+        per_copy = (whole - next(rows)) / (copies - 1) if copies > 1 else whole
+        milliseconds.append(max(float(np.median(per_copy)), 1e-6))
+    return milliseconds, waited
 
 
 def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float) -> tuple[list[Timed], float]:

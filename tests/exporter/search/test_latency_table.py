@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from conftest import make_model
 from onnx import helper
@@ -50,7 +51,12 @@ def calls(monkeypatch, waits):
             found.append(Timed(key=key, layer=layer.describe(), form=option.steps, milliseconds=1e-3 * option.macs))
         return found, waits.pop(0) if waits else 0.0
 
+    def known_dense(layers, settings, seconds):
+        keys = [latency_table._key(layer, None) for layer in layers]
+        return [Timed(key=key, layer="", form="dense", milliseconds=1.0) for key in keys], waits[0] if waits else 0.0
+
     monkeypatch.setattr(latency_table, "_layer_times", known)
+    monkeypatch.setattr(latency_table, "_dense_times", known_dense)
     return asked
 
 
@@ -85,6 +91,31 @@ def test_times_of_a_busy_machine_are_told_and_not_kept(calls, waits, rng, tmp_pa
     again.measure(options, CPU)
     assert again.busy == ""
     assert LatencyTable.open(CPU, tmp_path).times == again.times != {}
+
+
+@pytest.mark.parametrize("loaded", [2**29, 1])
+def test_dense_layers_are_compared_by_times_in_turn(loaded, rng, monkeypatch):
+    """The machine gets slower from one process to the next; the ratios of the layers stay right all the same."""
+    monkeypatch.setattr(latency_table, "_LOADED", loaded)
+    layers = [conv_layer(rng), conv_layer(rng, batch=2), conv_layer(rng, batch=4)]
+    pace, processes = [1.0], []
+
+    def bursts(paths, settings, seconds):
+        processes.append(len(paths))
+        slowness = pace[0]
+        pace[0] *= 3
+        models = [onnx.load(path) for path in paths]
+        copies = [len([node for node in model.graph.node if node.op_type == "Conv"]) for model in models]
+        batches = [model.graph.input[0].type.tensor_type.shape.dim[0].dim_value for model in models]
+        times = [slowness * (0.5 + batch * count) for batch, count in zip(batches, copies, strict=True)]
+        return np.array([[time] * 5 for time in times]), 0.0
+
+    monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({layer: options_of(layer, ["auto"], 8)[:1] for layer in layers}, CPU)
+    times = [table.milliseconds(layer) for layer in layers]
+    assert processes[:1] == ([6] if loaded > 1 else [4])
+    np.testing.assert_allclose(np.divide(times, times[0]), [1, 2, 4], rtol=1e-6)
 
 
 def test_only_what_is_missing_is_measured(calls, rng, tmp_path):
@@ -152,7 +183,7 @@ def test_the_time_given_is_shared_out(calls, rng):
     wanted = {one: options_of(one, ["tt"], 8)[:2], other: options_of(other, ["tt"], 8)[:1]}
     table.measure(wanted, CPU, seconds=10.0, progress=lambda _, share, text="": shares.append((share, text)))
     assert [seconds for _, _, seconds in calls] == [2.0, 2.0]  # two dense forms and three others
-    assert shares == [(0.0, one.describe()), (0.6, other.describe()), (1.0, "")]
+    assert shares == [(0.0, "2 dense layers in turn"), (0.0, one.describe()), (0.6, other.describe()), (1.0, "")]
 
 
 def test_equal_steps_of_two_formats_are_one_measurement(calls, rng):
