@@ -38,6 +38,7 @@ _LEAST = 20_000  # sampled rows at least
 _ROUNDING = 2e-7  # share of the trace: the rounding of a moment in single precision
 _ALIKE = 1e-5  # share of the mean square: single precision cannot represent a smaller variance
 _SHRUNK = 0.01  # moments that are shrunk this much can be inverted in single precision
+_WIDE = 1024  # values in a patch from which errors are computed in single precision
 _WIDEST = 6144  # values in the largest patch whose second moment (150 MB) is computed in full
 
 
@@ -327,8 +328,9 @@ class Statistics:
         """
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
         x, y = self.x / self.count, self.y / self.count
-        gram = self.xx.astype(np.float64) / self.count
-        error = self.yy / self.count - 2 * float(np.vdot(flat.T, self.xy)) / self.count + float(np.vdot(flat, flat @ gram))
+        dtype = np.float32 if self.width > _WIDE else np.float64
+        product = flat.astype(dtype) @ self.xx.astype(dtype, copy=False)
+        error = (self.yy - 2 * float(np.vdot(flat.T, self.xy)) + float(np.vdot(flat, product))) / self.count
         if centred:
             rest = y - flat @ x
             error -= float(np.square(rest).sum())

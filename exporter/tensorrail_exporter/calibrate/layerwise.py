@@ -240,15 +240,15 @@ class _Problem:
         moments.spectrum(self.weight.shape[1])
         return moments
 
-    def solved(self, statistics: Statistics, moments: Moments, shrinkage: float, sweeps: int) -> list[np.ndarray]:
-        """Return the cores that fit some rows best, with their moments shrunk."""
+    def shrunk(self, statistics: Statistics, moments: Moments, shrinkage: float) -> tuple[np.ndarray, Moments]:
+        """Return the weight that predicts the outputs of some rows best, and their moments, both shrunk."""
         shrunk = moments.shrunk(shrinkage)
-        target = statistics.best(self.weight, shrunk, centred=self.biased, shrinkage=shrinkage)
-        return metric.decompose(self.plan, target, shrunk, sweeps=sweeps)
+        return statistics.best(self.weight, shrunk, centred=self.biased, shrinkage=shrinkage), shrunk
 
     def lost(self, moments: Moments, shrinkage: float) -> float:
         """Return the share that is lost on the rows that were held out, after a short fit."""
-        fitted = self.plan.reconstruct(self.solved(self.statistics, moments, shrinkage, 1), self.weight.shape)
+        target, shrunk = self.shrunk(self.statistics, moments, shrinkage)
+        fitted = self.plan.reconstruct(metric.in_metric(self.plan, target, shrunk, sweeps=1), self.weight.shape)
         bias = self.statistics.bias(fitted) if self.biased else None
         return self.held_out.lost(fitted, centred=self.biased, bias=bias)
 
@@ -295,7 +295,7 @@ def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarr
     if shrinkage is None:
         shrinkage = problem.best_shrinkage() if problem.held_out.count else _DEFAULT
     statistics = problem.statistics + problem.held_out if how.refit else problem.statistics
-    cores = problem.solved(statistics, problem.moments(statistics), shrinkage, metric.SWEEPS)
+    cores = metric.decompose(plan, *problem.shrunk(statistics, problem.moments(statistics), shrinkage))
     fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(problem.plain, weight.shape)
     if not statistics.lost(fitted, centred=biased) <= statistics.lost(unfitted, centred=biased):
         cores, fitted = problem.plain, unfitted  # too few or too similar rows to fit to

@@ -110,20 +110,21 @@ def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: 
         PlanError: the plan does not fit the weight.
 
     """
+    fitted = in_metric(plan, target, moments, sweeps=sweeps)
     plain = format_of(plan.format).decompose(target.astype(np.float32), plan.modes, plan.ranks)
-    fitted = _in_metric(plan, target, moments, plain, sweeps)
     errors = [moments.error(plan.reconstruct(cores, target.shape), target) for cores in (fitted, plain)]
     return fitted if errors[0] <= errors[1] else plain
 
 
-def _in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, plain: list[np.ndarray], sweeps: int) -> list[np.ndarray]:
-    """Return cores fitted in the metric of the moments."""
+def in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: int = SWEEPS) -> list[np.ndarray]:
+    """Do the same as `decompose` without a comparison with the plain decomposition."""
     shape = target.shape
     form = format_of(plan.format)
     equation = form.equation(shape, plan.modes)
     if len(equation.inputs) != 1:  # with several input modes the square root mixes all of them
+        plain = form.decompose(target.astype(np.float32), plan.modes, plan.ranks)
         return _alternate(equation, plain, target, moments.gram, sweeps)
-    root, inverse = roots_of_spectrum(*moments.spectrum(shape[1]))
+    root, inverse = (matrix.astype(np.float32) for matrix in roots_of_spectrum(*moments.spectrum(shape[1])))
     white = np.moveaxis(np.tensordot(target, root, (1, 0)), -1, 1)
     cores = form.decompose(np.ascontiguousarray(white, np.float32), plan.modes, plan.ranks)
     taps = moments.gram.shape[0] // shape[1]
