@@ -104,8 +104,7 @@ class CompressReport(PrintedRecord):
             ),
         ]
         if (paired := self.accuracy) is not None:
-            before, after = (f"{100 * side.mean:.2f} %" for side in (paired.reference, paired.candidate))
-            rows.append((f"{paired.reference.metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"))
+            rows.append(_accuracy_row(paired))
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
         parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
         parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
@@ -135,3 +134,13 @@ class CompressReport(PrintedRecord):
         costly = sorted((row for row in self.planned if row.format), key=lambda row: -row.loss)[:_COSTLY]
         names = f" the layers that cost most are {', '.join(row.layer for row in costly)};" if costly else ""
         return f":{names} keep them dense, ask for a smaller target, give more calibration inputs, or train"
+
+
+def _accuracy_row(paired: Comparison) -> tuple[str, str, str, str]:
+    """Return the row of the table: shares of right answers in percent, or mean scores of another metric."""
+    metric, means = paired.reference.metric, (paired.reference.mean, paired.candidate.mean)
+    if metric in ("top1", "top5"):
+        before, after = (f"{100 * mean:.2f} %" for mean in means)
+        return f"{metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"
+    before, after = (f"{mean:.4f}" for mean in means)
+    return f"mean score {metric}", before, after, f"{paired.difference:+.4f}"

@@ -20,7 +20,7 @@ from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
 from tensorrail_exporter.search.divergence import Divergence
-from tensorrail_exporter.search.losses import outputs_of
+from tensorrail_exporter.search.losses import check_metric, outputs_of
 from tensorrail_exporter.search.report import PlanReport, Size, times_less
 from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
@@ -55,6 +55,9 @@ class Compression:
     """How closely the outputs must agree with the dense model's."""
     conditions: Conditions = field(default_factory=lambda: Conditions(Timing(processes=5)))
     """How models run and how latency is measured; default: 5 processes on the CPU provider."""
+    metric: str | None = None
+    """A score of each sample, as `top1` or `module:function`, that the fits of `refine` are judged by, on calibration inputs
+    with labels; default: none, so they are judged by how far outputs are from the dense ones."""
 
 
 def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options: Compression | None = None) -> CompressReport:
@@ -70,7 +73,8 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         Size, speed, accuracy and the errors of the factored model.
 
     Raises:
-        PlanError: the plan names no layer.
+        PlanError: the plan names no layer, or there is a metric without calibration inputs that have labels.
+        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
         GraphError: a layer is not in the graph or cannot be rewritten, or the factored graph differs from the graph with
             reconstructed weights by more than rounding; nothing is written.
 
@@ -83,6 +87,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     if not plan.layers:
         raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
     options.guard.check()
+    check_metric(options.metric, options.calibration)
     parts = None if options.calibration is None else split(options.calibration, model)
     with tempfile.TemporaryDirectory() as folder:
         dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
@@ -156,9 +161,10 @@ def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -
     if not options.refine:
         return _layerwise(resolved, parts, options, refit=True)
     settings, progress = options.conditions.settings.exact, options.conditions.progress
-    network = _layerwise(resolved, parts, options, refit=False)
     names = [output.name for output in resolved.model.graph.output]
-    divergence = Divergence(names, outputs_of(resolved.model, names, parts.chosen, settings), parts.chosen.labels)
+    dense = outputs_of(resolved.model, names, parts.chosen, settings)
+    divergence = Divergence(names, dense, parts.chosen.labels, options.metric, parts.chosen.samples)
+    network = _layerwise(resolved, parts, options, refit=False)
     start = least = divergence.of(outputs_of(network.model, names, parts.chosen, settings))
     for what, refine in options.refine.items():
         refined = _refined(refine, resolved.model, network, parts.fitted)

@@ -242,6 +242,52 @@ def test_a_refinement_is_written_if_it_is_better_on_other_inputs(better, network
     assert [note.startswith("the fit is left out") for note in notes] == [True] * (not better)
 
 
+@pytest.mark.parametrize("metric", [None, "first_output_alone:score"])
+def test_a_refinement_is_judged_by_the_metric(metric, network, tmp_path, monkeypatch):
+    """The refined network is exact in its first output, which alone is scored, and wrong in all others."""
+    (tmp_path / "first_output_alone.py").write_text(
+        "def score(outputs, labels):\n    return -abs(outputs['y'][:, 0] - labels)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    onnx.save(network, tmp_path / "dense.onnx")
+    labels = ort.InferenceSession(tmp_path / "dense.onnx").run(None, {"x": images(1)})[0][:, 0]
+
+    def refine(dense, factored, plan, calibration):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(dense)
+        weight = next(tensor for tensor in changed.graph.initializer if tensor.name == "fc.weight")
+        values = numpy_helper.to_array(weight).copy()
+        values[1:] = 0
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        changed.producer_name = "refined"
+        return changed
+
+    calibration = Calibration(({"x": images(1)},), labels if metric else None)
+    run(network, tmp_path / "out.onnx", calibration=calibration, refine={"the fit": refine}, metric=metric)
+    assert (onnx.load(tmp_path / "out.onnx").producer_name == "refined") == (metric is not None)
+
+
+def test_a_metric_without_labels_is_refused(network, tmp_path):
+    for calibration, reason in (
+        (None, "metric top1 is a loss that is measured, got no calibration inputs"),
+        (Calibration(({"x": images(1)},)), "metric top1 scores outputs by labels, got calibration inputs without labels"),
+    ):
+        with pytest.raises(PlanError, match=reason):
+            run(network, tmp_path / "out.onnx", calibration=calibration, metric="top1")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_scores_of_a_metric_are_shown_as_they_are(network, tmp_path, monkeypatch):
+    (tmp_path / "sum_of_scores.py").write_text("def score(outputs, labels):\n    return outputs['y'].sum(1) + labels\n")
+    monkeypatch.chdir(tmp_path)
+    report = run(network, tmp_path / "out.onnx", test=Labelled({"x": images(1)}, np.full(96, 1000.0), "sum_of_scores:score"))
+    assert 900 < report.accuracy.reference.mean < 1100
+    row = next(line for line in str(report).splitlines() if "mean score sum_of_scores:score" in line)
+    assert f" {report.accuracy.reference.mean:.4f} " in row
+    assert f" {report.accuracy.difference:+.4f} " in row
+    assert "points" not in str(report)
+
+
 def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(contraction, "SCAN_FROM", 1)
     weights = {

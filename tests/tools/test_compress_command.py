@@ -68,6 +68,20 @@ def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
     assert (folder / "out.int8.onnx").exists()
 
 
+def test_a_plan_is_judged_by_a_metric_of_the_users(folder, inside, in_this_process):
+    """Its labels are vectors, which are no classes."""
+    x = np.load(folder / "x.npz")["image"]
+    np.savez(folder / "vectors.npz", image=x, labels=np.zeros((40, 10)))
+    (folder / "size_of_scores.py").write_text(
+        "def score(outputs, labels):\n    (scores,) = outputs.values()\n    return (scores - labels).std(1)\n"
+    )
+    metric = ("--calibration", "vectors.npz", "--metric", "size_of_scores:score", "--search-seconds", "0")
+    few = ("--format", "svd", "--grid", "16", "--target", "params=1.3", "--allow-slower")
+    code, printed, errors = inside("plan", "dense.onnx", *few, *metric, *FAST)
+    assert code == 0, errors
+    assert "loss of the planned network (fall of the score size_of_scores:score)" in " ".join(printed.split())
+
+
 MINE = (
     "from tensorrail_trainer.networks.registry import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
 )

@@ -33,6 +33,7 @@ def files(tmp_path, rng, monkeypatch):
         "floats": np.zeros(30),
         "negative": np.arange(-1, 29),
         "from1": np.arange(35, 65),
+        "classes": np.arange(30),
     }
     for name, found in labels.items():
         np.savez(f"{name}.npz", x=x, labels=found)
@@ -61,6 +62,26 @@ SIZE = ("--target", "params=1.5", "--allow-slower")
         ),
         (("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz"), "expected integer labels, one per sample, got float64"),
         (("plan", "dense.onnx", *SIZE, "--calibration", "negative.npz"), "expected class indices from 0 as labels, got -1"),
+        (
+            ("plan", "dense.onnx", *SIZE, "--metric", "top1"),
+            "metric top1 is a loss that is measured, got no calibration inputs: give calibration inputs with labels",
+        ),
+        (
+            ("plan", "dense.onnx", *SIZE, "--calibration", "x.npz", "--metric", "top1"),
+            "metric top1 scores outputs by labels, got calibration inputs without labels: give an npz file",
+        ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", *SIZE, "--calibration", "classes.npz", "--metric", "none:f"),
+            "metric 'none:f' cannot be imported",
+        ),
+        (
+            ("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz", "--metric", "top5"),
+            "top5: expected an output of shape .* and integer labels, got .* labels of type float64",
+        ),
+        (
+            ("plan", "dense.onnx", *SIZE, "--calibration", "words.npz", "--metric", "builtins:len"),
+            r"metric builtins:len: failed on 25 samples \(TypeError",
+        ),
         (("plan", "dense.onnx", *SIZE, "--calibration", "from1.npz"), "64 classes: expected labels 0 to 63, got 35 to 64"),
     ],
 )
@@ -78,10 +99,15 @@ def test_options_that_a_plan_makes_idle_are_refused(cli, files, option, value):
     check_refused(cli, files, arguments, f"--{option} is for the search of a plan and has no effect with --plan")
 
 
-@pytest.mark.parametrize("option", ["fit", "samples"])
+def test_a_metric_is_refused_where_nothing_is_left_to_judge(cli, files):
+    arguments = ("compress", "dense.onnx", "-o", "o.onnx", "--plan", "p.json", "--calibration", "classes.npz", "--fit", "0")
+    check_refused(cli, files, (*arguments, "--metric", "top1"), "metric top1 .* has no effect with a plan and no such fit")
+
+
+@pytest.mark.parametrize(("option", "value"), [("fit", "5"), ("samples", "5"), ("metric", "top1")])
 @pytest.mark.parametrize("way", [("--plan", "p.json"), SIZE])
-def test_options_of_calibration_are_refused_without_any(cli, files, option, way):
-    arguments = ("compress", "dense.onnx", "-o", "o.onnx", *way, "--duration", "0.5", f"--{option}", "5")
+def test_options_of_calibration_are_refused_without_any(cli, files, option, value, way):
+    arguments = ("compress", "dense.onnx", "-o", "o.onnx", *way, "--duration", "0.5", f"--{option}", value)
     check_refused(cli, files, arguments, f"--{option} is about calibration inputs and has no effect without them")
 
 

@@ -24,7 +24,14 @@ Arrays = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarra
 """A file of arrays by input name (npz), a folder of such files, or such arrays."""
 
 
-def as_calibration(inputs: Any, model: Path, samples: int, rules: InputRules) -> Calibration | None:  # Any: see `Args`
+def as_calibration(
+    inputs: Any,  # Any: see `Args`
+    model: Path,
+    samples: int,
+    rules: InputRules,
+    *,
+    classes: bool = True,
+) -> Calibration | None:
     """Return calibration inputs in batches.
 
     Args:
@@ -32,6 +39,7 @@ def as_calibration(inputs: Any, model: Path, samples: int, rules: InputRules) ->
         model: the file of the model that they are for.
         samples: samples that are used at most.
         rules: inputs that are constants or states, or whose samples are not along the first axis.
+        classes: whether labels must be class indices; default True.
 
     """
     if inputs is None:
@@ -40,7 +48,7 @@ def as_calibration(inputs: Any, model: Path, samples: int, rules: InputRules) ->
 
     if isinstance(inputs, Calibration):
         return inputs
-    return load_calibration(_source(inputs, "calibration"), model, most=samples, rules=rules)
+    return load_calibration(_source(inputs, "calibration"), model, most=samples, rules=rules, classes=classes)
 
 
 def as_batches(inputs: Any, model: Path, batch: int, settings: Session, rules: InputRules) -> Batches | None:  # Any: see `Args`

@@ -48,7 +48,7 @@ class Calibration:
 
     Attributes:
         feeds: batches of inputs, each an array per input name.
-        labels: class indices (N,) of all samples, or None.
+        labels: class indices (N,) of all samples, or whatever a metric takes, (N, …); or None.
         batch: the batch size of the model if it is fixed, else None.
         axes: the batch axis of each input by name: 0 for an input that is not listed, None for one that all samples share.
         whole: whether feeds cannot be divided into samples, since they differ in shape; default False.
@@ -89,6 +89,7 @@ def load_calibration(
     most: int = 512,
     images: Preprocessing | None = None,
     rules: InputRules | None = None,
+    classes: bool = True,
 ) -> Calibration:
     """Read calibration inputs from an npz file, a folder or arrays in memory.
 
@@ -99,6 +100,7 @@ def load_calibration(
         most: largest number of samples, which are spread evenly over the data; default 512.
         images: preprocessing of images; default that of ImageNet models.
         rules: inputs that are constants or states, or whose samples are not along the first axis; default: none.
+        classes: whether labels must be class indices; default True. For a metric they may be any array (N, …).
 
     Returns:
         The inputs in batches of the size that the model takes, with the types of its inputs.
@@ -118,12 +120,20 @@ def load_calibration(
         raise ModelError(
             f"{where}: all {found.count} samples are identical, so nothing can be fitted to them; expected typical inputs"
         )
-    labels = found.labels
+    if classes:
+        _check_classes(found.labels, where)
+    return found
+
+
+def _check_classes(labels: np.ndarray | None, where: object) -> None:
+    """Raise `ModelError` for labels that are not class indices."""
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
-        raise ModelError(f"{where}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}")
+        raise ModelError(
+            f"{where}: expected integer labels, one per sample, got {labels.dtype} of shape {labels.shape}; "
+            "give a metric that takes such labels, or leave them out"
+        )
     if labels is not None and (labels < 0).any():
         raise ModelError(f"{where}: expected class indices from 0 as labels, got {labels.min()}")
-    return found
 
 
 def _all_alike(calibration: Calibration) -> bool:

@@ -1,25 +1,27 @@
 """How far the outputs of a changed network are from those of the dense one: one number that stands for lost accuracy.
 
 Where the first output holds the scores of classes it is the Kullback–Leibler divergence of the classes' probabilities, in nats;
-with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance.
+with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance. A
+metric takes the place of all of these: the divergence is then how far its mean score falls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_softmax
 
-from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.measure.accuracy import wrong_labels
+from tensorrail_runtime.errors import GraphError, PlanError
+from tensorrail_runtime.measure.accuracy import sample_scores, wrong_labels
 from tensorrail_runtime.measure.agreement import scores_of
 
 Outputs = list[list[np.ndarray]]  # by output, by batch
 
 _TINY = 1e-12
 _SURE = 1e-6  # probabilities are taken as no nearer to 0 and 1
-_TIE = 1e-3  # weight of the squared error beside the cross-entropy, which cannot tell exact networks apart
+_TIE = 1e-3  # weight of the squared error beside cross-entropy and scores, which may be the same for different networks
 
 
 class Divergence:
@@ -28,18 +30,35 @@ class Divergence:
     Args:
         names: names of the outputs.
         dense: the values of every output of the dense network, one array per batch.
-        labels: class indices (N,) of all samples, or None.
+        labels: class indices (N,) of all samples, or None; with a metric, whatever it takes, (N, …).
+        metric: a score of each sample: `top1`, `top5` or `module:function`; default: none.
+        samples: the number of samples in each batch, for the metric; default: the lengths of the first output.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
+        PlanError: there is a metric without labels.
+        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
 
     """
 
-    def __init__(self, names: Sequence[str], dense: Outputs, labels: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        dense: Outputs,
+        labels: np.ndarray | None = None,
+        metric: str | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> None:
         self.dense = dense
         self.compared = [k for k, parts in enumerate(dense) if all(part.dtype.kind in "fiub" for part in parts)]
         if not self.compared:
             raise GraphError(f"the model's outputs, {', '.join(names)}, are not numeric: losses cannot be measured")
+        self.mean_score = None
+        if metric is not None:
+            samples = [len(part) for part in dense[0]] if samples is None else samples
+            self.mean_score = _MeanScore(metric, tuple(names), require_labels(metric, labels, sum(samples)), tuple(samples))
+            self.dense_score = self.mean_score.of(dense)
+            labels = None  # they need not be classes
         require_classes(labels, dense[0][0])
         self.labels = labels if dense[0][0].ndim == 2 else None
         self.scores = scores_of(dense[0]) if self.labels is None else None
@@ -47,12 +66,16 @@ class Divergence:
     @property
     def unit(self) -> str:
         """What the divergence is, in words."""
+        if self.mean_score is not None:
+            return f"fall of the score {self.mean_score.metric}"
         if self.labels is not None:
             return "increase of the cross-entropy (nats)"
         return "KL divergence (nats)" if self.scores else "lost share of the outputs' variance"
 
     def of(self, changed: Outputs) -> float:
         """Return the divergence of changed outputs; 0 if they are equal."""
+        if self.mean_score is not None:
+            return max(self.dense_score - self.mean_score.of(changed), 0.0) + _TIE * self._relative(changed)
         if self.labels is not None:
             rows = np.arange(len(self.labels))
             before, after = (log_softmax(np.concatenate(out[0]), 1)[rows, self.labels] for out in (self.dense, changed))
@@ -77,6 +100,47 @@ class Divergence:
             lost = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
             shares.append(lost / max(_variation(before), _TINY))
         return float(np.mean(shares))
+
+
+@dataclass(frozen=True)
+class _MeanScore:
+    """A metric of outputs, with the labels of all samples and the number of samples in each batch."""
+
+    metric: str
+    names: tuple[str, ...]
+    labels: np.ndarray
+    samples: tuple[int, ...]
+
+    def of(self, outputs: Outputs) -> float:
+        """Return the mean score of all samples."""
+        scores, start = [], 0
+        for batch, size in enumerate(self.samples):
+            values = {name: parts[batch] for name, parts in zip(self.names, outputs, strict=True)}
+            scores.append(sample_scores(self.metric, values, self.labels[start : start + size]))
+            start += size
+        return float(np.concatenate(scores).mean())
+
+
+def require_labels(metric: str, labels: np.ndarray | None, count: int) -> np.ndarray:
+    """Return the labels that a metric scores samples by.
+
+    Args:
+        metric: the metric, for error messages.
+        labels: one label per sample, or None.
+        count: the number of samples.
+
+    Raises:
+        PlanError: there are no labels, or not as many as samples.
+
+    """
+    if labels is None:
+        raise PlanError(
+            f"metric {metric} scores outputs by labels, got calibration inputs without labels: give an npz file, or a folder "
+            "of such files, with an array `labels` beside the inputs"
+        )
+    if np.shape(labels)[:1] != (count,):
+        raise PlanError(f"metric {metric}: expected one label per sample, got {count} samples and shape {np.shape(labels)}")
+    return labels
 
 
 def require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:

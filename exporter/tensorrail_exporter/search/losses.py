@@ -2,9 +2,9 @@
 
 There are three sources, from the least to the most informative: the weights alone (the share of a weight that is lost);
 calibration inputs (how far the network's outputs move when one layer is approximated, see `divergence`); labelled inputs (the
-same, by the cross-entropy). A layer's effect is measured at several of its options, of which the cheapest is one, and
-interpolated between them: a layer that loses two thirds of its output is not thirteen times as bad as one that loses a
-twentieth.
+same, by the cross-entropy or by a metric). A layer's effect is measured at several of its options, of which the cheapest is
+one, and interpolated between them: a layer that loses two thirds of its output is not thirteen times as bad as one that loses
+a twentieth.
 
 The losses of layers are added, because the errors of different layers are nearly uncorrelated and their effect grows with their
 square. Where a network is cut deeply this fails: `verification` measures the loss of the chosen network as a whole.
@@ -30,10 +30,11 @@ from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.approximations import Approximations, InputMoments
-from tensorrail_exporter.search.divergence import Divergence, Outputs, require_classes
+from tensorrail_exporter.search.divergence import Divergence, Outputs, require_classes, require_labels
 from tensorrail_exporter.search.options import Option
 from tensorrail_exporter.search.stitched import Change, StitchedNetwork
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, PlanError
+from tensorrail_runtime.measure.accuracy import metric_of, sample_scores
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
 
@@ -70,9 +71,12 @@ class Probe:
         inputs: the inputs to measure on.
         settings: how the network runs.
         folder: an empty folder for models.
+        metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
+        PlanError: there is a metric without labels.
+        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
 
     """
 
@@ -83,12 +87,13 @@ class Probe:
         inputs: Calibration,
         settings: Session,
         folder: Path,
+        metric: str | None = None,
     ) -> None:
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
-        self.inputs = inputs
+        self.inputs, self.metric = inputs, metric
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
-        self.divergence = Divergence(self.network.outputs, self.network.dense(), inputs.labels)
+        self.divergence = Divergence(self.network.outputs, self.network.dense(), inputs.labels, metric, inputs.samples)
 
     def change(self, layer: str, option: Option) -> Change:
         """Return the approximated weight of a layer, and the bias that keeps the mean of its outputs."""
@@ -122,6 +127,7 @@ def losses_of(
     split: Split | None = None,
     settings: Session | None = None,
     *,
+    metric: str | None = None,
     resolved: ResolvedPlan | None = None,
     progress: Progress = silent,
 ) -> Losses:
@@ -132,6 +138,7 @@ def losses_of(
         wanted: the options of every layer.
         split: calibration inputs; default: only the weights are used.
         settings: settings of the ONNX Runtime sessions; default `Session()`.
+        metric: a score of each sample, as `top1` or `module:function`, whose fall is the loss; default: none.
         resolved: a plan of these layers, in any format, in the model, where it is at hand.
         progress: told which layer is next.
 
@@ -140,6 +147,8 @@ def losses_of(
 
     Raises:
         GraphError: no output of the model is numeric, or the labels do not fit its first output.
+        PlanError: there is a metric without labels.
+        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
 
     """
     if resolved is None:
@@ -150,7 +159,7 @@ def losses_of(
     if split is None:
         return weight_losses(wanted, approximations, progress)
     with tempfile.TemporaryDirectory() as folder:
-        probe = Probe(resolved, approximations, split.chosen.first(SAMPLES), settings, Path(folder))
+        probe = Probe(resolved, approximations, split.chosen.first(SAMPLES), settings, Path(folder), metric)
         return measured_losses(wanted, probe, progress)
 
 
@@ -211,8 +220,32 @@ def approximations_of(
     return {name: Approximations(weight, moments.get(name)) for name, weight in weights.items()}
 
 
-def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Session) -> None:
-    """Check the outputs of the first batch: raise `GraphError` if they are not finite or have fewer classes than the labels."""
+def check_metric(metric: str | None, calibration: Calibration | None) -> None:
+    """Raise `PlanError` for a metric without calibration inputs that have a label each, and `ModelError` for an unknown one."""
+    if metric is None:
+        return
+    metric_of(metric)
+    if calibration is None or not calibration.count:
+        raise PlanError(
+            f"metric {metric} is a loss that is measured, got no calibration inputs: give calibration inputs with labels"
+        )
+    require_labels(metric, calibration.labels, calibration.count)
+
+
+def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Session, metric: str | None = None) -> None:
+    """Check the outputs of the first batch, before anything is measured.
+
+    Args:
+        model: the dense model.
+        calibration: the inputs.
+        settings: how the model runs.
+        metric: a metric that must be able to score the outputs; default: none.
+
+    Raises:
+        GraphError: an output is not finite, or has fewer classes than the labels.
+        ModelError: the metric fails, or gives other than one finite number per sample.
+
+    """
     names = [output.name for output in model.graph.output]
     outputs = run_to(model, names, settings)(calibration.feeds[0])
     for name, array in zip(names, outputs, strict=True):
@@ -220,7 +253,10 @@ def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Se
             raise GraphError(
                 f"output {name!r} contains NaN or infinite values on the calibration inputs: losses cannot be measured"
             )
-    require_classes(calibration.labels, outputs[0])
+    if metric is not None and calibration.labels is not None:
+        sample_scores(metric, dict(zip(names, outputs, strict=True)), calibration.labels[: calibration.samples[0]])
+    else:
+        require_classes(calibration.labels, outputs[0])
 
 
 def _spread(shares: Sequence[float]) -> list[int]:

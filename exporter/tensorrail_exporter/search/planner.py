@@ -31,6 +31,7 @@ from tensorrail_exporter.search.losses import (
     Losses,
     Probe,
     approximations_of,
+    check_metric,
     check_outputs,
     measured_losses,
     weight_losses,
@@ -79,15 +80,18 @@ def plan_network(
 
     Raises:
         TargetError: a target cannot be met; the message says what can be reached.
-        PlanError: a target is invalid or on a quantity that is 0, or a pattern of `search.keep` matches no layer.
+        PlanError: a target is invalid or on a quantity that is 0, a pattern of `search.keep` matches no layer, or there is a
+            metric without labels.
         GraphError: weights or outputs are not finite, or labels are not classes.
-        ModelError: the model does not run in these conditions.
+        ModelError: the model does not run in these conditions; or the metric is unknown, fails, or gives other than one finite
+            number per sample.
 
     """
     search, conditions = search or Search(), conditions or Conditions()
     settings, progress = conditions.settings, conditions.progress
     batch, shapes = conditions.timing.batch, conditions.timing.shapes
     search.check(targets)
+    check_metric(search.metric, calibration)
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
     layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
@@ -96,7 +100,7 @@ def plan_network(
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
-        check_outputs(model, calibration, settings.exact)
+        check_outputs(model, calibration, settings.exact, search.metric)
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
@@ -116,7 +120,7 @@ def plan_network(
         else:
             kept = Path(folder) / "kept"
             kept.mkdir()
-            probe = Probe(resolved, approximations, parts.chosen.first(SAMPLES), settings.exact, kept)
+            probe = Probe(resolved, approximations, parts.chosen.first(SAMPLES), settings.exact, kept, search.metric)
             losses = measured_losses(faster, probe, progress)
         candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)

@@ -53,6 +53,9 @@ class Search:
     """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
     also: tuple[str, ...] = ()
     """Further precisions, `fp16` or `int8`, in which `compress` also writes the model; default: none."""
+    metric: str | None = None
+    """A score of each sample, as `top1`, `top5` or `module:function` of (outputs, labels), whose fall is the loss; it needs
+    calibration inputs with labels. Default: none, so the loss is how far outputs move."""
 
     @property
     def gain(self) -> float:

@@ -98,7 +98,7 @@ def with_inputs_set_aside(
     """Return the report with the outputs compared on inputs that nothing was chosen by."""
     if (verified := report.verified) is None:
         return report
-    aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder)
+    aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder, probe.metric)
     dense, other = (list(zip(*outputs, strict=True)) for outputs in (aside.divergence.dense, aside.outputs(choice)))
     agreement = compared(dense, other, inputs.samples)
     return report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, TensorrailError
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.feeds.sources import read_parts
@@ -208,12 +209,12 @@ def evaluate(
         One score per sample.
 
     Raises:
-        ModelError: the data do not fit the model, an output is NaN or not a tensor, or the metric is unknown or gives other
-            than one number per sample.
+        ModelError: the data do not fit the model, an output is NaN or not a tensor, or the metric is unknown, fails, or gives
+            other than one finite number per sample.
 
     """
     metric, labels = data.metric, data.labels
-    scorer = metric_of(metric)
+    metric_of(metric)  # raises, before anything runs, if it is unknown
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     batches = load_batches(data.inputs, session, data.rules, batch=batch)
@@ -229,14 +230,39 @@ def evaluate(
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
                 raise ModelError(f"{path}: output {name!r} holds NaN, which cannot be scored")
-        batch_scores = np.asarray(scorer(outputs, labels[len(scores) : len(scores) + size]), np.float64)
-        if batch_scores.shape != (size,):
-            raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {batch_scores.shape}")
-        if np.isnan(batch_scores).any():
-            raise ModelError(f"metric {metric}: expected a number for each sample, got NaN")
-        scores += batch_scores.tolist()
+        scores += sample_scores(metric, outputs, labels[len(scores) : len(scores) + size]).tolist()
         on_batch(len(scores) / count)
     return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
+
+
+def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Score each sample of a batch.
+
+    Args:
+        metric: `top1`, `top5` or `module:function` (see `Metric`).
+        outputs: the outputs of the batch by name; the metric gets copies, which it may change.
+        labels: the labels of its samples, (N, …); likewise.
+
+    Returns:
+        The scores, of shape (N,) and type float64.
+
+    Raises:
+        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
+
+    """
+    scorer, size = metric_of(metric), len(labels)
+    try:
+        scores = np.asarray(scorer(deepcopy(dict(outputs)), deepcopy(labels)), np.float64)
+    except TensorrailError:
+        raise
+    except Exception as error:  # the user's function may raise anything
+        raise ModelError(f"metric {metric}: failed on {size} samples ({type(error).__name__}: {error})") from error
+    if scores.shape != (size,):
+        raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {scores.shape}")
+    if not np.isfinite(scores).all():
+        found = "NaN" if np.isnan(scores).any() else "an infinite value"
+        raise ModelError(f"metric {metric}: expected a finite number for each sample, got {found}")
+    return scores
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:

@@ -5,8 +5,9 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from tensorrail_exporter import GraphError
+from tensorrail_exporter import GraphError, PlanError
 from tensorrail_exporter.search.divergence import Divergence
+from tensorrail_runtime.errors import ModelError
 
 
 def normal(*shape, seed=0):
@@ -64,3 +65,66 @@ def test_labels_that_are_no_classes_are_refused():
 def test_outputs_without_numbers_are_refused():
     with pytest.raises(GraphError, match="are not numeric"):
         Divergence(["y"], [[np.array(["a", "b"])]])
+
+
+@pytest.fixture
+def metrics(tmp_path, monkeypatch):
+    """Write metrics of a user to the current folder."""
+    (tmp_path / "scores_of_mine.py").write_text(
+        "def nearness(outputs, labels):\n"
+        "    return -abs(outputs['y'][..., 0] - labels[:, 1]).reshape(len(labels), -1).sum(1)\n\n\n"
+        "def one(outputs, labels):\n    return 1.0\n\n\n"
+        "def careless(outputs, labels):\n"
+        "    outputs['y'] -= labels[:, :1]\n    labels[:] = 0\n    return -abs(outputs['y']).sum(1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "scores_of_mine"
+
+
+def test_a_metric_takes_labels_of_any_shape_and_its_fall_is_the_divergence(metrics):
+    outputs, labels = normal(20, 5), normal(20, 2, seed=1)
+    outputs[:, 0] = labels[:, 1]  # right in all samples
+    divergence = Divergence(["y"], in_batches(outputs), labels, f"{metrics}:nearness")
+    assert divergence.unit == "fall of the score scores_of_mine:nearness"
+    worse, same = outputs.copy(), outputs.copy()
+    worse[3, 0] += 8.0  # of one in 20 samples
+    same[:, 1:] += 0.1
+    assert divergence.of(in_batches(outputs)) == 0
+    assert divergence.of(in_batches(worse)) == pytest.approx(8 / 20, abs=2e-3)
+    assert 0 < divergence.of(in_batches(same)) < 1e-3  # the same score, and still not the same network
+
+
+def test_a_higher_score_than_the_dense_one_is_no_loss():
+    scores, labels = normal(20, 5), np.arange(20) % 5
+    divergence = Divergence(["y"], in_batches(scores), labels, "top1")
+    right = 3 * np.eye(5, dtype=np.float32)[labels]
+    missed = np.mean(scores.argmax(1) != labels)
+    assert divergence.of(in_batches(right)) < 0.01 < missed
+    best = Divergence(["y"], in_batches(right), labels, "top1")
+    assert best.of(in_batches(scores)) == pytest.approx(missed, abs=0.01)
+
+
+def test_samples_along_another_axis_are_counted_as_the_inputs_have_them(metrics):
+    """Five steps of 20 sequences: the batch is the second axis of the output."""
+    outputs, labels = normal(5, 20, 3), normal(20, 2, seed=1)
+    parts = [[outputs[:, :7], outputs[:, 7:]]]
+    with pytest.raises(PlanError, match="expected one label per sample, got 10 samples"):
+        Divergence(["y"], parts, labels, f"{metrics}:nearness")
+    wrong = r"one score for each of 7 samples, got shape \(\)"
+    with pytest.raises(ModelError, match=wrong):
+        Divergence(["y"], parts, labels, f"{metrics}:one", [7, 13])
+    assert Divergence(["y"], parts, labels, f"{metrics}:nearness", [7, 13]).of(parts) == 0
+
+
+def test_a_metric_that_changes_its_arguments_changes_nothing_else(metrics):
+    outputs, labels = normal(20, 5), normal(20, 2, seed=1)
+    before = outputs.copy(), labels.copy()
+    divergence = Divergence(["y"], in_batches(outputs), labels, f"{metrics}:careless")
+    assert [divergence.of(in_batches(outputs)) for _ in range(2)] == [0, 0]
+    np.testing.assert_array_equal(outputs, before[0])
+    np.testing.assert_array_equal(labels, before[1])
+
+
+def test_a_metric_needs_labels():
+    with pytest.raises(PlanError, match="metric top1 scores outputs by labels, got calibration inputs without labels"):
+        Divergence(["y"], in_batches(normal(20, 5)), None, "top1")

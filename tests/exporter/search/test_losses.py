@@ -7,14 +7,17 @@ import pytest
 from conftest import make_model
 from onnx import TensorProto, helper
 
-from tensorrail_exporter import GraphError
+from tensorrail_exporter import GraphError, PlanError
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.approximations import lost_shares
+from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import losses_of
 from tensorrail_exporter.search.options import options_of
 from tensorrail_exporter.search.planner import plan_network
+from tensorrail_exporter.search.targets import Search
+from tensorrail_runtime.errors import ModelError
 
 
 @pytest.fixture
@@ -98,6 +101,46 @@ def test_labels_measure_the_cross_entropy(network):
     found = losses_of(network, wanted(network), whole(Calibration(feeds, labels)))
     assert found.source == "labels"
     assert all(value >= 0 for values in found.values.values() for value in values)
+
+
+def test_a_metric_shows_which_layers_its_score_depends_on(rng, tmp_path, monkeypatch):
+    """Two layers side by side; the score reads the output of the second alone, by labels that are no classes."""
+    weights = {name: rng.standard_normal((32, 32)).astype(np.float32) for name in ("v", "w")}
+    nodes = [helper.make_node("MatMul", ["x", name], [f"{name}.out"], name) for name in weights]
+    model = make_model(nodes, weights, {"x": ["n", 32]}, {"v.out": ["n", 32], "w.out": ["n", 32]})
+    (tmp_path / "error_of_w.py").write_text("def score(outputs, labels):\n    return -abs(outputs['w.out'] - labels).mean(1)\n")
+    monkeypatch.chdir(tmp_path)
+    x = rng.standard_normal((50, 32)).astype(np.float32)
+    calibration = Calibration(({"x": x[:25]}, {"x": x[25:]}), x @ weights["w"])
+    options = {layer: options_of(layer, ("svd",), 8) for layer in survey(model)}
+    by_variance = losses_of(model, options, whole(Calibration(calibration.feeds))).values
+    found = losses_of(model, options, whole(calibration), metric="error_of_w:score")
+    assert found.unit == "fall of the score error_of_w:score"
+    assert max(found.values["v"]) < 1e-3
+    assert max(found.values["w"]) > 0.1
+    assert max(by_variance["v"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "error", "reason"),
+    [
+        ("top1", None, PlanError, "got calibration inputs without labels"),
+        ("top1", np.zeros(3, int), PlanError, "expected one label per sample, got 4 samples"),
+        ("top9", np.zeros(4, int), ModelError, "unknown metric 'top9'"),
+        ("top1", np.zeros(4), ModelError, "integer labels"),
+        ("builtins:len", np.zeros(4, int), ModelError, r"metric builtins:len: failed on 4 samples \(TypeError"),
+    ],
+)
+def test_a_metric_that_cannot_score_is_told_before_anything_is_timed(metric, labels, error, reason, network, rng, monkeypatch):
+    monkeypatch.setattr(LatencyTable, "measure", lambda *_, **__: pytest.fail("something was timed"))
+    feeds = ({"x": rng.standard_normal((4, 32, 8, 8)).astype(np.float32)},)
+    with pytest.raises(error, match=reason):
+        plan_network(network, {"flops": 1.5}, Search(metric=metric), calibration=Calibration(feeds, labels))
+
+
+def test_a_metric_without_inputs_is_refused(network):
+    with pytest.raises(PlanError, match="metric top1 is a loss that is measured, got no calibration inputs: give"):
+        plan_network(network, {"flops": 1.5}, Search(metric="top1"))
 
 
 @pytest.mark.parametrize("kind", ["state", "scalar", "boolean", "count"])

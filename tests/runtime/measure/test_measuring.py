@@ -289,7 +289,9 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
     (tmp_path / "own_metric.py").write_text("def margin(outputs, labels):\n    return outputs['y'].max(1) - labels\n")
     (tmp_path / "bad_metric.py").write_text(
         "import numpy as np\n\n\ndef one(outputs, labels):\n    return 1.0\n\n\n"
-        "def nan(outputs, labels):\n    return np.full(len(labels), np.nan)\n"
+        "def nan(outputs, labels):\n    return np.full(len(labels), np.nan)\n\n\n"
+        "def infinite(outputs, labels):\n    return np.full(len(labels), -np.inf)\n\n\n"
+        "def fails(outputs, labels):\n    return outputs['z']\n"
     )
     monkeypatch.chdir(tmp_path)
     x = {"x": rng.standard_normal((20, 16, 8, 8)).astype(np.float32)}
@@ -303,7 +305,9 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         ("none_such:f", "cannot be imported"),
         ("own_metric:none", "cannot be imported"),
         ("bad_metric:one", "one score for each of 20 samples"),
-        ("bad_metric:nan", "expected a number for each sample, got NaN"),
+        ("bad_metric:nan", "expected a finite number for each sample, got NaN"),
+        ("bad_metric:infinite", "expected a finite number for each sample, got an infinite value"),
+        ("bad_metric:fails", r"metric bad_metric:fails: failed on 20 samples \(KeyError: 'z'\)"),
     ):
         with pytest.raises(ModelError, match=reason):
             evaluate(small_path, Labelled(x, np.zeros(20), metric))

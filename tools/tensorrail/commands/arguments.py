@@ -53,7 +53,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="X.npz|FOLDER",
-        help="Inputs without labels: arrays by input name, or a folder of npz, npy or image files (ImageNet's scaling).",
+        help="Inputs, which need no labels: arrays by input name, or a folder of npz, npy or image files (ImageNet's scaling).",
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration samples that are used at most.")]
@@ -156,6 +156,14 @@ def search_options(
             help="Seconds of trading ranks between layers, by the whole network's loss; 0: none.",
         ),
     ] = 60.0,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="top1|top5|module:function",
+            help="Loss is the fall of this score of (outputs, labels), one per sample; needs calibration inputs with labels.",
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", help="Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."),
@@ -173,6 +181,7 @@ def search_options(
         seconds=seconds,
         improve_seconds=search_seconds,
         check_seconds=min(10.0, seconds),
+        metric=metric,
         cache=cache,
     )
 

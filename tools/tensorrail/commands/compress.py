@@ -96,7 +96,7 @@ def _check_given(context: typer.Context, plan: Path | None, calibration: Path | 
             raise UsageError(
                 f"--{name.replace('_', '-')} is for the search of a plan and has no effect with --plan: leave it out"
             )
-    for name in ("fit", "samples", "min_agreement", "max_difference") if calibration is None else ():
+    for name in ("fit", "samples", "min_agreement", "max_difference", "metric") if calibration is None else ():
         if name in given and context.params[name]:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is about calibration inputs and has no effect without them: give --calibration")

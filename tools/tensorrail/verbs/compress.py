@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tensorrail.inputs import as_calibration, as_labelled, require_writable, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
-from tensorrail_runtime.errors import GraphError, PlanError, TargetError
+from tensorrail_runtime.errors import GraphError, PlanError, TargetError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
 
@@ -44,9 +44,10 @@ def compress(
         out: the file to write.
         target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; or a plan, or the
             file of one; may be left out where `options.search.max_loss` is given.
-        calibration: inputs without labels: an npz file, a folder, or arrays. Cores are fitted to most of them; a quarter is set
-            aside, and the agreement with the dense model is measured on these.
-        data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`.
+        calibration: inputs: an npz file, a folder, or arrays. Cores are fitted to most of them; a quarter is set aside, and the
+            agreement with the dense model is measured on these. Labels are needed for `options.search.metric` alone.
+        data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`; scored by
+            `options.search.metric`, or else by the best class.
         options: `session`, `timing` (batch size, shapes, seconds of the final comparison), `search` (its `also`: other
             precisions to write), `fit`, `guard` (how closely the outputs must agree), `inputs` and `progress`.
 
@@ -56,7 +57,9 @@ def compress(
 
     Raises:
         TargetError: the target cannot be met, or every layer stays dense; nothing is written.
-        PlanError: the target or plan does not fit the model; nothing is written.
+        PlanError: the target or plan does not fit the model, or there is a metric without labels; nothing is written.
+        ModelError: the inputs do not fit the model, or the metric is unknown, fails, or gives other than one number per sample.
+        UsageError: a metric would have no effect, as there is a plan and no fit in torch.
         GraphError: the model cannot be rewritten; nothing is written.
 
     """
@@ -79,13 +82,19 @@ def compress(
     conditions = options.conditions(Timing())
     conditions = replace(conditions, timing=replace(conditions.timing, processes=conditions.timing.processes or _PROCESSES))
     with as_file(model) as path:
-        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES, options.inputs)
+        samples = options.fit.samples or _SAMPLES
+        inputs = as_calibration(calibration, path, samples, options.inputs, classes=search.metric is None)
         conditions = replace(
             conditions, timing=timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         )
         graph = load_to_search(path, conditions.timing, options.progress)
-        test = as_labelled(data, rules=options.inputs)
+        test = as_labelled(data, None if data is None else search.metric, options.inputs)
         refine = _refine(options) if inputs is not None else {}
+        if search.metric is not None and isinstance(given, Plan) and inputs is not None and not refine:
+            raise UsageError(
+                f"metric {search.metric} judges layers and fits in torch, and has no effect with a plan and no such fit: leave "
+                "it out, or give a target, or seconds for the fit"
+            )
         chosen: Plan | PlanReport
         if isinstance(given, Plan):
             chosen = given
@@ -93,7 +102,8 @@ def compress(
             chosen = plan_network(graph, given or {}, search, calibration=inputs, conditions=conditions)
             if not chosen.plan.layers:
                 raise TargetError("every layer stays dense: no form is faster here, and no model was written")
-        compression = Compression(inputs, refine, test, options.guard or Guard(), conditions)
+        guard = options.guard or Guard()
+        compression = Compression(inputs, refine, test, guard, conditions, search.metric)
         report = carry_out(graph, chosen, out, compression)
     once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
     return _reduced(report, out, search.also, inputs, test, once)

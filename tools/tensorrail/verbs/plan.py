@@ -30,7 +30,8 @@ def plan(
         model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; may be left out
             where `options.search.max_loss` is given.
-        calibration: inputs without labels that losses are measured on: an npz file, a folder, or arrays by input name.
+        calibration: inputs that losses are measured on: an npz file, a folder, or arrays by input name. Labels, an array
+            `labels`, are needed for `options.search.metric` alone.
         options: `session`, `timing` (batch size and shapes), `search`, `fit.samples` (default 128), `inputs` and
             `progress`.
 
@@ -39,7 +40,8 @@ def plan(
 
     Raises:
         TargetError: the target cannot be met; the message says what can be reached.
-        PlanError: the target, or a layer to keep, does not exist.
+        PlanError: the target, or a layer to keep, does not exist, or there is a metric without labels.
+        ModelError: the inputs do not fit the model, or the metric is unknown, fails, or gives other than one number per sample.
         GraphError: the model or its outputs cannot be planned for.
 
     """
@@ -51,7 +53,8 @@ def plan(
     search.check(target or {})
     conditions = options.conditions(Timing())
     with as_file(model) as path:
-        inputs = as_calibration(calibration, path, options.fit.samples or _SAMPLES, options.inputs)
+        samples = options.fit.samples or _SAMPLES
+        inputs = as_calibration(calibration, path, samples, options.inputs, classes=search.metric is None)
         timing = timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         conditions = replace(conditions, timing=timing)
         graph = load_to_search(path, timing, options.progress)
