@@ -68,8 +68,8 @@ class Moments:
             share: the share s, from 0 to 1.
 
         """
-        gram = self.gram * np.float32(1 - share)
-        gram[np.diag_indices(len(gram))] += np.float32(share * self.scale)
+        gram = self.gram * (1 - share)
+        gram[np.diag_indices(len(gram))] += share * self.scale
         other = Moments(gram)
         for inputs, (values, vectors) in self._spectra.items():  # the eigenvectors stay the same
             other._spectra[inputs] = (1 - share) * values + share * self.scale * (len(gram) // inputs), vectors

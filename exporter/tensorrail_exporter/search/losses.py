@@ -22,7 +22,7 @@ import onnx
 
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run_to
 from tensorrail_exporter.calibrate.layerwise import dense_weights
-from tensorrail_exporter.calibrate.metric import roots
+from tensorrail_exporter.calibrate.metric import Moments, roots
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.biases import takes_bias
@@ -311,8 +311,7 @@ def _input_moments(
             centred = second - means @ means.T
             # Inputs that hardly vary leave nothing but rounding about their mean.
             second = centred if np.trace(centred) > 1e-5 * np.trace(second) else second
-        noise = _SHRINKAGE * float(np.trace(second)) / inputs[name]
-        root, inverse = roots((1 - _SHRINKAGE) * second + noise * np.eye(inputs[name]))
+        root, inverse = roots(Moments(second).shrunk(_SHRINKAGE).gram)
         mean = means if biased else np.zeros_like(means)
         moments[name] = InputMoments(root, inverse, mean.reshape(inputs[name], *layer.spec.kernel))
     return moments

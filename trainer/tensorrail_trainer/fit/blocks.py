@@ -9,7 +9,7 @@ ICLR 2021), a method for quantization. `network` then fits all blocks together.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -22,7 +22,7 @@ from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
 from tensorrail_trainer.fit.module import OnnxModule
 from tensorrail_trainer.fit.pieces import Pieces, divided, per_step, run, sample_by_sample, variance
-from tensorrail_trainer.fit.training import Rates
+from tensorrail_trainer.fit.training import Steps
 
 _RATE = 0.01  # relative to the root mean square of a tensor: Adam's first steps change values by this share
 _STAGE = "fitting to activations"
@@ -239,29 +239,25 @@ def _train(
     student: OnnxModule, inputs: Pieces, targets: Pieces, names: Iterable[str], settings: FitSettings, seconds: float
 ) -> None:
     """Train some tensors to reproduce the targets; the loss is the sum of the lost shares of their variance."""
-    rates = Rates(student.parameters_by_name(), names, settings.rate)
     variances = {name: variance(targets.joined(name)) for name in targets.values[0]}
+    most = settings.epochs * max(1, len(inputs.values) // per_step(inputs))
+    steps = Steps(student.parameters_by_name(), names, settings.rate).within(seconds, most)
+    for _, pick in zip(steps, _picks(inputs, settings.seed), strict=False):
+        runs = list(zip(inputs.runs(pick), targets.runs(pick), strict=True))
+        for feed, target in runs:
+            outputs = student(feed, list(variances))
+            losses = [(outputs[name] - target[name]).square().mean() / variance for name, variance in variances.items()]
+            (torch.stack(losses).sum() / len(runs)).backward()
+
+
+def _picks(inputs: Pieces, seed: int) -> Iterator[list[int]]:
+    """Yield the pieces of each step, without end, in a new order in each pass; a last step that would be short is left out."""
     count, size = len(inputs.values), per_step(inputs)
-    generator = torch.Generator().manual_seed(settings.seed)
-    steps, step = settings.epochs * max(1, count // size), 0
-    began = time.monotonic()
-    while step < steps:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
         order = torch.randperm(count, generator=generator)
         for start in range(0, max(1, count - size + 1), size):
-            pick = order[start : start + size].tolist()
-            rates.set(step / steps, step)
-            rates.optimizer.zero_grad(set_to_none=True)
-            runs = list(zip(inputs.runs(pick), targets.runs(pick), strict=True))
-            for feed, target in runs:
-                outputs = student(feed, list(variances))
-                losses = [(outputs[name] - target[name]).square().mean() / variance for name, variance in variances.items()]
-                (torch.stack(losses).sum() / len(runs)).backward()
-            rates.optimizer.step()
-            step += 1
-            if step == 2:  # the first step prepares kernels
-                steps = min(steps, int(2 * seconds / max(time.monotonic() - began, 1e-9)))
-            if step >= steps:
-                break
+            yield order[start : start + size].tolist()
 
 
 def _lost_share(outputs: Pieces, target: Pieces) -> float:

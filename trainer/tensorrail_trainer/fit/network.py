@@ -2,12 +2,11 @@
 
 The loss is the divergence of the outputs (Kullback-Leibler for scores of classes, as in Hinton et al., 2015, the squared error
 as a share of the variance for others) plus the squared error at the last tensor on which all outputs depend. Images are varied
-in every step (`augment`): with 126 images as they are, the fit made a network worse on other images.
+in every step (`augment`), so that a few of them are not learned by heart.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from tensorrail_trainer.fit.augment import image_input, varied
 from tensorrail_trainer.fit.blocks import shared_cuts, trainable_names
 from tensorrail_trainer.fit.module import OnnxModule
 from tensorrail_trainer.fit.pieces import Pieces, divided, per_step, run, variance
-from tensorrail_trainer.fit.training import Rates
+from tensorrail_trainer.fit.training import Steps
 
 _STAGE = "fitting the network"
 _RATE = 0.003  # relative to the root mean square of a tensor
@@ -80,27 +79,19 @@ def fit_network(
     aims = _aims(dense, factored, teacher, inputs)
     if not aims or not trainable:
         return factored
-    start = time.monotonic()
-    rates = Rates(student.parameters_by_name(), trainable, settings.rate, warm_up=_WARM_UP)
     generator = torch.Generator().manual_seed(settings.seed)
     batches = _batches(inputs, generator)
-    steps = settings.steps
-    step = 0
-    while step < steps:
-        rates.set(step / steps, step)
-        rates.optimizer.zero_grad(set_to_none=True)
+    steps = Steps(student.parameters_by_name(), trainable, settings.rate, warm_up=_WARM_UP)
+    done = 0
+    for share in steps.within(settings.seconds, settings.steps, _FEWEST):
+        progress(_STAGE, share)
         runs = inputs.runs(next(batches))
         for feed in runs:
             varied_feed = _varied(feed, generator) if inputs.together else feed
             (_loss(teacher, student, varied_feed, aims) / len(runs)).backward()
-        rates.optimizer.step()
-        step += 1
-        if step == 2:  # the first step prepares kernels
-            steps = min(steps, int(settings.seconds / max((time.monotonic() - start) / 2, 1e-9)))
-            if steps < _FEWEST:
-                return factored
-        progress(_STAGE, step / steps)
-    return student.write_back(factored)
+        done += 1
+    progress(_STAGE, 1.0)
+    return factored if done < _FEWEST else student.write_back(factored)
 
 
 @dataclass(frozen=True)
