@@ -36,13 +36,13 @@ def stand_in(folder: Path) -> tuple[Path, Path]:
         helper.make_node("Flatten", ["pooled"], ["flat"], "flatten"),
         helper.make_node("MatMul", ["flat", "head.weight"], ["logits"], "head"),
     ]
-    shapes = {"image": ["batch", 3, 32, 32], "logits": ["batch", 10]}
+    shapes = {"image": ["batch", 3, 16, 16], "logits": ["batch", 10]}
     image, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
     graph = helper.make_graph(nodes, "stand-in", [image], [logits], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)
     tr.save_model(model, folder / "dense.onnx")
-    np.savez(folder / "inputs.npz", image=rng.standard_normal((128, 3, 32, 32)).astype(np.float32))
+    np.savez(folder / "inputs.npz", image=rng.standard_normal((128, 3, 16, 16)).astype(np.float32))
     return folder / "dense.onnx", folder / "inputs.npz"
 
 

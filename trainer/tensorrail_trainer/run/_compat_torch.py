@@ -8,18 +8,34 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
+@contextlib.contextmanager
+def operators_read_once() -> Iterator[None]:
+    """Let exports in this block share the exporter's table of operators.
+
+    The exporter parses the source of every operator and builds this table anew for each graph, which takes over a second.
+    """
+    try:
+        registry: Any = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry  # untyped, private
+        built = registry.__dict__["from_torchlib"]
+    except (ImportError, AttributeError, KeyError):
+        yield
+        return
+    registry.from_torchlib = staticmethod(_tables(registry, built))
+    try:
+        yield
+    finally:
+        registry.from_torchlib = built
+
+
 @functools.cache
-def read_operators_once() -> None:
-    """Cache the exporter's list of operators: it parses the source of every operator for each graph, a second of CPU time."""
-    with contextlib.suppress(ImportError, AttributeError):
-        exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")  # Any: untyped and private
-        apis = exporter.onnxscript_apis
-        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+def _tables(registry: Any, built: Any) -> Callable[..., Any]:
+    return functools.cache(built.__get__(None, registry))
 
 
 def forget_recurrent_kernels() -> None:

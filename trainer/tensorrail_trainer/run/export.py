@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tensorrail_runtime.errors import GraphError
 from tensorrail_trainer.run._compat_onnxscript import simplification_rules
-from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, read_operators_once
+from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, operators_read_once
 
 _OPSET = 20
 
@@ -86,8 +86,7 @@ class Tracing:
         has_lengths = any(set(named) - {0} for named in axes.values())  # or other dynamic axes that are not the batch
         # Weights in channels_last memory format would be written as strided views.
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        with _quiet(), _attention_in_parts():
-            read_operators_once()
+        with _quiet(), _attention_in_parts(), operators_read_once():
             if has_lengths and any(isinstance(part, nn.RNNBase) for part in plain.modules()):
                 forget_recurrent_kernels()
             try:
