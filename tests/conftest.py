@@ -41,7 +41,7 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def exporter_is_frozen():
     """Do the same once for torch's exporter, which is imported by the first export."""
     yield

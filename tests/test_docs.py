@@ -42,8 +42,8 @@ BLOCK = re.compile(
 )
 # Added where a page does not say them itself: enough for the commands to go all the way, too little for a figure.
 QUICK = {
-    "plan": ("--seconds", "1"),
-    "compress": ("--seconds", "1", "--duration", "0.5", "--fit", "1"),
+    "plan": ("--seconds", "1", "--search-seconds", "0.5"),
+    "compress": ("--seconds", "1", "--duration", "0.2", "--fit", "0.5", "--search-seconds", "0.5"),
     "bench": ("--duration", "0.2"),
     "quantize": ("--duration", "0.2"),
 }

@@ -25,6 +25,7 @@ MODELS = sorted(DATA.glob("light/*.onnx")) + sorted(
 )
 LARGE = ("light_vgg19", "light_bvlc_alexnet", "light_densenet121", "light_zfnet512")
 SLOW = {"light_resnet50", "light_inception_v2"}
+SLOW_AS_MATRICES = {"light_inception_v1", "light_shufflenet"}  # the same graphs are quick to rewrite in `tt`
 EVERY_FORMAT = os.environ.get("TENSORRAIL_CASES") == "all"
 RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
 
@@ -112,7 +113,8 @@ def pairs():
     for path in MODELS:
         large = label(path) in LARGE
         for form_name in FORMATS if EVERY_FORMAT and not large else ["tt", "svd"]:
-            marks = [pytest.mark.slow] if large or label(path) in SLOW else []
+            slow = label(path) in (SLOW if form_name == "tt" else SLOW | SLOW_AS_MATRICES)
+            marks = [pytest.mark.slow] if large or slow else []
             yield pytest.param(form_name, path, id=f"{form_name}-{label(path)}", marks=marks)
 
 
@@ -156,8 +158,15 @@ def test_the_models_are_there_and_most_of_their_layers_are_rewritten():
     assert sum(map(bool, counts.values())) >= 30
 
 
-@pytest.mark.parametrize(("name", "layers"), [("light_squeezenet", 26), ("light_shufflenet", 2)])
-@pytest.mark.parametrize("form_name", ["tt", "tucker", "svd"])
+@pytest.mark.parametrize(
+    ("form_name", "name", "layers"),
+    [
+        ("tt", "light_squeezenet", 26),
+        ("svd", "light_squeezenet", 26),
+        pytest.param("tucker", "light_squeezenet", 26, marks=pytest.mark.slow),
+        ("tucker", "light_shufflenet", 2),
+    ],
+)
 def test_networks_with_random_weights_at_full_rank(name, layers, form_name):
     """The weights of these models are constants; with random ones, full rank is full. Grouped convolutions stay dense."""
     model = onnx.load(DATA / "light" / f"{name}.onnx")

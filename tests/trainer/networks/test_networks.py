@@ -29,6 +29,8 @@ SMALL = {
     "resnet50": ({"width": 8, "classes": 5}, (3, 64, 64)),
     "vit_tiny": ({"size": 32, "depth": 2, "dim": 48, "classes": 5}, (3, 32, 32)),
 }
+# ResNet-18 is exported in test_published.py and test_onnx_module.py anyway.
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "resnet18" else ()) for name in SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_states_carry_the_names_under_which_they_are_published(name, shapes):
     assert {key: tuple(state[key].shape) for key in shapes} == shapes
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_graph_computes_what_the_module_does_at_any_batch(name, exported):
     model, graph = exported(name)
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -145,7 +147,7 @@ def test_the_graph_computes_what_the_module_does_at_any_batch(name, exported):
         assert relative(session.run(None, {"image": x.numpy()})[0], expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", QUICK)
 def test_every_layer_is_found_under_the_modules_own_name(name, exported):
     model, graph = exported(name)
     depthwise = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
@@ -153,7 +155,7 @@ def test_every_layer_is_found_under_the_modules_own_name(name, exported):
     assert len(depthwise) == (7 if name == "mobilenet_v2" else 0)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", QUICK)
 def test_every_node_is_known_to_the_cost_model(name, exported, tmp_path):
     save_model(exported(name)[1], tmp_path / "m.onnx")
     assert cost(tmp_path / "m.onnx", batch=2).uncounted == ()
