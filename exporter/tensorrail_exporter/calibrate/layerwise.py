@@ -297,13 +297,15 @@ def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarr
     statistics = problem.statistics + problem.held_out if how.refit else problem.statistics
     cores = metric.decompose(plan, *problem.shrunk(statistics, problem.moments(statistics), shrinkage))
     fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(problem.plain, weight.shape)
-    if not statistics.lost(fitted, centred=biased) <= statistics.lost(unfitted, centred=biased):
-        cores, fitted = problem.plain, unfitted  # too few or too similar rows to fit to
+    squares = statistics.squares(unfitted)
+    lost, lost_unfitted = statistics.lost(fitted, centred=biased), statistics.lost(unfitted, centred=biased, squares=squares)
+    if not lost <= lost_unfitted:
+        cores, fitted, lost = problem.plain, unfitted, lost_unfitted  # too few or too similar rows to fit to
     row = LayerFit(
         layer=plan.name,
         rows=statistics.count,
-        plain=statistics.lost(unfitted, centred=False),
-        fitted=statistics.lost(fitted, centred=biased),
+        plain=statistics.lost(unfitted, centred=False, squares=squares),
+        fitted=lost,
         bias=biased,
         shrinkage=shrinkage,
     )
