@@ -14,9 +14,9 @@ output core :math:`A` times the product :math:`P` of all other cores, at each ta
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def alternate(
         cores: the cores to start from.
         target: the weight (O, I, *K) to approximate.
         gram: second moments (I·K, I·K) of the inputs.
-        sweeps: largest number of sweeps; they end earlier once they gain little.
+        sweeps: largest number of sweeps; they end earlier once they gain little. 0: only the output core is fitted.
 
     """
     goal = np.ascontiguousarray(target.reshape(target.shape[0], -1), np.float32)
@@ -50,6 +50,8 @@ def alternate(
         letters = equation.cores[outer]
         sizes = dict(zip(letters, view(fitted[outer], letters, equation).shape, strict=True))
         problem = _BehindOutputs(equation, goal, gram, outer, sizes)
+    if not sweeps:
+        return problem.start(fitted)
     best, least = list(fitted), problem.error(fitted)
     before = math.inf
     for _ in range(sweeps):
@@ -87,6 +89,10 @@ class _AllCores:
         """Return the error of the cores' product."""
         return energy(_product(self.equation, cores, self.goal.shape) - self.goal, self.gram)
 
+    def start(self, cores: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the cores as they are: none of them has a closed form."""
+        return cores
+
     def sweep(self, cores: list[np.ndarray]) -> list[np.ndarray]:
         """Fit every core once, the last one first."""
         for k in reversed(range(len(cores))):
@@ -101,8 +107,7 @@ class _BehindOutputs:
     """The cores of a format with a core of the outputs in front: that one in closed form, the others by their product P."""
 
     def __init__(self, equation: Equation, goal: np.ndarray, gram: np.ndarray, outer: int, sizes: Mapping[str, int]) -> None:
-        self.equation, self.goal, self.gram, self.outer = equation, goal, gram, outer
-        self.letters = equation.cores[outer]
+        self.outer, self.letters = outer, equation.cores[outer]
         self.others = [k for k in range(len(equation.cores)) if k != outer]
         sizes = {**sizes, **dict(zip(equation.weight, equation.axes, strict=True))}
         self.taps = [letter for letter in self.letters[1:] if letter in equation.weight]  # modes of the output core
@@ -115,10 +120,22 @@ class _BehindOutputs:
         axes = tuple(sizes[letter] for letter in product)
         self.within = Equation(tuple(equation.cores[k] for k in self.others), product, axes, equation.inputs)
         self.rows = math.prod(sizes[letter] for letter in self.ranks)
-        self.places = [
-            tuple(tap[self.taps.index(x)] if x in self.taps else slice(None) for x in equation.weight[1:])
-            for tap in itertools.product(*(range(sizes[letter]) for letter in self.taps))
-        ]
+        # Columns are ordered by taps, so that those of one tap are a block.
+        columns = equation.weight[1:]
+        order = [columns.index(letter) for letter in (*self.taps, *inside)]
+        lengths = equation.axes[1:]
+        self.equation = replace(
+            equation,
+            weight=equation.weight[0] + "".join((*self.taps, *inside)),
+            axes=(len(goal), *(lengths[place] for place in order)),
+        )
+        if self.taps:
+            goal = goal.reshape(-1, *lengths).transpose(0, *(1 + place for place in order)).reshape(goal.shape)
+            both = (*order, *(len(order) + place for place in order))
+            gram = gram.reshape(*lengths, *lengths).transpose(both).reshape(gram.shape)
+        self.goal, self.gram = goal, gram
+        width = math.prod(sizes[letter] for letter in inside)
+        self.blocks = [slice(start, start + width) for start in range(0, len(gram), width)]  # columns at each tap
         self.correlation = goal @ gram  # T C
         self.size = float(np.einsum("oi,oi->", self.correlation, goal, dtype=np.float64))
         self.half: np.ndarray | None = None  # of the cores whose error was computed last
@@ -134,15 +151,19 @@ class _BehindOutputs:
             return error
         return energy(_product(self.equation, cores, self.goal.shape) - self.goal, self.gram)
 
-    def sweep(self, cores: list[np.ndarray]) -> list[np.ndarray]:
-        """Fit every core once: that of the outputs, then the last one first."""
+    def start(self, cores: list[np.ndarray]) -> list[np.ndarray]:
+        """Fit the core of the outputs, which takes a tenth of a sweep."""
         product = self._product(cores)
         half = self._times_gram(product) if self.half is None else self.half
         cores = list(cores)
         cores[self.outer] = self._closed(product, half).reshape(cores[self.outer].shape)
-        cores = _balanced(cores)
-        squares, wanted = self._normal(cores)
         self.half = None
+        return cores
+
+    def sweep(self, cores: list[np.ndarray]) -> list[np.ndarray]:
+        """Fit every core once: that of the outputs, then the last one first."""
+        cores = _balanced(self.start(cores))
+        squares, wanted = self._normal(cores)
         for place in reversed(range(len(self.others))):
             views = [view(cores[k], self.equation.cores[k], self.equation) for k in self.others]
             core = _Core(self.within, views, place)
@@ -155,39 +176,31 @@ class _BehindOutputs:
         return np.ascontiguousarray(_product(self.within, [cores[k] for k in self.others], (self.rows, -1)))
 
     def _times_gram(self, product: np.ndarray) -> np.ndarray:
-        """Return H (taps, ranks, I·K): the product at each tap, times the moments."""
-        rows = self.gram.reshape(*self.equation.axes[1:], -1)
-        half = np.empty((len(self.places), len(product), len(self.gram)), np.float32)
-        for tap, place in enumerate(self.places):
-            np.matmul(product, rows[place].reshape(product.shape[1], -1), out=half[tap])
+        """Return H (taps · ranks, I·K): the product at each tap, times the moments."""
+        half = np.empty((len(self.blocks) * self.rows, len(self.gram)), np.float32)
+        for tap, block in enumerate(self.blocks):
+            np.matmul(product, self.gram[block], out=half[tap * self.rows : (tap + 1) * self.rows])
         return half
-
-    def _columns(self, matrix: np.ndarray, place: tuple[int | slice, ...]) -> np.ndarray:
-        """Return the columns (…, inside) of a matrix (…, I·K) at one tap."""
-        return matrix.reshape(-1, *self.equation.axes[1:])[(slice(None), *place)].reshape(len(matrix), -1)
 
     def _closed(self, product: np.ndarray, half: np.ndarray) -> np.ndarray:
         """Return the best output core (O, …): every output is a combination of the rows of P at the taps."""
-        half = half.reshape(-1, half.shape[2])
-        inner = np.concatenate([self._columns(half, place) @ product.T for place in self.places], 1).astype(np.float64)
-        cross = np.concatenate([self._columns(self.correlation, place) @ product.T for place in self.places], 1)
+        inner = np.concatenate([half[:, block] @ product.T for block in self.blocks], 1).astype(np.float64)
+        cross = np.concatenate([self.correlation[:, block] @ product.T for block in self.blocks], 1).astype(np.float64)
         inner[np.diag_indices(len(inner))] += 1e-9 * float(np.trace(inner)) / len(inner) + 1e-30
-        solved = np.linalg.solve(inner, cross.T.astype(np.float64)).T.astype(np.float32)
-        solved = solved.reshape(len(self.goal), *self.sizes)
+        solved = np.linalg.solve(inner, cross.T).T.astype(np.float32).reshape(len(self.goal), *self.sizes)
         return solved.transpose(0, *(1 + self.order.index(letter) for letter in self.letters[1:]))
 
     def _normal(self, cores: Sequence[np.ndarray]) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
         """Return both sides of the normal equations of P: a function of H, and the right side (ranks, inside)."""
         core = view(cores[self.outer], self.letters, self.equation)
         matrix = core.transpose(0, *(self.letters.index(letter) for letter in self.order)).reshape(len(core), -1)
-        gram = (matrix.T @ matrix).reshape(len(self.places), self.rows, -1)
-        by_tap = matrix.reshape(len(core), len(self.places), self.rows)
+        gram = (matrix.T @ matrix).reshape(len(self.blocks), self.rows, -1)
+        by_tap = matrix.reshape(len(core), len(self.blocks), self.rows)
 
         def squares(half: np.ndarray) -> np.ndarray:
-            rows = half.reshape(-1, half.shape[2])
-            return np.asarray(sum(gram[tap] @ self._columns(rows, place) for tap, place in enumerate(self.places)))
+            return np.asarray(sum(rows @ half[:, block] for rows, block in zip(gram, self.blocks, strict=True)))
 
-        wanted = sum(by_tap[:, tap].T @ self._columns(self.correlation, place) for tap, place in enumerate(self.places))
+        wanted = sum(by_tap[:, tap].T @ self.correlation[:, block] for tap, block in enumerate(self.blocks))
         return squares, np.asarray(wanted)
 
 

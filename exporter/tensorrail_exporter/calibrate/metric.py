@@ -130,7 +130,7 @@ def decompose(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: 
         plan: the format, modes and ranks of the layer.
         target: the weight (O, I, *K) whose outputs are approximated.
         moments: second moments of the layer's inputs.
-        sweeps: largest number of alternating sweeps over the cores; default 4.
+        sweeps: largest number of alternating sweeps over the cores; default 4. 0: only the core of the outputs is fitted.
 
     Returns:
         The fitted cores, or those of the plain decomposition if their error is smaller. That can happen with `cp` near full
