@@ -166,7 +166,7 @@ def _timed(
 
     bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
     cheapest = {layer: _cheapest(forms) for layer, forms in options.items()}
-    for attempt in range(_SKETCHES if bounding and table.lacks(cheapest) else 0):
+    for attempt in range(_SKETCHES if bounding and not settings.on_gpu and table.lacks(cheapest) else 0):
         rough = table.sketch(cheapest, settings, _SKETCH_SECONDS, progress)
         if rough is None:
             break
