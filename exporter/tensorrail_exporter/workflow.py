@@ -159,12 +159,13 @@ def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -
     if parts is None:
         return _factored(resolved, decompose(resolved), (), options)
     if not options.refine:
-        return _layerwise(resolved, parts, options, refit=True)
+        return _layerwise(resolved, parts, options)
     settings, progress = options.conditions.settings.exact, options.conditions.progress
     names = [output.name for output in resolved.model.graph.output]
     dense = outputs_of(resolved.model, names, parts.chosen, settings)
     divergence = Divergence(names, dense, parts.chosen.labels, options.metric, parts.chosen.samples)
     network = _layerwise(resolved, parts, options, refit=False)
+    shrinkages = {row.layer: row.shrinkage for row in network.layers if row.shrinkage is not None}
     start = least = divergence.of(outputs_of(network.model, names, parts.chosen, settings))
     for what, refine in options.refine.items():
         refined = _refined(refine, resolved.model, network, parts.fitted)
@@ -175,13 +176,21 @@ def _fitted(resolved: ResolvedPlan, parts: Split | None, options: Compression) -
             progress("note", 1.0, f"{what} is left out: the network is not better for it on inputs that were held out")
     if least < start or parts.chosen is parts.fitted:
         return network
-    return _layerwise(resolved, parts, options, refit=True)
+    return _layerwise(resolved, parts, options, shrinkages=shrinkages)
 
 
-def _layerwise(resolved: ResolvedPlan, parts: Split, options: Compression, *, refit: bool) -> _Network:
+def _layerwise(
+    resolved: ResolvedPlan,
+    parts: Split,
+    options: Compression,
+    *,
+    refit: bool = True,
+    shrinkages: Mapping[str, float] | None = None,
+) -> _Network:
+    """Return the network with its layers fitted; with `shrinkages`, by layer name, none is chosen anew."""
     held_out = None if parts.chosen is parts.fitted else parts.chosen
     settings, progress = options.conditions.settings.exact, options.conditions.progress
-    fitted = fit(resolved, parts.fitted, settings, held_out=held_out, refit=refit, progress=progress)
+    fitted = fit(resolved, parts.fitted, settings, held_out=held_out, refit=refit, shrinkage=shrinkages, progress=progress)
     return _factored(fitted.resolved, fitted.cores, fitted.layers, options)
 
 

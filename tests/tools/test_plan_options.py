@@ -20,6 +20,7 @@ def files(tmp_path, rng, monkeypatch):
         pytest.fail("something was measured")
 
     monkeypatch.setattr(LatencyTable, "measure", never)
+    monkeypatch.setattr(LatencyTable, "sketch", never)
     monkeypatch.chdir(tmp_path)
     weight = rng.standard_normal((64, 64)).astype(np.float32)
     for name, value in (("dense", 0.0), ("nan", np.nan), ("inf", np.inf)):

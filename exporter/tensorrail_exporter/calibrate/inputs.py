@@ -327,20 +327,27 @@ class Statistics:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
-    def lost(self, weight: np.ndarray, *, centred: bool, bias: np.ndarray | None = None) -> float:
+    def squares(self, weight: np.ndarray) -> float:
+        """Return the sum of ‖Ŵx‖² over all rows, for a weight Ŵ (O, I, *K)."""
+        dtype = np.float32 if self.width > _WIDE else np.float64
+        flat = weight.reshape(self.outputs, -1)
+        product = flat.astype(dtype) @ self.xx.astype(dtype, copy=False)
+        return float(np.vdot(flat.astype(np.float64), product))
+
+    def lost(self, weight: np.ndarray, *, centred: bool, bias: np.ndarray | None = None, squares: float | None = None) -> float:
         """Return the error E‖y − Ŵx − b‖² of a weight Ŵ divided by the variance of y.
 
         Args:
             weight: the weight (O, I, *K).
             centred: whether a bias follows the weight; without one, b is 0.
             bias: the bias (O,); default: the best one for these rows.
+            squares: what `squares` returns for the weight, where it is known already.
 
         """
         flat = weight.reshape(self.outputs, -1).astype(np.float64)
         x, y = self.x / self.count, self.y / self.count
-        dtype = np.float32 if self.width > _WIDE else np.float64
-        product = flat.astype(dtype) @ self.xx.astype(dtype, copy=False)
-        error = (self.yy - 2 * float(np.vdot(flat.T, self.xy)) + float(np.vdot(flat, product))) / self.count
+        squares = self.squares(weight) if squares is None else squares
+        error = (self.yy - 2 * float(np.vdot(flat.T, self.xy)) + squares) / self.count
         if centred:
             rest = y - flat @ x
             error -= float(np.square(rest).sum())

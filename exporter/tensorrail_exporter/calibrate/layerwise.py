@@ -115,7 +115,7 @@ def fit(
     *,
     held_out: Calibration | None = None,
     refit: bool = False,
-    shrinkage: float | None = None,
+    shrinkage: float | Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> Fitted:
     """Do the same as `fit_layers` for a resolved plan, which is not changed.
@@ -126,7 +126,7 @@ def fit(
         settings: as for `fit_layers`.
         held_out: as for `fit_layers`.
         refit: once its shrinkage is chosen, fit each layer to the inputs that were held out as well; default False.
-        shrinkage: as for `fit_layers`.
+        shrinkage: as for `fit_layers`; or one for each of some layers, by name, such as those of an earlier fit.
         progress: as for `fit_layers`.
 
     """
@@ -220,7 +220,11 @@ class _Shrinking:
 
     fitted: int  # number of batches to fit to; the others are held out
     refit: bool
-    shrinkage: float | None
+    shrinkage: float | Mapping[str, float] | None
+
+    def known(self, layer: str) -> float | None:
+        """Return the shrinkage of a layer, if it need not be chosen."""
+        return self.shrinkage.get(layer) if isinstance(self.shrinkage, Mapping) else self.shrinkage
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ class _Problem:
     def lost(self, moments: Moments, shrinkage: float) -> float:
         """Return the share that is lost on the rows that were held out, after a short fit."""
         target, shrunk = self.shrunk(self.statistics, moments, shrinkage)
-        fitted = self.plan.reconstruct(metric.in_metric(self.plan, target, shrunk, sweeps=1), self.weight.shape)
+        fitted = self.plan.reconstruct(metric.in_metric(self.plan, target, shrunk, sweeps=0), self.weight.shape)
         bias = self.statistics.bias(fitted) if self.biased else None
         return self.held_out.lost(fitted, centred=self.biased, bias=bias)
 
@@ -291,19 +295,21 @@ def _statistics(
 def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarray | None, LayerFit]:
     """Return the fitted cores, the vector to add to the bias (None without bias), and the row of the layer."""
     plan, weight, biased = problem.plan, problem.weight, problem.biased
-    shrinkage = how.shrinkage
+    shrinkage = how.known(plan.name)
     if shrinkage is None:
         shrinkage = problem.best_shrinkage() if problem.held_out.count else _DEFAULT
     statistics = problem.statistics + problem.held_out if how.refit else problem.statistics
     cores = metric.decompose(plan, *problem.shrunk(statistics, problem.moments(statistics), shrinkage))
     fitted, unfitted = plan.reconstruct(cores, weight.shape), plan.reconstruct(problem.plain, weight.shape)
-    if not statistics.lost(fitted, centred=biased) <= statistics.lost(unfitted, centred=biased):
-        cores, fitted = problem.plain, unfitted  # too few or too similar rows to fit to
+    squares = statistics.squares(unfitted)
+    lost, lost_unfitted = statistics.lost(fitted, centred=biased), statistics.lost(unfitted, centred=biased, squares=squares)
+    if not lost <= lost_unfitted:
+        cores, fitted, lost = problem.plain, unfitted, lost_unfitted  # too few or too similar rows to fit to
     row = LayerFit(
         layer=plan.name,
         rows=statistics.count,
-        plain=statistics.lost(unfitted, centred=False),
-        fitted=statistics.lost(fitted, centred=biased),
+        plain=statistics.lost(unfitted, centred=False, squares=squares),
+        fitted=lost,
         bias=biased,
         shrinkage=shrinkage,
     )

@@ -30,7 +30,7 @@ from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.sessions.session import Session, open_session, run
 from tensorrail_runtime.sessions.values import TYPES
 
-_MEMORY = 2**30  # bytes of tensors that are kept in memory; further ones are kept in files
+_MEMORY = 2**29  # bytes of tensors that are kept in memory; further ones are kept in files
 _SMALL = 2**16  # bytes; smaller tensors always stay in memory
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
@@ -242,7 +242,9 @@ class KeptTensors:
 
     def get(self, name: str, batch: int) -> np.ndarray:
         """Return one batch of a tensor."""
-        return np.asarray(self.arrays[name][batch])
+        array = self.arrays[name][batch]
+        # Pages of a mapped file would stay in memory.
+        return np.load(array.filename) if isinstance(array, np.memmap) and array.filename else np.asarray(array)
 
     def drop(self, name: str) -> None:
         """Delete a tensor."""

@@ -7,6 +7,7 @@ metric takes the place of all of these: the divergence is then how far its mean 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,12 @@ class Divergence:
         if not np.isfinite(after).all():
             return self._relative(changed)
         return max(float((np.exp(before) * (before - after)).sum(-1).mean()), 0.0)
+
+    def of_first(self, changed: Outputs) -> float:
+        """Return the divergence of outputs of the first batches alone; there must be neither labels nor a metric."""
+        part = copy.copy(self)
+        part.dense = [before[: len(after)] for before, after in zip(self.dense, changed, strict=True)]
+        return part.of(changed)
 
     def _relative(self, changed: Outputs) -> float:
         """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖², with 1 for an output whose shape has changed."""

@@ -36,6 +36,9 @@ _VERSION = 2
 _TOGETHER = 6  # forms in one process, timed in turn with the dense layer
 BUSY = 0.1  # share of the time that a process waits for a processor, above which other programs disturb it
 _LOADED = 2**29  # bytes of weights in one process, where layers are timed in turn
+_SKETCHED = 96  # models in one process that sketches times
+_BURSTS = 20  # runs of a model at least, see `fresh_bursts`
+_RATE = 1e10  # multiply-accumulates per second of a slow processor core, to estimate how long a sketch takes
 _ON_GPU = 12  # the same on a GPU, where a process takes seconds to start; every form needs workspaces in its memory
 
 
@@ -169,6 +172,10 @@ class LatencyTable:
         """Return the options that were not measured yet."""
         return [option for option in options if _key(layer, option) not in self.times]
 
+    def lacks(self, wanted: Mapping[DenseLayer, Sequence[Option]]) -> bool:
+        """Return whether a layer, dense or with one of its options, was not measured yet."""
+        return any(_key(layer, None) not in self.times or self.missing(layer, options) for layer, options in wanted.items())
+
     def measure(
         self,
         wanted: Mapping[DenseLayer, Sequence[Option]],
@@ -233,6 +240,42 @@ class LatencyTable:
             )
             progress("note", 1.0, self.busy)
         progress("timing layers", 1.0)
+
+    def sketch(
+        self, wanted: Mapping[DenseLayer, Sequence[Option]], settings: Session, seconds: float, progress: Progress = silent
+    ) -> LatencyTable | None:
+        """Return a table with rough times of what is missing, which is not stored: for bounds, not for choices.
+
+        Many layers and forms are timed in turn in one process, a few runs each.
+
+        Args:
+            wanted: the options of every layer.
+            settings: settings of the sessions.
+            seconds: how long the models may run; None is returned where they need longer by their MACs.
+            progress: told what is done.
+
+        """
+        missing: dict[str, tuple[DenseLayer, tuple[Option, ...]]] = {}
+        for layer, options in wanted.items():
+            if _key(layer, None) not in self.times or self.missing(layer, options):
+                missing[_digest((layer.signature, [_form(option) for option in options]))] = layer, tuple(options)
+        if sum(_sketch_seconds(*job) for job in missing.values()) > seconds:
+            return None
+        times = dict(self.times)
+        groups: list[list[tuple[DenseLayer, tuple[Option, ...]]]] = []
+        models = loaded = 0
+        for layer, options in missing.values():
+            size = copies_of(layer) * layer.bytes * (1 + len(options))
+            if not groups or models + 2 + len(options) > _SKETCHED or loaded + size > _LOADED:
+                groups.append([])
+                models = loaded = 0
+            groups[-1].append((layer, options))
+            models, loaded = models + 2 + len(options), loaded + size
+        for number, group in enumerate(groups):
+            progress("estimating what can be reached", number / len(groups), f"{len(group)} layers")
+            times |= {timed.key: timed for timed in _sketched(group, settings)}
+        progress("estimating what can be reached", 1.0)
+        return LatencyTable(self.target, times=times)
 
     def _as_before(self, layer: DenseLayer, layer_times: Sequence[Timed]) -> list[Timed]:
         """Return new times of a layer scaled to the time of the dense layer that is in the table already, if there is one.
@@ -358,7 +401,50 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
             ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]
             if number == 0 and copies > 1:
                 single_ratio = float(np.median(times[-1] / times[0]))
-    whole = float(np.median(base))
+    timed = _times_of(layer, options, float(np.median(base)), single_ratio, ratios)
+    return timed, float(np.median(waits))
+
+
+def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Session) -> list[Timed]:
+    """Return rough times of layers and forms: a few runs of each, all in turn in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths: list[Path] = []
+        for layer, options in group:
+            dense = dense_context(layer, copies_of(layer))
+            models = [dense, dense_context(layer, 1), *(factored_context(layer, dense, option) for option in options)]
+            for model in models:
+                paths.append(Path(folder) / f"{len(paths)}.onnx")
+                save_model(model, paths[-1])
+        rows = iter(fresh_bursts(paths, settings, 0.0)[0])
+    timed = []
+    for layer, options in group:
+        whole = next(rows)
+        single_ratio, *ratios = (float(np.median(next(rows) / whole)) for _ in range(1 + len(options)))
+        timed += _times_of(layer, options, float(np.median(whole)), single_ratio, ratios)
+    return timed
+
+
+def _sketch_seconds(layer: DenseLayer, options: Sequence[Option]) -> float:
+    """Return about how long the models of a layer run in a sketch, by their MACs."""
+    copies, macs = copies_of(layer), dense_cost(layer.spec).macs
+    share = copies + 1 + copies * sum(option.macs for option in options) / max(1, macs)
+    return _BURSTS * share * layer.macs / max(1, layer.nodes) / _RATE
+
+
+def _times_of(
+    layer: DenseLayer, options: Sequence[Option], whole: float, single_ratio: float, ratios: Sequence[float]
+) -> list[Timed]:
+    """Return the times of a layer, dense and with these options.
+
+    Args:
+        layer: the layer.
+        options: the options.
+        whole: milliseconds of all dense copies.
+        single_ratio: time of a single dense copy divided by that of all.
+        ratios: time of all copies with each option, divided by that of all dense copies.
+
+    """
+    copies = copies_of(layer)
     per_copy = whole * (1 - single_ratio) / (copies - 1) if copies > 1 else whole
     ends = whole - copies * per_copy  # the part that does not depend on the number of copies
     dense_macs = dense_cost(layer.spec).macs
@@ -368,7 +454,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
         least = 0.5 * timed[0].milliseconds * option.macs / max(1, dense_macs)
         milliseconds = max((whole * ratio - ends) / copies, least, 1e-6)
         timed.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=milliseconds))
-    return timed, float(np.median(waits))
+    return timed
 
 
 def _form(option: Option) -> str:

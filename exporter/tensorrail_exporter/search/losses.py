@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,12 @@ from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
 
 SAMPLES = 64  # samples on which effects on the network's outputs are measured
-_POINTS = 5  # options of a layer whose effect is measured
+_POINTS = 5  # options of a layer whose effect is measured, at most
+_FEW = 24  # samples on which the shape of a layer's curve is measured; one of its points is measured on all samples
+_STRAIGHT = 0.5  # distance of the logarithms: a curve whose middle is nearer to the line between its ends needs three points
+_ALIKE = 3.0  # factor between effects on few and on all samples up to which one factor serves for the whole curve
 _SHRINKAGE = 0.1  # of the second moments of inputs, which few samples do not determine; see `calibrate.layerwise`
+_FLOOR = 1e-12  # of shares and effects whose logarithms are taken
 _STAGE = "measuring losses"
 
 
@@ -92,6 +96,9 @@ class Probe:
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs, self.metric = inputs, metric
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
+        # Scores of few samples are too coarse.
+        few = len(inputs.first(_FEW).feeds) if metric is None and inputs.labels is None else len(inputs.feeds)
+        self.few = few if few < len(inputs.feeds) else None
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
         self.divergence = Divergence(self.network.outputs, self.network.dense(), inputs.labels, metric, inputs.samples)
 
@@ -103,14 +110,23 @@ class Probe:
             self._latest[layer] = option, Change(weight, approximations.bias(weight))
         return self._latest[layer][1]
 
-    def effects(self, layer: str, options: Sequence[Option]) -> list[float]:
-        """Return the loss of the network with each of some options of one layer. Call it in the order of the graph."""
+    def effects(self, layer: str, options: Sequence[Option], batches: int | None = None) -> list[float]:
+        """Return the loss of the network with each of some options of one layer.
+
+        Args:
+            layer: the layer; call it in the order of the graph.
+            options: the options to try.
+            batches: the number of batches to measure on, from the first, such as `few`; default: all.
+
+        """
         changes = [self.change(layer, option) for option in options]
+        loss = self.divergence.of if batches is None else self.divergence.of_first
         if layer in self.network.layers:
-            return [self.divergence.of(outputs) for outputs in self.network.with_each(layer, changes)]
+            return [loss(outputs) for outputs in self.network.with_each(layer, changes, batches)]
         # In the body of a node: the whole network runs.
+        inputs = replace(self.inputs, feeds=self.inputs.feeds[:batches])
         models = (with_weights(self.resolved, {layer: change.weight}) for change in changes)
-        return [self.divergence.of(outputs_of(model, self.network.outputs, self.inputs, self.settings)) for model in models]
+        return [loss(outputs_of(model, self.network.outputs, inputs, self.settings)) for model in models]
 
     def loss(self, choice: Mapping[str, Option]) -> float:
         """Return the loss of the network with an option for each of some layers; the others stay dense."""
@@ -184,11 +200,43 @@ def measured_losses(wanted: Mapping[DenseLayer, Sequence[Option]], probe: Probe,
         progress(_STAGE, number / len(options_by_layer), name)
         options = options_by_layer[name]
         shares = [probe.approximations[name].share(option) for option in options]
-        picks = _spread(shares)
-        effects = probe.effects(name, [options[k] for k in picks])
-        values[name] = interpolated(shares, {shares[k]: effect for k, effect in zip(picks, effects, strict=True)})
+        values[name] = interpolated(shares, _curve(name, options, shares, probe))
     progress(_STAGE, 1.0)
     return Losses("calibration" if probe.inputs.labels is None else "labels", values, probe.divergence.unit)
+
+
+def _curve(name: str, options: Sequence[Option], shares: Sequence[float], probe: Probe) -> dict[float, float]:
+    """Return the effects of some options of a layer by the share that each loses.
+
+    The shape of the curve is measured on few samples, and its height on all of them, at its middle: the effects of two options
+    of the same layer on a sample are large or small together. Points between the ends and the middle are measured where these
+    three are not nearly on a line.
+    """
+
+    def effects(places: Sequence[int], batches: int | None) -> dict[int, float]:
+        return dict(zip(places, probe.effects(name, [options[k] for k in places], batches), strict=True))
+
+    picks = _spread(shares)
+    middle = picks[len(picks) // 2]
+    measured = effects(sorted({picks[0], middle, picks[-1]}, key=picks.index), probe.few)
+    if not _straight(sorted((shares[k], effect) for k, effect in measured.items())):
+        measured |= effects([k for k in picks if k not in measured], probe.few)
+    if probe.few is not None:
+        level = effects([middle], None)[middle]
+        factor = level / max(measured[middle], _FLOOR)
+        if 1 / _ALIKE <= factor <= _ALIKE:
+            measured = {k: factor * effect for k, effect in measured.items()}
+        else:
+            measured = effects([k for k in measured if k != middle], None) | {middle: level}
+    return {shares[k]: effect for k, effect in measured.items()}
+
+
+def _straight(points: Sequence[tuple[float, float]]) -> bool:
+    """Return whether the middle one of three points (share, effect) is near the line between the others; on logarithms."""
+    if len(points) < 3:
+        return True
+    (x0, y0), (x1, y1), (x2, y2) = np.log(np.maximum(points, _FLOOR))
+    return bool(abs(y1 - np.interp(x1, [x0, x2], [y0, y2])) <= _STRAIGHT)
 
 
 def interpolated(shares: Sequence[float], effects: Mapping[float, float]) -> tuple[float, ...]:
@@ -204,9 +252,8 @@ def interpolated(shares: Sequence[float], effects: Mapping[float, float]) -> tup
     """
     xs = np.array(sorted(effects))
     ys = np.maximum.accumulate([effects[x] for x in xs])
-    floor = 1e-12
-    logs = np.interp(np.log(np.maximum(shares, floor)), np.log(np.maximum(xs, floor)), np.log(np.maximum(ys, floor)))
-    small = [float(ys[0] * share / max(xs[0], floor)) for share in shares]
+    logs = np.interp(*(np.log(np.maximum(np.asarray(values, float), _FLOOR)) for values in (shares, xs, ys)))
+    small = [float(ys[0] * share / max(xs[0], _FLOOR)) for share in shares]
     return tuple(low if share < xs[0] else float(np.exp(log)) for share, log, low in zip(shares, logs, small, strict=True))
 
 

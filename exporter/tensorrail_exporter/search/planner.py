@@ -52,6 +52,10 @@ _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy t
 _NUDGE = 1.005
 _FIRST = 2  # forms of a layer that are timed first, to refuse a target that is out of reach
 _FAR = 1.15  # times what these forms reach: other forms may be faster than those with the fewest MACs, but hardly by more
+_SKETCHES = 2  # rough measurements that must agree before a target is refused for them
+_SKETCH_SECONDS = 4.0  # for which the models of one may run; networks that need longer are timed at once
+_LEEWAY = 1.02  # times what a rough measurement reaches: not refused
+_ROUGHLY = 1 / 3  # share of the time for timing layers that is enough where no target is on the latency
 _TRIES = 4
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
@@ -147,16 +151,32 @@ def _timed(
 ) -> Candidates:
     """Time all forms of all layers, and return them without losses; raise `TargetError` if they cannot meet a target.
 
-    The forms with the fewest MACs are timed first. A target on the latency that is far beyond them is refused at once.
+    What can be reached is measured roughly first, and a target beyond it is refused when a second measurement agrees. Then the
+    forms with the fewest MACs are timed. A target on the latency that is far beyond them is refused at once.
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(options))
-    seconds, settings, progress = search.seconds, conditions.settings, conditions.progress
+    # Without a target on the latency, times only tell which forms are slower than their dense layers.
+    seconds = search.seconds if "latency" in targets or search.max_loss is not None else search.seconds * _ROUGHLY
+    settings, progress = conditions.settings, conditions.progress
 
-    def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]]) -> Candidates:
+    def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]], table: LatencyTable = table) -> Candidates:
         faster = {layer: _faster(layer, own, table, search.gain) for layer, own in forms.items()}
         return Candidates(forms, faster, Losses("", {}), table, dense, _scale(options, table, dense.milliseconds))
 
+    bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
+    cheapest = {layer: _cheapest(forms) for layer, forms in options.items()}
+    for attempt in range(_SKETCHES if bounding and not settings.on_gpu and table.lacks(cheapest) else 0):
+        rough = table.sketch(cheapest, settings, _SKETCH_SECONDS, progress)
+        if rough is None:
+            break
+        try:
+            require_reachable(bounding, candidates(cheapest, rough), search, beyond=_LEEWAY)
+        except TargetError:
+            if attempt == _SKETCHES - 1:
+                raise
+        else:
+            break
     table.measure(smallest, settings, seconds=seconds * share, progress=part_of(progress, 0.0, share))
     latency = {name: factor for name, factor in targets.items() if name == "latency"}
     require_reachable(latency, candidates(smallest), search, beyond=_FAR)
@@ -164,6 +184,14 @@ def _timed(
     timed = candidates(options)
     require_reachable(targets, timed, search)
     return timed
+
+
+def _cheapest(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Return the two forms with the fewest MACs of each format and division of the axes, among which the fastest one is."""
+    families: dict[tuple[str, tuple[int, ...]], list[Option]] = {}
+    for option in sorted(options, key=lambda form: form.macs):
+        families.setdefault((option.format, option.modes), []).append(option)
+    return tuple(option for family in families.values() for option in family[:_FIRST])
 
 
 def _count(options: Mapping[DenseLayer, Sequence[Option]]) -> int:

@@ -86,6 +86,7 @@ class StitchedNetwork:
         self._at = 0
         self._from_inputs = False  # whether a tensor between the layers is no array, so that the whole network runs
         self._whole: ort.InferenceSession | None = None
+        self._behind: tuple[str, ort.InferenceSession] | None = None  # the layer that was changed last, and what runs for it
 
     def dense(self) -> Outputs:
         """Return the outputs of the dense network: one list per output, with one array per batch."""
@@ -100,12 +101,21 @@ class StitchedNetwork:
             values |= self._values(name, changes.get(name))
         return self._gather(self._whole, values, self.outputs)
 
-    def with_each(self, layer: str, changes: Sequence[Change]) -> list[Outputs]:
-        """Return the outputs with each of some changes of one layer. Call it once per layer, in the order of `layers`."""
-        self._advance(self._places[layer])
-        nodes = self.network.above(self.outputs, self._kept)
-        session = self._session(nodes, (layer,), self.outputs)
-        return [self._gather(session, self._values(layer, change), self.outputs) for change in changes]
+    def with_each(self, layer: str, changes: Sequence[Change], batches: int | None = None) -> list[Outputs]:
+        """Return the outputs with each of some changes of one layer.
+
+        Args:
+            layer: the layer; call it in the order of `layers`.
+            changes: the changes to try.
+            batches: the number of batches to run, from the first; default: all.
+
+        """
+        if self._behind is None or self._behind[0] != layer:
+            self._advance(self._places[layer])
+            nodes = self.network.above(self.outputs, self._kept)
+            self._behind = layer, self._session(nodes, (layer,), self.outputs)
+        session = self._behind[1]
+        return [self._gather(session, self._values(layer, change), self.outputs, batches) for change in changes]
 
     def _values(self, name: str, change: Change | None) -> dict[str, np.ndarray]:
         """Return the constants of a layer by their names."""
@@ -181,9 +191,15 @@ class StitchedNetwork:
             for name in names
         }
 
-    def _gather(self, session: ort.InferenceSession, values: Mapping[str, np.ndarray], names: Sequence[str]) -> Outputs:
+    def _gather(
+        self,
+        session: ort.InferenceSession,
+        values: Mapping[str, np.ndarray],
+        names: Sequence[str],
+        batches: int | None = None,
+    ) -> Outputs:
         gathered: Outputs = [[] for _ in names]
-        for batch in range(len(self.feeds)):
+        for batch in range(len(self.feeds) if batches is None else batches):
             results = run(session, self._feed(session, values, batch))
             for k, name in enumerate(names):
                 if name in results:

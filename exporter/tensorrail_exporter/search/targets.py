@@ -44,7 +44,8 @@ class Search:
     allow_slower: bool = False
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 150.0
-    """Time limit in seconds for timing layers that are not in the latency table yet; default 150."""
+    """Time limit in seconds for timing layers that are not in the latency table yet, of which a third is used where neither
+    `latency` is a target nor the loss is limited; default 150."""
     improve_seconds: float = 60.0
     """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 60."""
     check_seconds: float = 10.0

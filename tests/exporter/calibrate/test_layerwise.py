@@ -388,3 +388,13 @@ def test_the_record_counts_what_is_lost(rng):
     mine = run(reconstruct(fitted.model, ONE, fitted.cores), x)[0]
     assert row.plain == pytest.approx(np.square(plain - own).sum() / spread, rel=1e-3)
     assert row.fitted == pytest.approx(np.square(mine - own).sum() / spread, rel=1e-2)
+
+
+def test_known_shrinkages_are_taken_and_not_chosen_again(network, rng):
+    resolved, data, held_out = resolve(network, PLAN), calibration(rng, 40), calibration(rng, 20)
+    chosen = fit(resolved, data, CPU, held_out=held_out)
+    again = fit(resolved, data, CPU, held_out=held_out, shrinkage={row.layer: row.shrinkage for row in chosen.layers})
+    assert again.layers == chosen.layers
+    name = chosen.layers[0].layer
+    other = fit(resolved, data, CPU, held_out=held_out, shrinkage={name: 0.9})
+    assert [row.shrinkage for row in other.layers if row.layer == name] == [0.9]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorrail_exporter import FORMATS, LayerPlan
-from tensorrail_exporter.calibrate.metric import Moments, decompose, roots
+from tensorrail_exporter.calibrate.metric import Moments, decompose, in_metric, roots
 
 ROUNDING = 1e-5  # of the outputs' energy: float32, where the plain decomposition is exact and the moments ill-conditioned
 NO_WORSE = 1.001  # times the plain error; the fit is in float32
@@ -189,3 +189,31 @@ def test_roots_are_inverse_to_each_other_and_regular(rng):
     root, inverse = roots(np.zeros((5, 5)))
     assert np.isfinite(inverse).all()
     np.testing.assert_allclose(root @ inverse, np.eye(5), atol=1e-6)
+
+
+@pytest.mark.parametrize("modes", [(48 * 9, 16), (48 * 3, 48), (48, 144)])
+def test_each_further_sweep_lowers_the_error_of_taps_on_either_side(modes, rng):
+    target = rng.standard_normal((48, 16, 3, 3)).astype(np.float32)
+    moments = Moments(correlated(rng, 144, spread=0.5)).shrunk(0.1)
+    plan = LayerPlan(name="w", format="svd", modes=modes, ranks=(10,))
+    fits = [in_metric(plan, target, moments, sweeps=sweeps) for sweeps in (0, 1, 4)]
+    errors = [moments.error(plan.reconstruct(cores, target.shape), target) for cores in fits]
+    assert errors[0] >= errors[1] * (1 - 1e-5)
+    assert errors[1] >= errors[2] * (1 - 1e-5)
+    # The output core is the best one: a small change of it in any direction costs more.
+    outputs, inputs = fits[0]
+    for seed in range(3):
+        step = 1e-2 * np.random.default_rng(seed).standard_normal(outputs.shape).astype(np.float32)
+        changed = [moments.error(plan.reconstruct([outputs + sign * step, inputs], target.shape), target) for sign in (1, -1)]
+        assert min(changed) > errors[0]
+
+
+def test_whitened_moments_are_those_of_the_mixed_channels(rng):
+    moments = Moments(correlated(rng, 8 * 4, spread=0.5))
+    for other in (moments, moments.shrunk(0.2)):
+        gram, mixing, inverse = other.whitened(8)
+        taps = np.eye(4)
+        np.testing.assert_allclose(mixing @ inverse, np.eye(8), atol=1e-4)
+        expected = np.kron(inverse, taps) @ other.gram @ np.kron(inverse, taps).T
+        np.testing.assert_allclose(gram, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(Moments(gram).channels(8), np.eye(8), atol=1e-3)

@@ -374,3 +374,21 @@ def test_real_times_are_positive_and_finite(rng, tmp_path, strides):
     assert np.isfinite(times).all()
     assert min(times) > 0
     assert LatencyTable.open(CPU, tmp_path).times == table.times
+
+
+def test_a_sketch_has_rough_times_of_everything_and_is_not_kept(rng, tmp_path):
+    layers = [conv_layer(rng), conv_layer(rng, batch=2)]
+    options = {layer: options_of(layer, ["auto"], 8)[:2] for layer in layers}
+    table = LatencyTable.open(CPU, tmp_path)
+    assert table.lacks(options)
+    rough = table.sketch(options, CPU, 60.0)
+    assert not rough.lacks(options)
+    assert rough.path is None
+    assert table.times == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_run_long_are_not_sketched(rng, monkeypatch):
+    monkeypatch.setattr(latency_table, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
+    layer = conv_layer(rng)
+    assert LatencyTable(Target.here(CPU)).sketch({layer: options_of(layer, ["auto"], 8)}, CPU, 1e-6) is None

@@ -204,3 +204,18 @@ def test_the_cheapest_form_is_measured_and_not_extended_from_a_mild_one(rng):
     mild = min(range(len(options)), key=lambda k: abs(shares[k] - 0.05))
     extended = losses[mild] * shares[0] / shares[mild]
     assert losses[0] > 3 * extended
+
+
+def test_a_curve_from_few_inputs_has_the_height_that_all_of_them_give(rng):
+    """The first inputs are larger than the others, so that effects on them alone would be too large."""
+    weights = {name: rng.standard_normal((64, size)).astype(np.float32) / 8 for name, size in (("w", 64), ("head", 10))}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "w"), helper.make_node("MatMul", ["h", "head"], ["y"], "head")]
+    model = make_model(nodes, weights, {"x": ["batch", 64]}, {"y": ["batch", 10]})
+    scale = np.where(np.arange(75) < 25, 2.0, 1.0)[:, None]
+    x = (scale * rng.standard_normal((75, 64))).astype(np.float32)
+    parts = [Calibration(tuple({"x": x[k : k + size]} for k in range(0, 75, size))) for size in (25, 75)]
+    layer = next(layer for layer in survey(model) if layer.name == "w")
+    options = {layer: options_of(layer, ["svd"], 4)}
+    few, every = (losses_of(model, options, whole(part)).values["w"] for part in parts)  # a single batch is never divided
+    assert few != every
+    np.testing.assert_allclose(np.log(few), np.log(every), atol=0.25)  # without the height 0.7

@@ -56,6 +56,7 @@ def known_times(monkeypatch):
                 self.times[entry.key] = entry
 
     monkeypatch.setattr(LatencyTable, "measure", measure)
+    monkeypatch.setattr(LatencyTable, "sketch", lambda *_: None)
 
     def bench(paths, timing, settings, **options):
         here = replace(timing, seconds=0.0, warmup=0.0, processes=0)  # in this process, for its times are replaced
@@ -144,6 +145,31 @@ def test_a_target_out_of_reach_is_refused_before_all_forms_are_timed_and_losses_
     with pytest.raises(TargetError, match="flops=90 cannot be met"):
         plan_network(network, {"flops": 90.0}, search(tmp_path))
     assert timed[0] == 3 * 2 < timed[1]  # the forms with the fewest MACs need not be those with the fewest parameters or bytes
+
+
+@pytest.mark.parametrize(("slow_sketches", "refused"), [(2, True), (1, False)])
+def test_two_rough_measurements_that_agree_refuse_a_target(slow_sketches, refused, network, known_times, tmp_path, monkeypatch):
+    """No form is faster in the first sketches; if a second one finds faster forms, all are timed."""
+    measure, sketched, timed = LatencyTable.measure, [], []
+
+    def sketch(self, wanted, settings, seconds, progress):
+        sketched.append(len(wanted))
+        rough = LatencyTable(self.target)
+        measure(rough, wanted, settings)
+        if len(sketched) <= slow_sketches:
+            rough.times = {key: timed.model_copy(update={"milliseconds": 1.0}) for key, timed in rough.times.items()}
+        return rough
+
+    monkeypatch.setattr(LatencyTable, "sketch", sketch)
+    monkeypatch.setattr(LatencyTable, "measure", lambda *args, **options: (timed.append(1), measure(*args, **options)))
+    if refused:
+        with pytest.raises(TargetError, match=r"latency=1\.5 cannot be met: at most 1\.00× is reachable"):
+            plan_network(network, {"latency": 1.5}, search(tmp_path))
+        assert timed == []
+    else:
+        plan_network(network, {"latency": 1.5}, search(tmp_path))
+        assert timed
+    assert len(sketched) == 2
 
 
 def test_a_layer_in_a_body_is_named_as_not_timed(network, known_times, tmp_path, rng):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,23 +155,21 @@ def _check_also(precisions: Sequence[str], calibration: object) -> None:
 def _refine(options: Options) -> dict[str, Refine]:
     """Return the fits in torch; none when they are switched off, or torch is missing and they were not asked for."""
     seconds = options.fit.seconds
-    if seconds == 0:
+    if seconds == 0 or (seconds is None and importlib.util.find_spec("torch") is None):
         return {}
-    try:
-        from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
-        from tensorrail_trainer.fit.network import NetworkFit, fit_network
-    except ModuleNotFoundError:
-        if seconds is not None:
-            raise
-        return {}
+    if seconds is not None:
+        pass  # raises where something is missing; otherwise torch is loaded when it is needed
     half = (_FIT_SECONDS if seconds is None else seconds) / 2
-    blocks, network = FitSettings(seconds=half), NetworkFit(seconds=half)
 
     def by_blocks(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
-        return fit_blocks(dense, factored, plan, inputs, blocks, options.progress).model
+        from tensorrail_trainer.fit.blocks import FitSettings, fit_blocks
+
+        return fit_blocks(dense, factored, plan, inputs, FitSettings(seconds=half), options.progress).model
 
     def as_a_whole(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
-        return fit_network(dense, factored, plan, inputs, network, options.progress)
+        from tensorrail_trainer.fit.network import NetworkFit, fit_network
+
+        return fit_network(dense, factored, plan, inputs, NetworkFit(seconds=half), options.progress)
 
     fits = {"the fit to activations": by_blocks, "the fit of the whole network": as_a_whole}
     return {what: _or_left_out(what, fit, options) for what, fit in fits.items()}
@@ -182,7 +181,7 @@ def _or_left_out(what: str, fit: Refine, options: Options) -> Refine:
     def tried(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
         try:
             return fit(dense, factored, plan, inputs)
-        except GraphError as error:
+        except (GraphError, ModuleNotFoundError) as error:
             if options.fit.seconds is not None:  # asked for
                 raise
             options.progress("note", 1.0, f"{what} is left out: {error}")
