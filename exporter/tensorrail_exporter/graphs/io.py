@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from tensorrail_exporter.graphs.preserve import presentable, restore
 from tensorrail_runtime.errors import GraphError, first_line
-from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.graphs.files import bodies, data_file, descendants
 from tensorrail_runtime.records import write_bytes
 
 _LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, less room for everything except the data of tensors
@@ -68,7 +68,7 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
     Args:
         model: the model; it is not changed.
         path: the file to write. The weights of a model above protobuf's limit of 2 GiB are written to `<name>.data` in the
-            same folder.
+            same folder, or to `<name>.2.data` and so on if another model in the folder reads that file.
 
     Raises:
         OSError: the file cannot be written.
@@ -79,7 +79,7 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
         write_bytes(path, model.SerializeToString())
         return
     path = path.resolve()  # the data belong beside the file that a link points to
-    data = path.with_name(f"{path.name}.data")
+    data = data_file(path)
     part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
     try:
         small = _with_external_data(model, part, data.name)
