@@ -8,6 +8,7 @@ counted as zero; so are If and Loop, whose bodies run an unknown number of times
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
-from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
+from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, constant_tensor, operands_of
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
@@ -145,7 +146,39 @@ def _loaded(path: Path) -> onnx.ModelProto:
     model = onnx.load(path)
     if not model.graph.node:
         raise ModelError(f"{path}: contains no nodes: expected an ONNX model")
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    return without_functions(model)
+
+
+def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with the bodies of its functions in place of their calls; the model itself if it has none.
+
+    A function of another opset stays if onnx cannot convert it.
+    """
+    if not model.functions:
+        return model
+    light = onnx.ModelProto()  # the inliner cannot read a message above 2 GiB
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            getattr(light, field.name).MergeFrom(value) if field.is_repeated else setattr(light, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            target = getattr(light.graph, field.name)
+            target.MergeFrom(value) if field.is_repeated else setattr(light.graph, field.name, value)
+    light.graph.initializer.extend(
+        onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]) for tensor in model.graph.initializer
+    )
+    inlined = onnx.inliner.inline_local_functions(light)
+    if inlined.functions:
+        with suppress(RuntimeError, onnx.shape_inference.InferenceError):
+            inlined = onnx.inliner.inline_local_functions(onnx.shape_inference.infer_shapes(light), convert_version=True)
+    known = {opset.domain for opset in inlined.opset_import}
+    for opset in (opset for function in model.functions for opset in function.opset_import):
+        if opset.domain not in known:
+            inlined.opset_import.append(opset)
+            known.add(opset.domain)
+    del inlined.graph.initializer[:]
+    inlined.graph.initializer.extend(model.graph.initializer)
+    return inlined
 
 
 def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path: Path, batch: int) -> GraphCost:
@@ -192,9 +225,9 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Return the initializers and the tensors of Constant nodes of a graph, by name."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                constants[node.output[0]] = attribute.t
+        tensor = constant_tensor(node)
+        if tensor is not None:
+            constants[node.output[0]] = tensor
     return constants
 
 
