@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.graphs.reading import standardized
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress
 from tensorrail_runtime.sessions.inputs import open_axes
@@ -53,7 +54,9 @@ def as_graph(model: Any) -> onnx.ModelProto:  # Any: see `Model`
     import onnx
 
     if isinstance(model, onnx.ModelProto):
-        return model
+        standard = onnx.ModelProto()
+        standard.CopyFrom(model)
+        return standard if standardized(standard) else model
     if isinstance(model, Path | str):
         from tensorrail_exporter.graphs.io import load_model
 

@@ -61,7 +61,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
     _remove_double_casts(graph)
     result = prepared.restored(export_graph(graph, converted))
     try:
-        check_model(result)
+        check_model(result, named)
     except GraphError as error:
         raise GraphError(f"the fp16 graph is not valid: {error}; {_KEEP}") from None
     return result

@@ -327,7 +327,7 @@ def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto, prepared: Prepa
     del quantized.opset_import[:], quantized.metadata_props[:]
     quantized.opset_import.extend(opsets)
     quantized.metadata_props.extend(original.metadata_props)
-    check_model(quantized)
+    check_model(quantized, original)
     return quantized
 
 

@@ -20,6 +20,7 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
 from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, constant_tensor, operands_of
+from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
@@ -143,7 +144,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
 
 
 def _loaded(path: Path) -> onnx.ModelProto:
-    model = onnx.load(path)
+    model, _ = read_model(path)
     if not model.graph.node:
         raise ModelError(f"{path}: contains no nodes: expected an ONNX model")
     return without_functions(model)

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
+from tensorrail_runtime.records import require_utf8
 from tensorrail_runtime.sessions.float16 import holds_fp16
 
 PROVIDERS = {
@@ -122,6 +123,7 @@ def open_session(
     """
     settings = settings or Session(provider=provider, threads=threads)
     settings.check()
+    require_utf8(path)
     name = PROVIDERS[settings.provider]
     if name not in ort.get_available_providers():
         raise ModelError(

@@ -29,6 +29,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**given: Any) -> None:  # Any: the values of the options
+        _require_utf8(given)
         _require_no_loss(given)
         made = {name: groups[name].make(**{option: given.pop(option) for option in options[name]}) for name in groups}
         command(**given, **made)
@@ -41,6 +42,16 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only} | {"return": None}
     del call.__wrapped__  # or the options would be read from the command itself
     return call
+
+
+def _require_utf8(given: Mapping[str, Any]) -> None:  # Any: the values of the options
+    """Raise `ModelError` for a name that is not valid UTF-8: neither ONNX Runtime nor a JSON file takes it."""
+    texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
+    for text in texts:
+        if isinstance(text, Path | str) and any("\ud800" <= character <= "\udfff" for character in str(text)):
+            from tensorrail_runtime.records import require_utf8
+
+            require_utf8(text)
 
 
 def _require_no_loss(given: Mapping[str, Any]) -> None:  # Any: the values of the options
