@@ -188,12 +188,13 @@ def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[
     return {} if inferred is None else _shapes(inferred.graph)
 
 
-def untyped_axes(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the element types, by name, of the tensors of the main graph whose number of axes onnx cannot infer."""
+def unknown_axes(model: onnx.ModelProto) -> set[str]:
+    """Return the tensors of the main graph whose number of axes onnx cannot infer."""
     inferred = _inferred(model, data_prop=False)
-    values = () if inferred is None else inferred.graph.value_info
-    kinds = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
-    return {name: kind.elem_type for name, kind in kinds.items() if not kind.HasField("shape") and kind.elem_type}
+    graph = model.graph if inferred is None else inferred.graph
+    known = {value.name for value in graph.value_info if value.type.tensor_type.HasField("shape")}
+    known |= {value.name for value in graph.output if value.type.WhichOneof("value") is not None}
+    return {name for node in graph.node for name in node.output if name} - known
 
 
 def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | None:

@@ -24,7 +24,7 @@ from tensorrail_exporter.calibrate.split import split
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
-from tensorrail_exporter.rewrite.survey import DenseLayer, survey
+from tensorrail_exporter.rewrite.survey import DenseLayer, left_out, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
     SAMPLES,
@@ -95,6 +95,7 @@ def plan_network(
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
     layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
+    layers, refused = left_out(model, layers)
     _check_keep(search.keep, layers)
     options = _options(layers, search, grid)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
@@ -134,6 +135,7 @@ def plan_network(
         for layer in layers
         if layer not in options  # such as layers in the bodies of If and Loop
     ]
+    rows += [PlannedLayer.left_out(row) for row in refused]
     return best.model_copy(update={"rows": (*best.rows, *rows)})
 
 

@@ -117,7 +117,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         model = _loaded(path)
         samples = _samples(model, batch, shapes or {})
         bound = bind_shapes(model, batch, shapes or {})
-        inferred = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
+        inferred = _inferred(bound)
     except ModelError:
         raise
     except OSError as error:
@@ -141,6 +141,17 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         raise ModelError(
             f"{path}: contains a node that is not valid ONNX: its inputs, outputs or weights do not fit ({error})"
         ) from None
+
+
+def _inferred(bound: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with inferred shapes; without those behind operators that onnx does not know."""
+    try:
+        inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        if all(node.domain in ("", "ai.onnx") for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
+            raise
+        inferred = onnx.shape_inference.infer_shapes(bound, data_prop=True)
+    return inferred
 
 
 def _loaded(path: Path) -> onnx.ModelProto:
@@ -381,7 +392,14 @@ def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> 
 def seen_shapes(
     bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in a run of the model, for graphs whose shapes cannot be inferred.
+    """Return the shapes of all tensors in a run of the model, where they cannot be inferred; see `seen_tensors`."""
+    return {name: shape for name, (_, shape) in seen_tensors(bound, batch, shapes, values).items()}
+
+
+def seen_tensors(
+    bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return the types and shapes of all tensors in a run of the model, also behind operators that onnx does not know.
 
     Args:
         bound: the model, with inputs of fixed shapes.
@@ -390,7 +408,8 @@ def seen_shapes(
         values: known values of inputs by name, in place of random ones.
 
     Returns:
-        The shape of each tensor by name; empty if the model does not run or is too large to be passed in memory.
+        ONNX's element type and the shape of each tensor by name; empty if the model does not run or is too large to be passed
+        in memory.
 
     """
     exposed = with_outputs(bound, (name for node in bound.graph.node for name in node.output if name))
@@ -402,7 +421,18 @@ def seen_shapes(
         arrays = session.run(None, random_inputs(session, batch, shapes=shapes, values=values))
     except Exception:  # noqa: BLE001 - a missing shape is reported later, with the node that needs it
         return {}
-    return {value.name: tuple(np.shape(array)) for value, array in zip(session.get_outputs(), arrays, strict=True)}
+    return {
+        entry.name: (_element_type(entry.type), tuple(np.shape(array)))
+        for entry, array in zip(session.get_outputs(), arrays, strict=True)
+        if entry.type.startswith("tensor(")
+    }
+
+
+def _element_type(name: str) -> int:
+    """Return ONNX's number of a type such as `tensor(float)`; 0 for one that it does not have."""
+    kinds = onnx.TensorProto.DataType
+    text = name.removeprefix("tensor(").removesuffix(")").upper()
+    return int(kinds.Value(text)) if text in kinds.keys() else 0  # noqa: SIM118 - not a dict
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
