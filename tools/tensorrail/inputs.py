@@ -16,7 +16,8 @@ from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.feeds.sources import files_of
 from tensorrail_runtime.graphs.files import files_read
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ def timed_on(timing: Timing, model: Path, settings: Session, rules: InputRules, 
     session = open_session(model, settings=settings)
     shapes, values = known_values(session, rules, batches, timing.batch, timing.shapes)
     return replace(timing, shapes=shapes, values={**values, **timing.values})
+
+
+def feed_of(model: Path, conditions: Conditions, inputs: Batches | Calibration | None) -> Mapping[str, np.ndarray]:
+    """Return inputs of one run: the first given ones, or random ones where there are none."""
+    if inputs is not None and inputs.feeds:
+        return inputs.feeds[0]
+    timing = conditions.timing
+    session = open_session(model, settings=conditions.settings.exact)
+    return random_inputs(session, timing.batch, shapes=timing.shapes, values=timing.values)
 
 
 def as_labelled(data: Any, metric: str | None = None, rules: InputRules | None = None) -> Labelled | None:  # Any: see `Args`

@@ -5,7 +5,6 @@ Source: "Create Float16 and Mixed Precision Models", onnxruntime.ai/docs/perform
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.ranges import LARGEST
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
+from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
+from tensorrail_runtime.scratch import scratch
 
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 
@@ -41,11 +41,12 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
     """
     named = with_names(plain_constants(model))
     check_fp32(named, "fp16")
+    require_weights(named)
     kept = kept_nodes(named, keep)
     _require_weights_fit(named, kept)
     kept |= _constants_of_kept(named, kept)
     prepared = Prepared(named)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
         path = Path(folder) / "fp32.onnx"

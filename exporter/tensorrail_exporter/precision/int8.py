@@ -12,7 +12,6 @@ import contextlib
 import io
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,11 @@ from onnx import numpy_helper
 
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
+from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import processor
 from tensorrail_runtime.sessions.session import open_session, run
 
@@ -89,10 +89,11 @@ def to_int8(
     _check_calibration(model, calibration)
     named = with_names(plain_constants(model))
     check_fp32(named, "int8")
+    require_weights(named)
     kept = kept_nodes(named, keep)
     prepared = Prepared(named)
     coded = [prepared.feed(feed) for feed in calibration]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with scratch() as folder, _quiet():
         source, ready = Path(folder) / "fp32.onnx", Path(folder) / "ready.onnx"
         save_model(named, source)
         run(open_session(source), calibration[0])  # reports in one line what does not fit

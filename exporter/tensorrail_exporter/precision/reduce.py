@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +23,10 @@ from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import bytes_of, files_read
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
-from tensorrail_runtime.measure.parity import Parity, parity
+from tensorrail_runtime.measure.parity import Parity, parity, require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -184,12 +184,13 @@ def reduced(
     _check_request(model, out, quantization)
     session = open_session(model, settings=exact)
     feeds = _random_feeds(session, conditions.timing) if calibration is None else list(calibration)
+    require_comparable(model, feeds[0] if feeds else {}, exact)
     # Before anything is written: it shows whether the data fit.
     scores = None if test is None else evaluate(model, test, settings=exact)
     single = load_model(model)
     small = _converted(single, quantization, feeds, () if calibration is None else feeds)
     left = _left_fp32(single, small, quantization.keep)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # where there is room for it
+    with scratch(f".{out.name}.", out.parent) as folder:  # where there is room for it
         written = Path(folder) / out.name
         save_model(small, written)
         same = parity(model, written, inputs=feeds, tolerance=quantization.allowed, settings=exact)

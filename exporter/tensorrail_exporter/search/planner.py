@@ -10,7 +10,6 @@ shows slower than their dense layer are removed, and the choice is repeated.
 from __future__ import annotations
 
 import fnmatch
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -46,6 +45,7 @@ from tensorrail_runtime.errors import PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, part_of
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import machine, processor
 
 _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
@@ -102,7 +102,7 @@ def plan_network(
     dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
         check_outputs(model, calibration, settings.exact, search.metric)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         size = _counted(dense, targets, conditions.timing)

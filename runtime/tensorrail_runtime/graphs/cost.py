@@ -23,11 +23,14 @@ from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, 
 from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
+from tensorrail_runtime.sessions.inputs import Shapes, batch_of, open_axes, random_inputs
 from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
+
+_FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+_MATRIX = 2  # axes of a weight; an infinite constant with fewer may be a mask
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 """Nodes that launch no kernel: views, and nodes that ONNX Runtime folds into constants."""
@@ -64,6 +67,7 @@ class GraphCost(PrintedRecord):
     unshaped: int  # tensors of unknown size, which activation_bytes leaves out
     layers: tuple[NodeCost, ...]
     uncounted: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what else is not counted, and sizes that were not given
 
     @property
     def flops(self) -> int:
@@ -92,7 +96,7 @@ class GraphCost(PrintedRecord):
         )
         head = ("layer", "op", "input", "output", "parameters", "share", "FLOPs (2 × MACs)", "share")
         left_out = (f"not counted: {', '.join(self.uncounted)}",) if self.uncounted else ()
-        return (Table(title, head, rows), *left_out)
+        return (Table(title, head, rows), *left_out, *self.notes)
 
 
 def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values: Values | None = None) -> GraphCost:
@@ -115,6 +119,8 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
     path = Path(path)
     try:
         model = _loaded(path)
+        given = {**{name: np.shape(array) for name, array in (values or {}).items()}, **(shapes or {})}
+        notes = [f"warning: {line}; FLOPs are those of this size" for line in (*open_axes(model, given), *_times(model, given))]
         samples = _samples(model, batch, shapes or {})
         bound = bind_shapes(model, batch, shapes or {})
         inferred = _inferred(bound)
@@ -124,8 +130,8 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(
-            f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give an ONNX file that "
-            "onnx.checker accepts"
+            f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give the "
+            "shapes of the inputs, such as --shape x=1,3,224,224, or an ONNX file that onnx.checker accepts"
         ) from None
     known = _shapes(inferred.graph)
     counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
@@ -134,7 +140,8 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         inferred = _with_shapes(inferred, observed)
         known = _shapes(inferred.graph) | observed
     try:
-        return _counted(inferred, known, path, samples)
+        counted_cost = _counted(inferred, known, path, samples)
+        return counted_cost.model_copy(update={"notes": (*notes, *_not_counted(inferred))})
     except ModelError:
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -216,12 +223,11 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
                 sizes = {name: scope.size_of(name) for name in {*node.input, *node.output} - scope.constants.keys() - {""}}
                 moved += scope.times * sum(size or 0 for size in sizes.values())
                 unshaped |= {name for name, size in sizes.items() if size is None}
-    floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
     graphs = [inferred.graph, *descendants(inferred.graph)]
     return GraphCost(
         model=path.name,
         batch=batch,
-        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in floating),
+        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in _FLOATING),
         bytes=bytes_of(path),
         macs=sum(layer.macs for layer in layers),
         activation_bytes=moved,
@@ -231,6 +237,55 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
         layers=tuple(layers),
         uncounted=tuple(sorted(uncounted)),
     )
+
+
+def _times(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
+    """Return a warning for each input whose only dynamic axis has another name than a batch, such as a number of frames."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    axes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.input if v.name not in stored}
+    batches = {own[0].dim_param for own in axes.values() if own and own[0].dim_param}
+    lines = []
+    for name, own in axes.items():
+        dynamic = [axis for axis in own if not axis.dim_value]
+        if name not in shapes and len(dynamic) == 1 and dynamic[0] is not own[0] and dynamic[0].dim_param not in ("", *batches):
+            example = ",".join(str(axis.dim_value or 50) for axis in own)
+            lines.append(
+                f"input {name!r} has axis {dynamic[0].dim_param!r} of any size, set to the batch size: give its shape, such as "
+                f"{name}={example}"
+            )
+    return lines
+
+
+def _not_counted(model: onnx.ModelProto) -> list[str]:
+    """Return lines about weights whose products are not counted, in bodies of If and Loop, and about quantized weights."""
+    lines = []
+    for node in (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node):
+        if node.op_type in ("If", "Loop") and node.domain in ("", "ai.onnx"):
+            inner = [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
+            own = {n: t for graph in inner for n, t in constants_of(graph).items() if len(t.dims) >= _MATRIX}
+            if own:
+                named = ", ".join(f"{n} ({math.prod(t.dims):,})" for n, t in sorted(own.items()))
+                lines.append(f"FLOPs not counted in the bodies of {node.op_type} {node.name!r}, whose weights are: {named}")
+    narrow = [t for t in constants_of(model.graph).values() if t.data_type not in _FLOATING and _is_quantized(t)]
+    if narrow:
+        lines.append(f"quantized weights, not among the parameters: {sum(math.prod(t.dims) for t in narrow):,} values")
+    return lines
+
+
+def _is_quantized(tensor: onnx.TensorProto) -> bool:
+    kinds = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1", "FLOAT8E4M3FN", "FLOAT8E5M2")
+    return len(tensor.dims) >= _MATRIX and onnx.TensorProto.DataType.Name(tensor.data_type) in kinds
+
+
+def _computed(graph: onnx.GraphProto) -> set[str]:
+    """Return the tensors that nodes compute from constants alone, such as weights of a parametrization."""
+    constant = set(constants_of(graph)) | {""}
+    computed: set[str] = set()
+    for node in graph.node:
+        if node.input and all(name in constant for name in node.input) and not any(a.HasField("g") for a in node.attribute):
+            constant.update(node.output)
+            computed.update(node.output)
+    return computed
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
@@ -243,6 +298,21 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return constants
 
 
+def weight_fault(model: onnx.ModelProto) -> str:
+    """Return which weight holds NaN or, with two axes or more, infinite values, in one line; empty if none does."""
+    for graph in (model.graph, *descendants(model.graph)):
+        for name, tensor in constants_of(graph).items():
+            if tensor.data_type not in _FLOATING or tensor.data_location == onnx.TensorProto.EXTERNAL:
+                continue
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32, copy=False)
+            wrong = np.isnan(values) if values.ndim < _MATRIX else ~np.isfinite(values)
+            if wrong.any():
+                place = [int(index) for index in np.argwhere(wrong)[0]]
+                what = "NaN" if np.isnan(values[tuple(place)]) else "an infinite value"
+                return f"weight {name!r} holds {what} at {place}, one of {int(wrong.sum()):,} such values: repair the model"
+    return ""
+
+
 @dataclass(frozen=True)
 class _Scope:
     """A graph or the body of a Scan, how often it runs, and the shapes and constants that are visible in it."""
@@ -252,6 +322,7 @@ class _Scope:
     shapes: dict[str, tuple[int, ...]]
     itemsizes: dict[str, int]
     constants: dict[str, onnx.TensorProto | None]  # None for a constant that is not a tensor
+    computed: frozenset[str] = frozenset()  # from constants alone
 
     @classmethod
     def of(
@@ -265,6 +336,7 @@ class _Scope:
             shapes={**(outer.shapes if outer else {}), **shapes},
             itemsizes={**(outer.itemsizes if outer else {}), **{value.name: _itemsize(value) for value in values}},
             constants={**(outer.constants if outer else {}), **not_tensors, **constants_of(graph)},
+            computed=frozenset(_computed(graph)),
         )
 
     def size_of(self, name: str) -> int | None:
@@ -295,16 +367,21 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
     operands, shapes = operands_of(node), scope.shapes
     for name in (*operands, node.output[0]):
         if name and name not in shapes:
-            raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
+            raise ModelError(
+                f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred: give the shapes of "
+                "the inputs, such as --shape x=1,3,224,224"
+            )
     sizes, out = [shapes[name] for name in operands], shapes.get(node.output[0], ())
     constants = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
+    computed = [name for name in operands if name in scope.computed and len(shapes[name]) >= _MATRIX]
     return NodeCost(
         name=node.name,
         op=node.op_type,
-        weight=next((name for name in operands if name in constants), ""),
+        weight=next((name for name in operands if name in constants), next(iter(computed), "")),
         input=sizes[0],
         output=out,
-        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants),
+        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants)
+        + sum(math.prod(shapes[name]) for name in computed),
         macs=scope.times * MACS[node.op_type](node, sizes, out),
     )
 

@@ -12,6 +12,21 @@ from google.protobuf.message import DecodeError, Message
 
 from tensorrail_runtime.errors import ModelError
 
+_RANDOM = frozenset(
+    {
+        "Bernoulli",
+        "BiasDropout",
+        "BitmaskDropout",
+        "Dropout",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+"""The operators whose outputs may differ from run to run; Dropout does so in training mode only."""
+
 _STARTS = frozenset(
     bytes([field << 3 | kind]) for field, kind in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 0), (6, 2), (7, 2), (8, 2))
 )
@@ -114,6 +129,21 @@ def sha256_of(path: Path) -> str:
 def opset_of(model: onnx.ModelProto) -> int:
     """Return the version of ONNX's own operator set that a model uses; 0 where it names none."""
     return next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0)
+
+
+def random_nodes(path: Path) -> list[str]:
+    """Return the nodes of a model that may draw random numbers, as texts such as `noise: RandomNormalLike`.
+
+    Nodes with a seed draw the same numbers in every session, and are left out.
+    """
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError):
+        return []
+    groups = [graph.node for graph in (model.graph, *descendants(model.graph))] + [f.node for f in model.functions]
+    drawing = [node for nodes in groups for node in nodes if node.op_type in _RANDOM and node.output]
+    unseeded = [node for node in drawing if not any(attribute.name == "seed" for attribute in node.attribute)]
+    return [f"{node.name or node.output[0]}: {node.op_type}" for node in unseeded]
 
 
 def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
