@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.records import require_utf8
 
@@ -44,6 +44,8 @@ def read_model(path: Path | str) -> tuple[onnx.ModelProto, bool]:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except DecodeError:
         raise ModelError(f"{path}: not an ONNX model, or a truncated one: it cannot be parsed as protobuf") from None
+    except (onnx.checker.ValidationError, ValueError) as error:  # of external data
+        raise ModelError(f"{path}: not a valid ONNX model ({first_line(error)})") from None
     try:
         return model, standardized(model)
     except ModelError as error:
