@@ -161,3 +161,12 @@ def test_inspect_names_computed_and_quantized_weights_and_those_in_bodies(tmp_pa
     quantized = tr.inspect(tmp_path / "q.onnx")
     assert [layer.params for layer in quantized.layers] == [layer.params for layer in tr.inspect(path).layers]
     assert quantized.notes == (f"quantized weights, not among the parameters: {48 * 64 + 64 * 32:,} values",)
+
+
+def test_inspect_says_how_shapes_are_given(tmp_path, cli):
+    path = saved(tmp_path / "m.onnx", [helper.make_node("Reshape", ["h", "shape"], ["r"], "reshape")])
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("shape", TensorProto.INT64, ["axes"]))
+    path.write_bytes(model.SerializeToString())
+    code, _, err = cli("inspect", path)
+    assert (code, "give the shapes of the inputs" in err, "--shape" in err) == (2, True, True)

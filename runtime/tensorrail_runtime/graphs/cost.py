@@ -131,7 +131,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(
             f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give the "
-            "shapes of the inputs, such as --shape x=1,3,224,224, or an ONNX file that onnx.checker accepts"
+            "shapes of the inputs, such as x=1,3,224,224, or an ONNX file that onnx.checker accepts"
         ) from None
     known = _shapes(inferred.graph)
     counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
@@ -369,7 +369,7 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
         if name and name not in shapes:
             raise ModelError(
                 f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred: give the shapes of "
-                "the inputs, such as --shape x=1,3,224,224"
+                "the inputs, such as x=1,3,224,224"
             )
     sizes, out = [shapes[name] for name in operands], shapes.get(node.output[0], ())
     constants = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
