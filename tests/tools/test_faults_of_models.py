@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 
 import numpy as np
 import onnx
@@ -90,10 +89,9 @@ def test_outputs_that_are_no_tensors_are_told_before_the_work(tmp_path):
     ]
     path = saved(tmp_path / "m.onnx", last=last, output=helper.make_value_info("z", maps))
     for call in commands(path).values():
-        began = time.monotonic()
         with pytest.raises(tr.ModelError, match=r"m\.onnx: output 'z' has type seq.*only tensors can be compared"):
             call()
-        assert time.monotonic() - began < 60
+    assert not path.with_name("s.onnx").exists()
 
 
 @pytest.mark.parametrize(("bad", "what"), [(np.nan, "NaN"), (np.inf, "an infinite value")])
