@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from tensorrail_runtime.measure.agreement import agreement
 from tensorrail_runtime.measure.latency import Ratio, bench
 from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
@@ -89,7 +89,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
     options.guard.check()
     check_metric(options.metric, options.calibration)
     parts = None if options.calibration is None else split(options.calibration, model)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
         save_model(model, dense_path)
         fitted = _fitted(resolve(model, plan), parts, options)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tensorrail_runtime.errors import ModelError
+
 _STREAM = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
@@ -21,6 +23,15 @@ class Record(BaseModel):
     def save(self, path: Path | str) -> None:
         """Write the record to a file as JSON."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def require_utf8(path: Path | str) -> None:
+    """Raise `ModelError` for the name of a file that is not valid UTF-8, which ONNX Runtime cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode(errors="surrogateescape").decode(errors="replace")
+        raise ModelError(f"{shown}: the name is not valid UTF-8, which ONNX Runtime cannot open: rename the file") from None
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

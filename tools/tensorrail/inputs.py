@@ -13,12 +13,17 @@ from tensorrail_runtime.errors import ModelError, UsageError
 from tensorrail_runtime.feeds.batches import Batches
 from tensorrail_runtime.feeds.loading import known_values, load_batches
 from tensorrail_runtime.feeds.rules import InputRules
+from tensorrail_runtime.feeds.sources import files_of
+from tensorrail_runtime.graphs.files import files_read
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
 if TYPE_CHECKING:
     from tensorrail_exporter.calibrate.inputs import Calibration
+
+_LARGE = 2**30  # bytes of a model whose rewriting may exceed 2 GiB, so that its weights get a file of their own
 
 Arrays = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
 """A file of arrays by input name (npz), a folder of such files, or such arrays."""
@@ -91,6 +96,15 @@ def timed_on(timing: Timing, model: Path, settings: Session, rules: InputRules, 
     return replace(timing, shapes=shapes, values={**values, **timing.values})
 
 
+def feed_of(model: Path, conditions: Conditions, inputs: Batches | Calibration | None) -> Mapping[str, np.ndarray]:
+    """Return inputs of one run: the first given ones, or random ones where there are none."""
+    if inputs is not None and inputs.feeds:
+        return inputs.feeds[0]
+    timing = conditions.timing
+    session = open_session(model, settings=conditions.settings.exact)
+    return random_inputs(session, timing.batch, shapes=timing.shapes, values=timing.values)
+
+
 def as_labelled(data: Any, metric: str | None = None, rules: InputRules | None = None) -> Labelled | None:  # Any: see `Args`
     """Return labelled inputs.
 
@@ -133,13 +147,36 @@ def _source(arrays: Any, what: str) -> Any:  # Any: whatever was given
 
 
 def require_writable(out: Path | str, *inputs: Any) -> Path:  # Any: models and data, of which paths count
-    """Return a file that is to be written; `ModelError`, before any work, where it cannot be, or is one that is read."""
+    """Return a file that is to be written; `ModelError`, before any work, where it cannot be, or is one that is read.
+
+    Args:
+        out: the file.
+        inputs: what is read. Of a path, all files count: those of a folder, and a model's external data.
+
+    """
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():
         problem = "is a folder" if out.is_dir() else f"the folder {out.parent} does not exist"
         raise ModelError(f"{out}: cannot be written: {problem}; expected the name of a file in an existing folder")
     for source in inputs:
-        path = Path(source) if isinstance(source, Path | str) else None
-        if path is not None and path.exists() and out.exists() and out.samefile(path):
-            raise ModelError(f"{out}: is also read, and would be lost: write to another file")
+        if isinstance(source, Path | str) and Path(source).exists():
+            _require_unread(out, Path(source))
     return out
+
+
+def _require_unread(out: Path, source: Path) -> None:
+    """Raise `ModelError` if writing a file would replace what is read from a path."""
+    data = out.with_name(f"{out.name}.data")
+    if not out.exists() and not data.exists():
+        return
+    read = files_of(source) if source.is_dir() else files_read(source)
+    for file in read:
+        if out.exists() and file.exists() and out.samefile(file):
+            whose = "" if file == source else f", as {'a file' if source.is_dir() else 'external data'} of {source}"
+            raise ModelError(f"{out}: is also read{whose}, and would be lost: write to another file")
+    large = source.is_file() and sum(file.stat().st_size for file in read if file.exists()) >= _LARGE
+    if large and data.exists() and any(file.exists() and data.samefile(file) for file in read):
+        raise ModelError(
+            f"{out}: its weights would be written to {data.name} if they exceed 2 GiB, and {source} reads them there: write to "
+            "a file of another name"
+        )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.graphs.cost import weight_fault
+from tensorrail_runtime.graphs.reading import standardized
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import open_axes
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def as_file(model: Any, name: str = "model") -> Iterator[Path]:  # Any: see `Mod
     import onnx
 
     graph = as_graph(model)
-    with tempfile.TemporaryDirectory(prefix="tensorrail-") as folder:
+    with scratch("tensorrail-") as folder:
         path = Path(folder) / f"{name}.onnx"
         onnx.save_model(graph, path, save_as_external_data=graph.ByteSize() > _PROTOBUF_LIMIT, location=f"{name}.onnx.data")
         yield path
@@ -53,7 +55,9 @@ def as_graph(model: Any) -> onnx.ModelProto:  # Any: see `Model`
     import onnx
 
     if isinstance(model, onnx.ModelProto):
-        return model
+        standard = onnx.ModelProto()
+        standard.CopyFrom(model)
+        return standard if standardized(standard) else model
     if isinstance(model, Path | str):
         from tensorrail_exporter.graphs.io import load_model
 
@@ -74,6 +78,8 @@ def load_to_search(path: Path, timing: Timing, progress: Progress) -> onnx.Model
     from tensorrail_exporter.rewrite.survey import with_known_axes
 
     graph = load_model(path)
+    if fault := weight_fault(graph):
+        raise ModelError(f"{path}: {fault}")
     for line in open_axes(graph, timing.shapes):
         progress("note", 1.0, f"warning: {line}")
     return with_known_axes(graph, timing.batch, timing.shapes, timing.values)

@@ -7,7 +7,6 @@ or images. Labels are never required.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.pictures import Preprocessing as Preprocessing
 from tensorrail_runtime.feeds.rules import Axes, InputRules
 from tensorrail_runtime.feeds.sources import Source
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.sessions.session import run as run_session
 
@@ -176,7 +176,7 @@ def run_to(
     if not outputs:
         return lambda feed: [feed[name] for name in tensors]
     part = network.part(network.above(outputs), list(network.inputs.values()), outputs)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         save_model(part, Path(folder) / "part.onnx")
         session = open_session(Path(folder) / "part.onnx", settings=replace(settings, linger=False))
     names = [entry.name for entry in session.get_inputs()]

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
 
 from tensorrail_exporter.graphs.preserve import presentable, restore
-from tensorrail_runtime.errors import GraphError, first_line
-from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.errors import GraphError, ModelError, first_line
+from tensorrail_runtime.graphs.files import bodies, data_file, descendants
+from tensorrail_runtime.graphs.reading import light, read_model
 from tensorrail_runtime.records import write_bytes
+from tensorrail_runtime.sessions.session import open_session
 
 _LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, less room for everything except the data of tensors
-_SMALL = 1024  # bytes up to which a constant keeps its values: shape inference may need them
+_SMALL = 1024  # bytes up to which a constant stays in the file itself
 _FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-_PACKED = frozenset({onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128, onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
+_COMPLEX = frozenset({onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128})
+_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}  # of types that are stored packed in bytes
 
 
 def load_model(path: Path | str) -> onnx.ModelProto:
@@ -44,12 +46,10 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     """
     path = Path(path)
     try:
-        model = onnx.load(path, format="protobuf")  # with any extension
-        onnx.checker.check_model(str(path))
-    except OSError as error:
-        raise GraphError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
-    except DecodeError:
-        raise GraphError(f"{path}: not an ONNX model, or a truncated one: it cannot be parsed as protobuf") from None
+        model, changed = read_model(path)
+        _check(model if changed else path)
+    except ModelError as error:
+        raise GraphError(str(error)) from None
     except (onnx.checker.ValidationError, ValueError) as error:
         raise GraphError(f"{path}: not a valid ONNX model ({first_line(error)})") from None
     for tensor in _tensors(model.graph):
@@ -68,7 +68,7 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
     Args:
         model: the model; it is not changed.
         path: the file to write. The weights of a model above protobuf's limit of 2 GiB are written to `<name>.data` in the
-            same folder.
+            same folder, or to `<name>.2.data` and so on if another model in the folder reads that file.
 
     Raises:
         OSError: the file cannot be written.
@@ -79,7 +79,7 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
         write_bytes(path, model.SerializeToString())
         return
     path = path.resolve()  # the data belong beside the file that a link points to
-    data = path.with_name(f"{path.name}.data")
+    data = data_file(path)
     part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
     try:
         small = _with_external_data(model, part, data.name)
@@ -89,18 +89,64 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_model(model: onnx.ModelProto) -> None:
-    """Run onnx's full check with shape inference; raise `GraphError` with the problem that it reports."""
+def check_model(model: onnx.ModelProto, original: onnx.ModelProto | None = None) -> None:
+    """Run onnx's full check with shape inference.
+
+    Args:
+        model: a rewritten model.
+        original: the model that it was made from; where that one does not pass either, for example because of operators that
+            onnx does not know, the check is made without shape inference, and ONNX Runtime must load the rewritten model if it
+            loads the original; default: none.
+
+    Raises:
+        GraphError: the model does not pass; the message has the reason.
+
+    """
+    why = _problem(model, full=True)
+    if not why:
+        return
+    if original is not None and (before := _problem(original, full=True)):
+        rest = _problem(model, full=False)
+        if not rest and (_loads(model) or not _loads(original)):
+            return
+        raise GraphError(
+            f"the model as it was given does not pass onnx.checker ({before}), nor does the rewritten one ({rest or why})"
+        )
+    raise GraphError(f"the rewritten graph does not pass onnx.checker ({why})")
+
+
+def _problem(model: onnx.ModelProto, *, full: bool) -> str:
+    """Return what onnx's checker says of a model in one line; empty if it passes."""
     try:
-        if size_of(model) < _LARGEST_FILE:
-            onnx.checker.check_model(model, full_check=True)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "model.onnx"
-                save_model(model, path)
-                onnx.checker.check_model(str(path), full_check=True)
+        _check(model, full=full)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GraphError(f"the rewritten graph does not pass onnx.checker ({first_line(error)})") from None
+        return first_line(error)
+    return ""
+
+
+def _check(model: onnx.ModelProto | Path, *, full: bool = False) -> None:
+    """Run onnx's checker on a file, or on a model of any size."""
+    if isinstance(model, Path):
+        onnx.checker.check_model(str(model), full_check=full)
+    elif size_of(model) < _LARGEST_FILE:
+        onnx.checker.check_model(model, full_check=full)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            save_model(model, path)
+            onnx.checker.check_model(str(path), full_check=full)
+
+
+def _loads(model: onnx.ModelProto) -> bool:
+    """Return whether ONNX Runtime loads a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_model(model, path)
+        try:
+            open_session(path)
+        except ModelError:
+            return False
+    return True
 
 
 def size_of(model: onnx.ModelProto) -> int:
@@ -142,29 +188,19 @@ def inferred_shapes(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[
     return {} if inferred is None else _shapes(inferred.graph)
 
 
-def untyped_axes(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the element types, by name, of the tensors of the main graph whose number of axes onnx cannot infer."""
+def unknown_axes(model: onnx.ModelProto) -> set[str]:
+    """Return the tensors of the main graph whose number of axes onnx cannot infer."""
     inferred = _inferred(model, data_prop=False)
-    values = () if inferred is None else inferred.graph.value_info
-    kinds = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
-    return {name: kind.elem_type for name, kind in kinds.items() if not kind.HasField("shape") and kind.elem_type}
+    graph = model.graph if inferred is None else inferred.graph
+    known = {value.name for value in graph.value_info if value.type.tensor_type.HasField("shape")}
+    known |= {value.name for value in graph.output if value.type.WhichOneof("value") is not None}
+    return {name for node in graph.node for name in node.output if name} - known
 
 
 def _inferred(model: onnx.ModelProto, *, data_prop: bool) -> onnx.ModelProto | None:
     """Return a copy of the model with inferred shapes but without its weights, or None if inference fails."""
-    light = onnx.ModelProto(ir_version=model.ir_version)
-    light.opset_import.extend(model.opset_import)
-    light.functions.extend(model.functions)
-    for part in ("node", "input", "output", "value_info"):
-        getattr(light.graph, part).extend(getattr(model.graph, part))
-    light.graph.name = "shapes"
-    for tensor in model.graph.initializer:
-        if len(tensor.raw_data) <= _SMALL:
-            light.graph.initializer.append(tensor)
-        else:
-            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     try:
-        return onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
+        return onnx.shape_inference.infer_shapes(light(model), data_prop=data_prop)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return None  # rules that need a shape report that it is unknown
 
@@ -277,10 +313,12 @@ def _is_whole(tensor: onnx.TensorProto) -> bool:
     if not tensor.HasField("raw_data"):
         count = math.prod(tensor.dims)
         stored = max(len(getattr(tensor, field)) for field in _FIELDS)
-        return stored <= 2 * count if tensor.data_type in _PACKED else stored in (0, count)  # 0: external data
+        if tensor.data_type in _COMPLEX:
+            count *= 2
+        packed = -(-count * _BITS.get(onnx.TensorProto.DataType.Name(tensor.data_type), 8) // 8)  # in bytes
+        return stored in (0, count, packed)  # 0: external data
     kind, count = tensor.data_type, math.prod(tensor.dims)
-    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(onnx.TensorProto.DataType.Name(kind))
-    bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    bits = _BITS.get(onnx.TensorProto.DataType.Name(kind)) or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
     return bool(len(tensor.raw_data) == -(-count * bits // 8))
 
 

@@ -5,7 +5,6 @@ Source: "Create Float16 and Mixed Precision Models", onnxruntime.ai/docs/perform
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model
+from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.ranges import LARGEST
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
-from tensorrail_runtime.errors import GraphError
+from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
+from tensorrail_runtime.errors import GraphError, first_line
+from tensorrail_runtime.scratch import scratch
 
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 
@@ -38,27 +39,30 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
             quantized or has no float32 weight, or the converter fails.
 
     """
-    check_fp32(model, "fp16")
-    named = with_names(model)
+    named = with_names(plain_constants(model))
+    check_fp32(named, "fp16")
+    require_weights(named)
     kept = kept_nodes(named, keep)
     _require_weights_fit(named, kept)
     kept |= _constants_of_kept(named, kept)
-    with tempfile.TemporaryDirectory() as folder:
+    prepared = Prepared(named)
+    with scratch() as folder:
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
         path = Path(folder) / "fp32.onnx"
-        save_model(named, path)
+        save_model(prepared.model, path)
         try:
             # Given the path, the converter infers shapes from file to file; nothing else works above 2 GiB.
-            converted = convert_float_to_float16(str(path), keep_io_types=keep_io, node_block_list=sorted(kept))
+            blocked = sorted(prepared.code(name) for name in kept)
+            converted = convert_float_to_float16(str(path), keep_io_types=keep_io, node_block_list=blocked)
         except Exception as error:  # noqa: BLE001 - the library raises assertions and errors of protobuf
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = prepared.text(first_line(error)) or type(error).__name__
             raise GraphError(f"the graph cannot be converted to fp16 ({reason}); {_KEEP}") from None
     graph = import_graph(converted)
     _remove_double_casts(graph)
-    result = export_graph(graph, converted)
+    result = prepared.restored(export_graph(graph, converted))
     try:
-        check_model(result)
+        check_model(result, named)
     except GraphError as error:
         raise GraphError(f"the fp16 graph is not valid: {error}; {_KEEP}") from None
     return result

@@ -12,7 +12,6 @@ import contextlib
 import io
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,12 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, weighted, with_names
-from tensorrail_runtime.errors import GraphError
+from tensorrail_exporter.precision.prepared import Prepared, plain_constants
+from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
+from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import processor
 from tensorrail_runtime.sessions.session import open_session, run
 
@@ -83,34 +84,38 @@ def to_int8(
         ModelError: the model cannot run on the calibration data.
 
     """
-    check_fp32(model, "int8")
     if method not in METHODS:
         raise GraphError(f"unknown calibration method {method!r}: expected one of {', '.join(METHODS)}")
     _check_calibration(model, calibration)
-    named = with_names(model)
+    named = with_names(plain_constants(model))
+    check_fp32(named, "int8")
+    require_weights(named)
     kept = kept_nodes(named, keep)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    prepared = Prepared(named)
+    coded = [prepared.feed(feed) for feed in calibration]
+    with scratch() as folder, _quiet():
         source, ready = Path(folder) / "fp32.onnx", Path(folder) / "ready.onnx"
         save_model(named, source)
         run(open_session(source), calibration[0])  # reports in one line what does not fit
         try:
-            save_model(_current(named), source)
+            save_model(_current(prepared.model), source)
             from onnxruntime.quantization.shape_inference import quant_pre_process
 
             # Folds constants and batch norms; the basic level emits operators of ONNX only.
             large = size_of(named) > _LARGE
             quant_pre_process(source, ready, skip_symbolic_shape=True, save_as_external_data=large)
-            ranges = _calibrate(ready, calibration, method, large=large)
+            ranges = _calibrate(ready, coded, method, large=large)
             narrow = processor().saturates if reduce_range is None else reduce_range
-            quantized = _quantize(ready, ranges, kept, per_channel=per_channel, reduce_range=narrow, large=large)
+            blocked = frozenset(prepared.code(name) for name in kept)
+            quantized = _quantize(ready, ranges, blocked, per_channel=per_channel, reduce_range=narrow, large=large)
         except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = prepared.text(first_line(error)) or type(error).__name__
             raise GraphError(f"the graph cannot be quantized ({reason}); {_KEEP}") from None
     if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
         raise GraphError(
             "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become int8"
         )
-    return _tidy(quantized, model)
+    return _tidy(quantized, named, prepared)
 
 
 def _check_calibration(model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
@@ -311,18 +316,19 @@ def _with_plain_biases(model: onnx.ModelProto) -> None:
         node.attribute.extend(kept)
 
 
-def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the result with the metadata of the original and only the opsets that it uses, after a full check."""
+def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto, prepared: Prepared) -> onnx.ModelProto:
+    """Return the result with names and metadata of the original and only the opsets that it uses, after a full check."""
     if any(True for _ in bodies(quantized.graph)):
         # The library sorts nodes without regard to tensors that only the body of an If, Loop or Scan reads.
         quantized = export_graph(import_graph(quantized), quantized)
+    quantized = prepared.restored(quantized)
     nodes = (node for graph in (quantized.graph, *descendants(quantized.graph)) for node in graph.node)
     used = {"" if node.domain == "ai.onnx" else node.domain for node in nodes} | {f.domain for f in quantized.functions}
     opsets = [entry for entry in quantized.opset_import if ("" if entry.domain == "ai.onnx" else entry.domain) in used]
     del quantized.opset_import[:], quantized.metadata_props[:]
     quantized.opset_import.extend(opsets)
     quantized.metadata_props.extend(original.metadata_props)
-    check_model(quantized)
+    check_model(quantized, original)
     return quantized
 
 

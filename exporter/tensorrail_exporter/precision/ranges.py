@@ -7,7 +7,6 @@ make it large.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tensorrail_exporter.precision.weights import Weighted, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import open_session, run
 from tensorrail_runtime.tables import Table
 
@@ -221,7 +221,7 @@ def _origins(model: onnx.ModelProto, reduced: onnx.ModelProto) -> dict[str, str]
 def _exposed(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Iterator[dict[str, np.ndarray]]:
     """Run the model with these tensors as outputs; yield their values for each feed, except those that are not arrays."""
     exposed = set(names)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         path = Path(folder) / "exposed.onnx"
         save_model(with_outputs(model, names), path)
         try:

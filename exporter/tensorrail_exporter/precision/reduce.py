@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from tensorrail_exporter.precision.ranges import LayerRange, layer_ranges, range
 from tensorrail_exporter.precision.weights import weighted, with_names
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import constants_of
-from tensorrail_runtime.graphs.files import bytes_of
+from tensorrail_runtime.graphs.files import bytes_of, files_read
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
-from tensorrail_runtime.measure.parity import Parity, parity
+from tensorrail_runtime.measure.parity import Parity, parity, require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -184,13 +184,13 @@ def reduced(
     _check_request(model, out, quantization)
     session = open_session(model, settings=exact)
     feeds = _random_feeds(session, conditions.timing) if calibration is None else list(calibration)
+    require_comparable(model, feeds[0] if feeds else {}, exact)
     # Before anything is written: it shows whether the data fit.
     scores = None if test is None else evaluate(model, test, settings=exact)
     single = load_model(model)
     small = _converted(single, quantization, feeds, () if calibration is None else feeds)
     left = _left_fp32(single, small, quantization.keep)
-    # Measured in a folder beside `out` and then moved. The name is the final one: names of external data derive from it.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with scratch(f".{out.name}.", out.parent) as folder:  # where there is room for it
         written = Path(folder) / out.name
         save_model(small, written)
         same = parity(model, written, inputs=feeds, tolerance=quantization.allowed, settings=exact)
@@ -215,8 +215,7 @@ def reduced(
             latency=latency,
             ranges=() if same.holds else layer_ranges(single, feeds, to=to),
         )
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == written):  # the graph last, after its data
-            file.replace(out.parent / file.name)
+    save_model(small, out)
     return report
 
 
@@ -251,8 +250,8 @@ def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
         raise GraphError(f"reduce_range is a choice for int8 weights, got {to}: leave it out, or convert to int8")
     if not out.parent.is_dir():
         raise GraphError(f"{out}: its folder does not exist: create it first, or choose another one")
-    if out.exists() and model.exists() and out.samefile(model):
-        raise GraphError(f"{out}: is the fp32 model itself; write to another file")
+    if out.exists() and any(file.exists() and out.samefile(file) for file in files_read(model)):
+        raise GraphError(f"{out}: is the fp32 model itself, or its external data; write to another file")
 
 
 def _left_fp32(model: onnx.ModelProto, small: onnx.ModelProto, keep: Sequence[str]) -> tuple[Unreduced, ...]:

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.cost import constants_of, weight_fault
 from tensorrail_runtime.graphs.files import descendants
 
 _WEIGHTS = {
@@ -115,6 +115,13 @@ def check_fp32(model: onnx.ModelProto, what: str) -> None:
     if onnx.TensorProto.FLOAT not in types:
         found = ", ".join(sorted(onnx.TensorProto.DataType.Name(kind).lower() for kind in types)) or "none at all"
         raise GraphError(f"{what} expects a model with float32 weights, got constants of type {found}; provide the fp32 model")
+
+
+def require_weights(model: onnx.ModelProto) -> None:
+    """Raise `GraphError` for a weight that holds NaN or infinite values."""
+    fault = weight_fault(model)
+    if fault:
+        raise GraphError(fault)
 
 
 def _layer(node: onnx.NodeProto, weight: str) -> str:

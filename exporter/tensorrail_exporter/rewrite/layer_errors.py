@@ -6,7 +6,6 @@ graph, so it can be made an output of all three and compared. Both errors accumu
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import with_cores
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.measure.parity import LayerError, Tolerances, compare
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
 
@@ -65,7 +65,7 @@ def errors_of(
     graphs = [resolved.model, with_cores(resolved, cores), factored]
     shown = [set(tensors.values()) & _tensors(graph) for graph in graphs]
     values = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         for number, (graph, names) in enumerate(zip(graphs, shown, strict=True)):
             path = Path(folder) / f"{number}.onnx"
             save_model(with_outputs(graph, sorted(names)), path)

@@ -196,7 +196,7 @@ def rewrite(
             )
         )
     factored = export_graph(work.graph, work.model)
-    check_model(factored)
+    check_model(factored, work.model)
     return Factored(factored, tuple(rewrites))
 
 

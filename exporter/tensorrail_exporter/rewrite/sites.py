@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from tensorrail_exporter.graphs.fold import folded, is_constant, is_standard, so
 from tensorrail_exporter.rewrite.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rewrite.rules.emit import Names, Site
 from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.graphs.operators import DOMAINS, MACS
 
 _Answer = TypeVar("_Answer")
 _RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
@@ -89,6 +91,17 @@ class NamedLayers:
                 node_by_name.setdefault(name, node)
         return node_by_name
 
+    def refused(self) -> list[tuple[str, str, int, str]]:
+        """Return the nodes with weights that cannot be rewritten: name, operator, number of values in the weight, reason."""
+        rows = []
+        for inner, node in walk(self.graph):
+            site = Site(inner, node, self.names)
+            reason, weight = _refusal(site)
+            if reason:
+                name = next(iter(_all_names(node)), "") or node.name or next((t.name for t in node.outputs if t.name), node.op)
+                rows.append((name, _full_name(node), math.prod(weight.shape) if isinstance(weight, gs.Constant) else 0, reason))
+        return rows
+
     def _called(self, name: str) -> list[Site]:
         """Return the nodes that a name refers to: by the name of the weight, else of the node, else of the output."""
         # Names change: a rewritten node has no outputs, and a folded weight loses the names of the tensors it came from.
@@ -107,6 +120,43 @@ class NamedLayers:
             if any(site.node is node for site in sites) and len(_by_weight(sites)) == 1:
                 return name
         return None
+
+
+def _refusal(site: Site) -> tuple[str, gs.Tensor | None]:
+    """Return why a node with a weight cannot be rewritten, and the weight; an empty reason for any other node."""
+    node, rule = site.node, _rule_of(site.node)
+    if rule is None:
+        weight = next((t for t in node.inputs if isinstance(t, gs.Constant) and len(t.shape) > 1), None)
+        if node.op not in MACS or node.domain not in (*DOMAINS, None) or weight is None:
+            return "", None
+        stays = STAY_DENSE.get(node.op, "") if is_standard(node) else ""
+        return stays or f"no rule rewrites {_full_name(node)}; expected one of {', '.join(_RULE_OF)}", weight
+    weight = node.inputs[rule.weight_input(node)]
+    if _on_folded(site, lambda *_: True) or not _is_stored(weight):
+        if not (node.op == "MatMul" and _is_stored(node.inputs[0])) or _on_folded(site, lambda *_: True):
+            return "", None
+        weight = node.inputs[0]
+    if isinstance(weight, gs.Constant):
+        return _why_not(node, rule) or "", weight
+    return f"its weight {weight.name!r} is computed in the graph, not a constant", weight
+
+
+def _is_stored(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is a constant, or computed from constants alone by any operators."""
+    stored, seen, waiting = False, set[int](), [tensor]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen or current.is_empty():
+            continue
+        seen.add(id(current))
+        if isinstance(current, gs.Constant):
+            stored = stored or len(current.shape) > 1
+        elif not current.inputs:
+            return False  # an input of the graph, or of the graph around it
+        else:
+            waiting.extend(tensor for node in current.inputs for tensor in node.inputs)
+            stored = stored or any(node.op == "Constant" for node in current.inputs)
+    return stored
 
 
 def _rule_of(node: gs.Node) -> Rule | None:

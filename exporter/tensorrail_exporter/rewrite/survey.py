@@ -11,13 +11,14 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, untyped_axes
+from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown_axes
 from tensorrail_exporter.rewrite.rules import Rule
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
 from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.graphs.cost import bind_shapes, seen_shapes
+from tensorrail_runtime.graphs.cost import bind_shapes, seen_shapes, seen_tensors
+from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.values import Values
 
@@ -111,7 +112,14 @@ def survey(
     """
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
-    graph = import_graph(bind_shapes(bound, batch, shapes or {}))
+    bind_shapes(bound, batch, shapes or {})
+    if unknown_axes(bound):  # such as those of tensors behind an operator that onnx does not know, and in bodies that read them
+        bound.graph.value_info.extend(
+            onnx.helper.make_tensor_value_info(name, kind, shape)
+            for name, (kind, shape) in seen_tensors(bound, batch, shapes, values).items()
+            if kind and name not in {value.name for value in (*bound.graph.input, *bound.graph.output)}
+        )
+    graph = import_graph(bound)
     _complete(graph, inferred_shapes(bound, data_prop=True))
     named = NamedLayers(graph)
     layers = named.rewritable()
@@ -128,6 +136,43 @@ def survey(
     if scan and holds_scan(model):
         return tuple(dense_layers)
     return tuple(replace(layer, spec=replace(layer.spec, scan=False)) for layer in dense_layers)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A node with a weight that cannot be factored, and why."""
+
+    name: str
+    op: str
+    params: int
+    reason: str
+
+
+def left_out(model: onnx.ModelProto, layers: Sequence[DenseLayer]) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
+    """Return the layers that can be rewritten in a graph as it is, and what has weights and cannot.
+
+    Args:
+        model: the graph that a plan will be carried out in; it is not changed.
+        layers: the layers of `survey`, whose shapes at one batch size say more than the graph itself.
+
+    """
+    named = NamedLayers(import_graph(model))
+    kept, refused = [], []
+    for layer in layers:
+        try:
+            named.find(layer.name)
+            kept.append(layer)
+        except GraphError as error:
+            reason = str(error).removeprefix(f"layer {layer.name}: ").removeprefix("cannot be rewritten: ")
+            refused.append(LeftOut(layer.name, layer.op, layer.params, reason))
+    known = {layer.name for layer in layers}
+    whole = NamedLayers(import_graph(model))
+    others = [LeftOut(*row) for row in whole.refused()]
+    others += [
+        LeftOut(name, node.op, 0, "the shape of its data is not known: give the shapes of the inputs")
+        for name, node in whole.rewritable().items()
+    ]
+    return tuple(kept), (*refused, *(row for row in others if row.name not in known))
 
 
 def with_known_axes(
@@ -152,15 +197,18 @@ def with_known_axes(
         ModelError: `shapes` names an input that the model does not have.
 
     """
-    types = untyped_axes(model)
-    if not any(name in types for node in model.graph.node if node.op_type == "MatMul" for name in node.input):
+    unknown = unknown_axes(model)
+    products = (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node if node.op_type == "MatMul")
+    if not unknown or not any(products):
         return model
     given = shapes or {}
     larger = {name: (shape[0] + 1, *shape[1:]) for name, shape in given.items() if len(shape) and name in _with_batch(model)}
     seen = _seen(model, batch, given, values)
     again = _seen(model, batch + 1, {**given, **larger}, values) or seen
-    same = {name: len(seen[name]) for name in types if name in seen and len(seen[name]) == len(again.get(name, ()))}
-    known = [onnx.helper.make_tensor_value_info(name, types[name], [None] * axes) for name, axes in same.items()]
+    same = {name: seen[name] for name in unknown if name in seen and len(seen[name][1]) == len(again.get(name, seen[name])[1])}
+    known = [
+        onnx.helper.make_tensor_value_info(name, kind, [None] * len(shape)) for name, (kind, shape) in same.items() if kind
+    ]
     if not known:
         return model
     completed = onnx.ModelProto()
@@ -178,10 +226,10 @@ def _with_batch(model: onnx.ModelProto) -> set[str]:
     return {name for name, own in axes.items() if own and not own[0].HasField("dim_value")}
 
 
-def _seen(model: onnx.ModelProto, batch: int, shapes: Shapes, values: Values | None) -> dict[str, tuple[int, ...]]:
+def _seen(model: onnx.ModelProto, batch: int, shapes: Shapes, values: Values | None) -> dict[str, tuple[int, tuple[int, ...]]]:
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
-    return seen_shapes(bind_shapes(bound, batch, shapes), batch, shapes, values)
+    return seen_tensors(bind_shapes(bound, batch, shapes), batch, shapes, values)
 
 
 def _complete(graph: gs.Graph, known: Mapping[str, Sequence[int | str]]) -> None:

@@ -10,7 +10,6 @@ shows slower than their dense layer are removed, and the choice is repeated.
 from __future__ import annotations
 
 import fnmatch
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from tensorrail_exporter.calibrate.split import split
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
-from tensorrail_exporter.rewrite.survey import DenseLayer, survey
+from tensorrail_exporter.rewrite.survey import DenseLayer, left_out, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
     SAMPLES,
@@ -46,6 +45,7 @@ from tensorrail_runtime.errors import PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, part_of
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import machine, processor
 
 _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
@@ -99,13 +99,14 @@ def plan_network(
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
     layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
+    layers, refused = left_out(model, layers)
     _check_keep(search.keep, layers)
     options = _options(layers, search, grid)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
         check_outputs(model, calibration, settings.exact, search.metric)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         size = _counted(dense, targets, conditions.timing)
@@ -138,6 +139,7 @@ def plan_network(
         for layer in layers
         if layer not in options  # such as layers in the bodies of If and Loop
     ]
+    rows += [PlannedLayer.left_out(row) for row in refused]
     return best.model_copy(update={"rows": (*best.rows, *rows)})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.rewrite.survey import DenseLayer
+from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut
 from tensorrail_exporter.search.targets import TARGETS, is_met
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.latency import Ratio
@@ -58,6 +58,25 @@ class PlannedLayer(Record):
             params=layer.params,
             loss=0.0,
             reason=reason,
+        )
+
+    @classmethod
+    def left_out(cls, row: LeftOut) -> PlannedLayer:
+        """Return the row of a node with a weight that cannot be factored."""
+        return cls(
+            layer=row.name,
+            what=row.op,
+            format=None,
+            ranks=(),
+            steps="",
+            dense_ms=0.0,
+            ms=0.0,
+            dense_macs=0,
+            macs=0,
+            dense_params=row.params,
+            params=row.params,
+            loss=0.0,
+            reason=f"cannot be rewritten: {row.reason}",
         )
 
 

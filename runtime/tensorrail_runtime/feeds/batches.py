@@ -95,9 +95,11 @@ def _rows(arrays: Values, picks: np.ndarray, axes: Axes) -> Feed:
 
 
 def _declared_length(where: str, lengths: Mapping[str, int], inputs: ModelInputs) -> int:
-    """Return the length of the dynamic batch axes where arrays differ only in axes of fixed size; else raise `ModelError`."""
+    """Return the length of the batch axes that may vary where arrays differ only in fixed ones; else raise `ModelError`."""
     sizes = {name: inputs.entries[name].shape[inputs.axes[name] or 0] for name in lengths if inputs.entries[name].shape}
     dynamic = {length for name, length in lengths.items() if not isinstance(sizes.get(name), int)}
+    if not dynamic and all(sizes[name] == length for name, length in lengths.items()):
+        return inputs.fixed or 1  # what one run takes, as the model declares it
     if len(dynamic) == 1 and all(sizes[name] == length for name, length in lengths.items() if isinstance(sizes.get(name), int)):
         return dynamic.pop()
     raise ModelError(

@@ -151,7 +151,7 @@ def _taken(part: Part, inputs: ModelInputs) -> Part:
         if name in inputs.constants or name not in others:  # a state without a start
             continue
         array = typed(others[name], entry, where)
-        if not array.size:
+        if not array.size and (not array.ndim or not array.shape[inputs.axes[name] or 0]):
             raise ModelError(f"{where}: the array of input {name!r} holds no data; expected one or more samples")
         if not entry.shape and array.shape == (1,):
             array = array.reshape(())

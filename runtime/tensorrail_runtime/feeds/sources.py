@@ -20,7 +20,17 @@ Part = tuple[str, dict[str, np.ndarray]]
 """Where arrays are from, for error messages, and the arrays."""
 
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+_ARRAYS = frozenset({".npy", ".npz"})
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files of a folder, and of the folders in it, that are read as inputs."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and (file.suffix in _ARRAYS or _is_image(file)))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _IMAGES
 
 
 def read_parts(
@@ -49,9 +59,9 @@ def read_parts(
     path = Path(source)
     if not path.is_dir():
         return [(str(path), load_arrays(path))]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    arrays = [file for file in files if file.suffix in (".npy", ".npz")]
-    pictures = [file for file in files if file.suffix.lower() in _IMAGES]
+    files = files_of(path)
+    arrays = [file for file in files if file.suffix in _ARRAYS]
+    pictures = [file for file in files if _is_image(file)]
     if arrays:
         parts = list(_array_files(arrays, inputs[0].name if inputs else ""))
         _require_same_names(path, parts)

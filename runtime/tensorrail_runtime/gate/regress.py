@@ -30,9 +30,10 @@ from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, hel
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.latency import LatencyReport, cycles, fresh_report
+from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record, first_problem
-from tensorrail_runtime.sessions.inputs import Shapes
+from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -275,6 +276,8 @@ def record(
     rules = rules or InputRules()
     recorded = _recordable(rules)
     timing = _with_values(timing, path, settings, rules, data)
+    drawn = random_inputs(open_session(path, settings=settings.exact), timing.batch, shapes=timing.shapes, values=timing.values)
+    require_comparable(path, drawn, settings.exact)
     facts = facts_of(path, settings, timing.batch, _ruled(data, rules), timing.shapes, timing.values)
     runs = _measure([path], replace(conditions, timing=timing))
     baseline = Baseline(

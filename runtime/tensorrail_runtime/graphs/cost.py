@@ -8,6 +8,7 @@ counted as zero; so are If and Loop, whose bodies run an unknown number of times
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,18 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
-from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, operands_of
+from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, constant_tensor, operands_of
+from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes, batch_of, random_inputs
+from tensorrail_runtime.sessions.inputs import Shapes, batch_of, open_axes, random_inputs
 from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
+
+_FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+_MATRIX = 2  # axes of a weight; an infinite constant with fewer may be a mask
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 """Nodes that launch no kernel: views, and nodes that ONNX Runtime folds into constants."""
@@ -62,6 +67,7 @@ class GraphCost(PrintedRecord):
     unshaped: int  # tensors of unknown size, which activation_bytes leaves out
     layers: tuple[NodeCost, ...]
     uncounted: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what else is not counted, and sizes that were not given
 
     @property
     def flops(self) -> int:
@@ -90,7 +96,7 @@ class GraphCost(PrintedRecord):
         )
         head = ("layer", "op", "input", "output", "parameters", "share", "FLOPs (2 × MACs)", "share")
         left_out = (f"not counted: {', '.join(self.uncounted)}",) if self.uncounted else ()
-        return (Table(title, head, rows), *left_out)
+        return (Table(title, head, rows), *left_out, *self.notes)
 
 
 def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values: Values | None = None) -> GraphCost:
@@ -113,17 +119,19 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
     path = Path(path)
     try:
         model = _loaded(path)
+        given = {**{name: np.shape(array) for name, array in (values or {}).items()}, **(shapes or {})}
+        notes = [f"warning: {line}; FLOPs are those of this size" for line in (*open_axes(model, given), *_times(model, given))]
         samples = _samples(model, batch, shapes or {})
         bound = bind_shapes(model, batch, shapes or {})
-        inferred = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
+        inferred = _inferred(bound)
     except ModelError:
         raise
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes
         raise ModelError(
-            f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give an ONNX file that "
-            "onnx.checker accepts"
+            f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give the "
+            "shapes of the inputs, such as x=1,3,224,224, or an ONNX file that onnx.checker accepts"
         ) from None
     known = _shapes(inferred.graph)
     counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
@@ -132,7 +140,8 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         inferred = _with_shapes(inferred, observed)
         known = _shapes(inferred.graph) | observed
     try:
-        return _counted(inferred, known, path, samples)
+        counted_cost = _counted(inferred, known, path, samples)
+        return counted_cost.model_copy(update={"notes": (*notes, *_not_counted(inferred))})
     except ModelError:
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -141,11 +150,54 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         ) from None
 
 
+def _inferred(bound: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with inferred shapes; without those behind operators that onnx does not know."""
+    try:
+        inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        if all(node.domain in ("", "ai.onnx") for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
+            raise
+        inferred = onnx.shape_inference.infer_shapes(bound, data_prop=True)
+    return inferred
+
+
 def _loaded(path: Path) -> onnx.ModelProto:
-    model = onnx.load(path)
+    model, _ = read_model(path)
     if not model.graph.node:
         raise ModelError(f"{path}: contains no nodes: expected an ONNX model")
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    return without_functions(model)
+
+
+def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with the bodies of its functions in place of their calls; the model itself if it has none.
+
+    A function of another opset stays if onnx cannot convert it.
+    """
+    if not model.functions:
+        return model
+    light = onnx.ModelProto()  # the inliner cannot read a message above 2 GiB
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            getattr(light, field.name).MergeFrom(value) if field.is_repeated else setattr(light, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            target = getattr(light.graph, field.name)
+            target.MergeFrom(value) if field.is_repeated else setattr(light.graph, field.name, value)
+    light.graph.initializer.extend(
+        onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]) for tensor in model.graph.initializer
+    )
+    inlined = onnx.inliner.inline_local_functions(light)
+    if inlined.functions:
+        with suppress(RuntimeError, onnx.shape_inference.InferenceError):
+            inlined = onnx.inliner.inline_local_functions(onnx.shape_inference.infer_shapes(light), convert_version=True)
+    known = {opset.domain for opset in inlined.opset_import}
+    for opset in (opset for function in model.functions for opset in function.opset_import):
+        if opset.domain not in known:
+            inlined.opset_import.append(opset)
+            known.add(opset.domain)
+    del inlined.graph.initializer[:]
+    inlined.graph.initializer.extend(model.graph.initializer)
+    return inlined
 
 
 def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path: Path, batch: int) -> GraphCost:
@@ -171,12 +223,11 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
                 sizes = {name: scope.size_of(name) for name in {*node.input, *node.output} - scope.constants.keys() - {""}}
                 moved += scope.times * sum(size or 0 for size in sizes.values())
                 unshaped |= {name for name, size in sizes.items() if size is None}
-    floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
     graphs = [inferred.graph, *descendants(inferred.graph)]
     return GraphCost(
         model=path.name,
         batch=batch,
-        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in floating),
+        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in _FLOATING),
         bytes=bytes_of(path),
         macs=sum(layer.macs for layer in layers),
         activation_bytes=moved,
@@ -188,14 +239,78 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
     )
 
 
+def _times(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
+    """Return a warning for each input whose only dynamic axis has another name than a batch, such as a number of frames."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    axes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.input if v.name not in stored}
+    batches = {own[0].dim_param for own in axes.values() if own and own[0].dim_param}
+    lines = []
+    for name, own in axes.items():
+        dynamic = [axis for axis in own if not axis.dim_value]
+        if name not in shapes and len(dynamic) == 1 and dynamic[0] is not own[0] and dynamic[0].dim_param not in ("", *batches):
+            example = ",".join(str(axis.dim_value or 50) for axis in own)
+            lines.append(
+                f"input {name!r} has axis {dynamic[0].dim_param!r} of any size, set to the batch size: give its shape, such as "
+                f"{name}={example}"
+            )
+    return lines
+
+
+def _not_counted(model: onnx.ModelProto) -> list[str]:
+    """Return lines about weights whose products are not counted, in bodies of If and Loop, and about quantized weights."""
+    lines = []
+    for node in (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node):
+        if node.op_type in ("If", "Loop") and node.domain in ("", "ai.onnx"):
+            inner = [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
+            own = {n: t for graph in inner for n, t in constants_of(graph).items() if len(t.dims) >= _MATRIX}
+            if own:
+                named = ", ".join(f"{n} ({math.prod(t.dims):,})" for n, t in sorted(own.items()))
+                lines.append(f"FLOPs not counted in the bodies of {node.op_type} {node.name!r}, whose weights are: {named}")
+    narrow = [t for t in constants_of(model.graph).values() if t.data_type not in _FLOATING and _is_quantized(t)]
+    if narrow:
+        lines.append(f"quantized weights, not among the parameters: {sum(math.prod(t.dims) for t in narrow):,} values")
+    return lines
+
+
+def _is_quantized(tensor: onnx.TensorProto) -> bool:
+    kinds = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1", "FLOAT8E4M3FN", "FLOAT8E5M2")
+    return len(tensor.dims) >= _MATRIX and onnx.TensorProto.DataType.Name(tensor.data_type) in kinds
+
+
+def _computed(graph: onnx.GraphProto) -> set[str]:
+    """Return the tensors that nodes compute from constants alone, such as weights of a parametrization."""
+    constant = set(constants_of(graph)) | {""}
+    computed: set[str] = set()
+    for node in graph.node:
+        if node.input and all(name in constant for name in node.input) and not any(a.HasField("g") for a in node.attribute):
+            constant.update(node.output)
+            computed.update(node.output)
+    return computed
+
+
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Return the initializers and the tensors of Constant nodes of a graph, by name."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                constants[node.output[0]] = attribute.t
+        tensor = constant_tensor(node)
+        if tensor is not None:
+            constants[node.output[0]] = tensor
     return constants
+
+
+def weight_fault(model: onnx.ModelProto) -> str:
+    """Return which weight holds NaN or, with two axes or more, infinite values, in one line; empty if none does."""
+    for graph in (model.graph, *descendants(model.graph)):
+        for name, tensor in constants_of(graph).items():
+            if tensor.data_type not in _FLOATING or tensor.data_location == onnx.TensorProto.EXTERNAL:
+                continue
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32, copy=False)
+            wrong = np.isnan(values) if values.ndim < _MATRIX else ~np.isfinite(values)
+            if wrong.any():
+                place = [int(index) for index in np.argwhere(wrong)[0]]
+                what = "NaN" if np.isnan(values[tuple(place)]) else "an infinite value"
+                return f"weight {name!r} holds {what} at {place}, one of {int(wrong.sum()):,} such values: repair the model"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -207,6 +322,7 @@ class _Scope:
     shapes: dict[str, tuple[int, ...]]
     itemsizes: dict[str, int]
     constants: dict[str, onnx.TensorProto | None]  # None for a constant that is not a tensor
+    computed: frozenset[str] = frozenset()  # from constants alone
 
     @classmethod
     def of(
@@ -220,6 +336,7 @@ class _Scope:
             shapes={**(outer.shapes if outer else {}), **shapes},
             itemsizes={**(outer.itemsizes if outer else {}), **{value.name: _itemsize(value) for value in values}},
             constants={**(outer.constants if outer else {}), **not_tensors, **constants_of(graph)},
+            computed=frozenset(_computed(graph)),
         )
 
     def size_of(self, name: str) -> int | None:
@@ -250,16 +367,21 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
     operands, shapes = operands_of(node), scope.shapes
     for name in (*operands, node.output[0]):
         if name and name not in shapes:
-            raise ModelError(f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred")
+            raise ModelError(
+                f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred: give the shapes of "
+                "the inputs, such as x=1,3,224,224"
+            )
     sizes, out = [shapes[name] for name in operands], shapes.get(node.output[0], ())
     constants = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
+    computed = [name for name in operands if name in scope.computed and len(shapes[name]) >= _MATRIX]
     return NodeCost(
         name=node.name,
         op=node.op_type,
-        weight=next((name for name in operands if name in constants), ""),
+        weight=next((name for name in operands if name in constants), next(iter(computed), "")),
         input=sizes[0],
         output=out,
-        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants),
+        params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants)
+        + sum(math.prod(shapes[name]) for name in computed),
         macs=scope.times * MACS[node.op_type](node, sizes, out),
     )
 
@@ -347,7 +469,14 @@ def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> 
 def seen_shapes(
     bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in a run of the model, for graphs whose shapes cannot be inferred.
+    """Return the shapes of all tensors in a run of the model, where they cannot be inferred; see `seen_tensors`."""
+    return {name: shape for name, (_, shape) in seen_tensors(bound, batch, shapes, values).items()}
+
+
+def seen_tensors(
+    bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return the types and shapes of all tensors in a run of the model, also behind operators that onnx does not know.
 
     Args:
         bound: the model, with inputs of fixed shapes.
@@ -356,7 +485,8 @@ def seen_shapes(
         values: known values of inputs by name, in place of random ones.
 
     Returns:
-        The shape of each tensor by name; empty if the model does not run or is too large to be passed in memory.
+        ONNX's element type and the shape of each tensor by name; empty if the model does not run or is too large to be passed
+        in memory.
 
     """
     exposed = with_outputs(bound, (name for node in bound.graph.node for name in node.output if name))
@@ -368,7 +498,18 @@ def seen_shapes(
         arrays = session.run(None, random_inputs(session, batch, shapes=shapes, values=values))
     except Exception:  # noqa: BLE001 - a missing shape is reported later, with the node that needs it
         return {}
-    return {value.name: tuple(np.shape(array)) for value, array in zip(session.get_outputs(), arrays, strict=True)}
+    return {
+        entry.name: (_element_type(entry.type), tuple(np.shape(array)))
+        for entry, array in zip(session.get_outputs(), arrays, strict=True)
+        if entry.type.startswith("tensor(")
+    }
+
+
+def _element_type(name: str) -> int:
+    """Return ONNX's number of a type such as `tensor(float)`; 0 for one that it does not have."""
+    kinds = onnx.TensorProto.DataType
+    text = name.removeprefix("tensor(").removesuffix(")").upper()
+    return int(kinds.Value(text)) if text in kinds.keys() else 0  # noqa: SIM118 - not a dict
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:

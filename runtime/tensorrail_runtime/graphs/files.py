@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import onnx
 from google.protobuf.message import DecodeError, Message
 
 from tensorrail_runtime.errors import ModelError
+
+_RANDOM = frozenset(
+    {
+        "Bernoulli",
+        "BiasDropout",
+        "BitmaskDropout",
+        "Dropout",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+"""The operators whose outputs may differ from run to run; Dropout does so in training mode only."""
+
+_STARTS = frozenset(
+    bytes([field << 3 | kind]) for field, kind in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 0), (6, 2), (7, 2), (8, 2))
+)
+"""The first byte of an ONNX file: the tag of one of the model's fields."""
 
 
 def external_files(path: Path) -> list[str]:
@@ -20,7 +41,7 @@ def external_files(path: Path) -> list[str]:
 
     """
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}): expected an ONNX model") from None
     except DecodeError:
@@ -42,6 +63,54 @@ def external_files(path: Path) -> list[str]:
     return list(locations)
 
 
+def files_read(path: Path) -> list[Path]:
+    """Return all files that are read with a file: the file itself and, of a model, its external data.
+
+    A file that cannot be read counts alone: the command that reads it says why.
+
+    Args:
+        path: a model, or any other file.
+
+    """
+    return [path, *(path.parent / location for location in _locations(path))]
+
+
+def data_file(path: Path) -> Path:
+    """Return the file beside a model for its external data: `<name>.data`, or a free name if another model reads that one.
+
+    Args:
+        path: the model that is to be written.
+
+    """
+    for number in count(1):
+        data = path.with_name(f"{path.name}.data" if number == 1 else f"{path.name}.{number}.data")
+        if not data.exists() or not any(_same(data, file) for model in _beside(path) for file in files_read(model)[1:]):
+            return data
+    raise AssertionError("count never ends")
+
+
+def _beside(path: Path) -> list[Path]:
+    """Return the other files in the folder of a model."""
+    return [file for file in path.parent.iterdir() if file.is_file() and not _same(file, path)]
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
+
+
+def _locations(path: Path) -> dict[str, None]:
+    """Return where the external data of a file are, as it stores them; none if it is not a model."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(1) not in _STARTS:
+                return {}
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError):
+        return {}
+    external = (tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    return {entry.value: None for tensor in external for entry in tensor.external_data if entry.key == "location"}
+
+
 def bytes_of(path: Path) -> int:
     """Return the size in bytes of a model's file and its external data."""
     return sum(file.stat().st_size for file in _files(path))
@@ -60,6 +129,21 @@ def sha256_of(path: Path) -> str:
 def opset_of(model: onnx.ModelProto) -> int:
     """Return the version of ONNX's own operator set that a model uses; 0 where it names none."""
     return next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0)
+
+
+def random_nodes(path: Path) -> list[str]:
+    """Return the nodes of a model that may draw random numbers, as texts such as `noise: RandomNormalLike`.
+
+    Nodes with a seed draw the same numbers in every session, and are left out.
+    """
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError):
+        return []
+    groups = [graph.node for graph in (model.graph, *descendants(model.graph))] + [f.node for f in model.functions]
+    drawing = [node for nodes in groups for node in nodes if node.op_type in _RANDOM and node.output]
+    unseeded = [node for node in drawing if not any(attribute.name == "seed" for attribute in node.attribute)]
+    return [f"{node.name or node.output[0]}: {node.op_type}" for node in unseeded]
 
 
 def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

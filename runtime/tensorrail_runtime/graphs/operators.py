@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx
 
 Shape = tuple[int, ...]
@@ -46,6 +47,33 @@ CONTRIB_NO_MACS = frozenset((  # of com.microsoft: ONNX Runtime's optimizer and 
     "SkipSimplifiedLayerNormalization", "Trilu", "Unique",
 ))
 # fmt: on
+
+
+def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Return the value of a Constant node as a tensor, however it is stored; None for another node or a sparse value."""
+    tensor: onnx.TensorProto
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or not node.output:
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            tensor = attribute.t
+            return tensor
+        if attribute.name in _PLAIN:
+            values = np.asarray(onnx.helper.get_attribute_value(attribute), _PLAIN[attribute.name])
+            tensor = onnx.numpy_helper.from_array(values, node.output[0])
+            return tensor
+    return None
+
+
+_PLAIN = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_string": object,
+    "value_strings": object,
+}
+"""The attributes of a Constant that hold numbers or text in place of a tensor, and NumPy's type of these."""
 
 
 def operands_of(node: onnx.NodeProto) -> list[str]:

@@ -14,12 +14,17 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes, deduced_axes
+from tensorrail_runtime.graphs.cost import weight_fault
+from tensorrail_runtime.graphs.files import random_nodes
+from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
 _SHOWN_BATCHES = 4
+_REPEATED = 1e-3  # relative L2 between two runs on the same inputs that is rounding at most
+_NODES = 3  # nodes that are named in an error
 _INDEX_BYTES = 4  # integers of this size and larger are indices or counts
 
 
@@ -181,9 +186,13 @@ def parity(
     require_tensors(reference, first)
     limits.check([entry.name for entry in first.get_outputs()])
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
+    for path in (reference, candidate) if feeds else ():
+        require_comparable(path, feeds[0], settings)
     if not feeds:
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
     first_runs, second_runs = ([run(session, feed) for feed in feeds] for session in (first, second))
+    for path, runs in ((reference, first_runs), (candidate, second_runs)):
+        _require_finite_weights(Path(path), runs)
     names = [entry.name for entry in first.get_outputs()]
     axes = deduced_axes({entry.name: entry.shape for entry in first.get_inputs()}) if axes is None else axes
     outputs = [
@@ -199,6 +208,50 @@ def parity(
         tolerance=limits.relative_l2,
         outputs=tuple(outputs),
     )
+
+
+def require_comparable(path: Path | str, feed: Mapping[str, np.ndarray], settings: Session | None = None) -> None:
+    """Check, before any work, that the outputs of a model can be compared.
+
+    Args:
+        path: the file of the model.
+        feed: inputs by name.
+        settings: how the model runs; default: the CPU provider.
+
+    Raises:
+        ModelError: an output is not a tensor, or outputs differ from run to run because the model draws random numbers.
+
+    """
+    session = open_session(path, settings=settings or Session())
+    require_tensors(path, session)
+    random = random_nodes(Path(path))
+    if not random:
+        return
+    first, second = run(session, feed), run(session, feed)
+    for name, left in first.items():
+        right = second[name]
+        same = left.shape == right.shape and (left.dtype.kind not in "fiub" or relative_l2(*_doubles(left, right)) <= _REPEATED)
+        if not same:
+            by = "its shape" if left.shape != right.shape else f"{relative_l2(*_doubles(left, right)):.2g} (relative L2)"
+            raise ModelError(
+                f"{path}: output {name!r} differs by {by} between two runs on the same inputs, because the model draws random "
+                f"numbers ({', '.join(random[:_NODES])}): its outputs cannot be compared; make the noise an input, or give "
+                "these nodes a seed"
+            )
+
+
+def _require_finite_weights(path: Path, runs: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Raise `ModelError` for a weight that holds NaN, where an output is not finite."""
+    arrays = [array for outputs in runs for array in outputs.values() if array.dtype.kind == "f"]
+    if all(np.isfinite(array).all() for array in arrays):
+        return
+    fault = weight_fault(read_model(path)[0])
+    if fault:
+        raise ModelError(f"{path}: {fault}")
+
+
+def _doubles(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [np.nan_to_num(np.asarray(array, np.float64)) for array in arrays]
 
 
 def compare(name: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray], tolerances: Tolerances) -> OutputParity:

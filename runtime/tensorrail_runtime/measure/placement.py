@@ -138,7 +138,7 @@ def time_shares(
         outputs: the layer that computes a tensor, by the name of the tensor: for a dense graph without such node names.
 
     """
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = onnx.load(path, format="protobuf", load_external_data=False).graph
     nodes_by_name = {node.name: node for node in graph.node if node.name}
     producers = {output: node for node in graph.node for output in node.output}
     shares = dict.fromkeys(layers, 0.0)

@@ -45,7 +45,7 @@ def _read(path: Path | str) -> bool:
     import onnx
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except Exception:  # noqa: BLE001 - protobuf raises its own classes; opening a session reports the error
         return False
     return _in_graph(model.graph) or any(_in_node(node) for function in model.functions for node in function.node)

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
-from tensorrail_runtime.sessions.values import TYPES, Values, at_shape, typed
+from tensorrail_runtime.sessions.values import TYPES, Drawn, Values, at_shape, typed
 
 if TYPE_CHECKING:
     import onnx
@@ -56,7 +56,7 @@ def random_inputs(
             if name not in entries:
                 raise ModelError(f"{what}: unknown input {name!r}; the model's inputs are {', '.join(entries) or 'none'}")
     rng = np.random.default_rng(seed)
-    feed: dict[str, np.ndarray] = {}
+    feed = Drawn()
     remaining = _MOST_VALUES
     for name, entry in entries.items():
         known = values is not None and name in values
@@ -73,6 +73,7 @@ def random_inputs(
             continue
         dtype = np.dtype(TYPES[entry.type])
         normal = np.issubdtype(dtype, np.floating)
+        feed.integers += () if normal else (name,)
         feed[name] = (rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)).astype(dtype)
     return feed
 
@@ -150,7 +151,8 @@ def _known(entry: ort.NodeArg, values: np.ndarray, shape: Sequence[int]) -> np.n
     array = typed(values, entry, "values")
     if not entry.shape and array.ndim:  # an input of undeclared shape
         return array
-    if array.ndim > len(shape) or not array.size:
+    missing = any(not own and size for own, size in zip(array.shape[::-1], shape[::-1], strict=False))  # nothing to repeat
+    if array.ndim > len(shape) or missing:
         raise ModelError(f"values: input {entry.name!r} expects shape {entry.shape}, got an array of shape {list(array.shape)}")
     return at_shape(array, shape)
 
@@ -165,21 +167,22 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         The shape of each input, by name.
 
     Raises:
-        ModelError: a text has another form, or an axis is not a number of 1 or more.
+        ModelError: a text has another form, or an axis is not a number of 0 or more. An axis of 0 is one that holds nothing
+            yet, such as the past of a decoder's first step; the first axis is 1 or more.
 
     """
     shapes = {}
     for text in texts:
         name, _, sizes = text.rpartition("=")
         numbers = [number.strip() for number in sizes.replace("x", ",").split(",")]
-        if not name or not all(_is_size(number) for number in numbers):
+        if not name or not all(_is_size(number) for number in numbers) or not int(numbers[0]):
             raise ModelError(f"expected a shape such as name=1,3,224,224, got {text!r}")
         shapes[name] = tuple(int(number) for number in numbers)
     return shapes
 
 
 def _is_size(text: str) -> bool:
-    return bool(text.isascii() and text.isdecimal() and len(text) <= _DIGITS and int(text))
+    return bool(text.isascii() and text.isdecimal() and len(text) <= _DIGITS)
 
 
 def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
@@ -209,7 +212,7 @@ def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
         raise ModelError(f"{path}: not an npz file of plain arrays ({reason})") from None
     if single:
         raise ModelError(f"{path}: expected an npz file of named arrays, got a single array")
-    if not arrays or any(not array.size for array in arrays.values()):
+    if not any(array.size for array in arrays.values()):
         raise ModelError(f"{path}: holds no data")
     return arrays
 

@@ -16,7 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
+from tensorrail_runtime.records import require_utf8
 from tensorrail_runtime.sessions.float16 import holds_fp16
+from tensorrail_runtime.sessions.values import Drawn
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -122,6 +124,7 @@ def open_session(
     """
     settings = settings or Session(provider=provider, threads=threads)
     settings.check()
+    require_utf8(path)
     name = PROVIDERS[settings.provider]
     if name not in ort.get_available_providers():
         raise ModelError(
@@ -184,7 +187,8 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
         lines = " ".join(str(error).split())  # the input and the axis are named after the first line
-        raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({lines[:_MESSAGE_LENGTH]})") from None
+        hint = inputs.hint if isinstance(inputs, Drawn) else ""
+        raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({lines[:_MESSAGE_LENGTH]}){hint}") from None
 
 
 def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:

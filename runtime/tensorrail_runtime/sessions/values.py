@@ -28,6 +28,23 @@ TYPES = {
 Values = Mapping[str, np.ndarray]
 
 
+class Drawn(dict[str, np.ndarray]):
+    """Inputs that were drawn at random, of which an error says so: integers may be no valid indices."""
+
+    integers: tuple[str, ...] = ()
+    """The inputs with random integers, which are 0 and 1."""
+
+    @property
+    def hint(self) -> str:
+        """What to do if a model does not run on these inputs; empty if none of them are random integers."""
+        if not self.integers:
+            return ""
+        return (
+            f"; the values of {', '.join(self.integers)} are random, 0 and 1: give valid inputs from a file, or a constant "
+            f"such as {self.integers[0]}=0"
+        )
+
+
 def typed(array: object, entry: ort.NodeArg, where: str) -> np.ndarray:
     """Return values in the type of a model's input, in native byte order and contiguous.
 

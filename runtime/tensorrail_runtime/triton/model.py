@@ -26,7 +26,7 @@ _LOUDER = 10  # the values of the second request in a batch are this many times 
 
 def signature(path: Path, session: ort.InferenceSession) -> TritonSignature:
     """Return a model's inputs and outputs; raises `ModelError` for one that Triton's backend does not take."""
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = onnx.load(path, format="protobuf", load_external_data=False).graph
     unranked = {
         value.name
         for value in (*graph.input, *graph.output)

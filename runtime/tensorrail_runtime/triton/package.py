@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.graphs.files import external_files
+from tensorrail_runtime.graphs.files import external_files, files_read
 from tensorrail_runtime.records import Record, write_text
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session, open_session
@@ -120,6 +120,7 @@ def package(
     models = contents.versions(Path(model))
     for name in models:
         _refuse_taken(repository / name, contents.overwrite)
+        _refuse_inside(repository / name, [path for versions in models.values() for path in versions.values()])
     with _workshop(repository) as workshop:
         packaged = []
         for name, versions in models.items():
@@ -210,6 +211,14 @@ def _refuse_taken(target: Path, overwrite: bool) -> None:
         raise ModelError(
             f"{target}: holds no config.pbtxt, so it is not a Triton model and is never overwritten: choose another name"
         )
+
+
+def _refuse_inside(target: Path, models: Sequence[Path]) -> None:
+    """Raise `ModelError` if a model, or its external data, is in the folder that would be replaced."""
+    for model in models:
+        for file in files_read(model):
+            if target.resolve() in file.resolve().parents:
+                raise ModelError(f"{target}: holds {file}, which is read and would be lost: choose another name or repository")
 
 
 @contextmanager

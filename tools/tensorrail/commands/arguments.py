@@ -186,6 +186,15 @@ def search_options(
     )
 
 
+def require_apart(json: Path | None, recipe: Path) -> None:
+    """Raise `ModelError` if a record would be written over one of the files that a recipe names."""
+    if json is not None and json.exists():
+        from tensorrail.inputs import require_writable
+        from tensorrail_trainer.recipes.recipe import Recipe
+
+        require_writable(json, *(name for _, name in Recipe.load(recipe).files()))
+
+
 def read_targets(texts: list[str] | None) -> dict[str, float]:
     """Return the targets of texts such as `latency=2.0`; `UsageError` says how one is written."""
     from tensorrail_runtime.errors import UsageError

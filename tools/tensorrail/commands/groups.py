@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
+
+_WRITTEN = ("out", "json", "junit", "benchmark_json", "markdown", "annotations")
+"""The names of the options whose files are written."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**given: Any) -> None:  # Any: the values of the options
+        _require_utf8(given)
+        _require_no_loss(given)
         made = {name: groups[name].make(**{option: given.pop(option) for option in options[name]}) for name in groups}
         command(**given, **made)
 
@@ -36,6 +42,38 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only} | {"return": None}
     del call.__wrapped__  # or the options would be read from the command itself
     return call
+
+
+def _require_utf8(given: Mapping[str, Any]) -> None:  # Any: the values of the options
+    """Raise `ModelError` for a name that is not valid UTF-8: neither ONNX Runtime nor a JSON file takes it."""
+    texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
+    for text in texts:
+        if isinstance(text, Path | str) and any("\ud800" <= character <= "\udfff" for character in str(text)):
+            from tensorrail_runtime.records import require_utf8
+
+            require_utf8(text)
+
+
+def _require_no_loss(given: Mapping[str, Any]) -> None:  # Any: the values of the options
+    """Raise `ModelError` if a file that is to be written is read as well, and `UsageError` if it is written twice."""
+    written = {name: Path(given[name]) for name in _WRITTEN if given.get(name) is not None}
+    if not written:
+        return
+    from tensorrail.inputs import require_writable
+    from tensorrail_runtime.errors import UsageError
+
+    others = [value for name, value in given.items() if name not in _WRITTEN]
+    read = [path for value in others for path in (value if isinstance(value, list) else [value])]
+    known: dict[Path, str] = {}
+    for name, path in written.items():
+        option = f"--{name.replace('_', '-')}"
+        if (other := known.setdefault(path.resolve(), option)) != option and not _is_stream(path):
+            raise UsageError(f"{other} and {option} write the same file, {path}: give each a file of its own")
+        require_writable(path, *(value for value in read if isinstance(value, Path)), given.get("model"))
+
+
+def _is_stream(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -25,10 +25,14 @@ def command(
     """Print the layers with their shapes, parameters and FLOPs (2 × MACs), and their shares of the whole."""
     from tensorrail.options import Options
     from tensorrail.verbs.inspect import inspect
-    from tensorrail_runtime.errors import UsageError
+    from tensorrail_runtime.errors import ModelError, UsageError
     from tensorrail_runtime.measure.placement import Placement
 
     if session.on_gpu and not placement:
         raise UsageError("--provider has no effect without --placement, which runs the model: give --placement as well")
-    report = inspect(model, placement=placement, options=Options(session, timing))
+    try:
+        report = inspect(model, placement=placement, options=Options(session, timing))
+    except ModelError as error:
+        hint = ": see --shape" if "give the shape" in str(error) else ""
+        raise ModelError(f"{error}{hint}") from None
     finish(report, json, not (isinstance(report, Placement) and report.elsewhere))

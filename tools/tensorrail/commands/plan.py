@@ -36,15 +36,12 @@ def command(
     json: Json = None,
 ) -> None:
     """Choose formats and ranks for a target, from times measured here. Exit code 1 when a target is missed."""
-    from tensorrail.inputs import require_writable
     from tensorrail.modules import load_network
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.plan import plan
 
     targets = read_targets(target)
     search.check(targets)
-    if out is not None:
-        require_writable(out, model, calibration)
     network, timing = load_network(model, timing)
     with progress_bar() as progress:
         options = Options(session, timing, search, Fit(samples=samples), progress=progress, inputs=inputs)

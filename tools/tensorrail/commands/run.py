@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume
+from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume, require_apart
+from tensorrail.commands.groups import grouped
 from tensorrail.terminal import finish, progress_bar
 
 
+@grouped
 def command(
     recipe: RecipeFile, folder: Folder = None, resume: Resume = False, overwrite: Overwrite = False, json: Json = None
 ) -> None:
@@ -14,6 +16,7 @@ def command(
 
     from tensorrail.verbs.run import run
 
+    require_apart(json, recipe)
     with progress_bar(stays=True) as progress:
         report = run(recipe, folder, resume=resume, overwrite=overwrite, progress=progress)
     if report is None:  # one of several processes, and not the first

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import as_calibration, as_labelled, require_writable, timed_on
+from tensorrail.inputs import as_calibration, as_labelled, feed_of, require_writable, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
 from tensorrail_runtime.errors import GraphError, PlanError, TargetError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def compress(
             conditions, timing=timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         )
         graph = load_to_search(path, conditions.timing, options.progress)
+        require_comparable(path, feed_of(path, conditions, inputs), conditions.settings.exact)
         test = as_labelled(data, None if data is None else search.metric, options.inputs)
         refine = _refine(options) if inputs is not None else {}
         if search.metric is not None and isinstance(given, Plan) and inputs is not None and not refine:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import as_calibration, timed_on
+from tensorrail.inputs import as_calibration, feed_of, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
+from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Timing
 
 if TYPE_CHECKING:
@@ -58,4 +59,6 @@ def plan(
         timing = timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         conditions = replace(conditions, timing=timing)
         graph = load_to_search(path, timing, options.progress)
+        if inputs is not None:  # losses are differences of outputs
+            require_comparable(path, feed_of(path, conditions, inputs), conditions.settings.exact)
         return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tensorrail.inputs import as_labelled
+from tensorrail.inputs import as_labelled, require_writable
 from tensorrail.models import as_file
 from tensorrail.options import Options
 from tensorrail_runtime.gate import regress
@@ -40,6 +40,7 @@ def record(
     """
     options = options or Options()
     conditions = options.conditions(TIMING)
+    require_writable(out, model, data)
     labelled = as_labelled(data, rules=options.inputs)
     return regress.record(Path(model), Path(out), conditions=conditions, data=labelled, rules=options.inputs)
 

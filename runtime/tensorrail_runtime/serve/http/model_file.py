@@ -36,7 +36,7 @@ def read_model(path: Path, options: ServeOptions) -> Model:
     if options.max_batch == 1:
         axes, batching = None, "the largest batch is 1"
     try:
-        content = onnx.load(path).SerializeToString()
+        content = onnx.load(path, format="protobuf").SerializeToString()
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes, the last for more than 2 GiB
         raise ModelError(f"{path}: cannot be sent to the replicas ({first_line(error)})") from None
     return Model(content, signature, axes, batching)
