@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError, TensorrailError
+from tensorrail_runtime.errors import ModelError, TensorrailError, first_line
+from tensorrail_runtime.feeds.batches import class_column
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.feeds.sources import read_parts
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.sessions.values import native
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
@@ -45,6 +47,14 @@ class Labelled:
     """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample (see `Metric`)."""
     rules: InputRules = field(default_factory=InputRules)
     """Which inputs are constant, have their samples along another axis than the first, or are states."""
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "labels", native(self.labels))
+        except (ValueError, TypeError, RuntimeError) as error:  # such as lists of unequal length, a tensor on a GPU
+            raise ModelError(
+                f"labels: not an array ({first_line(error)}); expected a NumPy array, one label a sample"
+            ) from None
 
     @classmethod
     def load(cls, path: Path | str, metric: str | None = None, rules: InputRules | None = None) -> Labelled:
@@ -181,7 +191,9 @@ def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray
         scores = next(iter(run(session, {name: images}).values()))
         if np.isnan(scores).any():
             raise ModelError(f"{path}: its output holds NaN, which cannot be scored")
-        correct += int((scores.argmax(1) == labels).sum())
+        if len(scores) != len(labels):
+            raise ModelError(f"expected one label per sample, got labels of shape {np.shape(labels)} and {len(scores)} samples")
+        correct += int(_top(scores, native(labels), 1).sum())
         total += len(labels)
     if not total:
         raise ModelError("expected at least one sample to score, got none")
@@ -388,10 +400,11 @@ def wrong_labels(labels: np.ndarray, classes: int) -> str:
 
 
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
+    labels = class_column(labels)
+    if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
         raise ModelError(
-            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels, got an "
-            f"output of shape {scores.shape} and labels of type {labels.dtype}"
+            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels of shape "
+            f"(samples,), got an output of shape {scores.shape} and labels of type {labels.dtype} and shape {labels.shape}"
         )
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise ModelError(wrong)

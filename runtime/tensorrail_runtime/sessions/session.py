@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.sessions.float16 import holds_fp16
+from tensorrail_runtime.sessions.values import native
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -181,7 +182,9 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
         raise ModelError(f"expected inputs {', '.join(expected) or 'none'}, got {', '.join(inputs) or 'none'}")
     names = [entry.name for entry in session.get_outputs()]
     try:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        # ONNX Runtime reads the bytes of an array in another byte order as if they were in this machine's.
+        feed = {name: native(array) if isinstance(array, np.ndarray) else array for name, array in inputs.items()}
+        return dict(zip(names, session.run(names, feed), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
         lines = " ".join(str(error).split())  # the input and the axis are named after the first line
         raise ModelError(f"ONNX Runtime cannot run the model on these inputs ({lines[:_MESSAGE_LENGTH]})") from None

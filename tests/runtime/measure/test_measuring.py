@@ -8,7 +8,7 @@ from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
-from tensorrail_runtime.measure.accuracy import Labelled, metric_of
+from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of
 from tensorrail_runtime.measure.latency import Latency, ratio
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, turns
@@ -350,6 +350,23 @@ def test_outputs_without_elements_are_no_evidence(tmp_path):
     assert parity(tmp_path / "n.onnx", tmp_path / "n.onnx", batches=(0, 1)).holds
     with pytest.raises(ModelError, match="batches of 0, got 3 samples"):
         evaluate(tmp_path / "zero.onnx", Labelled({"x": np.ones((3, 8), np.float32)}, np.zeros(3, np.int64)))
+
+
+def test_a_column_of_labels_counts_as_labels_and_other_shapes_are_refused(small_path, rng):
+    x = rng.standard_normal((9, *open_session(small_path).get_inputs()[0].shape[1:])).astype(np.float32)
+    labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
+    for given in (labels[:, None], labels.astype(">i2"), labels[::-1][::-1]):
+        assert evaluate(small_path, Labelled({"x": x.astype(">f4")}, given)).mean == 1
+        assert accuracy_of(small_path, [(x.astype(">f4"), given)]).percent == 100
+    one_hot = np.eye(10, dtype=np.int64)[labels]
+    with pytest.raises(
+        ModelError, match=r"integer labels of shape \(samples,\), got .*labels of type int64 and shape \(9, 10\)"
+    ):
+        evaluate(small_path, Labelled({"x": x}, one_hot))
+    with pytest.raises(ModelError, match=r"integer labels of shape \(samples,\), got .* shape \(9, 10\)"):
+        accuracy_of(small_path, [(x, one_hot)])
+    with pytest.raises(ModelError, match=r"labels of shape \(8,\) and 9 samples"):
+        accuracy_of(small_path, [(x, labels[:8])])
 
 
 def test_labels_without_an_axis_are_refused(small_path):

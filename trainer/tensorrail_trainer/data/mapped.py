@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tensorrail_runtime.errors import DataError
 from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
-from tensorrail_trainer.data.splits import Augment, Dataset, Share
+from tensorrail_trainer.data.splits import Augment, Dataset, Share, tensor_of
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,15 @@ class Mapped:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{where}: cannot be read ({type(error).__name__}: {reason})") from None
         if isinstance(x, np.ndarray):
-            x = torch.from_numpy(x)
+            try:
+                x = tensor_of(x)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{where}: not an array of numbers ({error})") from None
         if not isinstance(x, Tensor):
             raise DataError(
                 f"{where}: expected a tensor, got a {type(x).__name__}; give the data set a transform that returns a tensor"
             )
-        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+        if isinstance(label, Tensor | np.ndarray) and label.shape in ((), (1,)):
             label = label.item()
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
             raise DataError(f"{where}: expected an integer label, got {label!r:.40}")

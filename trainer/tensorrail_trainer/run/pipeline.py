@@ -331,6 +331,8 @@ class _Training:
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
         self.store = Checkpoints(folder / "checkpoints", lambda text: progress("note", 1.0, text))
         self.data = recipe.make_data().to(accelerator.device)
+        for note in self.data.left_out:
+            progress("note", 1.0, note)
         settings = recipe.train
         self.control = settings.control_schedule if settings.dense or recipe.model.weights else None
         schedules = (settings.dense, settings.admm, settings.finetune, self.control)
@@ -467,7 +469,7 @@ def run(
     placed = placement(paths["factored"])
     report = Report(
         name=recipe.name,
-        data=data.source,
+        data="; ".join((data.source, *data.left_out)),
         command=command,
         models=models,
         approximation=approximation,
