@@ -101,13 +101,13 @@ class Limits(Record):
 
     """
 
-    max_slowdown: float = Field(default=0.05, gt=0)
-    flops: float = Field(default=0.0, ge=0)
-    params: float = Field(default=0.0, ge=0)
-    bytes: float = Field(default=0.01, ge=0)
-    nodes: float = Field(default=0.0, ge=0)
-    score: float = Field(default=0.005, ge=0)
-    tolerance: float | None = 1e-3
+    max_slowdown: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    flops: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    params: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    bytes: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    nodes: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    score: float = Field(default=0.005, ge=0, allow_inf_nan=False)
+    tolerance: float | None = Field(default=1e-3, ge=0, allow_inf_nan=False)
 
 
 class Finding(Record):

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError, TensorrailError, first_line
+from tensorrail_runtime.errors import OWN_CODE, ModelError, TensorrailError, first_line, in_words
 from tensorrail_runtime.feeds.batches import class_column
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.feeds.sources import read_parts
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.sessions.session import Session, naming, open_session, require_tensors, run
 from tensorrail_runtime.sessions.values import native
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
@@ -188,7 +188,8 @@ def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray
     session = open_session(path, provider=provider)
     name, correct, total = _first_input(path, session), 0, 0
     for images, labels in batches:
-        scores = next(iter(run(session, {name: images}).values()))
+        with naming(path):
+            scores = next(iter(run(session, {name: images}).values()))
         if np.isnan(scores).any():
             raise ModelError(f"{path}: its output holds NaN, which cannot be scored")
         if len(scores) != len(labels):
@@ -229,7 +230,8 @@ def evaluate(
     metric_of(metric)  # raises, before anything runs, if it is unknown
     session = open_session(path, settings=settings)
     require_tensors(path, session)
-    batches = load_batches(data.inputs, session, data.rules, batch=batch)
+    with naming(path):
+        batches = load_batches(data.inputs, session, data.rules, batch=batch)
     count = sum(batches.samples)
     if not count or np.shape(labels)[:1] != (count,):
         raise ModelError(
@@ -238,7 +240,8 @@ def evaluate(
         )
     scores: list[float] = []
     for feed, size in zip(batches.feeds, batches.samples, strict=True):
-        outputs = run(session, feed)
+        with naming(path):
+            outputs = run(session, feed)
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
                 raise ModelError(f"{path}: output {name!r} holds NaN, which cannot be scored")
@@ -267,8 +270,8 @@ def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.nda
         scores = np.asarray(scorer(deepcopy(dict(outputs)), deepcopy(labels)), np.float64)
     except TensorrailError:
         raise
-    except Exception as error:  # the user's function may raise anything
-        raise ModelError(f"metric {metric}: failed on {size} samples ({type(error).__name__}: {error})") from error
+    except OWN_CODE as error:
+        raise ModelError(f"metric {metric}: failed on {size} samples {in_words(error)}") from error
     if scores.shape != (size,):
         raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {scores.shape}")
     if not np.isfinite(scores).all():
@@ -376,8 +379,10 @@ def imported(name: str, what: str, expected: str = "module:function") -> Callabl
         sys.path.insert(0, folder)
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"{what} {name!r} cannot be imported ({error})") from None
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"{what} {name!r} cannot be imported ({' '.join(str(error).split())})") from None
+    except OWN_CODE as error:  # of the code that the module runs
+        raise ModelError(f"{what} {name!r} cannot be imported {in_words(error)}") from None
     if not callable(function):
         raise ModelError(f"{what} {name!r} is not a function")
     return function

@@ -16,7 +16,7 @@ from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes, deduced_axes
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import random_inputs
-from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.sessions.session import Session, naming, open_session, require_tensors, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
 _SHOWN_BATCHES = 4
@@ -183,7 +183,11 @@ def parity(
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
     if not feeds:
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
-    first_runs, second_runs = ([run(session, feed) for feed in feeds] for session in (first, second))
+    runs = []
+    for path, session in ((reference, first), (candidate, second)):
+        with naming(path):
+            runs.append([run(session, feed) for feed in feeds])
+    first_runs, second_runs = runs
     names = [entry.name for entry in first.get_outputs()]
     axes = deduced_axes({entry.name: entry.shape for entry in first.get_inputs()}) if axes is None else axes
     outputs = [

@@ -163,6 +163,19 @@ def open_session(
     return session
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the name of a model before each `ModelError` that is raised inside, so that one of several models is told apart."""
+    try:
+        yield
+    except ModelError as error:
+        temporary = any(part.startswith("tensorrail-") for part in Path(path).parts[:-1])
+        name = Path(path).name if temporary else str(path)  # of a copy only the name is known to the user
+        if str(error).startswith(name):
+            raise
+        raise type(error)(f"{name}: {error}") from error.__cause__
+
+
 def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run a session once.
 

@@ -291,7 +291,10 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         "import numpy as np\n\n\ndef one(outputs, labels):\n    return 1.0\n\n\n"
         "def nan(outputs, labels):\n    return np.full(len(labels), np.nan)\n\n\n"
         "def infinite(outputs, labels):\n    return np.full(len(labels), -np.inf)\n\n\n"
-        "def fails(outputs, labels):\n    return outputs['z']\n"
+        "def fails(outputs, labels):\n    return outputs['z']\n\n\n"
+        "def three(outputs, labels, extra):\n    return labels\n\n\n"
+        "def words(outputs, labels):\n    return ['good'] * len(labels)\n\n\n"
+        "def ends(outputs, labels):\n    raise SystemExit(0)\n"
     )
     monkeypatch.chdir(tmp_path)
     x = {"x": rng.standard_normal((20, 16, 8, 8)).astype(np.float32)}
@@ -300,6 +303,8 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
     paired = compare_scores(a, b)
     assert paired.test == "Wilcoxon signed-rank"
     assert paired.difference == pytest.approx(-1)
+    (tmp_path / "ending_metric.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "failing_metric.py").write_text("raise RuntimeError('no licence')\n")
     for metric, reason in (
         ("top3", "unknown metric 'top3'"),
         ("none_such:f", "cannot be imported"),
@@ -307,7 +312,15 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         ("bad_metric:one", "one score for each of 20 samples"),
         ("bad_metric:nan", "expected a finite number for each sample, got NaN"),
         ("bad_metric:infinite", "expected a finite number for each sample, got an infinite value"),
-        ("bad_metric:fails", r"metric bad_metric:fails: failed on 20 samples \(KeyError: 'z'\)"),
+        ("bad_metric:fails", r"metric bad_metric:fails: failed on 20 samples \(KeyError: 'z'\) at bad_metric.py, line 17"),
+        ("bad_metric:three", r"bad_metric:three: failed on 20 samples \(TypeError: .*missing 1 required .* 'extra'\)"),
+        ("bad_metric:words", r"bad_metric:words: failed on 20 samples \(ValueError: could not convert string to float"),
+        ("bad_metric:ends", r"bad_metric:ends: failed on 20 samples \(SystemExit: 0\) at bad_metric.py, line 29"),
+        (
+            "ending_metric:score",
+            r"metric 'ending_metric:score' cannot be imported \(SystemExit: 0\) at ending_metric.py, line 1",
+        ),
+        ("failing_metric:score", r"metric 'failing_metric:score' cannot be imported \(RuntimeError: no licence\)"),
     ):
         with pytest.raises(ModelError, match=reason):
             evaluate(small_path, Labelled(x, np.zeros(20), metric))

@@ -180,6 +180,14 @@ def test_what_cannot_be_answered_is_refused_with_the_reason_as_json(client, x):
     assert client.metric("request_seconds_count") == 8
 
 
+def test_a_head_of_more_than_64_kib_is_refused_although_it_came_at_once(client, x):
+    for headers in ({"a": "b" * (1 << 16)}, {f"a{k}": "b" * 600 for k in range(110)}):
+        status, body, answered = client.infer(request(x), headers=headers)
+        assert (status, answered["connection"]) == (431, "close")
+        assert "headers of at most 65536 bytes, got" in json.loads(body)["error"]
+    assert client.infer(request(x), headers={"a": "b" * 60_000})[0] == 200
+
+
 def test_bodies_that_are_too_long_are_never_held(client, x):
     big = [b" " * 60_000, b" " * 60_000]
     status, text, _ = client.infer(b"", parts=big)  # of unknown length, as chunks

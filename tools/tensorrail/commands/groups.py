@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**given: Any) -> None:  # Any: the values of the options
+        for option, value in given.items():
+            _require_number(option, value)
         made = {name: groups[name].make(**{option: given.pop(option) for option in options[name]}) for name in groups}
         command(**given, **made)
 
@@ -36,6 +39,14 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only} | {"return": None}
     del call.__wrapped__  # or the options would be read from the command itself
     return call
+
+
+def _require_number(option: str, value: object) -> None:
+    """Raise `UsageError` for a number that is NaN or infinite: no limit and no comparison holds or fails with it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        from tensorrail_runtime.errors import UsageError
+
+        raise UsageError(f"--{option.replace('_', '-')}: expected a finite number, got {value}")
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

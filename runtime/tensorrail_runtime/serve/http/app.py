@@ -16,12 +16,13 @@ from typing import Any, Protocol
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
+from tensorrail_runtime.serve.http._compat_uvicorn import ABORT, LARGEST_HEAD
 from tensorrail_runtime.serve.http.metrics import CONTENT_TYPE_LATEST, Metrics
 from tensorrail_runtime.serve.http.options import RequestLimits
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
@@ -111,8 +112,30 @@ def create_app(service: Service) -> Starlette:
     ]
     return Starlette(
         routes=[Route(path, call, methods=methods) for path, call, methods in routes],
+        middleware=[Middleware(HeadLimit)],
         exception_handlers={ProtocolError: _refused, HTTPException: _http, Exception: _failed},
     )
+
+
+class HeadLimit:
+    """Refuses a request whose line and headers have more than 64 KiB.
+
+    The server that reads the bytes bounds a head that is still incomplete; one that came at once it has read already.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 431, and close the connection, or pass the request on."""
+        headers = scope.get("headers", ())
+        size = sum(len(name) + len(value) + 4 for name, value in headers)
+        size += len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+        if scope["type"] != "http" or size <= LARGEST_HEAD:
+            await self._app(scope, receive, send)
+            return
+        reason = f"expected a request line and headers of at most {LARGEST_HEAD} bytes, got {size}"
+        await JSONResponse({"error": reason}, 431, {"connection": "close"})(scope, receive, send)
 
 
 async def _infer(service: Service, request: Request) -> Response:
