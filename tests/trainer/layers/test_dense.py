@@ -25,7 +25,8 @@ def raw(module, name):
     delattr(module, name)
     module.register_parameter(f"{name}_raw", weight)
     module.register_forward_pre_hook(lambda layer, _: setattr(layer, name, 2 * layer.get_parameter(f"{name}_raw")))
-    setattr(module, name, weight.detach())
+    if name != "weight_ih_l0":  # another way leaves no attribute before the first call
+        setattr(module, name, weight.detach())
 
 
 WAYS = {
@@ -105,7 +106,7 @@ HOLDERS = {
     "list": lambda layer: [layer],
     "nested": lambda layer: {"a": [(0, layer)]},
     "partial": functools.partial,
-    "function": lambda layer: layer,
+    "function": lambda layer: lambda x: layer(x) + 1,
     "method": lambda layer: layer.forward,
     "object": Keeper,
     "module in a list": lambda layer: [Unregistered(layer)],

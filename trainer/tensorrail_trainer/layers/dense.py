@@ -136,7 +136,7 @@ def _require_own_parameters(module: nn.Module | None, name: str, leaf: str = "we
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.LSTM | nn.GRU):
         return
     own = dict(module.named_parameters(recurse=False))
-    names = ["weight", *(["bias"] if module.bias is not None else [])]
+    names = ["weight", *(["bias"] if getattr(module, "bias", module) is not None else [])]
     if isinstance(module, nn.LSTM | nn.GRU):
         if leaf == "weight":
             return  # it is refused: a plan names one of its weights
@@ -144,7 +144,7 @@ def _require_own_parameters(module: nn.Module | None, name: str, leaf: str = "we
         ends = ("", "_reverse") if module.bidirectional else ("",)
         names = [f"{kind}_l{k}{end}" for k in range(module.num_layers) for kind in kinds for end in ends]
     for each in sorted(names, key=lambda each: each != leaf):  # the planned weight first
-        if each not in own and hasattr(module, each):
+        if each not in own:
             raise PlanError(
                 f"layer {name}: expected a {each.partition('_')[0]} that is a parameter, got {each}, which weight_norm, "
                 "pruning or another parametrization computes; make it one first, by remove_weight_norm, remove_spectral_norm, "
