@@ -5,6 +5,9 @@ Each message has three parts: what was expected, what was found and where, and w
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class TensorrailError(Exception):
     """An error with a known cause: invalid input, or a target that cannot be met.
@@ -68,3 +71,16 @@ class CheckpointError(TensorrailError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without surrounding blanks; empty for an error without a message."""
     return str(error).strip().partition("\n")[0]
+
+
+OWN_CODE: tuple[type[BaseException], ...] = (Exception, SystemExit)
+"""What a function of the user may raise. `SystemExit` would otherwise end the command, with exit code 0 as if all were well."""
+
+
+def in_words(error: BaseException) -> str:
+    """Return what a function of the user raised, in one line: class, message, and the place where it was raised."""
+    message = " ".join(str(error).split())[:200]
+    what = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if len(frames) > 1 else ""
+    return f"({what}){place}"

@@ -247,6 +247,50 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, in_this_process, small_path,
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["regress", "check", "A", "A", "--data", "D", "--max-drop", "nan"], "--max-drop"),
+        (["regress", "check", "A", "A", "--tolerance", "inf"], "--tolerance: expected a finite number, got inf"),
+        (["regress", "check", "A", "A", "--data", "D", "--max-drop", "-1"], "--max-drop"),
+        (
+            ["regress", "check", "A", "A", "--max-slowdown", "nan"],
+            "--max-slowdown: expected a share such as 5% or 0.05, got 'nan'",
+        ),
+        (["check", "A", "A", "--tolerance", "nan"], "tolerance"),
+        (["bench", "A", "--duration", "nan"], "--duration"),
+        (["compress", "A", "-o", "B", "--target", "latency=nan"], "--target: expected NAME=NUMBER, .* got 'latency=nan'"),
+        (
+            ["plan", "A", "-o", "B", "--target", "latency=2", "--max-loss", "nan"],
+            "--max-loss: expected a finite number, got nan",
+        ),
+    ],
+)
+def test_limits_that_are_no_numbers_are_refused(cli, small_path, tmp_path, words, said):
+    names = {"A": small_path, "B": tmp_path / "b.onnx", "D": tmp_path / "none.npz"}
+    code, _, error = cli(*(names.get(word, word) for word in words))
+    assert code == 2
+    assert re.search(said, error)
+    assert error.count("\n") == 1
+
+
+def test_the_model_that_refuses_a_batch_is_named(cli, rng, tmp_path):
+    for name, batch in (("free", "n"), ("fixed", 4)):
+        node = helper.make_node("Identity", ["x"], ["y"])
+        onnx.save(make_model([node], {}, {"x": [batch, 3]}, {"y": [batch, 3]}), tmp_path / f"{name}.onnx")
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, labels=x.argmax(1))
+    free, fixed, data = tmp_path / "free.onnx", tmp_path / "fixed.onnx", tmp_path / "d.npz"
+    code, _, error = cli("accuracy", free, fixed, "--data", data)
+    assert (code, error) == (
+        2,
+        f"tensorrail: {fixed}: inputs: the model takes batches of 4, got 6 samples: give a multiple of 4\n",
+    )
+    code, _, error = cli("check", free, fixed, "--batch", 3)
+    assert code == 2
+    assert f"{fixed}: ONNX Runtime cannot run the model on these inputs" in error
+
+
 def test_external_data_may_not_leave_the_models_folder(cli, plan_path, tmp_path, rng):
     node = helper.make_node("Relu", ["x"], ["y"])
     model = make_model([node], {"conv.weight": rng.standard_normal((4, 4)).astype("float32")}, {"x": [1]}, {"y": [1]})

@@ -75,6 +75,14 @@ def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dty
     assert not list(tmp_path.glob(".*"))
 
 
+def test_threads_and_the_number_of_samples_can_be_given(cli, small_path, data, tmp_path):
+    record = tmp_path / "r.json"
+    arguments = ("quantize", small_path, "--to", "int8", "-o", tmp_path / "q.onnx", "--calibration", data, *QUICK)
+    assert cli(*arguments, "--threads", 1, "--samples", 7, "--json", record)[0] == 0
+    report = PrecisionReport.model_validate_json(record.read_text())
+    assert (report.samples, report.latency.threads) == (7, 1)
+
+
 def test_a_slower_model_is_called_slower(cli, small_path, tmp_path, monkeypatch):
     from tensorrail_exporter.precision import reduce as precision
 

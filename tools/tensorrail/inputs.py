@@ -56,7 +56,14 @@ def as_calibration(
     return load_calibration(_source(inputs, "calibration"), model, most=samples, rules=rules, classes=classes)
 
 
-def as_batches(inputs: Any, model: Path, batch: int, settings: Session, rules: InputRules) -> Batches | None:  # Any: see `Args`
+def as_batches(
+    inputs: Any,  # Any: see `Args`
+    model: Path,
+    batch: int,
+    settings: Session,
+    rules: InputRules,
+    most: int | None = None,
+) -> Batches | None:
     """Return inputs in batches of a size, as a session takes them; None where there are none.
 
     Args:
@@ -65,13 +72,14 @@ def as_batches(inputs: Any, model: Path, batch: int, settings: Session, rules: I
         batch: the largest number of samples in a batch.
         settings: how the model runs, where it has states.
         rules: inputs that are constants or states, or whose samples are not along the first axis.
+        most: samples that are used at most, spread evenly over the data; default: all.
 
     """
     if inputs is None:
         return None
     if isinstance(inputs, Path | str | Mapping | list | tuple):
         session = open_session(model, settings=settings)
-        return load_batches(_source(inputs, "inputs"), session, rules, batch=batch)
+        return load_batches(_source(inputs, "inputs"), session, rules, batch=batch, most=most)
     if not hasattr(inputs, "feeds"):  # of a `Calibration`, whose module a base install cannot import
         _source(inputs, "inputs")
     return Batches(tuple(inputs.feeds), inputs.axes, inputs.labels, inputs.batch, inputs.whole)

@@ -24,7 +24,7 @@ def load_network(model: str, timing: Timing) -> tuple[Any, Timing]:  # Any: a pa
 
     import torch
 
-    from tensorrail_runtime.errors import PlanError
+    from tensorrail_runtime.errors import OWN_CODE, PlanError, in_words
     from tensorrail_runtime.measure.accuracy import imported
     from tensorrail_trainer.run.export import to_onnx
 
@@ -34,7 +34,11 @@ def load_network(model: str, timing: Timing) -> tuple[Any, Timing]:  # Any: a pa
             f"image=3,224,224, got {len(timing.shapes) or 'none'}"
         )
     (shape,) = timing.shapes.values()
-    module = imported(model, "model factory")()
+    factory = imported(model, "model factory")
+    try:
+        module = factory()
+    except OWN_CODE as error:
+        raise PlanError(f"{model}: the model factory failed {in_words(error)}") from error
     if not isinstance(module, torch.nn.Module):
         raise PlanError(f"{model}: expected a factory of a torch.nn.Module, got a {type(module).__name__}")
     return to_onnx(module, torch.zeros(2, *shape)), replace(timing, shapes={})

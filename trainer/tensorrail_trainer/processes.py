@@ -6,26 +6,29 @@ With a single process, all functions work as well and have no effect.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Group: TypeAlias = "distributed.ProcessGroup"
+"""Some of the processes, as `torch.distributed.new_group` returns them; None stands for all."""
 
-def world() -> int:
+
+def world(group: Group | None = None) -> int:
     """Return how many processes train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def rank() -> int:
-    """Return the rank of this process, from 0."""
-    return distributed.get_rank() if world() > 1 else 0
+def rank(group: Group | None = None) -> int:
+    """Return the rank of this process in the group, from 0."""
+    return distributed.get_rank(group) if world(group) > 1 else 0
 
 
-def shared_out(costs: Mapping[str, int]) -> dict[str, int]:
+def shared_out(costs: Mapping[str, int], group: Group | None = None) -> dict[str, int]:
     """Assign each task to a process, the most expensive ones first, each to the process with the least work so far."""
-    loads = [0] * world()
+    loads = [0] * world(group)
     owners = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         owners[name] = loads.index(min(loads))
@@ -140,15 +143,44 @@ class _Summed(torch.autograd.Function):
         return summed(gradient)
 
 
-def alike(numbers: Tensor) -> bool:
+def alike(numbers: Tensor, group: Group | None = None) -> bool:
     """Return whether a tensor of integers is equal on all processes."""
-    total, squares = summed(numbers), summed(numbers * numbers)
-    return bool((world() * squares == total * total).all())
+    total, squares = summed(numbers, group), summed(numbers * numbers, group)
+    return bool((world(group) * squares == total * total).all())
 
 
-def summed(tensor: Tensor) -> Tensor:
+def apart(tensors: Mapping[str, Tensor], group: Group | None = None) -> str:
+    """Return the name of the first tensor that differs between the processes by more than rounding; empty if none does.
+
+    Each process sends the inner products of its tensors with a few waves, and their norms. All must hold the same names.
+
+    Args:
+        tensors: the tensors by name.
+        group: the processes; default: all.
+
+    """
+    rows = []
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1).float()
+        places = torch.arange(len(flat), device=flat.device, dtype=torch.float32)
+        waves = [torch.dot(flat, torch.cos(places * step + step)) for step in _STEPS]
+        rows.append(torch.stack([torch.linalg.vector_norm(flat), *waves]))
+    products = torch.stack(rows)
+    gathered = [torch.empty_like(products) for _ in range(world(group))]
+    distributed.all_gather(gathered, products, group=group)
+    stacked = torch.stack(gathered)
+    differences = (stacked.amax(0) - stacked.amin(0)).amax(1) > _ROUNDING * stacked[:, :, 0].amax(0)
+    # Where one process holds NaN, so that it raises an error later, the comparison says nothing.
+    return next((name for name, differs in zip(tensors, differences.tolist(), strict=True) if differs), "")
+
+
+_STEPS = (0.7, 1.3, 1.9, 2.6)  # of the waves, in radians from one value to the next
+_ROUNDING = 1e-2  # relative to the norm: tensors of other networks differ by about 1
+
+
+def summed(tensor: Tensor, group: Group | None = None) -> Tensor:
     """Return the sum of a tensor over all processes."""
-    if world() > 1:
+    if world(group) > 1:
         tensor = tensor.clone()
-        distributed.all_reduce(tensor)
+        distributed.all_reduce(tensor, group=group)
     return tensor

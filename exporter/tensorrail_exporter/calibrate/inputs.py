@@ -20,7 +20,7 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_runtime.errors import GraphError, ModelError
-from tensorrail_runtime.feeds.batches import samples_of
+from tensorrail_runtime.feeds.batches import class_column, samples_of
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.pictures import Preprocessing as Preprocessing
 from tensorrail_runtime.feeds.rules import Axes, InputRules
@@ -115,7 +115,8 @@ def load_calibration(
     if not session.get_inputs():
         raise ModelError(f"{model}: the model takes no input, so there is nothing to calibrate with data")
     batches = load_batches(source, session, rules, batch=BATCH, most=most, images=images)
-    found = Calibration(batches.feeds, batches.labels, batches.fixed, batches.axes, batches.whole)
+    labels = class_column(batches.labels) if classes and batches.labels is not None else batches.labels
+    found = Calibration(batches.feeds, labels, batches.fixed, batches.axes, batches.whole)
     if found.count > 1 and _all_alike(found):
         raise ModelError(
             f"{where}: all {found.count} samples are identical, so nothing can be fitted to them; expected typical inputs"

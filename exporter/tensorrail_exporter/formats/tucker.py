@@ -151,7 +151,7 @@ def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int],
         chain.window(kernel_last(core.core.reshape(shape)), core.cores)
     elif middle is not None:
         chain.apply(middle, core.cores)
-    before, after = math.prod(part.core.shape[1] for part in outs), 1
+    before, after = math.prod([part.core.shape[1] for part in outs]), 1
     for part in reversed(outs):
         mode, rank = part.core.shape
         before //= rank

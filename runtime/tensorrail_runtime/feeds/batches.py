@@ -49,6 +49,11 @@ def samples_of(feed: Mapping[str, np.ndarray], axes: Axes | None = None) -> int:
     return next((size for name, array in feed.items() if (size := length_of(name, array, axes or {})) is not None), 1)
 
 
+def class_column(labels: np.ndarray) -> np.ndarray:
+    """Return class labels of shape (N, 1), a column of a table, with shape (N,), and all others as they are."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+
+
 def length_of(name: str, array: np.ndarray, axes: Axes) -> int | None:
     """Return the size of an input's batch axis; None where it has none."""
     axis = axes.get(name, 0)

@@ -15,6 +15,33 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # the only ones: some of Pillow's readers start other programs
+
+_ORIENTATION = 0x0112  # the EXIF tag of how a camera was held
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says: cameras and phones store most images as their sensor lies."""
+    from PIL.Image import Transpose
+
+    image.load()  # Pillow turns TIFF images here by itself, and reads what follows the pixels of a PNG image
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - broken metadata can raise any exception; the pixels are read all the same
+        return image
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
     """Return an image of 16-bit grey values converted to 8 bits, and any other image unchanged.
 
@@ -57,8 +84,8 @@ def picture(path: Path, shape: Sequence[int], how: Preprocessing) -> np.ndarray:
 
     channels, height, width = shape
     try:
-        with Image.open(path) as opened:
-            image = eight_bits(opened).convert("RGB" if channels == 3 else "L")
+        with Image.open(path, formats=FORMATS) as opened:
+            image = eight_bits(upright(opened)).convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # PIL raises all of these
         raise ModelError(f"{path}: not a readable image ({first_line(error)})") from None
     short = how.resize or round(min(height, width) * 256 / 224)

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, UsageError
-from tensorrail_runtime.sessions.values import TYPES, require_shape, typed
+from tensorrail_runtime.sessions.values import TYPES, native, require_shape, typed
 
 Axes = Mapping[str, int | None]
 """The batch axis of each input, by name: 0 for an input that is not listed, None for one that is the same for all samples."""
@@ -183,7 +183,7 @@ def _check_state(entry: ort.NodeArg, outputs: Mapping[str, ort.NodeArg], name: s
 def _constant(value: object, entry: ort.NodeArg, axis: int | None) -> np.ndarray:
     """Return a constant in the type of its input; its axes are the last ones of the input, of the same size or of size 1."""
     try:
-        array = np.asarray(value)
+        array = native(value)
     except ValueError as error:
         raise ModelError(f"constant {entry.name!r}: expected a number or an array of numbers ({error})") from None
     array = typed(array, entry, "constant")

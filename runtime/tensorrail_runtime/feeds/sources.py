@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, UsageError, first_line
-from tensorrail_runtime.feeds.pictures import Preprocessing, picture
+from tensorrail_runtime.feeds.folders import left_out, listed
+from tensorrail_runtime.feeds.pictures import SUFFIXES, Preprocessing, picture
 from tensorrail_runtime.sessions.inputs import load_arrays
+from tensorrail_runtime.sessions.values import native
+from tensorrail_runtime.tables import plain
 
 Source = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
 """An npz file or a folder, arrays by input name, or several such mappings, as the files of a folder hold them."""
@@ -19,18 +23,15 @@ Source = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarra
 Part = tuple[str, dict[str, np.ndarray]]
 """Where arrays are from, for error messages, and the arrays."""
 
-_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _ARRAYS = frozenset({".npy", ".npz"})
+_log = logging.getLogger(__name__)
+
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 def files_of(folder: Path) -> list[Path]:
     """Return the files of a folder, and of the folders in it, that are read as inputs."""
-    return sorted(file for file in folder.rglob("*") if file.is_file() and (file.suffix in _ARRAYS or _is_image(file)))
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _IMAGES
+    return list(listed(folder, _ARRAYS | SUFFIXES).files)
 
 
 def read_parts(
@@ -59,17 +60,34 @@ def read_parts(
     path = Path(source)
     if not path.is_dir():
         return [(str(path), load_arrays(path))]
-    files = files_of(path)
-    arrays = [file for file in files if file.suffix in _ARRAYS]
-    pictures = [file for file in files if _is_image(file)]
+    arrays, pictures = _files(path)
     if arrays:
         parts = list(_array_files(arrays, inputs[0].name if inputs else ""))
         _require_same_names(path, parts)
         return parts
-    if not pictures:
-        kinds = ", ".join(sorted(_IMAGES))
-        raise ModelError(f"{path}: no inputs found; expected npz or npy files, or images ({kinds})")
     return [(str(path), _pictures(path, pictures, inputs, most, images or Preprocessing()))]
+
+
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of arrays of a folder, or its images; files of other kinds are left out and named in the log."""
+    try:
+        listing = listed(folder, _ARRAYS | SUFFIXES)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be read ({error.filename}: {error.strerror})") from None
+    arrays = [file for file in listing.files if file.suffix.lower() in _ARRAYS]
+    pictures = [file for file in listing.files if file.suffix.lower() in SUFFIXES]
+    if arrays and pictures:
+        raise ModelError(
+            f"{folder}: expected files of one kind, got arrays, such as {arrays[0].name}, and images, such as "
+            f"{pictures[0].name}; move one kind to another folder"
+        )
+    expected = f"npz or npy files, or images ({', '.join(sorted(SUFFIXES))})"
+    if not listing.files:
+        found = f"; found {len(listing.others)} other files, such as {listing.others[0].name}" if listing.others else ""
+        raise ModelError(f"{folder}: no inputs found; expected {expected}{found}")
+    if others := left_out(folder, listing.others, expected):
+        _log.warning("%s", plain(others))
+    return arrays, pictures
 
 
 def _arrays(where: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -77,7 +95,7 @@ def _arrays(where: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     arrays = {}
     for name, values in given.items():
         try:
-            arrays[name] = np.asarray(values)
+            arrays[name] = native(values)
         except (ValueError, TypeError, RuntimeError) as error:  # such as lists of unequal length, a tensor on a GPU
             raise ModelError(f"{where}: {name!r} is not an array ({first_line(error)}); expected a NumPy array") from None
     return arrays
@@ -105,7 +123,7 @@ def _pictures(
 
 def _array_files(files: Sequence[Path], name: str) -> Iterator[Part]:
     for file in files:
-        if file.suffix == ".npz":
+        if file.suffix.lower() == ".npz":
             yield str(file), load_arrays(file)
             continue
         try:
@@ -115,7 +133,7 @@ def _array_files(files: Sequence[Path], name: str) -> Iterator[Part]:
         if not isinstance(array, np.ndarray):
             array.close()
             raise ModelError(f"{file}: expected a plain npy array, got several arrays in one file: rename it to .npz")
-        yield str(file), {name: array}
+        yield str(file), {name: native(array)}
 
 
 def _require_same_names(folder: Path, parts: Sequence[Part]) -> None:

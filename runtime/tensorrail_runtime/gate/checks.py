@@ -20,7 +20,7 @@ from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, require_tensors, run
-from tensorrail_runtime.sessions.values import Values
+from tensorrail_runtime.sessions.values import Values, native
 
 _SKETCH_SIZE = 1024  # numbers kept of an output, for parity
 _NOISE = 1e-4  # sums in another order differ by less between runs
@@ -101,13 +101,13 @@ class Limits(Record):
 
     """
 
-    max_slowdown: float = Field(default=0.05, gt=0)
-    flops: float = Field(default=0.0, ge=0)
-    params: float = Field(default=0.0, ge=0)
-    bytes: float = Field(default=0.01, ge=0)
-    nodes: float = Field(default=0.0, ge=0)
-    score: float = Field(default=0.005, ge=0)
-    tolerance: float | None = 1e-3
+    max_slowdown: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    flops: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    params: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    bytes: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    nodes: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    score: float = Field(default=0.005, ge=0, allow_inf_nan=False)
+    tolerance: float | None = Field(default=1e-3, ge=0, allow_inf_nan=False)
 
 
 class Finding(Record):
@@ -241,9 +241,10 @@ def sha256_of_data(data: Labelled) -> str:
     """Return the SHA-256 of arrays and labels: only scores on the same data are compared."""
     digest = hashlib.sha256()
     parts = [data.inputs] if isinstance(data.inputs, Mapping) else data.inputs
-    for name, array in [*(item for part in parts for item in sorted(part.items())), ("labels", data.labels)]:
+    for name, values in [*(item for part in parts for item in sorted(part.items())), ("labels", data.labels)]:
+        array = native(values)
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import ModelError, TensorrailError
+from tensorrail_runtime.errors import OWN_CODE, ModelError, TensorrailError, first_line, in_words
+from tensorrail_runtime.feeds.batches import class_column
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.feeds.sources import read_parts
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.sessions.session import Session, naming, open_session, require_tensors, run
+from tensorrail_runtime.sessions.values import native
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
@@ -45,6 +47,14 @@ class Labelled:
     """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample (see `Metric`)."""
     rules: InputRules = field(default_factory=InputRules)
     """Which inputs are constant, have their samples along another axis than the first, or are states."""
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "labels", native(self.labels))
+        except (ValueError, TypeError, RuntimeError) as error:  # such as lists of unequal length, a tensor on a GPU
+            raise ModelError(
+                f"labels: not an array ({first_line(error)}); expected a NumPy array, one label a sample"
+            ) from None
 
     @classmethod
     def load(cls, path: Path | str, metric: str | None = None, rules: InputRules | None = None) -> Labelled:
@@ -178,10 +188,13 @@ def accuracy_of(path: Path | str, batches: Iterable[tuple[np.ndarray, np.ndarray
     session = open_session(path, provider=provider)
     name, correct, total = _first_input(path, session), 0, 0
     for images, labels in batches:
-        scores = next(iter(run(session, {name: images}).values()))
+        with naming(path):
+            scores = next(iter(run(session, {name: images}).values()))
         if np.isnan(scores).any():
             raise ModelError(f"{path}: its output holds NaN, which cannot be scored")
-        correct += int((scores.argmax(1) == labels).sum())
+        if len(scores) != len(labels):
+            raise ModelError(f"expected one label per sample, got labels of shape {np.shape(labels)} and {len(scores)} samples")
+        correct += int(_top(scores, native(labels), 1).sum())
         total += len(labels)
     if not total:
         raise ModelError("expected at least one sample to score, got none")
@@ -217,7 +230,8 @@ def evaluate(
     metric_of(metric)  # raises, before anything runs, if it is unknown
     session = open_session(path, settings=settings)
     require_tensors(path, session)
-    batches = load_batches(data.inputs, session, data.rules, batch=batch)
+    with naming(path):
+        batches = load_batches(data.inputs, session, data.rules, batch=batch)
     count = sum(batches.samples)
     if not count or np.shape(labels)[:1] != (count,):
         raise ModelError(
@@ -226,7 +240,8 @@ def evaluate(
         )
     scores: list[float] = []
     for feed, size in zip(batches.feeds, batches.samples, strict=True):
-        outputs = run(session, feed)
+        with naming(path):
+            outputs = run(session, feed)
         for name, output in outputs.items():
             if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
                 raise ModelError(f"{path}: output {name!r} holds NaN, which cannot be scored")
@@ -255,8 +270,8 @@ def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.nda
         scores = np.asarray(scorer(deepcopy(dict(outputs)), deepcopy(labels)), np.float64)
     except TensorrailError:
         raise
-    except Exception as error:  # the user's function may raise anything
-        raise ModelError(f"metric {metric}: failed on {size} samples ({type(error).__name__}: {error})") from error
+    except OWN_CODE as error:
+        raise ModelError(f"metric {metric}: failed on {size} samples {in_words(error)}") from error
     if scores.shape != (size,):
         raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {scores.shape}")
     if not np.isfinite(scores).all():
@@ -364,8 +379,10 @@ def imported(name: str, what: str, expected: str = "module:function") -> Callabl
         sys.path.insert(0, folder)
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"{what} {name!r} cannot be imported ({error})") from None
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"{what} {name!r} cannot be imported ({' '.join(str(error).split())})") from None
+    except OWN_CODE as error:  # of the code that the module runs
+        raise ModelError(f"{what} {name!r} cannot be imported {in_words(error)}") from None
     if not callable(function):
         raise ModelError(f"{what} {name!r} is not a function")
     return function
@@ -388,10 +405,11 @@ def wrong_labels(labels: np.ndarray, classes: int) -> str:
 
 
 def _top(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer):
+    labels = class_column(labels)
+    if scores.ndim != 2 or scores.shape[1] < count or not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
         raise ModelError(
-            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels, got an "
-            f"output of shape {scores.shape} and labels of type {labels.dtype}"
+            f"top{count}: expected an output of shape (samples, {count} or more classes) and integer labels of shape "
+            f"(samples,), got an output of shape {scores.shape} and labels of type {labels.dtype} and shape {labels.shape}"
         )
     if wrong := wrong_labels(labels, scores.shape[1]):
         raise ModelError(wrong)

@@ -14,7 +14,7 @@ from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.session import Session, naming, open_session, run
 
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 
@@ -103,7 +103,8 @@ def agreement(
     runs = []
     for path in (reference, candidate):
         session = open_session(path, settings=settings)
-        runs.append([run(session, feed) for feed in feeds])
+        with naming(path):
+            runs.append([run(session, feed) for feed in feeds])
     if list(runs[0][0]) != list(runs[1][0]):
         raise ModelError(f"{candidate}: expected the outputs {', '.join(runs[0][0])}, got {', '.join(runs[1][0])}")
     dense, other = ([list(batch.values()) for batch in batches] for batches in runs)

@@ -19,7 +19,7 @@ from tensorrail_runtime.graphs.files import random_nodes
 from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import random_inputs
-from tensorrail_runtime.sessions.session import Session, open_session, require_tensors, run
+from tensorrail_runtime.sessions.session import Session, naming, open_session, require_tensors, run
 from tensorrail_runtime.tables import Part, PrintedRecord, Table, or_dash
 
 _SHOWN_BATCHES = 4
@@ -190,9 +190,13 @@ def parity(
         require_comparable(path, feeds[0], settings)
     if not feeds:
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
-    first_runs, second_runs = ([run(session, feed) for feed in feeds] for session in (first, second))
-    for path, runs in ((reference, first_runs), (candidate, second_runs)):
-        _require_finite_weights(Path(path), runs)
+    runs = []
+    for path, session in ((reference, first), (candidate, second)):
+        with naming(path):
+            runs.append([run(session, feed) for feed in feeds])
+    first_runs, second_runs = runs
+    for path, results in ((reference, first_runs), (candidate, second_runs)):
+        _require_finite_weights(Path(path), results)
     names = [entry.name for entry in first.get_outputs()]
     axes = deduced_axes({entry.name: entry.shape for entry in first.get_inputs()}) if axes is None else axes
     outputs = [

@@ -25,7 +25,7 @@ from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.sessions.float16 import holds_fp16, remember
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import batch_of, random_inputs
-from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.session import Session, naming, open_session, run
 from tensorrail_runtime.sessions.values import load_values, save_values
 
 MIN_ROUNDS = 20
@@ -191,7 +191,9 @@ def runner(path: Path | str, settings: Session, timing: Timing | None = None) ->
     samples = batch_of([entry.shape for entry in entries], timing.batch, [timing.shapes.get(entry.name) for entry in entries])
     # Run once: it reports inputs that do not fit in one line, and shows the outputs' shapes. A session with a CUDA graph
     # would capture that run, which is made beside it.
-    example = run(open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session, feed)
+    alone = open_session(path, settings=replace(settings, cuda_graph=False)) if settings.cuda_graph else session
+    with naming(path):
+        example = run(alone, feed)
     if timing.io_binding:
         for name, array in example.items():
             if not isinstance(array, np.ndarray) or array.dtype == object:

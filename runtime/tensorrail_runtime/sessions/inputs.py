@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
-from tensorrail_runtime.sessions.values import TYPES, Drawn, Values, at_shape, typed
+from tensorrail_runtime.sessions.values import TYPES, Drawn, Values, at_shape, native, typed
 
 if TYPE_CHECKING:
     import onnx
@@ -230,8 +230,7 @@ def _array(members: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize > available:
         raise ValueError(f"{member.filename}: its header says shape {shape}, but it has {available:,} bytes")
     with members.open(member) as stream:
-        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
-    return array
+        return native(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def _is_array(stream: IO[bytes]) -> bool:

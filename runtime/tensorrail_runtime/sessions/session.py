@@ -18,7 +18,7 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.records import require_utf8
 from tensorrail_runtime.sessions.float16 import holds_fp16
-from tensorrail_runtime.sessions.values import Drawn
+from tensorrail_runtime.sessions.values import Drawn, native
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -165,6 +165,19 @@ def open_session(
     return session
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the name of a model before each `ModelError` that is raised inside, so that one of several models is told apart."""
+    try:
+        yield
+    except ModelError as error:
+        temporary = any(part.startswith("tensorrail-") for part in Path(path).parts[:-1])
+        name = Path(path).name if temporary else str(path)  # of a copy only the name is known to the user
+        if str(error).startswith(name):
+            raise
+        raise type(error)(f"{name}: {error}") from error.__cause__
+
+
 def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run a session once.
 
@@ -184,7 +197,9 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> dict
         raise ModelError(f"expected inputs {', '.join(expected) or 'none'}, got {', '.join(inputs) or 'none'}")
     names = [entry.name for entry in session.get_outputs()]
     try:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        # ONNX Runtime reads the bytes of an array in another byte order as if they were in this machine's.
+        feed = {name: native(array) if isinstance(array, np.ndarray) else array for name, array in inputs.items()}
+        return dict(zip(names, session.run(names, feed), strict=True))
     except Exception as error:  # noqa: BLE001 - as above
         lines = " ".join(str(error).split())  # the input and the axis are named after the first line
         hint = inputs.hint if isinstance(inputs, Drawn) else ""

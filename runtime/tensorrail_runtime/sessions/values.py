@@ -45,6 +45,25 @@ class Drawn(dict[str, np.ndarray]):
         )
 
 
+def native(array: object) -> np.ndarray:
+    """Return values as an array in the machine's byte order and C-contiguous, which other libraries take for granted.
+
+    Arrays of FITS and HDF5 files and of `np.fromfile` may have another byte order, and flipped ones have negative strides.
+
+    Args:
+        array: the values, of any shape; they are copied only where they have another order.
+
+    Raises:
+        ValueError: the values are no array, or an array that leaves some of its values out by a mask.
+
+    """
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise ValueError("some of its values are masked; fill them first, with array.filled(…)")
+    array = np.asarray(array)
+    ordered = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    return ordered.copy() if any(stride < 0 for stride in ordered.strides) else ordered  # along an axis of length 1
+
+
 def typed(array: object, entry: ort.NodeArg, where: str) -> np.ndarray:
     """Return values in the type of a model's input, in native byte order and contiguous.
 
@@ -59,12 +78,13 @@ def typed(array: object, entry: ort.NodeArg, where: str) -> np.ndarray:
         ModelError: the values are of another kind, such as bytes where the model takes floats, or not finite.
 
     """
-    array = np.asarray(array)
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
+    try:
+        array = native(array)
+    except ValueError as error:
+        raise ModelError(f"{where}: input {entry.name!r} expects an array of numbers ({error})") from None
     expected = TYPES.get(entry.type)
     if expected is None:  # such as text
-        return np.asarray(array, order="C")
+        return array
     if array.dtype.kind not in "fiub":
         what = "complex values" if array.dtype.kind == "c" else f"values of type {array.dtype}"
         raise ModelError(f"{where}: input {entry.name!r} expects {entry.type}, got {what}")

@@ -43,8 +43,13 @@ def test_arrays_become_what_the_model_takes(plain, rng, tmp_path):
                 assert feed["x"].dtype.isnative
                 assert feed["x"].flags.c_contiguous
             np.testing.assert_array_equal(np.concatenate([first["x"], second["x"]]), given.astype(np.float32))
-    np.savez(tmp_path / "big.npz", x=x.astype(">f4"))
-    assert load_batches(tmp_path / "big.npz", plain, batch=9).feeds[0]["x"].dtype == np.float32
+    np.savez(tmp_path / "big.npz", x=x.astype(">f4"), labels=np.arange(5, dtype=">i4")[::-1])
+    found = load_batches(tmp_path / "big.npz", plain, batch=9)
+    np.testing.assert_array_equal(found.feeds[0]["x"], x.astype(np.float32))
+    assert found.labels.dtype.isnative
+    assert (found.labels.tolist(), min(found.labels.strides)) == ([4, 3, 2, 1, 0], 4)
+    swapped = {"x": x.astype(">f4")[:, ::-1]}
+    np.testing.assert_array_equal(run(plain, swapped)["y"], np.maximum(swapped["x"].astype(np.float32), 0))
 
 
 @pytest.mark.parametrize(
@@ -57,11 +62,33 @@ def test_arrays_become_what_the_model_takes(plain, rng, tmp_path):
         (np.full((2, 3, 4), "a"), r"expects tensor\(float\), got values of type <U1"),
         (np.zeros((2, 4, 4)), r"inputs: input 'x' expects shape \[n, 3, t\], got an array of shape \[2, 4, 4\]"),
         (np.zeros((0, 3, 4)), "the array of input 'x' holds no data"),
+        (np.ma.masked_array(np.zeros((2, 3, 4)), np.eye(3, 4) * np.ones((2, 1, 1))), "'x' is not an array .*masked; fill"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(array, reason, plain):
     with pytest.raises(ModelError, match=reason):
         load_batches({"x": array}, plain, batch=4)
+
+
+def test_the_files_of_a_folder_are_of_one_kind_and_others_are_named(plain, rng, tmp_path, caplog):
+    folder = tmp_path / "inputs"
+    (folder / ".hidden").mkdir(parents=True)
+    x = rng.standard_normal((2, 3, 4)).astype(np.float32)
+    with (folder / "B.NPZ").open("wb") as file:
+        np.savez(file, x=x)
+    np.savez(folder / "a.npz", x=-x)
+    for name in ("._a.npz", ".hidden/c.npz", "notes.txt"):
+        (folder / name).write_bytes(b"no array")
+    (feed,) = load_batches(folder, plain, batch=9).feeds
+    np.testing.assert_array_equal(feed["x"], np.concatenate([x, -x]))
+    assert "inputs: 1 file left out, notes.txt: expected npz or npy files, or images" in caplog.text
+    (folder / "d.PNG").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"expected files of one kind, got arrays, such as B.NPZ, and images, such as d.PNG"):
+        load_batches(folder, plain, batch=9)
+    for name in ("B.NPZ", "a.npz", "d.PNG"):
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match=r"no inputs found; expected npz .*; found 1 other files, such as notes.txt"):
+        load_batches(folder, plain, batch=9)
 
 
 def test_integers_keep_their_values_or_are_refused(session, rng):

@@ -8,7 +8,7 @@ from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
-from tensorrail_runtime.measure.accuracy import Labelled, metric_of
+from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of
 from tensorrail_runtime.measure.latency import Latency, ratio
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, turns
@@ -293,7 +293,10 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         "import numpy as np\n\n\ndef one(outputs, labels):\n    return 1.0\n\n\n"
         "def nan(outputs, labels):\n    return np.full(len(labels), np.nan)\n\n\n"
         "def infinite(outputs, labels):\n    return np.full(len(labels), -np.inf)\n\n\n"
-        "def fails(outputs, labels):\n    return outputs['z']\n"
+        "def fails(outputs, labels):\n    return outputs['z']\n\n\n"
+        "def three(outputs, labels, extra):\n    return labels\n\n\n"
+        "def words(outputs, labels):\n    return ['good'] * len(labels)\n\n\n"
+        "def ends(outputs, labels):\n    raise SystemExit(0)\n"
     )
     monkeypatch.chdir(tmp_path)
     x = {"x": rng.standard_normal((20, 16, 8, 8)).astype(np.float32)}
@@ -302,6 +305,8 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
     paired = compare_scores(a, b)
     assert paired.test == "Wilcoxon signed-rank"
     assert paired.difference == pytest.approx(-1)
+    (tmp_path / "ending_metric.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "failing_metric.py").write_text("raise RuntimeError('no licence')\n")
     for metric, reason in (
         ("top3", "unknown metric 'top3'"),
         ("none_such:f", "cannot be imported"),
@@ -309,7 +314,15 @@ def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monk
         ("bad_metric:one", "one score for each of 20 samples"),
         ("bad_metric:nan", "expected a finite number for each sample, got NaN"),
         ("bad_metric:infinite", "expected a finite number for each sample, got an infinite value"),
-        ("bad_metric:fails", r"metric bad_metric:fails: failed on 20 samples \(KeyError: 'z'\)"),
+        ("bad_metric:fails", r"metric bad_metric:fails: failed on 20 samples \(KeyError: 'z'\) at bad_metric.py, line 17"),
+        ("bad_metric:three", r"bad_metric:three: failed on 20 samples \(TypeError: .*missing 1 required .* 'extra'\)"),
+        ("bad_metric:words", r"bad_metric:words: failed on 20 samples \(ValueError: could not convert string to float"),
+        ("bad_metric:ends", r"bad_metric:ends: failed on 20 samples \(SystemExit: 0\) at bad_metric.py, line 29"),
+        (
+            "ending_metric:score",
+            r"metric 'ending_metric:score' cannot be imported \(SystemExit: 0\) at ending_metric.py, line 1",
+        ),
+        ("failing_metric:score", r"metric 'failing_metric:score' cannot be imported \(RuntimeError: no licence\)"),
     ):
         with pytest.raises(ModelError, match=reason):
             evaluate(small_path, Labelled(x, np.zeros(20), metric))
@@ -352,6 +365,23 @@ def test_outputs_without_elements_are_no_evidence(tmp_path):
     assert parity(tmp_path / "n.onnx", tmp_path / "n.onnx", batches=(0, 1)).holds
     with pytest.raises(ModelError, match="batches of 0, got 3 samples"):
         evaluate(tmp_path / "zero.onnx", Labelled({"x": np.ones((3, 8), np.float32)}, np.zeros(3, np.int64)))
+
+
+def test_a_column_of_labels_counts_as_labels_and_other_shapes_are_refused(small_path, rng):
+    x = rng.standard_normal((9, *open_session(small_path).get_inputs()[0].shape[1:])).astype(np.float32)
+    labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
+    for given in (labels[:, None], labels.astype(">i2"), labels[::-1][::-1]):
+        assert evaluate(small_path, Labelled({"x": x.astype(">f4")}, given)).mean == 1
+        assert accuracy_of(small_path, [(x.astype(">f4"), given)]).percent == 100
+    one_hot = np.eye(10, dtype=np.int64)[labels]
+    with pytest.raises(
+        ModelError, match=r"integer labels of shape \(samples,\), got .*labels of type int64 and shape \(9, 10\)"
+    ):
+        evaluate(small_path, Labelled({"x": x}, one_hot))
+    with pytest.raises(ModelError, match=r"integer labels of shape \(samples,\), got .* shape \(9, 10\)"):
+        accuracy_of(small_path, [(x, one_hot)])
+    with pytest.raises(ModelError, match=r"labels of shape \(8,\) and 9 samples"):
+        accuracy_of(small_path, [(x, labels[:8])])
 
 
 def test_labels_without_an_axis_are_refused(small_path):

@@ -1,8 +1,11 @@
 """The HTTP side over a session in this process: routes, limits, refusals, metrics, shadow. No Ray."""
 
 import asyncio
+import dataclasses
+import gzip
 import json
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -121,7 +124,7 @@ def test_health_and_metadata_are_the_protocols(client):
     assert json.loads(client.get("/v2")[1]) == {
         "name": "tensorrail",
         "version": "1.2.3",
-        "extensions": ["binary_tensor_data"],
+        "extensions": ["binary_tensor_data", "classification", "model_configuration", "statistics"],
     }
     for path in ("/v2/models/m", "/v2/models/m/versions/1"):
         assert json.loads(client.get(path)[1]) == {
@@ -180,6 +183,92 @@ def test_what_cannot_be_answered_is_refused_with_the_reason_as_json(client, x):
     assert client.metric("request_seconds_count") == 8
 
 
+def test_a_head_of_more_than_64_kib_is_refused_although_it_came_at_once(client, x):
+    for headers in ({"a": "b" * (1 << 16)}, {f"a{k}": "b" * 600 for k in range(110)}):
+        status, body, answered = client.infer(request(x), headers=headers)
+        assert (status, answered["connection"]) == (431, "close")
+        assert "headers of at most 65536 bytes, got" in json.loads(body)["error"]
+    assert client.infer(request(x), headers={"a": "b" * 60_000})[0] == 200
+
+
+@pytest.mark.parametrize(("encoding", "packed"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress)])
+def test_compressed_bodies_are_read_within_the_limit(client, x, encoding, packed):
+    plain, headers = json.dumps(request(x)).encode(), {"content-encoding": encoding}
+    assert client.infer(packed(plain), headers=headers)[1] == client.infer(plain)[1]
+    values = x.tobytes()
+    entry = {"name": "x", "datatype": "FP32", "shape": list(x.shape), "parameters": {"binary_data_size": len(values)}}
+    head = json.dumps({"inputs": [entry]}).encode()
+    length = {"inference-header-content-length": str(len(head))}
+    assert client.infer(packed(head + values), headers=headers | length)[1] == client.infer(plain)[1]
+    for body, status, reason in (
+        (packed(b" " * 100_001), 413, "at most 100000 bytes, got more after"),
+        (packed(plain)[:-5], 400, "got one that ends too early or late"),
+        (packed(plain) + b"more", 400, "got one that ends too early or late"),
+        (plain, 400, "as its Content-Encoding says"),
+    ):
+        found, text, _ = client.infer(body, headers=headers)
+        assert found == status
+        assert reason in json.loads(text)["error"]
+    found, text, _ = client.infer(plain, headers={"content-encoding": "br"})
+    assert (found, "expected a body in identity, gzip, deflate, got Content-Encoding 'br'" in json.loads(text)["error"]) == (
+        415,
+        True,
+    )
+
+
+def test_the_best_classes_of_an_output_are_strings(client, x):
+    scores = np.array(json.loads(client.infer(request(x))[1])["outputs"][0]["data"], np.float32).reshape(2, 10)
+    wish = {"name": "y", "parameters": {"classification": 3}}
+    (output,) = json.loads(client.infer(request(x, outputs=[wish]))[1])["outputs"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [2, 3])
+    order = (-scores).argsort(1)[:, :3]
+    assert [int(text.partition(":")[2]) for text in output["data"]] == order.ravel().tolist()
+    best = np.take_along_axis(scores, order, 1).ravel()
+    assert [float(text.partition(":")[0]) for text in output["data"]] == pytest.approx(best.tolist(), abs=1e-6)
+    wish["parameters"] |= {"binary_data": True, "classification": 99}
+    _, body, headers = client.infer(request(x, outputs=[wish]))
+    head = json.loads(body[: int(headers["inference-header-content-length"])])
+    assert head["outputs"][0]["shape"] == [2, 10]
+    assert f":{order[1, 0]}".encode() in body
+    for classes, reason in ((-1, "as a number of classes, got -1"), ("a", "as a number of classes, got 'a'")):
+        wish["parameters"] = {"classification": classes}
+        status, text, _ = client.infer(request(x, outputs=[wish]))
+        assert (status, reason in json.loads(text)["error"]) == (400, True)
+
+
+def test_clients_of_triton_find_configuration_statistics_and_index(client, x):
+    for path in ("/v2/models/m/config", "/v2/models/m/versions/1/config"):
+        assert json.loads(client.get(path)[1]) == {
+            "name": "m",
+            "platform": "onnxruntime_onnx",
+            "backend": "onnxruntime",
+            "max_batch_size": 0,
+            "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 16, 8, 8]}],
+            "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 10]}],
+        }
+    client.infer(request(x))
+    client.infer(b"{")
+    for path in ("/v2/models/stats", "/v2/models/m/stats", "/v2/models/m/versions/1/stats"):
+        (found,) = json.loads(client.get(path)[1])["model_stats"]
+        assert (found["name"], found["version"], found["inference_count"], found["execution_count"]) == (
+            "m",
+            "1",
+            1,
+            1,
+        )  # without batches a run counts as one
+        counts = {kind: entry["count"] for kind, entry in found["inference_stats"].items() if entry["count"]}
+        assert counts == {"success": 1, "fail": 1, "queue": 1, "compute_infer": 1}
+        assert found["inference_stats"]["success"]["ns"] > found["inference_stats"]["compute_infer"]["ns"] > 0
+        assert abs(found["last_inference"] / 1e3 - time.time()) < 60
+    assert client.get("/v2/models/other/stats")[0] == 400
+    index = [{"name": "m", "version": "1", "state": "READY", "reason": ""}]
+    assert json.loads(client.infer({}, "/v2/repository/index")[1]) == index
+    client.service.stopping = True
+    assert json.loads(client.infer(b"", "/v2/repository/index")[1])[0]["state"] == "UNAVAILABLE"
+    named = Client(dataclasses.replace(client.service, name="stats"))
+    assert json.loads(named.get("/v2/models/stats")[1])["platform"] == "onnx_onnxv1"
+
+
 def test_bodies_that_are_too_long_are_never_held(client, x):
     big = [b" " * 60_000, b" " * 60_000]
     status, text, _ = client.infer(b"", parts=big)  # of unknown length, as chunks
@@ -190,8 +279,6 @@ def test_bodies_that_are_too_long_are_never_held(client, x):
         assert client.infer(b"", parts=[None], headers=headers)[0] == 413  # not one byte was read
     left = [b" " * 100_000] * 10
     assert client.infer(b"", parts=left)[0] == 413
-    status, text, _ = client.infer(request(x), headers={"content-encoding": "gzip"})
-    assert (status, json.loads(text)["error"]) == (415, "expected a body without encoding, got Content-Encoding 'gzip'")
     assert client.metric("requests_total", code="413") == 5
 
 

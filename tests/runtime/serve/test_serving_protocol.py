@@ -191,7 +191,8 @@ def test_shapes_that_cannot_be_are_refused(shape, reason):
         (body(tensor(), outputs=[{"name": "y"}, {"name": "y"}]), "output 'y': requested twice"),
         (body(tensor(), outputs=[{"name": "y", "data": []}]), "an output: unknown key 'data'"),
         (body(tensor(), outputs=[{"name": "y", "parameters": {"binary_data": 1}}]), "expected `binary_data` as true or false"),
-        (body(tensor(), outputs=[{"name": "y", "parameters": {"classification": 3}}]), "'classification' is not supported"),
+        (body(tensor(), parameters={"classification": 3}), "'classification' is not supported"),
+        (body(tensor(), outputs=[{"name": "y", "parameters": {"sequence_id": 3}}]), "'sequence_id' is not supported"),
     ],
 )
 def test_requests_that_are_malformed_are_refused_with_the_reason(content, reason):

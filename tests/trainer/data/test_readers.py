@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from tensorrail_runtime.errors import DataError
-from tensorrail_trainer.data import DATASETS, Augment, Files, Mapped, Share, source_of
-from tensorrail_trainer.data.images import images
+from tensorrail_runtime.feeds.pictures import Preprocessing, picture
+from tensorrail_trainer.data import DATASETS, Augment, Files, InMemory, Mapped, Share, source_of
+from tensorrail_trainer.data.images import decoded, images
 from tensorrail_trainer.data.shapes import MOTIONS, SHAPES, moving_shapes
 from tensorrail_trainer.data.speech import speech
 from tensorrail_trainer.data.splits import in_order, shuffled
@@ -232,9 +233,12 @@ def png(width, height):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"not an image", r"expected a JPEG, PNG, WebP or BMP image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", r"expected a JPEG, PNG, WebP or BMP image"),
-        (b"", r"expected a JPEG, PNG, WebP or BMP image"),
+        (b"not an image", r"expected a JPEG, PNG, WebP, BMP, TIFF, GIF or PPM image"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            r"expected a JPEG, PNG, WebP, BMP, TIFF, GIF or PPM image",
+        ),
+        (b"", r"expected a JPEG, PNG, WebP, BMP, TIFF, GIF or PPM image"),
         (png(10_000, 10_000), r"expected at most 89478485 pixels, got 10000×10000"),
         (png(60_000, 60_000), r"cannot be read \(Image size \(3600000000 pixels\) exceeds limit"),
         (png(100, 100), r"cannot be read \("),
@@ -252,10 +256,61 @@ def test_folders_that_are_no_data_set_are_refused(folder, tmp_path):
     refused(lambda: images(str(folder), test="test"), r"/test: cannot be read")
     refused(lambda: images(str(folder), size=0), "size=0 and smallest=0.08")
     (folder / "train" / "bee").mkdir()
-    refused(lambda: images(str(folder)), r"train/bee: no images found; expected files ending in \.bmp, \.jpeg, \.jpg")
+    refused(lambda: images(str(folder)), r"train/bee: no images found; expected files ending in \.bmp, \.gif, \.jpeg, \.jpg")
     (folder / "train" / "bee").rmdir()
     save_image(folder / "val" / "dog" / "0.png", np.zeros((4, 4, 3), np.uint8))
     refused(lambda: images(str(folder)), r"val/dog: not one of the 2 classes of .*train;")
+
+
+def test_images_of_any_suffix_and_in_subfolders_are_read_and_other_files_named(folder):
+    cats = folder / "train" / "cat"
+    for name in ("4.gif", "5.TIF", "deep/er/6.JPEG"):
+        save_image(cats / name, np.full((40, 40, 3), 90, np.uint8))
+    for name in ("._0.png", ".ipynb_checkpoints/0.png", "notes.txt", "7.heic", "deep/8.svg"):
+        (cats / name).parent.mkdir(exist_ok=True)
+        (cats / name).write_bytes(b"none")
+    (folder / "val" / "loose.png").write_bytes(b"")
+    (folder / "linked").symlink_to(folder / "train" / "ant", target_is_directory=True)
+    (cats / "more").symlink_to(folder / "linked", target_is_directory=True)
+    (cats / "deep" / "back").symlink_to(cats, target_is_directory=True)
+    data = images(str(folder), size=8, workers=0)
+    assert [path.name for path in data.train.paths] == ["0.png", "1.png", "2.png", "3.png"] * 2 + [
+        "4.gif",
+        "5.TIF",
+        "6.JPEG",
+        *(f"{k}.png" for k in range(4)),
+    ]
+    x, _ = one(data.train)
+    assert torch.isfinite(x).all()
+    train, test = data.left_out
+    assert "train: 3 files left out, cat/7.heic, cat/deep/8.svg, cat/notes.txt: expected images in folders of classes" in train
+    assert "val: 1 file left out, loose.png: expected images" in test
+    assert images(str(folder), test="train", workers=0).to(torch.device("cpu")).left_out == (train, train)
+
+
+# a square of four colours, as it lies in the file for each EXIF orientation
+FOUR = np.array([[1, 2], [3, 4]])
+STORED = {1: FOUR, 2: FOUR[:, ::-1], 3: FOUR[::-1, ::-1], 4: FOUR[::-1], 5: FOUR.T}
+STORED |= {6: np.rot90(FOUR, 1), 7: FOUR[::-1, ::-1].T, 8: np.rot90(FOUR, -1)}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_images_are_turned_as_their_camera_was_held(orientation, suffix, tmp_path):
+    pixels = np.kron(STORED[orientation], np.ones((16, 16), int))[..., None] * np.array([50, 50, 50])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels.astype(np.uint8)).save(file, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    shown = np.asarray(decoded(file)).astype(float)[8::16, 8::16, 0] / 50
+    np.testing.assert_allclose(shown, FOUR, atol=0.05)
+    values = picture(file, (3, 32, 32), Preprocessing((0, 0, 0), (1, 1, 1), 32))
+    np.testing.assert_allclose(values[0, 8::16, 8::16] * 255 / 50, FOUR, atol=0.05)
+
+
+def test_an_image_with_broken_metadata_is_read(tmp_path):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xffbroken")
+    assert decoded(tmp_path / "a.jpg").size == (8, 8)
 
 
 # speech
@@ -357,11 +412,27 @@ def test_recordings_that_cannot_be_used_are_named(spoil, reason, recordings):
     refused(lambda: speech(str(recordings)), reason)
 
 
+def test_recordings_in_capitals_and_subfolders_count_and_other_files_are_named(recordings):
+    before = speech(str(recordings))
+    (recordings / "1_ann_6.wav").rename(recordings / "1_ann_6.WAV")
+    (recordings / "more").mkdir()
+    (recordings / "1_ann_7.wav").rename(recordings / "more" / "1_ann_7.wav")
+    (recordings / "._1_ann_5.wav").write_bytes(b"\0\5\x16\7")
+    (recordings / "2_ann_0.mp3").write_bytes(b"")
+    after = speech(str(recordings))
+    assert (len(after.train), len(after.test)) == (len(before.train), len(before.test)) == (12, 20)
+    assert sorted(after.train.y.tolist()) == sorted(before.train.y.tolist())
+    assert before.left_out == ()
+    assert "1 file left out, 2_ann_0.mp3: expected wav files" in after.left_out[0]
+    save_wav(recordings / "more" / "2_ann_3.wav", tone(700))
+    refused(lambda: speech(str(recordings)), r"more/2_ann_3.wav: is also .*/2_ann_3.wav; expected each recording once")
+
+
 def test_features_that_cannot_be_are_refused(recordings, tmp_path):
     refused(lambda: speech(str(recordings), features="raw"), "unknown features 'raw'; expected one of logmel, mfcc")
     refused(lambda: speech(str(recordings), bands=400), "bands=400 is too many for 8000 samples per second")
     refused(lambda: speech(str(recordings), features="mfcc", bands=9), "bands=9, coefficients=13")
-    refused(lambda: speech(str(tmp_path / "none")), "found 0 training and 0 test recordings")
+    refused(lambda: speech(str(tmp_path / "none")), r"none: cannot be read \(No such file.*expected a folder of wav files")
 
 
 # video
@@ -397,6 +468,35 @@ def test_clips_are_a_few_frames_in_the_middle_of_equal_parts(ucf):
     long = one(video(str(ucf), 0, frames=8, size=[6, 8], workers=0).train, [torch.tensor([0])])[0][0]
     assert [round(float(frame[0] * 0.225 * 255 + 0.45 * 255)) for frame in long] == [12, 12, 13, 13, 14, 14, 15, 15]
     assert DATASETS["video"].known(root=str(ucf), size=[6, 8]) == {"inputs": 144, "classes": 2}
+
+
+@pytest.mark.parametrize("name", ["f{}", "{}", "a 7 b{:x<1}", "frame-{}-of-12"])
+def test_frames_are_in_the_order_of_their_numbers(name, tmp_path):
+    for one_class in ("run", "walk"):
+        for clip in range(5):
+            for k in range(12):
+                path = tmp_path / one_class / f"clip{clip}" / f"{name.format(k)}.png"
+                save_image(path, np.full((8, 10, 3), 20 * k, np.uint8))
+    data = video(str(tmp_path), 0, frames=12, size=(4, 5), workers=0)
+    assert data.train.x[0].reshape(12, -1)[:, 0].tolist() == [20 * k for k in range(12)]
+    save_image(tmp_path / "run" / "clip3" / f"{name.format(7)}.jpg", np.zeros((8, 10, 3), np.uint8))
+    refused(
+        lambda: video(str(tmp_path), 0, frames=12, size=(4, 5), workers=0),
+        r"clip3: .*\.jpg and .*\.png have the same number; expected each frame once",
+    )
+
+
+def test_a_clip_that_is_there_twice_is_refused_and_other_files_are_named(ucf):
+    clip = ucf / "biking" / "v_biking_01" / "v_biking_01_01"
+    (ucf / "readme.txt").write_text("")
+    clip.with_suffix(".wmv").write_bytes(b"")
+    (note,) = video(str(ucf), 0, frames=1, size=[6, 8], workers=0).left_out
+    assert "2 files left out, readme.txt, biking/v_biking_01/v_biking_01_01.wmv: expected videos (.avi, " in note
+    clip.with_suffix(".AVI").write_bytes(b"")
+    refused(
+        lambda: video(str(ucf), 0, frames=1, size=[6, 8], workers=0),
+        r"v_biking_01_01: the same clip twice, v_biking_01_01 and v_biking_01_01\.AVI; keep one of them",
+    )
 
 
 def test_the_values_of_a_frame_are_its_rows_pixel_by_pixel(ucf, rng):
@@ -490,7 +590,7 @@ def test_the_published_lists_of_ucf101_say_what_is_trained_on_and_tested(tmp_pat
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
     for kind, rows in lines.items():
-        (lists / f"{kind}list01.txt").write_text("\r\n".join(rows))
+        (lists / f"{kind}list01.txt").write_text("\r\n".join([*rows, rows[0]]), encoding="utf-8-sig")
     data = listed(tmp_path / "ucf101", lists)
     assert [path.name for path in data.test.paths] == ["v_Biking_g02_c01", "v_Dive_g02_c01"]
     assert len(data.train.paths) == 4
@@ -517,6 +617,13 @@ def test_the_published_lists_of_ucf101_say_what_is_trained_on_and_tested(tmp_pat
             r"lines of HMDB51 .*, got 'a.avi 7'",
         ),
         (lambda root, lists: (lists / "cartwheel_test_split1.txt").write_bytes(b"\xff"), {}, r"split1.txt: cannot be read"),
+        (
+            lambda root, lists: (lists / "trainlist01.txt").write_text(
+                "cartwheel/Film_(1)_cartwheel_f_cm_np1.5_ba_med_4.avi 2"
+            ),
+            {},
+            r"the lists of split 1 name cartwheel/Film_.*_4 twice, with other marks",
+        ),
         (lambda root, lists: (lists / "testlist01.txt").write_text("a.avi"), {}, r"expected lines of UCF101 .*, got 'a.avi'"),
     ],
 )
@@ -825,6 +932,20 @@ def test_samples_that_are_none_are_named(entries, reason):
 def test_arrays_and_numpys_numbers_are_samples_too():
     x, y = one(Mapped(Listed([(np.ones(2, np.float64), np.int64(1)), (np.ones(2), torch.tensor(2))]), 3))
     assert (x.dtype, y.tolist()) == (torch.float32, [1, 2])
+    values = np.arange(6.0).reshape(2, 3)
+    fixed = values.copy()
+    fixed.flags.writeable = False
+    given = [values[:, ::-1], values[::-1], values.astype(">f4"), values[:1][::-1], fixed, values.T]
+    for array in given:  # another byte order, negative strides, read-only
+        x, y = one(Mapped(Listed([(array, np.array([1], ">i2"))]), 3))
+        np.testing.assert_array_equal(x[0].numpy(), np.asarray(array, np.float32))
+        assert y.tolist() == [1]
+    split = InMemory(values[::-1].astype(">f8"), np.array([2, 1], ">i8"), np.array(1.0, ">f4"), np.array(2.0, ">f4"))
+    x, y = one(split)
+    assert (x.tolist(), y.tolist()) == ([[1, 1.5, 2], [-0.5, 0, 0.5]], [2, 1])
+    refused(lambda: one(Mapped(Listed([(np.array(["a"]), 1)]), 3)), "sample 0 of Listed: not an array of numbers")
+    masked = np.ma.masked_array(np.ones(2), [True, False])
+    refused(lambda: one(Mapped(Listed([(masked, 1)]), 3)), "sample 0 of Listed: .*masked; fill them first")
     with pytest.raises(DataError, match="expected a data set with samples, __getitem__ and __len__, got a Listed"):
         Mapped(Listed(), 3)
     assert len(Mapped(TensorDataset(torch.zeros(2, 1), torch.zeros(2)), 1)) == 2

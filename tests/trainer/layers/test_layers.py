@@ -346,15 +346,6 @@ def test_hooks_of_a_layer_go_on_and_can_be_removed():
     assert len(seen) == 5
 
 
-def test_a_hook_that_computed_a_parameter_goes_with_it():
-    model = nn.Sequential(nn.Linear(8, 5))
-    nn.utils.prune.l1_unstructured(model[0], "bias", 3)
-    bias = model[0].bias.clone()
-    swap(model, Plan(layers=plan_layers(model, "*", ranks=2)))
-    torch.testing.assert_close(model(torch.zeros(1, 8))[0], bias)
-    assert (bias == 0).sum() == 3
-
-
 def test_cores_of_any_number_of_axes_are_moved_and_laid_out_as_any_module():
     """Torch's `Module.to` refuses a layout of four axes for a parameter of five, as a Tucker core of five modes is."""
     model = nn.Sequential(nn.Conv2d(8, 8, 3))
@@ -438,3 +429,31 @@ def test_cores_of_a_weight_of_zeros_are_zero_together_and_train(form_name):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert model[0].dense_weight().abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "form"), [("0", "tt"), ("0", "tr"), ("0", "tucker"), ("0", "cp"), ("0", "svd"), ("2", "ttm")])
+def test_layers_of_cores_compile_without_breaks_at_any_batch_size(name, form, monkeypatch):
+    dense_is_faster = form not in {"tr", "tucker", "ttm"}
+    monkeypatch.setattr(layers, "_dense_is_faster", lambda *_: dense_is_faster)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 6))
+    model = swap(model, Plan(layers=plan_layers(model, name, format=form, ranks=3)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for training in (True, False):
+        model.train(training)
+        for batch in (2, 3, 5):  # the second one makes the batch dynamic
+            x = torch.randn(batch, 3, 4, 4)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_of_cores_is_one_node_of_a_trace(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 6), nn.LSTM(6, 4))
+    swap(model, Plan(layers=plan_layers(model, "*", format="svd", ranks=3))).train(training)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(traced(x)[0], model(x)[0])

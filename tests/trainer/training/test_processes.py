@@ -22,6 +22,7 @@ from torch import distributed, multiprocessing, nn
 
 import tensorrail.cli
 from tensorrail_exporter import Plan
+from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer import ADMM, plan_layers
 from tensorrail_trainer.processes import shared_out, sync_batch_norm, unsync_batch_norm
 
@@ -200,8 +201,42 @@ def test_the_metric_of_two_processes_is_resumed_exactly(of_two):
 
 
 def test_work_is_shared_out_by_its_cost(monkeypatch):
-    monkeypatch.setattr("tensorrail_trainer.processes.world", lambda: 2)
+    monkeypatch.setattr("tensorrail_trainer.processes.world", lambda _: 2)
     assert shared_out({"a": 10, "b": 9, "c": 2, "d": 1}) == {"a": 0, "b": 1, "c": 1, "d": 0}
+
+
+def folds(rank):
+    """Each process trains a network of its own: without a group they are told so, with one each projects its own weights."""
+    torch.manual_seed(rank)
+    groups = [distributed.new_group([each]) for each in range(2)]
+    found = {}
+    for name, plan_rank in (("weights", 3), ("plans", 3 - rank)):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+        plan = Plan(layers=(*plan_layers(model, "0", format="svd", ranks=plan_rank), *plan_layers(model, "1", ranks=2)))
+        try:
+            ADMM(model, plan).update()
+        except PlanError as error:
+            found[name] = str(error)
+    admm = ADMM(model, plan, group=groups[rank])
+    before = {name: z.clone() for name, z in admm.Z.items()}
+    admm.update()
+    found["moved"] = max(float((admm.Z[name] - z).norm() / z.norm()) for name, z in before.items())
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(8, 8))
+    shared = ADMM(twin, Plan(layers=plan_layers(twin, "0", ranks=2)), metric="activation")
+    twin(torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)))
+    shared.update()
+    found["Z"] = shared.Z["0"]
+    return found
+
+
+def test_processes_with_networks_of_their_own_are_told_so_and_take_a_group(of_two):
+    found = of_two("folds")
+    for one in found:
+        assert "the processes of one group hold different weights of layer 0, and each would get projections" in one["weights"]
+        assert "the processes of one group hold different plans" in one["plans"]
+        assert one["moved"] < 1e-5
+    assert torch.equal(found[0]["Z"], found[1]["Z"])
 
 
 RECIPE = small_recipe(
@@ -234,7 +269,7 @@ def trained_by(count, rank, folder, port):
     )
 
 
-JOBS = (step_of_one, uneven, normalised, metric_of_two)
+JOBS = (step_of_one, uneven, normalised, metric_of_two, folds)
 
 
 def do_all(rank, folder, ports):

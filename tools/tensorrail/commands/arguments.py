@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -207,5 +208,7 @@ def read_targets(texts: list[str] | None) -> dict[str, float]:
         try:
             targets[name.strip()] = float(value)
         except ValueError:
-            raise UsageError(f"--target: expected NAME=NUMBER, such as latency=2.0, got {text!r}") from None
+            targets[name.strip()] = math.nan
+        if not math.isfinite(targets[name.strip()]):
+            raise UsageError(f"--target: expected NAME=NUMBER, such as latency=2.0, got {text!r}")
     return targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     def call(**given: Any) -> None:  # Any: the values of the options
         _require_utf8(given)
         _require_no_loss(given)
+        for option, value in given.items():
+            _require_number(option, value)
         made = {name: groups[name].make(**{option: given.pop(option) for option in options[name]}) for name in groups}
         command(**given, **made)
 
@@ -74,6 +77,14 @@ def _require_no_loss(given: Mapping[str, Any]) -> None:  # Any: the values of th
 
 def _is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
+
+
+def _require_number(option: str, value: object) -> None:
+    """Raise `UsageError` for a number that is NaN or infinite: no limit and no comparison holds or fails with it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        from tensorrail_runtime.errors import UsageError
+
+        raise UsageError(f"--{option.replace('_', '-')}: expected a finite number, got {value}")
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Data, Json, Metric, input_options, provider_option, timing_options
+from tensorrail.commands.arguments import Data, Json, Metric, Provider, Threads, input_options, timing_options
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar, show
 
@@ -49,22 +49,26 @@ def command(
         Path | None,
         typer.Option(metavar="X.npz|FOLDER", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
     ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples that are used at most; default: all.")] = None,
     data: Data = None,
     metric: Metric = None,
     timing: Any = Group(timing_options),
     inputs: Any = Group(input_options),
-    session: Any = Group(provider_option),
+    provider: Provider = "cpu",
+    threads: Threads = 0,
     json: Json = None,
 ) -> None:
     """Convert a model to fp16 or int8 and show parity, accuracy and latency. Exit code 1 when out of tolerance."""
     from tensorrail.inputs import as_labelled
-    from tensorrail.options import Options
+    from tensorrail.options import Fit, Options
     from tensorrail.verbs.quantize import quantize
     from tensorrail_exporter.precision.ranges import RangeError, ranges_table
+    from tensorrail_runtime.sessions.session import Session
 
     try:
         with progress_bar() as progress:
-            options = Options(session, timing, progress=progress, inputs=inputs)
+            session = Session(provider=provider, threads=threads)
+            options = Options(session, timing, fit=Fit(samples=samples), progress=progress, inputs=inputs)
             report = quantize(
                 model, out, quantization, calibration=calibration, data=as_labelled(data, metric, inputs), options=options
             )

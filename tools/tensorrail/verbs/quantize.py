@@ -35,7 +35,7 @@ def quantize(
         to: `fp16`, `int8`, or a `Quantization` that says more.
         calibration: typical inputs: int8 needs them for the ranges of activations; outputs are compared on them.
         data: labelled inputs for the accuracy: an npz file or arrays, with `labels`.
-        options: `session`, `timing`, `inputs` and `progress`.
+        options: `session`, `timing`, `inputs`, `progress`, and `fit.samples` for the most calibration samples (default: all).
 
     Returns:
         What was measured; `print(report)` shows the table, `report.holds` says whether outputs are within the tolerance.
@@ -56,7 +56,7 @@ def quantize(
     conditions = options.conditions(Timing())
     with as_file(model) as path:
         exact = conditions.settings.exact
-        batches = as_batches(calibration, path, _BATCH, exact, options.inputs)
+        batches = as_batches(calibration, path, _BATCH, exact, options.inputs, options.fit.samples)
         timing = timed_on(conditions.timing, path, exact, options.inputs, batches)
         return reduced(
             path,

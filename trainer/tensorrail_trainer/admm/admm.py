@@ -33,6 +33,7 @@ the largest eigenvalue of S², can be up to I times larger here: if training div
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -48,10 +49,10 @@ from tensorrail_exporter.formats import project
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import InputMoments
-from tensorrail_trainer.layers.dense import planned_layers
+from tensorrail_trainer.layers.dense import at_least_single, planned_layers, require_values
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import swap
-from tensorrail_trainer.processes import rank, shared_out, world
+from tensorrail_trainer.processes import Group, alike, apart, rank, shared_out, world
 
 Metric = Literal["weight", "activation"]
 """How the distance of two weights is measured: by the Frobenius norm, or by the change of the layer's outputs."""
@@ -101,14 +102,17 @@ class ADMM:
         metric: `weight` (default) for the Frobenius norm, or `activation` for the change of the layer's outputs. The latter
             registers hooks that gather the second moments of the layers' inputs in training mode; `factorize` and `close`
             remove them.
+        group: the processes that train this model together, which share out the projections: with several processes, all
+            of them must hold the same weights. Default: all processes of `torch.distributed`.
 
     Attributes:
-        Z: the projection of every planned weight, (O, I, *K) or (O, I), by layer name; at first the plain projection.
+        Z: the projection of every planned weight, (O, I, *K) or (O, I), by layer name; at first the plain projection. In
+            float32 for weights in half precision, as U: small steps would be lost in rounding.
         U: the scaled dual variables, of the same shapes; at first zeros.
 
     Raises:
-        PlanError: the plan is empty or does not fit the model, or `metric="activation"` and the plan splits the inputs of a
-            layer into several modes.
+        PlanError: the plan is empty or does not fit the model, a weight has no finite values, or `metric="activation"` and the
+            plan splits the inputs of a layer into several modes.
         ValueError: rho is not positive, or the metric is unknown.
 
     References:
@@ -117,7 +121,9 @@ class ADMM:
 
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, rho: float = 1e-3, metric: Metric = "weight") -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, rho: float = 1e-3, metric: Metric = "weight", group: Group | None = None
+    ) -> None:
         if not 0 < rho < math.inf:
             raise ValueError(f"rho: expected a positive number, got {rho}; the paper uses 0.001")
         if not plan.layers:
@@ -126,11 +132,13 @@ class ADMM:
             raise ValueError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
         self.roots: dict[str, Root] = {}  # S of every layer, of the last update; empty for the plain metric
-        self._layers = planned_layers(model, plan)
+        self._layers, self._group = planned_layers(model, plan), group
+        for name, dense in self._layers.items():
+            require_values(name, dense)
         self._norms: dict[str, tuple[float, ...]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖, ‖Z‖
-        self.Z = {layer.name: self._project(layer, self._layers[layer.name].weight().detach()) for layer in plan.layers}
+        self.Z = {layer.name: self._project(layer, self._weight(layer.name)) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
-        self._moments = InputMoments(plan, self._layers) if metric == "activation" else None
+        self._moments = InputMoments(plan, self._layers, group) if metric == "activation" else None
         self._place()
 
     def penalty(self) -> Tensor:
@@ -155,13 +163,13 @@ class ADMM:
 
         Raises:
             PlanError: a layer has seen no batch in training mode (`metric="activation"`), the model no longer holds its
-                parameters, or a weight cannot be projected.
+                parameters, a weight cannot be projected, or the processes hold different weights.
 
         """
         self._require_own()
         if self._moments is not None:
             self.roots = self._moments.roots()
-        weights = {name: dense.weight().detach() for name, dense in self._layers.items()}
+        weights = {name: self._weight(name) for name in self._layers}
         points = {name: w + self.U[name] for name, w in weights.items()}
         residuals = []
         for name, z in self._projected(points).items():
@@ -179,7 +187,7 @@ class ADMM:
 
         """
         self._require_own()
-        weights = {name: dense.weight().detach().clone() for name, dense in self._layers.items()}
+        weights = {name: self._weight(name).clone() for name in self._layers}
         residuals = []
         for name, z in self._projected(weights).items():
             before, self.Z[name], self.U[name] = self.Z[name], z, torch.zeros_like(z)
@@ -192,7 +200,8 @@ class ADMM:
     def project_copy(self, model: nn.Module) -> None:
         """Replace the planned weights of a copy of the model, such as its average, by their projections; Z and U stay."""
         layers = planned_layers(model, self.plan)
-        for name, z in self._projected({name: dense.weight().detach() for name, dense in layers.items()}).items():
+        weights = {name: at_least_single(dense.weight().detach()) for name, dense in layers.items()}
+        for name, z in self._projected(weights).items():
             layers[name].put(z)
 
     def _require_own(self) -> None:
@@ -270,17 +279,40 @@ class ADMM:
         return gap / max(w, z, 1e-30), moved / max(multipliers, 1e-30)
 
     def _projected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the projection of each tensor; every process computes a part of them."""
-        owners = shared_out({name: tensor.numel() * min(tensor.shape) for name, tensor in tensors.items()})
+        """Return the projection of each tensor; every process of the group computes a part of them."""
+        group = self._group
+        self._require_alike(tensors)
+        owners = shared_out({name: tensor.numel() * min(tensor.shape) for name, tensor in tensors.items()}, group)
         projections = {}
         for layer in self.plan.layers:
             tensor = tensors[layer.name]
-            own = owners[layer.name] == rank()
+            own = owners[layer.name] == rank(group)
             projections[layer.name] = self._project(layer, tensor) if own else torch.empty_like(tensor).contiguous()
-        if world() > 1:
+        if world(group) > 1:
             for name, owner in owners.items():
-                distributed.broadcast(projections[name], owner)
+                distributed.broadcast(projections[name], group=group, group_src=owner)
         return projections
+
+    def _require_alike(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `PlanError` unless all processes of the group hold the same plan and, up to rounding, the same tensors."""
+        if world(self._group) == 1:
+            return
+        described = self.plan.model_dump_json() + str([tuple(tensor.shape) for tensor in tensors.values()])
+        digest = torch.tensor([zlib.crc32(described.encode()) % 2**24], device=next(iter(tensors.values())).device)
+        # The plans are compared first: with others, the processes would wait for each other.
+        different = "plans" if not alike(digest, self._group) else ""
+        if not different and (name := apart(tensors, self._group)):
+            different = f"weights of layer {name}"
+        if different:
+            raise PlanError(
+                f"the processes of one group hold different {different}, and each would get projections of the others; give "
+                "ADMM the group of the processes that train one model together, or start them from the same weights, as "
+                "DistributedDataParallel does"
+            )
+
+    def _weight(self, name: str) -> Tensor:
+        """Return a planned weight, detached, in single precision or wider."""
+        return at_least_single(self._layers[name].weight().detach())
 
     def factorize(self, model: nn.Module | None = None) -> nn.Module:
         """Decompose every planned weight into cores and replace the dense layers by layers made of cores, in place.
@@ -344,12 +376,12 @@ class ADMM:
                 )
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
-            device = dense.parameters[0].device  # the state may be on another device
-            self.Z[name], self.U[name] = state["Z"][name].to(device), state["U"][name].to(device)
+            like = at_least_single(dense.parameters[0].detach())  # the state may be on another device
+            self.Z[name], self.U[name] = state["Z"][name].to(like), state["U"][name].to(like)
         if self._moments is not None:
             self._moments.load_state_dict(state["moments"])
             self.roots = {
-                name: Root(*(root[key].to(self.Z[name].device) for key in ("root", "inverse")))
+                name: Root(*(root[key].to(self.Z[name]) for key in ("root", "inverse")))
                 for name, root in state["roots"].items()
             }
         self._place()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.dense import DenseModule
+from tensorrail_trainer.layers.dense import DenseModule, at_least_single
 from tensorrail_trainer.layers.metric import Root
-from tensorrail_trainer.processes import summed, world
+from tensorrail_trainer.processes import Group, summed, world
 
 _ROWS = 1024  # positions sampled from a batch, at 2·I² FLOPs each; a convolution takes 2·O·I·K FLOPs at every position
 _WINDOW = 100  # batches of the running mean: earlier layers keep training, so old batches must be forgotten
@@ -32,14 +32,16 @@ class InputMoments:
     Args:
         plan: the plan.
         layers: the planned layers by name, as `planned_layers` returns them.
+        group: the processes that train the model together; default: all.
 
     Raises:
         PlanError: the plan does not meet `require_one_input`.
 
     """
 
-    def __init__(self, plan: Plan, layers: Mapping[str, DenseModule]) -> None:
+    def __init__(self, plan: Plan, layers: Mapping[str, DenseModule], group: Group | None = None) -> None:
         require_one_input(plan, layers)
+        self._group = group
         self._layers = dict(layers)
         self.second: dict[str, Tensor] = {}  # (I, I)
         self.batches = dict.fromkeys(layers, 0)
@@ -66,12 +68,15 @@ class InputMoments:
         Raises `PlanError` for a layer that has seen no batch, or whose inputs were not finite.
         """
         self.synchronize()
-        return {name: Root.of(self._finite_moment(name), dense.parameters[0]) for name, dense in self._layers.items()}
+        return {
+            name: Root.of(self._finite_moment(name), at_least_single(dense.parameters[0].detach()))
+            for name, dense in self._layers.items()
+        }
 
     @torch.no_grad()
     def synchronize(self) -> None:
         """Average the moments over all processes that train together, each of which sees different batches."""
-        if world() == 1:
+        if world(self._group) == 1:
             return
         for name, dense in self._layers.items():
             weight = dense.parameters[0]
@@ -82,7 +87,7 @@ class InputMoments:
                     inputs, inputs, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
                 )
             batches = second.new_tensor([self.batches[name], float(self.batches[name] > 0)], dtype=torch.float64)
-            total, count = summed(second), summed(batches)
+            total, count = summed(second, self._group), summed(batches, self._group)
             if count[1]:  # a process may have seen no batch yet
                 self.second[name] = total / float(count[1])
                 self.batches[name] = round(float(count[0] / count[1]))

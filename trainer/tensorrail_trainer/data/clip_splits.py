@@ -22,9 +22,15 @@ def by_list(root: Path, paths: Sequence[Path], lists: Path, number: int) -> np.n
     """Return TRAIN, TEST or NEITHER for every clip, from the published lists of HMDB51 or UCF101 for the split `number`.
 
     A clip is identified by the folder of its class and its name, with or without the suffix of a video file. Raises `DataError`
-    if there are no such lists, a line has another form, or the lists and the clips belong to different data sets.
+    if there are no such lists, a line has another form, the lists contradict each other, or they and the clips belong to
+    different data sets.
     """
-    listed = dict(_listed(lists, number))
+    listed: dict[tuple[str, str], int] = {}
+    for key, mark in _listed(lists, number):
+        if listed.setdefault(key, mark) != mark:
+            raise DataError(
+                f"{lists}: the lists of split {number} name {'/'.join(key)} twice, with other marks; expected each clip once"
+            )
     if not listed:
         raise DataError(f"{lists}: no lists of split {number} found; expected {_LISTS.format(number)}")
     keys = [(path.relative_to(root).parts[0], _clip(path.name)) for path in paths]
@@ -110,7 +116,8 @@ def _listed(lists: Path, number: int) -> Iterator[tuple[tuple[str, str], int]]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        # Editors on Windows put a byte-order mark at the start; joined files have more of them.
+        text = file.read_text(encoding="utf-8").replace("\ufeff", "")
     except (OSError, UnicodeError) as error:
         raise unreadable(file, error, "a list of clips") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

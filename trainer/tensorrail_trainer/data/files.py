@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorrail_runtime.errors import DataError
+from tensorrail_runtime.feeds.folders import Listing, listed
 from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
 from tensorrail_trainer.data.splits import Augment, InMemory, Share, in_order
 
@@ -89,6 +90,19 @@ def unreadable(path: Path, error: Exception, expected: str = "") -> DataError:
     """Return an error of one line that says which file could not be read, and why."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120] or type(error).__name__
     return DataError(f"{path}: cannot be read ({reason})" + (f"; expected {expected}" if expected else ""))
+
+
+def files_below(folder: Path, suffixes: Collection[str], expected: str) -> Listing:
+    """Return the files in a folder and its subfolders. Raises `DataError` if one of them cannot be read."""
+    try:
+        return listed(folder, suffixes)
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error, expected) from None
+
+
+def loose_files(root: Path) -> list[Path]:
+    """Return the files that lie in a folder of classes itself, where they belong to no class."""
+    return sorted(path for path in root.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def class_folders(root: Path, expected: str) -> list[str]:

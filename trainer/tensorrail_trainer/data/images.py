@@ -2,7 +2,8 @@
 
 Training images are random crops as in Szegedy et al. (CVPR 2015), with 8 % to 100 % of the area and an aspect ratio of 3/4 to
 4/3, resized to `size` and mirrored with probability 0.5. Test images are resized so that the shorter side is 256/224 · `size`,
-and cropped in the centre. Colours are standardized by ImageNet's mean and deviation, as published weights expect.
+and cropped in the centre. Colours are standardized by ImageNet's mean and deviation, as published weights expect. Images are
+turned as their EXIF orientation says; of an animation the first frame is read.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from tensorrail_runtime.errors import DataError
-from tensorrail_runtime.feeds.pictures import eight_bits
-from tensorrail_trainer.data.files import Files, class_folders, unreadable
+from tensorrail_runtime.feeds.folders import Listing, left_out
+from tensorrail_runtime.feeds.pictures import FORMATS, SUFFIXES, eight_bits, upright
+from tensorrail_trainer.data.files import Files, class_folders, files_below, loose_files, unreadable
 from tensorrail_trainer.data.splits import Dataset
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # the only formats: some of Pillow's readers start other programs
 _PIXELS = 89_478_485  # Pillow's limit, above which Pillow only warns
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LAYOUT = "the layout <split>/<class>/<image>.jpg"
@@ -36,6 +36,8 @@ _TRIES = 10  # random windows, before the centre of the image is used
 
 def images(root: str, size: int = 224, smallest: float = 0.08, test: str = "val", workers: int | None = None) -> Dataset:
     """Return the images of `root/train/<class>/*` and `root/val/<class>/*`; the classes are in the order of their names.
+
+    Images in subfolders of a class belong to it. Files of other kinds are left out, and named in `Dataset.left_out`.
 
     Args:
         root: the folder of both splits.
@@ -56,7 +58,7 @@ def images(root: str, size: int = 224, smallest: float = 0.08, test: str = "val"
     folder = Path(root)
     classes = class_folders(folder / "train", _LAYOUT)
     mean, deviation = (torch.tensor(values).mul(255).reshape(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
-    splits = []
+    splits, notes = [], []
     for name in ("train", test):
         split_classes = class_folders(folder / name, _LAYOUT)
         unknown = [class_name for class_name in split_classes if class_name not in classes]
@@ -65,12 +67,19 @@ def images(root: str, size: int = 224, smallest: float = 0.08, test: str = "val"
                 f"{folder / name / unknown[0]}: not one of the {len(classes)} classes of {folder / 'train'}; expected the same "
                 "classes in both splits"
             )
-        files = {class_name: _images_in(folder / name / class_name) for class_name in split_classes}
+        others = loose_files(folder / name)
+        files = {}
+        for class_name in split_classes:
+            listing = _images_in(folder / name / class_name)
+            files[class_name] = listing.files
+            others += listing.others
+        notes.append(left_out(folder / name, others, f"images in folders of classes ({', '.join(sorted(SUFFIXES))})"))
         paths = [path for class_name in split_classes for path in files[class_name]]
         labels = torch.tensor([classes.index(class_name) for class_name in split_classes for _ in files[class_name]])
         splits.append(Files(paths, labels, ImageReader(size, smallest), mean, deviation, workers))
     counts = " and ".join(f"{len(split)} {kind}" for split, kind in zip(splits, ("training", "test images"), strict=True))
-    return Dataset(f"images of {len(classes)} classes ({folder.name}), {size}×{size}; {counts}", len(classes), *splits)
+    source = f"images of {len(classes)} classes ({folder.name}), {size}×{size}; {counts}"
+    return Dataset(source, len(classes), *splits, left_out=tuple(note for note in notes if note))
 
 
 def images_known(root: str, size: int = 224, **_: Any) -> Mapping[str, int]:
@@ -104,20 +113,21 @@ def decoded(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about metadata that is not used
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height <= _PIXELS:
-                    return eight_bits(image).convert("RGB")
+                    return eight_bits(upright(image)).convert("RGB")
                 width, height = image.size
     except Exception as error:  # noqa: BLE001 - a broken image can raise any exception
-        raise unreadable(path, error, "a JPEG, PNG, WebP or BMP image") from None
+        raise unreadable(path, error, "a JPEG, PNG, WebP, BMP, TIFF, GIF or PPM image") from None
     raise DataError(f"{path}: expected at most {_PIXELS} pixels, got {width}×{height}; make the image smaller")
 
 
-def _images_in(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    if not paths:
-        raise DataError(f"{folder}: no images found; expected files ending in {', '.join(sorted(SUFFIXES))}")
-    return paths
+def _images_in(folder: Path) -> Listing:
+    listing = files_below(folder, SUFFIXES, _LAYOUT)
+    if not listing.files:
+        found = f"; found {len(listing.others)} other files, such as {listing.others[0].name}" if listing.others else ""
+        raise DataError(f"{folder}: no images found; expected files ending in {', '.join(sorted(SUFFIXES))}{found}")
+    return listing
 
 
 def _middle(image: Image.Image, size: int) -> Image.Image:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorrail_runtime.errors import DataError
+from tensorrail_runtime.errors import OWN_CODE, DataError, in_words
 from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
-from tensorrail_trainer.data.splits import Augment, Dataset, Share
+from tensorrail_trainer.data.splits import Augment, Dataset, Share, tensor_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class Mapped:
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
-        if not (hasattr(self.data, "__getitem__") and hasattr(self.data, "__len__")) or not len(self.data):
+        try:
+            usable = hasattr(self.data, "__getitem__") and hasattr(self.data, "__len__") and len(self.data) > 0
+        except OWN_CODE as error:
+            raise DataError(f"{type(self.data).__name__}: its number of samples cannot be read {in_words(error)}") from None
+        if not usable:
             raise DataError(f"expected a data set with samples, __getitem__ and __len__, got a {type(self.data).__name__}")
         workers_of(self.workers)
 
@@ -64,16 +68,18 @@ class Mapped:
         try:
             values = _seeded(lambda: self.data[index], 0 if seed is None else seed)
             x, label = values
-        except Exception as error:  # noqa: BLE001 - a user's code can raise any exception
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{where}: cannot be read ({type(error).__name__}: {reason})") from None
+        except OWN_CODE as error:
+            raise DataError(f"{where}: cannot be read {in_words(error)}") from None
         if isinstance(x, np.ndarray):
-            x = torch.from_numpy(x)
+            try:
+                x = tensor_of(x)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{where}: not an array of numbers ({error})") from None
         if not isinstance(x, Tensor):
             raise DataError(
                 f"{where}: expected a tensor, got a {type(x).__name__}; give the data set a transform that returns a tensor"
             )
-        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+        if isinstance(label, Tensor | np.ndarray) and label.shape in ((), (1,)):
             label = label.item()
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
             raise DataError(f"{where}: expected an integer label, got {label!r:.40}")

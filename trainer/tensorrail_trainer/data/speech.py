@@ -19,12 +19,13 @@ import torch
 from scipy.fft import dct
 
 from tensorrail_runtime.errors import DataError
-from tensorrail_trainer.data.files import unreadable
+from tensorrail_runtime.feeds.folders import left_out
+from tensorrail_trainer.data.files import files_below, unreadable
 from tensorrail_trainer.data.splits import Dataset, InMemory
 
 Features = Literal["logmel", "mfcc"]
 
-_NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
+_NAME = re.compile(r"([0-9])_([^_]+)_([0-9]+)\.wav", re.IGNORECASE)
 _TEST = 5  # the first recordings of each speaker and digit
 _WINDOW, _HOP = 0.025, 0.010  # seconds
 _RATES = 400_000  # samples per second, at most: the memory of the filters grows with the rate in the file
@@ -45,7 +46,8 @@ def speech(
     windows; a shorter one is padded with zeros at the start, so that the last window is always the end of the recording.
 
     Args:
-        root: the folder of the wav files.
+        root: the folder of the wav files, which may lie in subfolders. Other files are left out, and named in
+            `Dataset.left_out`.
         features: `logmel` (default) or `mfcc`.
         bands: the number of mel bands; default 40.
         coefficients: the number of coefficients of `mfcc`, at most `bands`; default 13.
@@ -71,10 +73,14 @@ def speech(
     folder = Path(root)
     recordings: dict[bool, list[tuple[np.ndarray, int]]] = {False: [], True: []}  # training, test
     rates: dict[int, Path] = {}
-    for path in sorted(folder.glob("*.wav")):
+    listing = files_below(folder, {".wav"}, "a folder of wav files")
+    names: dict[str, Path] = {}
+    for path in listing.files:
         match = _NAME.fullmatch(path.name)
         if match is None:
             raise DataError(f"{path}: expected a file name such as 7_jackson_32.wav (digit, speaker, index)")
+        if names.setdefault(path.name.lower(), path) != path:
+            raise DataError(f"{path}: is also {names[path.name.lower()]}; expected each recording once")
         sound, rate = _read(path, frames)
         rates.setdefault(rate, path)
         if len(rates) > 1:
@@ -101,7 +107,8 @@ def speech(
         splits.append(InMemory(torch.from_numpy(x), torch.tensor([label for _, label in clips])))
     shape = f"{frames // stack}×{stack * len(mean)}"
     source = f"spoken digits ({folder.name}), {features} {shape}, {len(splits[0])} training and {len(splits[1])} test"
-    return Dataset(f"{source} recordings", 10, *splits)
+    others = left_out(folder, listing.others, "wav files")
+    return Dataset(f"{source} recordings", 10, *splits, left_out=(others,) if others else ())
 
 
 def speech_known(

@@ -7,13 +7,15 @@ that neither an interruption nor the number of processes changes them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tensorrail_runtime.sessions.values import native
 
 Border = Literal["edge", "zero", "reflect"]
 _BORDERS = {"edge": "replicate", "zero": "constant", "reflect": "reflect"}
@@ -69,12 +71,16 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, the number of classes, and a line that describes the source of the data."""
+    """Two splits, the number of classes, and a line that describes the source of the data.
+
+    `left_out` says which files of its folder are not read, one line for each kind.
+    """
 
     source: str
     classes: int
     train: Split
     test: Split
+    left_out: tuple[str, ...] = field(default=(), kw_only=True)
 
     def to(self, device: torch.device) -> Dataset:
         """Return the same data on a device."""
@@ -90,7 +96,8 @@ class Dataset:
 class InMemory:
     """A split in memory, on one device: samples `x` (N, …), uint8 or float32, and labels `y` (N,) int64.
 
-    Batches are (x − mean) / deviation, both of a shape that broadcasts with a batch. Images are (N, C, H, W).
+    Batches are (x − mean) / deviation, both of a shape that broadcasts with a batch. Images are (N, C, H, W). NumPy arrays
+    become tensors, whatever their byte order and strides.
     """
 
     x: Tensor
@@ -99,6 +106,10 @@ class InMemory:
     deviation: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("x", "y", "mean", "deviation"):
+            values: object = getattr(self, name)
+            if isinstance(values, np.ndarray):
+                object.__setattr__(self, name, tensor_of(values))
         if not len(self.y) or len(self.x) != len(self.y):
             raise ValueError(
                 f"expected one label per sample and at least one sample, got {len(self.x)} samples and {len(self.y)} labels"
@@ -127,6 +138,21 @@ class InMemory:
         """Return the split on a device."""
         mean, deviation = (None if value is None else value.to(device) for value in (self.mean, self.deviation))
         return InMemory(self.x.to(device), self.y.to(device), mean, deviation)
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Return the values of an array of any byte order and strides as a tensor, which may share its memory.
+
+    Args:
+        array: numbers, (…).
+
+    Raises:
+        ValueError: some of its values are masked.
+        TypeError: torch has no such type, such as text.
+
+    """
+    values = native(array)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def shuffled(count: int, size: int, seed: int) -> list[Tensor]:

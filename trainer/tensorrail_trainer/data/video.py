@@ -1,13 +1,13 @@
 """Folders of short videos in the layout of UCF11, UCF101 and HMDB51; each clip is read as a few frames.
 
-A clip is a video file, or a folder of images in the order of their names, anywhere below the folder of its class. UCF11 and
-UCF101 number the recordings from which the clips were cut, `v_<class>_<group>_<clip>`. Clips of one group look alike, so a
-group must not be divided between training and test (Liu, Luo and Shah, CVPR 2009).
+A clip is a video file, or a folder of images in the order of the numbers in their names, anywhere below the folder of its
+class. UCF11 and UCF101 number the recordings from which the clips were cut, `v_<class>_<group>_<clip>`. Clips of one group look
+alike, so a group must not be divided between training and test (Liu, Luo and Shah, CVPR 2009).
 """
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,14 +20,17 @@ from PIL import Image
 from torch import Tensor
 
 from tensorrail_runtime.errors import DataError
+from tensorrail_runtime.feeds.folders import left_out
+from tensorrail_runtime.feeds.pictures import SUFFIXES
 from tensorrail_trainer.data.clip_splits import TEST, TRAIN, VIDEOS, by_class, by_group, by_list, groups_of
-from tensorrail_trainer.data.files import Files, class_folders, unreadable
-from tensorrail_trainer.data.images import SUFFIXES, decoded
+from tensorrail_trainer.data.files import Files, class_folders, files_below, loose_files, unreadable
+from tensorrail_trainer.data.images import decoded
 from tensorrail_trainer.data.splits import Dataset
 
 _CONTAINERS = "avi,mpeg,mpegvideo,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # without formats that can open other files
 _MEAN, _DEVIATION = 0.45 * 255, 0.225 * 255  # the usual values for videos
 _PIXELS = 89_478_485  # the same limit as for images
+_NUMBERED = re.compile(r"([^0-9]*)([0-9]*)")  # text and the number after it
 _LAYOUT = "the layout <class>/…/<clip>.avi, or <class>/…/<clip>/<frame>.jpg"
 
 
@@ -67,7 +70,11 @@ def video(
     """
     folder, (height, width) = Path(root), _sizes(frames, size, test_fraction)
     classes = class_folders(folder, _LAYOUT)
-    clips = [(path, label) for label, name in enumerate(classes) for path in _clips(folder / name)]
+    clips, others = [], loose_files(folder)
+    for label, name in enumerate(classes):
+        own_clips, own_others = _clips(folder / name)
+        clips += [(path, label) for path in own_clips]
+        others += own_others
     paths, labels = [path for path, _ in clips], np.array([label for _, label in clips])
     marks, by = _marks(folder, paths, labels, seed, test_groups, test_fraction, lists, split)
     untrained = set(range(len(classes))) - set(labels[marks == TRAIN].tolist())
@@ -81,7 +88,9 @@ def video(
         files = Files(own, torch.from_numpy(labels[chosen]), ClipReader(frames, height, width), mean, deviation, workers)
         splits.append(files.held() if memory else files)
     source = f"videos of {len(classes)} classes ({folder.name}), {frames} frames of {width}×{height}, split by {by}"
-    return Dataset(f"{source}; {len(splits[0])} training and {len(splits[1])} test clips", len(classes), *splits)
+    source = f"{source}; {len(splits[0])} training and {len(splits[1])} test clips"
+    note = left_out(folder, others, f"videos ({', '.join(sorted(VIDEOS))}) or images in folders of classes")
+    return Dataset(source, len(classes), *splits, left_out=(note,) if note else ())
 
 
 def video_known(root: str, size: Sequence[int] = (120, 160), **_: Any) -> Mapping[str, int]:
@@ -177,22 +186,37 @@ def _marks(
     return by_class(labels, test_fraction, seed), "clip"
 
 
-def _clips(folder: Path) -> list[Path]:
-    """Return the clips of a class: folders of images, and video files."""
-    clips = []
-    for name, folders, files in os.walk(folder):
-        folders.sort()
-        suffixes = {Path(file).suffix.lower() for file in files if not file.startswith(".")}
-        if suffixes & SUFFIXES:
-            clips.append(Path(name))
-        clips += [Path(name, file) for file in sorted(files) if Path(file).suffix.lower() in VIDEOS and file[0] != "."]
+def _clips(folder: Path) -> tuple[list[Path], tuple[Path, ...]]:
+    """Return the clips of a class, folders of images and video files, and the files that are neither."""
+    listing = files_below(folder, SUFFIXES | VIDEOS, _LAYOUT)
+    files = [path for path in listing.files if path.suffix.lower() in VIDEOS]
+    folders = {path.parent for path in listing.files if path.suffix.lower() in SUFFIXES}
+    clips: dict[Path, Path] = {}
+    for path in (*folders, *files):  # the frames of a video may lie beside it
+        clip = path if path in folders else path.with_suffix("")
+        if clip in clips:
+            names = " and ".join(sorted({clips[clip].name, path.name}))
+            raise DataError(f"{clip}: the same clip twice, {names}; keep one of them")
+        clips[clip] = path
     if not clips:
         raise DataError(f"{folder}: no clips found; expected {_LAYOUT}")
-    return clips
+    # The files of a folder stand before its subfolders: the order decides which clips a seed picks.
+    ordered = sorted(clips.values(), key=lambda path: (path.parts, "") if path in folders else (path.parent.parts, path.name))
+    return ordered, listing.others
 
 
 def _frames(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    """Return the images of a folder in the order of the numbers in their names: f2.jpg before f10.jpg."""
+    frames: dict[tuple[tuple[str, int], ...], Path] = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        key = tuple((text, int(digits or -1)) for text, digits in _NUMBERED.findall(path.stem))
+        if key in frames:
+            names = " and ".join(sorted((frames[key].name, path.name)))
+            raise DataError(f"{folder}: {names} have the same number; expected each frame once")
+        frames[key] = path
+    return [frames[key] for key in sorted(frames)]
 
 
 def _av() -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import nn
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _HOOKS = (
     *(f"_forward{pre}_hooks{more}" for pre in ("", "_pre") for more in ("", "_with_kwargs", "_always_called")),
@@ -23,22 +21,24 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, getattr(source, name))
 
 
-def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
-    """Remove the forward pre-hooks of these classes from a module."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, kinds):
-            del module._forward_pre_hooks[key]
+def is_traced(x: object) -> bool:
+    """Return whether `torch.fx` traces a model, with proxies in place of tensors."""
+    return isinstance(x, torch.fx.Proxy)
 
 
-def constant_for_compiler(function: _Function) -> _Function:
-    """Have torch.compile treat what a function returns as a constant.
-
-    It sets what `torch.compiler.assume_constant_result` sets, which would import the compiler: two seconds.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # a mark that functions may carry
-    return function
+def records_operations() -> bool:
+    """Return whether torch.compile, torch.export or torch.jit.trace records the operations that run."""
+    jit: Any = torch.jit
+    return torch.compiler.is_compiling() or bool(jit.is_tracing())
 
 
-def compiler_is_loaded() -> bool:
-    """Return whether torch.compile was used in this process."""
-    return "torch._dynamo" in sys.modules
+def node_of(module: nn.Module, *args: Any) -> Any:
+    """Return the output of a module as one node of the graph that `torch.fx` traces, as those of torch's own layers."""
+    tracer: Any = next(arg.tracer for arg in args if isinstance(arg, torch.fx.Proxy))
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+
+
+def as_plain_tensors() -> AbstractContextManager[None]:
+    """Return a context in which subclasses of tensors are plain tensors, as torch's notes on subclasses tell to use it."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context

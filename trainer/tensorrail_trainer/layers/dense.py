@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers.factored import FactoredLayer
+from tensorrail_trainer.layers.holders import require_sole_holders
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
 
 
@@ -32,6 +34,14 @@ class DenseModule:
         """Copy a weight (O, I, *K) or (O, I) into the parameters, in place."""
         for parameter, part in zip(self.parameters, weight.split([len(p) for p in self.parameters]), strict=True):
             parameter.copy_(part)
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision in single precision, and any other as it is.
+
+    In half precision decompositions do not run, and small steps toward low rank are lost in rounding.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def dense_layers(model: nn.Module) -> tuple[str, ...]:
@@ -58,11 +68,13 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
         if getattr(owner, "proj_size", 0):
             raise PlanError(f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; use proj_size=0")
         _require_own_forward(owner, name)
+        _require_own_parameters(owner, name, leaf)
         weights = input_weights(owner, name)
         shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
         return DenseModule(owner, LayerSpec("recurrent", shape), weights)
     module = modules.get(name)
     _require_size(module, name)
+    _require_own_parameters(module, name)
     match module:
         case None:
             raise PlanError(f"layer {name}: not in the model; its layers are {', '.join(dense_layers(model))}")
@@ -95,7 +107,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
                 "leave it out of the plan"
             )
     _require_own_forward(module, name)
-    return DenseModule(module, spec, (_own_weight(module, name),))
+    return DenseModule(module, spec, (cast("nn.Parameter", module.weight),))
 
 
 def _require_size(module: nn.Module | None, name: str) -> None:
@@ -116,14 +128,50 @@ def _require_own_forward(module: nn.Module, name: str) -> None:
                 )
 
 
-def _own_weight(module: nn.Module, name: str) -> nn.Parameter:
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if not isinstance(weight, nn.Parameter):
+def _require_own_parameters(module: nn.Module | None, name: str, leaf: str = "weight") -> None:
+    """Raise `PlanError` unless each weight and bias of a layer is its parameter: what computes it would be lost with the layer.
+
+    Parametrizations, `weight_norm`, `spectral_norm` and pruning compute a parameter from others. `leaf` is the planned weight.
+    """
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.LSTM | nn.GRU):
+        return
+    own = dict(module.named_parameters(recurse=False))
+    names = ["weight", *(["bias"] if getattr(module, "bias", module) is not None else [])]
+    if isinstance(module, nn.LSTM | nn.GRU):
+        if leaf == "weight":
+            return  # it is refused: a plan names one of its weights
+        kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+        ends = ("", "_reverse") if module.bidirectional else ("",)
+        names = [f"{kind}_l{k}{end}" for k in range(module.num_layers) for kind in kinds for end in ends]
+    for each in sorted(names, key=lambda each: each != leaf):  # the planned weight first
+        if each not in own:
+            raise PlanError(
+                f"layer {name}: expected a {each.partition('_')[0]} that is a parameter, got {each}, which weight_norm, "
+                "pruning or another parametrization computes; make it one first, by remove_weight_norm, remove_spectral_norm, "
+                "prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for each, parameter in own.items():
+        if type(parameter.data) is not Tensor:
+            raise PlanError(
+                f"layer {name}: expected a plain tensor as its {each}, got a {type(parameter.data).__name__}, as FSDP2, tensor "
+                "parallelism and quantization make them; use whole weights in floating point, with DistributedDataParallel"
+            )
+    if leaf in own and own[leaf].dim() < 2:
         raise PlanError(
-            f"layer {name}: expected a weight that is a parameter, got one that weight_norm or another parametrization "
-            "computes; call torch.nn.utils.parametrize.remove_parametrizations first"
+            f"layer {name}: expected a weight of two or more axes, got shape {tuple(own[leaf].shape)}, as FSDP divides it; use "
+            "whole weights, with DistributedDataParallel"
         )
-    return weight
+
+
+def require_values(name: str, dense: DenseModule) -> None:
+    """Raise `PlanError` for a layer without values, or whose weight is not finite: it cannot be decomposed."""
+    for parameter in dense.module.parameters(recurse=False):
+        if parameter.is_meta:
+            raise PlanError(
+                f"layer {name}: its weights are on the meta device, which holds no values; load or initialize the weights first"
+            )
+    if not dense.weight().isfinite().all():
+        raise PlanError(f"layer {name}: its weight holds infinity or NaN, and cannot be decomposed; check where it comes from")
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
@@ -137,7 +185,8 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
         The layers by name, in the order of the plan.
 
     Raises:
-        PlanError: a layer does not exist, cannot be factored, does not fit its plan, or shares its weight with another one.
+        PlanError: a layer does not exist, cannot be factored, does not fit its plan, shares a parameter with another one, or is
+            also held outside of torch's modules, such as in a list.
 
     """
     layers_by_name = {}
@@ -146,20 +195,23 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
         layer.check(dense.spec.shape)
         layers_by_name[layer.name] = dense
     _require_own_weights(model, layers_by_name)
+    require_sole_holders(model, {id(dense.module): name for name, dense in layers_by_name.items()})
     return layers_by_name
 
 
 def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) -> None:
-    """Raise `PlanError` for a weight that the model also uses under another name, where it would stay dense."""
+    """Raise `PlanError` for a weight or bias that the model also uses under another name, where it would stay as it is."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for layer, dense in layers.items():
-        for parameter in dense.parameters:
+        others = [p for p in dense.module.parameters(recurse=False) if all(p is not own for own in dense.parameters)]
+        for parameter in (*dense.parameters, *others):
             if len(names[id(parameter)]) > 1:
+                what = "weight" if any(parameter is own for own in dense.parameters) else "parameter"
                 raise PlanError(
-                    f"layer {layer}: its weight is shared by {' and '.join(names[id(parameter)])}, and only one of them would "
-                    "be factored; leave it out of the plan, or give each layer its own weight"
+                    f"layer {layer}: its {what} is shared by {' and '.join(names[id(parameter)])}, and only one of them would "
+                    "be factored; leave it out of the plan, or give each layer its own weight and bias"
                 )
 
 

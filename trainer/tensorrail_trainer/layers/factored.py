@@ -16,11 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.contraction import LayerSpec, Step, dense_step, describe
 from tensorrail_exporter.plans.costs import SECONDS_A_FLOP, contraction_cost, dense_cost
 from tensorrail_exporter.plans.plan import LayerPlan
-from tensorrail_trainer.layers._compat_torch import compiler_is_loaded, constant_for_compiler
-from tensorrail_trainer.layers.steps import CoreList, run_steps
+from tensorrail_trainer.layers._compat_torch import is_traced, node_of
+from tensorrail_trainer.layers.read_only import read_only
+from tensorrail_trainer.layers.steps import CoreList, compiled_product, run_steps
+
+# Inputs that a compiled layer is expected to have, by the number of spatial axes.
+_USUAL = {0: (256,), 1: (32, 1, 64), 2: (32, 1, 16, 16), 3: (8, 1, 8, 16, 16)}
 
 
 class FactoredLayer(nn.Module):
@@ -29,7 +34,8 @@ class FactoredLayer(nn.Module):
     It has the inputs and outputs of the dense layer that it replaces, and the attributes of torch's layer (`in_channels`,
     `stride`, …). `forward` contracts the input with the cores, by the same steps that the exporter writes to ONNX. In training,
     where these steps are expected to take longer than the dense layer, it reconstructs the dense weight from the cores in
-    float32 instead: the same function, with gradients that are equal up to rounding.
+    float32 instead: the same function, with gradients that are equal up to rounding. Compiled by `torch.compile`, this choice
+    is made for inputs of a usual size, so that it does not depend on the batch. For `torch.fx` the layer is one node.
 
     Args:
         spec: what the dense layer computes: its kind, weight shape (O, I, *K) or (O, I), stride, padding and dilation.
@@ -46,6 +52,8 @@ class FactoredLayer(nn.Module):
         self.spec = spec
         self.plan = plan.model_copy(update={"merge": plan.merge_for(spec)})
         self.cores = CoreList([nn.Parameter(core.detach().clone()) for core in cores])
+        self._equation = format_of(plan.format).equation(spec.shape, plan.modes)
+        self._dense_compiled = _dense_is_faster(self.plan, spec, (*_USUAL[spec.spatial],))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         for name, value in torch_options(spec).items():  # code of the model may read them, as from the dense layer
             setattr(self, name, value)
@@ -56,12 +64,17 @@ class FactoredLayer(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight (O, I, *K) or (O, I), reconstructed from the cores and differentiable."""
+        if torch.compiler.is_compiling():
+            return compiled_product(self._equation, list(self.cores), self.spec.shape)
         return cast(Tensor, self.plan.reconstruct(list(self.cores), self.spec.shape))
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, for modules that read it without calling `forward`, as torch's attention reads its `out_proj`."""
-        return self.dense_weight()
+        """The dense weight, for modules that read it without calling `forward`, as torch's attention reads its `out_proj`.
+
+        It is computed from the cores. An operation that would change it in place raises `PlanError`: the change would be lost.
+        """
+        return read_only(self.dense_weight(), "change `cores`, or factor a dense layer of the weight that you want")
 
     def forward(self, x: Tensor) -> Tensor:
         """Contract the input with the cores and add the bias.
@@ -73,6 +86,8 @@ class FactoredLayer(nn.Module):
             (B, O, *S'), (O, *S') or (…, O), as from the dense layer.
 
         """
+        if is_traced(x):
+            return cast(Tensor, node_of(self, x))
         linear = self.spec.op == "linear"
         leading = x.shape[:-1]
         if linear:
@@ -81,8 +96,7 @@ class FactoredLayer(nn.Module):
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
         # The output is channels_last only if the input is, as in torch's layers. Images of one channel are both.
         plain = not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        known = all(isinstance(size, int) for size in x.shape)  # False while torch.export traces a dynamic size
-        if self.training and torch.is_grad_enabled() and known and _dense_is_faster(self.plan, self.spec, tuple(x.shape)):
+        if self.training and torch.is_grad_enabled() and self._dense_for(x):
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.dense_weight()
                 steps: tuple[Step, ...] = (dense_step(weight.contiguous() if plain else weight, self.spec),)
@@ -93,6 +107,12 @@ class FactoredLayer(nn.Module):
             return (x if self.bias is None else x + self.bias.to(x.dtype)).reshape(*leading, self.spec.shape[0])
         x = x.contiguous() if plain else x
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *(1,) * self.spec.spatial)
+
+    def _dense_for(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return self._dense_compiled and not torch.compiler.is_exporting()
+        known = all(isinstance(size, int) for size in x.shape)  # False while a dynamic size is traced
+        return known and _dense_is_faster(self.plan, self.spec, tuple(x.shape))
 
     def extra_repr(self) -> str:
         """Return the plan and the steps that run, for the printed layer."""
@@ -117,20 +137,8 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
     }
 
 
-@constant_for_compiler
-def _dense_is_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
-    """Return, from a cache, whether a training step is expected to be faster with the dense weight than core by core."""
-    return _cached_dense_is_faster(plan, spec, shape)
-
-
 @lru_cache(maxsize=1024)
-def _cached_dense_is_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
-    if compiler_is_loaded():  # otherwise the compiler would trace the estimate
-        return bool(torch.compiler.disable(_estimate_dense_is_faster)(plan, spec, shape))
-    return _estimate_dense_is_faster(plan, spec, shape)
-
-
-def _estimate_dense_is_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
+def _dense_is_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -> bool:
     """Estimate whether a training step is faster with the dense weight than core by core, for inputs of this shape.
 
     Between the small kernels of a contraction torch moves and reorders activations. Measured on ResNet-20's layers, in

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tensorrail_exporter.formats.contraction import LayerSpec, split_at_boundary
 from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_runtime.errors import PlanError
+from tensorrail_trainer.layers._compat_torch import is_traced, node_of
 from tensorrail_trainer.layers.steps import CoreList, run_steps
 
 
@@ -77,6 +78,8 @@ class FactoredRecurrent(nn.Module):
             The outputs and the last states, as from the dense module.
 
         """
+        if is_traced(x):
+            return cast("tuple[Any, Any]", node_of(self, x, *(() if hx is None else (hx,))))
         if isinstance(x, PackedSequence):
             return self._packed(x, hx)
         unbatched, batch_first = x.dim() == 2, self.options["batch_first"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step, resolve
+from tensorrail_exporter.formats.modes import Equation
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -21,6 +23,23 @@ class CoreList(nn.ParameterList):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(lambda core: fn(core) if core.dim() < 4 else fn(core.flatten(1)).reshape(core.shape), recurse)
+
+
+def compiled_product(equation: Equation, cores: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return the weight (O, I, *K) of cores, by one einsum, which `torch.compile` can trace; TensorLy's functions it cannot.
+
+    Args:
+        equation: the equation of the format.
+        cores: the cores, as the format stores them.
+        shape: the shape of the weight.
+
+    """
+    sizes = dict(zip(equation.weight, equation.axes, strict=True))
+    views = [
+        core if core.dim() == len(letters) else core.reshape([sizes.get(letter, -1) for letter in letters])
+        for core, letters in zip(cores, equation.cores, strict=True)
+    ]
+    return torch.einsum(f"{','.join(equation.cores)}->{equation.weight}", *views).reshape(tuple(shape))
 
 
 def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:

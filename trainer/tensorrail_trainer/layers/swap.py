@@ -7,15 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
-from tensorrail_trainer.layers._compat_torch import remove_pre_hooks, share_hooks
-from tensorrail_trainer.layers.dense import planned_layers
+from tensorrail_runtime.errors import PlanError
+from tensorrail_trainer.layers._compat_torch import share_hooks
+from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers, require_values
 from tensorrail_trainer.layers.factored import FactoredLayer, torch_options
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent
@@ -42,19 +41,13 @@ def swap(
         The model itself, or the new layer if the plan names the model itself.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or a weight cannot be decomposed.
 
     """
     recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
     for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
         weight = dense.weight().detach().contiguous()
-        root = roots.get(layer.name) if roots else None
-        if cores:
-            layer_cores: Sequence[Tensor] = cores[layer.name]
-        elif not weight.any():
-            layer_cores = _cores_of_zero(layer, weight)
-        else:
-            layer_cores = root.decompose(layer, weight) if root else layer.decompose(weight)
+        layer_cores = cores[layer.name] if cores else _decomposed(layer, dense, roots.get(layer.name) if roots else None)
         if dense.spec.op == "recurrent":
             path, _, leaf = layer.name.rpartition(".")
             recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, layer_cores)
@@ -74,6 +67,19 @@ def swap(
     return model
 
 
+def _decomposed(layer: LayerPlan, dense: DenseModule, root: Root | None) -> Sequence[Tensor]:
+    """Return the cores of a dense weight, decomposed in single precision or wider."""
+    require_values(layer.name, dense)
+    weight = dense.weight().detach().contiguous()
+    if not weight.any():
+        return _cores_of_zero(layer, weight)
+    wide = at_least_single(weight)
+    try:
+        return root.decompose(layer, wide) if root else layer.decompose(wide)
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
+        raise PlanError(f"layer {layer.name}: its weight cannot be decomposed ({error}); check where it comes from") from None
+
+
 def _cores_of_zero(layer: LayerPlan, weight: Tensor) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     first, *others = layer.core_shapes(tuple(weight.shape))
@@ -82,16 +88,8 @@ def _cores_of_zero(layer: LayerPlan, weight: Tensor) -> list[Tensor]:
 
 
 def _move_hooks(replaced: nn.Module, replacement: nn.Module) -> None:
-    """Give a layer the hooks that the user registered on the layer that it replaces.
-
-    Hooks that compute a parameter of the replaced layer, such as those of pruning, are dropped: the cores hold its value.
-    """
-    if not isinstance(replacement, FactoredRecurrent):
-        remove_pre_hooks(replaced, _PARAMETER_HOOKS)
+    """Give a layer the hooks that the user registered on the layer that it replaces."""
     share_hooks(replaced, replacement)
-
-
-_PARAMETER_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -125,7 +123,11 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         The copy; its dense weights are reconstructed from the cores, so that it computes the same function up to rounding.
 
+    Raises:
+        PlanError: a layer holds a tensor that torch cannot copy, such as a weight that the old `weight_norm` computes.
+
     """
+    _require_copyable(model)
     dense = copy.deepcopy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, FactoredLayer):
@@ -137,6 +139,17 @@ def to_dense(model: nn.Module) -> nn.Module:
         _move_hooks(module, dense_module)
         dense = _replace(dense, name, dense_module)
     return dense
+
+
+def _require_copyable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise PlanError(
+                    f"layer {name}: its {attribute} is computed from other parameters, and torch cannot copy it; use "
+                    "torch.nn.utils.parametrizations, or remove the computation first, by remove_weight_norm, "
+                    "remove_spectral_norm or prune.remove"
+                )
 
 
 def _dense_layer(module: FactoredLayer) -> nn.Module:

@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from torch import nn
 
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
-from tensorrail_runtime.errors import DataError, NetworkError, PlanError, RecipeError, WeightsError
+from tensorrail_runtime.errors import OWN_CODE, DataError, NetworkError, PlanError, RecipeError, WeightsError, in_words
 from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_trainer.admm.moments import require_one_input
 from tensorrail_trainer.data import Dataset, Source, source_of
@@ -366,8 +366,8 @@ def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[st
         return function(**given)
     except (DataError, RecipeError):
         raise
-    except Exception as error:
-        if ":" in named.name and not isinstance(error, TypeError | ValueError | RuntimeError):
-            raise  # a user's own function: the user needs the traceback
-        what = str(error) or type(error).__name__
+    except OWN_CODE as error:
+        if ":" in named.name:
+            raise RecipeError(f"{key}.name: {named.name} failed with {given} {in_words(error)}") from error
+        what = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(f"{key}.args: {named.name} cannot be created with {given}: {what}") from None

@@ -26,7 +26,7 @@ from tensorrail_exporter.plans.cores import save_cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
 from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
-from tensorrail_runtime.errors import PlanError, RecipeError
+from tensorrail_runtime.errors import OWN_CODE, DataError, PlanError, RecipeError, in_words
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import accuracy_of
 from tensorrail_runtime.measure.latency import LatencyReport, bench
@@ -39,7 +39,7 @@ from tensorrail_runtime.sessions.session import Session
 from tensorrail_trainer._compat_accelerate import forget_other_precision
 from tensorrail_trainer.admm.admm import ADMM
 from tensorrail_trainer.data import Dataset
-from tensorrail_trainer.data.splits import arrays
+from tensorrail_trainer.data.splits import InMemory, arrays
 from tensorrail_trainer.layers.dense import planned_layers
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import cores_of, swap, to_dense
@@ -234,8 +234,11 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     try:
         count = min(2, max(1, recipe.train.batch // world()))
         x, _ = next(data.train.batches([torch.arange(count) % len(data.train)], augment=recipe.train.augment.made()))
-    except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"train.augment: cannot be applied to these data: {error}") from None
+    except DataError:
+        raise
+    except OWN_CODE as error:
+        key = "train.augment: cannot be applied to these data" if isinstance(data.train, InMemory) else "data: cannot be read"
+        raise RecipeError(f"{key} {in_words(error)}") from None
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
     plan = recipe.make_plan(cut, trained=False)
     shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
@@ -270,7 +273,7 @@ def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.devi
                 _run(network, laid_out(x, channels_last), train)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # noqa: BLE001 - a network can raise any exception
+        except OWN_CODE:
             return False
         return True
 
@@ -302,10 +305,9 @@ def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: 
     when = " in training" if train else ""
     try:
         scores = _run(network, x, train)
-    except Exception as error:  # noqa: BLE001 - a network can raise any exception
-        reason = " ".join(str(error).split())[:200]
+    except OWN_CODE as error:
         raise RecipeError(
-            f"{key}: {what} does not accept samples of shape {list(x.shape[1:])}{when}: {type(error).__name__}: {reason}"
+            f"{key}: {what} does not accept samples of shape {list(x.shape[1:])}{when} {in_words(error)}"
         ) from None
     shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
     if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != len(x) or scores.shape[1] < classes:
@@ -331,6 +333,8 @@ class _Training:
         self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
         self.store = Checkpoints(folder / "checkpoints", lambda text: progress("note", 1.0, text))
         self.data = recipe.make_data().to(accelerator.device)
+        for note in self.data.left_out:
+            progress("note", 1.0, note)
         settings = recipe.train
         self.control = settings.control_schedule if settings.dense or recipe.model.weights else None
         schedules = (settings.dense, settings.admm, settings.finetune, self.control)
@@ -467,7 +471,7 @@ def run(
     placed = placement(paths["factored"])
     report = Report(
         name=recipe.name,
-        data=data.source,
+        data="; ".join((data.source, *data.left_out)),
         command=command,
         models=models,
         approximation=approximation,

@@ -18,7 +18,7 @@ import uvicorn
 
 ABORT = "tensorrail.abort"  # the ASGI extension that holds a function which drops the connection at once
 KEEP_ALIVE = 75  # seconds: longer than the pools of common clients and proxies keep a connection
-_LARGEST_HEAD = 1 << 16  # bytes of a request's line and headers, and of what surrounds its body
+LARGEST_HEAD = 1 << 16  # bytes of a request's line and headers, and of what surrounds its body
 
 
 def http_protocol(seconds: float) -> Any:
@@ -55,7 +55,7 @@ def http_protocol(seconds: float) -> Any:
                 self._start_deadline(seconds)
             self._bytes_around_body += len(data)
             super().data_received(data)
-            if self._bytes_around_body > _LARGEST_HEAD and not self.transport.is_closing():
+            if self._bytes_around_body > LARGEST_HEAD and not self.transport.is_closing():
                 if not self._in_body:  # within a body, an answer may already be on its way
                     self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
                 self.transport.close()

@@ -16,14 +16,16 @@ from typing import Any, Protocol
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
+from tensorrail_runtime.serve.http._compat_uvicorn import ABORT, LARGEST_HEAD
 from tensorrail_runtime.serve.http.metrics import CONTENT_TYPE_LATEST, Metrics
 from tensorrail_runtime.serve.http.options import RequestLimits
+from tensorrail_runtime.serve.protocol.encodings import ENCODINGS, expanded
 from tensorrail_runtime.serve.protocol.errors import ProtocolError
 from tensorrail_runtime.serve.protocol.request import InferRequest, parse_request
 from tensorrail_runtime.serve.protocol.response import VERSION, render_response
@@ -31,6 +33,7 @@ from tensorrail_runtime.serve.protocol.signature import Signature
 from tensorrail_runtime.serve.replicas.batching import Answer, Feed
 from tensorrail_runtime.serve.replicas.shadow import Shadow
 
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 _GONE = 499  # the client has left; only the metrics show this status
 _PART = 1 << 18  # bytes of an answer that are sent at a time
 _LARGE = 1 << 18  # bytes of a request from which it is parsed in a thread, so that others are answered meanwhile
@@ -77,7 +80,7 @@ def create_app(service: Service) -> Starlette:
         return JSONResponse({"name": service.name, "ready": answers}, 200 if answers else 503)
 
     async def server(_: Request) -> Response:
-        return JSONResponse({"name": "tensorrail", "version": service.server_version, "extensions": ["binary_tensor_data"]})
+        return JSONResponse({"name": "tensorrail", "version": service.server_version, "extensions": EXTENSIONS})
 
     async def model(request: Request) -> Response:
         _check_model(service, request)
@@ -91,6 +94,22 @@ def create_app(service: Service) -> Starlette:
             }
         )
 
+    async def config(request: Request) -> Response:
+        _check_model(service, request)
+        return JSONResponse(service.signature.configuration(service.name))
+
+    async def model_stats(request: Request) -> Response:
+        _check_model(service, request)
+        return await stats(request)
+
+    async def stats(_: Request) -> Response:
+        return JSONResponse({"model_stats": [{"name": service.name, "version": VERSION, **service.metrics.statistics()}]})
+
+    async def index(_: Request) -> Response:
+        answers = not service.stopping and await service.backend.ready()
+        state = {"state": "READY", "reason": ""} if answers else {"state": "UNAVAILABLE", "reason": "no replica answers"}
+        return JSONResponse([{"name": service.name, "version": VERSION, **state}])
+
     async def metrics(_: Request) -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
@@ -100,19 +119,50 @@ def create_app(service: Service) -> Starlette:
     models = [
         (path + end, call, methods)
         for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-        for end, call, methods in (("", model, ["GET"]), ("/ready", model_ready, ["GET"]), ("/infer", infer, ["POST"]))
+        for end, call, methods in (
+            ("", model, ["GET"]),
+            ("/ready", model_ready, ["GET"]),
+            ("/config", config, ["GET"]),
+            ("/stats", model_stats, ["GET"]),
+            ("/infer", infer, ["POST"]),
+        )
     ]
+    of_all = [] if service.name == "stats" else [("/v2/models/stats", stats, ["GET"])]  # which would hide a model of this name
     routes = [
         ("/v2/health/live", live, ["GET"]),
         ("/v2/health/ready", ready, ["GET"]),
         ("/v2", server, ["GET"]),
+        ("/v2/repository/index", index, ["POST"]),
+        *of_all,
         *models,
         ("/metrics", metrics, ["GET"]),
     ]
     return Starlette(
         routes=[Route(path, call, methods=methods) for path, call, methods in routes],
+        middleware=[Middleware(HeadLimit)],
         exception_handlers={ProtocolError: _refused, HTTPException: _http, Exception: _failed},
     )
+
+
+class HeadLimit:
+    """Refuses a request whose line and headers have more than 64 KiB.
+
+    The server that reads the bytes bounds a head that is still incomplete; one that came at once it has read already.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 431, and close the connection, or pass the request on."""
+        headers = scope.get("headers", ())
+        size = sum(len(name) + len(value) + 4 for name, value in headers)
+        size += len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+        if scope["type"] != "http" or size <= LARGEST_HEAD:
+            await self._app(scope, receive, send)
+            return
+        reason = f"expected a request line and headers of at most {LARGEST_HEAD} bytes, got {size}"
+        await JSONResponse({"error": reason}, 431, {"connection": "close"})(scope, receive, send)
 
 
 async def _infer(service: Service, request: Request) -> Response:
@@ -215,9 +265,9 @@ async def _gone(request: Request) -> None:
 
 async def _read(request: Request, limit: int) -> bytes:
     """Return the body; raises `ProtocolError` 413 for one over `limit` bytes, without keeping more than that in memory."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise ProtocolError(f"expected a body without encoding, got Content-Encoding {encoding!r:.40}", 415)
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding not in ENCODINGS:
+        raise ProtocolError(f"expected a body in {', '.join(ENCODINGS)}, got Content-Encoding {encoding!r:.40}", 415)
     text = request.headers.get("content-length", "")
     announced = int(text) if text.isascii() and text.isdigit() else 0
     refusal = ProtocolError(f"expected a request of at most {limit} bytes, got {announced or 'more'}", 413)
@@ -235,7 +285,10 @@ async def _read(request: Request, limit: int) -> bytes:
             break
     if size > limit:
         raise refusal
-    return b"".join(chunks)
+    body = b"".join(chunks)
+    if encoding == "identity":
+        return body
+    return await asyncio.to_thread(expanded, body, encoding, limit)
 
 
 def _check_model(service: Service, request: Request) -> None:

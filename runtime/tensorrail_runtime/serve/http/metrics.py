@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE_LATEST
@@ -47,6 +49,8 @@ class Metrics:
         )
         self._largest_seen: dict[str, float] = {}
         self.in_flight = 0
+        self._counts = {kind: [0, 0.0] for kind in ("success", "fail", "queue", "compute_infer")}  # number and seconds
+        self._samples, self._runs, self._last = 0, 0, 0.0
         self._queue.labels(model).set_function(lambda: self.in_flight)
         self._retries.labels(model)  # so that it is shown as 0 before the first retry
         for outcome in ("compared", "failed", "dropped"):
@@ -60,13 +64,35 @@ class Metrics:
         """Count one inference request, with its HTTP status and its time in seconds."""
         self._requests.labels(self._model, str(code)).inc()
         self._latency.labels(self._model).observe(seconds)
+        self._count("success" if code < 400 else "fail", seconds)
+        self._last = time.time()
 
     def ran(self, answer: Answer) -> None:
         """Record how long a request waited, and its run if it is the first request of the run."""
         self._waited.labels(self._model).observe(answer.waited)
+        self._count("queue", answer.waited)
         if answer.first:
+            self._samples, self._runs = self._samples + answer.rows, self._runs + 1
+            self._count("compute_infer", answer.seconds)
             self._rows.labels(self._model).observe(answer.rows)
             self._ran.labels(self._model).observe(answer.seconds)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what was counted in the form of Triton's statistics: numbers, milliseconds since 1970, and nanoseconds."""
+        durations = {kind: {"count": number, "ns": round(1e9 * seconds)} for kind, (number, seconds) in self._counts.items()}
+        none = {"count": 0, "ns": 0}
+        return {
+            "last_inference": round(1e3 * self._last),
+            "inference_count": self._samples,
+            "execution_count": self._runs,
+            "inference_stats": durations
+            | {"compute_input": none, "compute_output": none, "cache_hit": none, "cache_miss": none},
+            "batch_stats": [],
+        }
+
+    def _count(self, kind: str, seconds: float) -> None:
+        self._counts[kind][0] += 1
+        self._counts[kind][1] += seconds
 
     def retried(self) -> None:
         """Count a request that is sent again."""

@@ -22,15 +22,20 @@ _LONGEST_NAME = 1000
 _OUTPUT = {"name", "parameters"}
 MOST_JSON = 8 << 20  # bytes: parsing them takes about a second
 # Parameters that would change the answer and that this server does not support. Others are hints, which it ignores.
-_REFUSED = {"classification", "sequence_end", "sequence_id", "sequence_start", "shared_memory_region"}
+_REFUSED = {"sequence_end", "sequence_id", "sequence_start", "shared_memory_region"}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """An output that was requested by name; `binary` is None if the setting of the request applies."""
+    """An output that was requested by name.
+
+    `binary` is None if the setting of the request applies. `classes` is how many best classes are asked for in place of the
+    values; 0: none.
+    """
 
     name: str
     binary: bool | None = None
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,11 @@ def _outputs(entries: object) -> tuple[Wish, ...]:
             raise ProtocolError("an output: expected a `name`, got none")
         if name in wishes:
             raise ProtocolError(f"output {name!r:.80}: requested twice")
-        wishes[name] = Wish(name, _flag(_parameters(f"output {name!r}", output), "binary_data", f"output {name!r:.80}"))
+        parameters = _parameters(f"output {name!r}", output, of_output=True)
+        classes = parameters.get("classification") or 0
+        if type(classes) is not int or classes < 0:
+            raise ProtocolError(f"output {name!r:.80}: expected `classification` as a number of classes, got {classes!r:.40}")
+        wishes[name] = Wish(name, _flag(parameters, "binary_data", f"output {name!r:.80}"), classes)
     return tuple(wishes.values())
 
 
@@ -181,13 +190,15 @@ def _object(what: str, value: object, known: set[str]) -> dict[str, Any]:
     return value
 
 
-def _parameters(what: str, owner: dict[str, Any]) -> dict[str, Any]:
+def _parameters(what: str, owner: dict[str, Any], *, of_output: bool = False) -> dict[str, Any]:
     parameters = owner.get("parameters")
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
         raise ProtocolError(f"{what}: expected `parameters` as an object")
-    refused = sorted(_REFUSED & {key for key, value in parameters.items() if value})
+    refused = sorted(
+        (_REFUSED if of_output else _REFUSED | {"classification"}) & {key for key, value in parameters.items() if value}
+    )
     if refused:
         raise ProtocolError(f"{what}: the parameter {refused[0]!r} is not supported by this server")
     return parameters

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic_core import to_json as write_json
 
 from tensorrail_runtime.serve.protocol import datatypes
+from tensorrail_runtime.serve.protocol.errors import ProtocolError
 from tensorrail_runtime.serve.protocol.request import InferRequest, Wish
 from tensorrail_runtime.serve.protocol.signature import Signature
 
@@ -26,8 +27,10 @@ def render_response(
     entries: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for wish in request.outputs or tuple(Wish(tensor.name) for tensor in signature.outputs):
-        array = outputs[wish.name]
-        entry: dict[str, Any] = {"name": wish.name, "datatype": kinds[wish.name], "shape": list(array.shape)}
+        array, kind = outputs[wish.name], kinds[wish.name]
+        if wish.classes:
+            array, kind = best_classes(wish.name, array, wish.classes), "BYTES"
+        entry: dict[str, Any] = {"name": wish.name, "datatype": kind, "shape": list(array.shape)}
         if request.binary if wish.binary is None else wish.binary:
             binary.append(datatypes.to_binary(array))
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
@@ -42,3 +45,26 @@ def render_response(
         return head, {"content-type": "application/json"}
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
     return b"".join((head, *binary)), headers
+
+
+def best_classes(name: str, scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the best classes of an output as strings `score:class`, the best one first.
+
+    Args:
+        name: the name of the output.
+        scores: the scores, (…, classes).
+        count: the number of classes to return; at most all.
+
+    Returns:
+        Strings, (…, count).
+
+    Raises:
+        ProtocolError: the output has no axis of classes, or its values are no numbers.
+
+    """
+    if not scores.ndim or scores.dtype.kind not in "fiu":
+        raise ProtocolError(f"output {name!r}: `classification` expects scores of shape (…, classes), got {list(scores.shape)}")
+    order = np.argsort(-scores.astype(np.float64), -1, kind="stable")[..., :count]
+    best = np.take_along_axis(scores, order, -1)
+    texts = [f"{score:f}:{index}" for score, index in zip(best.ravel().tolist(), order.ravel().tolist(), strict=True)]
+    return np.array(texts, object).reshape(order.shape)

@@ -17,6 +17,9 @@ from tensorrail_runtime.serve.protocol.request import InferRequest, require_inpu
 Axis = int | str | None  # a fixed size, the name of a dynamic axis, or a dynamic axis without a name
 
 
+_TRITON = {"BYTES": "STRING"}  # the datatypes that have another name in a configuration
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """The name, datatype and shape of one input or output."""
@@ -45,6 +48,17 @@ class Signature:
     def of(cls, session: ort.InferenceSession) -> Signature:
         """Return the signature of a session's model; raises `ModelError` for a type that the protocol does not have."""
         return cls(_tensors("input", session.get_inputs()), _tensors("output", session.get_outputs()))
+
+    def configuration(self, name: str) -> dict[str, Any]:
+        """Return the configuration of the model in the form of Triton, as its clients ask for it; dims include the batch."""
+        described = {
+            kind: [
+                {"name": t.name, "data_type": f"TYPE_{_TRITON.get(t.datatype, t.datatype)}", "dims": t.metadata()["shape"]}
+                for t in tensors
+            ]
+            for kind, tensors in (("input", self.inputs), ("output", self.outputs))
+        }
+        return {"name": name, "platform": "onnxruntime_onnx", "backend": "onnxruntime", "max_batch_size": 0, **described}
 
     @property
     def datatypes(self) -> dict[str, str]:
