@@ -77,7 +77,7 @@ SIZE = ("--target", "params=1.5", "--allow-slower")
         ),
         (
             ("plan", "dense.onnx", *SIZE, "--calibration", "floats.npz", "--metric", "top5"),
-            "top5: expected an output of shape .* and integer labels, got .* labels of type float64",
+            "top5: expected an output of shape .* and integer labels of shape .*, got .* labels of type float64",
         ),
         (
             ("plan", "dense.onnx", *SIZE, "--calibration", "words.npz", "--metric", "builtins:len"),
