@@ -153,8 +153,8 @@ def _timed(
 ) -> Candidates:
     """Time all forms of all layers, and return them without losses; raise `TargetError` if they cannot meet a target.
 
-    What can be reached is measured roughly first, and a target beyond it is refused when a second measurement agrees. Then the
-    forms with the fewest MACs are timed. A target on the latency that is far beyond them is refused at once.
+    What can be reached is measured roughly first, and a target beyond it is refused when a second measurement agrees. For a
+    target on the latency, the forms with the fewest MACs are timed next, and a target far beyond them is refused at once.
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(options))
@@ -179,9 +179,11 @@ def _timed(
                 raise
         else:
             break
-    table.measure(smallest, settings, seconds=seconds * share, progress=part_of(progress, 0.0, share))
-    latency = {name: factor for name, factor in targets.items() if name == "latency"}
-    require_reachable(latency, candidates(smallest), search, beyond=_FAR)
+    if "latency" in targets:
+        table.measure(smallest, settings, seconds=seconds * share, progress=part_of(progress, 0.0, share))
+        require_reachable({"latency": targets["latency"]}, candidates(smallest), search, beyond=_FAR)
+    else:
+        share = 0.0
     table.measure(options, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
     timed = candidates(options)
     require_reachable(targets, timed, search)
