@@ -7,6 +7,7 @@ order. Only the weights of planned layers are folded; the rest of the graph is n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
 from tensorrail_exporter.graphs.io import inferred_shapes
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, first_line
 
 _LARGEST = 2**29  # values that a single node may compute: 2 GiB in float32
 
@@ -99,7 +100,7 @@ def folded(tensor: gs.Tensor, opset: int, name: str) -> gs.Constant | None:
     try:
         (values,) = ReferenceEvaluator(model).run(None, {})
     except Exception as error:  # noqa: BLE001 - NumPy raises many classes for nodes that do not fit their constants
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise GraphError(f"its weight {tensor.name!r} cannot be computed from constants ({reason})") from None
     return gs.Constant(name, np.ascontiguousarray(values))
 
@@ -108,13 +109,7 @@ def _ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Constant]] | N
     """Return the nodes and constants above a tensor, or None if they include an input or an operator that is not folded."""
     nodes: list[gs.Node] = []
     constants: list[gs.Constant] = []
-    seen: set[int] = set()
-    waiting = [tensor]
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen or current.is_empty():
-            continue
-        seen.add(id(current))
+    for current in tensors_above(tensor):
         if isinstance(current, gs.Constant):
             constants.append(current)
             continue
@@ -123,5 +118,17 @@ def _ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], list[gs.Constant]] | N
         node = current.inputs[0]
         if not any(node is other for other in nodes):
             nodes.append(node)
-            waiting.extend(reversed(node.inputs))
     return nodes, constants
+
+
+def tensors_above(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
+    """Yield a tensor and those that it is computed from, each once; inputs that a node leaves out are not among them."""
+    seen: set[int] = set()
+    waiting = [tensor]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen or current.is_empty():
+            continue
+        seen.add(id(current))
+        yield current
+        waiting.extend(above for node in current.inputs for above in reversed(node.inputs))

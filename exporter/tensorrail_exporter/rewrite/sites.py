@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.graphs.fold import folded, is_constant, is_standard, sources, type_name
+from tensorrail_exporter.graphs.fold import folded, is_constant, is_standard, sources, tensors_above, type_name
 from tensorrail_exporter.rewrite.rules import RULES, STAY_DENSE, Rule
 from tensorrail_exporter.rewrite.rules.emit import Names, Site
 from tensorrail_runtime.errors import GraphError
@@ -132,8 +132,10 @@ def _refusal(site: Site) -> tuple[str, gs.Tensor | None]:
         stays = STAY_DENSE.get(node.op, "") if is_standard(node) else ""
         return stays or f"no rule rewrites {_full_name(node)}; expected one of {', '.join(_RULE_OF)}", weight
     weight = node.inputs[rule.weight_input(node)]
-    if _on_folded(site, lambda *_: True) or not _is_stored(weight):
-        if not (node.op == "MatMul" and _is_stored(node.inputs[0])) or _on_folded(site, lambda *_: True):
+    if _on_folded(site, lambda *_: True):
+        return "", None
+    if not _is_stored(weight):
+        if not (node.op == "MatMul" and _is_stored(node.inputs[0])):
             return "", None
         weight = node.inputs[0]
     if isinstance(weight, gs.Constant):
@@ -143,18 +145,13 @@ def _refusal(site: Site) -> tuple[str, gs.Tensor | None]:
 
 def _is_stored(tensor: gs.Tensor) -> bool:
     """Return whether a tensor is a constant, or computed from constants alone by any operators."""
-    stored, seen, waiting = False, set[int](), [tensor]
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen or current.is_empty():
-            continue
-        seen.add(id(current))
+    stored = False
+    for current in tensors_above(tensor):
         if isinstance(current, gs.Constant):
             stored = stored or len(current.shape) > 1
         elif not current.inputs:
             return False  # an input of the graph, or of the graph around it
         else:
-            waiting.extend(tensor for node in current.inputs for tensor in node.inputs)
             stored = stored or any(node.op == "Constant" for node in current.inputs)
     return stored
 

@@ -186,10 +186,10 @@ def parity(
     require_tensors(reference, first)
     limits.check([entry.name for entry in first.get_outputs()])
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
-    for path in (reference, candidate) if feeds else ():
-        require_comparable(path, feeds[0], settings)
     if not feeds:
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
+    for path in (reference, candidate):
+        require_comparable(path, feeds[0], settings)
     runs = []
     for path, session in ((reference, first), (candidate, second)):
         with naming(path):
