@@ -157,8 +157,13 @@ def left_out(model: onnx.ModelProto, layers: Sequence[DenseLayer]) -> tuple[tupl
 
     """
     named = NamedLayers(import_graph(model))
+    others = [LeftOut(*row) for row in named.refused()]
+    others += [
+        LeftOut(name, node.op, 0, "the shape of its data is not known: give the shapes of the inputs")
+        for name, node in named.rewritable().items()
+    ]
     kept, refused = [], []
-    for layer in layers:
+    for layer in layers:  # last, since `find` folds weights in the graph
         try:
             named.find(layer.name)
             kept.append(layer)
@@ -166,12 +171,6 @@ def left_out(model: onnx.ModelProto, layers: Sequence[DenseLayer]) -> tuple[tupl
             reason = str(error).removeprefix(f"layer {layer.name}: ").removeprefix("cannot be rewritten: ")
             refused.append(LeftOut(layer.name, layer.op, layer.params, reason))
     known = {layer.name for layer in layers}
-    whole = NamedLayers(import_graph(model))
-    others = [LeftOut(*row) for row in whole.refused()]
-    others += [
-        LeftOut(name, node.op, 0, "the shape of its data is not known: give the shapes of the inputs")
-        for name, node in whole.rewritable().items()
-    ]
     return tuple(kept), (*refused, *(row for row in others if row.name not in known))
 
 

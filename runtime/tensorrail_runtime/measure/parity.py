@@ -188,8 +188,8 @@ def parity(
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
     if not feeds:
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
-    for path in (reference, candidate):
-        require_comparable(path, feeds[0], settings)
+    for path, session in ((reference, first), (candidate, second)):
+        require_comparable(path, feeds[0], settings, session)
     runs = []
     for path, session in ((reference, first), (candidate, second)):
         with naming(path):
@@ -214,19 +214,25 @@ def parity(
     )
 
 
-def require_comparable(path: Path | str, feed: Mapping[str, np.ndarray], settings: Session | None = None) -> None:
+def require_comparable(
+    path: Path | str,
+    feed: Mapping[str, np.ndarray],
+    settings: Session | None = None,
+    session: ort.InferenceSession | None = None,
+) -> None:
     """Check, before any work, that the outputs of a model can be compared.
 
     Args:
         path: the file of the model.
         feed: inputs by name.
         settings: how the model runs; default: the CPU provider.
+        session: a session of the model, where one is open; default: one is opened with the settings.
 
     Raises:
         ModelError: an output is not a tensor, or outputs differ from run to run because the model draws random numbers.
 
     """
-    session = open_session(path, settings=settings or Session())
+    session = session or open_session(path, settings=settings or Session())
     require_tensors(path, session)
     random = random_nodes(Path(path))
     if not random:
