@@ -20,7 +20,13 @@ def heeded():
 
 @pytest.mark.usefixtures("heeded")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+    ],
+)
 def test_a_stopped_command_leaves_nothing_behind(number, code, small_path, tmp_path):
     temporary, out = tmp_path / "temporary", tmp_path / "out.onnx"
     temporary.mkdir()

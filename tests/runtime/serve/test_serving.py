@@ -147,18 +147,9 @@ def start(folder, *arguments, **environment):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """Start the server and a Ray cluster side by side, since either takes many seconds; yield their futures."""
-    with ThreadPoolExecutor(2) as starting:
-        cluster = starting.submit(start_cluster, tmp_path_factory.mktemp("cluster"))
-        yield starting.submit(start_server, tmp_path_factory.mktemp("served")), cluster
-        stop_cluster(cluster.result())
-
-
-@pytest.fixture(scope="module")
-def servers(launched):
+def servers(tmp_path_factory):
     """Yield a list for the one server that several tests ask; one that a test has stopped is replaced by the next test."""
-    made = [launched[0].result()]
+    made = [start_server(tmp_path_factory.mktemp("served"))]
     yield made
     for server in made:
         for process in [*server.children, *(server.tree() if server.process.poll() is None else [])]:
@@ -386,9 +377,16 @@ def stop_cluster(cluster):
     shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
-@pytest.mark.usefixtures("servers")  # which ends the other server
-def test_on_a_cluster_a_model_without_a_batch_axis(launched, tmp_path):
-    cluster = launched[1].result()
+@pytest.fixture
+def cluster(tmp_path_factory):
+    """Run a Ray that is no server's own."""
+    started = start_cluster(tmp_path_factory.mktemp("cluster"))
+    yield started
+    stop_cluster(started)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_a_model_without_a_batch_axis(cluster, tmp_path):
     address, environment, node = cluster.address, cluster.environment, cluster.node
     table = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
     graph = helper.make_graph(

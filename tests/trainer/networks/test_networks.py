@@ -29,8 +29,9 @@ SMALL = {
     "resnet50": ({"width": 8, "classes": 5}, (3, 64, 64)),
     "vit_tiny": ({"size": 32, "depth": 2, "dim": 48, "classes": 5}, (3, 32, 32)),
 }
-# ResNet-18 is exported in test_published.py and test_onnx_module.py anyway.
-QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "resnet18" else ()) for name in SMALL]
+# ResNet-18 is exported in test_published.py and test_onnx_module.py anyway; the others take long.
+SLOW = {"mobilenet_v2", "resnet18", "resnet50"}
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +185,9 @@ def test_a_transformers_layers_factor(exported):
     assert relative(factored, dense) < 1e-5
 
 
-def test_batch_norm_has_statistics_of_its_own(exported):
-    for module in exported("mobilenet_v2")[0].modules():
+def test_batch_norm_has_statistics_of_its_own(networks):
+    args, sample = SMALL["mobilenet_v2"]
+    for module in networks.randomize(MODELS["mobilenet_v2"](**args), sample).modules():
         if isinstance(module, nn.BatchNorm2d):
             for values, fresh in ((module.running_mean, 0), (module.running_var, 1), (module.weight, 1), (module.bias, 0)):
                 assert not torch.isclose(values, torch.full_like(values, fresh)).all()
@@ -219,9 +221,10 @@ def test_an_unknown_network_is_refused(networks):
         networks.network("vgg")
 
 
-def test_a_depthwise_convolution_says_why_it_stays_dense(exported):
-    graph = exported("mobilenet_v2")[1]
-    layer = LayerPlan(name="features.1.conv.0.0", format="svd", modes=(48, 3), ranks=(2,))
+def test_a_depthwise_convolution_says_why_it_stays_dense():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.ReLU())
+    graph = to_onnx(model, torch.randn(2, 16, 8, 8))
+    layer = LayerPlan(name="0", format="svd", modes=(48, 3), ranks=(2,))
     with pytest.raises(GraphError, match=r"depthwise convolution \(group=16\)"):
         decompose_graph(graph, Plan(layers=(layer,)))
 
