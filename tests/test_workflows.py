@@ -39,7 +39,7 @@ def targets_in_the_makefile() -> set[str]:
 
 
 def test_the_workflows_are_those_of_tests_site_and_release():
-    assert set(WORKFLOWS) == {"ci", "docs", "release"}
+    assert set(WORKFLOWS) == {"all", "ci", "docs", "release"}
 
 
 def test_workflows_have_the_form_that_their_schema_asks_for():

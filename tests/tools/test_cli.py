@@ -1,4 +1,5 @@
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -323,14 +324,23 @@ def test_names_of_a_file_are_shown_as_they_are_and_steer_nothing(cli, tmp_path):
 
 
 def test_a_fault_of_its_own_is_not_taken_for_a_measurement(cli, small_path, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("tensorrail_runtime.sessions.inputs.parse_shapes", broken)
+    monkeypatch.setattr("tensorrail_runtime.sessions.inputs.parse_shapes", operator.index)
     code, _, said = cli("inspect", small_path)
     assert code == 3
-    assert "RuntimeError: a bug" in said
+    assert "TypeError: 'list' object cannot be interpreted as an integer" in said
     assert said.strip().splitlines()[-1].startswith("tensorrail: internal error")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such row"), SystemExit(0)])
+def test_what_code_of_the_user_raises_is_one_line_with_its_place(cli, small_path, monkeypatch, error):
+    def own(*_, **__):
+        raise error
+
+    monkeypatch.setattr("tensorrail_runtime.sessions.inputs.parse_shapes", own)
+    code, _, said = cli("inspect", small_path)
+    assert code == 2
+    what = "failed (RuntimeError: no such row)" if isinstance(error, RuntimeError) else "ended the program with exit code 0"
+    assert re.fullmatch(rf"tensorrail: \S+test_cli\.py, line \d+, in own: {re.escape(what)}\n", said)
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,25 @@ def test_outputs_that_are_no_tensors_are_told_before_the_work(tmp_path):
 @pytest.mark.parametrize(("bad", "what"), [(np.nan, "NaN"), (np.inf, "an infinite value")])
 def test_a_weight_that_is_not_finite_is_named(bad, what, tmp_path):
     path = saved(tmp_path / "m.onnx", bad=bad)
-    for name, call in commands(path).items():
-        if name == "record":  # which compares nothing yet
-            continue
+    others = {
+        "accuracy": lambda: tr.accuracy(path, path, data={"x": X["x"], "labels": np.zeros(len(X["x"]), int)}),
+        "bench": lambda: tr.bench([path]),
+        "package": lambda: tr.package(path, tmp_path / "triton"),
+        "serve": lambda: tr.serve(path),
+    }
+    for name, call in (commands(path) | others).items():
         with pytest.raises(tr.TensorrailError) as caught:
             call()
         assert f"weight 'b.weight' holds {what} at [3, 4]" in str(caught.value), name
+    assert f"warning: weight 'b.weight' holds {what} at [3, 4]" in str(tr.inspect(path))
+    assert not (tmp_path / "triton").exists()
+
+
+def test_infinite_values_in_a_mask_are_no_fault(tmp_path):
+    mask = {"mask": np.triu(np.full((8, 64), -np.inf), 1)}
+    path = saved(tmp_path / "m.onnx", [helper.make_node("Add", ["h", "mask"], ["r"], "masked")], extra=mask)
+    assert tr.inspect(path).notes == ()
+    assert tr.bench([path], options=tr.Options(timing=tr.Timing(batch=8, seconds=0.05, processes=1))).latencies
 
 
 def test_errors_do_not_name_temporary_files(tmp_path):
@@ -133,6 +146,8 @@ def test_inspect_marks_sizes_that_were_not_given(tmp_path):
     given = tr.inspect(path, options=tr.Options(timing=tr.Timing(shapes={"x": (1, 50, 48)})))
     assert (given.notes, given.macs) == ((), 50 * default.macs)
     assert tr.inspect(saved(tmp_path / "b.onnx")).notes == ()
+    unnamed = tr.inspect(saved(tmp_path / "u.onnx", inputs=(1, None, 48)))
+    assert "input 'x' has axis 1 of any size" in unnamed.notes[0]
     several = tr.inspect(saved(tmp_path / "c.onnx", inputs=("n", "frames", 48)))
     assert "dynamic axes, all set to the batch size" in several.notes[0]
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -68,6 +69,7 @@ def _root(
     """Low-rank networks from training to ONNX Runtime: train, export, check, bench, regress."""
 
 
+_PACKAGES = ("tensorrail", "tensorrail_runtime", "tensorrail_exporter", "tensorrail_trainer")
 _INTERRUPTED = "interrupted; `tensorrail run … --resume` continues from the last finished epoch"
 
 
@@ -89,25 +91,37 @@ def main() -> None:
     try:
         # By itself typer would draw its errors as boxes, below two lines of usage.
         code = parser()(prog_name="tensorrail", standalone_mode=False) or 0
-    except ModuleNotFoundError as error:
-        if missing_extra(error) is None:
-            _crash()
-        _fail(str(MissingExtraError("this command", error)), 2)
-    except _Terminated:
-        _fail(_INTERRUPTED, 143)
-    except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a measurement that falls short
-        if hasattr(error, "format_message"):  # typer's own, of a class that it does not export
-            _fail_usage(error)
-        if type(error).__name__ == "Abort":  # Ctrl-C, of older versions of typer
-            _fail(_INTERRUPTED, 130)
-        if not _is_expected(error):
-            _crash()
-        _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
+    except (Exception, SystemExit, _Terminated) as error:  # noqa: BLE001 - it must not look like a measurement that falls short
+        _end(error)
     if code == 130:
         _fail(_INTERRUPTED, 130)
     sys.exit(code)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End the program as an error asks for."""
+    if isinstance(error, _Terminated):
+        _fail(_INTERRUPTED, 143)
+    if isinstance(error, ModuleNotFoundError):
+        if missing_extra(error) is None:
+            _crash()
+        _fail(str(MissingExtraError("this command", error)), 2)
+    if isinstance(error, OSError):
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
+    if hasattr(error, "format_message"):  # typer's own, of a class that it does not export
+        _fail_usage(error)
+    if type(error).__name__ == "Abort":  # Ctrl-C, of older versions of typer
+        _fail(_INTERRUPTED, 130)
+    if _is_expected(error):
+        _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
+    place = _own_code(error)
+    if isinstance(error, SystemExit):
+        if place:
+            _fail(f"{place} ended the program with exit code {error.code}", 2)
+        raise error
+    if place:
+        _fail(f"{place} failed ({type(error).__name__}: {' '.join(str(error).split())})", 2)
+    _crash()
 
 
 @functools.cache
@@ -116,10 +130,21 @@ def parser() -> Any:  # of a class that typer does not export
     return typer.main.get_command(app)
 
 
-def _is_expected(error: Exception) -> bool:
+def _is_expected(error: BaseException) -> bool:
     """Return whether tensorrail raised it on purpose; where its errors were never imported, it cannot have."""
     errors = sys.modules.get("tensorrail_runtime.errors")
     return errors is not None and isinstance(error, errors.TensorrailError)
+
+
+def _own_code(error: BaseException) -> str:
+    """Return where code of the user raised an error, or called what raised it; empty if none took part."""
+    packages = [Path(module.__file__).parent for name, module in sys.modules.items() if name in _PACKAGES and module.__file__]
+    known = [Path(sys.prefix), Path(sys.base_prefix), *packages]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).absolute()
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in known):
+            return f"{frame.filename}, line {frame.lineno}, in {frame.name}:"
+    return ""
 
 
 def _fail_usage(error: Any) -> NoReturn:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.graphs.cost import weight_fault
+from tensorrail_runtime.graphs.cost import file_fault, weight_fault
 from tensorrail_runtime.graphs.reading import standardized
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress
@@ -27,27 +27,38 @@ _PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one protobuf message, with room for 
 
 
 @contextmanager
-def as_file(model: Any, name: str = "model") -> Iterator[Path]:  # Any: see `Model`
+def as_file(model: Any, name: str = "model", *, any_weights: bool = False) -> Iterator[Path]:  # Any: see `Model`
     """Yield the file of a model; one that is not a file is written to a temporary folder, and removed afterwards.
 
     Args:
         model: a path, an `onnx.ModelProto`, or (module, example inputs).
         name: the name of a temporary file, without its ending.
+        any_weights: also take a model whose weights hold NaN; default False.
 
     Raises:
-        ModelError: the model is none of these.
+        ModelError: the model is none of these, or a weight cannot be computed with.
 
     """
     if isinstance(model, Path | str):
+        if not any_weights:
+            require_finite_weights(Path(model))
         yield Path(model)
         return
     import onnx
 
     graph = as_graph(model)
+    if not any_weights and (fault := weight_fault(graph)):
+        raise ModelError(fault)
     with scratch("tensorrail-") as folder:
         path = Path(folder) / f"{name}.onnx"
         onnx.save_model(graph, path, save_as_external_data=graph.ByteSize() > _PROTOBUF_LIMIT, location=f"{name}.onnx.data")
         yield path
+
+
+def require_finite_weights(path: Path) -> None:
+    """Raise `ModelError` for a file with a weight that cannot be computed with, such as one that holds NaN."""
+    if fault := file_fault(path):
+        raise ModelError(f"{path}: {fault}")
 
 
 def as_graph(model: Any) -> onnx.ModelProto:  # Any: see `Model`
@@ -78,8 +89,6 @@ def load_to_search(path: Path, timing: Timing, progress: Progress) -> onnx.Model
     from tensorrail_exporter.rewrite.survey import with_known_axes
 
     graph = load_model(path)
-    if fault := weight_fault(graph):
-        raise ModelError(f"{path}: {fault}")
     for line in open_axes(graph, timing.shapes):
         progress("note", 1.0, f"warning: {line}")
     return with_known_axes(graph, timing.batch, timing.shapes, timing.values)

@@ -39,6 +39,7 @@ _ROUNDING = 2e-7  # share of the trace: the rounding of a moment in single preci
 _ALIKE = 1e-5  # share of the mean square: single precision cannot represent a smaller variance
 _SHRUNK = 0.01  # moments that are shrunk this much can be inverted in single precision
 _WIDE = 1024  # values in a patch from which errors are computed in single precision
+_BLOCK = 256  # rows of a matrix that are mirrored at once
 _WIDEST = 6144  # values in the largest patch whose second moment (150 MB) is computed in full
 
 
@@ -268,16 +269,31 @@ class Statistics:
 
     def __post_init__(self) -> None:
         self.count = 0
-        self.xx = np.zeros((self.width, self.width), np.float32)
+        self._xx = np.zeros((self.width, self.width), np.float32, order="F")
+        self._symmetric = True  # or only the part below the diagonal is right
         self.xy = np.zeros((self.width, self.outputs), np.float64)
         self.x = np.zeros(self.width, np.float64)
         self.y = np.zeros(self.outputs, np.float64)
         self.yy = 0.0
 
+    @property
+    def xx(self) -> np.ndarray:
+        """The sum of x xᵀ over all rows, (I·K, I·K)."""
+        for begin in range(0, 0 if self._symmetric else self.width, _BLOCK):
+            end = begin + _BLOCK
+            block = self._xx[begin:end, begin:end]
+            self._xx[begin:end, begin:end] = np.tril(block) + np.tril(block, -1).T
+            self._xx[begin:end, end:] = self._xx[end:, begin:end].T
+        self._symmetric = True
+        return self._xx
+
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Add rows x (N, I·K) with their target outputs y (N, O)."""
+        from scipy.linalg.blas import ssyrk
+
         self.count += len(x)
-        self.xx += x.T @ x
+        self._xx = ssyrk(1.0, x.T, 1.0, self._xx, lower=True, overwrite_c=True)  # half the time of a product
+        self._symmetric = False
         self.xy += x.T @ y
         self.x += x.sum(0, dtype=np.float64)
         self.y += y.sum(0, dtype=np.float64)
@@ -324,8 +340,9 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         """Return the sums over the rows of both."""
         total = Statistics(self.width, self.outputs)
-        for name in ("count", "xx", "xy", "x", "y", "yy"):
+        for name in ("count", "_xx", "xy", "x", "y", "yy"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
+        total._symmetric = self._symmetric and other._symmetric
         return total
 
     def squares(self, weight: np.ndarray) -> float:

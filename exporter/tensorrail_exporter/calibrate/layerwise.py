@@ -11,7 +11,6 @@ chosen by the error on inputs that were held out.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +30,12 @@ from tensorrail_exporter.rewrite.survey import DenseLayer, dense_layer
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 
 _SHRINKAGES = (0.01, 0.05, 0.2, 0.5)  # from which one is chosen for each layer
 _FIRST = 2  # the one that is tried first
+_FLAT = 0.01  # share of the error: where two shrinkages differ by less, no other is tried
 _DEFAULT = 0.1  # without inputs to choose it by
 
 
@@ -143,7 +144,7 @@ def fit(
     how = _Shrinking(len(calibration.feeds), refit, shrinkage)
     biases: dict[str, np.ndarray] = {}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         inputs = {name: [use.input_name for use in nodes] for name, nodes in fittable.items()}
         network = ProgressiveNetwork(resolved, inputs, feeds, settings, Path(folder))
         dense_outputs = _outputs(network, weights, samplers)
@@ -262,6 +263,8 @@ class _Problem:
         tried = {at: self.lost(moments, _SHRINKAGES[at]) for at in (_FIRST - 1, _FIRST)}
         step = 1 if tried[_FIRST] <= tried[_FIRST - 1] else -1
         at = min(tried, key=lambda place: tried[place])
+        if max(tried.values()) <= (1 + _FLAT) * tried[at]:
+            return _SHRINKAGES[at]
         while 0 <= at + step < len(_SHRINKAGES):
             tried[at + step] = self.lost(moments, _SHRINKAGES[at + step])
             if not tried[at + step] < tried[at]:

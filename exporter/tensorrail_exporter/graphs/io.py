@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tensorrail_runtime.errors import GraphError, ModelError, first_line
 from tensorrail_runtime.graphs.files import bodies, data_file, descendants
 from tensorrail_runtime.graphs.reading import light, read_model
 from tensorrail_runtime.records import write_bytes
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import open_session
 
 _LARGEST_FILE = 2**31 - 2**20  # protobuf's limit, less room for everything except the data of tensors
@@ -131,7 +131,7 @@ def _check(model: onnx.ModelProto | Path, *, full: bool = False) -> None:
     elif size_of(model) < _LARGEST_FILE:
         onnx.checker.check_model(model, full_check=full)
     else:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             path = Path(folder) / "model.onnx"
             save_model(model, path)
             onnx.checker.check_model(str(path), full_check=full)
@@ -139,7 +139,7 @@ def _check(model: onnx.ModelProto | Path, *, full: bool = False) -> None:
 
 def _loads(model: onnx.ModelProto) -> bool:
     """Return whether ONNX Runtime loads a model."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         path = Path(folder) / "model.onnx"
         save_model(model, path)
         try:

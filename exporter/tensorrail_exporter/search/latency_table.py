@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +27,17 @@ from tensorrail_runtime.errors import CacheError
 from tensorrail_runtime.measure.turns import fresh_bursts
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record, first_problem, write_text
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
 
 DENSE = "dense"  # the form of a layer that is not factorized
 
 _VERSION = 2
-_TOGETHER = 6  # forms in one process, timed in turn with the dense layer
+_TOGETHER = 10  # forms in one process, timed in turn with the dense layer
 BUSY = 0.1  # share of the time that a process waits for a processor, above which other programs disturb it
 _LOADED = 2**29  # bytes of weights in one process, where layers are timed in turn
+_THIN = 4  # options of one format and modes that are timed where the others are estimated
 _SKETCHED = 96  # models in one process that sketches times
 _BURSTS = 20  # runs of a model at least, see `fresh_bursts`
 _RATE = 1e10  # multiply-accumulates per second of a slow processor core, to estimate how long a sketch takes
@@ -241,6 +243,27 @@ class LatencyTable:
             progress("note", 1.0, self.busy)
         progress("timing layers", 1.0)
 
+    def with_estimates(self, options: Mapping[DenseLayer, Sequence[Option]]) -> LatencyTable:
+        """Return a table, which is not stored, that also has the times of options between two that were measured.
+
+        Logarithms are interpolated, time against MACs, among the options of a layer with the same format and modes.
+
+        Args:
+            options: the options of every layer, those with the fewest MACs first; of each format and modes, the first and the
+                last one were measured, as were those that `thinned` returns.
+
+        """
+        times = dict(self.times)
+        for layer, own in options.items():
+            for family in families(own):
+                known = [option for option in family if _key(layer, option) in self.times]
+                logs = np.log([(option.macs, self.milliseconds(layer, option)) for option in known])
+                for option in self.missing(layer, family):
+                    time = float(np.exp(np.interp(math.log(option.macs), logs[:, 0], logs[:, 1])))
+                    key = _key(layer, option)
+                    times[key] = Timed(key=key, layer=layer.describe(), form=_form(option), milliseconds=time)
+        return LatencyTable(self.target, times=times, busy=self.busy)
+
     def sketch(
         self, wanted: Mapping[DenseLayer, Sequence[Option]], settings: Session, seconds: float, progress: Progress = silent
     ) -> LatencyTable | None:
@@ -290,6 +313,23 @@ class LatencyTable:
             before if timed.form == DENSE else timed.model_copy(update={"milliseconds": timed.milliseconds * factor})
             for timed in layer_times
         ]
+
+
+def families(options: Sequence[Option]) -> list[list[Option]]:
+    """Return the options in groups of the same format and modes, in their order."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Option]] = {}
+    for option in options:
+        groups.setdefault((option.format, option.modes), []).append(option)
+    return list(groups.values())
+
+
+def thinned(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Return a few options of each format and modes, those with the fewest and the most MACs among them."""
+    kept = []
+    for family in families(options):
+        places = np.linspace(0, len(family) - 1, min(len(family), _THIN)).round().astype(int)
+        kept += [family[place] for place in places]
+    return tuple(kept)
 
 
 def _read(path: Path) -> _Stored | None:
@@ -353,7 +393,7 @@ def _dense_times(layers: Sequence[DenseLayer], settings: Session, seconds: float
 
 def _timed_together(layers: Sequence[DenseLayer], settings: Session, seconds: float) -> tuple[list[float], float]:
     """Return the milliseconds of one copy of each dense layer, timed in turn, and the share that was spent waiting."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         paths: list[Path] = []
         for layer in layers:
             for copies in dict.fromkeys((copies_of(layer), 1)):
@@ -378,7 +418,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
     machine. The time of the dense layer is the median over all turns. Every group of forms runs in its own process.
     """
     copies = copies_of(layer)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         dense_model = dense_context(layer, copies)
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
         save_model(dense_model, dense)
@@ -407,7 +447,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
 
 def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Session) -> list[Timed]:
     """Return rough times of layers and forms: a few runs of each, all in turn in one process."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         paths: list[Path] = []
         for layer, options in group:
             dense = dense_context(layer, copies_of(layer))

@@ -12,7 +12,6 @@ square. Where a network is cut deeply this fails: `verification` measures the lo
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from tensorrail_exporter.search.stitched import Change, StitchedNetwork
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import metric_of, sample_scores
 from tensorrail_runtime.progress import Progress, silent
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 
 SAMPLES = 64  # samples on which effects on the network's outputs are measured
@@ -98,7 +98,7 @@ class Probe:
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
         # Scores of few samples are too coarse.
         few = len(inputs.first(_FEW).feeds) if metric is None and inputs.labels is None else len(inputs.feeds)
-        self.few = few if few < len(inputs.feeds) else None
+        self.few = few if few < len(inputs.feeds) else None  # batches for a first look; None where it takes all of them
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
         self.divergence = Divergence(self.network.outputs, self.network.dense(), inputs.labels, metric, inputs.samples)
 
@@ -119,22 +119,39 @@ class Probe:
             batches: the number of batches to measure on, from the first, such as `few`; default: all.
 
         """
-        changes = [self.change(layer, option) for option in options]
         loss = self.divergence.of if batches is None else self.divergence.of_first
+        return [loss(outputs) for outputs in self._with_each(layer, options, batches)]
+
+    def effect(self, layer: str, option: Option) -> tuple[float, float]:
+        """Return the loss of the network with an option of one layer: on the first `few` batches, and on all."""
+        (outputs,) = self._with_each(layer, [option], None)
+        loss = self.divergence.of(outputs)
+        return loss if self.few is None else self.divergence.of_first([parts[: self.few] for parts in outputs]), loss
+
+    def _with_each(self, layer: str, options: Sequence[Option], batches: int | None) -> list[Outputs]:
+        """Return the outputs of the network with each of some options of one layer."""
+        changes = [self.change(layer, option) for option in options]
         if layer in self.network.layers:
-            return [loss(outputs) for outputs in self.network.with_each(layer, changes, batches)]
+            return self.network.with_each(layer, changes, batches)
         # In the body of a node: the whole network runs.
         inputs = replace(self.inputs, feeds=self.inputs.feeds[:batches])
         models = (with_weights(self.resolved, {layer: change.weight}) for change in changes)
-        return [loss(outputs_of(model, self.network.outputs, inputs, self.settings)) for model in models]
+        return [outputs_of(model, self.network.outputs, inputs, self.settings) for model in models]
 
-    def loss(self, choice: Mapping[str, Option]) -> float:
-        """Return the loss of the network with an option for each of some layers; the others stay dense."""
-        return self.divergence.of(self.outputs(choice))
+    def loss(self, choice: Mapping[str, Option], batches: int | None = None) -> float:
+        """Return the loss of the network with an option for each of some layers; the others stay dense.
 
-    def outputs(self, choice: Mapping[str, Option]) -> Outputs:
-        """Return the outputs of the network with an option for each of some layers."""
-        return self.network.with_changes({layer: self.change(layer, option) for layer, option in choice.items()})
+        Args:
+            choice: the options by layer name.
+            batches: the number of batches to measure on, from the first, such as `few`; default: all.
+
+        """
+        outputs = self.outputs(choice, batches)
+        return self.divergence.of(outputs) if batches is None else self.divergence.of_first(outputs)
+
+    def outputs(self, choice: Mapping[str, Option], batches: int | None = None) -> Outputs:
+        """Return the outputs of the network with an option for each of some layers; `batches` as for `loss`."""
+        return self.network.with_changes({layer: self.change(layer, option) for layer, option in choice.items()}, batches)
 
 
 def losses_of(
@@ -174,7 +191,7 @@ def losses_of(
     approximations = approximations_of(resolved, wanted, split, settings)
     if split is None:
         return weight_losses(wanted, approximations, progress)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         probe = Probe(resolved, approximations, split.chosen.first(SAMPLES), settings, Path(folder), metric)
         return measured_losses(wanted, probe, progress)
 
@@ -218,16 +235,15 @@ def _curve(name: str, options: Sequence[Option], shares: Sequence[float], probe:
 
     picks = _spread(shares)
     middle = picks[len(picks) // 2]
-    measured = effects(sorted({picks[0], middle, picks[-1]}, key=picks.index), probe.few)
+    first, level = probe.effect(name, options[middle])
+    measured = {middle: first} | effects([k for k in dict.fromkeys((picks[0], picks[-1])) if k != middle], probe.few)
     if not _straight(sorted((shares[k], effect) for k, effect in measured.items())):
         measured |= effects([k for k in picks if k not in measured], probe.few)
-    if probe.few is not None:
-        level = effects([middle], None)[middle]
-        factor = level / max(measured[middle], _FLOOR)
-        if 1 / _ALIKE <= factor <= _ALIKE:
-            measured = {k: factor * effect for k, effect in measured.items()}
-        else:
-            measured = effects([k for k in measured if k != middle], None) | {middle: level}
+    factor = level / max(measured[middle], _FLOOR)
+    if 1 / _ALIKE <= factor <= _ALIKE:
+        measured = {k: factor * effect for k, effect in measured.items()}
+    elif probe.few is not None:
+        measured = effects([k for k in measured if k != middle], None) | {middle: level}
     return {shares[k]: effect for k, effect in measured.items()}
 
 

@@ -24,7 +24,7 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, left_out, survey
-from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.latency_table import LatencyTable, families, thinned
 from tensorrail_exporter.search.losses import (
     SAMPLES,
     Losses,
@@ -55,7 +55,7 @@ _FAR = 1.15  # times what these forms reach: other forms may be faster than thos
 _SKETCHES = 2  # rough measurements that must agree before a target is refused for them
 _SKETCH_SECONDS = 4.0  # for which the models of one may run; networks that need longer are timed at once
 _LEEWAY = 1.02  # times what a rough measurement reaches: not refused
-_ROUGHLY = 1 / 3  # share of the time for timing layers that is enough where no target is on the latency
+_ROUGHLY = 1 / 6  # share of the time for timing layers that is enough where no target is on the latency
 _TRIES = 4
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
@@ -68,6 +68,7 @@ def plan_network(
     *,
     calibration: Calibration | None = None,
     conditions: Conditions | None = None,
+    judge: bool = True,
 ) -> PlanReport:
     """Find the plan that meets the targets at the least loss.
 
@@ -78,6 +79,7 @@ def plan_network(
         calibration: inputs that losses are measured on; default: none, so losses are estimated from the weights.
         conditions: batch size and shapes for times and FLOPs, how the network will run, and where progress is reported;
             default: batch 1 on the CPU provider.
+        judge: also compare the chosen network with the dense one on the inputs that are set aside; default True.
 
     Returns:
         The report of the chosen network, with the plan.
@@ -130,7 +132,7 @@ def plan_network(
         candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
         best = _best(reports)
-        if probe is not None and parts is not None and parts.judged is not None:
+        if judge and probe is not None and parts is not None and parts.judged is not None:
             judging = Path(folder) / "aside"
             judging.mkdir()
             best = with_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)
@@ -159,10 +161,11 @@ def _timed(
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(options))
     # Without a target on the latency, times only tell which forms are slower than their dense layers.
-    seconds = search.seconds if "latency" in targets or search.max_loss is not None else search.seconds * _ROUGHLY
+    roughly = "latency" not in targets and search.max_loss is None
+    seconds = search.seconds * _ROUGHLY if roughly else search.seconds
     settings, progress = conditions.settings, conditions.progress
 
-    def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]], table: LatencyTable = table) -> Candidates:
+    def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]], table: LatencyTable) -> Candidates:
         faster = {layer: _faster(layer, own, table, search.gain) for layer, own in forms.items()}
         return Candidates(forms, faster, Losses("", {}), table, dense, _scale(options, table, dense.milliseconds))
 
@@ -181,21 +184,19 @@ def _timed(
             break
     if "latency" in targets:
         table.measure(smallest, settings, seconds=seconds * share, progress=part_of(progress, 0.0, share))
-        require_reachable({"latency": targets["latency"]}, candidates(smallest), search, beyond=_FAR)
+        require_reachable({"latency": targets["latency"]}, candidates(smallest, table), search, beyond=_FAR)
     else:
         share = 0.0
-    table.measure(options, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
-    timed = candidates(options)
+    wanted = {layer: thinned(forms) for layer, forms in options.items()} if roughly else options
+    table.measure(wanted, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
+    timed = candidates(options, table.with_estimates(options) if roughly else table)
     require_reachable(targets, timed, search)
     return timed
 
 
 def _cheapest(options: Sequence[Option]) -> tuple[Option, ...]:
     """Return the two forms with the fewest MACs of each format and division of the axes, among which the fastest one is."""
-    families: dict[tuple[str, tuple[int, ...]], list[Option]] = {}
-    for option in sorted(options, key=lambda form: form.macs):
-        families.setdefault((option.format, option.modes), []).append(option)
-    return tuple(option for family in families.values() for option in family[:_FIRST])
+    return tuple(option for family in families(options) for option in family[:_FIRST])
 
 
 def _count(options: Mapping[DenseLayer, Sequence[Option]]) -> int:

@@ -92,14 +92,20 @@ class StitchedNetwork:
         """Return the outputs of the dense network: one list per output, with one array per batch."""
         return self._gather(self._session(self._needed, (), self.outputs), {}, self.outputs)
 
-    def with_changes(self, changes: Mapping[str, Change]) -> Outputs:
-        """Return the outputs with any number of changed layers, by name; the others stay dense."""
+    def with_changes(self, changes: Mapping[str, Change], batches: int | None = None) -> Outputs:
+        """Return the outputs with any number of changed layers, by name; the others stay dense.
+
+        Args:
+            changes: the changes by layer name.
+            batches: the number of batches to run, from the first; default: all.
+
+        """
         if self._whole is None:
             self._whole = self._session(self._needed, self.layers, self.outputs)
         values: dict[str, np.ndarray] = {}
         for name in self.layers:
             values |= self._values(name, changes.get(name))
-        return self._gather(self._whole, values, self.outputs)
+        return self._gather(self._whole, values, self.outputs, batches)
 
     def with_each(self, layer: str, changes: Sequence[Change], batches: int | None = None) -> list[Outputs]:
         """Return the outputs with each of some changes of one layer.

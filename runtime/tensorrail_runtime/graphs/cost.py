@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
@@ -30,7 +31,8 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
 
 _FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
-_MATRIX = 2  # axes of a weight; an infinite constant with fewer may be a mask
+_MATRIX = 2  # axes of a weight
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 """Nodes that launch no kernel: views, and nodes that ONNX Runtime folds into constants."""
@@ -240,18 +242,18 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
 
 
 def _times(model: onnx.ModelProto, shapes: Shapes) -> list[str]:
-    """Return a warning for each input whose only dynamic axis has another name than a batch, such as a number of frames."""
+    """Return a warning for each input whose only dynamic axis is not known to be the batch: it may be a number of frames."""
     stored = {tensor.name for tensor in model.graph.initializer}
     axes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.input if v.name not in stored}
     batches = {own[0].dim_param for own in axes.values() if own and own[0].dim_param}
     lines = []
     for name, own in axes.items():
         dynamic = [axis for axis in own if not axis.dim_value]
-        if name not in shapes and len(dynamic) == 1 and dynamic[0] is not own[0] and dynamic[0].dim_param not in ("", *batches):
+        if name not in shapes and len(dynamic) == 1 and dynamic[0] is not own[0] and dynamic[0].dim_param not in batches:
+            axis = repr(dynamic[0].dim_param) if dynamic[0].dim_param else list(own).index(dynamic[0])
             example = ",".join(str(axis.dim_value or 50) for axis in own)
             lines.append(
-                f"input {name!r} has axis {dynamic[0].dim_param!r} of any size, set to the batch size: give its shape, such as "
-                f"{name}={example}"
+                f"input {name!r} has axis {axis} of any size, set to the batch size: give its shape, such as {name}={example}"
             )
     return lines
 
@@ -298,14 +300,35 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return constants
 
 
-def weight_fault(model: onnx.ModelProto) -> str:
-    """Return which weight holds NaN or, with two axes or more, infinite values, in one line; empty if none does."""
-    for graph in (model.graph, *descendants(model.graph)):
+def file_fault(path: Path | str) -> str:
+    """Do the same as `weight_fault` for a file; empty as well for a file that cannot be read, which opening it reports."""
+    try:
+        return weight_fault(onnx.load(path, format="protobuf", load_external_data=False), Path(path).parent)
+    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError):
+        return ""
+
+
+def weight_fault(model: onnx.ModelProto, folder: Path | str | None = None) -> str:
+    """Return which weight cannot be computed with, in one line; empty if all can.
+
+    Args:
+        model: the model.
+        folder: the folder of its external data; default: external data that are not loaded are left out.
+
+    Returns:
+        A constant that holds NaN, or a matrix of a product that holds infinite values: other constants may be masks.
+
+    """
+    graphs = (model.graph, *descendants(model.graph))
+    multiplied = {name for graph in graphs for node in graph.node if node.op_type in _PRODUCTS for name in node.input}
+    for graph in graphs:
         for name, tensor in constants_of(graph).items():
-            if tensor.data_type not in _FLOATING or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            external = tensor.data_location == onnx.TensorProto.EXTERNAL
+            if tensor.data_type not in _FLOATING or (external and folder is None):
                 continue
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float32, copy=False)
-            wrong = np.isnan(values) if values.ndim < _MATRIX else ~np.isfinite(values)
+            values = onnx.numpy_helper.to_array(tensor, str(folder or "")).astype(np.float32, copy=False)
+            is_weight = name in multiplied and values.ndim >= _MATRIX
+            wrong = ~np.isfinite(values) if is_weight else np.isnan(values)
             if wrong.any():
                 place = [int(index) for index in np.argwhere(wrong)[0]]
                 what = "NaN" if np.isnan(values[tuple(place)]) else "an infinite value"

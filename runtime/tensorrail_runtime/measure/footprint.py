@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import Session
@@ -56,7 +56,7 @@ def footprint(
         "settings": asdict(settings or Session()),
         "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         if values:
             request["values"] = save_values(values, Path(folder))
         return Footprint.model_validate_json(fresh("tensorrail_runtime.measure.footprint:measure", request))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session, run
 from tensorrail_runtime.sessions.values import Values
@@ -101,7 +101,7 @@ def placement(
 
     """
     settings = replace(settings or Session(), cuda_graph=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         session = open_session(path, settings=settings, profile=Path(folder) / "profile")
         feed = dict(inputs) if inputs is not None else random_inputs(session, batch, shapes=shapes, values=values)
         for _ in range(_WARMUP + _RUNS):

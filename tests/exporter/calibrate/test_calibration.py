@@ -481,6 +481,16 @@ def test_the_best_weight_and_bias_are_those_of_least_squares(centred, shift, rng
         np.testing.assert_allclose(found.bias(best), expected[12], atol=5e-3)
 
 
+def test_sums_of_rows_are_whole_matrices_whenever_they_are_asked_for(rng):
+    x, y = rng.standard_normal((40, 600)).astype(np.float32), np.zeros((40, 1), np.float32)  # wider than two blocks
+    first, second = statistics_of(x[:20], y[:20], 2), statistics_of(x[20:], y[20:], 1)
+    np.testing.assert_allclose(first.xx, x[:20].T @ x[:20], atol=1e-4)
+    both = first + second  # one of which was not asked for its sum yet
+    np.testing.assert_allclose(both.xx, x.T @ x, atol=1e-4)
+    first.add(x[20:], y[20:])
+    np.testing.assert_allclose(first.xx, x.T @ x, atol=1e-4)
+
+
 @pytest.mark.parametrize("centred", [True, False])
 def test_what_is_lost_is_counted_on_the_rows(centred, rng):
     x = (rng.standard_normal((500, 6)) + 1.5).astype(np.float32)

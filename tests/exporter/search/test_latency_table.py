@@ -15,7 +15,7 @@ from onnx import helper
 
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search import latency_table
-from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder
+from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder, families, thinned
 from tensorrail_exporter.search.options import option_for, options_of
 from tensorrail_runtime.errors import CacheError
 from tensorrail_runtime.sessions import machine
@@ -374,6 +374,26 @@ def test_real_times_are_positive_and_finite(rng, tmp_path, strides):
     assert np.isfinite(times).all()
     assert min(times) > 0
     assert LatencyTable.open(CPU, tmp_path).times == table.times
+
+
+def test_times_between_two_that_were_measured_are_estimated_and_not_kept(calls, rng, tmp_path):
+    layer = conv_layer(rng)
+    options = options_of(layer, ("tt", "svd"), 2)
+    few = thinned(options)
+    assert len(families(options)) == 4
+    assert 0 < len(few) <= 4 * len(families(options)) < len(options)
+    table = LatencyTable.open(CPU, tmp_path)
+    table.measure({layer: few}, CPU)
+    before = table.path.read_bytes()
+    estimated = table.with_estimates({layer: options})
+    for family in families(options):
+        assert {family[0], family[-1]} <= set(few)
+        times = [estimated.milliseconds(layer, option) for option in family]
+        assert times == pytest.approx([1e-3 * option.macs for option in family])  # as they would have been measured
+    estimated.save()
+    assert estimated.path is None
+    assert table.path.read_bytes() == before
+    assert table.missing(layer, options) == [option for option in options if option not in few]
 
 
 def test_a_sketch_has_rough_times_of_everything_and_is_not_kept(rng, tmp_path):

@@ -45,12 +45,27 @@ def test_a_loss_is_confirmed_if_it_is_about_as_predicted(verified, predicted, co
 class Probe:
     """A network whose loss is known: layers interact, which their own losses do not tell."""
 
+    few = None
+
     def __init__(self, true):
         self.true, self.asked = true, []
 
     def loss(self, choice):
         self.asked.append(dict(choice))
         return self.true(choice)
+
+
+class ProbeWithAGlimpse(Probe):
+    """The same network, whose loss on a few of the inputs is known as well."""
+
+    few = 1
+
+    def __init__(self, true, glimpsed):
+        super().__init__(true)
+        self.glimpsed = glimpsed
+
+    def loss(self, choice, batches=None):
+        return super().loss(choice) if batches is None else self.glimpsed(choice)
 
 
 def space(costs, losses, most):
@@ -104,6 +119,23 @@ def test_every_trade_keeps_the_limits(rng):
     assert allowed(choices, picks)
     for choice in probe.asked[1:]:
         assert allowed(choices, tuple(choice.get(name, 0) for name in losses))
+
+
+def test_what_does_not_gain_on_a_few_inputs_is_not_tried_on_all():
+    choices = space([[10.0, 6.0]] * 4, dict.fromkeys("abcd", (1.0,)), 32.0)  # two of the four layers are cut
+    few = {"a": 2.0, "b": 1.0, "c": 3.0, "d": 0.1}  # on all inputs d is worse than it looks, and a is better
+    every = few | {"a": 0.5, "d": 10.0}
+    glimpsed = []
+
+    def glimpse(choice):
+        glimpsed.append(set(choice))
+        return sum(few[name] for name in choice)
+
+    probe = ProbeWithAGlimpse(lambda choice: sum(every[name] for name in choice), glimpse)
+    assert improved(choices, (0, 1, 1, 0), 4.0, probe, seconds=60.0) == ((1, 1, 0, 0), 1.5)
+    assert {"a", "c"} in glimpsed
+    assert {"c", "d"} in glimpsed
+    assert [set(choice) for choice in probe.asked if "c" in choice] == [{"c", "d"}]
 
 
 def test_no_time_means_no_search():

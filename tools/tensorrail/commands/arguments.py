@@ -156,7 +156,7 @@ def search_options(
             min=0,
             help="Seconds of trading ranks between layers, by the whole network's loss; 0: none.",
         ),
-    ] = 60.0,
+    ] = 20.0,
     metric: Annotated[
         str | None,
         typer.Option(

@@ -102,7 +102,8 @@ def compress(
         if isinstance(given, Plan):
             chosen = given
         else:
-            chosen = plan_network(graph, given or {}, search, calibration=inputs, conditions=conditions)
+            # The network is judged once its cores are fitted.
+            chosen = plan_network(graph, given or {}, search, calibration=inputs, conditions=conditions, judge=False)
             if not chosen.plan.layers:
                 raise TargetError("every layer stays dense: no form is faster here, and no model was written")
         guard = options.guard or Guard()

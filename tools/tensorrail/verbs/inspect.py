@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorrail.models import as_file
 from tensorrail.options import Options
-from tensorrail_runtime.graphs.cost import GraphCost, cost
+from tensorrail_runtime.graphs.cost import GraphCost, cost, file_fault
 from tensorrail_runtime.measure.placement import Placement
 from tensorrail_runtime.measure.placement import placement as placement_of
 from tensorrail_runtime.measure.timing import Timing
@@ -34,7 +34,9 @@ def inspect(
     """
     options = options or Options()
     timing = options.timing or Timing()
-    with as_file(model) as path:
+    with as_file(model, any_weights=True) as path:
         if placement:
             return placement_of(path, settings=options.session, batch=timing.batch, shapes=timing.shapes)
-        return cost(path, timing.batch, timing.shapes)
+        report = cost(path, timing.batch, timing.shapes)
+        fault = file_fault(path)
+        return report.model_copy(update={"notes": (*report.notes, f"warning: {fault}")}) if fault else report

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorrail.inputs import as_labelled, require_writable
-from tensorrail.models import as_file
+from tensorrail.models import as_file, require_finite_weights
 from tensorrail.options import Options
 from tensorrail_runtime.gate import regress
 from tensorrail_runtime.gate.regress import TIMING, Baseline, Limits, Verdict
@@ -41,6 +41,7 @@ def record(
     options = options or Options()
     conditions = options.conditions(TIMING)
     require_writable(out, model, data)
+    require_finite_weights(Path(model))
     labelled = as_labelled(data, rules=options.inputs)
     return regress.record(Path(model), Path(out), conditions=conditions, data=labelled, rules=options.inputs)
 

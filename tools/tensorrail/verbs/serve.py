@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tensorrail.models import require_finite_weights
 from tensorrail_runtime.serve.http.launch import Started, serve_model
 from tensorrail_runtime.serve.http.options import ServeOptions
 
@@ -23,4 +24,5 @@ def serve(
         ModelError: the model cannot be served as asked.
 
     """
+    require_finite_weights(Path(model))
     serve_model(Path(model), serving or ServeOptions(name=Path(model).stem), on_start)
