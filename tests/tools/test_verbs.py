@@ -163,3 +163,19 @@ def test_shapes_of_inputs_help_where_onnx_infers_no_number_of_axes(rng, cli, tmp
     assert [node.op_type for node in onnx.load(out).graph.node].count("MatMul") == 2
     report = tr.export(dense, out, plan, form=tr.Form(block=1, shapes={"x": (2, 1, 3, 10)}))
     assert [layer.layer for layer in report.layers] == ["w"]
+
+
+def test_a_plan_says_on_what_inputs_it_was_judged(small_path, tmp_path):
+    search = tr.Search(allow_slower=True, seconds=0.1, check_seconds=0.1, improve_seconds=0, cache=tmp_path, formats=("svd",))
+    options = tr.Options(search=search, fit=tr.Fit(0), timing=tr.Timing(seconds=0.05, processes=1))
+    inputs = {"x": np.random.default_rng(0).standard_normal((8, 16, 8, 8)).astype(np.float32)}
+    few = tr.plan(small_path, {"params": 1.2}, calibration={"x": inputs["x"][:3]}, options=options)
+    assert (few.verified.aside, few.verified.too_few) == (None, True)
+    assert "too few inputs to set any aside" in str(few)
+    planned = tr.plan(small_path, {"params": 1.2}, calibration=inputs, options=options)
+    assert planned.verified.aside.samples == 2
+    assert "before cores are fitted" in str(planned)
+    report = tr.compress(small_path, tmp_path / "c.onnx", {"params": 1.2}, calibration=inputs, options=options)
+    assert report.planning.verified.aside is None  # it is judged with its cores fitted
+    assert report.aside.samples == 2
+    assert "too few" not in str(report)

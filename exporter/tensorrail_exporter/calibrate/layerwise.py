@@ -33,8 +33,8 @@ from tensorrail_runtime.records import Record
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 
-_SHRINKAGES = (0.01, 0.05, 0.2, 0.5)  # from which one is chosen for each layer
-_FIRST = 2  # the one that is tried first
+_SHRINKAGES = (0.01, 0.05, 0.2, 0.5, 0.8)  # from which one is chosen for each layer
+_FIRST = {5.0: 2, 0.0: 3}  # the one to try first, with the one below it, by rows per value of a row at least
 _FLAT = 0.01  # share of the error: where two shrinkages differ by less, no other is tried
 _DEFAULT = 0.1  # without inputs to choose it by
 
@@ -260,8 +260,9 @@ class _Problem:
     def best_shrinkage(self) -> float:
         """Return the shrinkage that loses least on the rows that were held out."""
         moments = self.moments(self.statistics)
-        tried = {at: self.lost(moments, _SHRINKAGES[at]) for at in (_FIRST - 1, _FIRST)}
-        step = 1 if tried[_FIRST] <= tried[_FIRST - 1] else -1
+        first = next(at for least, at in _FIRST.items() if self.statistics.count >= least * self.statistics.width)
+        tried = {at: self.lost(moments, _SHRINKAGES[at]) for at in (first - 1, first)}
+        step = 1 if tried[first] <= tried[first - 1] else -1
         at = min(tried, key=lambda place: tried[place])
         if max(tried.values()) <= (1 + _FLAT) * tried[at]:
             return _SHRINKAGES[at]

@@ -55,7 +55,7 @@ _FAR = 1.15  # times what these forms reach: other forms may be faster than thos
 _SKETCHES = 2  # rough measurements that must agree before a target is refused for them
 _SKETCH_SECONDS = 4.0  # for which the models of one may run; networks that need longer are timed at once
 _LEEWAY = 1.02  # times what a rough measurement reaches: not refused
-_ROUGHLY = 1 / 6  # share of the time for timing layers that is enough where no target is on the latency
+_ROUGHLY = 0.1  # share of the time for timing layers that is enough where no target is on the latency
 _TRIES = 4
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
@@ -132,7 +132,7 @@ def plan_network(
         candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
         best = _best(reports)
-        if judge and probe is not None and parts is not None and parts.judged is not None:
+        if judge and probe is not None and parts is not None:
             judging = Path(folder) / "aside"
             judging.mkdir()
             best = with_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)

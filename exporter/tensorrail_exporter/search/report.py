@@ -113,8 +113,8 @@ class VerifiedLoss(Record):
     """The loss of the chosen network as a whole, with all of its layers approximated, before cores are fitted.
 
     `predicted` is the sum of the losses of its layers, each measured alone. `samples` is the number of inputs that ranks were
-    chosen by, on which both were measured. `aside` compares the outputs on inputs that were not used for anything else; None if
-    there were too few inputs to set any aside.
+    chosen by, on which both were measured. `aside` compares the outputs on inputs that were not used for anything else; it is
+    None if there were too few inputs to set any aside (`too_few`), or if the network is compared later, as in `compress`.
     """
 
     unit: str
@@ -123,6 +123,7 @@ class VerifiedLoss(Record):
     corrections: int  # how often the losses of layers were scaled and the choice repeated
     samples: int
     aside: Agreement | None = None
+    too_few: bool = False
 
     def described(self) -> list[str]:
         """Return the lines for people."""
@@ -130,9 +131,11 @@ class VerifiedLoss(Record):
             f"loss of the planned network ({self.unit}): predicted {self.predicted:.3g} from single layers, measured "
             f"{self.loss:.3g} on {self.samples} inputs"
         ]
-        if self.aside is None:
-            return [*lines, "too few inputs to set any aside: the loss on other inputs is not known"]
-        return [*lines, f"before cores are fitted, {self.aside.described()}"]
+        if self.too_few:
+            lines.append("too few inputs to set any aside: the loss on other inputs is not known")
+        if self.aside is not None:
+            lines.append(f"before cores are fitted, {self.aside.described()}")
+        return lines
 
 
 class PlanReport(PrintedRecord):

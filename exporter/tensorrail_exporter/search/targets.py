@@ -44,7 +44,7 @@ class Search:
     allow_slower: bool = False
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 150.0
-    """Time limit in seconds for timing layers that are not in the latency table yet, of which a sixth is used where neither
+    """Time limit in seconds for timing layers that are not in the latency table yet, of which a tenth is used where neither
     `latency` is a target nor the loss is limited; default 150."""
     improve_seconds: float = 20.0
     """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 20."""

@@ -93,11 +93,13 @@ def _least(tried: Mapping[Picks, float], search: Search) -> tuple[Picks, float]:
 
 
 def with_inputs_set_aside(
-    report: PlanReport, choice: Mapping[str, Option], probe: Probe, inputs: Calibration, folder: Path
+    report: PlanReport, choice: Mapping[str, Option], probe: Probe, inputs: Calibration | None, folder: Path
 ) -> PlanReport:
-    """Return the report with the outputs compared on inputs that nothing was chosen by."""
+    """Return the report with the outputs compared on inputs that nothing was chosen by; None if there are too few."""
     if (verified := report.verified) is None:
         return report
+    if inputs is None:
+        return report.model_copy(update={"verified": verified.model_copy(update={"too_few": True})})
     aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder, probe.metric)
     dense, other = (list(zip(*outputs, strict=True)) for outputs in (aside.divergence.dense, aside.outputs(choice)))
     agreement = compared(dense, other, inputs.samples)
