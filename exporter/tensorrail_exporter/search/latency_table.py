@@ -22,9 +22,9 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.context import copies_of, dense_context, factored_context
-from tensorrail_exporter.search.options import Option
+from tensorrail_exporter.search.options import Option, families
 from tensorrail_runtime.errors import CacheError
-from tensorrail_runtime.measure.turns import fresh_bursts
+from tensorrail_runtime.measure.turns import BURST_ROUNDS, fresh_bursts
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record, first_problem, write_text
 from tensorrail_runtime.scratch import scratch
@@ -37,7 +37,7 @@ _VERSION = 2
 _TOGETHER = 10  # forms in one process, timed in turn with the dense layer
 BUSY = 0.1  # share of the time that a process waits for a processor, above which other programs disturb it
 _LOADED = 2**29  # bytes of weights in one process, where layers are timed in turn
-_THIN = 4  # options of one format and modes that are timed where the others are estimated
+_ROUGH = 3  # rounds at least of rough times, of which the first is left out
 _SKETCHED = 96  # models in one process that sketches times
 _BURSTS = 20  # runs of a model at least, see `fresh_bursts`
 _RATE = 1e10  # multiply-accumulates per second of a slow processor core, to estimate how long a sketch takes
@@ -102,6 +102,7 @@ class LatencyTable:
         target: the target that all times are of.
         path: the file of the table; None for a table that is not stored.
         times: the times by their keys.
+        rough: whether times are measured in few turns.
         unstored: why the times are not stored, for the user; empty where they are.
         busy: what was noticed of other load while times were measured, for the user; empty for none. Such times are not stored.
 
@@ -110,17 +111,19 @@ class LatencyTable:
     target: Target
     path: Path | None = None
     times: dict[str, Timed] = field(default_factory=dict)
+    rough: bool = False
     unstored: str = ""
     busy: str = ""
 
     @classmethod
-    def open(cls, settings: Session, folder: Path | str | None = None) -> LatencyTable:
+    def open(cls, settings: Session, folder: Path | str | None = None, *, rough: bool = False) -> LatencyTable:
         """Return the table of this machine, with the times that were stored before.
 
         Args:
             settings: settings of the sessions.
             folder: folder of the tables; default the user's cache folder, see `cache_folder`. Where nobody chose a folder
                 and that one cannot be written, as without a home folder, the table is not stored.
+            rough: measure in fewer turns; such times have a file of their own, and are only used where there are no others.
 
         Raises:
             CacheError: the file of the table cannot be read, is not a latency table, or is one of another target.
@@ -131,17 +134,19 @@ class LatencyTable:
         if not folder and not os.environ.get("TENSORRAIL_CACHE") and (problem := _default_folder_problem()):
             return cls(
                 target,
+                rough=rough,
                 unstored=f"warning: the times of layers are not stored and will be measured again next time: {problem}; "
                 "to keep them, set the environment variable TENSORRAIL_CACHE to a writable folder",
             )
-        path = Path(folder or cache_folder()) / name
-        table = cls(target, path)
-        stored = _read(path)
-        if stored is not None and stored.target != target:
-            raise CacheError(
-                f"{path}: the latency table of another target ({stored.target}); remove it to measure again on this one"
-            )
-        table.times = {timed.key: timed for timed in stored.times} if stored else {}
+        files = [Path(folder or cache_folder()) / (prefix + name) for prefix in (("rough-", "") if rough else ("",))]
+        table = cls(target, files[0], rough=rough)
+        for path in files:
+            stored = _read(path)
+            if stored is not None and stored.target != target:
+                raise CacheError(
+                    f"{path}: the latency table of another target ({stored.target}); remove it to measure again on this one"
+                )
+            table.times |= {timed.key: timed for timed in stored.times} if stored else {}
         return table
 
     def save(self) -> None:
@@ -227,7 +232,9 @@ class LatencyTable:
             waits.append(waited)
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
-            layer_times, waited = _layer_times(layer, options, settings, seconds / total)
+            layer_times, waited = _layer_times(
+                layer, options, settings, seconds / total, _ROUGH if self.rough else BURST_ROUNDS
+            )
             for timed in self._as_before(layer, layer_times):
                 self.times[timed.key] = timed
             done += 1 + len(options)
@@ -315,23 +322,6 @@ class LatencyTable:
         ]
 
 
-def families(options: Sequence[Option]) -> list[list[Option]]:
-    """Return the options in groups of the same format and modes, in their order."""
-    groups: dict[tuple[str, tuple[int, ...]], list[Option]] = {}
-    for option in options:
-        groups.setdefault((option.format, option.modes), []).append(option)
-    return list(groups.values())
-
-
-def thinned(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Return a few options of each format and modes, those with the fewest and the most MACs among them."""
-    kept = []
-    for family in families(options):
-        places = np.linspace(0, len(family) - 1, min(len(family), _THIN)).round().astype(int)
-        kept += [family[place] for place in places]
-    return tuple(kept)
-
-
 def _read(path: Path) -> _Stored | None:
     """Return the table in a file, or None if the file does not exist."""
     try:
@@ -409,10 +399,12 @@ def _timed_together(layers: Sequence[DenseLayer], settings: Session, seconds: fl
     return milliseconds, waited
 
 
-def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float) -> tuple[list[Timed], float]:
+def _layer_times(
+    layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float, rounds: int
+) -> tuple[list[Timed], float]:
     """Return the times of a layer, dense and with these options, and the share of the time that was spent waiting.
 
-    Each is measured for about `seconds`.
+    Each is measured for about `seconds`, and in at least as many rounds.
 
     Every form is timed in turn with the dense copies and only the ratio of each pair counts, which cancels other load on the
     machine. The time of the dense layer is the median over all turns. Every group of forms runs in its own process.
@@ -435,7 +427,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], settings: Session
                 save_model(factored_context(layer, dense_model, option), path)
             if number == 0 and copies > 1:
                 paths.append(single)
-            times, waited = fresh_bursts(paths, settings, seconds * len(paths))
+            times, waited = fresh_bursts(paths, settings, seconds * len(paths), rounds)
             waits.append(waited)
             base += list(times[0])
             ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]

@@ -26,6 +26,7 @@ AUTO = ("tt", "svd")
 _MOST = 0.95  # share of the dense MACs above which no option is offered: its additional kernels cost more than it saves
 _BEYOND = 2.0  # multiple of the dense MACs after which no larger ranks are tried
 _BALANCE = 0.26  # largest difference between the two ranks of a narrow convolution, as shares of their channels
+_THIN = 4  # options of one format and modes that are timed where the others are estimated
 _KEPT = 12  # largest number of options per layer and form, spread evenly over the logarithm of their MACs
 
 
@@ -90,6 +91,23 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
             options += _spread([option for option in affordable if option.macs <= most * dense])
     distinct = {option.steps: option for option in reversed(options)}  # equal steps take equal time in every format
     return tuple(sorted(distinct.values(), key=lambda option: option.macs))
+
+
+def families(options: Sequence[Option]) -> list[list[Option]]:
+    """Return the options in groups of the same format and modes, in their order."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Option]] = {}
+    for option in options:
+        groups.setdefault((option.format, option.modes), []).append(option)
+    return list(groups.values())
+
+
+def thinned(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Return a few options of each format and modes, those with the fewest and the most MACs among them."""
+    kept = []
+    for family in families(options):
+        places = np.linspace(0, len(family) - 1, min(len(family), _THIN)).round().astype(int)
+        kept += [family[place] for place in places]
+    return tuple(kept)
 
 
 def option_for(plan: LayerPlan, spec: LayerSpec, block: int = 1) -> Option:

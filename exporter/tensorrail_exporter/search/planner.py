@@ -24,7 +24,7 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, left_out, survey
-from tensorrail_exporter.search.latency_table import LatencyTable, families, thinned
+from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
     SAMPLES,
     Losses,
@@ -35,7 +35,7 @@ from tensorrail_exporter.search.losses import (
     measured_losses,
     weight_losses,
 )
-from tensorrail_exporter.search.options import Option, options_of
+from tensorrail_exporter.search.options import Option, families, options_of, thinned
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.selection import Candidates, require_reachable
 from tensorrail_exporter.search.targets import Search
@@ -112,11 +112,13 @@ def plan_network(
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         size = _counted(dense, targets, conditions.timing)
-        processes = min(max(int(search.check_seconds), 1), _PROCESSES)
-        timing = replace(conditions.timing, seconds=search.check_seconds, processes=processes, io_binding=settings.on_gpu)
+        roughly = _roughly(targets, search)
+        seconds = search.check_seconds / 2 if roughly else search.check_seconds
+        processes = min(max(int(seconds), 1), _PROCESSES)
+        timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
         verification = Verification(model, dense, timing, settings)
         size = size.model_copy(update={"milliseconds": verification.dense_ms()})
-        table = LatencyTable.open(settings, search.cache)
+        table = LatencyTable.open(settings, search.cache, rough=roughly)
         timed = _timed(targets, search, options, table, size, conditions)
         faster = timed.faster
         parts = split(calibration, model) if calibration is not None and calibration.count else None
@@ -160,8 +162,7 @@ def _timed(
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(options))
-    # Without a target on the latency, times only tell which forms are slower than their dense layers.
-    roughly = "latency" not in targets and search.max_loss is None
+    roughly = _roughly(targets, search)
     seconds = search.seconds * _ROUGHLY if roughly else search.seconds
     settings, progress = conditions.settings, conditions.progress
 
@@ -192,6 +193,11 @@ def _timed(
     timed = candidates(options, table.with_estimates(options) if roughly else table)
     require_reachable(targets, timed, search)
     return timed
+
+
+def _roughly(targets: Mapping[str, float], search: Search) -> bool:
+    """Return whether times only tell which forms are slower than their dense layers: where no target is on the latency."""
+    return "latency" not in targets and search.max_loss is None
 
 
 def _cheapest(options: Sequence[Option]) -> tuple[Option, ...]:

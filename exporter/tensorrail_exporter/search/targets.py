@@ -49,7 +49,8 @@ class Search:
     improve_seconds: float = 20.0
     """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 20."""
     check_seconds: float = 10.0
-    """Seconds for timing the chosen network; default 10."""
+    """Seconds for timing the chosen network, half of it where neither `latency` is a target nor the loss is limited; default
+    10."""
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
     also: tuple[str, ...] = ()

@@ -32,7 +32,7 @@ MIN_ROUNDS = 20
 MIN_CYCLES = 6  # the fewest values whose range contains the median in 95 % of cases
 _TRIES = 300  # random orders of a cycle, of which the most even one is used
 _BURST = 4  # runs in a row of each model
-_BURST_ROUNDS = 5
+BURST_ROUNDS = 5
 _ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
 
 
@@ -94,7 +94,9 @@ def time_in_fresh_process(paths: Sequence[Path | str], settings: Session, timing
         return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request)))
 
 
-def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float) -> tuple[np.ndarray, float]:
+def fresh_bursts(
+    paths: Sequence[Path | str], settings: Session, seconds: float, rounds: int = BURST_ROUNDS
+) -> tuple[np.ndarray, float]:
     """Time models in a fresh process in which every model runs four times in a row in each round.
 
     The first of the four runs finds the caches of another model and is left out; the median of the others counts.
@@ -103,13 +105,14 @@ def fresh_bursts(paths: Sequence[Path | str], settings: Session, seconds: float)
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
         seconds: about how long to measure; 400 rounds are enough.
+        rounds: the number of rounds at least, the first of which is left out.
 
     Returns:
         Times in milliseconds, of shape (models, rounds), and the share of the time that the process waited for a processor
         because other programs ran; 0 where the system does not tell.
 
     """
-    request = _request(paths, settings) | {"seconds": seconds}
+    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds}
     answer = json.loads(fresh(f"{__name__}:answer_bursts", request))
     return np.array(answer["times"]), float(answer["waited"])
 
@@ -126,7 +129,9 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     runners = [runner(path, settings, Timing(io_binding=settings.on_gpu)).run for path in request["paths"]]
     rounds: list[list[float]] = []
     start, order, waited = time.perf_counter(), list(range(len(runners))), _waited_ns()
-    while len(rounds) < _BURST_ROUNDS or (len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]):
+    while len(rounds) < request["rounds"] or (
+        len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]
+    ):
         medians = [0.0] * len(runners)
         for index in order:
             runners[index]()

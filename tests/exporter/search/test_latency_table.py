@@ -15,8 +15,8 @@ from onnx import helper
 
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search import latency_table
-from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder, families, thinned
-from tensorrail_exporter.search.options import option_for, options_of
+from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder
+from tensorrail_exporter.search.options import families, option_for, options_of, thinned
 from tensorrail_runtime.errors import CacheError
 from tensorrail_runtime.sessions import machine
 from tensorrail_runtime.sessions.session import Session
@@ -43,7 +43,7 @@ def calls(monkeypatch, waits):
     """Replace the measuring by known numbers: 1 ms dense, a form's MACs in µs; return what was asked for."""
     asked = []
 
-    def known(layer, options, settings, seconds):
+    def known(layer, options, settings, seconds, rounds):
         asked.append((layer.name, [option.steps for option in options], seconds))
         found = [Timed(key=latency_table._key(layer, None), layer=layer.describe(), form="dense", milliseconds=1.0)]
         for option in options:
@@ -100,7 +100,7 @@ def test_dense_layers_are_compared_by_times_in_turn(loaded, rng, monkeypatch):
     layers = [conv_layer(rng), conv_layer(rng, batch=2), conv_layer(rng, batch=4)]
     pace, processes = [1.0], []
 
-    def bursts(paths, settings, seconds):
+    def bursts(paths, settings, seconds, rounds=5):
         processes.append(len(paths))
         slowness = pace[0]
         pace[0] *= 3
@@ -394,6 +394,21 @@ def test_times_between_two_that_were_measured_are_estimated_and_not_kept(calls, 
     assert estimated.path is None
     assert table.path.read_bytes() == before
     assert table.missing(layer, options) == [option for option in options if option not in few]
+
+
+def test_rough_times_are_kept_apart_and_give_way_to_others(calls, rng, tmp_path):
+    layer = conv_layer(rng)
+    options = options_of(layer, ("tt",), 16)
+    rough = LatencyTable.open(CPU, tmp_path, rough=True)
+    rough.measure({layer: options}, CPU)
+    assert not LatencyTable.open(CPU, tmp_path).times
+    assert LatencyTable.open(CPU, tmp_path, rough=True).times == rough.times
+    exact = LatencyTable.open(CPU, tmp_path)
+    exact.times = {key: timed.model_copy(update={"milliseconds": 7.0}) for key, timed in list(rough.times.items())[:2]}
+    exact.save()
+    again = LatencyTable.open(CPU, tmp_path, rough=True)
+    assert again.times == rough.times | exact.times
+    assert not again.missing(layer, options)
 
 
 def test_a_sketch_has_rough_times_of_everything_and_is_not_kept(rng, tmp_path):
