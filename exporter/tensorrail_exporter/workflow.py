@@ -25,9 +25,9 @@ from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
-from tensorrail_runtime.measure.agreement import agreement
+from tensorrail_runtime.measure.agreement import agreement_of
 from tensorrail_runtime.measure.latency import Ratio, bench
-from tensorrail_runtime.measure.parity import parity
+from tensorrail_runtime.measure.parity import parity, parity_of, run_both
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
@@ -100,7 +100,8 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         rewritten = fitted.model
         save_model(rewritten, path)
         progress("comparing outputs", 0.5)
-        against = parity(dense_path, path, inputs=feeds, tolerance=None, settings=exact)
+        both = run_both(dense_path, path, inputs=feeds, settings=exact)
+        against = parity_of(both)
         times = bench(
             [dense_path, path],
             replace(timing, io_binding=settings.on_gpu),
@@ -110,11 +111,7 @@ def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options
         )
         dense_size, size = (_size(p, timing, times.latencies[k].p50) for k, p in enumerate((dense_path, path)))
         accuracy = _accuracy(dense_path, path, options)
-        aside = (
-            None
-            if parts is None or parts.judged is None
-            else agreement(dense_path, path, parts.judged.feeds, exact, parts.judged.axes)
-        )
+        aside = None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes)
     save_model(rewritten, out)
     ratios = _ratios(dense_size, size, times.ratios[0])
     targets = dict(planning.targets) if planning else {}
@@ -204,7 +201,7 @@ def _factored(
 def _feeds(dense: Path, parts: Split | None, options: Compression) -> list[Mapping[str, np.ndarray]]:
     """Return the inputs that outputs are compared on: those set aside, or random ones where there are none."""
     if parts is not None:
-        return list((parts.judged or parts.fitted).first(100).feeds)
+        return list((parts.judged or parts.fitted.first(100)).feeds)
     session, timing = open_session(dense, settings=options.conditions.settings.exact), options.conditions.timing
     return [random_inputs(session, 7, shapes=timing.shapes, values=timing.values)]
 

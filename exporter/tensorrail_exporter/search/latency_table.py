@@ -225,7 +225,7 @@ class LatencyTable:
         done = 0
         waits: list[float] = []
         unknown = [layer for layer, _ in jobs.values() if _key(layer, None) not in self.times]
-        if len(unknown) > 1:
+        if len(unknown) > 1 and not self.rough:
             progress("timing layers", 0.0, f"{len(unknown)} dense layers in turn")
             dense_times, waited = _dense_times(unknown, settings, seconds / total)
             self.times |= {timed.key: timed for timed in dense_times}

@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
+from tensorrail_runtime.measure.parity import Both, run_both
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.session import Session, naming, open_session, run
+from tensorrail_runtime.sessions.session import Session
 
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 
@@ -98,17 +98,14 @@ def agreement(
         ModelError: a model does not run on these inputs, there are none, or the outputs differ in name.
 
     """
-    if not feeds:
-        raise ModelError("expected one or more batches of inputs to compare models on, got none")
-    runs = []
-    for path in (reference, candidate):
-        session = open_session(path, settings=settings)
-        with naming(path):
-            runs.append([run(session, feed) for feed in feeds])
-    if list(runs[0][0]) != list(runs[1][0]):
-        raise ModelError(f"{candidate}: expected the outputs {', '.join(runs[0][0])}, got {', '.join(runs[1][0])}")
-    dense, other = ([list(batch.values()) for batch in batches] for batches in runs)
-    return compared(dense, other, [samples_of(feed, axes) for feed in feeds])
+    return agreement_of(run_both(reference, candidate, inputs=feeds, settings=settings), axes)
+
+
+def agreement_of(both: Both, axes: Axes | None = None) -> Agreement:
+    """Compare the outputs of two models that ran on inputs which nothing was fitted to; `axes` as for `agreement`."""
+    names = list(both.runs[0][0])
+    dense, other = ([[batch[name] for name in names] for batch in batches] for batches in both.runs)
+    return compared(dense, other, [samples_of(feed, axes) for feed in both.feeds])
 
 
 def compared(

@@ -180,11 +180,47 @@ def parity(
 
     """
     limits = tolerance if isinstance(tolerance, Tolerances) else Tolerances(tolerance)
+    return parity_of(
+        run_both(reference, candidate, inputs=inputs, batches=batches, limits=limits, settings=settings), limits, axes
+    )
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two models that ran on the same inputs.
+
+    Attributes:
+        reference: the file of the model to compare with.
+        candidate: the file of the model that is compared.
+        feeds: the inputs of every run, by name.
+        runs: the outputs of both models by name, one mapping for each run.
+        axes: the batch axis of each input, as the graph suggests.
+
+    """
+
+    reference: Path
+    candidate: Path
+    feeds: Sequence[Mapping[str, np.ndarray]]
+    runs: tuple[Sequence[Mapping[str, np.ndarray]], Sequence[Mapping[str, np.ndarray]]]
+    axes: Axes
+
+
+def run_both(
+    reference: Path | str,
+    candidate: Path | str,
+    *,
+    inputs: Sequence[Mapping[str, np.ndarray]] | None = None,
+    batches: Sequence[int] = (1, 7),
+    limits: Tolerances | None = None,
+    settings: Session | None = None,
+) -> Both:
+    """Run two models on the same inputs, for `parity_of` and `agreement_of`; arguments and errors are those of `parity`."""
     settings = settings or Session()
     first, second = (open_session(path, settings=settings) for path in (reference, candidate))
     _require_same_signature(first, second)
     require_tensors(reference, first)
-    limits.check([entry.name for entry in first.get_outputs()])
+    if limits is not None:
+        limits.check([entry.name for entry in first.get_outputs()])
     feeds = list(inputs) if inputs is not None else [random_inputs(first, batch) for batch in batches]
     if not feeds:
         raise ModelError("nothing to compare: expected at least one set of inputs, got none")
@@ -194,21 +230,27 @@ def parity(
     for path, session in ((reference, first), (candidate, second)):
         with naming(path):
             runs.append([run(session, feed) for feed in feeds])
-    first_runs, second_runs = runs
-    for path, results in ((reference, first_runs), (candidate, second_runs)):
+    for path, results in zip((reference, candidate), runs, strict=True):
         _require_finite_weights(Path(path), results)
-    names = [entry.name for entry in first.get_outputs()]
-    axes = deduced_axes({entry.name: entry.shape for entry in first.get_inputs()}) if axes is None else axes
+    axes = deduced_axes({entry.name: entry.shape for entry in first.get_inputs()})
+    return Both(Path(reference), Path(candidate), feeds, (runs[0], runs[1]), axes)
+
+
+def parity_of(both: Both, tolerance: Tolerances | None = None, axes: Axes | None = None) -> Parity:
+    """Compare every output of two models that ran; arguments and errors are those of `parity`."""
+    limits = tolerance or Tolerances(None)
+    first_runs, second_runs = both.runs
+    axes = both.axes if axes is None else axes
     outputs = [
         compare(name, [arrays[name] for arrays in first_runs], [arrays[name] for arrays in second_runs], limits)
-        for name in names
+        for name in first_runs[0]
     ]
     if not any(array.size for arrays in first_runs for array in arrays.values()):
         raise ModelError("nothing to compare: no output had a value in any run; give inputs of your own")
     return Parity(
-        reference=Path(reference).name,
-        candidate=Path(candidate).name,
-        batches=tuple(samples_of(feed, axes) for feed in feeds),
+        reference=both.reference.name,
+        candidate=both.candidate.name,
+        batches=tuple(samples_of(feed, axes) for feed in both.feeds),
         tolerance=limits.relative_l2,
         outputs=tuple(outputs),
     )

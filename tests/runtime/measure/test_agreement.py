@@ -87,7 +87,7 @@ def test_models_are_run_on_the_inputs(tmp_path):
     result = agreement(tmp_path / "a.onnx", tmp_path / "b.onnx", feeds)
     assert (result.samples, result.agreement) == (8, 1.0)
     assert result.difference == pytest.approx(0.5)
-    with pytest.raises(ModelError, match="expected one or more batches of inputs"):
+    with pytest.raises(ModelError, match="nothing to compare: expected at least one set of inputs"):
         agreement(tmp_path / "a.onnx", tmp_path / "b.onnx", [])
 
 
