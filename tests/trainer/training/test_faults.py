@@ -37,6 +37,7 @@ def train(folder, most, out, error, options):
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # not those forked
     os.chdir(folder)
     if most is not None:
+        sys.dont_write_bytecode = True  # Python would leave files of bytecode that are cut off
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is not looked through at the end of every phase
