@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.float16 import holds_fp16, remember
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import batch_of, random_inputs
@@ -88,7 +88,7 @@ def time_models(
 def time_in_fresh_process(paths: Sequence[Path | str], settings: Session, timing: Timing) -> Turns:
     """Do the same as `time_models` in a fresh process."""
     request = _request(paths, settings) | {"timing": asdict(replace(timing, values={}))}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         if timing.values:
             request["values"] = save_values(timing.values, Path(folder))
         return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request)))
