@@ -95,7 +95,8 @@ def planned(dense: Any, target: dict[str, float], way: Way, inputs: Any, options
         stack.enter_context(patch.object(planner, "measured_losses", in_proportion if way.proportional else measured_losses))
         if not way.corrections:
             stack.enter_context(patch.object(verified_choice, "_CORRECTIONS", 0))
-        return planner.plan_network(dense, target, search, calibration=inputs, conditions=Conditions(Timing(), ONE_THREAD))
+        conditions = Conditions(Timing(), ONE_THREAD)
+        return planner.plan_network(dense, target, search, calibration=inputs, conditions=conditions, judge=False)
 
 
 def measured(path: Path, target: dict[str, float], options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -292,7 +292,7 @@ class Statistics:
         from scipy.linalg.blas import ssyrk
 
         self.count += len(x)
-        self._xx = ssyrk(1.0, x.T, 1.0, self._xx, lower=True, overwrite_c=True)  # half the time of a product
+        self._xx = ssyrk(1.0, x.T, 1.0, self._xx, lower=True, overwrite_c=True)  # one half of a symmetric matrix
         self._symmetric = False
         self.xy += x.T @ y
         self.x += x.sum(0, dtype=np.float64)
