@@ -145,3 +145,10 @@ def test_lines_of_the_project_documents_have_at_most_100_characters():
         if len(line) > 100
     ]
     assert long == []
+
+
+def test_torch_does_not_take_a_folder_of_tests_for_triton():
+    """Pytest puts a folder with tests on the path, and torch looks there for the package `triton`."""
+    assert not list((ROOT / "tests" / "runtime").glob("test_*.py")), (
+        "move these into a folder: tests/runtime/triton is no package"
+    )

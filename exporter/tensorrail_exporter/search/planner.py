@@ -171,7 +171,8 @@ def _timed(
         return Candidates(forms, faster, Losses("", {}), table, dense, _scale(options, table, dense.milliseconds))
 
     bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
-    cheapest = {layer: _cheapest(forms) for layer, forms in options.items()}
+    wanted = {layer: thinned(forms) for layer, forms in options.items()} if roughly else options
+    cheapest = {layer: _cheapest(forms) for layer, forms in wanted.items()}
     for attempt in range(_SKETCHES if bounding and not settings.on_gpu and table.lacks(cheapest) else 0):
         rough = table.sketch(cheapest, settings, _SKETCH_SECONDS, progress)
         if rough is None:
@@ -188,7 +189,6 @@ def _timed(
         require_reachable({"latency": targets["latency"]}, candidates(smallest, table), search, beyond=_FAR)
     else:
         share = 0.0
-    wanted = {layer: thinned(forms) for layer, forms in options.items()} if roughly else options
     table.measure(wanted, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
     timed = candidates(options, table.with_estimates(options) if roughly else table)
     require_reachable(targets, timed, search)
