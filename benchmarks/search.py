@@ -107,6 +107,7 @@ def measured(path: Path, target: dict[str, float], options: argparse.Namespace, 
     with np.load(path.with_suffix(".test.npz")) as arrays:
         labelled = "labels" in arrays
     test = Labelled.load(path.with_suffix(".test.npz")) if labelled else None
+    dense_top1 = None if test is None else evaluate(path, test).mean
     parts = split(inputs, dense)
     records, files = [], [path]
     for way in WAYS:
@@ -130,7 +131,7 @@ def measured(path: Path, target: dict[str, float], options: argparse.Namespace, 
             "agreement": found.agreement,
             "difference": found.difference,
             "top1": None if test is None else evaluate(files[-1], test).mean,
-            "dense_top1": None if test is None else evaluate(path, test).mean,
+            "dense_top1": dense_top1,
             "file": files[-1].name,
         }
     times = bench(files, Timing(seconds=options.bench_seconds, processes=5), ONE_THREAD) if len(files) > 1 else None

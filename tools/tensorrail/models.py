@@ -89,6 +89,8 @@ def load_to_search(path: Path, timing: Timing, progress: Progress) -> onnx.Model
     from tensorrail_exporter.rewrite.survey import with_known_axes
 
     graph = load_model(path)
+    if fault := weight_fault(graph):
+        raise ModelError(f"{path}: {fault}")
     for line in open_axes(graph, timing.shapes):
         progress("note", 1.0, f"warning: {line}")
     return with_known_axes(graph, timing.batch, timing.shapes, timing.values)

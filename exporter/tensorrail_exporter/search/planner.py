@@ -112,7 +112,8 @@ def plan_network(
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         size = _counted(dense, targets, conditions.timing)
-        roughly = _roughly(targets, search)
+        # Without a target on the latency, times only tell which forms are slower than their dense layers.
+        roughly = "latency" not in targets and search.max_loss is None
         seconds = search.check_seconds / 2 if roughly else search.check_seconds
         processes = min(max(int(seconds), 1), _PROCESSES)
         timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
@@ -162,8 +163,7 @@ def _timed(
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(options))
-    roughly = _roughly(targets, search)
-    seconds = search.seconds * _ROUGHLY if roughly else search.seconds
+    seconds = search.seconds * _ROUGHLY if table.rough else search.seconds
     settings, progress = conditions.settings, conditions.progress
 
     def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]], table: LatencyTable) -> Candidates:
@@ -171,7 +171,7 @@ def _timed(
         return Candidates(forms, faster, Losses("", {}), table, dense, _scale(options, table, dense.milliseconds))
 
     bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
-    wanted = {layer: thinned(forms) for layer, forms in options.items()} if roughly else options
+    wanted = {layer: thinned(forms) for layer, forms in options.items()} if table.rough else options
     cheapest = {layer: _cheapest(forms) for layer, forms in wanted.items()}
     for attempt in range(_SKETCHES if bounding and not settings.on_gpu and table.lacks(cheapest) else 0):
         rough = table.sketch(cheapest, settings, _SKETCH_SECONDS, progress)
@@ -190,14 +190,9 @@ def _timed(
     else:
         share = 0.0
     table.measure(wanted, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
-    timed = candidates(options, table.with_estimates(options) if roughly else table)
+    timed = candidates(options, table.with_estimates(options) if table.rough else table)
     require_reachable(targets, timed, search)
     return timed
-
-
-def _roughly(targets: Mapping[str, float], search: Search) -> bool:
-    """Return whether times only tell which forms are slower than their dense layers: where no target is on the latency."""
-    return "latency" not in targets and search.max_loss is None
 
 
 def _cheapest(options: Sequence[Option]) -> tuple[Option, ...]:

@@ -83,7 +83,7 @@ def compress(
         require_writable(path, model, target, calibration, data)
     conditions = options.conditions(Timing())
     conditions = replace(conditions, timing=replace(conditions.timing, processes=conditions.timing.processes or _PROCESSES))
-    with as_file(model) as path:
+    with as_file(model, any_weights=True) as path:  # they are checked once the model is loaded
         samples = options.fit.samples or _SAMPLES
         inputs = as_calibration(calibration, path, samples, options.inputs, classes=search.metric is None)
         conditions = replace(

@@ -53,7 +53,7 @@ def plan(
     search = options.search or Search()
     search.check(target or {})
     conditions = options.conditions(Timing())
-    with as_file(model) as path:
+    with as_file(model, any_weights=True) as path:  # they are checked once the model is loaded
         samples = options.fit.samples or _SAMPLES
         inputs = as_calibration(calibration, path, samples, options.inputs, classes=search.metric is None)
         timing = timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)

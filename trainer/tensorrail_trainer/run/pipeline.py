@@ -9,7 +9,6 @@ one.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from tensorrail_runtime.measure.placement import Placement, placement, time_shar
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_trainer._compat_accelerate import forget_other_precision
 from tensorrail_trainer.admm.admm import ADMM
@@ -368,7 +368,7 @@ class _Training:
 
 
 def export_all(
-    trained: Trained, data: Dataset, folder: Path, scratch: Path, form: Export, progress: Progress
+    trained: Trained, data: Dataset, folder: Path, temporary: Path, form: Export, progress: Progress
 ) -> tuple[Factored, dict[str, Path]]:
     """Export `dense.onnx`, `model.onnx` and the network to compare with.
 
@@ -376,7 +376,7 @@ def export_all(
         trained: the trained networks.
         data: the data set, for an example input.
         folder: the folder of the run.
-        scratch: a folder for `before cut` and `after cut`, which are only used to measure the approximation error.
+        temporary: a folder for `before cut` and `after cut`, which are only used to measure the approximation error.
         form: the form in which the cores run.
         progress: is told of layers that stay dense.
 
@@ -395,7 +395,7 @@ def export_all(
         save_model(tracing.graph(trained.dense), folder / name)
     factored = _in_form(dense, trained, form, progress)
     save_model(factored.model, folder / "model.onnx")
-    paths |= {"before cut": scratch / "before_cut.onnx", "after cut": scratch / "after_cut.onnx"}
+    paths |= {"before cut": temporary / "before_cut.onnx", "after cut": temporary / "after_cut.onnx"}
     graph = tracing.graph(trained.uncut)
     save_model(graph, paths["before cut"])
     cut = swap(to_dense(trained.uncut), trained.plan, roots=trained.roots)
@@ -458,9 +458,9 @@ def run(
         return None
     sample = data.example(33).numpy()
     feeds = [{"image": sample[:1]}, {"image": sample[1:]}]
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch() as temporary:
         progress("exporting to ONNX", 0.0)
-        factored, paths = export_all(trained, data, folder, Path(scratch), recipe.export, progress)
+        factored, paths = export_all(trained, data, folder, Path(temporary), recipe.export, progress)
         progress("checking parity and accuracy in ONNX Runtime", 0.0)
         approximation = parity(paths.pop("before cut"), paths.pop("after cut"), inputs=feeds, tolerance=None)
     numerical = parity(paths["dense form"], paths["factored"], inputs=feeds, tolerance=recipe.targets.numerical_error)
