@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--inputs", type=Path, help="An npz file with arrays by input name, or a folder of files or images.")
     parser.add_argument("--latency", type=float, default=1.5, help="How many times lower the latency should be.")
-    parser.add_argument("--seconds", type=float, default=10.0, help="Seconds of timing the layers, and of each comparison.")
+    parser.add_argument("--seconds", type=float, default=10.0, help="Seconds of each step that takes its time.")
     parser.add_argument("--out", type=Path, default=Path("model.onnx"))
     options = parser.parse_args()
     if options.model is None:
@@ -62,7 +62,7 @@ def main() -> None:
 
     settings = tr.Options(
         timing=tr.Timing(seconds=options.seconds),
-        search=tr.Search(seconds=options.seconds, check_seconds=options.seconds),
+        search=tr.Search(seconds=options.seconds, improve_seconds=options.seconds, check_seconds=options.seconds),
         fit=tr.Fit(seconds=0),  # 0: cores are fitted layer by layer, in NumPy; a further fit needs torch
     )
     target = {"latency": options.latency}

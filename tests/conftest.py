@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import json
 import math
 import multiprocessing.forkserver
@@ -39,27 +40,28 @@ def pytest_collection_finish():
     """Keep the collector from looking at all that was imported, which lives to the end, again and again."""
     gc.collect()
     gc.freeze()
+    _FROZEN.append(len(sys.modules))
 
 
 @pytest.fixture(autouse=True)
-def exporter_is_frozen():
-    """Do the same once for torch's exporter, which is imported by the first export."""
+def imports_are_frozen():
+    """Do the same again after tests that import much, such as torch's exporter."""
     yield
-    if "torch._dynamo" in sys.modules and not _FROZEN:
-        _FROZEN.append("torch._dynamo")
+    if len(sys.modules) > _FROZEN[-1] + _MANY:
         pytest_collection_finish()
 
 
-_FROZEN: list[str] = []
+_FROZEN: list[int] = []  # modules that were there at each time
+_MANY = 50
 
 
 @pytest.fixture(autouse=True)
 def own_modules_are_forgotten(tmp_path_factory):
     """Take back the modules that a test writes and imports: another test may write one of the same name."""
-    before = set(sys.modules)
+    last = next(reversed(sys.modules))
     yield
     folder = str(tmp_path_factory.getbasetemp())
-    for name in sys.modules.keys() - before:
+    for name in list(itertools.takewhile(lambda name: name != last, reversed(sys.modules))):  # those that are new
         if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
             del sys.modules[name]
 

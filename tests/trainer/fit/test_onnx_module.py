@@ -429,9 +429,9 @@ def as_type(model, dtype):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind, **options):
+    def __init__(self, kind, layers, **options):
         super().__init__()
-        self.rnn = kind(5, 6, 2, batch_first=True, **options)
+        self.rnn = kind(5, 6, layers, batch_first=True, **options)
         self.head = nn.Linear(6 * (1 + self.rnn.bidirectional), 3)
 
     def forward(self, x):
@@ -456,8 +456,8 @@ class Attention(nn.Module):
 NETWORKS = {
     "small resnet": (lambda: SmallResNet(3, 10, (8, 16), 1, 32), (3, 32, 32)),
     "resnet-18": (lambda: resnet18(3, 10, width=8), (3, 64, 64)),
-    "lstm": (lambda: Recurrent(nn.LSTM), (3, 5)),
-    "gru, both directions": (lambda: Recurrent(nn.GRU, bidirectional=True), (3, 5)),
+    "lstm": (lambda: Recurrent(nn.LSTM, 2), (3, 5)),
+    "gru, both directions": (lambda: Recurrent(nn.GRU, 1, bidirectional=True), (3, 5)),
     "attention": (Attention, (3, 16, 16)),
 }
 

@@ -431,7 +431,17 @@ def test_cores_of_a_weight_of_zeros_are_zero_together_and_train(form_name):
     assert model[0].dense_weight().abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "form"), [("0", "tt"), ("0", "tr"), ("0", "tucker"), ("0", "cp"), ("0", "svd"), ("2", "ttm")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("0", "tt"),
+        pytest.param("0", "tr", marks=pytest.mark.slow),
+        pytest.param("0", "tucker", marks=pytest.mark.slow),
+        ("0", "cp"),
+        pytest.param("0", "svd", marks=pytest.mark.slow),
+        ("2", "ttm"),
+    ],
+)
 def test_layers_of_cores_compile_without_breaks_at_any_batch_size(name, form, monkeypatch):
     dense_is_faster = form not in {"tr", "tucker", "ttm"}
     monkeypatch.setattr(layers, "_dense_is_faster", lambda *_: dense_is_faster)

@@ -67,7 +67,7 @@ def train(model, steps=5):
     ("kind", "bidirectional"),
     [
         pytest.param(nn.LSTM, True, id="LSTM, bidirectional"),
-        pytest.param(nn.GRU, False, id="GRU, forward"),
+        pytest.param(nn.GRU, False, id="GRU, forward", marks=pytest.mark.slow),
         pytest.param(nn.LSTM, False, id="LSTM, forward", marks=pytest.mark.slow),
         pytest.param(nn.GRU, True, id="GRU, bidirectional", marks=pytest.mark.slow),
     ],

@@ -72,9 +72,10 @@ def test_whole_networks_in_three_modes(name, weights, macs, ratios, networks):
     assert (round(dense_weights / weights, 2), round(dense_macs / macs, 2)) == ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights", "macs"),
-    [("resnet18", 4_219_881, 787_644_276), pytest.param("resnet50", 8_555_500, 2_118_155_728, marks=pytest.mark.slow)],
+    [("resnet18", 4_219_881, 787_644_276), ("resnet50", 8_555_500, 2_118_155_728)],
 )
 def test_graphs_of_whole_networks_cost_as_published(name, weights, macs, networks, tmp_path):
     model, layers = networks[name]
