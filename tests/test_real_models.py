@@ -172,7 +172,7 @@ def test_the_ranks_of_cosines_are_compared(real):
 
 
 def request(real, folder, do="compress"):
-    return real.child.Request(do, "dense.onnx", str(folder / "out.onnx"), "inputs.npz", {}, 2.0, 0.97, 0.15, 1.0, "")
+    return real.child.Request(do, "dense.onnx", str(folder / "out.onnx"), "inputs.npz", {}, 0.97, 0.15, 1.0, "")
 
 
 def test_a_refusal_is_an_answer_and_a_crash_is_recorded(real, tmp_path, monkeypatch):
@@ -189,21 +189,22 @@ def test_a_refusal_is_an_answer_and_a_crash_is_recorded(real, tmp_path, monkeypa
     assert crashed["peak_mib"] > 1
 
 
-def test_targets_are_tried_until_a_model_is_good(real, tmp_path, monkeypatch):
-    good = {"written": True, "accepted": True, "faster": True, "ended": "done"}
-    answers = {2.0: {"written": False, "ended": "done"}, 1.5: good | {"accepted": False}}
-    monkeypatch.setattr(real.measure, "process", lambda asked, *_: dict(answers.get(asked.target, good)))
-    how = real.measure.How(1.0, 1.0, 60.0, (2.0, 1.5, 1.25, 1.1), tmp_path)
-    assert [answer["good"] for answer in real.measure.compressed(request(real, tmp_path), tmp_path, how)] == [
-        False,
-        False,
-        True,
-    ]
+def test_the_fastest_model_that_agrees_is_asked_for(real, tmp_path, monkeypatch):
+    asked = {}
+
+    def refuse(*arguments, **options):
+        asked.update(options, arguments=arguments)
+        raise tr.TargetError("nothing is faster")
+
+    monkeypatch.setattr(real.child.tr, "compress", refuse)
+    assert real.child.carried_out(request(real, tmp_path)) == {"written": False, "message": "nothing is faster"}
+    assert asked["arguments"] == ("dense.onnx", str(tmp_path / "out.onnx"))  # no target
+    assert asked["options"].guard == tr.Guard(min_agreement=0.97, max_difference=0.15)
 
 
 def record(name="net", *, good=True, quality=0.99, low=1.2):
     message = "" if good else "at most 1.10×"
-    tried = {"step": "latency=2", "ended": "done", "written": good, "good": good, "message": message}
+    tried = {"step": "compress", "ended": "done", "written": good, "good": good, "message": message}
     tried |= {"cpu_seconds": 42.0, "peak_mib": 300.0}
     tried |= {"rewritten": 3, "eligible": 9, "macs_reduction": 2.5, "predicted": 1.9, "agreement": 0.98, "difference": 0.05}
     inputs = {"calibration": 96, "aside": 128, "samples": "words", "metric": "strings read"}
@@ -215,7 +216,7 @@ def record(name="net", *, good=True, quality=0.99, low=1.2):
         "macs": 5_000_000,
         "quality": {"dense": 1.0} | ({"factored": quality} if good else {}),
         "failed": {"dynamic int8": "no kernel"},
-        "tries": [tried],
+        "call": tried,
         "chosen": tried if good else None,
         "speed": {"dense": [2.0, 1, 1, 1]} | ({"factored": [1.0, 2.0, low, 2.1]} if good else {}),
     }
@@ -228,7 +229,7 @@ def test_tables_have_as_many_cells_as_heads_and_say_what_was_refused(real, machi
     for lines in tables:
         assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "| a | 3 / 9 | 2.50 | 1.90× | 2.00× [1.20, 2.10] | 1.000 | 0.990 |" in page
-    assert "- b, latency=2: at most 1.10×" in page
+    assert "- b: at most 1.10×" in page
     assert "- a, dynamic int8: no kernel" in page
     assert "| fails | – |" in page
 

@@ -34,8 +34,6 @@ class Request:
     """An npz file of inputs."""
     shapes: dict[str, list[int]]
     """Shapes of inputs with dynamic axes besides the batch."""
-    target: float
-    """The latency target of `compress`."""
     min_agreement: float
     """Smallest share of inputs with the same best class."""
     max_difference: float
@@ -61,9 +59,7 @@ def carried_out(request: Request) -> dict[str, Any]:
         options = replace(options, inputs=tr.InputRules(**request.rules))
     try:
         if request.do == "compress":
-            report = tr.compress(
-                request.model, request.out, {"latency": request.target}, calibration=request.calibration, options=options
-            )
+            report = tr.compress(request.model, request.out, calibration=request.calibration, options=options)
             print(report)
             return {"written": True, "message": last_words(report), **facts(report)}
         if request.do == "static int8":

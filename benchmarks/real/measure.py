@@ -21,8 +21,6 @@ from real.child import Request
 from real.network import Data, Network, Packages, outputs_of
 from tensorrail_runtime.records import write_text
 
-TARGETS = (2.0, 1.5, 1.25, 1.1)
-"""Latency targets, in the order in which they are tried."""
 MIN_AGREEMENT, MAX_DIFFERENCE = 0.95, 0.15
 """A model is accepted if its outputs agree with the dense model's so closely; the same for all networks."""
 INT8 = ("static int8", "dynamic int8")
@@ -38,8 +36,6 @@ class How:
     """Seconds of the interleaved comparison at the end."""
     limit: float
     """Seconds after which a process is stopped."""
-    targets: tuple[float, ...]
-    """Latency targets, in the order in which they are tried."""
     cache: Path
     """Folder of latency tables."""
 
@@ -63,12 +59,13 @@ def measured(name: str, network: Network, packages: Packages, folder: Path, how:
         "compress",
         *(str(path) for path in (dense, folder / "factored.onnx", inputs)),
         {key: list(shape) for key, shape in network.shapes.items()},
-        *(0.0, MIN_AGREEMENT, MAX_DIFFERENCE, max(2.0, how.seconds / 4), str(how.cache)),
+        *(MIN_AGREEMENT, MAX_DIFFERENCE, max(2.0, how.seconds / 4), str(how.cache)),
         {key: dict(values) for key, values in network.rules.items()},
     )
-    tries = compressed(request, folder, how)
+    call = process(request, folder, "compress", how.limit)
+    call["good"] = call["written"] and call["accepted"] and call["faster"]
     models = {"dense": dense}
-    if (chosen := tries[-1])["good"]:
+    if call["good"]:
         models["factored"] = folder / "factored.onnx"
     int8 = {}
     for kind in INT8:
@@ -89,26 +86,11 @@ def measured(name: str, network: Network, packages: Packages, folder: Path, how:
         "metric": network.quality,
         "quality": quality,
         "failed": failed | {kind: answer["message"] for kind, answer in int8.items() if not answer["written"]},
-        "tries": tries,
+        "call": call,
         "int8": int8,
-        "chosen": chosen if chosen["good"] else None,
+        "chosen": call if call["good"] else None,
         "speed": speeds(models, network, how.seconds),
     }
-
-
-def compressed(request: Request, folder: Path, how: How) -> list[dict[str, Any]]:
-    """Return the answers for targets in descending order, up to the first whose model is accepted and faster.
-
-    A process that crashed or was stopped ends the tries as well: another target would take as long.
-    """
-    tries: list[dict[str, Any]] = []
-    for target in how.targets:
-        answer = process(Request(**(asdict(request) | {"target": target})), folder, f"latency={target:g}", how.limit)
-        answer["good"] = answer["written"] and answer["accepted"] and answer["faster"]
-        tries.append(answer)
-        if answer["good"] or answer["ended"] != "done":
-            break
-    return tries
 
 
 def process(request: Request, folder: Path, name: str, limit: float) -> dict[str, Any]:

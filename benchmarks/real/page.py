@@ -31,15 +31,14 @@ def text(records: Sequence[Record], where: Machine, seconds: float) -> str:
         f"{where.onnxruntime}, CPU provider, one thread, batch 1; dense, factored and int8 models in turns, {seconds:g} s, "
         "in five fresh processes. The networks are those that packages on PyPI carry. A model is accepted if the best class "
         f"is the dense model's on at least {100 * MIN_AGREEMENT:g} % of the calibration inputs set aside, where outputs are "
-        f"scores of classes, and outputs differ by at most {MAX_DIFFERENCE:g} (relative L2). Of the targets "
-        f"{_targets(records)} the first is taken whose model is accepted and faster. The quality is measured on other "
-        "inputs, which compression never saw."
+        f"scores of classes, and outputs differ by at most {MAX_DIFFERENCE:g} (relative L2); `compress` looks for the "
+        "fastest such model. The quality is measured on other inputs, which compression never saw."
     )
     lines = ["# Networks from packages on PyPI", "", *textwrap.wrap(head, _WIDTH, break_long_words=False), ""]
     lines += ["## Result", "", *textwrap.wrap(sentence(records), _WIDTH), "", *summary(records)]
     lines += ["", "Speed-ups are dense time divided by time, with their 95 % interval; quality is as below.", ""]
     lines += ["## Beside int8", "", *beside_int8(records), "", "## Inputs and quality", "", *inputs(records)]
-    lines += ["", "## Every call of `compress`", "", *calls(records), "", *said(records)]
+    lines += ["", "## What `compress` reported", "", *calls(records), "", *said(records)]
     return "\n".join(lines) + "\n"
 
 
@@ -85,21 +84,21 @@ def inputs(records: Sequence[Record]) -> list[str]:
 
 
 def calls(records: Sequence[Record]) -> list[str]:
-    """Return the table of all calls of `compress`."""
+    """Return the table of the calls of `compress`."""
     lines = [
-        "| network | target | ended | CPU time (s) | peak memory (MiB) | agreement | difference | speed-up in its report |",
-        "|---" * 8 + "|",
+        "| network | ended | CPU time (s) | peak memory (MiB) | agreement | difference | speed-up in its report |",
+        "|---" * 7 + "|",
     ]
     for record in records:
-        for answer in record["tries"]:
-            ended = "accepted" if answer["good"] else "not accepted" if answer["written"] else _ended(answer)
-            agreement, difference = answer.get("agreement"), answer.get("difference")
-            lines.append(
-                f"| {record['network']} | {answer['step']} | {ended} | {answer['cpu_seconds']:.0f} | {answer['peak_mib']:.0f} "
-                f"| {'–' if agreement is None else f'{100 * agreement:.1f} %'} "
-                f"| {'–' if difference is None else f'{difference:.3f}'} "
-                f"| {'{:.2f}× [{:.2f}, {:.2f}]'.format(*answer['measured']) if 'measured' in answer else '–'} |"
-            )
+        call = record["call"]
+        ended = "accepted" if call["good"] else "not accepted" if call["written"] else _ended(call)
+        agreement, difference = call.get("agreement"), call.get("difference")
+        lines.append(
+            f"| {record['network']} | {ended} | {call['cpu_seconds']:.0f} | {call['peak_mib']:.0f} "
+            f"| {'–' if agreement is None else f'{100 * agreement:.1f} %'} "
+            f"| {'–' if difference is None else f'{difference:.3f}'} "
+            f"| {'{:.2f}× [{:.2f}, {:.2f}]'.format(*call['measured']) if 'measured' in call else '–'} |"
+        )
     return lines
 
 
@@ -107,7 +106,7 @@ def said(records: Sequence[Record]) -> list[str]:
     """Return the reasons that were given, as a list."""
     lines = []
     for record in records:
-        answers = [(f"{record['network']}, {answer['step']}", answer["message"]) for answer in record["tries"]]
+        answers = [(record["network"], record["call"]["message"])]
         answers += [(f"{record['network']}, {kind}", reason) for kind, reason in record["failed"].items()]
         for what, reason in answers:
             if reason:
@@ -118,9 +117,9 @@ def said(records: Sequence[Record]) -> list[str]:
 def sentence(records: Sequence[Record]) -> str:
     """Return what was found in one or two sentences."""
     good = [record for record in records if kept(record)]
-    refused = [record for record in records if record["chosen"] is None and all(t["ended"] == "done" for t in record["tries"])]
+    refused = [record for record in records if record["chosen"] is None and record["call"]["ended"] == "done"]
     others = [record["network"] for record in records if record not in good and record not in refused]
-    soon = sum(record["tries"][-1]["cpu_seconds"] <= _SOON for record in refused)
+    soon = sum(record["call"]["cpu_seconds"] <= _SOON for record in refused)
     speeds = sorted(record["speed"]["factored"][1] for record in good)
     words = [f"Of {len(records)} networks, {len(good)} run faster with at least {100 * KEPT:g} % of their quality"]
     if good:
@@ -147,11 +146,6 @@ def with_sentence(readme: str, records: Sequence[Record]) -> str:
     _, _, after = rest.partition(END)
     linked = f"Networks from production ([results/real-models.md](results/real-models.md)): {sentence(records)}"
     return "\n".join([before + BEGIN, *textwrap.wrap(linked, _WIDTH, break_on_hyphens=False), END]) + after
-
-
-def _targets(records: Sequence[Record]) -> str:
-    steps = sorted({answer["step"] for record in records for answer in record["tries"]}, reverse=True)
-    return ", ".join(steps)
 
 
 def _ended(answer: Record) -> str:

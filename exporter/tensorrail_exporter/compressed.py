@@ -7,8 +7,8 @@ from typing import Literal
 from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.precision.reduce import PrecisionReport
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
+from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
-from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.measure.accuracy import Comparison
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.latency import LatencyReport
@@ -16,36 +16,6 @@ from tensorrail_runtime.records import Record
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _COSTLY = 3  # layers that are named where a model is not accepted
-
-
-class Guard(Record):
-    """How closely the outputs must agree with the dense model's, on inputs that nothing was fitted to."""
-
-    min_agreement: float = 0.9
-    """Smallest share of inputs with the same best class, where outputs are scores of classes; default 0.9."""
-    max_difference: float | None = None
-    """Largest difference ‖b − a‖ / ‖a‖ of the outputs; default: no limit."""
-
-    def check(self) -> None:
-        """Raise `UsageError` for a limit that is out of range."""
-        if not 0 <= self.min_agreement <= 1:
-            raise UsageError(f"min_agreement: expected a share from 0 to 1, got {self.min_agreement:g}")
-        if self.max_difference is not None and not self.max_difference > 0:
-            raise UsageError(f"max_difference: expected a positive number, got {self.max_difference:g}")
-
-    def refusal(self, measured: Agreement) -> str:
-        """Return why a measured agreement is not enough; empty if it is."""
-        if measured.agreement is not None and measured.agreement < self.min_agreement:
-            return (
-                f"NOT accurate enough: the best class is the dense model's on {100 * measured.agreement:.1f} % of the inputs "
-                f"set aside, expected at least {100 * self.min_agreement:g} %"
-            )
-        if self.max_difference is not None and measured.difference > self.max_difference:
-            return (
-                f"NOT accurate enough: outputs differ by {measured.difference:.2e} on the inputs set aside, expected at most "
-                f"{self.max_difference:.2e}"
-            )
-        return ""
 
 
 class Ratios(Record):

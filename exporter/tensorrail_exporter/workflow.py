@@ -13,12 +13,13 @@ import onnx
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
 from tensorrail_exporter.calibrate.split import Split, split
-from tensorrail_exporter.compressed import CompressReport, Guard, Ratios
+from tensorrail_exporter.compressed import CompressReport, Ratios
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
 from tensorrail_exporter.search.divergence import Divergence
+from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.losses import check_metric, outputs_of
 from tensorrail_exporter.search.report import PlanReport, Size, times_less
 from tensorrail_exporter.search.targets import is_met

@@ -15,8 +15,9 @@ from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError
 from tensorrail_exporter import workflow as compressing
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import split
-from tensorrail_exporter.compressed import CompressReport, Guard
+from tensorrail_exporter.compressed import CompressReport
 from tensorrail_exporter.formats import contraction
+from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlanReport, Size
 from tensorrail_exporter.workflow import Compression, compress
 from tensorrail_runtime.errors import UsageError

@@ -112,7 +112,15 @@ def test_a_torch_module_can_be_planned(folder):
         (("plan", "missing.onnx", "--target", "latency=2"), "missing.onnx: cannot be read"),
         (("plan", "dense.onnx", "--target", "latency=2", "--format", "ttt"), "unknown format 'ttt'"),
         (("plan", "nowhere:make", "--shape", "x=3,8,8", "--target", "latency=2"), "cannot be imported"),
-        (("compress", "dense.onnx", "-o", "o.onnx"), "expected either --target latency=2.0"),
+        (("compress", "dense.onnx", "-o", "o.onnx"), "or --calibration for the fastest model that agrees"),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--plan", "p.json"),
+            "--plan plan.json, not both",
+        ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--calibration", "x.npz", "--min-agreement", "90"),
+            "min_agreement: expected a share from 0 to 1, got 90",
+        ),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int4"), "also: expected fp16 or int8"),
         (
             ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int8"),

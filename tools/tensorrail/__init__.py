@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tensorrail.verbs.run import run, train
     from tensorrail.verbs.serve import serve
     from tensorrail_exporter.calibrate.inputs import Calibration, load_calibration
-    from tensorrail_exporter.compressed import Guard
     from tensorrail_exporter.formats import FORMATS
     from tensorrail_exporter.graphs.io import load_model, save_model
     from tensorrail_exporter.plans.cores import load_cores, save_cores
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from tensorrail_exporter.precision.reduce import Quantization
     from tensorrail_exporter.rewrite.rewriter import decompose_graph, factorize, reconstruct
     from tensorrail_exporter.search.fastest_form import Form
+    from tensorrail_exporter.search.guard import Guard
     from tensorrail_exporter.search.targets import Search
     from tensorrail_runtime.errors import (
         CacheError,
@@ -161,7 +161,7 @@ _MODULES = {
         "Calibration",
         "load_calibration",
     ),
-    "tensorrail_exporter.compressed": ("Guard",),
+    "tensorrail_exporter.search.guard": ("Guard",),
     "tensorrail_exporter.formats": ("FORMATS",),
     "tensorrail_exporter.graphs.io": (
         "load_model",

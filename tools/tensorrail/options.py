@@ -11,7 +11,7 @@ from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.sessions.session import Session
 
 if TYPE_CHECKING:
-    from tensorrail_exporter.compressed import Guard
+    from tensorrail_exporter.search.guard import Guard
     from tensorrail_exporter.search.targets import Search
 
 

@@ -30,10 +30,12 @@ from tensorrail_exporter.rewrite.rewriter import with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.approximations import Approximations, InputMoments
 from tensorrail_exporter.search.divergence import Divergence, Outputs, require_classes, require_labels
+from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.options import Option
 from tensorrail_exporter.search.stitched import Change, StitchedNetwork
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import metric_of, sample_scores
+from tensorrail_runtime.measure.agreement import Agreement, compared, scores_of
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
@@ -148,6 +150,11 @@ class Probe:
         """
         outputs = self.outputs(choice, batches)
         return self.divergence.of(outputs) if batches is None else self.divergence.of_first(outputs)
+
+    def agreement(self, outputs: Outputs) -> Agreement:
+        """Return how far outputs for all inputs agree with the dense network's."""
+        dense, other = (list(zip(*values, strict=True)) for values in (self.divergence.dense, outputs))
+        return compared(dense, other, self.inputs.samples)
 
     def outputs(self, choice: Mapping[str, Option], batches: int | None = None) -> Outputs:
         """Return the outputs of the network with an option for each of some layers; `batches` as for `loss`."""
@@ -295,7 +302,13 @@ def check_metric(metric: str | None, calibration: Calibration | None) -> None:
     require_labels(metric, calibration.labels, calibration.count)
 
 
-def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Session, metric: str | None = None) -> None:
+def check_outputs(
+    model: onnx.ModelProto,
+    calibration: Calibration,
+    settings: Session,
+    metric: str | None = None,
+    guard: Guard | None = None,
+) -> None:
     """Check the outputs of the first batch, before anything is measured.
 
     Args:
@@ -303,8 +316,10 @@ def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Se
         calibration: the inputs.
         settings: how the model runs.
         metric: a metric that must be able to score the outputs; default: none.
+        guard: limits on the agreement of outputs, one of which must be for such outputs; default: none.
 
     Raises:
+        PlanError: the outputs are no scores of classes, and their difference is not limited.
         GraphError: an output is not finite, or has fewer classes than the labels.
         ModelError: the metric fails, or gives other than one finite number per sample.
 
@@ -316,6 +331,11 @@ def check_outputs(model: onnx.ModelProto, calibration: Calibration, settings: Se
             raise GraphError(
                 f"output {name!r} contains NaN or infinite values on the calibration inputs: losses cannot be measured"
             )
+    if guard is not None and guard.max_difference is None and scores_of([outputs[0]]) is None:
+        raise PlanError(
+            f"output {names[0]!r} holds no scores of classes, of which the best can be the same: give max_difference, the "
+            "largest relative difference of the outputs, such as 0.1, or a target"
+        )
     if metric is not None and calibration.labels is not None:
         sample_scores(metric, dict(zip(names, outputs, strict=True)), calibration.labels[: calibration.samples[0]])
     else:

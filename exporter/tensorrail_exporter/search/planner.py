@@ -98,6 +98,8 @@ def plan_network(
     batch, shapes = conditions.timing.batch, conditions.timing.shapes
     search.check(targets)
     check_metric(search.metric, calibration)
+    if search.guard is not None and (calibration is None or not calibration.count):
+        raise PlanError("how far outputs agree is measured on calibration inputs, got none: give some, or a target")
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
     layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
@@ -107,13 +109,13 @@ def plan_network(
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
-        check_outputs(model, calibration, settings.exact, search.metric)
+        check_outputs(model, calibration, settings.exact, search.metric, search.guard)
     with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
         size = _counted(dense, targets, conditions.timing)
         # Without a target on the latency, times only tell which forms are slower than their dense layers.
-        roughly = "latency" not in targets and search.max_loss is None
+        roughly = "latency" not in targets and search.max_loss is None and search.guard is None
         seconds = search.check_seconds / 2 if roughly else search.check_seconds
         processes = min(max(int(seconds), 1), _PROCESSES)
         timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
@@ -134,7 +136,7 @@ def plan_network(
             losses = measured_losses(faster, probe, progress)
         candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
-        best = _best(reports)
+        best = _best(reports, fastest=search.guard is not None)
         if judge and probe is not None and parts is not None:
             judging = Path(folder) / "aside"
             judging.mkdir()
@@ -245,7 +247,9 @@ def _search(
         reports.append(report)
         slower = () if search.allow_slower else report.slower
         to_correct = {*report.missed}
-        if "latency" in aims and report.reached["latency"] / targets["latency"] > _BEYOND:
+        if search.max_loss is not None or search.guard is not None:
+            to_correct.discard("latency")  # it is as fast as its loss allows
+        elif "latency" in aims and report.reached["latency"] / targets["latency"] > _BEYOND:
             to_correct.add("latency")
         if report.measured is None or not (to_correct or slower):
             break
@@ -260,9 +264,11 @@ def _search(
     return reports
 
 
-def _best(reports: Sequence[PlanReport]) -> PlanReport:
-    """Return the report with the least loss among those that meet all targets, else the one that comes closest."""
+def _best(reports: Sequence[PlanReport], *, fastest: bool) -> PlanReport:
+    """Return the report with the least loss, or time, among those that meet all targets, else the one that comes closest."""
     meeting = [report for report in reports if report.meets]
+    if meeting and fastest:
+        return min(meeting, key=lambda report: (len(report.slower), -report.reached["latency"]))
     if meeting:
         return min(meeting, key=lambda report: (len(report.slower), _loss(report)))
     return max(reports, key=lambda report: (_nearness(report), report.reached["latency"]))

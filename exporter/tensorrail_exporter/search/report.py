@@ -113,8 +113,9 @@ class VerifiedLoss(Record):
     """The loss of the chosen network as a whole, with all of its layers approximated, before cores are fitted.
 
     `predicted` is the sum of the losses of its layers, each measured alone. `samples` is the number of inputs that ranks were
-    chosen by, on which both were measured. `aside` compares the outputs on inputs that were not used for anything else; it is
-    None if there were too few inputs to set any aside (`too_few`), or if the network is compared later, as in `compress`.
+    chosen by, on which both were measured; `chosen` is the agreement on these, where the fastest network that agrees was
+    looked for. `aside` compares the outputs on inputs that were not used for anything else; it is None if there were too few
+    inputs to set any aside (`too_few`), or if the network is compared later, as in `compress`.
     """
 
     unit: str
@@ -122,6 +123,7 @@ class VerifiedLoss(Record):
     loss: float
     corrections: int  # how often the losses of layers were scaled and the choice repeated
     samples: int
+    chosen: Agreement | None = None
     aside: Agreement | None = None
     too_few: bool = False
 
@@ -131,6 +133,10 @@ class VerifiedLoss(Record):
             f"loss of the planned network ({self.unit}): predicted {self.predicted:.3g} from single layers, measured "
             f"{self.loss:.3g} on {self.samples} inputs"
         ]
+        if self.chosen is not None:
+            lines.append(
+                f"before cores are fitted, on the {self.samples} inputs that ranks were chosen by: {self.chosen.words()}"
+            )
         if self.too_few:
             lines.append("too few inputs to set any aside: the loss on other inputs is not known")
         if self.aside is not None:

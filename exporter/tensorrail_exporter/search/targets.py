@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tensorrail_exporter.search.guard import Guard
 from tensorrail_runtime.errors import PlanError
 
 TARGETS = ("latency", "flops", "params", "bytes")
@@ -41,6 +42,9 @@ class Search:
     """Name patterns (`*`, `?`) of layers that stay dense; default: none."""
     max_loss: float | None = None
     """Limit on the sum of losses: find the fastest network within it, with or without targets; default: no limit."""
+    guard: Guard | None = None
+    """Limits on how far outputs may be from the dense network's: find the fastest network within them, on the calibration
+    inputs that ranks are chosen by; default: none, so the least loss is looked for."""
     allow_slower: bool = False
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 150.0
@@ -76,7 +80,11 @@ class Search:
         """
         if self.max_loss is not None and not self.max_loss > 0:
             raise PlanError(f"max_loss: expected a positive number, got {self.max_loss:g}")
-        if not targets and self.max_loss is None:
+        if self.guard is not None:
+            self.guard.check()
+            if self.max_loss is not None:
+                raise PlanError("expected a limit on the loss or on the agreement of the outputs, got both: leave one out")
+        if not targets and self.max_loss is None and self.guard is None:
             raise PlanError(
                 f"expected a target, such as {', '.join(f'{name}=2.0' for name in TARGETS)}, or a max_loss; got none"
             )

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.search.fastest_agreeing import choose_fastest
 from tensorrail_exporter.search.losses import Probe
 from tensorrail_exporter.search.options import Option
 from tensorrail_exporter.search.refinement import Picks, corrected, improved, is_confirmed, marginal_losses
 from tensorrail_exporter.search.report import PlanReport, VerifiedLoss
 from tensorrail_exporter.search.selection import Candidates, pick, report_of, select
 from tensorrail_exporter.search.targets import Search
-from tensorrail_runtime.measure.agreement import compared
 from tensorrail_runtime.progress import Progress
 
 _CORRECTIONS = 3  # of the losses of layers, in one choice
@@ -46,6 +46,8 @@ def choose_verified(
     """
     if probe is None:
         return select(start, aims, candidates, search), candidates
+    if search.guard is not None:
+        return choose_fastest(start, aims, candidates, search, search.guard, probe, progress)
     tried: dict[Picks, float] = {}
     corrections = 0
     while True:
@@ -101,6 +103,5 @@ def with_inputs_set_aside(
     if inputs is None:
         return report.model_copy(update={"verified": verified.model_copy(update={"too_few": True})})
     aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder, probe.metric)
-    dense, other = (list(zip(*outputs, strict=True)) for outputs in (aside.divergence.dense, aside.outputs(choice)))
-    agreement = compared(dense, other, inputs.samples)
+    agreement = aside.agreement(aside.outputs(choice))
     return report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})

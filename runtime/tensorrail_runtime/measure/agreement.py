@@ -42,6 +42,10 @@ class Agreement(Record):
     def described(self) -> str:
         """Return one line for people."""
         count = f"{self.samples} inputs set aside" if self.samples != 1 else "1 input set aside"
+        return f"on {count}: {self.words()}"
+
+    def words(self) -> str:
+        """Return what was measured, without saying on which inputs."""
         words = []
         if self.agreement is not None:
             interval = f"[{100 * (self.agreement_low or 0.0):.1f}, {100 * (self.agreement_high or 0.0):.1f}]"
@@ -49,7 +53,7 @@ class Agreement(Record):
         words.append(
             f"outputs differ by {self.difference:.2e} [{self.difference_low:.2e}, {self.difference_high:.2e}] (relative L2)"
         )
-        return f"on {count}: {'; '.join(words)}"
+        return "; ".join(words)
 
 
 def scores_of(parts: Sequence[np.ndarray]) -> Scores | None:

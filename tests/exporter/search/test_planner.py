@@ -11,8 +11,11 @@ from conftest import make_model
 from onnx import helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
+from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.search import planner, selection, verification
+from tensorrail_exporter.search.fastest_agreeing import agrees
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
+from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.latency_table import LatencyTable, Timed
 from tensorrail_exporter.search.latency_table import _key as key_of
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
@@ -23,6 +26,7 @@ from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification, random_cores
 from tensorrail_runtime.errors import TargetError
 from tensorrail_runtime.measure import latency
+from tensorrail_runtime.measure.agreement import compared
 from tensorrail_runtime.measure.latency import Ratio
 from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.sessions.session import Session
@@ -229,6 +233,57 @@ def test_the_fastest_network_within_a_loss(network, known_times, tmp_path):
     assert large.planned.milliseconds < small.planned.milliseconds < small.dense.milliseconds
     with pytest.raises(PlanError, match="max_loss: expected a positive number, got -1"):
         plan_network(network, {}, Search(max_loss=-1.0))
+
+
+def inputs(rng, count=16):
+    return Calibration(({"x0": rng.standard_normal((count, 64, 12, 12)).astype(np.float32)},))
+
+
+def test_the_fastest_network_whose_outputs_agree(network, known_times, tmp_path, rng):
+    calibration, least = inputs(rng), {"latency": 1.05}
+    near, far = (
+        plan_network(
+            network,
+            least,
+            Search(grid=16, cache=tmp_path, guard=Guard(max_difference=limit), improve_seconds=1.0),
+            calibration=calibration,
+        )
+        for limit in (0.3, 0.8)
+    )
+    for report, limit in ((near, 0.3), (far, 0.8)):
+        assert report.verified.chosen.difference <= limit
+        assert report.verified.aside.samples == 4
+        assert "on the 4 inputs that ranks were chosen by: outputs differ by" in " ".join(str(report).split())
+    assert far.planned.milliseconds < near.planned.milliseconds < near.dense.milliseconds / 1.05
+    # The fastest choice of all agrees less.
+    cheapest = plan_network(network, {"latency": 1.05}, Search(grid=16, cache=tmp_path, max_loss=1e3), calibration=calibration)
+    assert cheapest.verified.aside.difference > 0.3
+
+
+def test_where_no_fast_network_agrees_that_is_said(network, known_times, tmp_path, rng):
+    search = Search(grid=16, cache=tmp_path, guard=Guard(max_difference=1e-6))
+    with pytest.raises(TargetError, match=r"the target latency=1.05 and agrees .* differ by at most 1e-06.* the best one"):
+        plan_network(network, {"latency": 1.05}, search, calibration=inputs(rng))
+
+
+def test_an_agreement_that_cannot_be_measured_is_refused_at_once(network, tmp_path, rng):
+    with pytest.raises(PlanError, match="is measured on calibration inputs, got none"):
+        plan_network(network, {}, Search(guard=Guard()))
+    with pytest.raises(PlanError, match=r"output 'out' holds no scores of classes.* give max_difference"):
+        plan_network(network, {}, Search(guard=Guard()), calibration=inputs(rng))
+    with pytest.raises(PlanError, match="limit on the loss or on the agreement of the outputs, got both"):
+        plan_network(network, {}, Search(guard=Guard(), max_loss=1.0), calibration=inputs(rng))
+
+
+def test_few_inputs_must_agree_better_than_the_limit():
+    """What is chosen for a share of exactly 90 % of 60 inputs has less on others as often as not."""
+    measured = [agreement_of_shares(share, count) for share, count in ((0.91, 60), (0.96, 60), (0.91, 6000), (1.0, 5))]
+    assert [agrees(one, Guard(min_agreement=0.9)) for one in measured] == [False, True, True, True]
+
+
+def agreement_of_shares(share, count):
+    rows = np.eye(2)[(np.arange(count) < share * count).astype(int)]
+    return compared([[np.tile([0.0, 1.0], (count, 1)) - 0.5]], [[rows - 0.5]], [count])
 
 
 def test_several_targets_hold_together(network, known_times, tmp_path):

@@ -68,10 +68,14 @@ def command(
     search: Any = Group(search_options),
     json: Json = None,
 ) -> None:
-    """Plan, decompose, rewrite, check and time. Exit code 1: the target, a speed-up or the agreement was not reached."""
+    """Plan, decompose, rewrite, check and time.
+
+    Without a target, it is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a speed-up
+    or the agreement was not reached.
+    """
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.compress import compress
-    from tensorrail_exporter.compressed import Guard
+    from tensorrail_exporter.search.guard import Guard
 
     targets = read_targets(target)
     _check_given(context, plan, calibration, has_target=bool(targets) or search.max_loss is not None)
@@ -84,11 +88,16 @@ def command(
 
 
 def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None, *, has_target: bool) -> None:
-    """Raise `UsageError` unless there is a target or a plan, and for an option that would have no effect."""
+    """Raise `UsageError` unless it is clear what is asked for, and for an option that would have no effect."""
     from tensorrail_runtime.errors import UsageError
 
-    if has_target == (plan is not None):
+    if has_target and plan is not None:
         raise UsageError("expected either --target latency=2.0 (or flops, params, bytes) or --plan plan.json, not both")
+    if not has_target and plan is None and calibration is None:
+        raise UsageError(
+            "expected either --target latency=2.0 (or flops, params, bytes), --plan plan.json, or --calibration for the "
+            "fastest model that agrees with the dense one"
+        )
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     for name in _OF_THE_SEARCH if plan is not None else ():

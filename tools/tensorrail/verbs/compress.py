@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from tensorrail_exporter.calibrate.inputs import Calibration
     from tensorrail_exporter.compressed import CompressReport
     from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.search.guard import Guard
     from tensorrail_exporter.search.report import PlanReport
+    from tensorrail_exporter.search.targets import Search
     from tensorrail_exporter.workflow import Refine
 
 _SAMPLES = 512
 _PROCESSES = 5
 _FIT_SECONDS = 120.0
+_FASTER = 1.05  # times: a smaller speed-up is not worth another model
 
 
 def compress(
@@ -45,7 +48,8 @@ def compress(
         model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         out: the file to write.
         target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; or a plan, or the
-            file of one; may be left out where `options.search.max_loss` is given.
+            file of one. Default, with calibration inputs: the fastest model whose outputs agree as `options.guard` asks for, at
+            least 1.05 times faster; with `options.search.max_loss`, the fastest within that loss.
         calibration: inputs: an npz file, a folder, or arrays. Cores are fitted to most of them; a quarter is set aside, and the
             agreement with the dense model is measured on these. Labels are needed for `options.search.metric` alone.
         data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`; scored by
@@ -65,8 +69,8 @@ def compress(
         GraphError: the model cannot be rewritten; nothing is written.
 
     """
-    from tensorrail_exporter.compressed import Guard
     from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.search.guard import Guard
     from tensorrail_exporter.search.planner import plan_network
     from tensorrail_exporter.search.targets import Search
     from tensorrail_exporter.workflow import Compression
@@ -76,7 +80,8 @@ def compress(
     search = options.search or Search()
     given = Plan.load(target) if isinstance(target, Path | str) else target
     if not isinstance(given, Plan):
-        search.check(given or {})
+        search, given = _aimed(search, given or {}, options.guard or Guard(), calibration)
+        search.check(given)
     _check_also(search.also, calibration)
     out = Path(out)
     for path in (out, *(_reduced_path(out, precision) for precision in search.also)):
@@ -103,7 +108,7 @@ def compress(
             chosen = given
         else:
             # The network is judged once its cores are fitted.
-            chosen = plan_network(graph, given or {}, search, calibration=inputs, conditions=conditions, judge=False)
+            chosen = plan_network(graph, given, search, calibration=inputs, conditions=conditions, judge=False)
             if not chosen.plan.layers:
                 raise TargetError("every layer stays dense: no form is faster here, and no model was written")
         guard = options.guard or Guard()
@@ -111,6 +116,19 @@ def compress(
         report = carry_out(graph, chosen, out, compression)
     once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
     return _reduced(report, out, search.also, inputs, test, once)
+
+
+def _aimed(
+    search: Search, target: Mapping[str, float], guard: Guard, calibration: object
+) -> tuple[Search, Mapping[str, float]]:
+    """Return what is searched for: without a target or a limit on the loss, the fastest model that agrees."""
+    if target or search.max_loss is not None:
+        return search, target
+    if calibration is None:
+        raise PlanError(
+            "expected a target, such as latency=2.0, or calibration inputs, for the fastest model that agrees; got neither"
+        )
+    return replace(search, guard=search.guard or guard), {"latency": _FASTER}
 
 
 def _reduced(
