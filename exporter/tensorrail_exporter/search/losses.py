@@ -20,13 +20,13 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run_to
-from tensorrail_exporter.calibrate.layerwise import dense_weights
+from tensorrail_exporter.calibrate.layerwise import dense_weights, fit
 from tensorrail_exporter.calibrate.metric import Moments, roots
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.biases import takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
-from tensorrail_exporter.rewrite.rewriter import with_weights
+from tensorrail_exporter.rewrite.rewriter import with_cores, with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.approximations import Approximations, InputMoments
 from tensorrail_exporter.search.divergence import Divergence, Outputs, require_classes, require_labels
@@ -78,6 +78,7 @@ class Probe:
         settings: how the network runs.
         folder: an empty folder for models.
         metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
+        fitted_to: inputs to fit cores to, where networks are to be fitted; default: none.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
@@ -94,7 +95,9 @@ class Probe:
         settings: Session,
         folder: Path,
         metric: str | None = None,
+        fitted_to: Calibration | None = None,
     ) -> None:
+        self.fitted_to = fitted_to
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs, self.metric = inputs, metric
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
@@ -150,6 +153,13 @@ class Probe:
         """
         outputs = self.outputs(choice, batches)
         return self.divergence.of(outputs) if batches is None else self.divergence.of_first(outputs)
+
+    def fitted(self, plan: Plan, progress: Progress = silent) -> Outputs:
+        """Return the outputs of the network of a plan, with its cores fitted layer by layer to `fitted_to`."""
+        if self.fitted_to is None:
+            raise ValueError("there are no inputs to fit cores to")
+        fitted = fit(resolve(self.resolved.model, plan), self.fitted_to, self.settings, progress=progress)
+        return outputs_of(with_cores(fitted.resolved, fitted.cores), self.network.outputs, self.inputs, self.settings)
 
     def agreement(self, outputs: Outputs) -> Agreement:
         """Return how far outputs for all inputs agree with the dense network's."""

@@ -97,9 +97,8 @@ def plan_network(
     settings, progress = conditions.settings, conditions.progress
     batch, shapes = conditions.timing.batch, conditions.timing.shapes
     search.check(targets)
+    _check_guard(search, calibration)
     check_metric(search.metric, calibration)
-    if search.guard is not None and (calibration is None or not calibration.count):
-        raise PlanError("how far outputs agree is measured on calibration inputs, got none: give some, or a target")
     settings.check()
     grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
     layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
@@ -132,7 +131,8 @@ def plan_network(
         else:
             kept = Path(folder) / "kept"
             kept.mkdir()
-            probe = Probe(resolved, approximations, parts.chosen.first(SAMPLES), settings.exact, kept, search.metric)
+            few = parts.chosen.first(SAMPLES)
+            probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts.fitted)
             losses = measured_losses(faster, probe, progress)
         candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)
@@ -293,6 +293,11 @@ def _options(layers: Sequence[DenseLayer], search: Search, grid: int) -> dict[De
         for layer in layers
         if layer.output is not None and layer.inputs[layer.data] is not None
     }
+
+
+def _check_guard(search: Search, calibration: Calibration | None) -> None:
+    if search.guard is not None and (calibration is None or not calibration.count):
+        raise PlanError("how far outputs agree is measured on calibration inputs, got none: give some, or a target")
 
 
 def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:

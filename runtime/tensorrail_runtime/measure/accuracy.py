@@ -280,18 +280,17 @@ def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.nda
     return scores
 
 
-def wilson(successes: float, count: int, deviations: float = _Z) -> tuple[float, float]:
-    """Return Wilson's interval of a share (Wilson 1927).
+def wilson(successes: float, count: float) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share (Wilson 1927).
 
     Args:
         successes: the number of successes; a fraction where single trials may succeed in part.
         count: the number of trials.
-        deviations: standard deviations on either side; default: those of 95 %.
 
     """
-    share, squared = successes / count, deviations**2
+    share, squared = successes / count, _Z**2
     middle = (share + squared / (2 * count)) / (1 + squared / count)
-    half = deviations * float(np.sqrt(share * (1 - share) / count + squared / (4 * count**2))) / (1 + squared / count)
+    half = _Z * float(np.sqrt(share * (1 - share) / count + squared / (4 * count**2))) / (1 + squared / count)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

@@ -27,8 +27,10 @@ class Agreement(Record):
     """How far a model agrees with the dense one on inputs that were set aside.
 
     `agreement` is the share of samples whose best class, by the first output, is the same, with Wilson's 95 % interval (Wilson
-    1927); None if the first output does not hold scores of classes. `difference` is ‖b − a‖ / ‖a‖ of all numeric outputs
-    together, each in units of its own norm, with a 95 % interval from resampling the inputs.
+    1927); None if the first output does not hold scores of classes. Where a sample has several rows of scores, such as steps of
+    a sequence, it is the mean of their shares, whose interval follows from how much samples differ. `difference` is
+    ‖b − a‖ / ‖a‖ of all numeric outputs together, each in units of its own norm, with a 95 % interval from resampling the
+    inputs.
     """
 
     samples: int
@@ -124,7 +126,7 @@ def compared(
 
     """
     same = _same_classes(reference, candidate, samples)
-    value, low, high = (None, None, None) if same is None else (float(same.mean()), *wilson(float(same.sum()), len(same)))
+    value, low, high = (None, None, None) if same is None else (float(same.mean()), *_interval(same))
     difference = _differences(reference, candidate, samples)
     return Agreement(
         samples=sum(samples),
@@ -135,6 +137,15 @@ def compared(
         difference_low=difference[1],
         difference_high=difference[2],
     )
+
+
+def _interval(shares: np.ndarray) -> tuple[float, float]:
+    """Return Wilson's interval of the mean of shares, for as many trials as would vary as much as these samples do."""
+    mean, count = float(shares.mean()), float(len(shares))
+    varies, binary = float(shares.var()), mean * (1 - mean)  # equal where all shares are 0 or 1
+    if count > 1 and 0 < varies < binary:
+        count = count * binary / varies
+    return wilson(mean * count, count)
 
 
 def _same_classes(
