@@ -23,6 +23,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
+from tensorrail_exporter.precision.gauge import Rounding, gauged
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
@@ -38,6 +39,7 @@ METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
 _LARGE = 2**30  # bytes of weights from which external data is written; protobuf's limit is 2 GiB
 _BINS = {"entropy": 512, "percentile": 2048}
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
+_WIDE, _NARROW = 127, 64  # the largest integer of a weight with 8 and with 7 bits
 _OPSET, _IR_VERSION = 13, 7  # the first in which DequantizeLinear has an axis
 
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -56,6 +58,7 @@ def to_int8(
     method: Method = "minmax",
     keep: Sequence[str] = (),
     reduce_range: bool | None = None,
+    gauge: bool = True,
 ) -> onnx.ModelProto:
     """Return a copy of the model with int8 weights and uint8 activations, by `onnxruntime.quantization.quantize_static`.
 
@@ -77,6 +80,7 @@ def to_int8(
             least entropy loss; `percentile`, the 99.999th percentile.
         keep: names of layers, weights or nodes that stay fp32.
         reduce_range: whether weights have 7 bits; default: only if *this* machine lacks VNNI.
+        gauge: whether the basis between two layers is chosen so that rounding loses least, see `gauge`; default True.
 
     Raises:
         GraphError: there is no calibration data or it does not match the model's inputs, the method is unknown, a name in
@@ -104,9 +108,14 @@ def to_int8(
             # Folds constants and batch norms; the basic level emits operators of ONNX only.
             large = size_of(named) > _LARGE
             quant_pre_process(source, ready, skip_symbolic_shape=True, save_as_external_data=large)
-            ranges = _calibrate(ready, coded, method, large=large)
             narrow = processor().saturates if reduce_range is None else reduce_range
             blocked = frozenset(prepared.code(name) for name in kept)
+            if gauge:
+                model_ready = with_names(onnx.load(ready))
+                rounding = Rounding(per_channel, _NARROW if narrow else _WIDE)
+                skip = frozenset(_left_out(model_ready, blocked))
+                save_model(gauged(model_ready, coded, rounding=rounding, skip=skip), ready)
+            ranges = _calibrate(ready, coded, method, large=large)
             quantized = _quantize(ready, ranges, blocked, per_channel=per_channel, reduce_range=narrow, large=large)
         except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes
             reason = prepared.text(first_line(error)) or type(error).__name__

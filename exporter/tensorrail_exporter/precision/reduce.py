@@ -136,6 +136,8 @@ class Quantization:
     """Largest relative L2 difference of any output; default 0.01 for fp16, 0.1 for int8."""
     reduce_range: bool | None = None
     """Whether int8 weights have 7 bits, for processors without VNNI; default: only if this machine's processor lacks VNNI."""
+    gauge: bool = True
+    """Whether int8 may scale and mix the channels between two layers so that rounding loses less; default True."""
 
     @property
     def calibrated_by(self) -> Method | None:
@@ -234,7 +236,8 @@ def _converted(
     """Return the model in fp16, finite on the inputs `feeds`, or in int8, with ranges from the calibration inputs."""
     if quantization.calibrated_by is not None:
         method, narrow = quantization.calibrated_by, quantization.reduce_range
-        return to_int8(model, calibration, method=method, keep=quantization.keep, reduce_range=narrow)
+        keep, gauge = quantization.keep, quantization.gauge
+        return to_int8(model, calibration, method=method, keep=keep, reduce_range=narrow, gauge=gauge)
     small = to_fp16(model, keep=quantization.keep)
     require_finite(model, small, feeds)
     return small

@@ -140,11 +140,13 @@ def choose_fastest(
 
     """
     tries = _Tries(start, aims, candidates, search, guard, probe)
-    corrections, gained = 0, _GAINED
+    # What a fit gains, and what layers cost together, is known from an earlier choice among nearly the same candidates.
+    known = probe.gained is not None
+    corrections, gained = 0, probe.gained if probe.gained is not None else _GAINED
     best: tuple[_Found, Agreement] | None = None
     for number in range(_ROUNDS):
         found, hopeful = tries.found(gained, progress)
-        if not number and not is_confirmed(found.loss, found.predicted):
+        if not number and not known and not is_confirmed(found.loss, found.predicted):
             tries = _Tries(start, aims, tries.corrected(found, progress), search, guard, probe)
             found, hopeful = tries.found(gained, progress)
             corrections = 1
@@ -155,9 +157,10 @@ def choose_fastest(
         if good and (best is None or found.milliseconds < best[0].milliseconds):
             best = found, fitted
         measured = fitted.difference / max(found.agreement.difference, 1e-12)
-        if not hopeful or (good and measured > gained * (1 - _ALIKE)):
+        gained, before = measured if good else max(measured, gained * _STRICTER), gained
+        if not hopeful or (good and (known or measured > before * (1 - _ALIKE))):
             break  # no other choice loses less, or a faster one would hardly agree
-        gained = measured if good else max(measured, gained * _STRICTER)
+    probe.gained = gained
     if best is None:
         raise TargetError(_refusal(start, found, fitted, guard, candidates.dense.milliseconds))
     found, fitted = best

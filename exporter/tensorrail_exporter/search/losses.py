@@ -98,6 +98,7 @@ class Probe:
         fitted_to: Calibration | None = None,
     ) -> None:
         self.fitted_to = fitted_to
+        self.gained: float | None = None  # difference of the outputs after a fit, as a share of that before, once it is known
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs, self.metric = inputs, metric
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers

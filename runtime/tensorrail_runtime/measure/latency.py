@@ -240,6 +240,7 @@ def _in_fresh_processes(
         progress("measuring latency", number / timing.processes)
         runs.append(fresh_report(paths, number % len(paths), each, settings, names))
     progress("measuring latency", 1.0)
+    said = dict.fromkeys(warning for run in runs for warning in run.warnings if warning not in _unstable([run.latencies]))
     latencies = tuple(
         Latency.of(
             model_runs[0].model,
@@ -255,7 +256,7 @@ def _in_fresh_processes(
             "processes": timing.processes,
             "latencies": latencies,
             "ratios": tuple(_over_processes(runs, index) for index in range(1, len(paths))),
-            "warnings": tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
+            "warnings": (*_unstable([run.latencies for run in runs]), *said),
         }
     )
 
@@ -345,16 +346,25 @@ def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mappi
     return []
 
 
+def _unstable(runs: Sequence[Sequence[Latency]]) -> list[str]:
+    """Return a warning for each model whose times vary a lot, in one process or in some of several."""
+    warnings = []
+    for latencies in zip(*runs, strict=True):
+        variations = [latency.variation for latency in latencies if latency.variation > _UNSTABLE]
+        where = f" in {len(variations)} of {len(runs)} processes" if len(runs) > 1 else ""
+        if variations:
+            warnings.append(
+                f"{latencies[0].model}: unstable times{where}, coefficient of variation {max(variations):.0%}: "
+                "close other programs, or measure longer"
+            )
+    return warnings
+
+
 def _warnings(paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, timing: Timing) -> tuple[str, ...]:
     """Return warnings on unstable times, on kernels too small for a GPU, and on nodes on another provider."""
     from tensorrail_runtime.measure.placement import placement
 
-    warnings = [
-        f"{latency.model}: unstable times, coefficient of variation {latency.variation:.0%}: "
-        "close other programs, or measure longer"
-        for latency in latencies
-        if latency.variation > _UNSTABLE
-    ]
+    warnings = _unstable([latencies])
     if not settings.on_gpu:
         return tuple(warnings)
     for path, latency in zip(paths, latencies, strict=True):

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
 from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of
-from tensorrail_runtime.measure.latency import Latency, ratio
+from tensorrail_runtime.measure.latency import Latency, _unstable, ratio
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, turns
 from tensorrail_runtime.sessions.inputs import batch_of
@@ -239,6 +239,11 @@ def test_unstable_times_are_said_to_be():
     shaky = Latency.of("shaky", [1.0, 2.0] * 100)
     assert (steady.variation, shaky.variation) == (0.0, pytest.approx(1 / 3))
     assert (steady.p99, shaky.p90) == (None, 2.0)
+    said = _unstable([[steady, shaky], [steady, steady], [steady, shaky]])
+    assert said == [
+        "shaky: unstable times in 2 of 3 processes, coefficient of variation 33%: close other programs, or measure longer"
+    ]
+    assert _unstable([[shaky]])[0].startswith("shaky: unstable times, coefficient of variation 33%: ")
 
 
 def test_elements_are_held_to_rtol_and_atol_by_output(small_path):

@@ -33,11 +33,18 @@ def quantization_options(
             help="Whether int8 weights have 7 bits, for processors without VNNI; default: only if this machine lacks VNNI.",
         ),
     ] = None,
+    gauge: Annotated[
+        bool,
+        typer.Option(
+            "--gauge/--no-gauge",
+            help="Whether int8 may scale and mix the channels between two layers, which changes nothing in fp32.",
+        ),
+    ] = True,
 ) -> Quantization:
     """Return the precision, and what stays fp32."""
     from tensorrail_exporter.precision.reduce import Quantization
 
-    return Quantization(to, method, tuple(keep or ()), tolerance, reduce_range)  # type: ignore[arg-type] # checked there, with the names
+    return Quantization(to, method, tuple(keep or ()), tolerance, reduce_range, gauge)  # type: ignore[arg-type] # checked there
 
 
 @grouped

@@ -1,0 +1,389 @@
+"""Chooses the basis between two layers so that rounding to int8 loses least.
+
+Where nothing but linear operators stands between two layers A and B, any regular matrix G may be put between them with its
+inverse, (B G⁻¹)(G A) = B A: the network computes the same, in the same time. Rounding does not. The tensor between has one
+scale for all of its channels, so a channel that varies little is rounded as coarsely as the one that varies most, and its error
+is multiplied by the columns of B. Let C be the second moment of the tensor, and M = BᵀB. The noise at the output of B is in
+proportion to range² · tr(G⁻ᵀ M G⁻¹), and range² to tr(G C Gᵀ) once a rotation has spread the variance over all channels. The
+product of both traces is least for
+
+    P = GᵀG = C^(−1/2) (C^(1/2) M C^(1/2))^(1/2) C^(−1/2),
+
+where it is the square of the sum of the singular values of B C^(1/2); without G it is tr(C) tr(M). Across a Relu, which
+commutes with positive scales alone, G is diagonal: Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias
+Correction*, ICCV 2019; Xiao et al., *SmoothQuant*, ICML 2023. Rotations before rounding are those of Ashkboos et al.,
+*QuaRot*, NeurIPS 2024.
+
+Which of several matrices is best is decided by the rounding itself, on samples of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from scipy.linalg import hadamard
+
+from tensorrail_exporter.calibrate.inputs import run_to
+from tensorrail_exporter.precision.weights import Weighted, weighted
+from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.sessions.session import Session
+
+Feeds = Sequence[Mapping[str, np.ndarray]]
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_LINEAR = ("AveragePool", "GlobalAveragePool", "Identity")  # of each channel alone: channels may be mixed before or behind them
+_SCALES = ("LeakyRelu", "MaxPool", "Relu")  # commute with positive scales of the channels
+_SAMPLES = 2048  # of each tensor
+_REGULAR = 1e-3  # of the mean eigenvalue, is added to moments: what varies less is left as it is
+_POWERS = (0.5, 0.75, 1.0)  # of the ranges of channels by which these are divided
+_GAIN = 0.99  # of the error of the present basis, which a new one must at least reach
+_ACTIVATION_STEPS = 255
+
+
+@dataclass(frozen=True)
+class Bond:
+    """A tensor between two layers with constant weights.
+
+    Attributes:
+        before: the layer that writes it.
+        after: the layer that reads it.
+        tensor: name of the tensor as the second layer reads it.
+        size: the number of its channels.
+        mixes: whether channels may be mixed; otherwise they may be scaled.
+
+    """
+
+    before: Weighted
+    after: Weighted
+    tensor: str
+    size: int
+    mixes: bool
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded."""
+
+    per_channel: bool = True
+    """Whether weights have one scale per output channel."""
+    steps: int = 127
+    """The largest integer: 127, or 64 with 7 bits."""
+
+    def error(self, values: np.ndarray, axis: int | None) -> np.ndarray:
+        """Return what rounding adds to weights, with one scale per index of `axis`, or one in all."""
+        others = None if axis is None or not self.per_channel else tuple(k for k in range(values.ndim) if k != axis)
+        scale = np.abs(values).max(others, keepdims=True) / self.steps
+        scale = np.where(scale == 0, 1.0, scale)
+        return np.asarray(np.round(values / scale) * scale - values)
+
+
+def bonds(model: onnx.ModelProto) -> tuple[Bond, ...]:
+    """Return the tensors between two layers whose channels may be mixed or scaled, in the order of the graph.
+
+    Args:
+        model: a graph whose nodes all have names of their own.
+
+    """
+    graph = model.graph
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    inside = {name for body in descendants(graph) for node in body.node for name in node.input}
+    outer = {value.name for value in graph.output} | inside
+    constants = constants_of(graph)
+    layers = {w.node.name: w for w in weighted(model) if _is_plain(w, readers, outer, constants)}
+    found = []
+    for before in layers.values():
+        name, mixes = before.node.output[0], True
+        while name not in outer and len(readers.get(name, ())) == 1:
+            (reader,) = readers[name]
+            after = layers.get(reader.name)
+            if after is not None:
+                if bond := _bond(before, after, name, mixes=mixes):
+                    found.append(bond)
+                break
+            if reader.op_type not in _LINEAR + _SCALES or len([one for one in reader.output if one]) != 1:
+                break
+            mixes = mixes and reader.op_type in _LINEAR
+            name = reader.output[0]
+    return tuple(found)
+
+
+def gauged(
+    model: onnx.ModelProto, feeds: Feeds, *, rounding: Rounding | None = None, skip: frozenset[str] = frozenset()
+) -> onnx.ModelProto:
+    """Return a copy with other weights that computes the same in fp32, and loses less when it is rounded to int8.
+
+    Args:
+        model: the fp32 graph; it is not changed. Its nodes all have names of their own.
+        feeds: typical inputs by name, batch by batch.
+        rounding: how weights will be rounded; default `Rounding()`.
+        skip: names of nodes that will not be rounded: what they read stays as it is.
+
+    Raises:
+        ModelError: the model cannot run on the inputs.
+
+    """
+    found = [bond for bond in bonds(model) if bond.after.node.name not in skip]
+    if not found or not feeds:
+        return model
+    rounding = rounding or Rounding()
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    weights = _Weights(copy)
+    samples, squares = _sampled(model, found, feeds)
+    for bond in found:
+        problem = _Problem(bond, samples.pop(bond.tensor), squares[bond.before.node.input[1 - bond.before.place]], rounding)
+        matrix = problem.best(weights.of(bond.before), weights.of(bond.after))
+        if matrix is not None:
+            weights.change(bond, matrix)
+    weights.store()
+    return copy
+
+
+class _Problem:
+    """One bond, with samples of its tensor."""
+
+    def __init__(self, bond: Bond, samples: np.ndarray, square: float, rounding: Rounding) -> None:
+        self.bond, self.rounding = bond, rounding
+        self.samples = samples.astype(np.float64)  # (n, channels)
+        self.square = square  # the mean square of the first layer's inputs
+        self.moment = self.samples.T @ self.samples / len(samples)
+
+    def best(self, before: np.ndarray, after: np.ndarray) -> np.ndarray | None:
+        """Return the best matrix for the present weights; None if none is better than the identity.
+
+        Args:
+            before: weight of the first layer.
+            after: weight of the second layer.
+
+        """
+        size = self.bond.size
+        least, found = _GAIN * self.error(np.eye(size), before, after), None
+        for matrix in self._candidates(after):
+            error = self.error(matrix, before, after)
+            if error < least:
+                least, found = error, matrix
+        return found
+
+    def error(self, matrix: np.ndarray, before: np.ndarray, after: np.ndarray) -> float:
+        """Return the mean square that rounding adds to the outputs of the second layer.
+
+        Errors are taken as independent of each other and, for the first layer, of its inputs.
+        """
+        changed = self.samples @ matrix.T
+        low, high = min(float(changed.min()), 0.0), max(float(changed.max()), 0.0)
+        step = (high - low) / _ACTIVATION_STEPS
+        first, second = _changed_before(self.bond, before, matrix), _changed_after(self.bond, after, matrix)
+        columns = _columns(self.bond, second)  # (…, channels)
+        energies = np.square(columns).reshape(-1, self.bond.size).sum(0)
+        noise = float(np.mean(np.square(np.round(changed / step) * step - changed))) * float(energies.sum()) if step else 0.0
+        wrong = self.rounding.error(first, _scale_axis(self.bond.before))
+        rows = np.square(np.moveaxis(wrong, self.bond.before.axis, 0)).reshape(self.bond.size, -1).sum(1)
+        lost = _columns(self.bond, self.rounding.error(second, _scale_axis(self.bond.after))).reshape(-1, self.bond.size)
+        moment = matrix @ self.moment @ matrix.T
+        if not self.bond.mixes:
+            moment = np.diag(np.diag(moment))
+        return noise + self.square * float(rows @ energies) + float(np.sum((lost @ moment) * lost))
+
+    def _candidates(self, after: np.ndarray) -> Iterator[np.ndarray]:
+        ranges = np.abs(self.samples).max(0)
+        ranges = np.maximum(ranges, 1e-6 * max(float(ranges.max()), 1e-30))
+        for power in _POWERS:
+            yield np.diag((ranges / ranges.max()) ** -power)
+        if not self.bond.mixes:
+            return
+        columns = _columns(self.bond, after).reshape(-1, self.bond.size)
+        least = _least_product(self.moment, columns.T @ columns)
+        for basis in (np.eye(self.bond.size), least):
+            values, vectors = np.linalg.eigh(basis @ self.moment @ basis.T)
+            turned = vectors.T[np.argsort(values)[::-1]] @ basis
+            yield turned
+            for rotation in _rotations(self.bond.size):
+                yield rotation @ turned
+
+
+def _least_product(moment: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return G for the least product tr(G C Gᵀ) · tr(G⁻ᵀ M G⁻¹) of two moments (channels, channels)."""
+    first, second = (one + _REGULAR * max(np.trace(one) / len(one), 1e-30) * np.eye(len(one)) for one in (moment, columns))
+    root = _power(first, 0.5)
+    inverse = _power(first, -0.5)
+    best = _power(inverse @ _power(root @ second @ root, 0.5) @ inverse, 0.5)
+    return np.asarray(best / np.linalg.norm(best) * np.sqrt(len(best)))
+
+
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """Return a power of a symmetric positive matrix."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    values = np.maximum(values, 1e-12 * max(float(values[-1]), 1e-30))
+    return np.asarray((vectors * values**exponent) @ vectors.T)
+
+
+def _rotations(size: int) -> Iterator[np.ndarray]:
+    """Yield rotations that spread each channel over all: a Hadamard matrix times a small one, and one at random."""
+    small = size
+    while small % 2 == 0:
+        small //= 2
+    rng = np.random.default_rng(0)
+    yield np.kron(hadamard(size // small) / np.sqrt(size // small), _orthogonal(rng, small))
+    yield _orthogonal(rng, size)
+
+
+def _orthogonal(rng: np.random.Generator, size: int) -> np.ndarray:
+    return np.asarray(np.linalg.qr(rng.standard_normal((size, size)))[0]) if size > 1 else np.eye(1)
+
+
+class _Weights:
+    """The weights and biases of a model that are being changed."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model, self.values = model, {w.node.name: w.values.astype(np.float64) for w in weighted(model)}
+        self.tensors = constants_of(model.graph)
+        self.biases: dict[str, np.ndarray] = {}
+
+    def of(self, layer: Weighted) -> np.ndarray:
+        return self.values[layer.node.name]
+
+    def change(self, bond: Bond, matrix: np.ndarray) -> None:
+        """Put a matrix behind the first layer, and its inverse before the second one."""
+        before, after = bond.before.node, bond.after.node
+        self.values[before.name] = _changed_before(bond, self.values[before.name], matrix)
+        self.values[after.name] = _changed_after(bond, self.values[after.name], matrix)
+        if bias := _bias(bond.before):
+            stored = self.biases.get(bias, numpy_helper.to_array(self.tensors[bias]).astype(np.float64))
+            self.biases[bias] = (matrix @ stored.reshape(-1)).reshape(stored.shape)
+
+    def store(self) -> None:
+        """Write all values to the model."""
+        for layer in weighted(self.model):
+            if not np.array_equal(self.values[layer.node.name], layer.values):
+                _write(self.tensors[layer.weight], self.values[layer.node.name])
+        for name, values in self.biases.items():
+            _write(self.tensors[name], values)
+
+
+def _write(tensor: onnx.TensorProto, values: np.ndarray) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), tensor.name))
+
+
+def _is_plain(
+    layer: Weighted,
+    readers: Mapping[str, Sequence[onnx.NodeProto]],
+    outer: set[str],
+    constants: Mapping[str, onnx.TensorProto],
+) -> bool:
+    """Return whether a layer is a product with a matrix or kernel in float32, and no other node reads its constants."""
+    node = layer.node
+    if node.op_type not in _PRODUCTS or layer.values.dtype != np.float32 or not np.isfinite(layer.values).all():
+        return False
+    if node.op_type != "Conv" and layer.values.ndim != 2:
+        return False
+    if node.op_type == "Gemm" and (layer.place == 0 or _flag(node, "transA")):
+        return False
+    names = [layer.weight]
+    if name := _bias(layer):
+        if name not in constants or np.prod(constants[name].dims) != layer.values.shape[layer.axis]:
+            return False
+        names.append(name)
+    return all(len(readers.get(name, ())) == 1 and name not in outer for name in names)
+
+
+def _bond(before: Weighted, after: Weighted, tensor: str, *, mixes: bool) -> Bond | None:
+    """Return the bond between two layers; None where channels lie along another axis, or their number is not the same."""
+    if (before.node.op_type == "Conv") != (after.node.op_type == "Conv") or after.node.input[1 - after.place] != tensor:
+        return None
+    if before.node.op_type != "Conv" and before.place != after.place:
+        return None
+    size = before.values.shape[before.axis]
+    inputs = after.values.shape[1] * _groups(after) if after.node.op_type == "Conv" else after.values.shape[1 - after.axis]
+    if inputs != size or size < 2:
+        return None
+    return Bond(before, after, tensor, size, mixes and _groups(before) == _groups(after) == 1)
+
+
+def _bias(layer: Weighted) -> str:
+    node = layer.node
+    return node.input[2] if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else ""
+
+
+def _groups(layer: Weighted) -> int:
+    return next((int(one.i) for one in layer.node.attribute if one.name == "group"), 1) if layer.node.op_type == "Conv" else 1
+
+
+def _flag(node: onnx.NodeProto, name: str) -> bool:
+    return any(one.name == name and one.i for one in node.attribute)
+
+
+def _scale_axis(layer: Weighted) -> int | None:
+    """Return the axis with one scale each; None where a weight has a single scale, on the left of a MatMul."""
+    return None if layer.node.op_type == "MatMul" and layer.place == 0 else layer.axis
+
+
+def _changed_before(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    axis = bond.before.axis
+    return np.moveaxis(np.tensordot(matrix, weight, (1, axis)), 0, axis)
+
+
+def _changed_after(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    if not bond.mixes:
+        return np.asarray(weight / _spread(bond, np.diag(matrix), weight))
+    axis = _input_axis(bond.after)
+    return np.moveaxis(np.tensordot(weight, np.linalg.inv(matrix), (axis, 0)), -1, axis)
+
+
+def _columns(bond: Bond, weight: np.ndarray) -> np.ndarray:
+    """Return the weight of the second layer with the channels of the bond last, and 0 where a group does not read one."""
+    groups = _groups(bond.after)
+    if groups == 1:
+        return np.moveaxis(weight, _input_axis(bond.after), -1)
+    # Of each channel only the energy counts, so that the rows of all groups may stand beside each other.
+    outputs, inputs = weight.shape[:2]
+    parts = weight.reshape(groups, outputs // groups, inputs, -1)
+    return parts.transpose(1, 3, 0, 2).reshape(-1, groups * inputs)
+
+
+def _spread(bond: Bond, scales: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return scales of the bond's channels in the shape in which they multiply the weight of the second layer."""
+    axis, groups = _input_axis(bond.after), _groups(bond.after)
+    if groups == 1:
+        return scales.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
+    outputs, inputs = weight.shape[:2]
+    by_output = np.repeat(scales.reshape(groups, inputs), outputs // groups, axis=0)
+    return by_output.reshape(outputs, inputs, *([1] * (weight.ndim - 2)))
+
+
+def _input_axis(layer: Weighted) -> int:
+    return 1 if layer.node.op_type == "Conv" else 1 - layer.axis
+
+
+def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Return samples (n, channels) of the tensor of each bond, and the mean squares of the inputs of first layers."""
+    inputs = [bond.before.node.input[1 - bond.before.place] for bond in found]
+    names = list(dict.fromkeys([*(bond.tensor for bond in found), *inputs]))
+    axes = {bond.tensor: _channel_axis(bond.after) for bond in found}
+    run = run_to(model, names, Session())
+    rng = np.random.default_rng(0)
+    share = -(-_SAMPLES // len(feeds))
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in axes}
+    squares: dict[str, list[float]] = {name: [] for name in inputs}
+    for feed in feeds:
+        for name, values in zip(names, run(feed), strict=True):
+            if name in axes:
+                rows = np.moveaxis(values, axes[name], -1).reshape(-1, values.shape[axes[name]])
+                samples[name].append(rows[rng.choice(len(rows), min(share, len(rows)), replace=False)])
+            if name in squares:
+                squares[name].append(float(np.mean(np.square(values, dtype=np.float64))))
+    return {name: np.concatenate(parts) for name, parts in samples.items()}, {n: float(np.mean(v)) for n, v in squares.items()}
+
+
+def _channel_axis(layer: Weighted) -> int:
+    """Return the axis of the channels in what a layer reads."""
+    if layer.node.op_type == "Conv":
+        return 1
+    return -1 if layer.place else -2
