@@ -5,12 +5,17 @@ means for the outputs does not. So the limit is searched for: the choice is run 
 outputs agree and lowered where they do not. Fitted cores bring the outputs nearer to the dense network's than these
 approximations are. By how much is measured: the network that was found is fitted, and with what this gained the search is
 repeated. Networks are fitted to some of the inputs, and their outputs compared on others, by which ranks are chosen.
+
+The share of a few dozen inputs whose best class changes says little about a network: one input more or less decides. How far
+outputs move is known much better, and the share rises with it. So while limits are tried, the share is estimated from the
+difference of the outputs, with the ratio of both over all networks that were run. The network that was fitted is judged by the
+share itself, on all of the inputs that ranks are chosen by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tensorrail_exporter.search.guard import Guard
@@ -25,11 +30,11 @@ from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.progress import Progress
 
 _STEPS = 10  # limits that are tried in a round
-_ROUNDS = 3  # networks that are fitted at most
-_GAINED = 0.6  # difference of the outputs after a fit, as a share of that before, until it is measured
-_ALIKE = 0.05  # a share that changes by no more is no reason for another round
-_STRICTER = 1.25  # times that share, where a fitted network agrees less than was expected
-_MARGIN = 0.5  # of the interval below the share of inputs that agree: about one standard deviation
+_ROUNDS = 4  # networks that are fitted at most
+_STEP = 2.0  # factor by which expectations change at most from round to round
+_ALIKE = 0.1  # expectations that change by no more are no reason for another round
+_MARGIN = 0.25  # of the interval below the share of inputs that agree: half a standard deviation
+_FEW = 0.3  # share of inputs that disagree, up to which it is in proportion to the difference of the outputs
 _CLOSE = 1.05  # times: limits that are so near to each other are not told apart
 _STAGE = "looking for the fastest network that agrees"
 
@@ -45,6 +50,29 @@ class _Found:
     agreement: Agreement
 
 
+@dataclass(frozen=True)
+class _Gain:
+    """What a fit leaves of what was measured before it."""
+
+    difference: float = 0.6
+    """The difference of the outputs, as a share of that before."""
+    share: float = 1.0
+    """The share of inputs that disagree, as a share of that which is expected for the difference before."""
+
+    def changed(self, difference: float, share: float) -> _Gain:
+        """Return the gain that was measured, which is not too far from the present one."""
+        own = ((self.difference, difference), (self.share, share))
+        return _Gain(*(min(max(new, old / _STEP), old * _STEP) for old, new in own))
+
+    def is_less_than(self, other: _Gain) -> bool:
+        """Return whether a fit leaves so much less than another one that a faster network may agree."""
+        return self.difference < other.difference * (1 - _ALIKE) or self.share < other.share * (1 - _ALIKE)
+
+    def between(self, other: _Gain) -> _Gain:
+        """Return the gain in the middle."""
+        return _Gain(math.sqrt(self.difference * other.difference), math.sqrt(self.share * other.share))
+
+
 class _Tries:
     """Choices for limits on the loss, each of which is run once."""
 
@@ -54,12 +82,13 @@ class _Tries:
         self.start, self.aims, self.candidates, self.search, self.guard = start, aims, candidates, search, guard
         self.probe = probe
         self.tried: dict[Picks, _Found] = {}
+        self.measured: list[Agreement] = []
 
-    def found(self, gained: float, progress: Progress) -> tuple[_Found, bool]:
+    def found(self, gain: _Gain, progress: Progress) -> tuple[_Found, bool]:
         """Return the fastest choice that will agree once it is fitted, and True; or the one with the least loss, and False.
 
         Args:
-            gained: the difference of the outputs after a fit, as a share of that before.
+            gain: what a fit leaves of what was measured before it.
             progress: told how many limits were tried.
 
         Raises:
@@ -68,7 +97,6 @@ class _Tries:
         """
         losses = [loss for row in self.candidates.losses.values.values() for loss in row if loss > 0]
         low, high = min(losses, default=1.0) / 2, 2 * sum(losses, start=1.0)
-        best: _Found | None = None
         limit = high  # the fastest choice of all comes first
         for step in range(_STEPS):
             progress(_STAGE, step / _STEPS)
@@ -80,20 +108,33 @@ class _Tries:
                 low = limit  # nothing that is so accurate is fast enough
             else:
                 tried = self.run(picks)
-                if agrees(_brought_nearer(tried.agreement, gained), self.guard):
-                    best, low = tried, limit
+                if self.agrees(tried.agreement.difference, gain):
+                    low = limit
                 else:
                     high = limit
             if high / low < _CLOSE:
                 break
             limit = math.sqrt(low * high)
         progress(_STAGE, 1.0)
-        return (min(self.tried.values(), key=lambda one: one.loss), False) if best is None else (best, True)
+        # With all that is known now, a choice that was tried early may be the best one.
+        good = [one for one in self.tried.values() if self.agrees(one.agreement.difference, gain)]
+        if not good:
+            return min(self.tried.values(), key=lambda one: one.loss), False
+        return min(good, key=lambda one: one.milliseconds), True
+
+    def agrees(self, difference: float, gain: _Gain) -> bool:
+        """Return whether a network with this difference will agree as closely as asked for once it is fitted."""
+        guard = self.guard
+        if guard.max_difference is not None and gain.difference * difference > guard.max_difference:
+            return False
+        share = expected_share(self.measured, difference) if guard.min_agreement else None
+        return share is None or gain.share * share <= max(1 - guard.min_agreement, 0.5 / self.measured[0].samples)
 
     def run(self, picks: Picks) -> _Found:
         """Return what a choice is like as a whole."""
         if picks not in self.tried:
             self.tried[picks] = _measured(picks, self.candidates, self.probe)
+            self.measured.append(self.tried[picks].agreement)
         return self.tried[picks]
 
     def improved(self, found: _Found, seconds: float, progress: Progress) -> _Found:
@@ -140,27 +181,38 @@ def choose_fastest(
 
     """
     tries = _Tries(start, aims, candidates, search, guard, probe)
-    # What a fit gains, and what layers cost together, is known from an earlier choice among nearly the same candidates.
-    known = probe.gained is not None
-    corrections, gained = 0, probe.gained if probe.gained is not None else _GAINED
+    known = probe.gain if isinstance(probe.gain, _Gain) else None  # from an earlier choice among nearly the same candidates
+    corrections, gain = 0, known or _Gain()
     best: tuple[_Found, Agreement] | None = None
+    ends: dict[bool, _Gain] = {}  # the expectations that led to the last network that agreed, and to the last that did not
     for number in range(_ROUNDS):
-        found, hopeful = tries.found(gained, progress)
-        if not number and not known and not is_confirmed(found.loss, found.predicted):
-            tries = _Tries(start, aims, tries.corrected(found, progress), search, guard, probe)
-            found, hopeful = tries.found(gained, progress)
-            corrections = 1
+        found, hopeful = tries.found(gain, progress)
+        if not (number or known) and not is_confirmed(found.loss, found.predicted):
+            again = _Tries(start, aims, tries.corrected(found, progress), search, guard, probe)
+            other, also = again.found(gain, progress)
+            if also >= hopeful and (other.milliseconds < found.milliseconds or not also):
+                tries, found, hopeful, corrections = again, other, also, 1
         found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
         report = report_of(start, tries.candidates, found.picks, search)
-        fitted = probe.agreement(probe.fitted(report.plan, progress))
+        fitted = probe.fitted(report.plan, progress)
         good = agrees(fitted, guard)
         if good and (best is None or found.milliseconds < best[0].milliseconds):
             best = found, fitted
-        measured = fitted.difference / max(found.agreement.difference, 1e-12)
-        gained, before = measured if good else max(measured, gained * _STRICTER), gained
-        if not hopeful or (good and (known or measured > before * (1 - _ALIKE))):
+        moved = found.agreement.difference
+        expected = expected_share(tries.measured, moved)
+        share = 1.0 if fitted.agreement is None or not expected else (1 - fitted.agreement + 0.5 / fitted.samples) / expected
+        ends[good] = gain
+        if good and known:
+            break
+        if len(ends) > 1:
+            gain = ends[True].between(ends[False])
+            if not gain.is_less_than(ends[True]):
+                break
+            continue
+        gain = gain.changed(fitted.difference / max(moved, 1e-12), share)
+        if not hopeful or (good and not gain.is_less_than(ends[True])):
             break  # no other choice loses less, or a faster one would hardly agree
-    probe.gained = gained
+    probe.gain = ends.get(True, gain)
     if best is None:
         raise TargetError(_refusal(start, found, fitted, guard, candidates.dense.milliseconds))
     found, fitted = best
@@ -189,31 +241,40 @@ def _measured(picks: Picks, candidates: Candidates, probe: Probe) -> _Found:
     return _Found(picks, candidates.dense.milliseconds - saved, loss, space.predicted(picks), probe.agreement(outputs))
 
 
-def agrees(measured: Agreement, guard: Guard) -> bool:
-    """Return whether outputs agree so closely that they will probably agree closely enough on other inputs, too.
+def expected_share(measured: Sequence[Agreement], difference: float) -> float | None:
+    """Return the share of inputs that will have another best class, for outputs that differ by so much.
 
     Args:
-        measured: the agreement on some inputs.
-        guard: the limits. The share of inputs with the same class must be a standard deviation above its own.
+        measured: what was measured of some networks, on the same inputs.
+        difference: the relative difference of the outputs.
+
+    Returns:
+        The share, in proportion to the difference; None if outputs are no scores of classes.
 
     """
-    if measured.agreement is not None:
-        low = measured.agreement if measured.agreement_low is None else measured.agreement_low
-        most, _ = wilson(measured.samples, measured.samples)  # few inputs cannot show more
-        probable, limit = (high - _MARGIN * (high - low) for high, low in ((measured.agreement, low), (1.0, most)))
+    known = [(1 - one.agreement, one.difference) for one in measured if one.agreement is not None]
+    if not known:
+        return None
+    few = [pair for pair in known if pair[0] <= _FEW] or [min(known)]
+    chance = 0.5 / measured[0].samples  # none of a few inputs is not none of all
+    return difference * (sum(share for share, _ in few) + chance) / max(sum(moved for _, moved in few), 1e-12)
+
+
+def agrees(fitted: Agreement, guard: Guard) -> bool:
+    """Return whether a fitted network agrees so closely that it will probably do so on other inputs.
+
+    Args:
+        fitted: its agreement on some inputs.
+        guard: the limits. The share of inputs with the same class must be half a standard deviation above its own.
+
+    """
+    if fitted.agreement is not None:
+        low = fitted.agreement if fitted.agreement_low is None else fitted.agreement_low
+        most, _ = wilson(fitted.samples, fitted.samples)  # few inputs cannot show more
+        probable, limit = (high - _MARGIN * (high - low) for high, low in ((fitted.agreement, low), (1.0, most)))
         if probable < min(guard.min_agreement, limit):
             return False
-    return not guard.refusal(measured)
-
-
-def _brought_nearer(measured: Agreement, gained: float) -> Agreement:
-    """Return what an agreement will be once cores are fitted, if what differs falls to a share of `gained`."""
-    shares = {
-        name: 1 - gained * (1 - share)
-        for name in ("agreement", "agreement_low", "agreement_high")
-        if (share := getattr(measured, name)) is not None
-    }
-    return measured.model_copy(update=shares | {"difference": gained * measured.difference})
+    return not guard.refusal(fitted)
 
 
 def _refusal(start: PlanReport, found: _Found, fitted: Agreement, guard: Guard, dense: float) -> str:

@@ -78,7 +78,7 @@ class Probe:
         settings: how the network runs.
         folder: an empty folder for models.
         metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
-        fitted_to: inputs to fit cores to, where networks are to be fitted; default: none.
+        parts: inputs to fit cores to and to compare fitted networks on; default: none, so no network is fitted.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
@@ -95,12 +95,13 @@ class Probe:
         settings: Session,
         folder: Path,
         metric: str | None = None,
-        fitted_to: Calibration | None = None,
+        parts: Split | None = None,
     ) -> None:
-        self.fitted_to = fitted_to
-        self.gained: float | None = None  # difference of the outputs after a fit, as a share of that before, once it is known
+        self.parts = parts
+        self.gain: object = None  # what a fit gains, for whoever asks for several
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs, self.metric = inputs, metric
+        self._dense: Outputs | None = None  # on the inputs that fitted networks are compared on
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
         # Scores of few samples are too coarse.
         few = len(inputs.first(_FEW).feeds) if metric is None and inputs.labels is None else len(inputs.feeds)
@@ -155,21 +156,29 @@ class Probe:
         outputs = self.outputs(choice, batches)
         return self.divergence.of(outputs) if batches is None else self.divergence.of_first(outputs)
 
-    def fitted(self, plan: Plan, progress: Progress = silent) -> Outputs:
-        """Return the outputs of the network of a plan, with its cores fitted layer by layer to `fitted_to`."""
-        if self.fitted_to is None:
+    def fitted(self, plan: Plan, progress: Progress = silent) -> Agreement:
+        """Return how far the network of a plan agrees with the dense one once its cores are fitted, layer by layer."""
+        if self.parts is None:
             raise ValueError("there are no inputs to fit cores to")
-        fitted = fit(resolve(self.resolved.model, plan), self.fitted_to, self.settings, progress=progress)
-        return outputs_of(with_cores(fitted.resolved, fitted.cores), self.network.outputs, self.inputs, self.settings)
+        names, others = self.network.outputs, self.parts.chosen
+        fitted = fit(resolve(self.resolved.model, plan), self.parts.fitted, self.settings, progress=progress)
+        if self._dense is None:
+            self._dense = outputs_of(self.resolved.model, names, others, self.settings)
+        outputs = outputs_of(with_cores(fitted.resolved, fitted.cores), names, others, self.settings)
+        return _agreement(self._dense, outputs, others)
 
     def agreement(self, outputs: Outputs) -> Agreement:
         """Return how far outputs for all inputs agree with the dense network's."""
-        dense, other = (list(zip(*values, strict=True)) for values in (self.divergence.dense, outputs))
-        return compared(dense, other, self.inputs.samples)
+        return _agreement(self.divergence.dense, outputs, self.inputs)
 
     def outputs(self, choice: Mapping[str, Option], batches: int | None = None) -> Outputs:
         """Return the outputs of the network with an option for each of some layers; `batches` as for `loss`."""
         return self.network.with_changes({layer: self.change(layer, option) for layer, option in choice.items()}, batches)
+
+
+def _agreement(dense: Outputs, outputs: Outputs, inputs: Calibration) -> Agreement:
+    before, after = (list(zip(*values, strict=True)) for values in (dense, outputs))
+    return compared(before, after, inputs.samples)
 
 
 def losses_of(

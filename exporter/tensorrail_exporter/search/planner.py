@@ -132,7 +132,7 @@ def plan_network(
             kept = Path(folder) / "kept"
             kept.mkdir()
             few = parts.chosen.first(SAMPLES)
-            probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts.fitted)
+            probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts)
             losses = measured_losses(faster, probe, progress)
         candidates = replace(timed, losses=losses)
         reports = _search(targets, search, candidates, verification, probe, grid, progress)

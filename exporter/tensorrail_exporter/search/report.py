@@ -135,7 +135,7 @@ class VerifiedLoss(Record):
         ]
         if self.chosen is not None:
             lines.append(
-                f"once cores were fitted, on the {self.samples} inputs that ranks were chosen by: {self.chosen.words()}"
+                f"once cores were fitted, on the {self.chosen.samples} inputs that ranks were chosen by: {self.chosen.words()}"
             )
         if self.too_few:
             lines.append("too few inputs to set any aside: the loss on other inputs is not known")

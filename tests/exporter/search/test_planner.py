@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.search import planner, selection, verification
-from tensorrail_exporter.search.fastest_agreeing import agrees
+from tensorrail_exporter.search.fastest_agreeing import agrees, expected_share
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.latency_table import LatencyTable, Timed
@@ -26,7 +26,7 @@ from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification, random_cores
 from tensorrail_runtime.errors import TargetError
 from tensorrail_runtime.measure import latency
-from tensorrail_runtime.measure.agreement import compared
+from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.measure.latency import Ratio
 from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.sessions.session import Session
@@ -275,15 +275,27 @@ def test_an_agreement_that_cannot_be_measured_is_refused_at_once(network, tmp_pa
         plan_network(network, {}, Search(guard=Guard(), max_loss=1.0), calibration=inputs(rng))
 
 
-def test_few_inputs_must_agree_better_than_the_limit():
+def test_the_share_that_disagrees_is_in_proportion_to_the_difference():
+    """Of 50 inputs, 2, 5 and 9 disagree where outputs differ by 0.1, 0.2 and 0.5; a ruined network says nothing."""
+    networks = [measured_as(50, wrong, moved) for wrong, moved in ((2, 0.1), (5, 0.2), (9, 0.5), (48, 1.0))]
+    assert expected_share(networks, 0.4) == pytest.approx(0.4 * (0.32 + 0.01) / 0.8)
+    assert expected_share(networks[3:], 0.5) == pytest.approx(0.5 * (0.96 + 0.01))
+    assert expected_share([measured_as(50, None, 0.3)], 0.3) is None
+    assert expected_share([measured_as(5, 0, 0.2)], 0.4) == pytest.approx(0.2)  # none of five inputs is not none of all
+
+
+@pytest.mark.parametrize(("wrong", "samples", "good"), [(6, 60, False), (4, 60, True), (0, 5, True), (560, 6000, True)])
+def test_few_inputs_must_agree_better_than_the_limit(wrong, samples, good):
     """What is chosen for a share of exactly 90 % of 60 inputs has less on others as often as not."""
-    measured = [agreement_of_shares(share, count) for share, count in ((0.91, 60), (0.96, 60), (0.91, 6000), (1.0, 5))]
-    assert [agrees(one, Guard(min_agreement=0.9)) for one in measured] == [False, True, True, True]
+    scores = np.tile(np.eye(2)[1], (samples, 1)) - 0.5
+    changed = np.where(np.arange(samples)[:, None] < wrong, -scores, scores)
+    assert agrees(compared([[scores]], [[changed]], [samples]), Guard(min_agreement=0.9)) == good
 
 
-def agreement_of_shares(share, count):
-    rows = np.eye(2)[(np.arange(count) < share * count).astype(int)]
-    return compared([[np.tile([0.0, 1.0], (count, 1)) - 0.5]], [[rows - 0.5]], [count])
+def measured_as(samples, wrong, difference):
+    share = None if wrong is None else 1 - wrong / samples
+    moved = dict.fromkeys(("difference", "difference_low", "difference_high"), difference)
+    return Agreement(samples=samples, agreement=share, agreement_low=share, agreement_high=share, **moved)
 
 
 def test_several_targets_hold_together(network, known_times, tmp_path):
