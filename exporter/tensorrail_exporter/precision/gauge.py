@@ -12,7 +12,10 @@ product of both traces is least for
 where it is the square of the sum of the singular values of B C^(1/2); without G it is tr(C) tr(M). Across a Relu, which
 commutes with positive scales alone, G is diagonal: Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias
 Correction*, ICCV 2019; Xiao et al., *SmoothQuant*, ICML 2023. Rotations before rounding are those of Ashkboos et al.,
-*QuaRot*, NeurIPS 2024.
+*QuaRot*, NeurIPS 2024. Between the two factors of an SVD, rotations and a power of the singular values are in *QSVD: Efficient
+Low-Rank Approximation for Unified Query-Key-Value Weight Compression in Low-Precision Vision-Language Models*
+(github.com/SAI-Lab-NYU/QSVD). For the cores of tensor trains, rings and other chains, nothing was found in a search of public
+code and pages in November 2026, which is no proof that there is nothing.
 
 Which of several matrices is best is decided by the rounding itself, on samples of the tensor.
 """
@@ -47,22 +50,32 @@ _ACTIVATION_STEPS = 255
 
 @dataclass(frozen=True)
 class Bond:
-    """A tensor between two layers with constant weights.
+    """An index that one layer writes and another one reads: all channels of the tensor between, or a part of their index.
+
+    A Reshape between two layers may divide an axis, as between the cores of a TTM: of the channels (o, r) that the first layer
+    writes and (r, i) that the second one reads, r is the bond.
 
     Attributes:
         before: the layer that writes it.
         after: the layer that reads it.
         tensor: name of the tensor as the second layer reads it.
-        size: the number of its channels.
-        mixes: whether channels may be mixed; otherwise they may be scaled.
+        mixes: whether its values may be mixed; otherwise they may be scaled.
+        written: sizes (outside, bond, inside) of the axis of channels that the first layer writes.
+        read: the same of the axis that the second layer reads.
 
     """
 
     before: Weighted
     after: Weighted
     tensor: str
-    size: int
     mixes: bool
+    written: tuple[int, int, int]
+    read: tuple[int, int, int]
+
+    @property
+    def size(self) -> int:
+        """The number of its values."""
+        return self.written[1]
 
 
 @dataclass(frozen=True)
@@ -82,13 +95,28 @@ class Rounding:
         return np.asarray(np.round(values / scale) * scale - values)
 
 
-def bonds(model: onnx.ModelProto) -> tuple[Bond, ...]:
-    """Return the tensors between two layers whose channels may be mixed or scaled, in the order of the graph.
+def bonds(model: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> tuple[Bond, ...]:
+    """Return the indices between two layers that may be mixed or scaled, in the order of the graph.
 
     Args:
         model: a graph whose nodes all have names of their own.
+        feed: inputs by name, on which the graph runs to find the shapes of tensors.
+
+    Raises:
+        ModelError: the model cannot run on the inputs.
 
     """
+    chains = list(_chains(model))
+    names = list(dict.fromkeys(name for before, after, *_ in chains for name in (before.node.output[0], _data(after))))
+    if not names:
+        return ()
+    shapes = {name: values.shape for name, values in zip(names, run_to(model, names, Session())(feed), strict=True)}
+    found = (_bond(before, after, shapes, mixes=mixes) for before, after, mixes in chains)
+    return tuple(bond for bond in found if bond is not None)
+
+
+def _chains(model: onnx.ModelProto) -> Iterator[tuple[Weighted, Weighted, bool]]:
+    """Yield pairs of layers between which nothing but scales of channels is lost, and whether channels may be mixed."""
     graph = model.graph
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -98,21 +126,23 @@ def bonds(model: onnx.ModelProto) -> tuple[Bond, ...]:
     outer = {value.name for value in graph.output} | inside
     constants = constants_of(graph)
     layers = {w.node.name: w for w in weighted(model) if _is_plain(w, readers, outer, constants)}
-    found = []
     for before in layers.values():
-        name, mixes = before.node.output[0], True
+        name, mixes, passed = before.node.output[0], True, []
         while name not in outer and len(readers.get(name, ())) == 1:
             (reader,) = readers[name]
             after = layers.get(reader.name)
             if after is not None:
-                if bond := _bond(before, after, name, mixes=mixes):
-                    found.append(bond)
+                if _data(after) == name:
+                    yield before, after, mixes
                 break
-            if reader.op_type not in _LINEAR + _SCALES or len([one for one in reader.output if one]) != 1:
+            passed.append(reader.op_type)
+            pooled = any("Pool" in op for op in passed)
+            if reader.op_type not in (*_LINEAR, *_SCALES, "Reshape") or (pooled and "Reshape" in passed):
                 break
-            mixes = mixes and reader.op_type in _LINEAR
+            if reader.input[0] != name or len([one for one in reader.output if one]) != 1:
+                break
+            mixes = mixes and reader.op_type not in _SCALES
             name = reader.output[0]
-    return tuple(found)
 
 
 def gauged(
@@ -130,8 +160,8 @@ def gauged(
         ModelError: the model cannot run on the inputs.
 
     """
-    found = [bond for bond in bonds(model) if bond.after.node.name not in skip]
-    if not found or not feeds:
+    found = [bond for bond in bonds(model, feeds[0]) if bond.after.node.name not in skip] if feeds else []
+    if not found:
         return model
     rounding = rounding or Rounding()
     copy = onnx.ModelProto()
@@ -139,7 +169,7 @@ def gauged(
     weights = _Weights(copy)
     samples, squares = _sampled(model, found, feeds)
     for bond in found:
-        problem = _Problem(bond, samples.pop(bond.tensor), squares[bond.before.node.input[1 - bond.before.place]], rounding)
+        problem = _Problem(bond, samples.pop(bond.tensor), squares[_data(bond.before)], rounding)
         matrix = problem.best(weights.of(bond.before), weights.of(bond.after))
         if matrix is not None:
             weights.change(bond, matrix)
@@ -152,7 +182,7 @@ class _Problem:
 
     def __init__(self, bond: Bond, samples: np.ndarray, square: float, rounding: Rounding) -> None:
         self.bond, self.rounding = bond, rounding
-        self.samples = samples.astype(np.float64)  # (n, channels)
+        self.samples = samples.astype(np.float64)  # (n, bond)
         self.square = square  # the mean square of the first layer's inputs
         self.moment = self.samples.T @ self.samples / len(samples)
 
@@ -181,12 +211,11 @@ class _Problem:
         low, high = min(float(changed.min()), 0.0), max(float(changed.max()), 0.0)
         step = (high - low) / _ACTIVATION_STEPS
         first, second = _changed_before(self.bond, before, matrix), _changed_after(self.bond, after, matrix)
-        columns = _columns(self.bond, second)  # (…, channels)
-        energies = np.square(columns).reshape(-1, self.bond.size).sum(0)
+        energies = np.square(_columns(self.bond, second)).sum(0)
         noise = float(np.mean(np.square(np.round(changed / step) * step - changed))) * float(energies.sum()) if step else 0.0
         wrong = self.rounding.error(first, _scale_axis(self.bond.before))
-        rows = np.square(np.moveaxis(wrong, self.bond.before.axis, 0)).reshape(self.bond.size, -1).sum(1)
-        lost = _columns(self.bond, self.rounding.error(second, _scale_axis(self.bond.after))).reshape(-1, self.bond.size)
+        rows = np.square(np.moveaxis(wrong, self.bond.before.axis, 0)).reshape(*self.bond.written, -1).mean((0, 2)).sum(-1)
+        lost = _columns(self.bond, self.rounding.error(second, _scale_axis(self.bond.after)))
         moment = matrix @ self.moment @ matrix.T
         if not self.bond.mixes:
             moment = np.diag(np.diag(moment))
@@ -199,7 +228,7 @@ class _Problem:
             yield np.diag((ranges / ranges.max()) ** -power)
         if not self.bond.mixes:
             return
-        columns = _columns(self.bond, after).reshape(-1, self.bond.size)
+        columns = _columns(self.bond, after)
         least = _least_product(self.moment, columns.T @ columns)
         for basis in (np.eye(self.bond.size), least):
             values, vectors = np.linalg.eigh(basis @ self.moment @ basis.T)
@@ -257,7 +286,8 @@ class _Weights:
         self.values[after.name] = _changed_after(bond, self.values[after.name], matrix)
         if bias := _bias(bond.before):
             stored = self.biases.get(bias, numpy_helper.to_array(self.tensors[bias]).astype(np.float64))
-            self.biases[bias] = (matrix @ stored.reshape(-1)).reshape(stored.shape)
+            values = np.einsum("rs,asb->arb", matrix, stored.reshape(bond.written))
+            self.biases[bias] = values.reshape(stored.shape)
 
     def store(self) -> None:
         """Write all values to the model."""
@@ -294,17 +324,35 @@ def _is_plain(
     return all(len(readers.get(name, ())) == 1 and name not in outer for name in names)
 
 
-def _bond(before: Weighted, after: Weighted, tensor: str, *, mixes: bool) -> Bond | None:
-    """Return the bond between two layers; None where channels lie along another axis, or their number is not the same."""
-    if (before.node.op_type == "Conv") != (after.node.op_type == "Conv") or after.node.input[1 - after.place] != tensor:
+def _bond(before: Weighted, after: Weighted, shapes: Mapping[str, tuple[int, ...]], *, mixes: bool) -> Bond | None:
+    """Return the bond between two layers; None where they share no index."""
+    tensor = _data(after)
+    low_in, high_in = _strides(shapes[before.node.output[0]], _channel_axis(before))
+    low_out, high_out = _strides(shapes[tensor], _channel_axis(after))
+    if tensor != before.node.output[0] and np.prod(shapes[tensor]) != np.prod(shapes[before.node.output[0]]):
+        low_in, high_in, low_out, high_out = (1, high_in // low_in, 1, high_out // low_out)  # pooled: channels stay as they are
+        if high_in != high_out:
+            return None
+    low, high = max(low_in, low_out), min(high_in, high_out)
+    if high <= low or any((high % low, low % low_in, low % low_out, high_in % high, high_out % high)):
         return None
-    if before.node.op_type != "Conv" and before.place != after.place:
+    written, read = ((end // high, high // low, low // start) for start, end in ((low_in, high_in), (low_out, high_out)))
+    whole = written[1] == high_in // low_in == high_out // low_out
+    if not whole and not (mixes and _groups(before) == _groups(after) == 1):
         return None
-    size = before.values.shape[before.axis]
-    inputs = after.values.shape[1] * _groups(after) if after.node.op_type == "Conv" else after.values.shape[1 - after.axis]
-    if inputs != size or size < 2:
-        return None
-    return Bond(before, after, tensor, size, mixes and _groups(before) == _groups(after) == 1)
+    return Bond(before, after, tensor, mixes and _groups(before) == _groups(after) == 1, written, read)
+
+
+def _strides(shape: Sequence[int], axis: int) -> tuple[int, int]:
+    """Return how far apart two neighbours along an axis are in memory, and how far the axis reaches."""
+    axis %= len(shape)
+    step = int(np.prod(shape[axis + 1 :]))
+    return step, step * shape[axis]
+
+
+def _data(layer: Weighted) -> str:
+    """Return the name of the tensor that a layer multiplies by its weight."""
+    return layer.node.input[1 - layer.place]
 
 
 def _bias(layer: Weighted) -> str:
@@ -326,22 +374,27 @@ def _scale_axis(layer: Weighted) -> int | None:
 
 
 def _changed_before(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    axis = bond.before.axis
-    return np.moveaxis(np.tensordot(matrix, weight, (1, axis)), 0, axis)
+    """Return the weight of the first layer with a matrix behind it."""
+    moved = np.moveaxis(weight, bond.before.axis, 0)
+    changed = np.einsum("rs,asbx->arbx", matrix, moved.reshape(*bond.written, -1), optimize=True)
+    return np.moveaxis(changed.reshape(moved.shape), 0, bond.before.axis)
 
 
 def _changed_after(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return the weight of the second layer with the inverse of a matrix before it."""
     if not bond.mixes:
         return np.asarray(weight / _spread(bond, np.diag(matrix), weight))
-    axis = _input_axis(bond.after)
-    return np.moveaxis(np.tensordot(weight, np.linalg.inv(matrix), (axis, 0)), -1, axis)
+    moved = np.moveaxis(weight, _input_axis(bond.after), -1)
+    changed = np.einsum("xcsd,sr->xcrd", moved.reshape(-1, *bond.read), np.linalg.inv(matrix), optimize=True)
+    return np.moveaxis(changed.reshape(moved.shape), -1, _input_axis(bond.after))
 
 
 def _columns(bond: Bond, weight: np.ndarray) -> np.ndarray:
-    """Return the weight of the second layer with the channels of the bond last, and 0 where a group does not read one."""
+    """Return the weight of the second layer as (…, bond)."""
     groups = _groups(bond.after)
     if groups == 1:
-        return np.moveaxis(weight, _input_axis(bond.after), -1)
+        moved = np.moveaxis(weight, _input_axis(bond.after), -1)
+        return np.moveaxis(moved.reshape(-1, *bond.read), 2, -1).reshape(-1, bond.size)
     # Of each channel only the energy counts, so that the rows of all groups may stand beside each other.
     outputs, inputs = weight.shape[:2]
     parts = weight.reshape(groups, outputs // groups, inputs, -1)
@@ -363,19 +416,20 @@ def _input_axis(layer: Weighted) -> int:
 
 
 def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return samples (n, channels) of the tensor of each bond, and the mean squares of the inputs of first layers."""
-    inputs = [bond.before.node.input[1 - bond.before.place] for bond in found]
+    """Return samples (n, bond) of the tensor of each bond, and the mean squares of the inputs of first layers."""
+    inputs = [_data(bond.before) for bond in found]
     names = list(dict.fromkeys([*(bond.tensor for bond in found), *inputs]))
-    axes = {bond.tensor: _channel_axis(bond.after) for bond in found}
+    read = {bond.tensor: bond for bond in found}
     run = run_to(model, names, Session())
     rng = np.random.default_rng(0)
     share = -(-_SAMPLES // len(feeds))
-    samples: dict[str, list[np.ndarray]] = {name: [] for name in axes}
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in read}
     squares: dict[str, list[float]] = {name: [] for name in inputs}
     for feed in feeds:
         for name, values in zip(names, run(feed), strict=True):
-            if name in axes:
-                rows = np.moveaxis(values, axes[name], -1).reshape(-1, values.shape[axes[name]])
+            if name in read:
+                moved = np.moveaxis(values, _channel_axis(read[name].after), -1)
+                rows = np.moveaxis(moved.reshape(-1, *read[name].read), 2, -1).reshape(-1, read[name].size)
                 samples[name].append(rows[rng.choice(len(rows), min(share, len(rows)), replace=False)])
             if name in squares:
                 squares[name].append(float(np.mean(np.square(values, dtype=np.float64))))
@@ -383,7 +437,7 @@ def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tup
 
 
 def _channel_axis(layer: Weighted) -> int:
-    """Return the axis of the channels in what a layer reads."""
+    """Return the axis of the channels in what a layer reads, and in what it writes."""
     if layer.node.op_type == "Conv":
         return 1
     return -1 if layer.place else -2

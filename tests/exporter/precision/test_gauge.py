@@ -58,7 +58,7 @@ def low_rank(rng, spread=(1.0, 0.3, 0.1, 0.03, 0.01, 0.003)):
 
 def test_int8_loses_less_between_cores_of_unequal_size(rng, tmp_path):
     model, feeds = low_rank(rng), feeds_of(rng, 12, 6, 6)
-    (bond,) = bonds(model)
+    (bond,) = bonds(model, feeds[0])
     assert (bond.tensor, bond.size, bond.mixes) == ("t", 6, True)
     others = feeds_of(rng, 12, 6, 6)[0]  # which nothing was chosen by
     plain, better = (to_int8(model, feeds, gauge=gauge, reduce_range=False) for gauge in (False, True))
@@ -89,7 +89,9 @@ def test_between_the_cores_of_every_format(form, kind, merge, rng, tmp_path):
     plan = Plan(layers=(LayerPlan(name="layer", format=form, modes=modes, ranks=ranks, merge=merge),))
     factored = factorize(model, plan, decompose_graph(model, plan)).model
     feeds = feeds_of(rng, *inside)
-    changed = gauged(with_names(factored), feeds)
+    named = with_names(factored)
+    assert bonds(named, feeds[0])
+    changed = gauged(named, feeds)
     assert difference(factored, changed, feeds[0], tmp_path) < 1e-5
 
 
@@ -109,7 +111,7 @@ def test_behind_a_relu_channels_are_scaled_and_not_mixed(rng, tmp_path):
         conv("b", "p", "b", "y"),
     )
     model, feeds = chain(rng, *nodes, weights=weights), feeds_of(rng, 12, 6, 6)
-    (bond,) = bonds(model)
+    (bond,) = bonds(model, feeds[0])
     assert (bond.tensor, bond.mixes) == ("p", False)
     changed = gauged(model, feeds)
     assert difference(model, changed, feeds[0], tmp_path) < 1e-5
@@ -132,7 +134,7 @@ def test_channels_that_groups_read_are_scaled(group, rng, tmp_path):
     }
     nodes = conv("a", "x", "a", "t"), conv("b", "t", "b", "u", group=group, pads=[1] * 4), conv("c", "u", "c", "y")
     model, feeds = chain(rng, *nodes, weights=weights), feeds_of(rng, 12, 6, 6)
-    assert [(bond.tensor, bond.mixes) for bond in bonds(model)] == [("t", False), ("u", False)]
+    assert [(bond.tensor, bond.mixes) for bond in bonds(model, feeds[0])] == [("t", False), ("u", False)]
     changed = gauged(model, feeds)
     assert difference(model, changed, feeds[0], tmp_path) < 1e-5
     assert any(t != o for t, o in zip(changed.graph.initializer, model.graph.initializer, strict=True))
@@ -148,7 +150,7 @@ def test_products_on_either_side(left, rng, tmp_path):
     shape, out = ([12, 5], [20, 5]) if left else ([5, 12], [5, 20])
     model = make_model(nodes, weights, {"x": ["n", *shape]}, {"y": ["n", *out]})
     feeds = feeds_of(rng, *shape)
-    assert [(bond.tensor, bond.size, bond.mixes) for bond in bonds(model)] == [("t", 4, True)]
+    assert [(bond.tensor, bond.size, bond.mixes) for bond in bonds(model, feeds[0])] == [("t", 4, True)]
     changed = gauged(model, feeds)
     assert difference(model, changed, feeds[0], tmp_path) < 1e-5
     assert changed.graph.initializer[0] != model.graph.initializer[0]
@@ -157,7 +159,8 @@ def test_products_on_either_side(left, rng, tmp_path):
 def test_weights_that_are_shared_and_tensors_that_are_read_twice_stay(rng):
     weights = {"a": normal(rng, 12, 12, 1, 1), "b": normal(rng, 20, 12, 1, 1)}
     shared = chain(rng, conv("a", "x", "a", "t"), conv("a2", "t", "a", "u"), conv("b", "u", "b", "y"), weights=weights)
-    assert bonds(shared) == ()
+    feed = feeds_of(rng, 12, 6, 6)[0]
+    assert bonds(shared, feed) == ()
     twice = (
         conv("a", "x", "a", "t"),
         conv("b", "t", "b", "u"),
@@ -165,12 +168,12 @@ def test_weights_that_are_shared_and_tensors_that_are_read_twice_stay(rng):
         helper.make_node("ReduceSum", ["g"], ["s"], "sum", keepdims=1),
         helper.make_node("Add", ["u", "s"], ["y"], "add"),
     )
-    assert bonds(chain(rng, *twice, weights=weights)) == ()
+    assert bonds(chain(rng, *twice, weights=weights), feed) == ()
     seen = make_model(
         [conv("a", "x", "a", "t"), conv("b", "t", "b", "y")],
         weights,
         {"x": ["n", 12, 6, 6]},
         {"y": ["n", 20, 6, 6], "t": ["n", 12, 6, 6]},
     )
-    assert bonds(seen) == ()
+    assert bonds(seen, feed) == ()
     assert gauged(seen, []) is seen
