@@ -21,6 +21,8 @@ from tensorrail_runtime.measure.agreement import scores_of
 Outputs = list[list[np.ndarray]]  # by output, by batch
 
 _TINY = 1e-12
+_MANY = 256  # classes, of which those that hardly occur are taken together
+_RARE = 1e-6  # probability of a class that hardly occurs
 _SURE = 1e-6  # probabilities are taken as no nearer to 0 and 1
 _TIE = 1e-3  # weight of the squared error beside cross-entropy and scores, which may be the same for different networks
 
@@ -63,6 +65,7 @@ class Divergence:
         require_classes(labels, dense[0][0])
         self.labels = labels if dense[0][0].ndim == 2 else None
         self.scores = scores_of(dense[0]) if self.labels is None else None
+        self._rows: list[_Rows] | None = None  # of each batch; they are compared with many networks
 
     @property
     def unit(self) -> str:
@@ -85,10 +88,12 @@ class Divergence:
             return self._relative(changed)
         if self.scores == "sigmoids":  # each class is a choice of two
             return _binary(self.dense[0], changed[0])
-        before, after = (_log_probabilities(out[0], self.scores) for out in (self.dense, changed))
-        if not np.isfinite(after).all():
+        if not all(np.isfinite(part).all() for part in changed[0]):
             return self._relative(changed)
-        return max(float((np.exp(before) * (before - after)).sum(-1).mean()), 0.0)
+        if self._rows is None:
+            self._rows = [_Rows.of(part, self.scores) for part in self.dense[0]]
+        sums = [rows.divergences(part, self.scores) for rows, part in zip(self._rows, changed[0], strict=False)]
+        return max(float(np.concatenate(sums).mean()), 0.0)
 
     def of_first(self, changed: Outputs) -> float:
         """Return the divergence of outputs of the first batches alone; there must be neither labels nor a metric."""
@@ -107,6 +112,41 @@ class Divergence:
             lost = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
             shares.append(lost / max(_variation(before), _TINY))
         return float(np.mean(shares))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The probabilities of classes in rows of scores. Of many classes, those that hardly occur count as one."""
+
+    places: np.ndarray  # of the others, in the flattened rows
+    owners: np.ndarray  # the row of each place
+    logs: np.ndarray  # of their probabilities
+    probabilities: np.ndarray
+    rest: np.ndarray  # probability of all others together, by row
+
+    @classmethod
+    def of(cls, scores: np.ndarray, kind: str) -> _Rows:
+        """Return the rows of scores (…, classes) of a kind that `scores_of` returns."""
+        logs = _log_probabilities([scores], kind)
+        probabilities = np.exp(logs)
+        taken = probabilities > (_RARE if logs.shape[1] > _MANY else 0.0)
+        places = np.flatnonzero(taken)
+        rest = np.where(taken, 0.0, probabilities).sum(1)
+        return cls(places, places // logs.shape[1], logs.ravel()[places], probabilities.ravel()[places], rest)
+
+    def divergences(self, scores: np.ndarray, kind: str) -> np.ndarray:
+        """Return the Kullback–Leibler divergence of other scores from these, by row."""
+        count = len(self.rest)
+        if kind == "probabilities":  # without the logarithms of all classes
+            found = scores.reshape(-1)[self.places].astype(np.float64)
+            logs = np.log(np.maximum(found, _TINY))
+            total = scores.reshape(count, -1).sum(1, dtype=np.float64)
+        else:
+            logs = _log_probabilities([scores], kind).reshape(-1)[self.places]
+            found, total = np.exp(logs), np.ones(count)
+        sums = np.bincount(self.owners, self.probabilities * (self.logs - logs), count)
+        others = np.maximum(total - np.bincount(self.owners, found, count), _TINY)
+        return np.asarray(sums + self.rest * (np.log(np.maximum(self.rest, _TINY)) - np.log(others)))
 
 
 @dataclass(frozen=True)

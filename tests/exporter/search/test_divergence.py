@@ -33,6 +33,22 @@ def test_scores_are_compared_by_the_divergence_of_their_classes(kind):
     assert divergence.unit == "KL divergence (nats)"
 
 
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+@pytest.mark.parametrize("moved", [0.01, 1.0])
+def test_of_many_classes_the_rare_ones_count_as_one(kind, moved):
+    """Scores of 3,000 classes, of which a few are likely: nearly the whole divergence is that of these, and never more."""
+    a = 4 * normal(20, 3000).astype(np.float64)
+    b = a + moved * normal(20, 3000, seed=1)
+    b[0] = -a[0]  # what was likely becomes rare, and the other way round
+    shown = [(values if kind == "logits" else softmax(values, 1)).astype(np.float32) for values in (a, b)]
+    divergence = Divergence(["y"], in_batches(shown[0]))
+    expected = np.mean([entropy(p, q) for p, q in zip(softmax(a, 1), softmax(b, 1), strict=True)])
+    got = divergence.of(in_batches(shown[1]))
+    assert 0.9 * expected < got < expected * (1 + 1e-3)
+    assert divergence.of(in_batches(shown[0])) == pytest.approx(0, abs=1e-7)
+    assert divergence.of_first([[shown[1][:7]]]) > 0
+
+
 def test_independent_classes_are_compared_one_by_one():
     p, q = (1 / (1 + np.exp(-normal(20, 5, seed=seed))) for seed in (0, 1))
     pairs = [entropy([a, 1 - a], [b, 1 - b]) for a, b in zip(p.ravel(), q.ravel(), strict=True)]
