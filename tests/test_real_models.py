@@ -199,7 +199,19 @@ def test_the_fastest_model_that_agrees_is_asked_for(real, tmp_path, monkeypatch)
     monkeypatch.setattr(real.child.tr, "compress", refuse)
     assert real.child.carried_out(request(real, tmp_path)) == {"written": False, "message": "nothing is faster"}
     assert asked["arguments"] == ("dense.onnx", str(tmp_path / "out.onnx"))  # no target
-    assert asked["options"].guard == tr.Guard(min_agreement=0.97, max_difference=0.15)
+    assert asked["options"].guard == tr.Guard(min_agreement=0.97)
+
+
+def test_outputs_that_are_no_scores_are_held_to_their_difference(real, tmp_path, monkeypatch):
+    guards = []
+
+    def refuse(*_, options, **__):
+        guards.append(options.guard)
+        raise tr.PlanError("output 'y' holds no scores of classes: give max_difference" if len(guards) == 1 else "other")
+
+    monkeypatch.setattr(real.child.tr, "compress", refuse)
+    assert real.child.carried_out(request(real, tmp_path)) == {"written": False, "message": "other"}
+    assert guards == [tr.Guard(min_agreement=0.97), tr.Guard(max_difference=0.15)]
 
 
 def record(name="net", *, good=True, quality=0.99, low=1.2):

@@ -352,7 +352,7 @@ def _strides(shape: Sequence[int], axis: int) -> tuple[int, int]:
 
 def _data(layer: Weighted) -> str:
     """Return the name of the tensor that a layer multiplies by its weight."""
-    return layer.node.input[1 - layer.place]
+    return str(layer.node.input[1 - layer.place])
 
 
 def _bias(layer: Weighted) -> str:

@@ -30,7 +30,7 @@ from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.progress import Progress
 
 _STEPS = 10  # limits that are tried in a round
-_ROUNDS = 4  # networks that are fitted at most
+_ROUNDS = 3  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
 _MARGIN = 0.25  # of the interval below the share of inputs that agree: half a standard deviation
@@ -181,41 +181,14 @@ def choose_fastest(
 
     """
     tries = _Tries(start, aims, candidates, search, guard, probe)
-    known = probe.gain if isinstance(probe.gain, _Gain) else None  # from an earlier choice among nearly the same candidates
-    corrections, gain = 0, known or _Gain()
-    best: tuple[_Found, Agreement] | None = None
-    ends: dict[bool, _Gain] = {}  # the expectations that led to the last network that agreed, and to the last that did not
-    for number in range(_ROUNDS):
-        found, hopeful = tries.found(gain, progress)
-        if not (number or known) and not is_confirmed(found.loss, found.predicted):
-            again = _Tries(start, aims, tries.corrected(found, progress), search, guard, probe)
-            other, also = again.found(gain, progress)
-            if also >= hopeful and (other.milliseconds < found.milliseconds or not also):
-                tries, found, hopeful, corrections = again, other, also, 1
-        found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
-        report = report_of(start, tries.candidates, found.picks, search)
-        fitted = probe.fitted(report.plan, progress)
-        good = agrees(fitted, guard)
-        if good and (best is None or found.milliseconds < best[0].milliseconds):
-            best = found, fitted
-        moved = found.agreement.difference
-        expected = expected_share(tries.measured, moved)
-        share = 1.0 if fitted.agreement is None or not expected else (1 - fitted.agreement + 0.5 / fitted.samples) / expected
-        ends[good] = gain
-        if good and known:
-            break
-        if len(ends) > 1:
-            gain = ends[True].between(ends[False])
-            if not gain.is_less_than(ends[True]):
-                break
-            continue
-        gain = gain.changed(fitted.difference / max(moved, 1e-12), share)
-        if not hopeful or (good and not gain.is_less_than(ends[True])):
-            break  # no other choice loses less, or a faster one would hardly agree
-    probe.gain = ends.get(True, gain)
-    if best is None:
-        raise TargetError(_refusal(start, found, fitted, guard, candidates.dense.milliseconds))
-    found, fitted = best
+    fitted: Agreement | None = None
+    corrections = 0
+    if isinstance(probe.gain, _Gain):  # from an earlier choice among nearly the same candidates
+        found, hopeful = tries.found(probe.gain, progress)
+        if not hopeful:
+            raise TargetError("no other network agrees as closely as asked for")
+    else:
+        tries, found, fitted, corrections = _in_rounds(tries, progress)
     report = report_of(start, tries.candidates, found.picks, search)
     factors = tries.candidates.losses.factors
     verified = VerifiedLoss(
@@ -227,6 +200,51 @@ def choose_fastest(
         chosen=fitted,
     )
     return report.model_copy(update={"verified": verified}), tries.candidates
+
+
+def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agreement, int]:
+    """Find a network, fit it, and look for a faster or a slower one by what the fit has shown.
+
+    Returns:
+        The choices among candidates with corrected losses, the fastest network that agreed once it was fitted, its agreement,
+        and how often losses were corrected.
+
+    Raises:
+        TargetError: a target cannot be met, or no network that was fitted agrees.
+
+    """
+    start, search, guard, probe = tries.start, tries.search, tries.guard, tries.probe
+    corrections, gain = 0, _Gain()
+    best: tuple[_Found, Agreement] | None = None
+    ends: dict[bool, _Gain] = {}  # the expectations that led to the last network that agreed, and to the last that did not
+    for number in range(_ROUNDS):
+        found, hopeful = tries.found(gain, progress)
+        if not number and not is_confirmed(found.loss, found.predicted):
+            again = _Tries(start, tries.aims, tries.corrected(found, progress), search, guard, probe)
+            other, also = again.found(gain, progress)
+            if also >= hopeful and (other.milliseconds < found.milliseconds or not also):
+                tries, found, hopeful, corrections = again, other, also, 1
+        found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
+        fitted = probe.fitted(report_of(start, tries.candidates, found.picks, search).plan, progress)
+        good = agrees(fitted, guard)
+        if good and (best is None or found.milliseconds < best[0].milliseconds):
+            best = found, fitted
+        ends[good] = gain
+        if len(ends) > 1:
+            gain = ends[True].between(ends[False])
+            if not gain.is_less_than(ends[True]):
+                break
+            continue
+        moved = found.agreement.difference
+        expected = expected_share(tries.measured, moved)
+        share = 1.0 if fitted.agreement is None or not expected else (1 - fitted.agreement + 0.5 / fitted.samples) / expected
+        gain = gain.changed(fitted.difference / max(moved, 1e-12), share)
+        if not hopeful or (good and not gain.is_less_than(ends[True])):
+            break  # no other choice loses less, or a faster one would hardly agree
+    probe.gain = ends.get(True, gain)
+    if best is None:
+        raise TargetError(_refusal(start, found, fitted, guard, tries.candidates.dense.milliseconds))
+    return tries, *best, corrections
 
 
 def _measured(picks: Picks, candidates: Candidates, probe: Probe) -> _Found:
