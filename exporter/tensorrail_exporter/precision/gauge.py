@@ -1,6 +1,6 @@
 """Chooses the basis between two layers so that rounding to int8 loses least.
 
-Where nothing but linear operators stands between two layers A and B, any regular matrix G may be put between them with its
+Where nothing but linear operators stands between two layers A and B, any invertible matrix G may be put between them with its
 inverse, (B G⁻¹)(G A) = B A: the network computes the same, in the same time. Rounding does not. The tensor between has one
 scale for all of its channels, so a channel that varies little is rounded as coarsely as the one that varies most, and its error
 is multiplied by the columns of B. Let C be the second moment of the tensor, and M = BᵀB. The noise at the output of B is in
@@ -17,7 +17,8 @@ Low-Rank Approximation for Unified Query-Key-Value Weight Compression in Low-Pre
 (github.com/SAI-Lab-NYU/QSVD). For the cores of tensor trains, rings and other chains, nothing was found in a search of public
 code and pages in November 2026, which is no proof that there is nothing.
 
-Which of several matrices is best is decided by the rounding itself, on samples of the tensor.
+Which of several matrices is best is decided by the rounding itself, on samples of the tensor that none was computed from, with
+the ranges of all values that were seen.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ _SCALES = ("LeakyRelu", "MaxPool", "Relu")  # commute with positive scales of th
 _SAMPLES = 2048  # of each tensor
 _REGULAR = 1e-3  # of the mean eigenvalue, is added to moments: what varies less is left as it is
 _POWERS = (0.5, 0.75, 1.0)  # of the ranges of channels by which these are divided
-_GAIN = 0.99  # of the error of the present basis, which a new one must at least reach
+_WEAKEST = 1e-2  # of the range of the widest channel: narrower ones are scaled as if they were so wide
+_WIDEST = 2048  # channels that are mixed at most; more are scaled
+_GAIN = 0.98  # of the error of the present basis: a new one must be below
 _ACTIVATION_STEPS = 255
 
 
@@ -95,12 +98,12 @@ class Rounding:
         return np.asarray(np.round(values / scale) * scale - values)
 
 
-def bonds(model: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> tuple[Bond, ...]:
+def bonds(model: onnx.ModelProto, feeds: Feeds) -> tuple[Bond, ...]:
     """Return the indices between two layers that may be mixed or scaled, in the order of the graph.
 
     Args:
         model: a graph whose nodes all have names of their own.
-        feed: inputs by name, on which the graph runs to find the shapes of tensors.
+        feeds: inputs by name, on which the graph runs to find the shapes of tensors, once for each kind of shapes.
 
     Raises:
         ModelError: the model cannot run on the inputs.
@@ -110,14 +113,34 @@ def bonds(model: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> tuple[Bond,
     names = list(dict.fromkeys(name for before, after, *_ in chains for name in (before.node.output[0], _data(after))))
     if not names:
         return ()
-    shapes = {name: values.shape for name, values in zip(names, run_to(model, names, Session())(feed), strict=True)}
-    found = (_bond(before, after, shapes, mixes=mixes) for before, after, mixes in chains)
-    return tuple(bond for bond in found if bond is not None)
+    run = run_to(model, names, Session())
+    kept: list[Bond | None] | None = None
+    for feed in {str([(name, array.shape) for name, array in feed.items()]): feed for feed in feeds}.values():
+        shapes = {name: values.shape for name, values in zip(names, run(feed), strict=True)}
+        found = [_bond(*chain, shapes) for chain in chains]
+        # What is one index for some shapes and another one for others is none.
+        same = found if kept is None else [a if _alike(a, b) else None for a, b in zip(kept, found, strict=True)]
+        kept = same
+    return tuple(bond for bond in kept or () if bond is not None)
 
 
-def _chains(model: onnx.ModelProto) -> Iterator[tuple[Weighted, Weighted, bool]]:
-    """Yield pairs of layers between which nothing but scales of channels is lost, and whether channels may be mixed."""
+def _alike(first: Bond | None, second: Bond | None) -> bool:
+    if first is None or second is None:
+        return False
+    return (first.written, first.read) == (second.written, second.read)
+
+
+def _chains(model: onnx.ModelProto) -> Iterator[tuple[Weighted, Weighted, tuple[str, ...]]]:
+    """Yield pairs of layers between which all operators commute with positive scales of the channels, and these operators.
+
+    A Reshape is taken where all axes of the model's inputs but the first are fixed: otherwise it may divide an axis in another
+    place for another shape.
+    """
     graph = model.graph
+    stored = {tensor.name for tensor in graph.initializer}
+    axes = [axis for value in graph.input if value.name not in stored for axis in value.type.tensor_type.shape.dim[1:]]
+    fixed = all(axis.HasField("dim_value") for axis in axes)
+    allowed = (*_LINEAR, *_SCALES, *(("Reshape",) if fixed else ()))
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -127,40 +150,40 @@ def _chains(model: onnx.ModelProto) -> Iterator[tuple[Weighted, Weighted, bool]]
     constants = constants_of(graph)
     layers = {w.node.name: w for w in weighted(model) if _is_plain(w, readers, outer, constants)}
     for before in layers.values():
-        name, mixes, passed = before.node.output[0], True, []
+        name = before.node.output[0]
+        passed: list[str] = []
         while name not in outer and len(readers.get(name, ())) == 1:
             (reader,) = readers[name]
             after = layers.get(reader.name)
             if after is not None:
                 if _data(after) == name:
-                    yield before, after, mixes
+                    yield before, after, tuple(passed)
                 break
             passed.append(reader.op_type)
-            pooled = any("Pool" in op for op in passed)
-            if reader.op_type not in (*_LINEAR, *_SCALES, "Reshape") or (pooled and "Reshape" in passed):
+            if reader.op_type not in allowed or reader.input[0] != name or len([one for one in reader.output if one]) != 1:
                 break
-            if reader.input[0] != name or len([one for one in reader.output if one]) != 1:
-                break
-            mixes = mixes and reader.op_type not in _SCALES
             name = reader.output[0]
 
 
 def gauged(
     model: onnx.ModelProto, feeds: Feeds, *, rounding: Rounding | None = None, skip: frozenset[str] = frozenset()
 ) -> onnx.ModelProto:
-    """Return a copy with other weights that computes the same in fp32, and loses less when it is rounded to int8.
+    """Return a model with other weights that computes the same in fp32, and loses less when it is rounded to int8.
 
     Args:
         model: the fp32 graph; it is not changed. Its nodes all have names of their own.
-        feeds: typical inputs by name, batch by batch.
+        feeds: typical inputs by name, batch by batch, one at least.
         rounding: how weights will be rounded; default `Rounding()`.
         skip: names of nodes that will not be rounded: what they read stays as it is.
+
+    Returns:
+        A copy, or the model itself where nothing can be changed.
 
     Raises:
         ModelError: the model cannot run on the inputs.
 
     """
-    found = [bond for bond in bonds(model, feeds[0]) if bond.after.node.name not in skip] if feeds else []
+    found = [bond for bond in bonds(model, feeds) if bond.after.node.name not in skip]
     if not found:
         return model
     rounding = rounding or Rounding()
@@ -169,33 +192,44 @@ def gauged(
     weights = _Weights(copy)
     samples, squares = _sampled(model, found, feeds)
     for bond in found:
-        problem = _Problem(bond, samples.pop(bond.tensor), squares[_data(bond.before)], rounding)
+        seen = samples.pop(bond.tensor)
+        problem = _Problem(bond, seen, squares[_data(bond.before)], rounding)
         matrix = problem.best(weights.of(bond.before), weights.of(bond.after))
         if matrix is not None:
             weights.change(bond, matrix)
+            squares[bond.tensor] = float(np.mean(np.square(_applied(matrix, seen.rows.astype(np.float64)))))
     weights.store()
     return copy
 
 
-class _Problem:
-    """One bond, with samples of its tensor."""
+@dataclass
+class _Seen:
+    """Samples of the tensor of a bond, (n, bond), and the rows in which a value is the largest or the smallest of all."""
 
-    def __init__(self, bond: Bond, samples: np.ndarray, square: float, rounding: Rounding) -> None:
+    rows: np.ndarray
+    extremes: np.ndarray
+
+
+class _Problem:
+    """One bond, with samples of its tensor. Matrices are computed from one half of them and judged on the other."""
+
+    def __init__(self, bond: Bond, seen: _Seen, square: float, rounding: Rounding) -> None:
         self.bond, self.rounding = bond, rounding
-        self.samples = samples.astype(np.float64)  # (n, bond)
+        rows = seen.rows.astype(np.float64)
+        self.rows, self.others = (rows[::2], rows[1::2]) if len(rows) > 1 else (rows, rows)
+        self.extremes = seen.extremes.astype(np.float64)
         self.square = square  # the mean square of the first layer's inputs
-        self.moment = self.samples.T @ self.samples / len(samples)
+        self.moment = self.rows.T @ self.rows / len(self.rows)
 
     def best(self, before: np.ndarray, after: np.ndarray) -> np.ndarray | None:
-        """Return the best matrix for the present weights; None if none is better than the identity.
+        """Return the best scales (bond) or matrix (bond, bond) for the present weights; None if none is better than none.
 
         Args:
             before: weight of the first layer.
             after: weight of the second layer.
 
         """
-        size = self.bond.size
-        least, found = _GAIN * self.error(np.eye(size), before, after), None
+        least, found = _GAIN * self.error(np.ones(self.bond.size), before, after), None
         for matrix in self._candidates(after):
             error = self.error(matrix, before, after)
             if error < least:
@@ -207,8 +241,8 @@ class _Problem:
 
         Errors are taken as independent of each other and, for the first layer, of its inputs.
         """
-        changed = self.samples @ matrix.T
-        low, high = min(float(changed.min()), 0.0), max(float(changed.max()), 0.0)
+        changed, ends = _applied(matrix, self.others), _applied(matrix, self.extremes)
+        low, high = min(float(ends.min()), 0.0), max(float(ends.max()), 0.0)
         step = (high - low) / _ACTIVATION_STEPS
         first, second = _changed_before(self.bond, before, matrix), _changed_after(self.bond, after, matrix)
         energies = np.square(_columns(self.bond, second)).sum(0)
@@ -216,17 +250,18 @@ class _Problem:
         wrong = self.rounding.error(first, _scale_axis(self.bond.before))
         rows = np.square(np.moveaxis(wrong, self.bond.before.axis, 0)).reshape(*self.bond.written, -1).mean((0, 2)).sum(-1)
         lost = _columns(self.bond, self.rounding.error(second, _scale_axis(self.bond.after)))
-        moment = matrix @ self.moment @ matrix.T
-        if not self.bond.mixes:
-            moment = np.diag(np.diag(moment))
-        return noise + self.square * float(rows @ energies) + float(np.sum((lost @ moment) * lost))
+        if self.bond.mixes:
+            rounded = float(np.sum((lost @ (changed.T @ changed / len(changed))) * lost))
+        else:
+            rounded = float(np.sum(np.square(lost) @ np.square(changed).mean(0)))
+        return noise + self.square * float(rows @ energies) + rounded
 
     def _candidates(self, after: np.ndarray) -> Iterator[np.ndarray]:
-        ranges = np.abs(self.samples).max(0)
-        ranges = np.maximum(ranges, 1e-6 * max(float(ranges.max()), 1e-30))
+        ranges = np.abs(self.extremes).max(0)
+        ranges = np.maximum(ranges, _WEAKEST * max(float(ranges.max()), 1e-30))
         for power in _POWERS:
-            yield np.diag((ranges / ranges.max()) ** -power)
-        if not self.bond.mixes:
+            yield (ranges / ranges.max()) ** -power
+        if not self.bond.mixes or self.bond.size > _WIDEST:
             return
         columns = _columns(self.bond, after)
         least = _least_product(self.moment, columns.T @ columns)
@@ -236,6 +271,11 @@ class _Problem:
             yield turned
             for rotation in _rotations(self.bond.size):
                 yield rotation @ turned
+
+
+def _applied(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return rows (n, bond) that were scaled by a vector, or mixed by a matrix."""
+    return rows * matrix if matrix.ndim == 1 else np.asarray(rows @ matrix.T)
 
 
 def _least_product(moment: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -272,29 +312,28 @@ class _Weights:
     """The weights and biases of a model that are being changed."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model, self.values = model, {w.node.name: w.values.astype(np.float64) for w in weighted(model)}
         self.tensors = constants_of(model.graph)
+        self.values: dict[str, tuple[str, np.ndarray]] = {}  # by node: the name of the weight and its values
         self.biases: dict[str, np.ndarray] = {}
 
     def of(self, layer: Weighted) -> np.ndarray:
-        return self.values[layer.node.name]
+        """Return the present weight of a layer in double precision."""
+        if layer.node.name not in self.values:
+            self.values[layer.node.name] = layer.weight, layer.values.astype(np.float64)
+        return self.values[layer.node.name][1]
 
     def change(self, bond: Bond, matrix: np.ndarray) -> None:
-        """Put a matrix behind the first layer, and its inverse before the second one."""
-        before, after = bond.before.node, bond.after.node
-        self.values[before.name] = _changed_before(bond, self.values[before.name], matrix)
-        self.values[after.name] = _changed_after(bond, self.values[after.name], matrix)
-        if bias := _bias(bond.before):
+        """Put scales or a matrix behind the first layer, and their inverse before the second one."""
+        before, after = bond.before, bond.after
+        self.values[before.node.name] = before.weight, _changed_before(bond, self.of(before), matrix)
+        self.values[after.node.name] = after.weight, _changed_after(bond, self.of(after), matrix)
+        if bias := _bias(before):
             stored = self.biases.get(bias, numpy_helper.to_array(self.tensors[bias]).astype(np.float64))
-            values = np.einsum("rs,asb->arb", matrix, stored.reshape(bond.written))
-            self.biases[bias] = values.reshape(stored.shape)
+            self.biases[bias] = _written(bond, stored.reshape(-1, 1), matrix).reshape(stored.shape)
 
     def store(self) -> None:
         """Write all values to the model."""
-        for layer in weighted(self.model):
-            if not np.array_equal(self.values[layer.node.name], layer.values):
-                _write(self.tensors[layer.weight], self.values[layer.node.name])
-        for name, values in self.biases.items():
+        for name, values in (*self.values.values(), *self.biases.items()):
             _write(self.tensors[name], values)
 
 
@@ -318,34 +357,40 @@ def _is_plain(
         return False
     names = [layer.weight]
     if name := _bias(layer):
-        if name not in constants or np.prod(constants[name].dims) != layer.values.shape[layer.axis]:
+        width = layer.values.shape[layer.axis]
+        if name not in constants or tuple(constants[name].dims) not in ((width,), (1, width)):
             return False
         names.append(name)
     return all(len(readers.get(name, ())) == 1 and name not in outer for name in names)
 
 
-def _bond(before: Weighted, after: Weighted, shapes: Mapping[str, tuple[int, ...]], *, mixes: bool) -> Bond | None:
+def _bond(before: Weighted, after: Weighted, between: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> Bond | None:
     """Return the bond between two layers; None where they share no index."""
     tensor = _data(after)
-    low_in, high_in = _strides(shapes[before.node.output[0]], _channel_axis(before))
-    low_out, high_out = _strides(shapes[tensor], _channel_axis(after))
-    if tensor != before.node.output[0] and np.prod(shapes[tensor]) != np.prod(shapes[before.node.output[0]]):
-        low_in, high_in, low_out, high_out = (1, high_in // low_in, 1, high_out // low_out)  # pooled: channels stay as they are
-        if high_in != high_out:
+    first, second = shapes[before.node.output[0]], shapes[tensor]
+    axes = [_channel_axis(before) + (0 if _channel_axis(before) >= 0 else len(first))]
+    axes.append(_channel_axis(after) + (0 if _channel_axis(after) >= 0 else len(second)))
+    if min(axes) < 0:
+        return None
+    mixes = _groups(before) == _groups(after) == 1 and not any(op in _SCALES for op in between)
+    if any("Pool" in op for op in between):  # a pool keeps axis 1 and changes those behind it
+        if "Reshape" in between or axes != [1, 1] or first[1] != second[1]:
             return None
+        whole = (1, first[1], 1)
+        return Bond(before, after, tensor, mixes, whole, whole) if first[1] > 1 else None
+    low_in, high_in = _strides(first, axes[0])
+    low_out, high_out = _strides(second, axes[1])
     low, high = max(low_in, low_out), min(high_in, high_out)
     if high <= low or any((high % low, low % low_in, low % low_out, high_in % high, high_out % high)):
         return None
     written, read = ((end // high, high // low, low // start) for start, end in ((low_in, high_in), (low_out, high_out)))
-    whole = written[1] == high_in // low_in == high_out // low_out
-    if not whole and not (mixes and _groups(before) == _groups(after) == 1):
+    if (_groups(before) > 1 and written[::2] != (1, 1)) or (_groups(after) > 1 and read[::2] != (1, 1)):
         return None
-    return Bond(before, after, tensor, mixes and _groups(before) == _groups(after) == 1, written, read)
+    return Bond(before, after, tensor, mixes, written, read)
 
 
 def _strides(shape: Sequence[int], axis: int) -> tuple[int, int]:
     """Return how far apart two neighbours along an axis are in memory, and how far the axis reaches."""
-    axis %= len(shape)
     step = int(np.prod(shape[axis + 1 :]))
     return step, step * shape[axis]
 
@@ -374,18 +419,30 @@ def _scale_axis(layer: Weighted) -> int | None:
 
 
 def _changed_before(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Return the weight of the first layer with a matrix behind it."""
+    """Return the weight of the first layer with scales or a matrix behind it."""
     moved = np.moveaxis(weight, bond.before.axis, 0)
-    changed = np.einsum("rs,asbx->arbx", matrix, moved.reshape(*bond.written, -1), optimize=True)
+    changed = _written(bond, moved.reshape(len(moved), -1), matrix)
     return np.moveaxis(changed.reshape(moved.shape), 0, bond.before.axis)
 
 
+def _written(bond: Bond, rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return rows (channels, …) of the first layer, scaled or mixed along the bond."""
+    parts = rows.reshape(*bond.written, -1)
+    if matrix.ndim == 1:
+        return np.asarray(parts * matrix[:, None, None])
+    return np.asarray(np.einsum("rs,asbx->arbx", matrix, parts, optimize=True))
+
+
 def _changed_after(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Return the weight of the second layer with the inverse of a matrix before it."""
-    if not bond.mixes:
-        return np.asarray(weight / _spread(bond, np.diag(matrix), weight))
+    """Return the weight of the second layer with the inverse of scales or of a matrix before it."""
+    if _groups(bond.after) > 1:
+        return np.asarray(weight / _by_group(bond, matrix, weight))
     moved = np.moveaxis(weight, _input_axis(bond.after), -1)
-    changed = np.einsum("xcsd,sr->xcrd", moved.reshape(-1, *bond.read), np.linalg.inv(matrix), optimize=True)
+    parts = moved.reshape(-1, *bond.read)
+    if matrix.ndim == 1:
+        changed = parts / matrix[:, None]
+    else:
+        changed = np.einsum("xcsd,sr->xcrd", parts, np.linalg.inv(matrix), optimize=True)
     return np.moveaxis(changed.reshape(moved.shape), -1, _input_axis(bond.after))
 
 
@@ -401,12 +458,9 @@ def _columns(bond: Bond, weight: np.ndarray) -> np.ndarray:
     return parts.transpose(1, 3, 0, 2).reshape(-1, groups * inputs)
 
 
-def _spread(bond: Bond, scales: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return scales of the bond's channels in the shape in which they multiply the weight of the second layer."""
-    axis, groups = _input_axis(bond.after), _groups(bond.after)
-    if groups == 1:
-        return scales.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
-    outputs, inputs = weight.shape[:2]
+def _by_group(bond: Bond, scales: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return scales of the bond in the shape in which they multiply the weight of a convolution in groups."""
+    groups, (outputs, inputs) = _groups(bond.after), weight.shape[:2]
     by_output = np.repeat(scales.reshape(groups, inputs), outputs // groups, axis=0)
     return by_output.reshape(outputs, inputs, *([1] * (weight.ndim - 2)))
 
@@ -415,8 +469,8 @@ def _input_axis(layer: Weighted) -> int:
     return 1 if layer.node.op_type == "Conv" else 1 - layer.axis
 
 
-def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return samples (n, bond) of the tensor of each bond, and the mean squares of the inputs of first layers."""
+def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tuple[dict[str, _Seen], dict[str, float]]:
+    """Return samples of the tensor of each bond, and the mean squares of the inputs of first layers."""
     inputs = [_data(bond.before) for bond in found]
     names = list(dict.fromkeys([*(bond.tensor for bond in found), *inputs]))
     read = {bond.tensor: bond for bond in found}
@@ -424,16 +478,21 @@ def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tup
     rng = np.random.default_rng(0)
     share = -(-_SAMPLES // len(feeds))
     samples: dict[str, list[np.ndarray]] = {name: [] for name in read}
+    extremes: dict[str, np.ndarray] = {}
     squares: dict[str, list[float]] = {name: [] for name in inputs}
     for feed in feeds:
         for name, values in zip(names, run(feed), strict=True):
-            if name in read:
+            if name in read and values.size:
                 moved = np.moveaxis(values, _channel_axis(read[name].after), -1)
                 rows = np.moveaxis(moved.reshape(-1, *read[name].read), 2, -1).reshape(-1, read[name].size)
                 samples[name].append(rows[rng.choice(len(rows), min(share, len(rows)), replace=False)])
-            if name in squares:
+                ends = rows[np.unique(np.concatenate([rows.argmax(0), rows.argmin(0)]))]
+                known = ends if name not in extremes else np.concatenate([extremes[name], ends])
+                extremes[name] = known[np.unique(np.concatenate([known.argmax(0), known.argmin(0)]))]
+            if name in squares and values.size:
                 squares[name].append(float(np.mean(np.square(values, dtype=np.float64))))
-    return {name: np.concatenate(parts) for name, parts in samples.items()}, {n: float(np.mean(v)) for n, v in squares.items()}
+    seen = {name: _Seen(np.concatenate(parts), extremes[name]) for name, parts in samples.items()}
+    return seen, {name: float(np.mean(values)) for name, values in squares.items()}
 
 
 def _channel_axis(layer: Weighted) -> int:

@@ -266,6 +266,11 @@ def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto],
     return _beta(node) == 1.0 and (stored is None or tuple(stored.dims) == (width,))
 
 
+def _is_row(stored: onnx.TensorProto, width: int) -> bool:
+    """Return whether a bias holds one value for each output, the same in all rows."""
+    return tuple(stored.dims) in ((width,), (1, width))
+
+
 def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
     """Return the library's overrides for the weights that get a single scale; on the left of a MatMul they are uint8.
 
@@ -313,7 +318,7 @@ def _with_plain_biases(model: onnx.ModelProto) -> None:
         beta, stored = _beta(node), constants.get(node.input[2])
         if beta == 0:
             del node.input[2]
-        elif stored is not None and math.prod(stored.dims) in (1, width) and tuple(stored.dims)[-1:] in ((), (1,), (width,)):
+        elif stored is not None and (math.prod(stored.dims) == 1 or _is_row(stored, width)):
             vector = np.broadcast_to(numpy_helper.to_array(stored).reshape(-1) * np.float32(beta), width)
             name = f"{node.name}/bias_once"
             model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(vector), name))

@@ -33,7 +33,7 @@ _STEPS = 10  # limits that are tried in a round
 _ROUNDS = 3  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
-_MARGIN = 0.25  # of the interval below the share of inputs that agree: half a standard deviation
+_MARGIN = 0.25  # of the interval on one side of what was measured: half a standard deviation
 _FEW = 0.3  # share of inputs that disagree, up to which it is in proportion to the difference of the outputs
 _CLOSE = 1.05  # times: limits that are so near to each other are not told apart
 _STAGE = "looking for the fastest network that agrees"
@@ -83,6 +83,7 @@ class _Tries:
         self.probe = probe
         self.tried: dict[Picks, _Found] = {}
         self.measured: list[Agreement] = []
+        self.fitted: dict[Picks, Agreement] = {}
 
     def found(self, gain: _Gain, progress: Progress) -> tuple[_Found, bool]:
         """Return the fastest choice that will agree once it is fitted, and True; or the one with the least loss, and False.
@@ -108,7 +109,7 @@ class _Tries:
                 low = limit  # nothing that is so accurate is fast enough
             else:
                 tried = self.run(picks)
-                if self.agrees(tried.agreement.difference, gain):
+                if self.agrees(tried, gain):
                     low = limit
                 else:
                     high = limit
@@ -117,18 +118,27 @@ class _Tries:
             limit = math.sqrt(low * high)
         progress(_STAGE, 1.0)
         # With all that is known now, a choice that was tried early may be the best one.
-        good = [one for one in self.tried.values() if self.agrees(one.agreement.difference, gain)]
+        good = [one for one in self.tried.values() if self.agrees(one, gain)]
         if not good:
-            return min(self.tried.values(), key=lambda one: one.loss), False
+            return min(self.tried.values(), key=lambda one: (one.picks in self.fitted, one.loss)), False
         return min(good, key=lambda one: one.milliseconds), True
 
-    def agrees(self, difference: float, gain: _Gain) -> bool:
-        """Return whether a network with this difference will agree as closely as asked for once it is fitted."""
-        guard = self.guard
-        if guard.max_difference is not None and gain.difference * difference > guard.max_difference:
+    def agrees(self, one: _Found, gain: _Gain) -> bool:
+        """Return whether a network will agree as closely as asked for once it is fitted; known for those that were."""
+        if one.picks in self.fitted:
+            return agrees(self.fitted[one.picks], self.guard)
+        guard, difference = self.guard, one.agreement.difference
+        if guard.max_difference is not None and not gain.difference * difference <= guard.max_difference:
             return False
         share = expected_share(self.measured, difference) if guard.min_agreement else None
-        return share is None or gain.share * share <= max(1 - guard.min_agreement, 0.5 / self.measured[0].samples)
+        return share is None or gain.share * share <= allowed_share(guard, one.agreement.samples)
+
+    def fit(self, one: _Found, progress: Progress) -> Agreement:
+        """Return the agreement of a network once its cores are fitted."""
+        if one.picks not in self.fitted:
+            plan = report_of(self.start, self.candidates, one.picks, self.search).plan
+            self.fitted[one.picks] = self.probe.fitted(plan, progress)
+        return self.fitted[one.picks]
 
     def run(self, picks: Picks) -> _Found:
         """Return what a choice is like as a whole."""
@@ -185,7 +195,8 @@ def choose_fastest(
     corrections = 0
     if isinstance(probe.gain, _Gain):  # from an earlier choice among nearly the same candidates
         found, hopeful = tries.found(probe.gain, progress)
-        if not hopeful:
+        fitted = tries.fit(found, progress) if hopeful else None
+        if fitted is None or not agrees(fitted, guard):
             raise TargetError("no other network agrees as closely as asked for")
     else:
         tries, found, fitted, corrections = _in_rounds(tries, progress)
@@ -225,7 +236,9 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
             if also >= hopeful and (other.milliseconds < found.milliseconds or not also):
                 tries, found, hopeful, corrections = again, other, also, 1
         found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
-        fitted = probe.fitted(report_of(start, tries.candidates, found.picks, search).plan, progress)
+        if found.picks in tries.fitted:
+            break  # nothing new is hoped for
+        fitted = tries.fit(found, progress)
         good = agrees(fitted, guard)
         if good and (best is None or found.milliseconds < best[0].milliseconds):
             best = found, fitted
@@ -243,7 +256,7 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
             break  # no other choice loses less, or a faster one would hardly agree
     probe.gain = ends.get(True, gain)
     if best is None:
-        raise TargetError(_refusal(start, found, fitted, guard, tries.candidates.dense.milliseconds))
+        raise TargetError(_refusal(tries))
     return tries, *best, corrections
 
 
@@ -283,22 +296,41 @@ def agrees(fitted: Agreement, guard: Guard) -> bool:
 
     Args:
         fitted: its agreement on some inputs.
-        guard: the limits. The share of inputs with the same class must be half a standard deviation above its own.
+        guard: the limits. Agreement and difference must keep them by half a standard deviation, as far as so few inputs can
+            show it.
 
     """
     if fitted.agreement is not None:
         low = fitted.agreement if fitted.agreement_low is None else fitted.agreement_low
-        most, _ = wilson(fitted.samples, fitted.samples)  # few inputs cannot show more
+        most, _ = wilson(fitted.samples, fitted.samples)
         probable, limit = (high - _MARGIN * (high - low) for high, low in ((fitted.agreement, low), (1.0, most)))
         if probable < min(guard.min_agreement, limit):
             return False
-    return not guard.refusal(fitted)
+    high = fitted.difference_high if math.isfinite(fitted.difference_high) else fitted.difference
+    probable = fitted.difference + _MARGIN * (high - fitted.difference)
+    return not guard.refusal(fitted.model_copy(update={"difference": probable}))
 
 
-def _refusal(start: PlanReport, found: _Found, fitted: Agreement, guard: Guard, dense: float) -> str:
-    targets = ", ".join(f"{name}={value:g}" for name, value in start.targets.items())
+def allowed_share(guard: Guard, samples: int) -> float:
+    """Return the largest share of so many inputs that may have another best class, for `agrees`."""
+    most, _ = wilson(samples, samples)
+    limit = min(guard.min_agreement, 1 - _MARGIN * (1 - most))
+    for wrong in range(samples, 0, -1):
+        share = 1 - wrong / samples
+        low, _ = wilson(samples - wrong, samples)
+        if share - _MARGIN * (share - low) >= limit:
+            return wrong / samples
+    return 0.5 / samples
+
+
+def _refusal(tries: _Tries) -> str:
+    """Return why no network was found; that one is named which was nearest to what was asked for, of those that were fitted."""
+    targets = ", ".join(f"{name}={value:g}" for name, value in tries.start.targets.items())
+    picks, fitted = min(tries.fitted.items(), key=lambda pair: (1 - (pair[1].agreement or 0.0), pair[1].difference))
+    faster = tries.candidates.dense.milliseconds / tries.tried[picks].milliseconds
+    asked = tries.guard.described(scores=fitted.agreement is not None)
     return (
-        f"no network was found that meets the target {targets} and agrees as asked for ({guard.described()}): of the "
-        f"best one, predicted to be {dense / found.milliseconds:.2f} times faster, on {fitted.samples} inputs and with fitted "
-        f"cores, {fitted.words()}; ask for less agreement, or train"
+        f"no network was found that {f'meets the target {targets} and ' if targets else ''}agrees as closely as asked for "
+        f"({asked}): with the nearest one, predicted to be {faster:.2f} times faster, with fitted cores, on {fitted.samples} "
+        f"inputs, {fitted.words()}; ask for less agreement, or train"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.records import Record
@@ -29,6 +31,8 @@ class Guard(Record):
                 f"NOT accurate enough: the best class is the dense model's on {100 * measured.agreement:.1f} % of the inputs "
                 f"set aside, expected at least {100 * self.min_agreement:g} %"
             )
+        if not math.isfinite(measured.difference):
+            return "NOT accurate enough: outputs on the inputs set aside are not finite, or not those of the dense model"
         if self.max_difference is not None and measured.difference > self.max_difference:
             return (
                 f"NOT accurate enough: outputs differ by {measured.difference:.2e} on the inputs set aside, expected at most "
@@ -36,9 +40,9 @@ class Guard(Record):
             )
         return ""
 
-    def described(self) -> str:
-        """Return the limits in words, such as "agrees on 90 % of the inputs"."""
-        words = [f"the best class is the dense model's on {100 * self.min_agreement:g} % of the inputs"]
+    def described(self, *, scores: bool) -> str:
+        """Return the limits in words, for outputs that are scores of classes or not."""
+        words = [f"the best class the dense model's on {100 * self.min_agreement:g} % of the inputs"] if scores else []
         if self.max_difference is not None:
-            words.append(f"outputs differ by at most {self.max_difference:g}")
-        return ", and ".join(words)
+            words.append(f"a difference of the outputs of at most {self.max_difference:g}")
+        return " and ".join(words)

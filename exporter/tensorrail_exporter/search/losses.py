@@ -35,7 +35,7 @@ from tensorrail_exporter.search.options import Option
 from tensorrail_exporter.search.stitched import Change, StitchedNetwork
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import metric_of, sample_scores
-from tensorrail_runtime.measure.agreement import Agreement, compared, scores_of
+from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
@@ -351,11 +351,13 @@ def check_outputs(
             raise GraphError(
                 f"output {name!r} contains NaN or infinite values on the calibration inputs: losses cannot be measured"
             )
-    if guard is not None and guard.max_difference is None and scores_of([outputs[0]]) is None:
-        raise PlanError(
-            f"output {names[0]!r} holds no scores of classes, of which the best can be the same: give max_difference, the "
-            "largest relative difference of the outputs, such as 0.1, or a target"
-        )
+    if guard is not None and guard.max_difference is None:
+        same = compared([outputs], [outputs], [calibration.samples[0]])
+        if same.agreement is None:
+            raise PlanError(
+                f"output {names[0]!r} holds no scores of classes in rows of samples, of which the best can be the same: give "
+                "max_difference, the largest relative difference of the outputs, such as 0.1, or a target"
+            )
     if metric is not None and calibration.labels is not None:
         sample_scores(metric, dict(zip(names, outputs, strict=True)), calibration.labels[: calibration.samples[0]])
     else:

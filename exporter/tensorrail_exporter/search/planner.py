@@ -19,7 +19,7 @@ import onnx
 
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import dense_weights
-from tensorrail_exporter.calibrate.split import split
+from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
@@ -123,7 +123,7 @@ def plan_network(
         table = LatencyTable.open(settings, search.cache, rough=roughly)
         timed = _timed(targets, search, options, table, size, conditions)
         faster = timed.faster
-        parts = split(calibration, model) if calibration is not None and calibration.count else None
+        parts = _parts(calibration, model, search)
         approximations = approximations_of(resolved, faster, parts, settings.exact)
         probe = None
         if parts is None:
@@ -293,6 +293,19 @@ def _options(layers: Sequence[DenseLayer], search: Search, grid: int) -> dict[De
         for layer in layers
         if layer.output is not None and layer.inputs[layer.data] is not None
     }
+
+
+def _parts(calibration: Calibration | None, model: onnx.ModelProto, search: Search) -> Split | None:
+    """Return the calibration inputs in parts; `PlanError` where they are too few to compare networks that are fitted."""
+    if calibration is None or not calibration.count:
+        return None
+    parts = split(calibration, model)
+    if search.guard is not None and (parts.chosen is parts.fitted or parts.judged is None):
+        raise PlanError(
+            "there are too few calibration inputs to fit cores to some and to compare outputs on others: give at least 16, or "
+            "8 batches for a model with a fixed batch size, or a target"
+        )
+    return parts
 
 
 def _check_guard(search: Search, calibration: Calibration | None) -> None:

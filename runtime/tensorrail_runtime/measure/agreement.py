@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy.stats import norm, t
 
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes
@@ -24,7 +25,7 @@ _SATURATED = 0.1  # share of sigmoids that may be exactly 0 or 1: ONNX Runtime r
 
 
 class Agreement(Record):
-    """How far a model agrees with the dense one on inputs that were set aside.
+    """How far a model agrees with the dense one on inputs that it was not fitted to.
 
     `agreement` is the share of samples whose best class, by the first output, is the same, with Wilson's 95 % interval (Wilson
     1927); None if the first output does not hold scores of classes. Where a sample has several rows of scores, such as steps of
@@ -126,7 +127,7 @@ def compared(
 
     """
     same = _same_classes(reference, candidate, samples)
-    value, low, high = (None, None, None) if same is None else (float(same.mean()), *_interval(same))
+    value, low, high = (None, None, None) if same is None else (float(same[0].mean()), *_interval(*same))
     difference = _differences(reference, candidate, samples)
     return Agreement(
         samples=sum(samples),
@@ -139,27 +140,37 @@ def compared(
     )
 
 
-def _interval(shares: np.ndarray) -> tuple[float, float]:
-    """Return Wilson's interval of the mean of shares, for as many trials as would vary as much as these samples do."""
+def _interval(shares: np.ndarray, rows: int) -> tuple[float, float]:
+    """Return Wilson's interval of the mean of shares, for as many trials as would vary as much as these samples do.
+
+    Args:
+        shares: the share of each sample's rows with the same best class.
+        rows: the rows of a sample; for more than one, the variance is estimated, and the interval wider for few samples.
+
+    """
     mean, count = float(shares.mean()), float(len(shares))
-    varies, binary = float(shares.var()), mean * (1 - mean)  # equal where all shares are 0 or 1
-    if count > 1 and 0 < varies < binary:
-        count = count * binary / varies
+    binary = mean * (1 - mean) / count  # variance of the mean of as many trials
+    if rows > 1 and count > 1 and binary > 0:
+        varies = float(shares.var(ddof=1)) / count
+        effective = min(count * binary / max(varies, 1e-30), count * rows)
+        count = max(count, effective * (norm.ppf(0.975) / t.ppf(0.975, count - 1)) ** 2)
     return wilson(mean * count, count)
 
 
 def _same_classes(
     reference: Sequence[Sequence[np.ndarray]], candidate: Sequence[Sequence[np.ndarray]], samples: Sequence[int]
-) -> np.ndarray | None:
-    """Return, for each sample, the share of its rows of scores with the same best class; None without scores."""
+) -> tuple[np.ndarray, int] | None:
+    """Return the share of each sample's rows of scores with the same best class, and the fewest rows; None without scores."""
     if scores_of([batch[0] for batch in reference]) is None:
         return None
-    shares = []
+    shares, rows = [], []
     for before, after, count in zip(reference, candidate, samples, strict=True):
         if before[0].shape != after[0].shape or before[0].shape[0] != count:
             return None
-        shares.append((before[0].argmax(-1) == after[0].argmax(-1)).reshape(count, -1).mean(1))
-    return np.concatenate(shares)
+        same = (before[0].argmax(-1) == after[0].argmax(-1)).reshape(count, -1)
+        shares.append(same.mean(1))
+        rows.append(same.shape[1])
+    return np.concatenate(shares), min(rows)
 
 
 def _differences(

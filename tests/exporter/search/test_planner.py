@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.search import planner, selection, verification
-from tensorrail_exporter.search.fastest_agreeing import agrees, expected_share
+from tensorrail_exporter.search.fastest_agreeing import agrees, allowed_share, expected_share
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.latency_table import LatencyTable, Timed
@@ -262,7 +262,9 @@ def test_the_fastest_network_whose_outputs_agree(network, known_times, tmp_path,
 
 def test_where_no_fast_network_agrees_that_is_said(network, known_times, tmp_path, rng):
     search = Search(grid=16, cache=tmp_path, guard=Guard(max_difference=1e-6))
-    with pytest.raises(TargetError, match=r"target latency=1.05 and agrees .* differ by at most 1e-06.* the best one, pred"):
+    with pytest.raises(
+        TargetError, match=r"target latency=1.05 and agrees .*\(a difference .* 1e-06\): with the nearest"
+    ):
         plan_network(network, {"latency": 1.05}, search, calibration=inputs(rng))
 
 
@@ -271,6 +273,8 @@ def test_an_agreement_that_cannot_be_measured_is_refused_at_once(network, tmp_pa
         plan_network(network, {}, Search(guard=Guard()))
     with pytest.raises(PlanError, match=r"output 'out' holds no scores of classes.* give max_difference"):
         plan_network(network, {}, Search(guard=Guard()), calibration=inputs(rng))
+    with pytest.raises(PlanError, match="too few calibration inputs to fit cores to some and to compare"):
+        plan_network(network, {}, Search(guard=Guard(max_difference=0.1)), calibration=inputs(rng, 3))
     with pytest.raises(PlanError, match="limit on the loss or on the agreement of the outputs, got both"):
         plan_network(network, {}, Search(guard=Guard(), max_loss=1.0), calibration=inputs(rng))
 
@@ -290,6 +294,72 @@ def test_few_inputs_must_agree_better_than_the_limit(wrong, samples, good):
     scores = np.tile(np.eye(2)[1], (samples, 1)) - 0.5
     changed = np.where(np.arange(samples)[:, None] < wrong, -scores, scores)
     assert agrees(compared([[scores]], [[changed]], [samples]), Guard(min_agreement=0.9)) == good
+
+
+@pytest.mark.parametrize("least", [0.9, 0.95, 0.99, 1.0])
+@pytest.mark.parametrize("samples", [5, 62, 200])
+def test_what_is_aimed_at_is_what_is_accepted(samples, least):
+    guard = Guard(min_agreement=least)
+    accepted = [wrong for wrong in range(samples) if agrees(agreement_of(samples, wrong), guard)]
+    assert accepted == list(range(len(accepted)))  # none is, or as many as there may be
+    assert allowed_share(guard, samples) == pytest.approx(max(len(accepted) - 1, 0.5) / samples)
+
+
+def agreement_of(samples, wrong):
+    scores = np.tile(np.eye(2)[1], (samples, 1)) - 0.5
+    return compared([[scores]], [[np.where(np.arange(samples)[:, None] < wrong, -scores, scores)]], [samples])
+
+
+def test_outputs_that_are_not_finite_are_never_enough():
+    broken = compared([[np.ones((8, 3))]], [[np.full((8, 3), np.nan)]], [8])
+    for guard in (Guard(), Guard(max_difference=10.0), Guard(min_agreement=0.0)):
+        assert not agrees(broken, guard)
+        assert "not finite" in guard.refusal(broken)
+
+
+def test_the_fastest_network_by_best_classes(rng, known_times, tmp_path):
+    """Two layers are of low rank and may be cut, the third is not: with it, classes change."""
+    weights = {"head": (rng.standard_normal((64, 10)) / 8).astype(np.float32)}
+    nodes = []
+    for k, rank in enumerate((8, 8, 64)):
+        low = rng.standard_normal((64, rank)) @ rng.standard_normal((rank, 64 * 9)) / np.sqrt(rank * 64 * 9 / 2)
+        weights[f"c{k}.weight"] = low.reshape(64, 64, 3, 3).astype(np.float32)
+        nodes.append(helper.make_node("Conv", [f"x{k}", f"c{k}.weight"], [f"y{k}"], f"c{k}", pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"y{k}"], [f"x{k + 1}"], f"r{k}"))
+    nodes += [
+        helper.make_node("GlobalMaxPool", ["x3"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flat"),
+        helper.make_node("MatMul", ["f", "head"], ["scores"], "head"),
+    ]
+    model = make_model(nodes, weights, {"x0": ["batch", 64, 8, 8]}, {"scores": ["batch", 10]})
+    calibration = Calibration(tuple({"x0": rng.standard_normal((25, 64, 8, 8)).astype(np.float32)} for _ in range(10)))
+    strict, lenient = (
+        plan_network(
+            model,
+            {"latency": 1.05},
+            Search(grid=16, cache=tmp_path, guard=Guard(min_agreement=least), improve_seconds=1.0),
+            calibration=calibration,
+        )
+        for least in (0.9, 0.4)
+    )
+    assert {"c0", "c1"} <= {layer.name for layer in strict.plan.layers}
+    assert strict.verified.chosen.samples == 62
+    assert strict.verified.chosen.agreement >= 0.9
+    assert lenient.verified.chosen.agreement >= 0.4
+    assert lenient.planned.milliseconds < strict.planned.milliseconds < strict.dense.milliseconds / 1.2
+
+
+def test_steps_of_a_sequence_before_the_batch_are_no_scores_of_samples(rng, tmp_path):
+    weights = {"w": rng.standard_normal((32, 32)).astype(np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], "w"),
+        helper.make_node("Transpose", ["y"], ["t"], "time_first", perm=[1, 0, 2]),
+        helper.make_node("Softmax", ["t"], ["p"], "softmax", axis=-1),
+    ]
+    model = make_model(nodes, weights, {"x": ["batch", 7, 32]}, {"p": [7, "batch", 32]})
+    calibration = Calibration(({"x": rng.standard_normal((64, 7, 32)).astype(np.float32)},))
+    with pytest.raises(PlanError, match="no scores of classes in rows of samples"):
+        plan_network(model, {"latency": 1.05}, Search(guard=Guard(), cache=tmp_path), calibration=calibration)
 
 
 def measured_as(samples, wrong, difference):

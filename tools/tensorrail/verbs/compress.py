@@ -78,9 +78,10 @@ def compress(
 
     options = options or Options()
     search = options.search or Search()
+    guard = options.guard or search.guard or Guard()
     given = Plan.load(target) if isinstance(target, Path | str) else target
     if not isinstance(given, Plan):
-        search, given = _aimed(search, given or {}, options.guard or Guard(), calibration)
+        search, given = _aimed(search, given or {}, guard, calibration)
         search.check(given)
     _check_also(search.also, calibration)
     out = Path(out)
@@ -111,7 +112,6 @@ def compress(
             chosen = plan_network(graph, given, search, calibration=inputs, conditions=conditions, judge=False)
             if not chosen.plan.layers:
                 raise TargetError("every layer stays dense: no form is faster here, and no model was written")
-        guard = options.guard or Guard()
         compression = Compression(inputs, refine, test, guard, conditions, search.metric)
         report = carry_out(graph, chosen, out, compression)
     once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
@@ -128,7 +128,7 @@ def _aimed(
         raise PlanError(
             "expected a target, such as latency=2.0, or calibration inputs, for the fastest model that agrees; got neither"
         )
-    return replace(search, guard=search.guard or guard), {"latency": _FASTER}
+    return replace(search, guard=guard), {"latency": _FASTER}
 
 
 def _reduced(
