@@ -118,7 +118,7 @@ class Divergence:
 class _Rows:
     """The probabilities of classes in rows of scores. Of many classes, those that hardly occur count as one."""
 
-    places: np.ndarray  # of the others, in the flattened rows
+    places: np.ndarray  # of the classes that occur, in the flattened rows
     owners: np.ndarray  # the row of each place
     logs: np.ndarray  # of their probabilities
     probabilities: np.ndarray

@@ -109,6 +109,7 @@ def plan_network(
     dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
         check_outputs(model, calibration, settings.exact, search.metric, search.guard)
+    parts = _parts(calibration, model, search)
     with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
@@ -123,7 +124,6 @@ def plan_network(
         table = LatencyTable.open(settings, search.cache, rough=roughly)
         timed = _timed(targets, search, options, table, size, conditions)
         faster = timed.faster
-        parts = _parts(calibration, model, search)
         approximations = approximations_of(resolved, faster, parts, settings.exact)
         probe = None
         if parts is None:

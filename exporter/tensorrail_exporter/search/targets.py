@@ -49,12 +49,12 @@ class Search:
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 150.0
     """Time limit in seconds for timing layers that are not in the latency table yet, of which a tenth is used where neither
-    `latency` is a target nor the loss is limited; default 150."""
+    `latency` is a target nor loss or agreement are limited; default 150."""
     improve_seconds: float = 20.0
     """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 20."""
     check_seconds: float = 10.0
-    """Seconds for timing the chosen network, half of it where neither `latency` is a target nor the loss is limited; default
-    10."""
+    """Seconds for timing the chosen network, half of it where neither `latency` is a target nor loss or agreement are limited;
+    default 10."""
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
     also: tuple[str, ...] = ()
@@ -76,6 +76,7 @@ class Search:
 
         Raises:
             PlanError: there is neither a target nor a limit, a name is unknown, or a value is out of range.
+            UsageError: a limit on the agreement is out of range.
 
         """
         if self.max_loss is not None and not self.max_loss > 0:
@@ -86,7 +87,7 @@ class Search:
                 raise PlanError("expected a limit on the loss or on the agreement of the outputs, got both: leave one out")
         if not targets and self.max_loss is None and self.guard is None:
             raise PlanError(
-                f"expected a target, such as {', '.join(f'{name}=2.0' for name in TARGETS)}, or a max_loss; got none"
+                f"expected a target, such as {', '.join(f'{name}=2.0' for name in TARGETS)}, a max_loss or a guard; got none"
             )
         for name, value in targets.items():
             if name not in TARGETS:

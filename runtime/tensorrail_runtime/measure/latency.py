@@ -351,10 +351,10 @@ def _unstable(runs: Sequence[Sequence[Latency]]) -> list[str]:
     warnings = []
     for latencies in zip(*runs, strict=True):
         variations = [latency.variation for latency in latencies if latency.variation > _UNSTABLE]
-        where = f" in {len(variations)} of {len(runs)} processes" if len(runs) > 1 else ""
+        where, most = (f" in {len(variations)} of {len(runs)} processes", "up to ") if len(runs) > 1 else ("", "")
         if variations:
             warnings.append(
-                f"{latencies[0].model}: unstable times{where}, coefficient of variation {max(variations):.0%}: "
+                f"{latencies[0].model}: unstable times{where}, coefficient of variation {most}{max(variations):.0%}: "
                 "close other programs, or measure longer"
             )
     return warnings

@@ -262,9 +262,7 @@ def test_the_fastest_network_whose_outputs_agree(network, known_times, tmp_path,
 
 def test_where_no_fast_network_agrees_that_is_said(network, known_times, tmp_path, rng):
     search = Search(grid=16, cache=tmp_path, guard=Guard(max_difference=1e-6))
-    with pytest.raises(
-        TargetError, match=r"target latency=1.05 and agrees .*\(a difference .* 1e-06\): with the nearest"
-    ):
+    with pytest.raises(TargetError, match=r"target latency=1.05 and agrees .*\(a difference .* 1e-06\): with the nearest"):
         plan_network(network, {"latency": 1.05}, search, calibration=inputs(rng))
 
 
@@ -297,7 +295,7 @@ def test_few_inputs_must_agree_better_than_the_limit(wrong, samples, good):
 
 
 @pytest.mark.parametrize("least", [0.9, 0.95, 0.99, 1.0])
-@pytest.mark.parametrize("samples", [5, 62, 200])
+@pytest.mark.parametrize("samples", [5, 62])
 def test_what_is_aimed_at_is_what_is_accepted(samples, least):
     guard = Guard(min_agreement=least)
     accepted = [wrong for wrong in range(samples) if agrees(agreement_of(samples, wrong), guard)]
@@ -337,7 +335,7 @@ def test_the_fastest_network_by_best_classes(rng, known_times, tmp_path):
         plan_network(
             model,
             {"latency": 1.05},
-            Search(grid=16, cache=tmp_path, guard=Guard(min_agreement=least), improve_seconds=1.0),
+            Search(grid=16, cache=tmp_path, guard=Guard(min_agreement=least), improve_seconds=0.2),
             calibration=calibration,
         )
         for least in (0.9, 0.4)

@@ -241,7 +241,7 @@ def test_unstable_times_are_said_to_be():
     assert (steady.p99, shaky.p90) == (None, 2.0)
     said = _unstable([[steady, shaky], [steady, steady], [steady, shaky]])
     assert said == [
-        "shaky: unstable times in 2 of 3 processes, coefficient of variation 33%: close other programs, or measure longer"
+        "shaky: unstable times in 2 of 3 processes, coefficient of variation up to 33%: close other programs, or measure longer"
     ]
     assert _unstable([[shaky]])[0].startswith("shaky: unstable times, coefficient of variation 33%: ")
 

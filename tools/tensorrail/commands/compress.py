@@ -55,7 +55,8 @@ def command(
     min_agreement: Annotated[
         float,
         typer.Option(
-            help="Smallest share of the inputs set aside on which the best class must be the dense model's; 0: no limit."
+            help="Smallest share of the inputs set aside on which the best class must be the dense model's; 0: no limit.  "
+            "Without --target, the fastest model within it is looked for."
         ),
     ] = 0.9,
     max_difference: Annotated[
@@ -70,8 +71,8 @@ def command(
 ) -> None:
     """Plan, decompose, rewrite, check and time.
 
-    Without a target, it is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a speed-up
-    or the agreement was not reached.
+    Without a target, the result is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a
+    speed-up or the agreement was not reached.
     """
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.compress import compress
