@@ -62,6 +62,7 @@ def test_where_there_is_no_gpu_it_says_why_and_writes_nothing(gpu, monkeypatch, 
     assert gpu.lacking("cpu") is None
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_every_form_and_goes_on_where_it_was(benched, gpu, in_this_process, monkeypatch, tmp_path):
     card = gpu.Peaks(bandwidth=1e15, flops={"fp32": 1e15})  # known: what this machine gives just now may be less than it gave
     monkeypatch.setattr(gpu, "peaks", lambda device: {"cpu": card}[device])

@@ -165,7 +165,7 @@ def test_shapes_of_inputs_help_where_onnx_infers_no_number_of_axes(rng, cli, tmp
     assert [layer.layer for layer in report.layers] == ["w"]
 
 
-def test_a_plan_says_on_what_inputs_it_was_judged(small_path, tmp_path):
+def test_a_plan_says_on_what_inputs_it_was_judged(small_path, tmp_path, in_this_process):
     search = tr.Search(allow_slower=True, seconds=0.1, check_seconds=0.1, improve_seconds=0, cache=tmp_path, formats=("svd",))
     options = tr.Options(search=search, fit=tr.Fit(0), timing=tr.Timing(seconds=0.05, processes=1))
     inputs = {"x": np.random.default_rng(0).standard_normal((8, 16, 8, 8)).astype(np.float32)}

@@ -30,7 +30,7 @@ SMALL = {
     "vit_tiny": ({"size": 32, "depth": 2, "dim": 48, "classes": 5}, (3, 32, 32)),
 }
 # ResNet-18 is exported in test_published.py and test_onnx_module.py anyway; the others take long.
-SLOW = {"mobilenet_v2", "resnet18", "resnet50"}
+SLOW = {"mobilenet_v2", "resnet18", "resnet50", "vit_tiny"}
 QUICK = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SMALL]
 
 

@@ -25,8 +25,8 @@ SHAPES = {
     "speech": (10, (8, 320)),
     "video": (11, (6, 57600)),
 }
-# One of each kind: ADMM with all that recipes offer, a cut without it, both recurrent networks in both formats.
-FAMILIES = ("resnet20-cifar100-tt-long", "resnet20-cifar100-cut-4x", "spoken-digits-gru-tr", "spoken-digits-lstm-tt")
+# One of each kind: ADMM with all that recipes offer, both recurrent networks in both formats.
+FAMILIES = ("resnet20-cifar100-tt-long", "spoken-digits-gru-tr", "spoken-digits-lstm-tt")
 QUICK = [path for path in sorted(FOLDER.glob("*.yaml")) if path.stem in FAMILIES]
 SLOW = [path for path in sorted(FOLDER.glob("*.yaml")) if path not in QUICK]
 
