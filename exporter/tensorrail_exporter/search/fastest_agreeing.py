@@ -30,7 +30,7 @@ from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.progress import Progress
 
 _STEPS = 10  # limits that are tried in a round
-_ROUNDS = 3  # networks that are fitted at most
+_ROUNDS = 4  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
 _MARGIN = 0.25  # of the interval on one side of what was measured: half a standard deviation
@@ -133,6 +133,14 @@ class _Tries:
         share = expected_share(self.measured, difference) if guard.min_agreement else None
         return share is None or gain.share * share <= allowed_share(guard, one.agreement.samples)
 
+    def most_careful(self) -> tuple[_Found, _Gain]:
+        """Return the network with the least loss that was tried, and the gain for which it would just agree."""
+        found = min(self.tried.values(), key=lambda one: one.loss)
+        difference, guard = max(found.agreement.difference, 1e-12), self.guard
+        expected = expected_share(self.measured, difference) or 1.0
+        share = allowed_share(guard, found.agreement.samples) / expected
+        return found, _Gain(1.0 if guard.max_difference is None else guard.max_difference / difference, share)
+
     def fit(self, one: _Found, progress: Progress) -> Agreement:
         """Return the agreement of a network once its cores are fitted."""
         if one.picks not in self.fitted:
@@ -230,11 +238,15 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
     ends: dict[bool, _Gain] = {}  # the expectations that led to the last network that agreed, and to the last that did not
     for number in range(_ROUNDS):
         found, hopeful = tries.found(gain, progress)
+        if best is None and number == _ROUNDS - 2:
+            found, gain = tries.most_careful()  # with a round left for one that is faster
         if not number and not is_confirmed(found.loss, found.predicted):
             again = _Tries(start, tries.aims, tries.corrected(found, progress), search, guard, probe)
             other, also = again.found(gain, progress)
             if also >= hopeful and (other.milliseconds < found.milliseconds or not also):
                 tries, found, hopeful, corrections = again, other, also, 1
+        if not number and not hopeful and not tries.agrees(found, _Gain(gain.difference / _STEP, gain.share / _STEP)):
+            raise TargetError(_refusal(tries, found))  # no fit gains so much
         found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
         if found.picks in tries.fitted:
             break  # nothing new is hoped for
@@ -256,7 +268,7 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
             break  # no other choice loses less, or a faster one would hardly agree
     probe.gain = ends.get(True, gain)
     if best is None:
-        raise TargetError(_refusal(tries))
+        raise TargetError(_refusal(tries, found))
     return tries, *best, corrections
 
 
@@ -323,14 +335,17 @@ def allowed_share(guard: Guard, samples: int) -> float:
     return 0.5 / samples
 
 
-def _refusal(tries: _Tries) -> str:
-    """Return why no network was found; that one is named which was nearest to what was asked for, of those that were fitted."""
+def _refusal(tries: _Tries, found: _Found) -> str:
+    """Return why no network agrees: which one came nearest once it was fitted, or else this one before."""
     targets = ", ".join(f"{name}={value:g}" for name, value in tries.start.targets.items())
-    picks, fitted = min(tries.fitted.items(), key=lambda pair: (1 - (pair[1].agreement or 0.0), pair[1].difference))
+    picks, nearest, when = found.picks, found.agreement, "before cores are fitted"
+    if tries.fitted:
+        picks, nearest = min(tries.fitted.items(), key=lambda pair: (1 - (pair[1].agreement or 0.0), pair[1].difference))
+        when = "with fitted cores"
     faster = tries.candidates.dense.milliseconds / tries.tried[picks].milliseconds
-    asked = tries.guard.described(scores=fitted.agreement is not None)
+    asked = tries.guard.described(scores=nearest.agreement is not None)
     return (
         f"no network was found that {f'meets the target {targets} and ' if targets else ''}agrees as closely as asked for "
-        f"({asked}): with the nearest one, predicted to be {faster:.2f} times faster, with fitted cores, on {fitted.samples} "
-        f"inputs, {fitted.words()}; ask for less agreement, or train"
+        f"({asked}): with the nearest one, predicted to be {faster:.2f} times faster, {when}, on {nearest.samples} inputs, "
+        f"{nearest.words()}; ask for less agreement, or train"
     )
