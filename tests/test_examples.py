@@ -92,6 +92,7 @@ def test_pretrained_on_a_network_of_the_packages_kind(run, monkeypatch, tmp_path
     assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "dense.onnx").stat().st_size / 2
 
 
+@pytest.mark.slow
 def test_onnx_file(run, tmp_path):
     code, text = run("onnx_file.py", "--seconds", "0.3", "--latency", "1.2")
     assert code in (0, 1)  # 1: not measured to be faster, which nothing here depends on

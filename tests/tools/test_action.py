@@ -246,7 +246,11 @@ def source(folder):
     ("hook", "limits"),
     [
         ("tensorrail-check", ["--batch", "1"]),
-        ("tensorrail-regress", ["--processes", "2", "--seconds", "0.05", "--max-slowdown", "900%"]),
+        pytest.param(
+            "tensorrail-regress",
+            ["--processes", "2", "--seconds", "0.05", "--max-slowdown", "900%"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_hooks_hold_the_changed_model_against_the_one_in_args(hook, limits, small_path, wrong_path):

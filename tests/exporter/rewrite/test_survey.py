@@ -137,6 +137,7 @@ def test_a_layer_that_cannot_be_rewritten_is_left_out_and_the_others_are_listed(
     assert [layer.name for layer in survey(model)] == ["v"]
 
 
+@pytest.mark.slow
 def test_layers_behind_computed_initial_states_have_their_shapes():
     """As torch writes a recurrent network: no shape can be inferred behind its first layer."""
 

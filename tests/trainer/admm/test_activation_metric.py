@@ -347,7 +347,7 @@ class Interrupted(Exception):  # noqa: N818 - stands for a signal, not an error
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 4])  # before the update, and with only the cores to come of it
+@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.slow)])  # before the update; before its cores alone
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop):
     recipe, broken = small(tmp_path), tmp_path / "broken"
     prepare(recipe, broken)

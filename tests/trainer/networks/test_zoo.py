@@ -32,7 +32,7 @@ SMALL = {
     "vgg16_bn, small": ("vgg16_bn", {"width": 4, "head": "small", "classes": 5}, (3, 32, 32)),
 }
 # Other depths and heads of what is tried anyway, here or in test_networks.py.
-SLOW = {"gru, 2 layers", "lstm, 2 layers", "resnet20", "resnet32", "resnet56", "vgg16_bn"}
+SLOW = {"gru, 2 layers", "lstm, 2 layers", "resnet20", "resnet32", "resnet56", "vgg16_bn", "vgg16_bn, small"}
 KEYS = [pytest.param(key, marks=pytest.mark.slow if key in SLOW else ()) for key in SMALL]
 
 
@@ -154,7 +154,7 @@ def test_every_layer_is_found_in_the_graph(key):
     assert set(NamedLayers(import_graph(graph)).rewritable()) == set(dense_layers(model))
 
 
-@pytest.mark.parametrize("key", ["gru", pytest.param("resnet20", marks=pytest.mark.slow), "vgg16_bn, small"])
+@pytest.mark.parametrize("key", ["gru", pytest.param("vgg16_bn, small", marks=pytest.mark.slow)])
 def test_every_node_is_known_to_the_cost_model(key, tmp_path):
     save_model(exported(key)[1], tmp_path / "m.onnx")
     assert cost(tmp_path / "m.onnx", batch=2).uncounted == ()
