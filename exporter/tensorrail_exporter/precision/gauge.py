@@ -32,7 +32,7 @@ from onnx import numpy_helper
 from scipy.linalg import hadamard
 
 from tensorrail_exporter.calibrate.inputs import run_to
-from tensorrail_exporter.precision.weights import Weighted, weighted
+from tensorrail_exporter.precision.weights import Weighted, is_row, weighted
 from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.sessions.session import Session
@@ -119,8 +119,7 @@ def bonds(model: onnx.ModelProto, feeds: Feeds) -> tuple[Bond, ...]:
         shapes = {name: values.shape for name, values in zip(names, run(feed), strict=True)}
         found = [_bond(*chain, shapes) for chain in chains]
         # What is one index for some shapes and another one for others is none.
-        same = found if kept is None else [a if _alike(a, b) else None for a, b in zip(kept, found, strict=True)]
-        kept = same
+        kept = found if kept is None else [a if _alike(a, b) else None for a, b in zip(kept, found, strict=True)]
     return tuple(bond for bond in kept or () if bond is not None)
 
 
@@ -357,8 +356,7 @@ def _is_plain(
         return False
     names = [layer.weight]
     if name := _bias(layer):
-        width = layer.values.shape[layer.axis]
-        if name not in constants or tuple(constants[name].dims) not in ((width,), (1, width)):
+        if name not in constants or not is_row(constants[name], layer.values.shape[layer.axis]):
             return False
         names.append(name)
     return all(len(readers.get(name, ())) == 1 and name not in outer for name in names)
@@ -368,8 +366,9 @@ def _bond(before: Weighted, after: Weighted, between: Sequence[str], shapes: Map
     """Return the bond between two layers; None where they share no index."""
     tensor = _data(after)
     first, second = shapes[before.node.output[0]], shapes[tensor]
-    axes = [_channel_axis(before) + (0 if _channel_axis(before) >= 0 else len(first))]
-    axes.append(_channel_axis(after) + (0 if _channel_axis(after) >= 0 else len(second)))
+    axes = [
+        axis if axis >= 0 else axis + len(s) for axis, s in ((_channel_axis(before), first), (_channel_axis(after), second))
+    ]
     if min(axes) < 0:
         return None
     mixes = _groups(before) == _groups(after) == 1 and not any(op in _SCALES for op in between)

@@ -25,7 +25,7 @@ from onnx import numpy_helper
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
 from tensorrail_exporter.precision.gauge import Rounding, gauged
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
+from tensorrail_exporter.precision.weights import check_fp32, is_row, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import bodies, descendants
@@ -266,11 +266,6 @@ def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto],
     return _beta(node) == 1.0 and (stored is None or tuple(stored.dims) == (width,))
 
 
-def _is_row(stored: onnx.TensorProto, width: int) -> bool:
-    """Return whether a bias holds one value for each output, the same in all rows."""
-    return tuple(stored.dims) in ((width,), (1, width))
-
-
 def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
     """Return the library's overrides for the weights that get a single scale; on the left of a MatMul they are uint8.
 
@@ -318,7 +313,7 @@ def _with_plain_biases(model: onnx.ModelProto) -> None:
         beta, stored = _beta(node), constants.get(node.input[2])
         if beta == 0:
             del node.input[2]
-        elif stored is not None and (math.prod(stored.dims) == 1 or _is_row(stored, width)):
+        elif stored is not None and (math.prod(stored.dims) == 1 or is_row(stored, width)):
             vector = np.broadcast_to(numpy_helper.to_array(stored).reshape(-1) * np.float32(beta), width)
             name = f"{node.name}/bias_once"
             model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(vector), name))

@@ -117,6 +117,11 @@ def check_fp32(model: onnx.ModelProto, what: str) -> None:
         raise GraphError(f"{what} expects a model with float32 weights, got constants of type {found}; provide the fp32 model")
 
 
+def is_row(stored: onnx.TensorProto, width: int) -> bool:
+    """Return whether a bias holds one value for each output, the same in all rows."""
+    return tuple(stored.dims) in ((width,), (1, width))
+
+
 def require_weights(model: onnx.ModelProto) -> None:
     """Raise `GraphError` for a weight that holds NaN or infinite values."""
     fault = weight_fault(model)

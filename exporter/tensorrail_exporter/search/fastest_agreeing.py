@@ -314,9 +314,7 @@ def agrees(fitted: Agreement, guard: Guard) -> bool:
     """
     if fitted.agreement is not None:
         low = fitted.agreement if fitted.agreement_low is None else fitted.agreement_low
-        most, _ = wilson(fitted.samples, fitted.samples)
-        probable, limit = (high - _MARGIN * (high - low) for high, low in ((fitted.agreement, low), (1.0, most)))
-        if probable < min(guard.min_agreement, limit):
+        if _probable(fitted.agreement, low) < _limit(guard, fitted.samples):
             return False
     high = fitted.difference_high if math.isfinite(fitted.difference_high) else fitted.difference
     probable = fitted.difference + _MARGIN * (high - fitted.difference)
@@ -325,14 +323,23 @@ def agrees(fitted: Agreement, guard: Guard) -> bool:
 
 def allowed_share(guard: Guard, samples: int) -> float:
     """Return the largest share of so many inputs that may have another best class, for `agrees`."""
-    most, _ = wilson(samples, samples)
-    limit = min(guard.min_agreement, 1 - _MARGIN * (1 - most))
+    limit = _limit(guard, samples)
     for wrong in range(samples, 0, -1):
-        share = 1 - wrong / samples
         low, _ = wilson(samples - wrong, samples)
-        if share - _MARGIN * (share - low) >= limit:
+        if _probable(1 - wrong / samples, low) >= limit:
             return wrong / samples
     return 0.5 / samples
+
+
+def _probable(share: float, low: float) -> float:
+    """Return the share that other inputs will probably reach, from a share and the lower end of its interval."""
+    return share - _MARGIN * (share - low)
+
+
+def _limit(guard: Guard, samples: int) -> float:
+    """Return the share that must probably be reached: the limit, or the most that so few inputs can show."""
+    low, _ = wilson(samples, samples)
+    return min(guard.min_agreement, _probable(1.0, low))
 
 
 def _refusal(tries: _Tries, found: _Found) -> str:

@@ -32,7 +32,7 @@ class Guard(Record):
                 f"set aside, expected at least {100 * self.min_agreement:g} %"
             )
         if not math.isfinite(measured.difference):
-            return "NOT accurate enough: outputs on the inputs set aside are not finite, or not those of the dense model"
+            return "NOT accurate enough: the outputs on the inputs set aside are not finite"
         if self.max_difference is not None and measured.difference > self.max_difference:
             return (
                 f"NOT accurate enough: outputs differ by {measured.difference:.2e} on the inputs set aside, expected at most "
