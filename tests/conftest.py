@@ -66,6 +66,13 @@ def own_modules_are_forgotten(tmp_path_factory):
             del sys.modules[name]
 
 
+@pytest.fixture(autouse=True)
+def as_if_on_another_processor(monkeypatch):
+    """Choose ranks in the steps of another processor than this one, where `tests/environments.py` asks for it."""
+    if block := os.environ.get("TENSORRAIL_TEST_CHANNEL_BLOCK"):
+        monkeypatch.setattr("tensorrail_runtime.sessions.machine.Processor.channel_block", int(block))
+
+
 # What these files share among their tests takes many seconds to make: run first, they are not split between two workers.
 _FIRST = ("test_serving.py", "test_processes.py", "test_faults.py", "test_pipeline.py", "test_regress.py")
 

@@ -19,17 +19,22 @@ ENVIRONMENTS = {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         "HOME": os.devnull + "/nobody",
+        "TENSORRAIL_TEST_CHANNEL_BLOCK": "8",
         "LC_ALL": "C",
         "TZ": "XYZ-13:45",
     },
     "avx2": {  # a processor of ten years ago, somewhere else; one core
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "TENSORRAIL_TEST_CHANNEL_BLOCK": "8",
         "LC_ALL": "tr_TR.UTF-8",
         "LANG": "tr_TR.UTF-8",
         "TZ": "XYZ+9:30",
     },
-    "all-cores": {"TENSORRAIL_TEST_ALL_CORES": "1"},  # this machine's own; every test process may use all of its cores
+    "all-cores": {  # this machine's own; every test process may use all of its cores
+        "TENSORRAIL_TEST_ALL_CORES": "1",
+        "TENSORRAIL_TEST_CHANNEL_BLOCK": "16",
+    },
 }
 ONE_CORE = ("oldest", "avx2")
 NO_NETWORK = ("oldest",)

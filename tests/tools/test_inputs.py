@@ -101,7 +101,9 @@ def test_compress_fits_to_the_states_of_the_dense_model(path, frames, tmp_path):
 
 @pytest.mark.usefixtures("in_this_process", "idle")
 def test_plan_measures_losses_along_sequences(path, frames, tmp_path):
-    search = tr.Search(seconds=1, improve_seconds=0, check_seconds=0.1, cache=tmp_path, allow_slower=True, formats=("svd",))
+    search = tr.Search(
+        seconds=1, improve_seconds=0, check_seconds=0.1, cache=tmp_path, allow_slower=True, formats=("svd",), grid=8
+    )
     options = tr.Options(inputs=INPUTS, search=search, timing=tr.Timing())
     report = tr.plan(path, {"params": 1.1}, calibration=frames, options=options)
     assert report.loss_from == "calibration"
@@ -170,7 +172,9 @@ def ragged(rng, tmp_path):
 @pytest.mark.usefixtures("in_this_process", "idle")
 def test_feeds_of_different_lengths_stay_whole(ragged, cli, tmp_path):
     path, sounds = ragged
-    search = tr.Search(seconds=1, improve_seconds=0, check_seconds=0.1, cache=tmp_path, allow_slower=True, formats=("svd",))
+    search = tr.Search(
+        seconds=1, improve_seconds=0, check_seconds=0.1, cache=tmp_path, allow_slower=True, formats=("svd",), grid=8
+    )
     options = tr.Options(search=search, timing=tr.Timing(seconds=0.05, processes=1), fit=tr.Fit(seconds=1))
     report = tr.compress(path, tmp_path / "c.onnx", {"params": 1.1}, calibration=sounds, options=options)
     assert report.aside.samples == 3

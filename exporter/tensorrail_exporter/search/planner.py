@@ -100,11 +100,11 @@ def plan_network(
     _check_guard(search, calibration)
     check_metric(search.metric, calibration)
     settings.check()
-    grid = search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block)
+    search = replace(search, grid=search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block))
     layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
     layers, refused = left_out(model, layers)
     _check_keep(search.keep, layers)
-    options = _options(layers, search, grid)
+    options = _options(layers, search)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
     if calibration is not None and calibration.count:
@@ -135,7 +135,7 @@ def plan_network(
             probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts)
             losses = measured_losses(faster, probe, progress)
         candidates = replace(timed, losses=losses)
-        reports = _search(targets, search, candidates, verification, probe, grid, progress)
+        reports = _search(targets, search, candidates, verification, probe, progress)
         best = _best(reports, fastest=search.guard is not None)
         if judge and probe is not None and parts is not None:
             judging = Path(folder) / "aside"
@@ -212,7 +212,6 @@ def _search(
     candidates: Candidates,
     verification: Verification,
     probe: Probe | None,
-    grid: int,
     progress: Progress,
 ) -> list[PlanReport]:
     """Choose a network, measure it and correct the budget, until the targets are met or the number of tries is used up."""
@@ -221,7 +220,7 @@ def _search(
         targets=dict(targets),
         provider=verification.settings.provider,
         batch=verification.timing.batch,
-        grid=grid,
+        grid=search.grid,
         loss_from=candidates.losses.source,
         dense=candidates.dense,
         planned=candidates.dense,
@@ -284,12 +283,10 @@ def _nearness(report: PlanReport) -> float:
     return min((report.reached[name] / target for name, target in report.targets.items()), default=1.0)
 
 
-def _options(layers: Sequence[DenseLayer], search: Search, grid: int) -> dict[DenseLayer, tuple[Option, ...]]:
+def _options(layers: Sequence[DenseLayer], search: Search) -> dict[DenseLayer, tuple[Option, ...]]:
     """Return the forms to time for each layer whose data shape is known; no forms for a layer that is kept dense."""
     return {
-        layer: ()
-        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep)
-        else tuple(options_of(layer, search.formats, grid))
+        layer: () if search.keeps(layer.name) else tuple(options_of(layer, search.formats, search.grid))
         for layer in layers
         if layer.output is not None and layer.inputs[layer.data] is not None
     }

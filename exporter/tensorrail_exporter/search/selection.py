@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -135,7 +134,7 @@ def pick(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, s
     """Return the form of every layer of `candidates.faster`: 0 for dense, k for its k-th form. The arguments are `select`'s."""
     limits = candidates.limits(aims)
     for limit in limits:
-        _require_reachable(limit, start.targets, candidates.dense, search)
+        _require_reachable(limit, start.targets, candidates, search)
     losses = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in candidates.faster]
     if search.max_loss is None:
         return choose(losses, limits)
@@ -157,7 +156,7 @@ def require_reachable(targets: Mapping[str, float], candidates: Candidates, sear
 
     """
     for limit in candidates.limits({name: factor / beyond for name, factor in targets.items()}):
-        _require_reachable(limit, targets, candidates.dense, search)
+        _require_reachable(limit, targets, candidates, search)
 
 
 def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: Search) -> PlanReport:
@@ -219,14 +218,17 @@ def _least(limit: Limit) -> float:
     return sum(min(costs) for costs in limit.costs)
 
 
-def _require_reachable(limit: Limit, targets: Mapping[str, float], dense: Size, search: Search) -> None:
+def _require_reachable(limit: Limit, targets: Mapping[str, float], candidates: Candidates, search: Search) -> None:
     least = _least(limit)
     if least <= limit.most:
         return
-    whole = dense.of(limit.name)
+    whole = candidates.dense.of(limit.name)
     reachable = whole / (whole - sum(costs[0] for costs in limit.costs) + least)
     forms = "its cheapest form" if search.allow_slower else "its cheapest form that is faster here"
     advice = "" if "latency" in targets or search.allow_slower else ", or allow slower layers"
+    free = [forms for layer, forms in candidates.options.items() if not search.keeps(layer.name)]
+    if free and not any(free):
+        advice += f", or for ranks in steps of less than {search.grid}, for which every layer is too narrow"
     raise TargetError(
         f"target {limit.name}={targets[limit.name]:g} cannot be met: at most {reachable:.2f}× is reachable, with every "
         f"layer in {forms}; ask for less{advice}"
@@ -234,7 +236,7 @@ def _require_reachable(limit: Limit, targets: Mapping[str, float], dense: Size, 
 
 
 def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str:
-    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in search.keep):
+    if search.keeps(layer.name):
         return "kept as asked"
     if not candidates.options[layer]:
         return "too narrow for a rank on the grid"

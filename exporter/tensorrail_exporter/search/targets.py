@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class Search:
     def gain(self) -> float:
         """The largest share of its dense time that a rewritten layer may take."""
         return math.inf if self.allow_slower else _GAIN
+
+    def keeps(self, name: str) -> bool:
+        """Return whether the layer of this name stays dense because of `keep`."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep)
 
     def check(self, targets: Mapping[str, float]) -> None:
         """Check the targets and the limit on the loss.

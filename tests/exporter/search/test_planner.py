@@ -130,6 +130,14 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     assert report.planned.params <= report.dense.params / 2.0
 
 
+def test_layers_too_narrow_for_the_grid_are_named_as_the_reason(network, known_times, tmp_path):
+    coarse = Search(grid=512, cache=tmp_path)
+    with pytest.raises(TargetError, match=r"at most 1\.00× is reachable, .* or for ranks in steps of less than 512, for which"):
+        plan_network(network, {"flops": 2.0}, coarse)
+    with pytest.raises(TargetError, match=r"ask for less, or allow slower layers$"):
+        plan_network(network, {"flops": 2.0}, replace(coarse, keep=("*",)))
+
+
 def test_a_target_out_of_reach_is_refused_before_all_forms_are_timed_and_losses_measured(
     network, known_times, tmp_path, monkeypatch
 ):
