@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tensorrail_exporter.calibrate.layerwise import LayerFit
+from tensorrail_exporter.plans.plan import Precision
 from tensorrail_exporter.precision.reduce import PrecisionReport
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
 from tensorrail_exporter.search.guard import Guard
@@ -13,6 +14,7 @@ from tensorrail_runtime.measure.accuracy import Comparison
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.latency import LatencyReport
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.sessions.machine import Machine
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _COSTLY = 3  # layers that are named where a model is not accepted
@@ -30,6 +32,30 @@ class Ratios(Record):
     latency_high: float
 
 
+class Point(Record):
+    """A model that was measured beside others: how fast it is, and how closely it agrees with the dense model."""
+
+    name: str
+    precision: Precision
+    layers: int  # layers that are factored; 0 for the dense network
+    size: Size
+    ratios: Ratios  # against the dense network in fp32
+    approximation: float  # relative L2 error of the outputs, on inputs set aside, else on random ones
+    loss: float | None = None  # on inputs that networks are chosen by
+    chosen_by: Agreement | None = None  # agreement on the same inputs
+    aside: Agreement | None = None  # agreement on inputs set aside
+
+
+class Front(Record):
+    """All models that were measured in turns, with the dense one that they are compared with."""
+
+    version: Literal[1] = 1
+    model: str  # the file that was written
+    dense: Size
+    points: tuple[Point, ...]
+    machine: Machine
+
+
 class CompressReport(PrintedRecord):
     """The model that `compress` wrote, compared with the dense model."""
 
@@ -44,6 +70,8 @@ class CompressReport(PrintedRecord):
     top1_agreement: float | None  # on inputs set aside
     aside: Agreement | None = None  # the same with intervals; None: no inputs were set aside, so the accuracy is not known
     guard: Guard = Guard()
+    precision: Precision = "fp32"  # of the model that was written
+    front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns; empty for a single one
     numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
     accuracy: Comparison | None
     layers: tuple[LayerRewrite, ...]
@@ -77,6 +105,8 @@ class CompressReport(PrintedRecord):
             rows.append(_accuracy_row(paired))
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
         parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
+        if self.front:
+            parts.append(self._front())
         parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
         parts += [f"warning: {warning}" for warning in self.latency.warnings]
@@ -88,6 +118,32 @@ class CompressReport(PrintedRecord):
         if self.aside is not None and (refused := self.guard.refusal(self.aside)):
             parts.append(f"{refused}{self._advice()}")
         return (*parts, *(part for report in self.reduced for part in report.shown()))
+
+    def _front(self) -> Table:
+        rows = []
+        for point in self.front:
+            ratios, aside = point.ratios, point.aside
+            shares = [] if aside is None else [aside.difference if aside.agreement is None else aside.agreement]
+            rows.append(
+                (
+                    f"{point.name}{' (written)' if point.ratios == self.ratios else ''}",
+                    f"{point.size.bytes:,}",
+                    f"{point.size.milliseconds:.3f}",
+                    f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
+                    *(f"{100 * share:.1f} %" for share in shares),
+                )
+            )
+        known = self.front[0].aside
+        quality = [] if known is None else ["outputs differ by" if known.agreement is None else "best class agrees"]
+        count = "" if known is None else f"; agreement on {known.samples} inputs set aside"
+        head = (
+            "network",
+            "file (bytes)",
+            f"latency p50 (ms), batch {self.latency.batch}",
+            "speed-up over dense fp32",
+            *quality,
+        )
+        return Table(f"models to choose from, timed in turns{count}", head, rows)
 
     @property
     def accepted(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,23 @@ import onnx
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
 from tensorrail_exporter.calibrate.split import Split, split
-from tensorrail_exporter.compressed import CompressReport, Ratios
-from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.compressed import CompressReport, Point, Ratios
+from tensorrail_exporter.graphs.io import load_model, save_model
+from tensorrail_exporter.plans.plan import Plan, Precision
+from tensorrail_exporter.precision.int8 import to_int8 as converted
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
 from tensorrail_exporter.search.divergence import Divergence
 from tensorrail_exporter.search.guard import Guard
-from tensorrail_exporter.search.losses import check_metric, outputs_of
+from tensorrail_exporter.search.losses import agreement_between, check_metric, outputs_of
 from tensorrail_exporter.search.report import PlanReport, Size, times_less
 from tensorrail_exporter.search.targets import is_met
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.graphs.files import bytes_of
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.agreement import agreement_of
-from tensorrail_runtime.measure.latency import Ratio, bench
+from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import parity, parity_of, run_both
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.scratch import scratch
@@ -36,6 +39,8 @@ from tensorrail_runtime.sessions.session import Session, open_session
 
 Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.ModelProto]
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
+
+Planned = Plan | PlanReport
 
 _ROUNDING = 1e-4  # relative L2: allowed difference between reconstructed weights and their cores in float32
 _ROUNDINGS = 8  # per layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
@@ -59,83 +64,224 @@ class Compression:
     metric: str | None = None
     """A score of each sample, as `top1` or `module:function`, that the fits of `refine` are judged by, on calibration inputs
     with labels; default: none, so they are judged by how far outputs are from the dense ones."""
+    targets: Mapping[str, float] | None = None
+    """What the written model must reach; default: the targets of the plan."""
+    fastest: bool = False
+    """Of several models, write the fastest one that agrees, and not the one that meets the targets with the least loss."""
 
 
-def compress(model: onnx.ModelProto, plan: Plan | PlanReport, out: Path, options: Compression | None = None) -> CompressReport:
+def compress(
+    model: onnx.ModelProto, plan: Planned | Sequence[Planned], out: Path, options: Compression | None = None
+) -> CompressReport:
     """Write the factored model of a plan to `out`, and compare it with the dense one.
 
     Args:
         model: the dense graph.
-        plan: the layers to rewrite; the report of a search also provides targets and predictions.
+        plan: the layers to rewrite; the report of a search also provides targets and predictions. Or several: the best model of
+            these plans, and with one for int8 also of the dense network in int8, is written.
         out: the file to write.
         options: the inputs to fit and test with, and how the models are measured; default `Compression()`.
 
     Returns:
-        Size, speed, accuracy and the errors of the factored model.
+        Size, speed, accuracy and the errors of the model that was written, beside those of all that it was chosen from.
 
     Raises:
-        PlanError: the plan names no layer, or there is a metric without calibration inputs that have labels.
+        PlanError: a plan names no layer, there are no calibration inputs for int8, or there is a metric without calibration
+            inputs that have labels.
         ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
         GraphError: a layer is not in the graph or cannot be rewritten, or the factored graph differs from the graph with
             reconstructed weights by more than rounding; nothing is written.
 
     """
     options = options or Compression()
-    planning, plan = (plan, plan.plan) if isinstance(plan, PlanReport) else (None, plan)
-    timing, settings, progress = options.conditions.timing, options.conditions.settings, options.conditions.progress
-    settings.check()
-    exact = settings.exact
-    if not plan.layers:
-        raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
+    plans = [plan] if isinstance(plan, Plan | PlanReport) else list(plan)
+    options.conditions.settings.check()
     options.guard.check()
     check_metric(options.metric, options.calibration)
     parts = None if options.calibration is None else split(options.calibration, model)
+    targets = _targets(plans, options)
     with scratch() as folder:
-        dense_path, path = Path(folder) / "dense.onnx", Path(folder) / "factored.onnx"
-        save_model(model, dense_path)
-        fitted = _fitted(resolve(model, plan), parts, options)
-        factored, fits = fitted.factored, fitted.layers
-        save_model(factored.model, path)
-        feeds = _feeds(dense_path, parts, options)
-        numerical = _numerical(fitted.resolved, fitted.cores, path, feeds, Path(folder), exact)
-        rewritten = fitted.model
-        save_model(rewritten, path)
-        progress("comparing outputs", 0.5)
-        both = run_both(dense_path, path, inputs=feeds, settings=exact)
-        against = parity_of(both)
-        times = bench(
-            [dense_path, path],
-            replace(timing, io_binding=settings.on_gpu),
-            settings,
-            labels=["dense", "factored"],
-            progress=progress,
-        )
-        dense_size, size = (_size(p, timing, times.latencies[k].p50) for k, p in enumerate((dense_path, path)))
-        accuracy = _accuracy(dense_path, path, options)
-        aside = None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes)
-    save_model(rewritten, out)
-    ratios = _ratios(dense_size, size, times.ratios[0])
-    targets = dict(planning.targets) if planning else {}
+        dense = Path(folder) / "dense.onnx"
+        save_model(model, dense)
+        feeds = _feeds(dense, parts, options)
+        built = list(_built(model, plans, parts, options, feeds, dense))
+        dense_size, points, times = _measured(dense, built, parts, options, feeds)
+        unstable = bool(times.warnings)
+        if len(built) > 1 and parts is not None:
+            points = _with_losses(points, built, model, parts, options)
+        k = _best(points, targets, options, unstable=unstable)
+        accuracy = _accuracy(dense, built[k].path, options)
+        chosen = load_model(built[k].path)
+    save_model(chosen, out)
+    one, point = built[k], points[k]
+    network, planning = one.network, one.planning
     return CompressReport(
         dense=dense_size,
-        factored=size,
-        ratios=ratios,
+        factored=point.size,
+        ratios=point.ratios,
         targets=targets,
-        meets=all(is_met(_reached(ratios, name, unstable=bool(times.warnings)), value) for name, value in targets.items()),
+        meets=_meets(point.ratios, targets, unstable=unstable),
         predicted_latency=planning.predicted if planning else None,
-        approximation=against.worst,
-        top1_agreement=None if aside is None else aside.agreement,
-        aside=aside,
+        approximation=point.approximation,
+        top1_agreement=None if point.aside is None else point.aside.agreement,
+        aside=point.aside,
         guard=options.guard,
-        numerical=numerical,
+        precision=one.precision,
+        front=tuple(points) if len(points) > 1 else (),
+        numerical=one.numerical,
         accuracy=accuracy,
-        layers=factored.layers,
+        layers=() if network is None else network.factored.layers,
         planned=planning.rows if planning else (),
-        fits=fits,
-        latency=times,
+        fits=() if network is None else network.layers,
+        latency=times.model_copy(
+            update={"latencies": (times.latencies[0], times.latencies[k + 1]), "ratios": (times.ratios[k],)}
+        ),
         planning=planning,
         model=str(out),
     )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model to choose from, and its file."""
+
+    precision: Precision
+    planning: PlanReport | None
+    network: _Network | None  # None: the dense network
+    numerical: float
+    plain: Path  # the same in fp32
+    path: Path
+    asked: str = ""  # the targets of the plan, where plans have different ones
+
+    @property
+    def name(self) -> str:
+        """What the model is, for tables."""
+        return f"{'dense' if self.network is None else 'low rank'} in {self.precision}{self.asked}"
+
+
+def _built(
+    model: onnx.ModelProto,
+    plans: Sequence[Planned],
+    parts: Split | None,
+    options: Compression,
+    feeds: list[Mapping[str, np.ndarray]],
+    dense: Path,
+) -> Iterator[_Built]:
+    """Write the models to choose from beside the dense one."""
+    folder = dense.parent
+    exact = options.conditions.settings.exact
+    to_int8 = None if parts is None else partial(converted, calibration=parts.fitted.feeds)
+    if any(planned.precision == "int8" for planned in plans):
+        if to_int8 is None:
+            raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
+        try:
+            small = to_int8(model)
+        except GraphError as error:
+            plans = [planned for planned in plans if planned.precision != "int8"]
+            if not plans:
+                raise
+            options.conditions.progress("note", 1.0, f"int8 is left out: {error}")
+        else:
+            yield _Built("int8", None, None, 0.0, dense, _saved(small, folder / "dense-int8.onnx"))
+    different = {str(planned.targets) for planned in plans if isinstance(planned, PlanReport)}
+    for number, planned in enumerate(plans):
+        planning, plan = (planned, planned.plan) if isinstance(planned, PlanReport) else (None, planned)
+        if not plan.layers:
+            if len(plans) == 1 and plan.precision == "fp32":
+                raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
+            continue
+        network = _fitted(resolve(model, plan), parts, options)
+        plain = path = _saved(network.factored.model, folder / f"factored{number}.onnx")
+        numerical = _numerical(network.resolved, network.cores, path, feeds, folder, exact)
+        save_model(network.model, plain)
+        if plan.precision == "int8" and to_int8 is not None:
+            path = _saved(to_int8(network.model), folder / f"int8-{number}.onnx")
+        asked = "" if planning is None or len(different) == 1 else f", for {_words(planning.targets)}"
+        yield _Built(plan.precision, planning, network, numerical, plain, path, asked)
+
+
+def _words(targets: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in targets.items())
+
+
+def _measured(
+    dense: Path, built: Sequence[_Built], parts: Split | None, options: Compression, feeds: list[Mapping[str, np.ndarray]]
+) -> tuple[Size, list[Point], LatencyReport]:
+    """Return the size of the dense model, the models as they were measured in turns with it, and their times."""
+    timing, settings, progress = options.conditions.timing, options.conditions.settings, options.conditions.progress
+    progress("comparing outputs", 0.5)
+    times = bench(
+        [dense, *(one.path for one in built)],
+        replace(timing, io_binding=settings.on_gpu),
+        settings,
+        labels=["dense", *("factored" if len(built) == 1 else one.name for one in built)],
+        progress=progress,
+    )
+    dense_size = _size(dense, timing, times.latencies[0].p50)
+    points = []
+    for one, latency, ratio in zip(built, times.latencies[1:], times.ratios, strict=True):
+        both = run_both(dense, one.path, inputs=feeds, settings=settings.exact)
+        size = _size(one.plain, timing, latency.p50).model_copy(update={"bytes": bytes_of(one.path)})
+        points.append(
+            Point(
+                name=one.name,
+                precision=one.precision,
+                layers=0 if one.network is None else len(one.network.factored.layers),
+                size=size,
+                ratios=_ratios(dense_size, size, ratio),
+                approximation=parity_of(both).worst,
+                aside=None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes),
+            )
+        )
+    return dense_size, points, times
+
+
+def _with_losses(
+    points: Sequence[Point], built: Sequence[_Built], model: onnx.ModelProto, parts: Split, options: Compression
+) -> list[Point]:
+    """Return the points with their losses and their agreement on the inputs that networks are chosen by."""
+    settings, others = options.conditions.settings.exact, parts.chosen
+    names = [output.name for output in model.graph.output]
+    dense = outputs_of(model, names, others, settings)
+    divergence = Divergence(names, dense, others.labels, options.metric, others.samples)
+    found = []
+    for point, one in zip(points, built, strict=True):
+        outputs = outputs_of(load_model(one.path), names, others, settings)
+        agreement = agreement_between(dense, outputs, others)
+        found.append(point.model_copy(update={"loss": divergence.of(outputs), "chosen_by": agreement}))
+    return found
+
+
+def _best(points: Sequence[Point], targets: Mapping[str, float], options: Compression, *, unstable: bool) -> int:
+    """Return the place of the model that meets the targets with the least loss, or of the fastest one that agrees.
+
+    The loss is that on inputs that networks are chosen by. Where no model does, it is the one that comes nearest.
+    """
+
+    def rank(point: Point) -> tuple[bool, bool, float]:
+        agrees = point.chosen_by is None or not options.guard.refusal(point.chosen_by)
+        meets = _meets(point.ratios, targets, unstable=unstable) and point.ratios.latency_low > 1.0
+        better = point.ratios.latency if options.fastest or not meets else -(point.loss or 0.0)
+        return (agrees, meets, better) if options.fastest else (meets, agrees, better)
+
+    return max(range(len(points)), key=lambda k: rank(points[k]))
+
+
+def _targets(plans: Sequence[Planned], options: Compression) -> dict[str, float]:
+    """Return what was asked for."""
+    if options.targets is not None:
+        return dict(options.targets)
+    return next((dict(one.targets) for one in plans if isinstance(one, PlanReport)), {})
+
+
+def _meets(ratios: Ratios, targets: Mapping[str, float], *, unstable: bool) -> bool:
+    """Return whether all targets are met."""
+    return all(is_met(_reached(ratios, name, unstable=unstable), value) for name, value in targets.items())
+
+
+def _saved(model: onnx.ModelProto, path: Path) -> Path:
+    save_model(model, path)
+    return path
 
 
 @dataclass(frozen=True)

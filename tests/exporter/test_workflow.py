@@ -15,13 +15,14 @@ from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError
 from tensorrail_exporter import workflow as compressing
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import split
-from tensorrail_exporter.compressed import CompressReport
+from tensorrail_exporter.compressed import CompressReport, Point, Ratios
 from tensorrail_exporter.formats import contraction
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlanReport, Size
 from tensorrail_exporter.workflow import Compression, compress
 from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.machine import machine
 
@@ -68,6 +69,7 @@ PLAN = Plan(
 )
 
 
+IN_INT8 = PLAN.model_copy(update={"precision": "int8"})
 QUICK = Conditions(Timing(seconds=0.05, processes=5))
 
 
@@ -121,6 +123,60 @@ def test_the_report_holds_what_was_measured(network, tmp_path):
     assert report.latency.latencies[0].model == "dense"
     assert report.ratios.latency_low <= report.ratios.latency <= report.ratios.latency_high
     assert CompressReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_of_several_precisions_the_best_model_is_written(network, tmp_path):
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    out = tmp_path / "out.onnx"
+    report = run(network, out, [PLAN, IN_INT8], calibration=Calibration(feeds), guard=Guard(min_agreement=0))
+    assert [point.name for point in report.front] == ["dense in int8", "low rank in fp32", "low rank in int8"]
+    assert [point.layers for point in report.front] == [0, 2, 2]
+    assert all(point.loss > 0 and point.aside.samples == 32 for point in report.front)
+    assert report.front[2].size.bytes < report.front[1].size.bytes
+    assert report.front[2].size.params == report.front[1].size.params < report.front[0].size.params == report.dense.params
+    (written,) = (point for point in report.front if point.ratios == report.ratios)
+    assert (written.precision, written.aside, written.size) == (report.precision, report.aside, report.factored)
+    kinds = {node.op_type for node in onnx.load(out).graph.node}
+    assert ("DequantizeLinear" in kinds) == (report.precision == "int8")
+    assert len(report.layers) == written.layers
+    printed = " ".join(str(report).split())
+    assert f"{written.name} (written)" in printed
+    assert CompressReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_int8_needs_inputs(network, tmp_path):
+    with pytest.raises(PlanError, match=r"int8 needs typical inputs .*: give calibration inputs"):
+        run(network, tmp_path / "out.onnx", IN_INT8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def point(name, speed, loss, agreement=1.0):
+    ratios = Ratios(params=1, macs=1, flops=1, bytes=1, latency=speed, latency_low=speed - 0.01, latency_high=speed + 0.01)
+    size = Size(params=1, macs=1, flops=2, bytes=4, milliseconds=1.0)
+    ends = {"agreement_low": agreement - 0.02, "agreement_high": agreement, "difference_low": 0.0, "difference_high": 0.02}
+    seen = Agreement(samples=400, agreement=agreement, difference=0.01, **ends)
+    return Point(name=name, precision="int8", layers=0, size=size, ratios=ratios, approximation=0.01, loss=loss, chosen_by=seen)
+
+
+@pytest.mark.parametrize(
+    ("target", "best"),
+    [
+        (1.5, "int8"),  # three are fast enough: the one with the least loss
+        (2.5, "low rank in int8"),
+        (5.0, "low rank in int8"),  # none is: the fastest of those that agree
+        (None, "low rank in int8"),  # the fastest of those that agree
+    ],
+)
+def test_which_model_is_best(target, best):
+    points = [
+        point("int8", 2.0, 0.01),
+        point("low rank", 1.7, 0.05),
+        point("low rank in int8", 3.0, 0.06, 0.95),
+        point("very low rank in int8", 4.0, 0.5, 0.6),
+    ]
+    options = Compression(fastest=target is None)
+    chosen = compressing._best(points, {} if target is None else {"latency": target}, options, unstable=False)
+    assert points[chosen].name == best
 
 
 @pytest.fixture

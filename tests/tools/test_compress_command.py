@@ -11,7 +11,12 @@ import onnx
 import pytest
 import torch
 
+from tensorrail.front import drawn
 from tensorrail_exporter import Plan
+from tensorrail_exporter.compressed import Front, Point, Ratios
+from tensorrail_exporter.search import planner
+from tensorrail_exporter.search.report import Size
+from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_trainer.networks.registry import SmallResNet
 from tensorrail_trainer.run.export import to_onnx
 
@@ -66,6 +71,67 @@ def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
     onnx.checker.check_model(onnx.load(folder / "out.onnx"), full_check=True)
     assert [one["to"] for one in record["reduced"]] == ["int8"]
     assert (folder / "out.int8.onnx").exists()
+
+
+def test_rank_and_precision_are_one_choice(folder, inside, in_this_process):
+    code, printed, errors = inside(
+        "compress", "dense.onnx", "-o", "auto.onnx", "--target", "latency=1.01", "--precision", "auto",
+        "--calibration", "x.npz", "--fit", "0", "--min-agreement", "0", "--search-seconds", "0", "--duration", "0.5",
+        "--json", "auto.json", "--format", "svd", *FAST,
+    )  # fmt: skip
+    assert code in (0, 1), errors  # 1: not measured to be so fast
+    record = json.loads((folder / "auto.json").read_text())
+    names = {point["name"] for point in record["front"]}
+    assert "dense in int8" in names
+    assert {name.partition(" in ")[2] for name in names} <= {"fp32", "int8"}
+    assert "(written)" in printed
+    assert (folder / "auto.onnx").exists()
+
+
+def test_a_front_is_written_with_its_picture(folder, inside, in_this_process, monkeypatch):
+    walked = []
+    monkeypatch.setattr("tensorrail.verbs.compress._WALK", (1.01, 1.02, 50.0))
+    monkeypatch.setattr("tensorrail_exporter.search.planner._FAR", 100.0)
+    plan = planner.plan_networks
+
+    def watched(model, targets, *arguments, **options):
+        walked.append([one["latency"] for one in targets])
+        return plan(model, targets, *arguments, **options)
+
+    monkeypatch.setattr(planner, "plan_networks", watched)
+    code, _, errors = inside(
+        "compress", "dense.onnx", "-o", "best.onnx", "--front", "front.json", "--precision", "auto", "--calibration", "x.npz",
+        "--fit", "0", "--min-agreement", "0", "--search-seconds", "0", "--duration", "0.5", "--format", "svd", *FAST,
+    )  # fmt: skip
+    assert code in (0, 1), errors
+    assert walked == [[1.01, 1.02, 50.0]] * 2  # for fp32 and for int8; the last one cannot be reached
+    front = Front.model_validate_json((folder / "front.json").read_text())
+    assert front.model == "best.onnx"
+    assert "dense in int8" in {point.name for point in front.points}
+    assert all("latency=50" not in point.name for point in front.points)
+    assert "<svg" in (folder / "front.svg").read_text()
+    for name in ("front.json", "front.svg"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("agreement", [0.9, None])
+def test_a_front_is_drawn_by_agreement_or_difference(agreement):
+    size = Size(params=1, macs=1, flops=2, bytes=4, milliseconds=1.0)
+    ratios = Ratios(params=1, macs=1, flops=1, bytes=1, latency=2.0, latency_low=1.9, latency_high=2.1)
+    ends = {"agreement_low": agreement, "agreement_high": agreement, "difference_low": 0.1, "difference_high": 0.2}
+    aside = Agreement(samples=9, agreement=agreement, difference=0.1, **ends)
+    points = [
+        Point(name="a", precision=precision, layers=layers, size=size, ratios=ratios, approximation=0.1, aside=aside)
+        for precision in ("fp32", "int8")
+        for layers in (0, 3)
+    ]
+    picture = drawn(tuple(points))
+    assert ("best class agrees (%)" in picture) == (agreement is not None)
+    assert ("outputs differ by (%)" in picture) == (agreement is None)
+    for label in ("dense, int8", "low rank, fp32"):
+        assert label in picture
+    nothing = [point.model_copy(update={"aside": None}) for point in points]
+    assert "<svg" in drawn(tuple(nothing))
 
 
 def test_a_plan_is_judged_by_a_metric_of_the_users(folder, inside, in_this_process):
@@ -126,6 +192,30 @@ def test_a_torch_module_can_be_planned(folder):
             ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int8"),
             "int8 needs typical inputs for the ranges",
         ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--precision", "auto"),
+            "precision auto needs typical inputs for the ranges of activations",
+        ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--precision", "int4"),
+            "precision: expected fp32, int8, auto, got 'int4'",
+        ),
+        (
+            (
+                *("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--calibration", "x.npz"),
+                *("--precision", "int8", "--also", "int8"),
+            ),
+            "also: int8 is made from a model in fp32",
+        ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--front", "front.txt"),
+            "front: expected a file that ends in .json, got front.txt",
+        ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--max-loss", "2", "--front", "front.json"),
+            "a front shows every loss, so max_loss has no effect",
+        ),
+        (("plan", "dense.onnx", "--target", "flops=2", "--precision", "auto"), "precision: a plan is for fp32 or int8"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "none.json"), "none.json: cannot be read"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--calibration", "none.npz"), "none.npz"),
         (

@@ -44,6 +44,12 @@ class Options:
     """Told how far the work is: `progress(stage, share, detail)`."""
     inputs: InputRules = field(default_factory=InputRules)
     """Which inputs are constants or states, or have their samples along another axis than the first."""
+    precision: str | None = None
+    """Precision of a planned or compressed model: `fp32`, `int8`, or for `compress` also `auto`, the one that meets the target
+    with the least loss; default: that of the plan, if one is given, else `fp32`."""
+    front: bool = False
+    """Whether `compress` walks targets from 1.2 times less latency to what can be reached, and measures all of these models in
+    turns; default False."""
 
     def conditions(self, timing: Timing) -> Conditions:
         """Return what models are measured under, with this timing where none was given."""

@@ -16,6 +16,9 @@ from tensorrail_exporter.plans.costs import cheapest_merge
 from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.records import first_problem, write_text
 
+Precision = Literal["fp32", "int8"]
+"""The precision that a network is planned in."""
+
 
 class LayerPlan(BaseModel):
     """How one layer is factorized.
@@ -79,6 +82,8 @@ class Plan(BaseModel):
     Attributes:
         version: version of the file format.
         layers: one plan per layer; no name may appear twice.
+        precision: the precision in which the network was timed, and in which `compress` writes it; `fp32` in files of older
+            versions. What is not factorized is int8 as well.
 
     """
 
@@ -86,6 +91,7 @@ class Plan(BaseModel):
 
     version: Literal[1] = 1
     layers: tuple[LayerPlan, ...] = Field(strict=False)
+    precision: Precision = "fp32"
 
     @model_validator(mode="after")
     def _names_once(self) -> Plan:
@@ -118,4 +124,5 @@ class Plan(BaseModel):
 
     def save(self, path: Path | str) -> None:
         """Write the plan to a JSON file."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+        unsaid = {"precision"} if self.precision == "fp32" else None  # which older versions do not know
+        write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")

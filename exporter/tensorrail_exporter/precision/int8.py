@@ -40,6 +40,7 @@ _LARGE = 2**30  # bytes of weights from which external data is written; protobuf
 _BINS = {"entropy": 512, "percentile": 2048}
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 _WIDE, _NARROW = 127, 64  # the largest integer of a weight with 8 and with 7 bits
+_ASSUMED = 4.0  # magnitude of activations where only the time counts
 _OPSET, _IR_VERSION = 13, 7  # the first in which DequantizeLinear has an axis
 
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -125,6 +126,32 @@ def to_int8(
             "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become int8"
         )
     return _tidy(quantized, named, prepared)
+
+
+def with_assumed_ranges(model: onnx.ModelProto, *, reduce_range: bool | None = None) -> onnx.ModelProto:
+    """Return a copy of a model in int8 that takes as long as one with measured ranges, and computes nothing of use.
+
+    Args:
+        model: a small model with random weights, without constants to fold; it is not changed.
+        reduce_range: as for `to_int8`.
+
+    Returns:
+        The model in int8, or the same model if nothing in it can be quantized.
+
+    """
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData, save_tensors_data
+
+    narrow = processor().saturates if reduce_range is None else reduce_range
+    with scratch() as folder, _quiet():
+        ready, ranges = Path(folder) / "ready.onnx", Path(folder) / "ranges.json"
+        current = _current(with_names(model))
+        positive = {node.output[0] for node in current.graph.node if node.op_type == "Relu"}
+        names = [name for node in current.graph.node for name in node.output] + [value.name for value in current.graph.input]
+        low, high = np.float32(-_ASSUMED), np.float32(_ASSUMED)
+        data = {name: TensorData(lowest=np.float32(0) if name in positive else low, highest=high) for name in names}
+        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), ranges)
+        save_model(current, ready)
+        return _quantize(ready, ranges, frozenset(), per_channel=True, reduce_range=narrow, large=False)
 
 
 def _check_calibration(model: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:

@@ -8,8 +8,9 @@ repeated. Networks are fitted to some of the inputs, and their outputs compared 
 
 The share of a few dozen inputs whose best class changes says little about a network: one input more or less decides. How far
 outputs move is known much better, and the share rises with it. So while limits are tried, the share is estimated from the
-difference of the outputs, with the ratio of both over all networks that were run. The network that was fitted is judged by the
-share itself, on all of the inputs that ranks are chosen by.
+difference of the outputs, with the ratio of both over all networks that were run, but never outside the interval of the share
+that the network itself showed. The network that was fitted is judged by the share itself, on all of the inputs that ranks are
+chosen by.
 """
 
 from __future__ import annotations
@@ -130,14 +131,21 @@ class _Tries:
         guard, difference = self.guard, one.agreement.difference
         if guard.max_difference is not None and not gain.difference * difference <= guard.max_difference:
             return False
-        share = expected_share(self.measured, difference) if guard.min_agreement else None
+        share = self.expected(one.agreement) if guard.min_agreement else None
         return share is None or gain.share * share <= allowed_share(guard, one.agreement.samples)
+
+    def expected(self, agreement: Agreement) -> float | None:
+        """Return the share of inputs that will disagree for a network that was run, within the interval of what it showed."""
+        share = expected_share(self.measured, agreement.difference)
+        if share is None or agreement.agreement_low is None or agreement.agreement_high is None:
+            return share
+        return min(max(share, 1 - agreement.agreement_high), 1 - agreement.agreement_low)
 
     def most_careful(self) -> tuple[_Found, _Gain]:
         """Return the network with the least loss that was tried, and the gain for which it would just agree."""
         found = min(self.tried.values(), key=lambda one: one.loss)
         difference, guard = max(found.agreement.difference, 1e-12), self.guard
-        expected = expected_share(self.measured, difference) or 1.0
+        expected = self.expected(found.agreement) or 1.0
         share = allowed_share(guard, found.agreement.samples) / expected
         return found, _Gain(1.0 if guard.max_difference is None else guard.max_difference / difference, share)
 
@@ -261,7 +269,7 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
                 break
             continue
         moved = found.agreement.difference
-        expected = expected_share(tries.measured, moved)
+        expected = tries.expected(found.agreement)
         share = 1.0 if fitted.agreement is None or not expected else (1 - fitted.agreement + 0.5 / fitted.samples) / expected
         gain = gain.changed(fitted.difference / max(moved, 1e-12), share)
         if not hopeful or (good and not gain.is_less_than(ends[True])):
@@ -281,7 +289,7 @@ def _measured(picks: Picks, candidates: Candidates, probe: Probe) -> _Found:
         if picked
     )
     loss = probe.divergence.of(outputs)
-    return _Found(picks, candidates.dense.milliseconds - saved, loss, space.predicted(picks), probe.agreement(outputs))
+    return _Found(picks, candidates.start.milliseconds - saved, loss, space.predicted(picks), probe.agreement(outputs))
 
 
 def expected_share(measured: Sequence[Agreement], difference: float) -> float | None:

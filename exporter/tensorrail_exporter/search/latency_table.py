@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnx
 from pydantic import Field, ValidationError
 
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
+from tensorrail_exporter.plans.plan import Precision
+from tensorrail_exporter.precision.int8 import with_assumed_ranges
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.context import copies_of, dense_context, factored_context
 from tensorrail_exporter.search.options import Option, families
@@ -58,10 +61,11 @@ class Target(Record):
     cuda_graph: bool
     arena: bool
     conv_search: str
+    precision: Precision = "fp32"
 
     @classmethod
-    def here(cls, settings: Session) -> Target:
-        """Return the target of a session with these settings on this machine."""
+    def here(cls, settings: Session, precision: Precision = "fp32") -> Target:
+        """Return the target of a session with these settings, and networks of this precision, on this machine."""
         host = machine(gpu=settings.on_gpu)
         gpu = "" if host.gpu is None else f"{host.gpu.name}, driver {host.gpu.driver}"
         return cls(
@@ -76,6 +80,7 @@ class Target(Record):
             cuda_graph=settings.cuda_graph,
             arena=settings.arena,
             conv_search=settings.conv_search,
+            precision=precision,
         )
 
 
@@ -116,7 +121,9 @@ class LatencyTable:
     busy: str = ""
 
     @classmethod
-    def open(cls, settings: Session, folder: Path | str | None = None, *, rough: bool = False) -> LatencyTable:
+    def open(
+        cls, settings: Session, folder: Path | str | None = None, *, rough: bool = False, precision: Precision = "fp32"
+    ) -> LatencyTable:
         """Return the table of this machine, with the times that were stored before.
 
         Args:
@@ -124,13 +131,14 @@ class LatencyTable:
             folder: folder of the tables; default the user's cache folder, see `cache_folder`. Where nobody chose a folder
                 and that one cannot be written, as without a home folder, the table is not stored.
             rough: measure in fewer turns; such times have a file of their own, and are only used where there are no others.
+            precision: the precision that layers are timed in, between layers of the same precision; default fp32.
 
         Raises:
             CacheError: the file of the table cannot be read, is not a latency table, or is one of another target.
 
         """
-        target = Target.here(settings)
-        name = f"latency-{_digest(target.model_dump())}.json"
+        target = Target.here(settings, precision)
+        name = f"latency-{_digest(target.model_dump(exclude_defaults=True))}.json"
         if not folder and not os.environ.get("TENSORRAIL_CACHE") and (problem := _default_folder_problem()):
             return cls(
                 target,
@@ -227,14 +235,13 @@ class LatencyTable:
         unknown = [layer for layer, _ in jobs.values() if _key(layer, None) not in self.times]
         if len(unknown) > 1 and not self.rough:
             progress("timing layers", 0.0, f"{len(unknown)} dense layers in turn")
-            dense_times, waited = _dense_times(unknown, settings, seconds / total)
+            dense_times, waited = _dense_times(unknown, settings, seconds / total, self.target.precision)
             self.times |= {timed.key: timed for timed in dense_times}
             waits.append(waited)
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
-            layer_times, waited = _layer_times(
-                layer, options, settings, seconds / total, _ROUGH if self.rough else BURST_ROUNDS
-            )
+            rounds = _ROUGH if self.rough else BURST_ROUNDS
+            layer_times, waited = _layer_times(layer, options, settings, seconds / total, rounds, self.target.precision)
             for timed in self._as_before(layer, layer_times):
                 self.times[timed.key] = timed
             done += 1 + len(options)
@@ -303,7 +310,7 @@ class LatencyTable:
             models, loaded = models + 2 + len(options), loaded + size
         for number, group in enumerate(groups):
             progress("estimating what can be reached", number / len(groups), f"{len(group)} layers")
-            times |= {timed.key: timed for timed in _sketched(group, settings)}
+            times |= {timed.key: timed for timed in _sketched(group, settings, self.target.precision)}
         progress("estimating what can be reached", 1.0)
         return LatencyTable(self.target, times=times)
 
@@ -357,7 +364,9 @@ def _default_folder_problem() -> str:
     return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"the cache folder {folder} is not writable"
 
 
-def _dense_times(layers: Sequence[DenseLayer], settings: Session, seconds: float) -> tuple[list[Timed], float]:
+def _dense_times(
+    layers: Sequence[DenseLayer], settings: Session, seconds: float, precision: Precision
+) -> tuple[list[Timed], float]:
     """Return the times of dense layers, and the share of the time that was spent waiting; each is timed for about `seconds`.
 
     All of them run in turn in one process, so that they are comparable, whatever else the machine does in the meantime. Where
@@ -369,7 +378,7 @@ def _dense_times(layers: Sequence[DenseLayer], settings: Session, seconds: float
         if sum(copies_of(other) * other.bytes for other in (*groups[-1], layer)) > _LOADED and len(groups[-1]) > 1:
             groups.append([layers[0]])
         groups[-1].append(layer)
-    results = [_timed_together(group, settings, seconds) for group in groups]
+    results = [_timed_together(group, settings, seconds, precision) for group in groups]
     usual = float(np.median([times[0] for times, _ in results]))
     milliseconds = [usual]
     for times, _ in results:
@@ -381,14 +390,16 @@ def _dense_times(layers: Sequence[DenseLayer], settings: Session, seconds: float
     return timed, float(np.median([waited for _, waited in results]))
 
 
-def _timed_together(layers: Sequence[DenseLayer], settings: Session, seconds: float) -> tuple[list[float], float]:
+def _timed_together(
+    layers: Sequence[DenseLayer], settings: Session, seconds: float, precision: Precision
+) -> tuple[list[float], float]:
     """Return the milliseconds of one copy of each dense layer, timed in turn, and the share that was spent waiting."""
     with scratch() as folder:
         paths: list[Path] = []
         for layer in layers:
             for copies in dict.fromkeys((copies_of(layer), 1)):
                 paths.append(Path(folder) / f"{len(paths)}.onnx")
-                save_model(dense_context(layer, copies), paths[-1])
+                _write(dense_context(layer, copies), paths[-1], precision)
         measured, waited = fresh_bursts(paths, settings, seconds * len(layers))
     rows = iter(measured)
     milliseconds = []
@@ -400,7 +411,7 @@ def _timed_together(layers: Sequence[DenseLayer], settings: Session, seconds: fl
 
 
 def _layer_times(
-    layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float, rounds: int
+    layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float, rounds: int, precision: Precision
 ) -> tuple[list[Timed], float]:
     """Return the times of a layer, dense and with these options, and the share of the time that was spent waiting.
 
@@ -413,8 +424,8 @@ def _layer_times(
     with scratch() as folder:
         dense_model = dense_context(layer, copies)
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
-        save_model(dense_model, dense)
-        save_model(dense_context(layer, 1), single)
+        _write(dense_model, dense, precision)
+        _write(dense_context(layer, 1), single, precision)
         together = _ON_GPU if settings.on_gpu else _TOGETHER
         groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
@@ -424,7 +435,7 @@ def _layer_times(
         for number, group in enumerate(groups):
             paths = [dense, *(Path(folder) / f"{k}.onnx" for k in range(len(group)))]
             for path, option in zip(paths[1:], group, strict=True):
-                save_model(factored_context(layer, dense_model, option), path)
+                _write(factored_context(layer, dense_model, option), path, precision)
             if number == 0 and copies > 1:
                 paths.append(single)
             times, waited = fresh_bursts(paths, settings, seconds * len(paths), rounds)
@@ -437,7 +448,7 @@ def _layer_times(
     return timed, float(np.median(waits))
 
 
-def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Session) -> list[Timed]:
+def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Session, precision: Precision) -> list[Timed]:
     """Return rough times of layers and forms: a few runs of each, all in turn in one process."""
     with scratch() as folder:
         paths: list[Path] = []
@@ -446,7 +457,7 @@ def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Se
             models = [dense, dense_context(layer, 1), *(factored_context(layer, dense, option) for option in options)]
             for model in models:
                 paths.append(Path(folder) / f"{len(paths)}.onnx")
-                save_model(model, paths[-1])
+                _write(model, paths[-1], precision)
         rows = iter(fresh_bursts(paths, settings, 0.0)[0])
     timed = []
     for layer, options in group:
@@ -454,6 +465,11 @@ def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Se
         single_ratio, *ratios = (float(np.median(next(rows) / whole)) for _ in range(1 + len(options)))
         timed += _times_of(layer, options, float(np.median(whole)), single_ratio, ratios)
     return timed
+
+
+def _write(context: onnx.ModelProto, path: Path, precision: Precision) -> None:
+    """Write a small model of copies of a layer in the precision that it is timed in."""
+    save_model(with_assumed_ranges(context) if precision == "int8" else context, path)
 
 
 def _sketch_seconds(layer: DenseLayer, options: Sequence[Option]) -> float:

@@ -23,10 +23,11 @@ from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run
 from tensorrail_exporter.calibrate.layerwise import dense_weights, fit
 from tensorrail_exporter.calibrate.metric import Moments, roots
 from tensorrail_exporter.calibrate.split import Split
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.plans.plan import Plan, Precision
+from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.biases import takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
-from tensorrail_exporter.rewrite.rewriter import with_cores, with_weights
+from tensorrail_exporter.rewrite.rewriter import rewrite, with_cores, with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.approximations import Approximations, InputMoments
 from tensorrail_exporter.search.divergence import Divergence, Outputs, require_classes, require_labels
@@ -79,6 +80,7 @@ class Probe:
         folder: an empty folder for models.
         metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
         parts: inputs to fit cores to and to compare fitted networks on; default: none, so no network is fitted.
+        precision: the precision of networks with fitted cores; default fp32.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
@@ -96,8 +98,9 @@ class Probe:
         folder: Path,
         metric: str | None = None,
         parts: Split | None = None,
+        precision: Precision = "fp32",
     ) -> None:
-        self.parts = parts
+        self.parts, self.precision = parts, precision
         self.gain: object = None  # what a fit gains, for whoever asks for several
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs, self.metric = inputs, metric
@@ -161,22 +164,29 @@ class Probe:
         if self.parts is None:
             raise ValueError("there are no inputs to fit cores to")
         names, others = self.network.outputs, self.parts.chosen
-        fitted = fit(resolve(self.resolved.model, plan), self.parts.fitted, self.settings, progress=progress)
+        model = self.resolved.model
+        if plan.layers:
+            fitted = fit(resolve(model, plan), self.parts.fitted, self.settings, progress=progress)
+            in_one_step = self.precision == "fp32"  # reconstructed weights give the same outputs
+            model = with_cores(fitted.resolved, fitted.cores) if in_one_step else rewrite(fitted.resolved, fitted.cores).model
+        if self.precision == "int8":
+            model = to_int8(model, self.parts.fitted.feeds)
         if self._dense is None:
             self._dense = outputs_of(self.resolved.model, names, others, self.settings)
-        outputs = outputs_of(with_cores(fitted.resolved, fitted.cores), names, others, self.settings)
-        return _agreement(self._dense, outputs, others)
+        outputs = outputs_of(model, names, others, self.settings)
+        return agreement_between(self._dense, outputs, others)
 
     def agreement(self, outputs: Outputs) -> Agreement:
         """Return how far outputs for all inputs agree with the dense network's."""
-        return _agreement(self.divergence.dense, outputs, self.inputs)
+        return agreement_between(self.divergence.dense, outputs, self.inputs)
 
     def outputs(self, choice: Mapping[str, Option], batches: int | None = None) -> Outputs:
         """Return the outputs of the network with an option for each of some layers; `batches` as for `loss`."""
         return self.network.with_changes({layer: self.change(layer, option) for layer, option in choice.items()}, batches)
 
 
-def _agreement(dense: Outputs, outputs: Outputs, inputs: Calibration) -> Agreement:
+def agreement_between(dense: Outputs, outputs: Outputs, inputs: Calibration) -> Agreement:
+    """Return how far the outputs of two networks, for the same inputs, agree."""
     before, after = (list(zip(*values, strict=True)) for values in (dense, outputs))
     return compared(before, after, inputs.samples)
 

@@ -23,7 +23,7 @@ from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
-from tensorrail_exporter.rewrite.survey import DenseLayer, left_out, survey
+from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut, left_out, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
     SAMPLES,
@@ -47,6 +47,7 @@ from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, part_of
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import machine, processor
+from tensorrail_runtime.sessions.session import Session
 
 _BEYOND = 1.03  # times a latency target: a faster network loses more accuracy than needed
 _NUDGE = 1.005
@@ -93,61 +94,132 @@ def plan_network(
             number per sample.
 
     """
+    return plan_networks(model, [targets], search, calibration=calibration, conditions=conditions, judge=judge)[0]
+
+
+def plan_networks(
+    model: onnx.ModelProto,
+    targets: Sequence[Mapping[str, float]],
+    search: Search | None = None,
+    *,
+    calibration: Calibration | None = None,
+    conditions: Conditions | None = None,
+    judge: bool = True,
+) -> list[PlanReport]:
+    """Do the same for several targets, for which times and losses are measured once.
+
+    Args:
+        model: as for `plan_network`, like the other arguments.
+        targets: the targets of each plan, those that are easiest to meet first.
+        search: how plans are searched for.
+        calibration: inputs that losses are measured on.
+        conditions: how the networks will run.
+        judge: whether chosen networks are compared on the inputs that are set aside.
+
+    Returns:
+        The reports, up to the first targets that cannot be met.
+
+    Raises:
+        TargetError: the first targets cannot be met.
+        PlanError: see `plan_network`, as for the other errors.
+        GraphError: weights or outputs are not finite, or labels are not classes.
+        ModelError: the model does not run in these conditions, or the metric fails.
+
+    """
     search, conditions = search or Search(), conditions or Conditions()
     settings, progress = conditions.settings, conditions.progress
-    batch, shapes = conditions.timing.batch, conditions.timing.shapes
-    search.check(targets)
+    for one in targets:
+        search.check(one)
     _check_guard(search, calibration)
     check_metric(search.metric, calibration)
     settings.check()
     search = replace(search, grid=search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block))
-    layers = survey(model, batch, shapes, scan=not settings.on_gpu, values=conditions.timing.values)
-    layers, refused = left_out(model, layers)
+    layers, refused = _surveyed(model, conditions)
     _check_keep(search.keep, layers)
     options = _options(layers, search)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
-    if calibration is not None and calibration.count:
-        check_outputs(model, calibration, settings.exact, search.metric, search.guard)
-    parts = _parts(calibration, model, search)
+    parts = _parts(calibration, model, search, settings)
     with scratch() as folder:
-        dense = Path(folder) / "dense.onnx"
-        save_model(model, dense)
-        size = _counted(dense, targets, conditions.timing)
-        # Without a target on the latency, times only tell which forms are slower than their dense layers.
-        roughly = "latency" not in targets and search.max_loss is None and search.guard is None
-        seconds = search.check_seconds / 2 if roughly else search.check_seconds
-        processes = min(max(int(seconds), 1), _PROCESSES)
-        timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
-        verification = Verification(model, dense, timing, settings)
-        size = size.model_copy(update={"milliseconds": verification.dense_ms()})
-        table = LatencyTable.open(settings, search.cache, rough=roughly)
-        timed = _timed(targets, search, options, table, size, conditions)
-        faster = timed.faster
-        approximations = approximations_of(resolved, faster, parts, settings.exact)
+        timed, verification = _all_timed(model, targets, search, options, parts, conditions, Path(folder))
+        approximations = approximations_of(resolved, timed.faster, parts, settings.exact)
         probe = None
         if parts is None:
-            losses = weight_losses(faster, approximations, progress)
+            losses = weight_losses(timed.faster, approximations, progress)
         else:
-            kept = Path(folder) / "kept"
-            kept.mkdir()
             few = parts.chosen.first(SAMPLES)
-            probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts)
-            losses = measured_losses(faster, probe, progress)
+            kept = _inside(folder, "kept")
+            probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts, search.precision)
+            losses = measured_losses(timed.faster, probe, progress)
         candidates = replace(timed, losses=losses)
-        reports = _search(targets, search, candidates, verification, probe, progress)
-        best = _best(reports, fastest=search.guard is not None)
+        best: list[PlanReport] = []
+        for one in targets:
+            try:
+                reports = _search(one, search, candidates, verification, probe, progress)
+            except TargetError:
+                if not best:
+                    raise
+                break
+            best.append(_best(reports, fastest=search.guard is not None))
         if judge and probe is not None and parts is not None:
-            judging = Path(folder) / "aside"
-            judging.mkdir()
-            best = with_inputs_set_aside(best, candidates.choice_of(best), probe, parts.judged, judging)
+            places = [_inside(folder, f"aside{k}") for k in range(len(best))]
+            best = [
+                with_inputs_set_aside(one, candidates.choice_of(one), probe, parts.judged, place)
+                for one, place in zip(best, places, strict=True)
+            ]
     rows = [
         PlannedLayer.dense(layer, 0.0, "not timed: the shape of its data is not known")
         for layer in layers
         if layer not in options  # such as layers in the bodies of If and Loop
     ]
     rows += [PlannedLayer.left_out(row) for row in refused]
-    return best.model_copy(update={"rows": (*best.rows, *rows)})
+    return [one.model_copy(update={"rows": (*one.rows, *rows)}) for one in best]
+
+
+def _surveyed(model: onnx.ModelProto, conditions: Conditions) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
+    """Return the layers that can be factored, and the rows of those that cannot."""
+    timing = conditions.timing
+    layers = survey(model, timing.batch, timing.shapes, scan=not conditions.settings.on_gpu, values=timing.values)
+    return left_out(model, layers)
+
+
+def _inside(folder: str, name: str) -> Path:
+    path = Path(folder) / name
+    path.mkdir()
+    return path
+
+
+def _all_timed(
+    model: onnx.ModelProto,
+    targets: Sequence[Mapping[str, float]],
+    search: Search,
+    options: Mapping[DenseLayer, tuple[Option, ...]],
+    parts: Split | None,
+    conditions: Conditions,
+    folder: Path,
+) -> tuple[Candidates, Verification]:
+    """Return the candidates with their times, without losses, and what times whole networks in `folder`.
+
+    Raises:
+        TargetError: the first targets cannot be met.
+        PlanError: a target is on a quantity that is 0.
+
+    """
+    settings = conditions.settings
+    dense = folder / "dense.onnx"
+    save_model(model, dense)
+    size = _counted(dense, targets, conditions.timing)
+    # Without a target on the latency, times only tell which forms are slower than their dense layers.
+    roughly = not any("latency" in one for one in targets) and search.max_loss is None and search.guard is None
+    seconds = search.check_seconds / 2 if roughly else search.check_seconds
+    processes = min(max(int(seconds), 1), _PROCESSES)
+    timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
+    ranges = [] if parts is None else parts.fitted.feeds[:1]
+    verification = Verification(model, dense, timing, settings, search.precision, ranges)
+    size = size.model_copy(update={"milliseconds": verification.dense_ms()})
+    table = LatencyTable.open(settings, search.cache, rough=roughly, precision=search.precision)
+    sizes = size, verification.start_size(size)
+    return _timed(targets[0], search, options, table, sizes, conditions), verification
 
 
 def _timed(
@@ -155,13 +227,14 @@ def _timed(
     search: Search,
     options: Mapping[DenseLayer, tuple[Option, ...]],
     table: LatencyTable,
-    dense: Size,
+    sizes: tuple[Size, Size],
     conditions: Conditions,
 ) -> Candidates:
     """Time all forms of all layers, and return them without losses; raise `TargetError` if they cannot meet a target.
 
     What can be reached is measured roughly first, and a target beyond it is refused when a second measurement agrees. For a
     target on the latency, the forms with the fewest MACs are timed next, and a target far beyond them is refused at once.
+    `sizes` are those of the dense network, in fp32 and in the precision of the plan.
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(options))
@@ -170,7 +243,7 @@ def _timed(
 
     def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]], table: LatencyTable) -> Candidates:
         faster = {layer: _faster(layer, own, table, search.gain) for layer, own in forms.items()}
-        return Candidates(forms, faster, Losses("", {}), table, dense, _scale(options, table, dense.milliseconds))
+        return Candidates(forms, faster, Losses("", {}), table, *sizes, _scale(options, table, sizes[1].milliseconds))
 
     bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
     wanted = {layer: thinned(forms) for layer, forms in options.items()} if table.rough else options
@@ -223,12 +296,13 @@ def _search(
         grid=search.grid,
         loss_from=candidates.losses.source,
         dense=candidates.dense,
-        planned=candidates.dense,
+        planned=candidates.start,
+        precision=search.precision,
         rows=(),
         measured=None,
         machine=machine(gpu=verification.settings.on_gpu),
         warnings=candidates.warnings,
-        plan=Plan(layers=()),
+        plan=Plan(layers=(), precision=search.precision),
     )
     reports: list[PlanReport] = []
     for number in range(_TRIES):
@@ -292,10 +366,18 @@ def _options(layers: Sequence[DenseLayer], search: Search) -> dict[DenseLayer, t
     }
 
 
-def _parts(calibration: Calibration | None, model: onnx.ModelProto, search: Search) -> Split | None:
-    """Return the calibration inputs in parts; `PlanError` where they are too few to compare networks that are fitted."""
+def _parts(calibration: Calibration | None, model: onnx.ModelProto, search: Search, settings: Session) -> Split | None:
+    """Check the calibration inputs and return them in parts.
+
+    Raises:
+        PlanError: there are too few to compare networks that are fitted, or the limits are none for such outputs.
+        GraphError: an output is not finite, or has fewer classes than the labels.
+        ModelError: the metric fails on them.
+
+    """
     if calibration is None or not calibration.count:
         return None
+    check_outputs(model, calibration, settings.exact, search.metric, search.guard)
     parts = split(calibration, model)
     if search.guard is not None and (parts.chosen is parts.fitted or parts.judged is None):
         raise PlanError(
@@ -324,11 +406,11 @@ def _scale(layers: Mapping[DenseLayer, object], table: LatencyTable, whole: floa
     return min(1.0, whole / total) if total else 1.0
 
 
-def _counted(dense: Path, targets: Mapping[str, float], timing: Timing) -> Size:
+def _counted(dense: Path, targets: Sequence[Mapping[str, float]], timing: Timing) -> Size:
     """Return the size of the dense model, with time 0. Raises `PlanError` for a target on a quantity that is 0."""
     counted = cost(dense, timing.batch, timing.shapes, timing.values)
     size = Size(params=counted.params, macs=counted.macs, flops=counted.flops, bytes=counted.bytes, milliseconds=0.0)
-    for name, value in targets.items():
+    for name, value in (pair for one in targets for pair in one.items()):
         if name != "latency" and size.of(name) == 0:
             raise PlanError(f"target {name}={value:g}: the model has 0 {name}, so there is nothing to reduce")
     return size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut
 from tensorrail_exporter.search.targets import TARGETS, is_met
 from tensorrail_runtime.measure.agreement import Agreement
@@ -164,6 +164,7 @@ class PlanReport(PrintedRecord):
     rows: tuple[PlannedLayer, ...]
     measured: Ratio | None
     verified: VerifiedLoss | None = None  # without calibration inputs there is none
+    precision: Precision = "fp32"  # of the planned network; the dense one is in fp32
     slower: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # what makes the times less reliable than they seem
     machine: Machine
@@ -222,7 +223,8 @@ class PlanReport(PrintedRecord):
         lines += [
             f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}×" for name, reached in self.missed.items()
         ]
-        title = f"plan for {self.provider}, batch {self.batch}; losses measured on {self.loss_from}"
+        where = self.provider if self.precision == "fp32" else f"{self.provider} in {self.precision}"
+        title = f"plan for {where}, batch {self.batch}; losses measured on {self.loss_from}"
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()
@@ -238,6 +240,8 @@ class PlanReport(PrintedRecord):
             f"measured: {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]; error of the predicted time "
             f"{100 * (self.prediction_error or 0.0):+.1f} %"
         ]
+        if not self.plan.layers:
+            lines.append(f"no layer is rewritten: the dense network in {self.precision} meets the target")
         if self.slower:
             lines.append(f"slower than dense in the network's profile: {', '.join(self.slower)}")
         if ratio.low <= 1.0:

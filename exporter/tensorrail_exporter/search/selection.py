@@ -33,7 +33,9 @@ class Candidates:
     table: LatencyTable
     """The measured times."""
     dense: Size
-    """Size and measured time of the dense network."""
+    """Size and measured time of the dense network in fp32, from which targets count."""
+    start: Size
+    """The same of the dense network in the precision of the plan, from which layers save."""
     scale: float = 1.0
     """Factor for the times in the table; below 1 where the layers alone were slower than the whole network."""
 
@@ -42,7 +44,7 @@ class Candidates:
         """What makes the times of the layers less reliable than they seem."""
         warnings = [self.table.busy] if self.table.busy else []
         if self.scale < _PLAUSIBLE:
-            whole = self.dense.milliseconds
+            whole = self.start.milliseconds
             warnings.append(
                 f"the times of the layers add up to {whole / self.scale:.2f} ms, but the network takes {whole:.2f} ms: "
                 f"they are scaled by {self.scale:.2f}; if the machine was busy, remove the latency table and measure again"
@@ -52,6 +54,10 @@ class Candidates:
     def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
         """Return the time of all nodes of a layer in the network, dense or with an option."""
         return self.scale * layer.nodes * self.table.milliseconds(layer, option)
+
+    def itemsize(self, layer: DenseLayer) -> int:
+        """Return the bytes of one value of a weight of the layer."""
+        return 1 if self.table.target.precision == "int8" else layer.dtype.itemsize
 
     def without(self, report: PlanReport, slower: Sequence[str]) -> Candidates:
         """Return the candidates without some of the chosen forms.
@@ -81,14 +87,15 @@ class Candidates:
             case "params":
                 return [float(layer.params), *(float(option.params) for option in options)]
             case _:
-                return [float(layer.bytes), *(float(option.params * layer.dtype.itemsize) for option in options)]
+                size = self.itemsize(layer)
+                return [float(layer.params * size), *(float(option.params * size) for option in options)]
 
     def limits(self, targets: Mapping[str, float]) -> list[Limit]:
         """Return the limit on the total cost of these layers for each target (a reduction factor)."""
         limits = []
         for name, factor in targets.items():
             costs = [self.costs(name, layer) for layer in self.faster]
-            rest = self.dense.of(name) - sum(options[0] for options in costs)  # the cost of the network outside these layers
+            rest = self.start.of(name) - sum(options[0] for options in costs)  # the cost of the network outside these layers
             limits.append(Limit(name, costs, self.dense.of(name) / factor - rest))
         return limits
 
@@ -172,9 +179,9 @@ def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: S
             rows.append(PlannedLayer.dense(layer, candidates.milliseconds(layer), _why_dense(layer, candidates, search)))
     return start.model_copy(
         update={
-            "planned": _planned(candidates.dense, rows, layers),
+            "planned": _planned(candidates, rows, layers),
             "rows": tuple(rows),
-            "plan": Plan(layers=tuple(plans)),
+            "plan": Plan(layers=tuple(plans), precision=search.precision),
         }
     )
 
@@ -201,16 +208,17 @@ def _row(layer: DenseLayer, option: Option, candidates: Candidates, loss: float)
     )
 
 
-def _planned(dense: Size, rows: Sequence[PlannedLayer], layers: Mapping[DenseLayer, object]) -> Size:
-    """Return the size of the network with these rows: the dense size minus the savings of the rows."""
-    macs = dense.macs - sum(row.dense_macs - row.macs for row in rows)
+def _planned(candidates: Candidates, rows: Sequence[PlannedLayer], layers: Mapping[DenseLayer, object]) -> Size:
+    """Return the size of the network with these rows: that of the network to start from minus the savings of the rows."""
+    start = candidates.start
+    macs = start.macs - sum(row.dense_macs - row.macs for row in rows)
     pairs = zip(rows, layers, strict=True)
     return Size(
-        params=dense.params - sum(row.dense_params - row.params for row in rows),
+        params=start.params - sum(row.dense_params - row.params for row in rows),
         macs=macs,
         flops=2 * macs,
-        bytes=dense.bytes - sum((row.dense_params - row.params) * layer.dtype.itemsize for row, layer in pairs),
-        milliseconds=dense.milliseconds - sum(row.dense_ms - row.ms for row in rows),
+        bytes=start.bytes - sum((row.dense_params - row.params) * candidates.itemsize(layer) for row, layer in pairs),
+        milliseconds=start.milliseconds - sum(row.dense_ms - row.ms for row in rows),
     )
 
 
@@ -222,8 +230,8 @@ def _require_reachable(limit: Limit, targets: Mapping[str, float], candidates: C
     least = _least(limit)
     if least <= limit.most:
         return
-    whole = candidates.dense.of(limit.name)
-    reachable = whole / (whole - sum(costs[0] for costs in limit.costs) + least)
+    dense, start = candidates.dense.of(limit.name), candidates.start.of(limit.name)
+    reachable = dense / (start - sum(costs[0] for costs in limit.costs) + least)
     forms = "its cheapest form" if search.allow_slower else "its cheapest form that is faster here"
     advice = "" if "latency" in targets or search.allow_slower else ", or allow slower layers"
     free = [forms for layer, forms in candidates.options.items() if not search.keeps(layer.name)]

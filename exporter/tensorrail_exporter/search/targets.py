@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tensorrail_exporter.plans.plan import Precision
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_runtime.errors import PlanError
+
+CHOICES: dict[str, tuple[Precision, ...]] = {"fp32": ("fp32",), "int8": ("int8",), "auto": ("fp32", "int8")}
+"""What may be asked for, and the precisions that are planned for it."""
 
 TARGETS = ("latency", "flops", "params", "bytes")
 
@@ -58,6 +62,9 @@ class Search:
     default 10."""
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
+    precision: Precision = "fp32"
+    """The precision that the network will run in: layers and networks are timed in it, and targets count from the dense
+    network in fp32; default fp32."""
     also: tuple[str, ...] = ()
     """Further precisions, `fp16` or `int8`, in which `compress` also writes the model; default: none."""
     metric: str | None = None

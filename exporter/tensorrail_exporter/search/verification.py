@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.plans.plan import Plan, Precision
+from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import rewrite
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
-from tensorrail_exporter.search.report import PlanReport
+from tensorrail_exporter.search.report import PlanReport, Size
 from tensorrail_runtime.graphs.cost import cost
+from tensorrail_runtime.graphs.files import bytes_of
 from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.session import Session, open_session
 
 
 @dataclass(frozen=True)
@@ -33,41 +37,77 @@ class Verification:
     """How long, and with which batch size and shapes."""
     settings: Session
     """How the networks run."""
+    precision: Precision = "fp32"
+    """The precision of the networks that are timed against the dense one; default fp32."""
+    ranges: Sequence[Mapping[str, np.ndarray]] = ()
+    """A few inputs, for int8: ranges of activations are taken from them. Default: random ones."""
 
     def dense_ms(self) -> float:
         """Return the minimum of three timings of the dense network in milliseconds, since other load only adds time."""
         timing = replace(self.timing, seconds=self.timing.seconds / 9, processes=1, io_binding=self.settings.on_gpu)
         return min(bench([self.dense], timing, self.settings).latencies[0].p50 for _ in range(3))
 
+    def start_size(self, dense: Size) -> Size:
+        """Return size and time of the dense network in the precision of the networks.
+
+        Args:
+            dense: size and time of the dense network in fp32.
+
+        Raises:
+            GraphError: nothing in the graph can be quantized.
+
+        """
+        if self.precision == "fp32":
+            return dense
+        path = self.dense.with_name("start.onnx")
+        self._write(self.model, path)
+        ratio = bench([self.dense, path], self.timing, self.settings).ratios[0].value
+        return dense.model_copy(update={"bytes": bytes_of(path), "milliseconds": dense.milliseconds / ratio})
+
     def measured(self, report: PlanReport) -> PlanReport:
         """Time and profile the network of a plan against the dense network.
 
-        The cores are random, since their values do not affect the time. Only the CPU provider is profiled: on a GPU a node
-        ends in the profile before its kernels do.
+        The cores are random, since their values do not affect the time. Only the CPU provider is profiled, in fp32: on a GPU a
+        node ends in the profile before its kernels do.
 
         Args:
             report: the report of a plan.
 
         Returns:
             The report with the measured speed-up, the size of the factored graph and the layers that are slower than dense; the
-            same report if its plan has no layers.
+            same report if its plan has no layers and its network is the dense one.
 
         """
-        if not report.plan.layers:
+        if not report.plan.layers and self.precision == "fp32":
             return report
         path = self.dense.with_name("chosen.onnx")
-        resolved = resolve(self.model, report.plan)
-        save_model(rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model, path)
-        times = bench([self.dense, path], self.timing, self.settings)
+        resolved = resolve(self.model, report.plan) if report.plan.layers else None
+        if resolved is None:
+            factored = self.model
+        else:
+            factored = rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model
+        save_model(factored, path)
         counted = cost(path, self.timing.batch, self.timing.shapes, self.timing.values)
+        self._write(factored, path)
+        times = bench([self.dense, path], self.timing, self.settings)
         planned = report.planned.model_copy(
-            update={"params": counted.params, "macs": counted.macs, "flops": counted.flops, "bytes": counted.bytes}
+            update={"params": counted.params, "macs": counted.macs, "flops": counted.flops, "bytes": bytes_of(path)}
         )
         report = report.model_copy(update={"measured": times.ratios[0], "planned": planned})
-        if self.settings.on_gpu:
+        if self.settings.on_gpu or self.precision != "fp32" or resolved is None:
             return report
         layers = layer_times(self.dense, path, resolved, conditions=Conditions(self.timing, self.settings))
         return report.model_copy(update={"slower": slower_layers(layers)})
+
+    def _write(self, model: onnx.ModelProto, path: Path) -> None:
+        """Write a network in the precision of the plan."""
+        if self.precision == "int8":
+            model = to_int8(model, self.ranges or self._random(), gauge=False)
+        save_model(model, path)
+
+    def _random(self) -> list[dict[str, np.ndarray]]:
+        timing = self.timing
+        return [random_inputs(open_session(self.dense), timing.batch, timing.seed, timing.shapes, timing.values)]
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:

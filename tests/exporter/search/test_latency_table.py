@@ -43,7 +43,7 @@ def calls(monkeypatch, waits):
     """Replace the measuring by known numbers: 1 ms dense, a form's MACs in µs; return what was asked for."""
     asked = []
 
-    def known(layer, options, settings, seconds, rounds):
+    def known(layer, options, settings, seconds, rounds, precision):
         asked.append((layer.name, [option.steps for option in options], seconds))
         found = [Timed(key=latency_table._key(layer, None), layer=layer.describe(), form="dense", milliseconds=1.0)]
         for option in options:
@@ -51,7 +51,7 @@ def calls(monkeypatch, waits):
             found.append(Timed(key=key, layer=layer.describe(), form=option.steps, milliseconds=1e-3 * option.macs))
         return found, waits.pop(0) if waits else 0.0
 
-    def known_dense(layers, settings, seconds):
+    def known_dense(layers, settings, seconds, precision):
         keys = [latency_table._key(layer, None) for layer in layers]
         return [Timed(key=key, layer="", form="dense", milliseconds=1.0) for key in keys], waits[0] if waits else 0.0
 

@@ -67,7 +67,7 @@ def known_times(monkeypatch):
         run = latency.bench(paths, here, settings, **options)
         total = 1e-6 * (3 * 36864 + 512) * 144
         latencies = tuple(one.model_copy(update={"p50": total}) for one in run.latencies)
-        value = factors.get("measured", 2.01)
+        value = factors.get(f"measured {paths[-1].name}", factors.get("measured", 2.01))
         ratios = tuple(Ratio(model=r.model, reference=r.reference, value=value, low=value, high=value) for r in run.ratios)
         return run.model_copy(update={"latencies": latencies, "ratios": ratios})
 
@@ -128,6 +128,28 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     allowed = Search(grid=16, cache=tmp_path, allow_slower=True)
     report = plan_network(network, {"params": 2.0}, allowed)
     assert report.planned.params <= report.dense.params / 2.0
+
+
+def test_a_plan_in_int8_counts_from_the_dense_network_in_fp32(network, known_times, tmp_path):
+    known_times |= {"measured start.onnx": 2.0, "measured chosen.onnx": 4.02}
+    asked = replace(search(tmp_path), precision="int8")
+    report = plan_network(network, {"latency": 4.0}, asked)
+    assert (report.precision, report.meets) == ("int8", True)
+    assert report.predicted >= 4.0  # twice for int8, and twice for the ranks
+    assert report.planned.bytes < report.dense.bytes / 4
+    for row in report.rows:
+        assert row.ms <= row.dense_ms
+    assert len(list(tmp_path.glob("latency-*.json"))) == 0  # nothing was measured, so no file of fp32 is touched
+    known_times["measured chosen.onnx"] = 2.0
+    report = plan_network(network, {"latency": 1.9}, asked)
+    assert report.plan.layers == ()  # the dense network is fast enough in int8
+    assert (report.reached["latency"], report.meets) == (2.0, True)
+    with pytest.raises(TargetError, match=r"latency=900 cannot be met: at most (\d+)\.\d\d× is reachable") as refused:
+        plan_network(network, {"latency": 900.0}, asked)
+    with pytest.raises(TargetError) as in_fp32:
+        plan_network(network, {"latency": 900.0}, search(tmp_path))
+    reachable = [float(str(error.value).partition("at most ")[2].partition("×")[0]) for error in (refused, in_fp32)]
+    assert reachable[0] > 1.5 * reachable[1]
 
 
 def test_layers_too_narrow_for_the_grid_are_named_as_the_reason(network, known_times, tmp_path):

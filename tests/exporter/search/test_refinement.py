@@ -153,7 +153,7 @@ def test_a_limit_that_no_choice_keeps_is_said(monkeypatch):
     monkeypatch.setattr(verified_choice, "pick", lambda *_: (1,))
     monkeypatch.setattr(verified_choice, "report_of", lambda *_: start)
     choices = space([[10.0, 5.0]], {"a": (0.1,)}, 20.0)
-    candidates = Candidates({}, {}, Losses("calibration", {"a": (0.1,)}), None, None)
+    candidates = Candidates({}, {}, Losses("calibration", {"a": (0.1,)}), None, None, None)
     monkeypatch.setattr(Candidates, "space", lambda *_: choices)
     probe = Probe(lambda choice: 0.5 * len(choice))
     probe.inputs = SimpleNamespace(count=8)

@@ -66,6 +66,16 @@ Target = Annotated[
         help="How many times less: latency, flops, params or bytes. May be repeated: all must hold.",
     ),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="fp32|int8|auto",
+        help="Precision that ranks are chosen and times are measured in. auto, for compress: the one of all models, in fp32 or "
+        "int8, dense or low rank, that meets the target with the least loss.  [default: fp32]",
+        show_default=False,
+    ),
+]
 Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; default: runs/<name of the recipe>.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last finished epoch.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start again.")]

@@ -12,6 +12,7 @@ from tensorrail.commands.arguments import (
     Calibration,
     Data,
     Json,
+    Precision,
     Samples,
     Target,
     input_options,
@@ -63,6 +64,16 @@ def command(
         float | None,
         typer.Option(help="Largest relative L2 difference of the outputs on the inputs set aside; default: no limit."),
     ] = None,
+    precision: Precision = None,
+    front: Annotated[
+        Path | None,
+        typer.Option(
+            "--front",
+            metavar="FRONT.json",
+            help="Walk targets from 1.2 times less latency to what can be reached, measure all of these models in turns, and "
+            "write them here, with a picture FRONT.svg.",
+        ),
+    ] = None,
     session: Any = Group(session_options),
     timing: Any = Group(timing_options),
     inputs: Any = Group(input_options),
@@ -74,17 +85,24 @@ def command(
     Without a target, the result is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a
     speed-up or the agreement was not reached.
     """
+    from tensorrail.front import front_files, write_front
+    from tensorrail.inputs import require_writable
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.compress import compress
     from tensorrail_exporter.search.guard import Guard
 
     targets = read_targets(target)
+    if front is not None:
+        for path in front_files(front):
+            require_writable(path, model, plan, calibration, data)
     _check_given(context, plan, calibration, has_target=bool(targets) or search.max_loss is not None)
     with progress_bar() as progress:
         guard = Guard(min_agreement=min_agreement, max_difference=max_difference)
-        fitting = Fit(fit, samples)
-        options = Options(session, timing, replace(search, also=tuple(also or ())), fitting, guard, progress, inputs)
+        searched = replace(search, also=tuple(also or ()))
+        options = Options(session, timing, searched, Fit(fit, samples), guard, progress, inputs, precision, front is not None)
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
+    if front is not None:
+        write_front(report, front)
     finish(report, json, report.meets and report.faster and report.accepted)
 
 

@@ -10,6 +10,7 @@ import typer
 from tensorrail.commands.arguments import (
     Calibration,
     Json,
+    Precision,
     Samples,
     Target,
     input_options,
@@ -29,6 +30,7 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where plan.json is written.")] = None,
     calibration: Calibration = None,
     samples: Samples = 128,
+    precision: Precision = None,
     session: Any = Group(session_options),
     timing: Any = Group(shape_options),
     inputs: Any = Group(input_options),
@@ -44,7 +46,7 @@ def command(
     search.check(targets)
     network, timing = load_network(model, timing)
     with progress_bar() as progress:
-        options = Options(session, timing, search, Fit(samples=samples), progress=progress, inputs=inputs)
+        options = Options(session, timing, search, Fit(samples=samples), progress=progress, inputs=inputs, precision=precision)
         report = plan(network, targets, calibration=calibration, options=options)
     if out is not None:
         report.plan.save(out)

@@ -66,4 +66,6 @@ def export(
         cores = load_cores(cores, read)
     factored, dense_again = factorize_fastest(graph, read, cores, form, settings=options.session, progress=options.progress)
     save_model(factored.model, Path(out))
+    if read.precision == "int8":
+        options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`")
     return Rewrites(layers=factored.layers, dense=dense_again.layers, model=str(out))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from tensorrail.inputs import as_calibration, feed_of, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
+from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Timing
 
 if TYPE_CHECKING:
     from tensorrail_exporter.search.report import PlanReport
+    from tensorrail_exporter.search.targets import Search
 
 _SAMPLES = 128
 
@@ -33,8 +35,8 @@ def plan(
             where `options.search` has a `max_loss` or a `guard`.
         calibration: inputs that losses are measured on: an npz file, a folder, or arrays by input name. Labels, an array
             `labels`, are needed for `options.search.metric` alone.
-        options: `session`, `timing` (batch size and shapes), `search`, `fit.samples` (default 128), `inputs` and
-            `progress`.
+        options: `session`, `timing` (batch size and shapes), `search`, `precision` (`fp32` or `int8`), `fit.samples`
+            (default 128), `inputs` and `progress`.
 
     Returns:
         The plan in `report.plan`, and what was predicted and measured; `print(report)` shows the table.
@@ -50,7 +52,7 @@ def plan(
     from tensorrail_exporter.search.targets import Search
 
     options = options or Options()
-    search = options.search or Search()
+    search = _in_precision(options.search or Search(), options.precision)
     search.check(target or {})
     conditions = options.conditions(Timing())
     with as_file(model, any_weights=True) as path:  # they are checked once the model is loaded
@@ -62,3 +64,13 @@ def plan(
         if inputs is not None:  # losses are differences of outputs
             require_comparable(path, feed_of(path, conditions, inputs), conditions.settings.exact)
         return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)
+
+
+def _in_precision(search: Search, asked: str | None) -> Search:
+    match asked:
+        case None:
+            return search
+        case "fp32" | "int8":
+            return replace(search, precision=asked)
+        case _:
+            raise PlanError(f"precision: a plan is for fp32 or int8, got {asked!r}; `compress` chooses among them with auto")
