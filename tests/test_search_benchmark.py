@@ -1,4 +1,4 @@
-"""The benchmark of the ways to choose a plan, on a network of seconds."""
+"""The benchmarks of plans, on a network of seconds."""
 
 import importlib
 import json
@@ -13,9 +13,13 @@ from onnx import helper
 
 
 @pytest.fixture
-def search(monkeypatch):
-    """The module of the benchmark."""
+def benchmarks(monkeypatch):
+    """Make the modules of benchmarks importable."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.fixture
+def search(benchmarks):
     return importlib.import_module("search")
 
 
@@ -63,3 +67,48 @@ def test_every_way_is_judged_on_the_same_other_inputs(search, dense, tmp_path, m
     assert verified["searched"] <= verified["verified"]
     assert all("cannot be met" in one["refused"] for one in refused)
     assert out.with_suffix(".md").read_text().count("\n| dense |") == 8
+
+
+@pytest.mark.slow
+def test_the_front_of_rank_and_precision(benchmarks, dense, tmp_path, monkeypatch):
+    precision = importlib.import_module("precision")
+    short = ("--seconds", "1", "--fit", "0", "--bench-seconds", "0.5", "--cache", str(tmp_path / "cache"))
+    out = tmp_path / "precision"
+    out.mkdir()
+    monkeypatch.setattr(sys, "argv", ["precision.py", str(dense), *short, "-o", str(out)])
+    monkeypatch.setattr("tensorrail.verbs.compress._WALK", (1.01,))
+    precision.main()
+    (record,) = json.loads(out.with_suffix(".json").read_text())
+    page = out.with_suffix(".md").read_text()
+    if "refused" in record:  # a network so small need not be faster in any form
+        assert f"Refused: {record['refused']}." in page
+        return
+    front = precision.Front.model_validate(record["front"])
+    assert front.points[0].name.startswith("dense in int8")
+    assert all(0 <= point.score <= 1 for point in front.points)
+    assert "| dense in int8" in page
+    assert (out / "dense.svg").exists()
+
+
+def test_what_is_as_good_as_dense_int8(benchmarks):
+    precision = importlib.import_module("precision")
+
+    def point(name, layers, speed, score, agreement):
+        ratios = {"params": 1, "macs": 1, "flops": 1, "bytes": 1, "latency": speed, "latency_low": speed, "latency_high": speed}
+        size = {"params": 1, "macs": 1, "flops": 2, "bytes": 4, "milliseconds": 1.0}
+        ends = {"agreement_low": agreement, "agreement_high": agreement, "difference_low": 0.1, "difference_high": 0.1}
+        aside = {"samples": 9, "agreement": agreement, "difference": 0.1, **ends}
+        record = {"name": name, "precision": "int8", "layers": layers, "size": size, "ratios": ratios, "approximation": 0.1}
+        return precision.Point.model_validate(record | {"aside": aside, "score": score})
+
+    def chosen(points):
+        front = precision.Front.model_construct(points=points)
+        found = precision.best(front)
+        return None if found is None else found.name
+
+    dense = point("dense", 0, 2.0, 0.70, 0.99)
+    near, far = point("near", 3, 2.5, 0.695, 0.95), point("far", 3, 4.0, 0.68, 0.9)
+    assert chosen([dense, near, far]) == "near"
+    assert chosen([dense, far]) is None
+    unlabelled = [one.model_copy(update={"score": None}) for one in (dense, near, point("alike", 3, 2.2, 0.7, 0.98))]
+    assert chosen(unlabelled) == "alike"

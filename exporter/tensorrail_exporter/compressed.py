@@ -17,6 +17,7 @@ from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.machine import Machine
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
+_SHARES = ("top1", "top5")
 _COSTLY = 3  # layers that are named where a model is not accepted
 
 
@@ -38,12 +39,14 @@ class Point(Record):
     name: str
     precision: Precision
     layers: int  # layers that are factored; 0 for the dense network
+    kept: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in int8
     size: Size
     ratios: Ratios  # against the dense network in fp32
     approximation: float  # relative L2 error of the outputs, on inputs set aside, else on random ones
     loss: float | None = None  # on inputs that networks are chosen by
     chosen_by: Agreement | None = None  # agreement on the same inputs
     aside: Agreement | None = None  # agreement on inputs set aside
+    score: float | None = None  # the mean score on labelled inputs that nothing is fitted to
 
 
 class Front(Record):
@@ -104,7 +107,8 @@ class CompressReport(PrintedRecord):
         if (paired := self.accuracy) is not None:
             rows.append(_accuracy_row(paired))
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
-        parts.append(Table(self.model, ("quantity", "dense", "factored", "dense against factored"), rows))
+        written = "factored" if self.layers else f"in {self.precision}"
+        parts.append(Table(self.model, ("quantity", "dense", written, f"dense against {written}"), rows))
         if self.front:
             parts.append(self._front())
         parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
@@ -131,6 +135,11 @@ class CompressReport(PrintedRecord):
                     f"{point.size.milliseconds:.3f}",
                     f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
                     *(f"{100 * share:.1f} %" for share in shares),
+                    *(
+                        []
+                        if self.accuracy is None or point.score is None
+                        else [_mean(self.accuracy.reference.metric, point.score)]
+                    ),
                 )
             )
         known = self.front[0].aside
@@ -164,9 +173,12 @@ class CompressReport(PrintedRecord):
 
 def _accuracy_row(paired: Comparison) -> tuple[str, str, str, str]:
     """Return the row of the table: shares of right answers in percent, or mean scores of another metric."""
-    metric, means = paired.reference.metric, (paired.reference.mean, paired.candidate.mean)
-    if metric in ("top1", "top5"):
-        before, after = (f"{100 * mean:.2f} %" for mean in means)
+    metric = paired.reference.metric
+    before, after = (_mean(metric, mean) for mean in (paired.reference.mean, paired.candidate.mean))
+    if metric in _SHARES:
         return f"{metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"
-    before, after = (f"{mean:.4f}" for mean in means)
     return f"mean score {metric}", before, after, f"{paired.difference:+.4f}"
+
+
+def _mean(metric: str, mean: float) -> str:
+    return f"{100 * mean:.2f} %" if metric in _SHARES else f"{mean:.4f}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.compressed import CompressReport, Point, Ratios
 from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.plans.plan import Plan, Precision
-from tensorrail_exporter.precision.int8 import to_int8 as converted
+from tensorrail_exporter.precision.int8 import Quantizer
+from tensorrail_exporter.precision.islands import Islands, Judge, Layer, with_islands
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
 from tensorrail_exporter.search.divergence import Divergence
@@ -110,7 +110,7 @@ def compress(
         if len(built) > 1 and parts is not None:
             points = _with_losses(points, built, model, parts, options)
         k = _best(points, targets, options, unstable=unstable)
-        accuracy = _accuracy(dense, built[k].path, options)
+        points, accuracy = _scored(dense, points, built, k, options)
         chosen = load_model(built[k].path)
     save_model(chosen, out)
     one, point = built[k], points[k]
@@ -151,12 +151,14 @@ class _Built:
     numerical: float
     plain: Path  # the same in fp32
     path: Path
+    kept: tuple[str, ...] = ()  # nodes that stay in fp32 in the model in int8
     asked: str = ""  # the targets of the plan, where plans have different ones
 
     @property
     def name(self) -> str:
         """What the model is, for tables."""
-        return f"{'dense' if self.network is None else 'low rank'} in {self.precision}{self.asked}"
+        but = f" but for {len(self.kept)} of its products" if self.kept else ""
+        return f"{'dense' if self.network is None else 'low rank'} in {self.precision}{but}{self.asked}"
 
 
 def _built(
@@ -170,19 +172,19 @@ def _built(
     """Write the models to choose from beside the dense one."""
     folder = dense.parent
     exact = options.conditions.settings.exact
-    to_int8 = None if parts is None else partial(converted, calibration=parts.fitted.feeds)
     if any(planned.precision == "int8" for planned in plans):
-        if to_int8 is None:
+        if parts is None:
             raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
+        judge = _judge(model, parts, options)
         try:
-            small = to_int8(model)
+            small = _in_int8(model, dense, parts, options, judge)
         except GraphError as error:
             plans = [planned for planned in plans if planned.precision != "int8"]
             if not plans:
                 raise
             options.conditions.progress("note", 1.0, f"int8 is left out: {error}")
         else:
-            yield _Built("int8", None, None, 0.0, dense, _saved(small, folder / "dense-int8.onnx"))
+            yield _Built("int8", None, None, 0.0, dense, _saved(small.model, folder / "dense-int8.onnx"), small.kept)
     different = {str(planned.targets) for planned in plans if isinstance(planned, PlanReport)}
     for number, planned in enumerate(plans):
         planning, plan = (planned, planned.plan) if isinstance(planned, PlanReport) else (None, planned)
@@ -191,13 +193,45 @@ def _built(
                 raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
             continue
         network = _fitted(resolve(model, plan), parts, options)
+        kept: tuple[str, ...] = ()
         plain = path = _saved(network.factored.model, folder / f"factored{number}.onnx")
         numerical = _numerical(network.resolved, network.cores, path, feeds, folder, exact)
         save_model(network.model, plain)
-        if plan.precision == "int8" and to_int8 is not None:
-            path = _saved(to_int8(network.model), folder / f"int8-{number}.onnx")
+        if plan.precision == "int8" and parts is not None:
+            small = _in_int8(network.model, plain, parts, options, judge)
+            path, kept = _saved(small.model, folder / f"int8-{number}.onnx"), small.kept
         asked = "" if planning is None or len(different) == 1 else f", for {_words(planning.targets)}"
-        yield _Built(plan.precision, planning, network, numerical, plain, path, asked)
+        yield _Built(plan.precision, planning, network, numerical, plain, path, kept, asked)
+
+
+def _in_int8(model: onnx.ModelProto, path: Path, parts: Split, options: Compression, judge: Judge) -> Islands:
+    """Return a model in int8, with layers in fp32 where it would not agree as closely as asked for without them."""
+    timing, progress = options.conditions.timing, options.conditions.progress
+    macs = {node.name: node.macs for node in cost(path, timing.batch, timing.shapes, timing.values).layers}
+    with Quantizer(model, parts.fitted.feeds) as quantizer:
+        layers = [Layer(name, macs.get(name, 0)) for name in quantizer.layers()]
+
+        def convert(keep: Sequence[str]) -> onnx.ModelProto:
+            progress("converting to int8", 0.0, f"{len(keep)} of {len(layers)} products in fp32" if keep else "")
+            return quantizer(keep)
+
+        if judge(model)[1] and (found := with_islands(layers, convert, judge)).good:
+            return found
+        return Islands(quantizer(), (), good=False)  # what is lost is not lost to int8
+
+
+def _judge(model: onnx.ModelProto, parts: Split, options: Compression) -> Judge:
+    """Return a function that measures a network on the inputs that networks are chosen by, which ranges are not taken from."""
+    settings, others = options.conditions.settings.exact, parts.chosen
+    names = [output.name for output in model.graph.output]
+    dense = outputs_of(model, names, others, settings)
+    divergence = Divergence(names, dense, others.labels, options.metric, others.samples)
+
+    def judge(small: onnx.ModelProto) -> tuple[float, bool]:
+        outputs = outputs_of(small, names, others, settings)
+        return divergence.of(outputs), not options.guard.refusal(agreement_between(dense, outputs, others))
+
+    return judge
 
 
 def _words(targets: Mapping[str, float]) -> str:
@@ -230,6 +264,7 @@ def _measured(
                 size=size,
                 ratios=_ratios(dense_size, size, ratio),
                 approximation=parity_of(both).worst,
+                kept=one.kept,
                 aside=None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes),
             )
         )
@@ -353,12 +388,16 @@ def _feeds(dense: Path, parts: Split | None, options: Compression) -> list[Mappi
     return [random_inputs(session, 7, shapes=timing.shapes, values=timing.values)]
 
 
-def _accuracy(dense: Path, factored: Path, options: Compression) -> Comparison | None:
-    """Compare the accuracy of both models, where there are labelled inputs."""
+def _scored(
+    dense: Path, points: list[Point], built: Sequence[_Built], chosen: int, options: Compression
+) -> tuple[list[Point], Comparison | None]:
+    """Return the points with their mean scores, where there are labelled inputs, and the comparison of the chosen one."""
     if options.test is None:
-        return None
+        return points, None
     exact = options.conditions.settings.exact
-    return compare_scores(*(evaluate(path, options.test, settings=exact) for path in (dense, factored)))
+    reference, *scores = [evaluate(path, options.test, settings=exact) for path in (dense, *(one.path for one in built))]
+    scored = [point.model_copy(update={"score": own.mean}) for point, own in zip(points, scores, strict=True)]
+    return scored, compare_scores(reference, scores[chosen])
 
 
 def _refined(refine: Refine, dense: onnx.ModelProto, network: _Network, inputs: Calibration) -> onnx.ModelProto:

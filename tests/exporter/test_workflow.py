@@ -397,3 +397,33 @@ def test_a_plan_without_layers_is_refused_and_products_in_bodies_count_as_none(t
     assert (report.ratios.macs, report.ratios.params) == (1.0, 2.0)
     with pytest.raises(PlanError, match="the plan names no layer"):
         compress(model, Plan(layers=()), tmp_path / "n.onnx")
+
+
+def test_layers_stay_in_fp32_where_int8_alone_would_not_agree(network, tmp_path):
+    """One input channel is a thousand times as large as the others, which one scale for all of them rounds away."""
+    feeds = []
+    for k in range(4):
+        x = images(k, 32)
+        x[:, 0] *= 3000.0
+        feeds.append({"x": x})
+    with_outlier = onnx.ModelProto.FromString(network.SerializeToString())
+    weight = next(tensor for tensor in with_outlier.graph.initializer if tensor.name == "a.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[:, 0] /= 3000.0
+    weight.CopyFrom(numpy_helper.from_array(values, "a.weight"))
+    limits = Guard(min_agreement=0, max_difference=0.1)
+    no_layers = Plan(layers=(), precision="int8")
+    report = run(with_outlier, tmp_path / "o.onnx", [no_layers, PLAN], calibration=Calibration(tuple(feeds)), guard=limits)
+    point = report.front[0]
+    assert point.kept == ("a",)
+    assert point.name == "dense in int8 but for 1 of its products"
+    assert point.aside.difference < 0.1
+    alone = run(
+        with_outlier,
+        tmp_path / "p.onnx",
+        [no_layers, PLAN],
+        calibration=Calibration(tuple(feeds)),
+        guard=Guard(min_agreement=0),
+    )
+    assert alone.front[0].kept == ()
+    assert alone.front[0].aside.difference > 0.1

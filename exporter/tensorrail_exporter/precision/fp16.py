@@ -53,7 +53,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
         save_model(prepared.model, path)
         try:
             # Given the path, the converter infers shapes from file to file; nothing else works above 2 GiB.
-            blocked = sorted(prepared.code(name) for name in kept)
+            blocked = sorted(prepared.node_code(name) for name in kept)
             converted = convert_float_to_float16(str(path), keep_io_types=keep_io, node_block_list=blocked)
         except Exception as error:  # noqa: BLE001 - the library raises assertions and errors of protobuf
             reason = prepared.text(first_line(error)) or type(error).__name__

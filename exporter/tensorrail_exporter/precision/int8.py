@@ -89,43 +89,105 @@ def to_int8(
         ModelError: the model cannot run on the calibration data.
 
     """
-    if method not in METHODS:
-        raise GraphError(f"unknown calibration method {method!r}: expected one of {', '.join(METHODS)}")
-    _check_calibration(model, calibration)
-    named = with_names(plain_constants(model))
-    check_fp32(named, "int8")
-    require_weights(named)
-    kept = kept_nodes(named, keep)
-    prepared = Prepared(named)
-    coded = [prepared.feed(feed) for feed in calibration]
-    with scratch() as folder, _quiet():
-        source, ready = Path(folder) / "fp32.onnx", Path(folder) / "ready.onnx"
-        save_model(named, source)
-        run(open_session(source), calibration[0])  # reports in one line what does not fit
-        try:
-            save_model(_current(prepared.model), source)
-            from onnxruntime.quantization.shape_inference import quant_pre_process
+    with Quantizer(
+        model, calibration, per_channel=per_channel, method=method, keep=keep, reduce_range=reduce_range, gauge=gauge
+    ) as quantizer:
+        return quantizer(keep)
 
-            # Folds constants and batch norms; the basic level emits operators of ONNX only.
-            large = size_of(named) > _LARGE
-            quant_pre_process(source, ready, skip_symbolic_shape=True, save_as_external_data=large)
-            narrow = processor().saturates if reduce_range is None else reduce_range
-            blocked = frozenset(prepared.code(name) for name in kept)
-            if gauge:
-                model_ready = with_names(onnx.load(ready))
-                rounding = Rounding(per_channel, _NARROW if narrow else _WIDE)
-                skip = frozenset(_left_out(model_ready, blocked))
-                save_model(gauged(model_ready, coded, rounding=rounding, skip=skip), ready)
-            ranges = _calibrate(ready, coded, method, large=large)
-            quantized = _quantize(ready, ranges, blocked, per_channel=per_channel, reduce_range=narrow, large=large)
+
+class Quantizer:
+    """Converts a model to int8 several times, with other nodes in fp32 each time, and measures ranges once.
+
+    Use it in a `with` statement. The arguments and errors are those of `to_int8`; the basis between layers, which stays as it
+    is, is chosen for the layers in `keep` in fp32.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        calibration: Sequence[Mapping[str, np.ndarray]],
+        *,
+        per_channel: bool = True,
+        method: Method = "minmax",
+        keep: Sequence[str] = (),
+        reduce_range: bool | None = None,
+        gauge: bool = True,
+    ) -> None:
+        if method not in METHODS:
+            raise GraphError(f"unknown calibration method {method!r}: expected one of {', '.join(METHODS)}")
+        _check_calibration(model, calibration)
+        self._named = with_names(plain_constants(model))
+        check_fp32(self._named, "int8")
+        require_weights(self._named)
+        self._prepared = Prepared(self._named)
+        self._per_channel = per_channel
+        self._narrow = processor().saturates if reduce_range is None else reduce_range
+        blocked = self._blocked(keep)
+        self._large = size_of(self._named) > _LARGE
+        coded = [self._prepared.feed(feed) for feed in calibration]
+        self._open = contextlib.ExitStack()
+        try:
+            folder = Path(self._open.enter_context(scratch()))
+            self._ready = folder / "ready.onnx"
+            source = folder / "fp32.onnx"
+            save_model(self._named, source)
+            with _quiet():
+                run(open_session(source), calibration[0])  # reports in one line what does not fit
+                with self._in_one_line():
+                    self._prepare(source, coded, blocked, method, gauge=gauge)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def __enter__(self) -> Quantizer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def __call__(self, keep: Sequence[str] = ()) -> onnx.ModelProto:
+        """Return the model in int8, but for the layers, weights or nodes in `keep`."""
+        blocked = self._blocked(keep)
+        options = {"per_channel": self._per_channel, "reduce_range": self._narrow, "large": self._large}
+        with _quiet(), self._in_one_line():
+            quantized = _quantize(self._ready, self._ranges, blocked, **options)
+        if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
+            raise GraphError(
+                "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become "
+                "int8"
+            )
+        return _tidy(quantized, self._named, self._prepared)
+
+    def layers(self) -> list[str]:
+        """Return the names of the nodes with a weight, in their order."""
+        return [w.node.name for w in weighted(self._named)]
+
+    def _blocked(self, keep: Sequence[str]) -> frozenset[str]:
+        return frozenset(self._prepared.node_code(name) for name in kept_nodes(self._named, keep))
+
+    def _prepare(
+        self, source: Path, coded: list[dict[str, np.ndarray]], blocked: frozenset[str], method: Method, *, gauge: bool
+    ) -> None:
+        """Write the graph that is quantized, and the ranges of its activations."""
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        save_model(_current(self._prepared.model), source)
+        # Folds constants and batch norms; the basic level emits operators of ONNX only.
+        quant_pre_process(source, self._ready, skip_symbolic_shape=True, save_as_external_data=self._large)
+        if gauge:
+            ready = with_names(onnx.load(self._ready))
+            rounding = Rounding(self._per_channel, _NARROW if self._narrow else _WIDE)
+            skip = frozenset(_left_out(ready, blocked))
+            save_model(gauged(ready, coded, rounding=rounding, skip=skip), self._ready)
+        self._ranges = _calibrate(self._ready, coded, method, large=self._large)
+
+    @contextlib.contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes
-            reason = prepared.text(first_line(error)) or type(error).__name__
+            reason = self._prepared.text(first_line(error)) or type(error).__name__
             raise GraphError(f"the graph cannot be quantized ({reason}); {_KEEP}") from None
-    if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
-        raise GraphError(
-            "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become int8"
-        )
-    return _tidy(quantized, named, prepared)
 
 
 def with_assumed_ranges(model: onnx.ModelProto, *, reduce_range: bool | None = None) -> onnx.ModelProto:

@@ -50,11 +50,16 @@ class Prepared:
         named = {value.name for value in self._outputs} - {value.name for value in kept}
         self._stored = [tensor for tensor in model.graph.initializer if tensor.name in named]
         self._sparse = [tensor for tensor in model.graph.sparse_initializer if tensor.values.name in named]
+        self._node_codes: dict[str, str] = {}
         self._codes = self._coded(graph, {})
 
     def code(self, name: str) -> str:
-        """Return the code of a tensor of the main graph, or of a node."""
+        """Return the code of a tensor of the main graph."""
         return self._codes.get(name, name)
+
+    def node_code(self, name: str) -> str:
+        """Return the code of a node, also of one in a body; a tensor may have the same name."""
+        return self._node_codes.get(name, name)
 
     def feed(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return inputs by the codes of their names."""
@@ -96,7 +101,7 @@ class Prepared:
         return f"#{len(self._names) - 1}#"
 
     def _coded(self, graph: onnx.GraphProto, outer: Mapping[str, str]) -> dict[str, str]:
-        """Give all that a graph and its bodies name a code, and return the codes of the graph's own names."""
+        """Give all that a graph and its bodies name a code, and return the codes of the graph's own tensors."""
         own: dict[str, str] = {}
         for name in _defined(graph):
             own.setdefault(name, self._new(name))
@@ -106,8 +111,9 @@ class Prepared:
                 for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                     self._coded(body, known)
         nodes = {node.name: self._new(node.name) for node in graph.node if node.name}
+        self._node_codes |= nodes
         _rename(graph, lambda name: known.get(name, name), lambda name: nodes.get(name, name))
-        return {**nodes, **own}
+        return own
 
     def _restore_outputs(self, converted: onnx.ModelProto, taken: set[str]) -> None:
         graph = converted.graph

@@ -447,6 +447,19 @@ def test_int8_keeps_a_layer_in_fp32_and_prints_nothing(factored, rng, tmp_path, 
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_layer_is_kept_whose_node_is_named_like_its_output(rng):
+    weights = {name: (rng.standard_normal((16, 16, 3, 3)) / 12).astype(np.float32) for name in ("v", "w")}
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["a"], "a", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["a", "w"], ["b"], "b", pads=[1, 1, 1, 1]),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 16, 8, 8]}, {"b": ["n", 16, 8, 8]})
+    int8 = initializers(to_int8(model, feeds_of(rng), keep=["a"]))
+    assert ("v" in int8, "w" in int8, "w_quantized" in int8) == (True, False, True)
+    half = initializers(to_fp16(model, keep=["a"]))
+    assert (half["v"].dtype, half["w"].dtype) == (np.float32, np.float16)
+
+
 def test_int8_folds_a_batch_norm_and_joins_residual_sums(rng, tmp_path):
     weights = {f"{k}.weight": (rng.standard_normal((16, 16, 3, 3)) / 12).astype(np.float32) for k in "ab"}
     weights |= {name: (rng.random(16) + 0.5).astype(np.float32) for name in ("scale", "shift", "mean", "variance")}

@@ -1,0 +1,154 @@
+"""What rank and precision bring together, beside dense int8 and low rank in fp32: the whole front of several networks.
+
+    python benchmarks/precision.py DENSE.onnx [MORE.onnx …] [--fit 60] [--seconds 60] [-o results/precision]
+
+Beside each DENSE.onnx lies DENSE.calibration.npz, with inputs by name, and perhaps DENSE.test.npz, with other inputs
+and `labels`. `tr.compress` walks targets with `Options(precision="auto", front=True)`: cores are fitted to a part of
+the calibration inputs, ranks are chosen by others, and agreement is measured on a quarter that is set aside. All models
+of a network are timed in turns, in fresh processes with one thread. Results are written after each network, with a
+picture of each front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+import tensorrail as tr
+from tensorrail.front import write_front
+from tensorrail_exporter.compressed import Front, Point
+from tensorrail_runtime.errors import TensorrailError
+from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.machine import machine, processor
+
+ALIKE = 0.97  # agreement that is called the quality of dense int8, or one that is better
+POINTS = 0.01  # the same for the share of right answers, below that of dense int8
+
+
+def measured(path: Path, options: argparse.Namespace, folder: Path) -> tuple[Front, float | None]:
+    """Return the front of one network, and the score of the dense one where there are labels."""
+    test = path.with_suffix(".test.npz")
+    labelled = test.exists()
+    if labelled:
+        with np.load(test) as arrays:
+            labelled = "labels" in arrays
+    report = tr.compress(
+        path,
+        folder / "out.onnx",
+        calibration=path.with_suffix(".calibration.npz"),
+        data=test if labelled else None,
+        options=tr.Options(
+            session=tr.Session(threads=1),
+            timing=tr.Timing(seconds=options.bench_seconds, processes=5),
+            search=tr.Search(seconds=options.seconds, cache=options.cache),
+            fit=tr.Fit(seconds=options.fit, samples=options.samples),
+            precision="auto",
+            front=True,
+        ),
+    )
+    write_front(report, options.out.parent / options.out.name / f"{path.stem}.json" if options.out else folder / "front.json")
+    dense = None if report.accuracy is None else report.accuracy.reference.mean
+    return Front(model=path.stem, dense=report.dense, points=report.front, machine=report.latency.machine), dense
+
+
+def best(front: Front) -> Point | None:
+    """Return the fastest factored model that is as good as dense int8, or agrees on 97 % of the inputs set aside."""
+    int8 = next((point for point in front.points if point.precision == "int8" and not point.layers), None)
+    good = [point for point in front.points if point.layers and _as_good(point, int8)]
+    return max(good, key=lambda point: point.ratios.latency, default=None)
+
+
+def _as_good(point: Point, int8: Point | None) -> bool:
+    if point.score is not None and int8 is not None and int8.score is not None:
+        return point.score >= int8.score - POINTS
+    return point.aside is not None and point.aside.agreement is not None and point.aside.agreement >= ALIKE
+
+
+def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Return the tables as Markdown."""
+    flags = "" if processor().saturates else ", with VNNI"
+    lines = [
+        "# Rank and precision together",
+        "",
+        f"Command: `python benchmarks/precision.py {' '.join(one.name for one in options.models)} --fit {options.fit:g} "
+        f"--seconds {options.seconds:g} --samples {options.samples}`. {machine().processor}{flags}, one thread, batch 1.",
+        "",
+        "All models of a network are timed in turns; speed-ups over the dense network in fp32 have 95 % intervals. Agreement",
+        "is measured on calibration inputs that were set aside, scores on labelled inputs that nothing was fitted to or",
+        "chosen by.",
+    ]
+    for record in records:
+        if "refused" in record:
+            lines += ["", f"## {record['network']}", "", f"Refused: {record['refused']}."]
+            continue
+        front = Front.model_validate(record["front"])
+        dense = "" if record["dense_score"] is None else f", top-1 {100 * record['dense_score']:.1f} %"
+        lines += [
+            "",
+            f"## {record['network']}",
+            "",
+            f"Dense fp32: {front.dense.milliseconds:.3f} ms, {front.dense.bytes:,} bytes{dense}. The whole front took "
+            f"{record['seconds']:.0f} s.",
+            "",
+            "| model | speed-up | bytes ÷ | MACs ÷ | best class agrees | outputs differ | top-1 |",
+            "|---|---|--:|--:|--:|--:|--:|",
+        ]
+        lines += [_row(point) for point in front.points]
+        int8 = next((point for point in front.points if point.precision == "int8" and not point.layers), None)
+        chosen = best(front)
+        if chosen is not None and int8 is not None:
+            lines += [
+                "",
+                f"As good as dense int8 (within a point, or 97 % agreement): {chosen.name}, "
+                f"{chosen.ratios.latency / int8.ratios.latency:.2f} times as fast as dense int8.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(point: Point) -> str:
+    ratios, aside = point.ratios, point.aside
+    same = "–" if aside is None or aside.agreement is None else f"{100 * aside.agreement:.1f} %"
+    differ = "–" if aside is None else f"{aside.difference:.3f}"
+    score = "–" if point.score is None else f"{100 * point.score:.1f} %"
+    return (
+        f"| {point.name} | {ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}] | {ratios.bytes:.2f} "
+        f"| {ratios.macs:.2f} | {same} | {differ} | {score} |"
+    )
+
+
+def main() -> None:
+    """Measure all networks."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", type=Path, nargs="+", metavar="DENSE.onnx")
+    parser.add_argument("--samples", type=int, default=512, help="Calibration inputs. Default: 512.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="Seconds of timing layers, in each precision. Default: 60.")
+    parser.add_argument("--fit", type=float, default=60.0, help="Seconds of fits in torch, of all models. Default: 60.")
+    parser.add_argument("--bench-seconds", type=float, default=20.0, help="Seconds of the comparison of times. Default: 20.")
+    parser.add_argument("--cache", type=Path, help="Folder of latency tables. Default: the user's.")
+    parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md, FILE.json and FILE/NETWORK.svg are written.")
+    options = parser.parse_args()
+    records: list[dict[str, Any]] = []
+    for path in options.models:
+        began = time.monotonic()
+        with TemporaryDirectory() as folder:
+            try:
+                front, dense = measured(path, options, Path(folder))
+            except TensorrailError as error:
+                record: dict[str, Any] = {"refused": str(error)}
+            else:
+                record = {"front": front.model_dump(mode="json"), "dense_score": dense}
+        records.append({"network": path.stem, "seconds": time.monotonic() - began} | record)
+        print(page(records[-1:], options).partition("\n## ")[2], flush=True)
+        if options.out:
+            write_text(options.out.with_suffix(".json"), json.dumps(records, indent=1) + "\n")
+            write_text(options.out.with_suffix(".md"), page(records, options))
+
+
+if __name__ == "__main__":
+    main()
