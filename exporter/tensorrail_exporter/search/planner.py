@@ -324,7 +324,7 @@ def _search(
             to_correct.discard("latency")  # it is as fast as its loss allows
         elif "latency" in aims and report.reached["latency"] / targets["latency"] > _BEYOND:
             to_correct.add("latency")
-        if report.measured is None or not (to_correct or slower):
+        if not report.plan.layers or not (to_correct or slower):
             break
         for name in to_correct:
             # The table is a few per cent off, and a weight with another reader stays in the graph: the ratio of target to

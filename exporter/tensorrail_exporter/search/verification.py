@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
 from tensorrail_exporter.search.report import PlanReport, Size
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.graphs.files import bytes_of
-from tensorrail_runtime.measure.latency import bench
+from tensorrail_runtime.measure.latency import Ratio, bench
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
@@ -41,6 +41,8 @@ class Verification:
     """The precision of the networks that are timed against the dense one; default fp32."""
     ranges: Sequence[Mapping[str, np.ndarray]] = ()
     """A few inputs, for int8: ranges of activations are taken from them. Default: random ones."""
+    start: list[Ratio] = field(default_factory=list)
+    """The speed-up of the dense network in the precision, once it was measured."""
 
     def dense_ms(self) -> float:
         """Return the minimum of three timings of the dense network in milliseconds, since other load only adds time."""
@@ -61,8 +63,8 @@ class Verification:
             return dense
         path = self.dense.with_name("start.onnx")
         self._write(self.model, path)
-        ratio = bench([self.dense, path], self.timing, self.settings).ratios[0].value
-        return dense.model_copy(update={"bytes": bytes_of(path), "milliseconds": dense.milliseconds / ratio})
+        self.start[:] = bench([self.dense, path], self.timing, self.settings).ratios
+        return dense.model_copy(update={"bytes": bytes_of(path), "milliseconds": dense.milliseconds / self.start[0].value})
 
     def measured(self, report: PlanReport) -> PlanReport:
         """Time and profile the network of a plan against the dense network.
@@ -74,18 +76,15 @@ class Verification:
             report: the report of a plan.
 
         Returns:
-            The report with the measured speed-up, the size of the factored graph and the layers that are slower than dense; the
-            same report if its plan has no layers and its network is the dense one.
+            The report with the measured speed-up, the size of the factored graph and the layers that are slower than dense. If
+            its plan has no layers, the speed-up is that of the dense network in the precision of the plan; none for fp32.
 
         """
-        if not report.plan.layers and self.precision == "fp32":
-            return report
+        if not report.plan.layers:
+            return report.model_copy(update={"measured": self.start[0] if self.start else None})
         path = self.dense.with_name("chosen.onnx")
-        resolved = resolve(self.model, report.plan) if report.plan.layers else None
-        if resolved is None:
-            factored = self.model
-        else:
-            factored = rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model
+        resolved = resolve(self.model, report.plan)
+        factored = rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model
         save_model(factored, path)
         counted = cost(path, self.timing.batch, self.timing.shapes, self.timing.values)
         self._write(factored, path)
@@ -94,7 +93,7 @@ class Verification:
             update={"params": counted.params, "macs": counted.macs, "flops": counted.flops, "bytes": bytes_of(path)}
         )
         report = report.model_copy(update={"measured": times.ratios[0], "planned": planned})
-        if self.settings.on_gpu or self.precision != "fp32" or resolved is None:
+        if self.settings.on_gpu or self.precision != "fp32":
             return report
         layers = layer_times(self.dense, path, resolved, conditions=Conditions(self.timing, self.settings))
         return report.model_copy(update={"slower": slower_layers(layers)})
