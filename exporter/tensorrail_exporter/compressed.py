@@ -39,12 +39,15 @@ class Point(Record):
     name: str
     precision: Precision
     layers: int  # layers that are factored; 0 for the dense network
-    kept: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in int8
+    spared: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in int8
     size: Size
     ratios: Ratios  # against the dense network in fp32
+    unstable: bool = (
+        False  # whether its times, or those of the dense network, vary so much that the interval's lower end counts
+    )
     approximation: float  # relative L2 error of the outputs, on inputs set aside, else on random ones
     loss: float | None = None  # on inputs that networks are chosen by
-    chosen_by: Agreement | None = None  # agreement on the same inputs
+    chosen: Agreement | None = None  # agreement on the same inputs
     aside: Agreement | None = None  # agreement on inputs set aside
     score: float | None = None  # the mean score on labelled inputs that nothing is fitted to
 
@@ -74,7 +77,8 @@ class CompressReport(PrintedRecord):
     aside: Agreement | None = None  # the same with intervals; None: no inputs were set aside, so the accuracy is not known
     guard: Guard = Guard()
     precision: Precision = "fp32"  # of the model that was written
-    front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns; empty for a single one
+    written: int = 0  # its place in `front`
+    front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns
     numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
     accuracy: Comparison | None
     layers: tuple[LayerRewrite, ...]
@@ -101,7 +105,7 @@ class CompressReport(PrintedRecord):
                 f"latency p50 (ms), batch {self.latency.batch}",
                 f"{dense.milliseconds:.3f}",
                 f"{factored.milliseconds:.3f}",
-                f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
+                _interval(ratios),
             ),
         ]
         if (paired := self.accuracy) is not None:
@@ -109,9 +113,10 @@ class CompressReport(PrintedRecord):
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
         written = "factored" if self.layers else f"in {self.precision}"
         parts.append(Table(self.model, ("quantity", "dense", written, f"dense against {written}"), rows))
-        if self.front:
+        if len(self.front) > 1:
             parts.append(self._front())
-        parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
+        if self.layers:
+            parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
         parts += [f"warning: {warning}" for warning in self.latency.warnings]
         if not self.faster:
@@ -124,35 +129,27 @@ class CompressReport(PrintedRecord):
         return (*parts, *(part for report in self.reduced for part in report.shown()))
 
     def _front(self) -> Table:
-        rows = []
-        for point in self.front:
-            ratios, aside = point.ratios, point.aside
-            shares = [] if aside is None else [aside.difference if aside.agreement is None else aside.agreement]
-            rows.append(
-                (
-                    f"{point.name}{' (written)' if point.ratios == self.ratios else ''}",
-                    f"{point.size.bytes:,}",
-                    f"{point.size.milliseconds:.3f}",
-                    f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]",
-                    *(f"{100 * share:.1f} %" for share in shares),
-                    *(
-                        []
-                        if self.accuracy is None or point.score is None
-                        else [_mean(self.accuracy.reference.metric, point.score)]
-                    ),
-                )
-            )
+        """Return the table of all models, with the columns for which something was measured."""
         known = self.front[0].aside
-        quality = [] if known is None else ["outputs differ by" if known.agreement is None else "best class agrees"]
-        count = "" if known is None else f"; agreement on {known.samples} inputs set aside"
-        head = (
-            "network",
-            "file (bytes)",
-            f"latency p50 (ms), batch {self.latency.batch}",
-            "speed-up over dense fp32",
-            *quality,
-        )
-        return Table(f"models to choose from, timed in turns{count}", head, rows)
+        quality = "outputs differ by" if known is None or known.agreement is None else "best class agrees"
+        metric = "" if self.accuracy is None else self.accuracy.reference.metric
+        columns: dict[str, list[str]] = {
+            "model": [f"{point.name}{' (written)' if k == self.written else ''}" for k, point in enumerate(self.front)],
+            "file (bytes)": [f"{point.size.bytes:,}" for point in self.front],
+            f"latency p50 (ms), batch {self.latency.batch}": [f"{point.size.milliseconds:.3f}" for point in self.front],
+            "speed-up over dense fp32": [_interval(point.ratios) for point in self.front],
+            "loss": ["" if point.loss is None else f"{point.loss:.3g}" for point in self.front],
+            quality: ["" if point.aside is None else _quality(point.aside) for point in self.front],
+            f"{metric} (dense fp32: {_mean(metric, self.accuracy.reference.mean)})" if self.accuracy is not None else "": [
+                "" if point.score is None else _mean(metric, point.score) for point in self.front
+            ],
+        }
+        told = {head: cells for head, cells in columns.items() if any(cells)}
+        chosen = self.front[0].chosen
+        title = "models to choose from, timed in turns"
+        title += "" if chosen is None else f"; loss on {chosen.samples} inputs that they are chosen by"
+        title += "" if known is None else f"; agreement on {known.samples} inputs set aside"
+        return Table(title, tuple(told), list(zip(*told.values(), strict=True)))
 
     @property
     def accepted(self) -> bool:
@@ -162,13 +159,14 @@ class CompressReport(PrintedRecord):
     def _accuracy_line(self) -> str:
         if self.aside is not None:
             return self.aside.described()
-        why = "there were too few calibration inputs to set some aside" if self.fits else "no calibration inputs were given"
+        given = self.fits or self.precision == "int8"
+        why = "there were too few calibration inputs to set some aside" if given else "no calibration inputs were given"
         return f"nothing is known about the accuracy of this model: {why}"
 
     def _advice(self) -> str:
         costly = sorted((row for row in self.planned if row.format), key=lambda row: -row.loss)[:_COSTLY]
-        names = f" the layers that cost most are {', '.join(row.layer for row in costly)};" if costly else ""
-        return f":{names} keep them dense, ask for a smaller target, give more calibration inputs, or train"
+        dense = f" the layers that cost most are {', '.join(row.layer for row in costly)}; keep them dense," if costly else ""
+        return f":{dense} ask for a smaller target, give more calibration inputs, or train"
 
 
 def _accuracy_row(paired: Comparison) -> tuple[str, str, str, str]:
@@ -178,6 +176,14 @@ def _accuracy_row(paired: Comparison) -> tuple[str, str, str, str]:
     if metric in _SHARES:
         return f"{metric} accuracy", before, after, f"{100 * paired.difference:+.2f} points"
     return f"mean score {metric}", before, after, f"{paired.difference:+.4f}"
+
+
+def _interval(ratios: Ratios) -> str:
+    return f"{ratios.latency:.2f}× [{ratios.latency_low:.2f}, {ratios.latency_high:.2f}]"
+
+
+def _quality(aside: Agreement) -> str:
+    return f"{100 * (aside.difference if aside.agreement is None else aside.agreement):.1f} %"
 
 
 def _mean(metric: str, mean: float) -> str:

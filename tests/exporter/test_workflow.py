@@ -11,16 +11,18 @@ import pytest
 from conftest import make_model
 from onnx import helper, numpy_helper
 
-from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError
+from tensorrail_exporter import GraphError, LayerPlan, Plan, PlanError, fitted
 from tensorrail_exporter import workflow as compressing
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import split
+from tensorrail_exporter.choice import Wanted
+from tensorrail_exporter.choice import best as best_of
 from tensorrail_exporter.compressed import CompressReport, Point, Ratios
 from tensorrail_exporter.formats import contraction
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlanReport, Size
 from tensorrail_exporter.workflow import Compression, compress
-from tensorrail_runtime.errors import UsageError
+from tensorrail_runtime.errors import TargetError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -144,6 +146,46 @@ def test_of_several_precisions_the_best_model_is_written(network, tmp_path):
     assert CompressReport.model_validate_json(report.model_dump_json()) == report
 
 
+def test_a_plan_for_int8_is_followed_though_the_dense_network_loses_less(network, tmp_path):
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    report = run(network, tmp_path / "out.onnx", IN_INT8, calibration=Calibration(feeds))
+    assert [one.name for one in report.front] == ["dense in int8", "low rank in int8"]
+    assert report.front[0].loss < report.front[1].loss
+    assert (report.written, report.precision, len(report.layers)) == (1, "int8", 2)
+    stored = {tensor.name for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert any(name.startswith("a/") and name.endswith("_quantized") for name in stored)
+
+
+def test_a_model_that_cannot_be_made_is_left_out(network, tmp_path, monkeypatch):
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    notes = []
+    told = replace(QUICK, progress=lambda stage, share, detail="": notes.append(detail) if stage == "note" else None)
+
+    def fails(*_, **__):
+        raise GraphError("no int8 today")
+
+    monkeypatch.setattr(compressing, "Quantizer", fails)
+    report = run(network, tmp_path / "o.onnx", [PLAN, IN_INT8], calibration=Calibration(feeds), conditions=told)
+    assert [one.name for one in report.front] == ["low rank in fp32"]
+    assert notes[:2] == ["the dense network in int8 is left out: no int8 today", "a plan for int8 is left out: no int8 today"]
+    with pytest.raises(GraphError, match="no int8 today"):
+        run(network, tmp_path / "p.onnx", IN_INT8, calibration=Calibration(feeds))
+    with pytest.raises(PlanError, match="names no layer"):
+        run(network, tmp_path / "p.onnx", [])
+    assert not (tmp_path / "p.onnx").exists()
+
+
+def test_a_refusal_stands_unless_the_best_model_is_good(network, tmp_path):
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    options = {"calibration": Calibration(feeds), "refusal": TargetError("nothing agrees"), "fastest": True}
+    alone = [Plan(layers=(), precision="int8")]
+    with pytest.raises(TargetError, match="nothing agrees"):
+        run(network, tmp_path / "out.onnx", alone, targets={"latency": 900.0}, **options)
+    assert not (tmp_path / "out.onnx").exists()
+    run(network, tmp_path / "out.onnx", alone, targets={"params": 0.9}, guard=Guard(min_agreement=0), **options)
+    assert (tmp_path / "out.onnx").exists()
+
+
 def test_int8_needs_inputs(network, tmp_path):
     with pytest.raises(PlanError, match=r"int8 needs typical inputs .*: give calibration inputs"):
         run(network, tmp_path / "out.onnx", IN_INT8)
@@ -155,7 +197,7 @@ def point(name, speed, loss, agreement=1.0):
     size = Size(params=1, macs=1, flops=2, bytes=4, milliseconds=1.0)
     ends = {"agreement_low": agreement - 0.02, "agreement_high": agreement, "difference_low": 0.0, "difference_high": 0.02}
     seen = Agreement(samples=400, agreement=agreement, difference=0.01, **ends)
-    return Point(name=name, precision="int8", layers=0, size=size, ratios=ratios, approximation=0.01, loss=loss, chosen_by=seen)
+    return Point(name=name, precision="int8", layers=0, size=size, ratios=ratios, approximation=0.01, loss=loss, chosen=seen)
 
 
 @pytest.mark.parametrize(
@@ -174,20 +216,30 @@ def test_which_model_is_best(target, best):
         point("low rank in int8", 3.0, 0.06, 0.95),
         point("very low rank in int8", 4.0, 0.5, 0.6),
     ]
-    options = Compression(fastest=target is None)
-    chosen = compressing._best(points, {} if target is None else {"latency": target}, options, unstable=False)
-    assert points[chosen].name == best
+    wanted = Wanted({} if target is None else {"latency": target}, fastest=target is None)
+    assert points[best_of(points, wanted)].name == best
+
+
+def test_targets_on_size_are_met_before_speed_counts():
+    """Dense int8 is faster, and reaches nothing of what was asked for."""
+    small, fast = point("small", 0.9, 0.1), point("fast", 2.0, 0.01)
+    small = small.model_copy(update={"ratios": small.ratios.model_copy(update={"flops": 3.9})})
+    for target in (2.0, 4.0):  # met, and not quite
+        assert best_of([fast, small], Wanted({"flops": target})) == 1
+    unstable = fast.model_copy(update={"unstable": True})
+    assert best_of([unstable, point("steady", 1.995, 0.5)], Wanted({"latency": 2.01})) == 1
+    assert best_of([fast, point("lossy", 3.0, 0.5)], Wanted({}, max_loss=0.1, fastest=True)) == 0
 
 
 @pytest.fixture
 def wrong(monkeypatch):
     """Return a function from which on graphs are written with other cores than came."""
-    real = compressing.rewrite
+    real = fitted.rewrite
 
     def rewrite(resolved, cores, **options):
         return real(resolved, {name: [core * 1.01 for core in found] for name, found in cores.items()}, **options)
 
-    return lambda: monkeypatch.setattr(compressing, "rewrite", rewrite)
+    return lambda: monkeypatch.setattr(fitted, "rewrite", rewrite)
 
 
 def test_a_rewriting_that_is_wrong_writes_nothing(network, tmp_path, wrong):
@@ -263,7 +315,7 @@ def test_too_little_agreement_is_said_and_not_accepted(network, tmp_path):
     assert not strict.accepted
     text = str(strict)
     assert "NOT accurate enough: outputs differ by" in text
-    assert "keep them dense, ask for a smaller target, give more calibration inputs, or train" in text
+    assert "ask for a smaller target, give more calibration inputs, or train" in text
     lenient = run(network, tmp_path / "a.onnx", calibration=calibration, guard=Guard(min_agreement=0.0))
     assert lenient.accepted
     assert "NOT accurate enough" not in str(lenient)
@@ -415,8 +467,8 @@ def test_layers_stay_in_fp32_where_int8_alone_would_not_agree(network, tmp_path)
     no_layers = Plan(layers=(), precision="int8")
     report = run(with_outlier, tmp_path / "o.onnx", [no_layers, PLAN], calibration=Calibration(tuple(feeds)), guard=limits)
     point = report.front[0]
-    assert point.kept == ("a",)
-    assert point.name == "dense in int8 but for 1 of its products"
+    assert point.spared == ("a",)
+    assert point.name == "dense in int8, 1 layer in fp32"
     assert point.aside.difference < 0.1
     alone = run(
         with_outlier,
@@ -425,5 +477,5 @@ def test_layers_stay_in_fp32_where_int8_alone_would_not_agree(network, tmp_path)
         calibration=Calibration(tuple(feeds)),
         guard=Guard(min_agreement=0),
     )
-    assert alone.front[0].kept == ()
+    assert alone.front[0].spared == ()
     assert alone.front[0].aside.difference > 0.1

@@ -90,7 +90,7 @@ def test_rank_and_precision_are_one_choice(folder, inside, in_this_process):
 
 def test_a_front_is_written_with_its_picture(folder, inside, in_this_process, monkeypatch):
     walked = []
-    monkeypatch.setattr("tensorrail.verbs.compress._WALK", (1.01, 1.02, 50.0))
+    monkeypatch.setattr("tensorrail.asked.WALK", (1.01, 1.02, 50.0))
     monkeypatch.setattr("tensorrail_exporter.search.planner._FAR", 100.0)
     plan = planner.plan_networks
 
@@ -215,7 +215,10 @@ def test_a_torch_module_can_be_planned(folder):
             ("compress", "dense.onnx", "-o", "o.onnx", "--max-loss", "2", "--front", "front.json"),
             "a front shows every loss, so max_loss has no effect",
         ),
-        (("plan", "dense.onnx", "--target", "flops=2", "--precision", "auto"), "precision: a plan is for fp32 or int8"),
+        (
+            ("plan", "dense.onnx", "--target", "flops=2", "--precision", "auto"),
+            "precision: a plan is for fp32 or int8, got 'auto'",
+        ),
         (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "none.json"), "none.json: cannot be read"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--calibration", "none.npz"), "none.npz"),
         (

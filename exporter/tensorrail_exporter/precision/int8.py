@@ -100,6 +100,10 @@ class Quantizer:
 
     Use it in a `with` statement. The arguments and errors are those of `to_int8`; the basis between layers, which stays as it
     is, is chosen for the layers in `keep` in fp32.
+
+    Attributes:
+        model: the model in fp32, with a name for each node.
+
     """
 
     def __init__(
@@ -116,21 +120,21 @@ class Quantizer:
         if method not in METHODS:
             raise GraphError(f"unknown calibration method {method!r}: expected one of {', '.join(METHODS)}")
         _check_calibration(model, calibration)
-        self._named = with_names(plain_constants(model))
-        check_fp32(self._named, "int8")
-        require_weights(self._named)
-        self._prepared = Prepared(self._named)
+        self.model = with_names(plain_constants(model))
+        check_fp32(self.model, "int8")
+        require_weights(self.model)
+        self._prepared = Prepared(self.model)
         self._per_channel = per_channel
         self._narrow = processor().saturates if reduce_range is None else reduce_range
         blocked = self._blocked(keep)
-        self._large = size_of(self._named) > _LARGE
+        self._large = size_of(self.model) > _LARGE
         coded = [self._prepared.feed(feed) for feed in calibration]
         self._open = contextlib.ExitStack()
         try:
             folder = Path(self._open.enter_context(scratch()))
             self._ready = folder / "ready.onnx"
             source = folder / "fp32.onnx"
-            save_model(self._named, source)
+            save_model(self.model, source)
             with _quiet():
                 run(open_session(source), calibration[0])  # reports in one line what does not fit
                 with self._in_one_line():
@@ -156,14 +160,14 @@ class Quantizer:
                 "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become "
                 "int8"
             )
-        return _tidy(quantized, self._named, self._prepared)
+        return _tidy(quantized, self.model, self._prepared)
 
     def layers(self) -> list[str]:
-        """Return the names of the nodes with a weight, in their order."""
-        return [w.node.name for w in weighted(self._named)]
+        """Return the names of the nodes with a weight that may become int8, in their order."""
+        return [w.node.name for w in weighted(self.model) if w.node.op_type in _INT8]
 
     def _blocked(self, keep: Sequence[str]) -> frozenset[str]:
-        return frozenset(self._prepared.node_code(name) for name in kept_nodes(self._named, keep))
+        return frozenset(self._prepared.node_code(name) for name in kept_nodes(self.model, keep))
 
     def _prepare(
         self, source: Path, coded: list[dict[str, np.ndarray]], blocked: frozenset[str], method: Method, *, gauge: bool
@@ -258,6 +262,8 @@ def _quantize(
     from onnxruntime.quantization.calibrate import load_tensors_data
 
     prepared, out = onnx.load(ready), ready.with_name("int8.onnx")
+    for file in ready.parent.glob(f"{out.name}*"):  # external data of an earlier call would be added to
+        file.unlink()
     quantize_static(
         ready,
         out,

@@ -1,8 +1,8 @@
 """How far the outputs of a changed network are from those of the dense one: one number that stands for lost accuracy.
 
 Where the first output holds the scores of classes it is the Kullback–Leibler divergence of the classes' probabilities, in nats;
-with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance. A
-metric takes the place of all of these: the divergence is then how far its mean score falls.
+with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance, by
+feature. A metric takes the place of all of these: the divergence is then how far its mean score falls.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy.special import log_softmax
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import sample_scores, wrong_labels
 from tensorrail_runtime.measure.agreement import scores_of
+from tensorrail_runtime.measure.features import Features, features_of
 
 Outputs = list[list[np.ndarray]]  # by output, by batch
 
@@ -65,6 +66,7 @@ class Divergence:
         require_classes(labels, dense[0][0])
         self.labels = labels if dense[0][0].ndim == 2 else None
         self.scores = scores_of(dense[0]) if self.labels is None else None
+        self._features: dict[int, Features] = {}  # by output
         self._rows: list[_Rows] | None = None  # of each batch; they are compared with many networks
 
     @property
@@ -102,16 +104,26 @@ class Divergence:
         return part.of(changed)
 
     def _relative(self, changed: Outputs) -> float:
-        """Return the mean over outputs of ‖a − b‖² / ‖a − mean‖², with 1 for an output whose shape has changed."""
+        """Return the mean over outputs of the share of their variance that is lost; 1 for an output whose shape has changed.
+
+        Each feature of an output counts alike, see `features`.
+        """
         shares = []
         for k in self.compared:
             if any(a.shape != b.shape for a, b in zip(self.dense[k], changed[k], strict=True)):
                 shares.append(1.0)
                 continue
             before, after = ([np.asarray(part, np.float64) for part in parts] for parts in (self.dense[k], changed[k]))
-            lost = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
-            shares.append(lost / max(_variation(before), _TINY))
+            features = self._features_of(k)
+            lost = np.sum([features.sums(np.square(a - b)) for a, b in zip(before, after, strict=True)], 0)
+            shares.append(float(features.weights(_variation(before, features)) @ lost))
         return float(np.mean(shares))
+
+    def _features_of(self, output: int) -> Features:
+        if output not in self._features:
+            parts = self.dense[output]
+            self._features[output] = features_of(parts, alike=scores_of(parts) is not None)
+        return self._features[output]
 
 
 @dataclass(frozen=True)
@@ -213,8 +225,13 @@ def _log_probabilities(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
     return values if kind == "log-probabilities" else np.asarray(log_softmax(values, -1))
 
 
-def _variation(parts: Sequence[np.ndarray]) -> float:
-    """Return ‖a − mean‖²; the mean is over samples, or over all values if there is one sample or the shapes differ."""
+def _variation(parts: Sequence[np.ndarray], features: Features) -> np.ndarray:
+    """Return ‖a − mean‖² of each feature; the mean is over samples, or over all values if there is one or the shapes differ."""
     together = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
-    values = np.concatenate(parts) if together else np.concatenate([part.ravel() for part in parts])
-    return float(np.square(values - values.mean(0)).sum()) if len(values) else 0.0
+    if together:
+        values = np.concatenate(parts)
+        return features.sums(np.square(values - values.mean(0)))
+    count = sum(part.size for part in parts) / len(features.floors)
+    mean = np.sum([features.sums(part) for part in parts], 0) / max(count, 1)
+    squares = np.sum([features.sums(np.square(part)) for part in parts], 0)
+    return np.asarray(np.maximum(squares - count * np.square(mean), 0.0))

@@ -35,6 +35,7 @@ _ROUNDS = 4  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
 _MARGIN = 0.25  # of the interval on one side of what was measured: half a standard deviation
+_INTERVAL = 1.96  # standard deviations on each side, of a 95 % interval
 _FEW = 0.3  # share of inputs that disagree, up to which it is in proportion to the difference of the outputs
 _CLOSE = 1.05  # times: limits that are so near to each other are not told apart
 _STAGE = "looking for the fastest network that agrees"
@@ -132,7 +133,7 @@ class _Tries:
         if guard.max_difference is not None and not gain.difference * difference <= guard.max_difference:
             return False
         share = self.expected(one.agreement) if guard.min_agreement else None
-        return share is None or gain.share * share <= allowed_share(guard, one.agreement.samples)
+        return share is None or gain.share * share <= allowed_share(guard, independent(one.agreement))
 
     def expected(self, agreement: Agreement) -> float | None:
         """Return the share of inputs that will disagree for a network that was run, within the interval of what it showed."""
@@ -146,7 +147,7 @@ class _Tries:
         found = min(self.tried.values(), key=lambda one: one.loss)
         difference, guard = max(found.agreement.difference, 1e-12), self.guard
         expected = self.expected(found.agreement) or 1.0
-        share = allowed_share(guard, found.agreement.samples) / expected
+        share = allowed_share(guard, independent(found.agreement)) / expected
         return found, _Gain(1.0 if guard.max_difference is None else guard.max_difference / difference, share)
 
     def fit(self, one: _Found, progress: Progress) -> Agreement:
@@ -327,6 +328,17 @@ def agrees(fitted: Agreement, guard: Guard) -> bool:
     high = fitted.difference_high if math.isfinite(fitted.difference_high) else fitted.difference
     probable = fitted.difference + _MARGIN * (high - fitted.difference)
     return not guard.refusal(fitted.model_copy(update={"difference": probable}))
+
+
+def independent(agreement: Agreement) -> int:
+    """Return how many inputs with one class each would show the share as narrowly as these do.
+
+    Inputs with several classes each, such as the letters of a line, show it more narrowly than their number says.
+    """
+    share, low, high = agreement.agreement, agreement.agreement_low, agreement.agreement_high
+    if share is None or low is None or high is None or not 0 < share < 1:
+        return agreement.samples
+    return max(agreement.samples, round(_INTERVAL**2 * share * (1 - share) / max((high - low) / 2, 1e-6) ** 2))
 
 
 def allowed_share(guard: Guard, samples: int) -> float:

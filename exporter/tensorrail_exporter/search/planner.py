@@ -139,7 +139,7 @@ def plan_networks(
     options = _options(layers, search)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
-    parts = _parts(calibration, model, search, settings)
+    parts = calibration_parts(calibration, model, search, settings)
     with scratch() as folder:
         timed, verification = _all_timed(model, targets, search, options, parts, conditions, Path(folder))
         approximations = approximations_of(resolved, timed.faster, parts, settings.exact)
@@ -366,8 +366,16 @@ def _options(layers: Sequence[DenseLayer], search: Search) -> dict[DenseLayer, t
     }
 
 
-def _parts(calibration: Calibration | None, model: onnx.ModelProto, search: Search, settings: Session) -> Split | None:
-    """Check the calibration inputs and return them in parts.
+def calibration_parts(
+    calibration: Calibration | None, model: onnx.ModelProto, search: Search, settings: Session
+) -> Split | None:
+    """Check the calibration inputs and return them in parts; None where there are none.
+
+    Args:
+        calibration: the inputs.
+        model: the dense graph.
+        search: the metric and the limits that outputs are held against.
+        settings: how the model runs.
 
     Raises:
         PlanError: there are too few to compare networks that are fitted, or the limits are none for such outputs.

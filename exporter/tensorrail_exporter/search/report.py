@@ -149,8 +149,8 @@ class PlanReport(PrintedRecord):
 
     `dense` is measured. `planned` is counted in the graph of the chosen network, with the predicted time. `measured` is the
     speed-up of the chosen network over the dense one. `slower` lists rewritten layers that are slower than dense in its
-    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU nothing is profiled:
-    the latency table alone decides which layers are faster.
+    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU and in int8 nothing is
+    profiled: the latency table alone decides which layers are faster.
     """
 
     version: Literal[1] = 1
@@ -228,6 +228,8 @@ class PlanReport(PrintedRecord):
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()
+            if self.precision == "int8":
+                lines.append("what rounding to int8 loses is not included: it is measured once cores are fitted")
         elif self.plan.layers:
             lines.append("nothing is known about the accuracy of this plan: no calibration inputs were given")
         return (Table(title, head, rows), *lines, *self._measured_lines())
@@ -241,7 +243,7 @@ class PlanReport(PrintedRecord):
             f"{100 * (self.prediction_error or 0.0):+.1f} %"
         ]
         if not self.plan.layers:
-            lines.append(f"no layer is rewritten: the dense network in {self.precision} meets the target")
+            lines.append(f"no layer is rewritten: the dense network in {self.precision} is fast enough")
         if self.slower:
             lines.append(f"slower than dense in the network's profile: {', '.join(self.slower)}")
         if ratio.low <= 1.0:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from tensorrail_exporter.plans.plan import Precision
 from tensorrail_exporter.search.guard import Guard
@@ -93,6 +94,8 @@ class Search:
         """
         if self.max_loss is not None and not self.max_loss > 0:
             raise PlanError(f"max_loss: expected a positive number, got {self.max_loss:g}")
+        if self.precision not in get_args(Precision):
+            raise PlanError(f"precision: a plan is for {' or '.join(get_args(Precision))}, got {self.precision!r}")
         if self.guard is not None:
             self.guard.check()
             if self.max_loss is not None:

@@ -98,7 +98,7 @@ def with_inputs_set_aside(
     report: PlanReport, choice: Mapping[str, Option], probe: Probe, inputs: Calibration | None, folder: Path
 ) -> PlanReport:
     """Return the report with the outputs compared on inputs that nothing was chosen by; None if there are too few."""
-    if (verified := report.verified) is None:
+    if (verified := report.verified) is None or not report.plan.layers:
         return report
     if inputs is None:
         return report.model_copy(update={"verified": verified.model_copy(update={"too_few": True})})

@@ -13,6 +13,7 @@ from scipy.stats import norm, t
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
+from tensorrail_runtime.measure.features import Features, features_of
 from tensorrail_runtime.measure.parity import Both, run_both
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import Session
@@ -30,8 +31,8 @@ class Agreement(Record):
     `agreement` is the share of samples whose best class, by the first output, is the same, with Wilson's 95 % interval (Wilson
     1927); None if the first output does not hold scores of classes. Where a sample has several rows of scores, such as steps of
     a sequence, it is the mean of their shares, whose interval follows from how much samples differ. `difference` is
-    ‖b − a‖ / ‖a‖ of all numeric outputs together, each in units of its own norm, with a 95 % interval from resampling the
-    inputs.
+    ‖b − a‖ / ‖a‖ of all numeric outputs together, each in units of its own norm, and each feature of an output in units of its
+    own (see `features`), with a 95 % interval from resampling the inputs.
     """
 
     samples: int
@@ -177,35 +178,40 @@ def _differences(
     reference: Sequence[Sequence[np.ndarray]], candidate: Sequence[Sequence[np.ndarray]], samples: Sequence[int]
 ) -> tuple[float, float, float]:
     """Return the relative difference of all outputs together, and its interval."""
-    errors, sizes = [], []
-    for before, after, count in zip(reference, candidate, samples, strict=True):
-        pairs = [
-            (np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(before, after, strict=True) if _numeric(a)
-        ]
-        # An output with another shape counts as wholly different; one without a row per sample is shared out over them.
-        error = [np.square(a - b) if a.shape == b.shape else np.square(a) for a, b in pairs]
-        errors.append(_per_sample(error, count))
-        sizes.append(_per_sample([np.square(a) for a, _ in pairs], count))
-    error_sums, size_sums = np.concatenate(errors, 1), np.concatenate(sizes, 1)  # (outputs, samples)
-    scale = np.maximum(size_sums.sum(1, keepdims=True), 1e-30)
-    shares = (error_sums / scale).mean(0)  # what each sample adds to the mean over outputs of the squared difference
-    value = math.sqrt(shares.sum())
-    count = len(shares)
+    shares = []
+    for k, first in enumerate(reference[0]):
+        if not _numeric(first):
+            continue
+        befores = [np.asarray(batch[k], np.float64) for batch in reference]
+        afters = [np.asarray(batch[k], np.float64) for batch in candidate]
+        features = features_of(befores, alike=scores_of([batch[k] for batch in reference]) is not None)
+        # An output with another shape counts as wholly different.
+        errors = [np.square(a - b) if a.shape == b.shape else np.square(a) for a, b in zip(befores, afters, strict=True)]
+        sizes = np.sum([features.sums(np.square(a)) for a in befores], 0)
+        shares.append(features.weights(sizes) @ _per_sample(errors, samples, features))
+    shares_of_samples = np.mean(shares, 0)  # what each sample adds to the mean over outputs of the squared difference
+    value = math.sqrt(shares_of_samples.sum())
+    count = len(shares_of_samples)
     if count < 2:
         return value, 0.0, math.inf
     draws = np.random.default_rng(0).integers(0, count, (_DRAWS, count))
-    resampled = np.sqrt(shares[draws].sum(1))
+    resampled = np.sqrt(shares_of_samples[draws].sum(1))
     low, high = np.quantile(resampled, [0.025, 0.975])
     return value, float(min(low, value)), float(max(high, value))
 
 
-def _per_sample(squares: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Return the sum of each output's squares for each sample, (outputs, samples)."""
-    rows = []
-    for square in squares:
-        by_row = square.ndim and square.shape[0] == count
-        rows.append(square.reshape(count, -1).sum(1) if by_row else np.full(count, square.sum() / count))
-    return np.array(rows).reshape(len(squares), count)
+def _per_sample(squares: Sequence[np.ndarray], samples: Sequence[int], features: Features) -> np.ndarray:
+    """Return the sum of squares of each feature for each sample, (features, samples).
+
+    A batch without a row per sample is shared out over its samples.
+    """
+    found = []
+    for square, count in zip(squares, samples, strict=True):
+        if square.ndim and square.shape[0] == count:
+            found.append(np.stack([features.sums(row[None]) for row in square], 1))
+        else:
+            found.append(np.repeat(features.sums(square)[:, None] / count, count, 1))
+    return np.concatenate(found, 1)
 
 
 def _numeric(array: object) -> bool:

@@ -11,6 +11,7 @@ from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize
+from tensorrail_exporter.precision.int8 import with_assumed_ranges
 from tensorrail_exporter.precision.ranges import RangeError, layer_ranges, require_finite
 from tensorrail_exporter.precision.reduce import METHODS, PrecisionReport, Quantization, reduced, to_fp16, to_int8
 from tensorrail_runtime.errors import ModelError
@@ -445,6 +446,22 @@ def test_int8_keeps_a_layer_in_fp32_and_prints_nothing(factored, rng, tmp_path, 
     assert "fc.weight_quantized" in initializers(int8)
     assert difference(factored, int8, feeds, tmp_path) < INT8
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("which", ["small_model", "factored"])
+def test_with_assumed_ranges_the_same_runs_as_with_measured_ones(which, request, rng):
+    model = request.getfixturevalue(which)
+    assumed, measured = with_assumed_ranges(model), to_int8(model, feeds_of(rng), gauge=False)
+    assert sorted(ops(assumed)) == sorted(ops(measured))
+    shapes = [sorted((a.dtype.str, a.shape) for a in initializers(m).values() if a.ndim > 1) for m in (assumed, measured)]
+    assert shapes[0] == shapes[1]
+
+
+def test_what_cannot_be_quantized_keeps_its_operators_with_assumed_ranges(rng):
+    weights = {"w": rng.standard_normal((1, 32, 4)).astype(np.float32), "r": rng.standard_normal((1, 32, 8)).astype(np.float32)}
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "l", hidden_size=8)
+    model = make_model([node], weights, {"x": [5, 1, 4]}, {"y": [5, 1, 1, 8]})
+    assert ops(with_assumed_ranges(model)) == ["LSTM"]
 
 
 def test_a_layer_is_kept_whose_node_is_named_like_its_output(rng):

@@ -144,3 +144,14 @@ def test_a_metric_that_changes_its_arguments_changes_nothing_else(metrics):
 def test_a_metric_needs_labels():
     with pytest.raises(PlanError, match="metric top1 scores outputs by labels, got calibration inputs without labels"):
         Divergence(["y"], in_batches(normal(20, 5)), None, "top1")
+
+
+def test_what_a_detector_finds_counts_beside_where_it_is(rng):
+    boxes, scores = rng.uniform(20, 300, (6, 4, 50)), np.zeros((6, 2, 50))
+    scores[:, :, :4] = rng.uniform(0.5, 0.9, (6, 2, 4))
+    before = np.concatenate([boxes, scores], 1)
+    moved, lost = before.copy(), before.copy()
+    moved[:, :4] += 1.0
+    lost[:, 4:] *= 0.5
+    divergence = Divergence(["y"], [[before]])
+    assert divergence.of([[lost]]) > 100 * divergence.of([[moved]])

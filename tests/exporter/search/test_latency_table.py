@@ -427,3 +427,26 @@ def test_layers_that_run_long_are_not_sketched(rng, monkeypatch):
     monkeypatch.setattr(latency_table, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
     layer = conv_layer(rng)
     assert LatencyTable(Target.here(CPU)).sketch({layer: options_of(layer, ["auto"], 8)}, CPU, 1e-6) is None
+
+
+def test_layers_for_int8_are_timed_in_int8_and_kept_apart(rng, monkeypatch, tmp_path):
+    timed = []
+
+    def bursts(paths, settings, seconds, rounds=0):
+        timed.append([{node.op_type for node in onnx.load(path).graph.node} for path in paths])
+        return [np.full(3, 1.0 + k) for k in range(len(paths))], 0.0
+
+    monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
+    layer = conv_layer(rng)
+    tables = {precision: LatencyTable.open(CPU, tmp_path, precision=precision) for precision in ("fp32", "int8")}
+    assert tables["fp32"].path != tables["int8"].path
+    for precision, table in tables.items():
+        table.measure({layer: options_of(layer, ["svd"], 16)}, CPU)
+        kinds = [ops for group in timed for ops in group]
+        assert len(kinds) > 2
+        for ops in kinds:
+            assert ("DequantizeLinear" in ops) == (precision == "int8")
+            assert "Conv" in ops
+        timed.clear()
+        assert LatencyTable.open(CPU, tmp_path, precision=precision).times == table.times
+    assert LatencyTable.open(CPU, tmp_path).path == tables["fp32"].path

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.search import planner, selection, verification
-from tensorrail_exporter.search.fastest_agreeing import agrees, allowed_share, expected_share
+from tensorrail_exporter.search.fastest_agreeing import _Tries, agrees, allowed_share, expected_share, independent
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.latency_table import LatencyTable, Timed
@@ -26,6 +26,7 @@ from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification, random_cores
 from tensorrail_runtime.errors import TargetError
 from tensorrail_runtime.measure import latency
+from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.measure.latency import Ratio
 from tensorrail_runtime.measure.timing import Conditions
@@ -338,6 +339,37 @@ def test_what_is_aimed_at_is_what_is_accepted(samples, least):
 def agreement_of(samples, wrong):
     scores = np.tile(np.eye(2)[1], (samples, 1)) - 0.5
     return compared([[scores]], [[np.where(np.arange(samples)[:, None] < wrong, -scores, scores)]], [samples])
+
+
+def test_what_is_expected_stays_within_what_the_network_showed():
+    """By the others' ratio a tenth would disagree, but of this one's many classes between three and five of a hundred do."""
+
+    def seen(agreement, low, high, difference):
+        ends = {"agreement_low": low, "agreement_high": high, "difference_low": 0.0, "difference_high": 1.0}
+        return Agreement(samples=64, agreement=agreement, difference=difference, **ends)
+
+    tries = _Tries(None, {}, None, None, Guard(), None)
+    tries.measured = [seen(0.8, 0.7, 0.9, 0.2), seen(0.9, 0.8, 0.95, 0.1)]
+    assert tries.expected(seen(0.9, 0.5, 1.0, 0.1)) == pytest.approx(0.1, rel=0.1)
+    assert tries.expected(seen(0.96, 0.95, 0.97, 0.1)) == pytest.approx(0.05)
+    assert tries.expected(seen(0.6, 0.55, 0.65, 0.1)) == pytest.approx(0.35)
+    assert tries.expected(seen(None, None, None, 0.1)) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high", "count"),
+    [
+        (0.95, *wilson(95, 100), 100),  # one class each
+        (0.96, 0.952, 0.968, 2305),  # forty each: 1.96² · 0.96 · 0.04 / 0.008²
+        (1.0, 0.94, 1.0, 64),
+        (None, None, None, 64),
+    ],
+)
+def test_inputs_with_many_classes_count_more(share, low, high, count):
+    ends = {"agreement_low": low, "agreement_high": high, "difference_low": 0.0, "difference_high": 0.1}
+    seen = Agreement(samples=100 if count == 100 else 64, agreement=share, difference=0.05, **ends)
+    assert independent(seen) == count
+    assert allowed_share(Guard(min_agreement=0.95), count) <= 0.05
 
 
 def test_outputs_that_are_not_finite_are_never_enough():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensorrail.asked import asked_of
 from tensorrail.inputs import as_calibration, as_labelled, feed_of, require_writable, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
-from tensorrail_runtime.errors import GraphError, PlanError, TargetError, UsageError
+from tensorrail_runtime.errors import GraphError, PlanError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
     from tensorrail_exporter.calibrate.inputs import Calibration
     from tensorrail_exporter.compressed import CompressReport
-    from tensorrail_exporter.plans.plan import Plan, Precision
-    from tensorrail_exporter.search.guard import Guard
+    from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.search.report import PlanReport
     from tensorrail_exporter.search.targets import Search
     from tensorrail_exporter.workflow import Refine
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _SAMPLES = 512
 _PROCESSES = 5
 _FIT_SECONDS = 120.0
-_WALK = (1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # times less latency, of the networks of a front
-_FASTER = 1.05  # times: a smaller speed-up is not worth another model
 
 
 def compress(
@@ -70,31 +68,14 @@ def compress(
         GraphError: the model cannot be rewritten; nothing is written.
 
     """
-    from tensorrail_exporter.plans.plan import Plan
-    from tensorrail_exporter.search.guard import Guard
-    from tensorrail_exporter.search.planner import plan_networks
-    from tensorrail_exporter.search.targets import Search
+    from tensorrail_exporter.search.planner import calibration_parts, plan_networks
     from tensorrail_exporter.workflow import Compression
     from tensorrail_exporter.workflow import compress as carry_out
 
     options = options or Options()
-    search = options.search or Search()
-    guard = options.guard or search.guard or Guard()
-    given = Plan.load(target) if isinstance(target, Path | str) else target
-    asked: list[Mapping[str, float]] = []
-    if not isinstance(given, Plan):
-        search, given = _aimed(search, given or {}, guard, calibration)
-        search.check(given)
-        asked = [given]
-    fastest = search.guard is not None or search.max_loss is not None
-    if options.front:
-        search, asked = _walked(search, given)
+    asked = asked_of(target, calibration, options)
+    search = asked.search
     _check_also(search.also, calibration)
-    precisions = _precisions(
-        options.precision or (given.precision if isinstance(given, Plan) else search.precision), calibration
-    )
-    if search.also and precisions != ("fp32",):
-        raise PlanError(f"also: {search.also[0]} is made from a model in fp32: leave it out, or do not ask for a precision")
     out = Path(out)
     for path in (out, *(_reduced_path(out, precision) for precision in search.also)):
         require_writable(path, model, target, calibration, data)
@@ -109,97 +90,41 @@ def compress(
         graph = load_to_search(path, conditions.timing, options.progress)
         require_comparable(path, feed_of(path, conditions, inputs), conditions.settings.exact)
         test = as_labelled(data, None if data is None else search.metric, options.inputs)
-        refine = _refine(options, len(asked) * len(precisions)) if inputs is not None else {}
-        if search.metric is not None and isinstance(given, Plan) and inputs is not None and not refine:
-            raise UsageError(
-                f"metric {search.metric} judges layers and fits in torch, and has no effect with a plan and no such fit: leave "
-                "it out, or give a target, or seconds for the fit"
-            )
-        plans: Sequence[Plan | PlanReport]
-        if isinstance(given, Plan):
-            plans = [given.model_copy(update={"precision": precision}) for precision in precisions]
-        else:
+        if asked.plan is not None and len(asked.precisions) == 1:
+            _require_effect(search, inputs, options)
+        if options.front and inputs is not None:
+            calibration_parts(inputs, graph, search, conditions.settings.exact)  # while the limits are those of the search
+            search = replace(search, guard=None)
 
-            def plan(search: Search) -> list[PlanReport]:  # networks are judged once their cores are fitted
-                return plan_networks(graph, asked, search, calibration=inputs, conditions=conditions, judge=False)
+        def plan(how: Search, targets: Sequence[Mapping[str, float]]) -> list[PlanReport]:
+            # Networks are judged once their cores are fitted.
+            return plan_networks(graph, targets, how, calibration=inputs, conditions=conditions, judge=False)
 
-            plans = _planned(plan, search, precisions, options)
-        targets = None if isinstance(given, Plan) else given
-        compression = Compression(inputs, refine, test, guard, conditions, search.metric, targets, fastest)
-        report = carry_out(graph, plans, out, compression)
+        found = replace(asked, search=search).plans(plan, options)
+        compression = Compression(
+            inputs,
+            _refine(options, len(found.plans)) if inputs is not None else {},
+            test,
+            asked.guard,
+            conditions,
+            search.metric,
+            asked.targets,
+            search.max_loss,
+            asked.fastest,
+            found.refusal,
+        )
+        report = carry_out(graph, found.plans, out, compression)
     once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
     return _reduced(report, out, search.also, inputs, test, once)
 
 
-def _planned(
-    plan: Callable[[Search], list[PlanReport]], search: Search, precisions: Sequence[Precision], options: Options
-) -> list[PlanReport | Plan]:
-    """Return the plans for each precision in which the target can be met; for int8 also one without layers.
-
-    Raises:
-        TargetError: no precision meets the target.
-
-    """
-    from tensorrail_exporter.plans.plan import Plan
-
-    plans: list[PlanReport | Plan] = []
-    known: list[Plan] = []
-    for precision in precisions:
-        try:
-            reports = plan(replace(search, precision=precision))
-        except (TargetError, GraphError) as error:
-            if (precision == precisions[-1] and not plans) or (precision == "fp32" and isinstance(error, GraphError)):
-                raise
-            options.progress("note", 1.0, f"low rank in {precision}: {error}")
-            reports = []
-        for report in reports:
-            if report.plan not in known and (report.plan.layers or precision == "int8"):
-                plans.append(report)
-                known.append(report.plan)
-        if not reports and precision == "int8":
-            plans.append(Plan(layers=(), precision="int8"))  # the dense network in int8 is still compared
-    if not plans:
-        raise TargetError("every layer stays dense: no form is faster here, and no model was written")
-    return plans
-
-
-def _precisions(asked: str, calibration: object) -> tuple[Precision, ...]:
-    """Return the precisions to choose from, with int8 last."""
-    from tensorrail_exporter.search.targets import CHOICES
-
-    if asked not in CHOICES:
-        raise PlanError(f"precision: expected {', '.join(CHOICES)}, got {asked!r}")
-    if CHOICES[asked] != ("fp32",) and calibration is None:
-        raise PlanError(
-            f"precision {asked} needs typical inputs for the ranges of activations: give calibration inputs, 100 or more"
+def _require_effect(search: Search, inputs: Calibration | None, options: Options) -> None:
+    """Raise `UsageError` for a metric that judges nothing, as there is one plan and no further fit."""
+    if search.metric is not None and inputs is not None and not _refine(options, 1):
+        raise UsageError(
+            f"metric {search.metric} judges layers and fits in torch, and has no effect with a plan and no such fit: leave "
+            "it out, or give a target, or seconds for the fit"
         )
-    return CHOICES[asked]
-
-
-def _aimed(
-    search: Search, target: Mapping[str, float], guard: Guard, calibration: object
-) -> tuple[Search, Mapping[str, float]]:
-    """Return what is searched for: without a target or a limit on the loss, the fastest model that agrees."""
-    if target or search.max_loss is not None:
-        return search, target
-    if calibration is None:
-        raise PlanError(
-            "expected a target, such as latency=2.0, or calibration inputs, for the fastest model that agrees; got neither"
-        )
-    return replace(search, guard=guard), {"latency": _FASTER}
-
-
-def _walked(search: Search, given: Mapping[str, float] | Plan) -> tuple[Search, list[Mapping[str, float]]]:
-    """Return the search and the targets of a whole front: times less latency, each with the other targets that were given."""
-    from tensorrail_exporter.plans.plan import Plan
-
-    if isinstance(given, Plan):
-        raise PlanError("a front is searched for, and does not follow from a plan: leave the plan out, or the front")
-    if search.max_loss is not None:
-        raise PlanError("a front shows every loss, so max_loss has no effect: leave it out, or the front")
-    own = given.get("latency", 0.0)
-    walked = sorted({*_WALK, *([own] if own > _FASTER else [])})
-    return replace(search, guard=None), [{**given, "latency": factor} for factor in walked]
 
 
 def _reduced(

@@ -7,13 +7,16 @@ import itertools
 import onnx
 import pytest
 
-from tensorrail_exporter.precision import islands
-from tensorrail_exporter.precision.islands import Layer, with_islands
+from tensorrail_exporter.precision import spared
+from tensorrail_exporter.precision.spared import Layer, with_spared_layers
 
 
-def network(kept):
+def network(names):
     """Stand in for a network: its name says which layers are in fp32."""
-    return onnx.ModelProto(producer_name=",".join(sorted(kept)))
+    return onnx.ModelProto(producer_name=",".join(sorted(names)))
+
+
+IN_FP32 = network([f"n{k:02}" for k in range(64)])
 
 
 class Known:
@@ -39,22 +42,30 @@ def layers(count, macs=None):
 )
 def test_only_what_must_stays_in_fp32(bad, count):
     known = Known({f"n{k:02}": 1.0 if k in bad else 0.001 for k in range(count)}, most=0.5)
-    found = with_islands(layers(count), network, known)
+    found = with_spared_layers(layers(count), network, known, IN_FP32)
     assert found.good
-    assert found.kept == tuple(f"n{k:02}" for k in bad)
-    assert found.model == network(found.kept)
-    assert known.runs <= 32
+    assert found.spared == tuple(f"n{k:02}" for k in bad)
+    assert found.model == network(found.spared)
+    assert known.runs <= 33
 
 
 def test_of_two_layers_that_help_alike_the_cheaper_one_is_kept():
     known = Known({"n00": 1.0, "n09": 1.0}, most=1.0)
-    assert with_islands(layers(10, macs={0: 1000}), network, known).kept == ("n09",)
+    assert with_spared_layers(layers(10, macs={0: 1000}), network, known, IN_FP32).spared == ("n09",)
 
 
-def test_where_nothing_suffices_the_most_accurate_network_is_returned():
+def test_where_fp32_is_not_accurate_enough_either_no_layers_are_tried():
     known = Known(dict.fromkeys((f"n{k:02}" for k in range(8)), 1.0), most=-1.0)
-    found = with_islands(layers(8), network, known)
-    assert (found.good, len(found.kept)) == (False, 8)
+    found = with_spared_layers(layers(8), network, known, IN_FP32)
+    assert (found.good, found.spared, found.model, known.runs) == (False, (), network(()), 2)
+
+
+def test_where_no_layers_suffice_all_are_in_int8(monkeypatch):
+    """Only the network without int8 is good enough, and time ends before."""
+    monkeypatch.setattr(spared, "_SECONDS", 0.0)
+    known = Known(dict.fromkeys((f"n{k:02}" for k in range(8)), 1.0), most=0.5)
+    found = with_spared_layers(layers(8), network, known, IN_FP32)
+    assert (found.good, found.spared, found.model) == (False, (), network(()))
 
 
 def test_a_group_that_makes_it_worse_is_not_kept():
@@ -63,25 +74,25 @@ def test_a_group_that_makes_it_worse_is_not_kept():
     def judge(model):
         kept = frozenset(model.producer_name.split(","))
         loss = {frozenset({"n00"}): 0.6, frozenset({"n07"}): 0.5, frozenset({"n00", "n07"}): 0.9}.get(kept, 1.0)
-        return loss, loss <= 0.5
+        return loss, loss <= 0.5 or len(kept) == 64
 
-    assert with_islands(layers(8), network, judge).kept == ("n07",)
+    assert with_spared_layers(layers(8), network, judge, IN_FP32).spared == ("n07",)
 
 
 def test_tries_are_limited(monkeypatch):
-    monkeypatch.setattr(islands, "_TRIES", 12)
+    monkeypatch.setattr(spared, "_TRIES", 12)
     losses = {f"n{k:02}": 1.0 if k in (1, 9, 33, 60) else 0.0 for k in range(64)}
     known = Known(losses, most=0.5)
-    found = with_islands(layers(64), network, known)
+    found = with_spared_layers(layers(64), network, known, IN_FP32)
     assert found.good
-    assert known.runs <= 13
-    assert {"n01", "n09", "n33", "n60"} <= set(found.kept)
+    assert known.runs <= 14
+    assert {"n01", "n09", "n33", "n60"} <= set(found.spared)
 
 
 @pytest.mark.parametrize(("count", "groups"), list(itertools.product((1, 2, 7, 8, 9, 63), (1, 2, 8))))
 def test_groups_are_whole_and_even(count, groups):
     own = layers(count)
-    parts = islands._split(own, groups)
+    parts = spared._split(own, groups)
     assert [layer for part in parts for layer in part] == own
     sizes = [len(part) for part in parts]
     assert min(sizes) >= 1

@@ -1,36 +1,41 @@
 """Finds the layers that must stay in fp32 so that a network in int8 is accurate enough, and no more than these.
 
-Most of what int8 loses is often lost in a few layers: the first, the last, one with outliers. Consecutive layers are put back
-to fp32 together, because every border between int8 and fp32 costs a conversion. Each group is tried alone first; then groups
-are kept in the order of what they win for the multiply-accumulates that they take out of int8, until the network is good
-enough; at last each half of a kept group is put into int8 again if the network stays good enough without it.
+Most of what int8 loses is often lost in a few layers: the first, the last, one with outliers. Consecutive layers are spared
+together, because every border between int8 and fp32 costs a conversion. Each group is tried alone first; then groups are spared
+in the order of what they win for the multiply-accumulates that they take out of int8, until the network is good enough; at last
+each half of a spared group is put into int8 again if the network stays good enough without it.
 
-The idea that few layers matter is old; measuring it layer by layer on the network's outputs is done, for example, in
-"A White Paper on Neural Network Quantization" (Nagel et al., arXiv:2106.08295, section 3.6, debugging).
+Source for leaving the most sensitive layers in a higher precision, layer by layer: Nagel et al., *A White Paper on Neural
+Network Quantization*, arXiv:2106.08295, section 3.6.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import onnx
 
+from tensorrail_runtime.progress import Progress, silent
+
 _GROUPS = 8  # of consecutive layers that are tried at first
 _TRIES = 32  # networks that are converted and run at most
+_SECONDS = 120.0  # after which no further network is tried
+_STAGE = "looking for layers to keep in fp32"
 
 Judge = Callable[[onnx.ModelProto], tuple[float, bool]]
 """Returns the loss of a network, and whether it is accurate enough."""
 
 
 @dataclass(frozen=True)
-class Islands:
+class Spared:
     """A network in int8 with some layers in fp32."""
 
     model: onnx.ModelProto
     """The network."""
-    kept: tuple[str, ...]
+    spared: tuple[str, ...]
     """The nodes that stay in fp32."""
     good: bool
     """Whether it is accurate enough."""
@@ -46,78 +51,93 @@ class Layer:
     """Its multiply-accumulates, which take longer in fp32."""
 
 
-def with_islands(layers: Sequence[Layer], convert: Callable[[Sequence[str]], onnx.ModelProto], judge: Judge) -> Islands:
+def with_spared_layers(
+    layers: Sequence[Layer],
+    convert: Callable[[Sequence[str]], onnx.ModelProto],
+    judge: Judge,
+    in_fp32: onnx.ModelProto,
+    progress: Progress = silent,
+) -> Spared:
     """Return the network in int8, with as few layers in fp32 as make it accurate enough.
 
     Args:
         layers: the nodes that may stay in fp32, in the order of the graph.
         convert: returns the network in int8 but for these nodes.
         judge: measures it, on inputs that ranges were not taken from.
+        in_fp32: the network in fp32; if it is not accurate enough either, no layers are spared.
+        progress: told how many networks were tried.
 
     Returns:
-        The network; if none was found that is accurate enough, the one with the least loss that was tried.
+        The network; all of it in int8 where no layers help.
 
     """
-    tried = _Tried(convert, judge)
-    loss, good = tried(())
-    if good or not layers:
-        return tried.best(())
+    plain = convert(())
+    loss, good = judge(plain)
+    if good or not layers or not judge(in_fp32)[1]:
+        return Spared(plain, (), good)
+    tried = _Tried(convert, judge, progress)
+    tried.seen[()] = loss, good
     found: list[tuple[float, tuple[Layer, ...]]] = []
     for group in _split(layers, _GROUPS):
         gain = loss - tried(_names(group))[0]
         if gain > 0:
             found.append((gain / max(1, sum(layer.macs for layer in group)), group))
-    kept: list[Layer] = []
+    spared: list[Layer] = []
     for _, group in sorted(found, key=lambda pair: -pair[0]):
-        more, good = tried(_names([*kept, *group]))
+        more, good = tried(_names([*spared, *group]))
         if more < loss or good:
-            kept, loss = [*kept, *group], more
-        if good:
+            spared, loss = [*spared, *group], more
+        if good or tried.late:
             break
     if not good:
-        return tried.best(min(tried.seen, key=lambda names: tried.seen[names][0]))
-    return tried.best(_names(_without_needless(layers, kept, tried)))
+        return Spared(plain, (), good=False)
+    names = _names(_without_needless(layers, spared, tried))
+    return Spared(convert(names), names, good=True)
 
 
 class _Tried:
     """Networks by the nodes that stay in fp32, each of which is converted and run once."""
 
-    def __init__(self, convert: Callable[[Sequence[str]], onnx.ModelProto], judge: Judge) -> None:
-        self.convert, self.judge = convert, judge
+    def __init__(self, convert: Callable[[Sequence[str]], onnx.ModelProto], judge: Judge, progress: Progress) -> None:
+        self.convert, self.judge, self.progress = convert, judge, progress
         self.seen: dict[tuple[str, ...], tuple[float, bool]] = {}
+        self._end = time.monotonic() + _SECONDS
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() > self._end
 
     @property
     def full(self) -> bool:
         """Whether no further network may be tried."""
-        return len(self.seen) >= _TRIES
+        return self.late or len(self.seen) >= _TRIES
 
     def __call__(self, names: tuple[str, ...]) -> tuple[float, bool]:
         if names not in self.seen:
+            self.progress(_STAGE, min(1.0, len(self.seen) / _TRIES), f"{len(names)} layers")
             self.seen[names] = self.judge(self.convert(names))
         return self.seen[names]
 
-    def best(self, names: tuple[str, ...]) -> Islands:
-        return Islands(self.convert(names), names, self(names)[1])
 
-
-def _without_needless(layers: Sequence[Layer], kept: Sequence[Layer], tried: _Tried) -> list[Layer]:
-    """Return the kept layers without those that need not be: halves of what is consecutive, then halves of these."""
-    parts = _consecutive(layers, kept)
+def _without_needless(layers: Sequence[Layer], spared: Sequence[Layer], tried: _Tried) -> list[Layer]:
+    """Return the spared layers without those that need not be: halves of what is consecutive, then halves of these."""
+    parts = _consecutive(layers, spared)
     while parts and not tried.full:
         part = parts.pop(0)
-        rest = [layer for layer in kept if layer not in part]
+        rest = [layer for layer in spared if layer not in part]
         if tried(_names(rest))[1]:
-            kept = rest
+            spared = rest
         elif len(part) > 1:
             parts += _split(part, 2)
-    return list(kept)
+    return list(spared)
 
 
-def _consecutive(layers: Sequence[Layer], kept: Sequence[Layer]) -> list[tuple[Layer, ...]]:
-    """Return halves of the runs of layers that are kept, which follow each other in the graph."""
+def _consecutive(layers: Sequence[Layer], spared: Sequence[Layer]) -> list[tuple[Layer, ...]]:
+    """Return halves of the runs of layers that are spared, which follow each other in the graph."""
     runs: list[list[Layer]] = [[]]
     for layer in layers:
-        if layer in kept:
+        if layer in spared:
             runs[-1].append(layer)
         elif runs[-1]:
             runs.append([])

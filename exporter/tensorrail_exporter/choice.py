@@ -1,0 +1,112 @@
+"""Chooses one of several models that were measured in turns.
+
+Models are chosen by inputs that cores were not fitted to and ranges not taken from. The inputs set aside decide nothing: what
+is measured on them is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.compressed import Point, Ratios
+from tensorrail_exporter.search.divergence import Divergence
+from tensorrail_exporter.search.fastest_agreeing import agrees
+from tensorrail_exporter.search.guard import Guard
+from tensorrail_exporter.search.losses import agreement_between, outputs_of
+from tensorrail_exporter.search.targets import is_met
+from tensorrail_runtime.measure.agreement import Agreement
+from tensorrail_runtime.sessions.session import Session
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model must be like."""
+
+    targets: Mapping[str, float] = field(default_factory=dict)
+    """Reduction factors by target name."""
+    guard: Guard = field(default_factory=Guard)
+    """How closely its outputs must agree with the dense model's."""
+    max_loss: float | None = None
+    """Limit on its loss; default: none."""
+    fastest: bool = False
+    """Whether the fastest model within the limits is wanted, and not the one that meets the targets with the least loss."""
+
+    def accepts(self, loss: float | None, agreement: Agreement | None) -> bool:
+        """Return whether loss and agreement keep the limits, as far as they are known.
+
+        The agreement must keep them by a margin, so that it probably does on other inputs.
+        """
+        if self.max_loss is not None and loss is not None and loss > self.max_loss:
+            return False
+        return agreement is None or agrees(agreement, self.guard)
+
+    def met_by(self, point: Point) -> bool:
+        """Return whether a model meets the targets within the limits."""
+        return meets(point, self.targets) and self.accepts(point.loss, point.chosen)
+
+
+class Judge:
+    """Measures models on the inputs that models are chosen by.
+
+    Args:
+        model: the dense graph.
+        inputs: the inputs.
+        metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
+        settings: how models run.
+
+    """
+
+    def __init__(self, model: onnx.ModelProto, inputs: Calibration, metric: str | None, settings: Session) -> None:
+        self._inputs, self._settings = inputs, settings
+        self._names = [output.name for output in model.graph.output]
+        self._dense = outputs_of(model, self._names, inputs, settings)
+        self._divergence = Divergence(self._names, self._dense, inputs.labels, metric, inputs.samples)
+
+    def __call__(self, model: onnx.ModelProto) -> tuple[float, Agreement]:
+        """Return the loss of a model, and how far its outputs agree with the dense ones."""
+        outputs = outputs_of(model, self._names, self._inputs, self._settings)
+        return self._divergence.of(outputs), agreement_between(self._dense, outputs, self._inputs)
+
+
+def best(points: Sequence[Point], wanted: Wanted) -> int:
+    """Return the place of the best model.
+
+    It is the one that meets the targets with the least loss, or the fastest one within the limits. Where none does, it is the
+    one that keeps the limits and comes nearest to the targets.
+
+    Args:
+        points: the models.
+        wanted: what a model must be like.
+
+    """
+
+    def rank(point: Point) -> tuple[bool, bool, bool, float]:
+        accepted = wanted.accepts(point.loss, point.chosen)
+        reached = meets(point, wanted.targets)
+        faster = point.ratios.latency_low > 1.0
+        if wanted.fastest:
+            return accepted, reached, faster, point.ratios.latency
+        if reached:
+            return True, accepted, faster, -(point.loss or 0.0)
+        return False, accepted, False, _nearness(point, wanted.targets)
+
+    return max(range(len(points)), key=lambda k: rank(points[k]))
+
+
+def meets(point: Point, targets: Mapping[str, float]) -> bool:
+    """Return whether a model meets all targets; if its times are unstable, the lower end of the interval counts."""
+    return all(is_met(_reached(point, name), value) for name, value in targets.items())
+
+
+def _nearness(point: Point, targets: Mapping[str, float]) -> float:
+    """Return the share of a target that a model reaches, for the target with the smallest share."""
+    return min((_reached(point, name) / value for name, value in targets.items()), default=point.ratios.latency)
+
+
+def _reached(point: Point, target: str) -> float:
+    ratios: Ratios = point.ratios
+    return float(ratios.latency_low if target == "latency" and point.unstable else getattr(ratios, target))
