@@ -5,7 +5,8 @@
 ResNet-18 at 224²: dense; the published tensor-train ranks (Yin et al., CVPR 2021) as they are, and padded with zeros where that
 is measured to be faster; tensorly-torch's factorized Tucker and TT at about the same MACs (left out with a note when
 tensorly-torch is not installed); and `tensorrail plan --target latency=2.4`. Other networks: the plan for the highest of a few
-targets that can be met. Weights are random: times do not depend on them, losses do, and so does which plan is chosen.
+targets that can be met. All networks also in int8: dense, with the plan for fp32, and with a plan for int8. Weights are random:
+times do not depend on them, losses do, and so does which plan is chosen.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import onnx
 from tensorrail_exporter import GraphError, PlanError, factorize
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
+from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.knapsack import Limit, choose
@@ -36,8 +38,9 @@ from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.machine import machine
-from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.sessions.session import Session, open_session
 
 TARGETS = {
     "resnet18": (2.4,),
@@ -46,6 +49,8 @@ TARGETS = {
     "vit_tiny": (2.4, 2.0, 1.5, 1.25),
     "lstm": (20.0, 10.0, 4.0),
 }
+IN_INT8 = (8.0, 6.0, 5.0, 4.0, 3.0, 2.4, 2.0, 1.5)
+"""Targets of a plan for int8, from the dense network in fp32."""
 
 
 def planned(model: onnx.ModelProto, name: str, batch: int, cache: Path | None):
@@ -105,6 +110,51 @@ def baselines(folder: Path, dense: Path, batch: int, cache: Path | None) -> tupl
     return made, notes
 
 
+def int8_forms(
+    model: onnx.ModelProto, plain: dict[str, Path], batch: int, cache: Path | None, folder: Path
+) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
+    """Write the dense network and the planned one in int8, and the plan for the highest target in int8 that can be met.
+
+    Args:
+        model: the dense graph.
+        plain: the files of the dense network, and of the planned one under a name that starts with `planned`.
+        batch: the batch size.
+        cache: the folder of latency tables.
+        folder: where files are written.
+
+    Returns:
+        The files by their names, the file in fp32 of each, and notes.
+
+    """
+    feeds = [random_inputs(open_session(plain["dense"]), batch)]
+    made, twins, notes = {}, {}, []
+
+    def add(label: str, path: Path) -> None:
+        made[label] = folder / f"int8-{len(made)}.onnx"
+        twins[label] = path
+        save_model(to_int8(onnx.load(path), feeds, gauge=False), made[label])
+
+    for label, path in plain.items():
+        if label.startswith(("dense", "planned")):
+            add(f"{label}, in int8", path)
+    conditions = Conditions(Timing(batch))
+    for target in IN_INT8:
+        try:
+            report = plan_network(model, {"latency": target}, Search(cache=cache, precision="int8"), conditions=conditions)
+        except PlanError as error:
+            notes.append(f"in int8, latency={target:g}: {error}")
+            continue
+        if not report.plan.layers:
+            notes.append(f"in int8, latency={target:g}: the dense network is fast enough")
+            break
+        if report.meets or target == IN_INT8[-1]:
+            save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, folder / "for-int8.onnx")
+            add(f"planned in int8, latency={target:g}", folder / "for-int8.onnx")
+            break
+        notes.append(f"in int8, latency={target:g}: the networks chosen were measured {report.reached['latency']:.2f}× faster")
+    return made, twins, notes
+
+
 def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[list[str], dict]:
     """Measure one network at one batch size; lines of Markdown and the record behind them."""
     with tempfile.TemporaryDirectory() as text:
@@ -120,8 +170,15 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         if report is not None and report.plan.layers:
             paths[f"planned, latency={target:g}"] = folder / "planned.onnx"
             save_model(factorize(model, report.plan, random_cores(model, report.plan)).model, folder / "planned.onnx")
+        try:
+            small, twins, said = int8_forms(model, paths, batch, cache, folder)
+        except GraphError as error:
+            small, twins, said = {}, {}, [f"in int8: {error}"]
+        plain = paths | twins
+        paths |= small
+        notes += said
         run = bench(list(paths.values()), Timing(batch, seconds=seconds, processes=5), labels=list(paths))
-        costs = [cost(path, batch) for path in paths.values()]
+        costs = [cost(plain[label], batch) for label in paths]  # weights in int8 do not count as parameters
         lines = [
             f"### {name}, batch {batch}",
             "",
@@ -149,7 +206,7 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         record = {"network": name, "batch": batch, "rows": rows, "notes": notes, "seconds_to_plan": took}
         if report is not None and report.plan.layers:
             predicted = report.predicted
-            final = run.ratios[-1].value
+            final = run.ratios[list(paths).index(f"planned, latency={target:g}") - 1].value
             fewest = least_cut(model, report, batch, cache)
             conditions = Conditions(Timing(batch))
             slow = slower_layers(layer_times(dense, folder / "planned.onnx", report.plan, conditions=conditions))
