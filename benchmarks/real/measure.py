@@ -21,7 +21,7 @@ from real.child import Request
 from real.network import Data, Network, Packages, outputs_of
 from tensorrail_runtime.records import write_text
 
-MIN_AGREEMENT, MAX_DIFFERENCE = 0.95, 0.15
+MIN_AGREEMENT, MAX_DIFFERENCE = 0.97, 0.1
 """A model is accepted if its outputs agree with the dense model's so closely: by best classes, or else by their difference."""
 INT8 = ("static int8", "dynamic int8")
 
