@@ -76,7 +76,7 @@ def best(points: Sequence[Point], wanted: Wanted) -> int:
     """Return the place of the best model.
 
     It is the one that meets the targets with the least loss, or the fastest one within the limits. Where none does, it is the
-    one that keeps the limits and comes nearest to the targets.
+    one that keeps the limits and comes nearest to the targets; where none keeps the limits, the one that comes nearest to them.
 
     Args:
         points: the models.
@@ -89,7 +89,7 @@ def best(points: Sequence[Point], wanted: Wanted) -> int:
         reached = meets(point, wanted.targets)
         faster = point.ratios.latency_low > 1.0
         if wanted.fastest:
-            return accepted, reached, faster, point.ratios.latency
+            return accepted, reached, faster, point.ratios.latency if accepted else _closeness(point, wanted)
         if reached:
             return True, accepted, faster, -(point.loss or 0.0)
         return False, accepted, False, _nearness(point, wanted.targets)
@@ -100,6 +100,15 @@ def best(points: Sequence[Point], wanted: Wanted) -> int:
 def meets(point: Point, targets: Mapping[str, float]) -> bool:
     """Return whether a model meets all targets; if its times are unstable, the lower end of the interval counts."""
     return all(is_met(_reached(point, name), value) for name, value in targets.items())
+
+
+def _closeness(point: Point, wanted: Wanted) -> float:
+    """Return a number that rises as a model comes nearer to the limits."""
+    if wanted.max_loss is not None:
+        return -(point.loss or 0.0)
+    if point.chosen is None:
+        return 0.0
+    return -point.chosen.difference if point.chosen.agreement is None else point.chosen.agreement
 
 
 def _nearness(point: Point, targets: Mapping[str, float]) -> float:

@@ -76,6 +76,8 @@ class CompressReport(PrintedRecord):
     top1_agreement: float | None  # on inputs set aside
     aside: Agreement | None = None  # the same with intervals; None: no inputs were set aside, so the accuracy is not known
     guard: Guard = Guard()
+    max_loss: float | None = None  # the limit on the loss, if there was one
+    loss: float | None = None  # of the model that was written, on inputs that models are chosen by; None for a single model
     precision: Precision = "fp32"  # of the model that was written
     written: int = 0  # its place in `front`
     front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns
@@ -126,6 +128,8 @@ class CompressReport(PrintedRecord):
             parts.append(f"target {targets} was NOT reached")
         if self.aside is not None and (refused := self.guard.refusal(self.aside)):
             parts.append(f"{refused}{self._advice()}")
+        if self._over_the_limit():
+            parts.append(f"NOT accurate enough: the loss is {self.loss:.3g}, expected at most {self.max_loss:g}")
         return (*parts, *(part for report in self.reduced for part in report.shown()))
 
     def _front(self) -> Table:
@@ -153,8 +157,11 @@ class CompressReport(PrintedRecord):
 
     @property
     def accepted(self) -> bool:
-        """Whether the outputs agree with the dense model's as closely as asked for, as far as is known."""
-        return self.aside is None or not self.guard.refusal(self.aside)
+        """Whether outputs agree and the loss is as small as asked for, as far as is known."""
+        return not self._over_the_limit() and (self.aside is None or not self.guard.refusal(self.aside))
+
+    def _over_the_limit(self) -> bool:
+        return self.max_loss is not None and self.loss is not None and self.loss > self.max_loss
 
     def _accuracy_line(self) -> str:
         if self.aside is not None:

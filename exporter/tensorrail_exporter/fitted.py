@@ -43,6 +43,8 @@ class Fitting:
     """How networks run; outputs are compared with `settings.exact`."""
     progress: Progress = silent
     """Told how far the work is."""
+    refit: bool = True
+    """Whether layers are fitted once more to the inputs that were held out, when these have served; default True."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network
     if parts is None:
         return _factored(resolved, decompose(resolved), (), how)
     if not how.refine:
-        return _layerwise(resolved, parts, how)
+        return _layerwise(resolved, parts, how, refit=how.refit)
     settings = how.settings.exact
     names = [output.name for output in resolved.model.graph.output]
     dense = outputs_of(resolved.model, names, parts.chosen, settings)
@@ -79,7 +81,7 @@ def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network
             network, least = replace(network, model=refined), loss
         else:
             how.progress("note", 1.0, f"{what} is left out: the network is not better for it on inputs that were held out")
-    if least < start or parts.chosen is parts.fitted:
+    if least < start or parts.chosen is parts.fitted or not how.refit:
         return network
     return _layerwise(resolved, parts, how, shrinkages=shrinkages)
 

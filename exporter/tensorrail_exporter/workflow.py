@@ -6,8 +6,9 @@ measured in turns, and the best one is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import Quantizer
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
-from tensorrail_exporter.rewrite.resolve import resolve
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.losses import check_metric
@@ -114,12 +115,14 @@ def compress(
             judge = Judge(model, parts.chosen, options.metric, options.conditions.settings.exact)
         builder = _Builder(model, dense, parts, options, wanted, judge)
         built = list(builder.models(plans))
+        searched = any(isinstance(planned, PlanReport) or not planned.layers for planned in plans)
+        eligible = [k for k, one in enumerate(built) if one.layers or searched]
+        if builder.fault is not None and not eligible:
+            raise builder.fault
         dense_size, points, times = _measured(dense, built, parts, options, builder.feeds)
         if judge is not None:
             judged = [judge(load_model(one.path)) for one in built]
             points = [p.model_copy(update={"loss": loss, "chosen": own}) for p, (loss, own) in zip(points, judged, strict=True)]
-        searched = any(isinstance(planned, PlanReport) or not planned.layers for planned in plans)
-        eligible = [k for k, one in enumerate(built) if one.layers or searched]
         k = eligible[best([points[place] for place in eligible], wanted)]
         if options.refusal is not None and not wanted.met_by(points[k]):
             raise options.refusal
@@ -152,6 +155,8 @@ def _report(
         top1_agreement=None if point.aside is None else point.aside.agreement,
         aside=point.aside,
         guard=wanted.guard,
+        max_loss=wanted.max_loss,
+        loss=point.loss,
         precision=written.precision,
         written=k,
         front=tuple(points),
@@ -204,8 +209,10 @@ class _Builder:
         self.model, self.dense, self.parts, self.wanted, self.judge = model, dense, parts, wanted, judge
         self.conditions = options.conditions
         settings, progress = options.conditions.settings, options.conditions.progress
-        self.how = Fitting(options.refine, options.metric, settings, progress)
+        # Models are judged by inputs that none was fitted to.
+        self.how = Fitting(options.refine, options.metric, settings, progress, refit=judge is None)
         self.feeds = _feeds(dense, parts, options)
+        self.fault: GraphError | None = None
 
     def models(self, plans: Sequence[Planned]) -> Iterator[_Built]:
         """Write the model of each plan that has layers; with a plan for int8, the dense network in int8 comes first.
@@ -218,33 +225,36 @@ class _Builder:
             raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
         if dense_too and self.parts is None:
             raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
-        made, failed = 0, None
+        # Raises for a layer that is not there, before the work begins.
+        resolved = [resolve(self.model, _plan(planned)) for planned in factored]
         different = {_words(planned.targets) for planned in factored if isinstance(planned, PlanReport)}
-        for number, planned in enumerate([*([None] if dense_too else []), *factored]):
+        jobs: list[tuple[str, Callable[[], _Built]]] = [("the dense network in int8", self._dense_in_int8)] if dense_too else []
+        for number, (planned, layers) in enumerate(zip(factored, resolved, strict=True)):
+            jobs.append((f"a plan for {planned.precision}", partial(self._of, planned, layers, number)))
+        for what, make in jobs:
             try:
-                one = self._dense_in_int8() if planned is None else self._of(planned, number)
+                made = make()
             except GraphError as error:
-                failed = error
-                what = "the dense network in int8" if planned is None else f"a plan for {planned.precision}"
+                self.fault = error
                 if dense_too or len(factored) > 1:
                     self.conditions.progress("note", 1.0, f"{what} is left out: {error}")
                 continue
-            made += 1
-            yield one if len(different) < 2 or not one.planning else replace(one, asked=f", for {_words(one.planning.targets)}")
-        if failed is not None and not made:
-            raise failed
+            if len(different) > 1 and made.planning is not None:
+                made = replace(made, asked=f", for {_words(made.planning.targets)}")
+            yield made
 
     def _dense_in_int8(self) -> _Built:
         small = self._in_int8(self.model)
         path = _saved(small.model, self.dense.with_name("dense-int8.onnx"))
         return _Built("int8", path, self.dense, spared=small.spared)
 
-    def _of(self, planned: Planned, number: int) -> _Built:
+    def _of(self, planned: Planned, resolved: ResolvedPlan, number: int) -> _Built:
         planning, plan = (planned if isinstance(planned, PlanReport) else None), _plan(planned)
-        network = fitted(resolve(self.model, plan), self.parts, self.how)
+        network = fitted(resolved, self.parts, self.how)
         path = plain = _saved(network.factored.model, self.dense.with_name(f"factored{number}.onnx"))
         settings = self.conditions.settings.exact
-        error = numerical_error(network.resolved, network.cores, path, self.feeds, self.dense.parent, settings)
+        feeds = self.feeds if self.parts is None else list(self.parts.fitted.feeds)
+        error = numerical_error(network.resolved, network.cores, path, feeds, self.dense.parent, settings)
         save_model(network.model, plain)
         spared: tuple[str, ...] = ()
         if plan.precision == "int8":
@@ -301,7 +311,7 @@ def _measured(
                 spared=one.spared,
                 size=size,
                 ratios=_ratios(dense_size, size, ratio),
-                unstable=any(warning.startswith((f"{label}: ", "dense: ")) for warning in times.warnings),
+                unstable=any(w.startswith((f"{label}: unstable", "dense: unstable")) for w in times.warnings),
                 approximation=parity_of(both).worst,
                 aside=None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes),
             )

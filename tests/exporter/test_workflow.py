@@ -152,6 +152,9 @@ def test_a_plan_for_int8_is_followed_though_the_dense_network_loses_less(network
     assert [one.name for one in report.front] == ["dense in int8", "low rank in int8"]
     assert report.front[0].loss < report.front[1].loss
     assert (report.written, report.precision, len(report.layers)) == (1, "int8", 2)
+    tight = run(network, tmp_path / "o.onnx", IN_INT8, calibration=Calibration(feeds), max_loss=report.loss / 2)
+    assert not tight.accepted
+    assert "NOT accurate enough: the loss is" in str(tight)
     stored = {tensor.name for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
     assert any(name.startswith("a/") and name.endswith("_quantized") for name in stored)
 
@@ -172,6 +175,10 @@ def test_a_model_that_cannot_be_made_is_left_out(network, tmp_path, monkeypatch)
         run(network, tmp_path / "p.onnx", IN_INT8, calibration=Calibration(feeds))
     with pytest.raises(PlanError, match="names no layer"):
         run(network, tmp_path / "p.onnx", [])
+    monkeypatch.undo()
+    elsewhere = Plan(layers=(PLAN.layers[0].model_copy(update={"name": "nowhere"}),), precision="int8")
+    with pytest.raises(GraphError, match="nowhere"):
+        run(network, tmp_path / "p.onnx", elsewhere, calibration=Calibration(feeds))
     assert not (tmp_path / "p.onnx").exists()
 
 
@@ -226,6 +233,8 @@ def test_targets_on_size_are_met_before_speed_counts():
     small = small.model_copy(update={"ratios": small.ratios.model_copy(update={"flops": 3.9})})
     for target in (2.0, 4.0):  # met, and not quite
         assert best_of([fast, small], Wanted({"flops": target})) == 1
+    lossy = point("lossy", 3.0, 0.5, 0.4)
+    assert best_of([lossy, point("near", 1.2, 0.3, 0.85)], Wanted({}, fastest=True)) == 1  # neither agrees
     unstable = fast.model_copy(update={"unstable": True})
     assert best_of([unstable, point("steady", 1.995, 0.5)], Wanted({"latency": 2.015})) == 1
     assert best_of([fast, point("lossy", 3.0, 0.5)], Wanted({}, max_loss=0.1, fastest=True)) == 0

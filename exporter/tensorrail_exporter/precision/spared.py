@@ -79,6 +79,8 @@ def with_spared_layers(
     tried.seen[()] = loss, good
     found: list[tuple[float, tuple[Layer, ...]]] = []
     for group in _split(layers, _GROUPS):
+        if tried.late:
+            break
         gain = loss - tried(_names(group))[0]
         if gain > 0:
             found.append((gain / max(1, sum(layer.macs for layer in group)), group))

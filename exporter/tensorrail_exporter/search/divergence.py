@@ -1,8 +1,8 @@
 """How far the outputs of a changed network are from those of the dense one: one number that stands for lost accuracy.
 
 Where the first output holds the scores of classes it is the Kullback–Leibler divergence of the classes' probabilities, in nats;
-with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance, by
-feature. A metric takes the place of all of these: the divergence is then how far its mean score falls.
+with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance. A
+metric takes the place of all of these: the divergence is then how far its mean score falls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import sample_scores, wrong_labels
 from tensorrail_runtime.measure.agreement import scores_of
-from tensorrail_runtime.measure.features import Features, features_of
+from tensorrail_runtime.measure.features import WHOLE, Features, features_of
 
 Outputs = list[list[np.ndarray]]  # by output, by batch
 
@@ -106,7 +106,7 @@ class Divergence:
     def _relative(self, changed: Outputs) -> float:
         """Return the mean over outputs of the share of their variance that is lost; 1 for an output whose shape has changed.
 
-        Each feature of an output counts alike, see `features`.
+        Probabilities and other quantities of an output count alike, see `features`.
         """
         shares = []
         for k in self.compared:
@@ -116,13 +116,13 @@ class Divergence:
             before, after = ([np.asarray(part, np.float64) for part in parts] for parts in (self.dense[k], changed[k]))
             features = self._features_of(k)
             lost = np.sum([features.sums(np.square(a - b)) for a, b in zip(before, after, strict=True)], 0)
-            shares.append(float(features.weights(_variation(before, features)) @ lost))
+            shares.append(float(features.weights(_variation(before, features), _TINY) @ lost))
         return float(np.mean(shares))
 
     def _features_of(self, output: int) -> Features:
         if output not in self._features:
             parts = self.dense[output]
-            self._features[output] = features_of(parts, alike=scores_of(parts) is not None)
+            self._features[output] = WHOLE if scores_of(parts) is not None else features_of(parts)
         return self._features[output]
 
 
@@ -226,12 +226,15 @@ def _log_probabilities(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
 
 
 def _variation(parts: Sequence[np.ndarray], features: Features) -> np.ndarray:
-    """Return ‖a − mean‖² of each feature; the mean is over samples, or over all values if there is one or the shapes differ."""
+    """Return ‖a − mean‖² of each group of features.
+
+    The mean is over samples, or over all values of a group if there is one sample or the shapes differ.
+    """
     together = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
     if together:
         values = np.concatenate(parts)
         return features.sums(np.square(values - values.mean(0)))
-    count = sum(part.size for part in parts) / len(features.floors)
-    mean = np.sum([features.sums(part) for part in parts], 0) / max(count, 1)
-    squares = np.sum([features.sums(np.square(part)) for part in parts], 0)
-    return np.asarray(np.maximum(squares - count * np.square(mean), 0.0))
+    counts, totals, squares = (
+        np.sum([features.sums(of(part)) for part in parts], 0) for of in (np.ones_like, np.asarray, np.square)
+    )
+    return np.asarray(np.maximum(squares - np.square(totals) / np.maximum(counts, 1), 0.0))

@@ -16,6 +16,7 @@ chosen by.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,7 @@ _ROUNDS = 4  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
 _MARGIN = 0.25  # of the interval on one side of what was measured: half a standard deviation
+_SEVERAL = 1.5  # times the number of inputs: fewer say that each has one class, whose interval is Wilson's
 _INTERVAL = 1.96  # standard deviations on each side, of a 95 % interval
 _FEW = 0.3  # share of inputs that disagree, up to which it is in proportion to the difference of the outputs
 _CLOSE = 1.05  # times: limits that are so near to each other are not told apart
@@ -133,7 +135,7 @@ class _Tries:
         if guard.max_difference is not None and not gain.difference * difference <= guard.max_difference:
             return False
         share = self.expected(one.agreement) if guard.min_agreement else None
-        return share is None or gain.share * share <= allowed_share(guard, independent(one.agreement))
+        return share is None or gain.share * share <= allowed_share(guard, self.independent(one.agreement))
 
     def expected(self, agreement: Agreement) -> float | None:
         """Return the share of inputs that will disagree for a network that was run, within the interval of what it showed."""
@@ -142,12 +144,19 @@ class _Tries:
             return share
         return min(max(share, 1 - agreement.agreement_high), 1 - agreement.agreement_low)
 
+    def independent(self, agreement: Agreement) -> int:
+        """Return `independent` of a network; where all classes agree, as for the other networks that were run."""
+        others = [independent(one) for one in self.measured if one.agreement is not None and 0 < one.agreement < 1]
+        if agreement.agreement == 1 and others:
+            return max(agreement.samples, int(statistics.median(others)))
+        return independent(agreement)
+
     def most_careful(self) -> tuple[_Found, _Gain]:
         """Return the network with the least loss that was tried, and the gain for which it would just agree."""
         found = min(self.tried.values(), key=lambda one: one.loss)
         difference, guard = max(found.agreement.difference, 1e-12), self.guard
         expected = self.expected(found.agreement) or 1.0
-        share = allowed_share(guard, independent(found.agreement)) / expected
+        share = allowed_share(guard, self.independent(found.agreement)) / expected
         return found, _Gain(1.0 if guard.max_difference is None else guard.max_difference / difference, share)
 
     def fit(self, one: _Found, progress: Progress) -> Agreement:
@@ -338,7 +347,8 @@ def independent(agreement: Agreement) -> int:
     share, low, high = agreement.agreement, agreement.agreement_low, agreement.agreement_high
     if share is None or low is None or high is None or not 0 < share < 1:
         return agreement.samples
-    return max(agreement.samples, round(_INTERVAL**2 * share * (1 - share) / max((high - low) / 2, 1e-6) ** 2))
+    count = round(_INTERVAL**2 * share * (1 - share) / max((high - low) / 2, 1e-6) ** 2)
+    return count if count > _SEVERAL * agreement.samples else agreement.samples
 
 
 def allowed_share(guard: Guard, samples: int) -> float:

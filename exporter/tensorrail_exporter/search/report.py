@@ -229,7 +229,7 @@ class PlanReport(PrintedRecord):
         if self.verified is not None:
             lines += self.verified.described()
             if self.precision == "int8":
-                lines.append("what rounding to int8 loses is not included: it is measured once cores are fitted")
+                lines.append("the loss of the planned network does not include what rounding to int8 loses")
         elif self.plan.layers:
             lines.append("nothing is known about the accuracy of this plan: no calibration inputs were given")
         return (Table(title, head, rows), *lines, *self._measured_lines())

@@ -13,13 +13,14 @@ from scipy.stats import norm, t
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
-from tensorrail_runtime.measure.features import Features, features_of
+from tensorrail_runtime.measure.features import WHOLE, Features, features_of
 from tensorrail_runtime.measure.parity import Both, run_both
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import Session
 
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 
+_TINY = 1e-30
 _DRAWS = 2000  # resamplings behind the interval of the difference
 _TOLERANCE = 1e-3  # of a sum of probabilities, or of a norm of 1
 _SATURATED = 0.1  # share of sigmoids that may be exactly 0 or 1: ONNX Runtime rounds them to 0 below about −18
@@ -31,8 +32,8 @@ class Agreement(Record):
     `agreement` is the share of samples whose best class, by the first output, is the same, with Wilson's 95 % interval (Wilson
     1927); None if the first output does not hold scores of classes. Where a sample has several rows of scores, such as steps of
     a sequence, it is the mean of their shares, whose interval follows from how much samples differ. `difference` is
-    ‖b − a‖ / ‖a‖ of all numeric outputs together, each in units of its own norm, and each feature of an output in units of its
-    own (see `features`), with a 95 % interval from resampling the inputs.
+    ‖b − a‖ / ‖a‖ of all numeric outputs together, each in units of its own norm, with a 95 % interval from resampling the
+    inputs. Where an output holds probabilities beside other quantities, both are in units of their own norms (see `features`).
     """
 
     samples: int
@@ -182,13 +183,17 @@ def _differences(
     for k, first in enumerate(reference[0]):
         if not _numeric(first):
             continue
-        befores = [np.asarray(batch[k], np.float64) for batch in reference]
-        afters = [np.asarray(batch[k], np.float64) for batch in candidate]
-        features = features_of(befores, alike=scores_of([batch[k] for batch in reference]) is not None)
-        # An output with another shape counts as wholly different.
-        errors = [np.square(a - b) if a.shape == b.shape else np.square(a) for a, b in zip(befores, afters, strict=True)]
-        sizes = np.sum([features.sums(np.square(a)) for a in befores], 0)
-        shares.append(features.weights(sizes) @ _per_sample(errors, samples, features))
+        befores = [batch[k] for batch in reference]
+        features = WHOLE if scores_of(befores) is not None else features_of(befores)
+        sizes, errors = np.zeros(len(features.groups)), []
+        for before, batch, count in zip(befores, candidate, samples, strict=True):
+            a, b = np.asarray(before, np.float64), np.asarray(batch[k], np.float64)
+            sizes += features.sums(np.square(a))
+            # An output with another shape counts as wholly different.
+            errors.append(_per_sample(np.square(a - b) if a.shape == b.shape else np.square(a), count, features))
+        shares.append(features.weights(sizes, _TINY) @ np.concatenate(errors, 1))
+    if not shares:
+        return math.nan, math.nan, math.nan
     shares_of_samples = np.mean(shares, 0)  # what each sample adds to the mean over outputs of the squared difference
     value = math.sqrt(shares_of_samples.sum())
     count = len(shares_of_samples)
@@ -200,18 +205,14 @@ def _differences(
     return value, float(min(low, value)), float(max(high, value))
 
 
-def _per_sample(squares: Sequence[np.ndarray], samples: Sequence[int], features: Features) -> np.ndarray:
-    """Return the sum of squares of each feature for each sample, (features, samples).
+def _per_sample(square: np.ndarray, count: int, features: Features) -> np.ndarray:
+    """Return the sum of squares of each group of features for each sample of a batch, (groups, samples).
 
     A batch without a row per sample is shared out over its samples.
     """
-    found = []
-    for square, count in zip(squares, samples, strict=True):
-        if square.ndim and square.shape[0] == count:
-            found.append(np.stack([features.sums(row[None]) for row in square], 1))
-        else:
-            found.append(np.repeat(features.sums(square)[:, None] / count, count, 1))
-    return np.concatenate(found, 1)
+    if square.ndim and square.shape[0] == count:
+        return np.stack([features.sums(row[None]) for row in square], 1)
+    return np.repeat(features.sums(square)[:, None] / count, count, 1)
 
 
 def _numeric(array: object) -> bool:

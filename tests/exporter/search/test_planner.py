@@ -360,6 +360,7 @@ def test_what_is_expected_stays_within_what_the_network_showed():
     ("share", "low", "high", "count"),
     [
         (0.95, *wilson(95, 100), 100),  # one class each
+        (0.5, *wilson(50, 100), 100),
         (0.96, 0.952, 0.968, 2305),  # forty each: 1.96² · 0.96 · 0.04 / 0.008²
         (1.0, 0.94, 1.0, 64),
         (None, None, None, 64),
@@ -369,7 +370,9 @@ def test_inputs_with_many_classes_count_more(share, low, high, count):
     ends = {"agreement_low": low, "agreement_high": high, "difference_low": 0.0, "difference_high": 0.1}
     seen = Agreement(samples=100 if count == 100 else 64, agreement=share, difference=0.05, **ends)
     assert independent(seen) == count
-    assert allowed_share(Guard(min_agreement=0.95), count) <= 0.05
+    tries = _Tries(None, {}, None, None, Guard(), None)
+    tries.measured = [seen, seen.model_copy(update={"agreement": 0.96, "agreement_low": 0.952, "agreement_high": 0.968})]
+    assert tries.independent(seen) == (2305 if share == 1 else count)
 
 
 def test_outputs_that_are_not_finite_are_never_enough():

@@ -90,7 +90,7 @@ def compress(
         graph = load_to_search(path, conditions.timing, options.progress)
         require_comparable(path, feed_of(path, conditions, inputs), conditions.settings.exact)
         test = as_labelled(data, None if data is None else search.metric, options.inputs)
-        if asked.plan is not None and len(asked.precisions) == 1:
+        if asked.plan is not None and asked.precisions == ("fp32",) and test is None:
             _require_effect(search, inputs, options)
         if options.front and inputs is not None:
             calibration_parts(inputs, graph, search, conditions.settings.exact)  # while the limits are those of the search
@@ -103,7 +103,7 @@ def compress(
         found = replace(asked, search=search).plans(plan, options)
         compression = Compression(
             inputs,
-            _refine(options, len(found.plans)) if inputs is not None else {},
+            _refine(options, sum(1 for one in found.plans if _layers(one))) if inputs is not None else {},
             test,
             asked.guard,
             conditions,
@@ -116,6 +116,12 @@ def compress(
         report = carry_out(graph, found.plans, out, compression)
     once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
     return _reduced(report, out, search.also, inputs, test, once)
+
+
+def _layers(planned: Plan | PlanReport) -> int:
+    from tensorrail_exporter.plans.plan import Plan
+
+    return len((planned if isinstance(planned, Plan) else planned.plan).layers)
 
 
 def _require_effect(search: Search, inputs: Calibration | None, options: Options) -> None:
@@ -177,8 +183,6 @@ def _refine(options: Options, networks: int) -> dict[str, Refine]:
     seconds = options.fit.seconds
     if seconds == 0 or (seconds is None and importlib.util.find_spec("torch") is None):
         return {}
-    if seconds is not None:
-        pass  # raises where something is missing; otherwise torch is loaded when it is needed
     half = (_FIT_SECONDS if seconds is None else seconds) / max(1, networks) / 2
 
     def by_blocks(dense: onnx.ModelProto, factored: onnx.ModelProto, plan: Plan, inputs: Calibration) -> onnx.ModelProto:
