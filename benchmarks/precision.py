@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import tensorrail as tr
-from tensorrail.front import write_front
+from tensorrail.front import drawn
 from tensorrail_exporter.compressed import Front, Point
 from tensorrail_runtime.errors import TensorrailError
 from tensorrail_runtime.records import write_text
@@ -51,7 +51,8 @@ def measured(path: Path, options: argparse.Namespace, folder: Path) -> tuple[Fro
             front=True,
         ),
     )
-    write_front(report, options.out.parent / options.out.name / f"{path.stem}.json" if options.out else folder / "front.json")
+    if options.out:
+        write_text(options.out / f"{path.stem}.svg", drawn(report.front))
     dense = None if report.accuracy is None else report.accuracy.reference.mean
     return Front(model=path.stem, dense=report.dense, points=report.front, machine=report.latency.machine), dense
 
