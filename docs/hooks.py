@@ -21,7 +21,7 @@ _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 _PICTURE = re.compile(r"!\[[^\]]*\]\((?:docs/)?assets/[\w-]+\.svg(?=\))")
 _FENCES = {".py": "python", ".yml": "yaml", ".yaml": "yaml"}
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-_WHOLE = ("CHANGELOG.md", "CONTRIBUTING.md", "results/*.md", "results/*.svg", "examples/README.md")
+_WHOLE = ("CHANGELOG.md", "CONTRIBUTING.md", "results/*.md", "results/*.svg", "results/precision/*.svg", "examples/README.md")
 _SOURCES = ("action.yml", "examples/*.py", "examples/*.yml", "recipes/*.yaml")
 
 
