@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import onnx
-
-from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.compressed import Point, Ratios
-from tensorrail_exporter.search.divergence import Divergence
 from tensorrail_exporter.search.fastest_agreeing import agrees
 from tensorrail_exporter.search.guard import Guard
-from tensorrail_exporter.search.losses import agreement_between, outputs_of
-from tensorrail_exporter.search.targets import is_met
+from tensorrail_exporter.search.targets import is_met, nearness
 from tensorrail_runtime.measure.agreement import Agreement
-from tensorrail_runtime.sessions.session import Session
 
 
 @dataclass(frozen=True)
@@ -49,29 +43,6 @@ class Wanted:
         return meets(point, self.targets) and self.accepts(point.loss, point.chosen)
 
 
-class Judge:
-    """Measures models on the inputs that models are chosen by.
-
-    Args:
-        model: the dense graph.
-        inputs: the inputs.
-        metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
-        settings: how models run.
-
-    """
-
-    def __init__(self, model: onnx.ModelProto, inputs: Calibration, metric: str | None, settings: Session) -> None:
-        self._inputs, self._settings = inputs, settings
-        self._names = [output.name for output in model.graph.output]
-        self._dense = outputs_of(model, self._names, inputs, settings)
-        self._divergence = Divergence(self._names, self._dense, inputs.labels, metric, inputs.samples)
-
-    def __call__(self, model: onnx.ModelProto) -> tuple[float, Agreement]:
-        """Return the loss of a model, and how far its outputs agree with the dense ones."""
-        outputs = outputs_of(model, self._names, self._inputs, self._settings)
-        return self._divergence.of(outputs), agreement_between(self._dense, outputs, self._inputs)
-
-
 def best(points: Sequence[Point], wanted: Wanted) -> int:
     """Return the place of the best model.
 
@@ -92,7 +63,7 @@ def best(points: Sequence[Point], wanted: Wanted) -> int:
             return accepted, reached, faster, point.ratios.latency if accepted else _closeness(point, wanted)
         if reached:
             return True, accepted, faster, -(point.loss or 0.0)
-        return False, accepted, False, _nearness(point, wanted.targets)
+        return False, accepted, False, nearness({name: _reached(point, name) for name in wanted.targets}, wanted.targets)
 
     return max(range(len(points)), key=lambda k: rank(points[k]))
 
@@ -109,11 +80,6 @@ def _closeness(point: Point, wanted: Wanted) -> float:
     if point.chosen is None:
         return 0.0
     return -point.chosen.difference if point.chosen.agreement is None else point.chosen.agreement
-
-
-def _nearness(point: Point, targets: Mapping[str, float]) -> float:
-    """Return the share of a target that a model reaches, for the target with the smallest share."""
-    return min((_reached(point, name) / value for name, value in targets.items()), default=point.ratios.latency)
 
 
 def _reached(point: Point, target: str) -> float:

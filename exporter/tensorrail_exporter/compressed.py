@@ -42,9 +42,7 @@ class Point(Record):
     spared: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in int8
     size: Size
     ratios: Ratios  # against the dense network in fp32
-    unstable: bool = (
-        False  # whether its times, or those of the dense network, vary so much that the interval's lower end counts
-    )
+    unstable: bool = False  # its times, or the dense network's, vary so much that the lower end of the interval counts
     approximation: float  # relative L2 error of the outputs, on inputs set aside, else on random ones
     loss: float | None = None  # on inputs that networks are chosen by
     chosen: Agreement | None = None  # agreement on the same inputs

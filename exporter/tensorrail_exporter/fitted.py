@@ -17,8 +17,7 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
-from tensorrail_exporter.search.divergence import Divergence
-from tensorrail_exporter.search.losses import outputs_of
+from tensorrail_exporter.search.judge import Judge
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.progress import Progress, silent
@@ -37,8 +36,8 @@ class Fitting:
 
     refine: Mapping[str, Refine] = field(default_factory=dict)
     """Further fits of the factored graph, by what they are called, in order; default: none."""
-    metric: str | None = None
-    """A score of each sample that further fits are judged by; default: none, so by how far outputs are from the dense ones."""
+    judge: Judge | None = None
+    """Measures networks on the inputs that are held out; further fits need it. Default: none."""
     settings: Session = field(default_factory=Session)
     """How networks run; outputs are compared with `settings.exact`."""
     progress: Progress = silent
@@ -65,18 +64,14 @@ def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network
     """
     if parts is None:
         return _factored(resolved, decompose(resolved), (), how)
-    if not how.refine:
+    if not how.refine or how.judge is None:
         return _layerwise(resolved, parts, how, refit=how.refit)
-    settings = how.settings.exact
-    names = [output.name for output in resolved.model.graph.output]
-    dense = outputs_of(resolved.model, names, parts.chosen, settings)
-    divergence = Divergence(names, dense, parts.chosen.labels, how.metric, parts.chosen.samples)
     network = _layerwise(resolved, parts, how, refit=False)
     shrinkages = {row.layer: row.shrinkage for row in network.layers if row.shrinkage is not None}
-    start = least = divergence.of(outputs_of(network.model, names, parts.chosen, settings))
+    start = least = how.judge.loss(network.model)
     for what, refine in how.refine.items():
         refined = _refined(refine, resolved.model, network, parts.fitted)
-        loss = divergence.of(outputs_of(refined, names, parts.chosen, settings))
+        loss = how.judge.loss(refined)
         if loss < least:
             network, least = replace(network, model=refined), loss
         else:

@@ -17,7 +17,7 @@ import onnx
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.calibrate.split import Split, split
-from tensorrail_exporter.choice import Judge, Wanted, best, meets
+from tensorrail_exporter.choice import Wanted, best, meets
 from tensorrail_exporter.compressed import CompressReport, Point, Ratios
 from tensorrail_exporter.fitted import Fitting, fitted, numerical_error
 from tensorrail_exporter.fitted import Refine as Refine
@@ -28,6 +28,7 @@ from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_laye
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
 from tensorrail_exporter.search.guard import Guard
+from tensorrail_exporter.search.judge import Judge
 from tensorrail_exporter.search.losses import check_metric
 from tensorrail_exporter.search.report import PlanReport, Size, times_less
 from tensorrail_runtime.errors import GraphError, PlanError, TargetError
@@ -111,16 +112,16 @@ def compress(
         save_model(model, dense)
         several = len(plans) > 1 or any(planned.precision == "int8" for planned in plans)
         judge = None
-        if several and parts is not None:
+        if parts is not None and (several or options.refine):
             judge = Judge(model, parts.chosen, options.metric, options.conditions.settings.exact)
-        builder = _Builder(model, dense, parts, options, wanted, judge)
+        builder = _Builder(model, dense, parts, options, wanted, judge, several=several)
         built = list(builder.models(plans))
         searched = any(isinstance(planned, PlanReport) or not planned.layers for planned in plans)
         eligible = [k for k, one in enumerate(built) if one.layers or searched]
         if builder.fault is not None and not eligible:
             raise builder.fault
         dense_size, points, times = _measured(dense, built, parts, options, builder.feeds)
-        if judge is not None:
+        if several and judge is not None:
             judged = [judge(load_model(one.path)) for one in built]
             points = [p.model_copy(update={"loss": loss, "chosen": own}) for p, (loss, own) in zip(points, judged, strict=True)]
         k = eligible[best([points[place] for place in eligible], wanted)]
@@ -205,12 +206,14 @@ class _Builder:
         options: Compression,
         wanted: Wanted,
         judge: Judge | None,
+        *,
+        several: bool,
     ) -> None:
         self.model, self.dense, self.parts, self.wanted, self.judge = model, dense, parts, wanted, judge
         self.conditions = options.conditions
         settings, progress = options.conditions.settings, options.conditions.progress
-        # Models are judged by inputs that none was fitted to.
-        self.how = Fitting(options.refine, options.metric, settings, progress, refit=judge is None)
+        # Several models are judged by inputs that none was fitted to.
+        self.how = Fitting(options.refine, judge, settings, progress, refit=not several)
         self.feeds = _feeds(dense, parts, options)
         self.fault: GraphError | None = None
 

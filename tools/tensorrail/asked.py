@@ -57,7 +57,7 @@ class Asked:
 
         if self.plan is not None:
             return Plans([self.plan.model_copy(update={"precision": precision}) for precision in self.precisions])
-        found: list[PlanReport] = []
+        found: dict[Plan, PlanReport] = {}
         refusal: TargetError | GraphError | None = None
         for precision in self.precisions:
             try:
@@ -69,9 +69,9 @@ class Asked:
                 if len(self.precisions) > 1:
                     options.progress("note", 1.0, f"low rank in {precision} is left out: {error}")
                 continue
-            known = [one.plan for one in found]
-            found += [one for k, one in enumerate(reports) if one.plan not in [*known, *(r.plan for r in reports[:k])]]
-        low_rank: list[PlanReport | Plan] = [one for one in found if one.plan.layers]
+            for report in reports:  # targets that are near to each other may have the same plan
+                found.setdefault(report.plan, report)
+        low_rank: list[PlanReport | Plan] = [one for one in found.values() if one.plan.layers]
         if "int8" in self.precisions:  # the dense network in int8 is measured in any case, and may be all that is fast enough
             if not any(one.precision == "int8" for one in low_rank):
                 low_rank.append(Plan(layers=(), precision="int8"))

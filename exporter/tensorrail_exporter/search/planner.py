@@ -38,7 +38,7 @@ from tensorrail_exporter.search.losses import (
 from tensorrail_exporter.search.options import Option, families, options_of, thinned
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.selection import Candidates, require_reachable
-from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.targets import Search, nearness
 from tensorrail_exporter.search.verification import Verification
 from tensorrail_exporter.search.verified_choice import choose_verified, with_inputs_set_aside
 from tensorrail_runtime.errors import PlanError, TargetError
@@ -344,17 +344,12 @@ def _best(reports: Sequence[PlanReport], *, fastest: bool) -> PlanReport:
         return min(meeting, key=lambda report: (len(report.slower), -report.reached["latency"]))
     if meeting:
         return min(meeting, key=lambda report: (len(report.slower), _loss(report)))
-    return max(reports, key=lambda report: (_nearness(report), report.reached["latency"]))
+    return max(reports, key=lambda report: (nearness(report.reached, report.targets), report.reached["latency"]))
 
 
 def _loss(report: PlanReport) -> float:
     """Return the loss of a plan: that of the whole network, if it was measured."""
     return sum(row.loss for row in report.rows) if report.verified is None else report.verified.loss
-
-
-def _nearness(report: PlanReport) -> float:
-    """Return the share of a target that a plan reaches, for the target with the smallest share."""
-    return min((report.reached[name] / target for name, target in report.targets.items()), default=1.0)
 
 
 def _options(layers: Sequence[DenseLayer], search: Search) -> dict[DenseLayer, tuple[Option, ...]]:

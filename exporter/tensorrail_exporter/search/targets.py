@@ -36,6 +36,11 @@ def is_met(reached: float, target: float) -> bool:
     return reached >= _MET * target
 
 
+def nearness(reached: Mapping[str, float], targets: Mapping[str, float]) -> float:
+    """Return the share of a target that is reached, for the target with the smallest share; 1 without targets."""
+    return min((reached[name] / target for name, target in targets.items()), default=1.0)
+
+
 @dataclass(frozen=True)
 class Search:
     """How the plan of a network is searched for."""
