@@ -35,7 +35,7 @@ def people(packages: Packages, share: float) -> Data:
     person = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     calibration = [person, person, *(folder / name for name in _CALIBRATION[:4])]
     aside = [*(folder / name for name in _PEOPLE), folder / "camera.png"]
-    parts = ((1, calibration, 64), (2, aside, 128))
+    parts = ((1, calibration, 160), (2, aside, 128))
     return Data(*[{"images": _crops(files, count_of(count, share), 320, seed)} for seed, files, count in parts])
 
 
@@ -43,7 +43,7 @@ def attention(packages: Packages, share: float) -> Data:
     """Crops of photographs, 3×224×224 with ImageNet's mean and deviation."""
     folder = packages(PHOTOS) / "skimage" / "data"
     parts = []
-    for seed, names, count in ((3, _CALIBRATION, 64), (4, (*_ASIDE, *_PEOPLE), 96)):
+    for seed, names, count in ((3, _CALIBRATION, 96), (4, (*_ASIDE, *_PEOPLE), 96)):
         crops = _crops([folder / name for name in names], count_of(count, share), 224, seed)
         parts.append({"input_image": (crops - _MEAN[:, None, None]) / _STD[:, None, None]})
     return Data(*parts)

@@ -31,10 +31,11 @@ from tensorrail_runtime.sessions.session import run as run_session
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
-BATCH = 25  # samples that run at once, where the model takes any number
+BATCH = 4  # samples that run at once, where the model takes any number: more are hardly faster, and take more memory
 
 _ROWS = 12  # sampled rows per value of a patch: enough for a second moment that can be inverted
 _LEAST = 20_000  # sampled rows at least
+_TOGETHER = 32  # samples in a feed at most, as far as is known here: that many times the rows of one are sampled
 _ROUNDING = 2e-7  # share of the trace: the rounding of a moment in single precision
 _ALIKE = 1e-5  # share of the mean square: single precision cannot represent a smaller variance
 _SHRUNK = 0.01  # moments that are shrunk this much can be inverted in single precision
@@ -219,7 +220,7 @@ class Sampler:
             if columns:
                 data = np.swapaxes(data, -1, -2)
             flat = data.reshape(-1, spec.shape[1])
-            count = min(len(flat), self.each * BATCH)
+            count = min(len(flat), self.each * _TOGETHER)
             return np.ascontiguousarray(flat[np.sort(rng.permutation(len(flat))[:count])], np.float32)
         return _patches(np.asarray(data, np.float32), spec, self.each, rng)
 

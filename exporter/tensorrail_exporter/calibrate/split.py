@@ -33,6 +33,15 @@ class Split:
     """Inputs that nothing is fitted to or chosen by; None where there are too few to set any aside."""
 
     @property
+    def exchanged(self) -> Split:
+        """The same with the inputs to fit to and those to choose by exchanged.
+
+        Where fitted networks are compared to find the fastest one that agrees, ranks are chosen by the inputs that cores will
+        be fitted to, with approximations from the others. So networks are compared on inputs that ranks owe nearly nothing to.
+        """
+        return replace(self, fitted=self.chosen, chosen=self.fitted)
+
+    @property
     def seen(self) -> Calibration:
         """All inputs that are not set aside: those to fit to once ranks are chosen."""
         return self.fitted if self.chosen is self.fitted else joined(self.fitted, self.chosen)

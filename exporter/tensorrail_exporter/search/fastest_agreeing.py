@@ -34,8 +34,10 @@ from tensorrail_runtime.progress import Progress
 _STEPS = 10  # limits that are tried in a round
 _ROUNDS = 4  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
+_CARE = 1.1
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
-_MARGIN = 0.25  # of the interval on one side of what was measured: half a standard deviation
+_MARGIN = 0.25  # of the interval on one side of a share that was measured: half a standard deviation
+_WIDE_MARGIN = 0.5  # the same of a difference, which few inputs show better than a share: a standard deviation
 _SEVERAL = 1.5  # times the number of inputs: fewer say that each has one class, whose interval is Wilson's
 _INTERVAL = 1.96  # standard deviations on each side, of a 95 % interval
 _FEW = 0.3  # share of inputs that disagree, up to which it is in proportion to the difference of the outputs
@@ -67,6 +69,10 @@ class _Gain:
         """Return the gain that was measured, which is not too far from the present one."""
         own = ((self.difference, difference), (self.share, share))
         return _Gain(*(min(max(new, old / _STEP), old * _STEP) for old, new in own))
+
+    def with_care(self) -> _Gain:
+        """Return the gain to count on where a network did not agree: one that is nearer to the dense network gains less."""
+        return _Gain(self.difference * _CARE, self.share * _CARE)
 
     def is_less_than(self, other: _Gain) -> bool:
         """Return whether a fit leaves so much less than another one that a faster network may agree."""
@@ -256,8 +262,8 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
     ends: dict[bool, _Gain] = {}  # the expectations that led to the last network that agreed, and to the last that did not
     for number in range(_ROUNDS):
         found, hopeful = tries.found(gain, progress)
-        if best is None and number == _ROUNDS - 2:
-            found, gain = tries.most_careful()  # with a round left for one that is faster
+        if best is None and number == _ROUNDS - 1:
+            found, gain = tries.most_careful()
         if not number and not is_confirmed(found.loss, found.predicted):
             again = _Tries(start, tries.aims, tries.corrected(found, progress), search, guard, probe)
             other, also = again.found(gain, progress)
@@ -281,7 +287,9 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
         moved = found.agreement.difference
         expected = tries.expected(found.agreement)
         share = 1.0 if fitted.agreement is None or not expected else (1 - fitted.agreement + 0.5 / fitted.samples) / expected
-        gain = gain.changed(fitted.difference / max(moved, 1e-12), share)
+        gain = gain.changed(_probable_difference(fitted) / max(moved, 1e-12), share)
+        if not good:
+            gain = gain.with_care()
         if not hopeful or (good and not gain.is_less_than(ends[True])):
             break  # no other choice loses less, or a faster one would hardly agree
     probe.gain = ends.get(True, gain)
@@ -326,17 +334,15 @@ def agrees(fitted: Agreement, guard: Guard) -> bool:
 
     Args:
         fitted: its agreement on some inputs.
-        guard: the limits. Agreement and difference must keep them by half a standard deviation, as far as so few inputs can
-            show it.
+        guard: the limits. Agreement must keep them by half a standard deviation, as far as so few inputs can show it, and the
+            difference of the outputs by a whole one.
 
     """
     if fitted.agreement is not None:
         low = fitted.agreement if fitted.agreement_low is None else fitted.agreement_low
         if _probable(fitted.agreement, low) < _limit(guard, fitted.samples):
             return False
-    high = fitted.difference_high if math.isfinite(fitted.difference_high) else fitted.difference
-    probable = fitted.difference + _MARGIN * (high - fitted.difference)
-    return not guard.refusal(fitted.model_copy(update={"difference": probable}))
+    return not guard.refusal(fitted.model_copy(update={"difference": _probable_difference(fitted)}))
 
 
 def independent(agreement: Agreement) -> int:
@@ -359,6 +365,12 @@ def allowed_share(guard: Guard, samples: int) -> float:
         if _probable(1 - wrong / samples, low) >= limit:
             return wrong / samples
     return 0.5 / samples
+
+
+def _probable_difference(fitted: Agreement) -> float:
+    """Return the difference of the outputs that other inputs will probably keep."""
+    high = fitted.difference_high if math.isfinite(fitted.difference_high) else fitted.difference
+    return fitted.difference + _WIDE_MARGIN * (high - fitted.difference)
 
 
 def _probable(share: float, low: float) -> float:

@@ -196,7 +196,7 @@ class LatencyTable:
         wanted: Mapping[DenseLayer, Sequence[Option]],
         settings: Session,
         *,
-        seconds: float = 150.0,
+        seconds: float = 60.0,
         progress: Progress = silent,
     ) -> None:
         """Measure the missing times and save the table after every layer.
@@ -207,7 +207,7 @@ class LatencyTable:
         Args:
             wanted: the options of every layer; the dense layer is always measured, too.
             settings: settings of the sessions.
-            seconds: time for all measurements, to which that of opening the models is added; default 150.
+            seconds: time for all measurements, to which that of opening the models is added; default 60.
             progress: told what is measured next.
 
         Raises:

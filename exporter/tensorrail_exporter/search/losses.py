@@ -12,6 +12,7 @@ square. Where a network is cut deeply this fails: `verification` measures the lo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,9 +42,12 @@ from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 
-SAMPLES = 64  # samples on which effects on the network's outputs are measured
+SAMPLES = 64  # samples on which effects on the network's outputs are measured, if not fewer take long
+_FEWEST = 16
+_LEVEL_SECONDS = 60.0  # for measuring one option of every layer
 _POINTS = 5  # options of a layer whose effect is measured, at most
-_FEW = 24  # samples on which the shape of a layer's curve is measured; one of its points is measured on all samples
+_FEW = 24  # samples on which the shape of a layer's curve is measured, if not fewer take long; one point is measured on all
+_SHAPE_SECONDS = 30.0  # for those of all layers
 _STRAIGHT = 0.5  # distance of the logarithms: a curve whose middle is nearer to the line between its ends needs three points
 _ALIKE = 3.0  # factor between effects on few and on all samples up to which one factor serves for the whole curve
 _SHRINKAGE = 0.1  # of the second moments of inputs, which few samples do not determine; see `calibrate.layerwise`
@@ -107,10 +111,14 @@ class Probe:
         self._dense: Outputs | None = None  # on the inputs that fitted networks are compared on
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
         # Scores of few samples are too coarse.
-        few = len(inputs.first(_FEW).feeds) if metric is None and inputs.labels is None else len(inputs.feeds)
-        self.few = few if few < len(inputs.feeds) else None  # batches for a first look; None where it takes all of them
+        coarse = metric is not None or inputs.labels is not None
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
-        self.divergence = Divergence(self.network.outputs, self.network.dense(), inputs.labels, metric, inputs.samples)
+        began = time.monotonic()
+        dense = self.network.dense()
+        seconds = (time.monotonic() - began) / max(1, inputs.count)
+        few = len(inputs.feeds if coarse else inputs.first(_few(seconds * len(self.network.layers))).feeds)
+        self.few = few if few < len(inputs.feeds) else None  # batches for a first look; None where it takes all of them
+        self.divergence = Divergence(self.network.outputs, dense, inputs.labels, metric, inputs.samples)
 
     def change(self, layer: str, option: Option) -> Change:
         """Return the approximated weight of a layer, and the bias that keeps the mean of its outputs."""
@@ -183,6 +191,21 @@ class Probe:
     def outputs(self, choice: Mapping[str, Option], batches: int | None = None) -> Outputs:
         """Return the outputs of the network with an option for each of some layers; `batches` as for `loss`."""
         return self.network.with_changes({layer: self.change(layer, option) for layer, option in choice.items()}, batches)
+
+
+def samples_for(seconds: float) -> int:
+    """Return the number of samples to measure effects on.
+
+    Args:
+        seconds: how long the dense network takes for one sample, times the number of layers.
+
+    """
+    return max(_FEWEST, min(SAMPLES, round(_LEVEL_SECONDS / max(seconds / 2, 1e-9))))  # half of it lies behind a layer
+
+
+def _few(seconds: float) -> int:
+    """Return the number of samples for a first look; `seconds` as for `samples_for`."""
+    return max(1, min(_FEW, round(_SHAPE_SECONDS / max(seconds * (_POINTS - 1) / 2, 1e-9))))
 
 
 def agreement_between(dense: Outputs, outputs: Outputs, inputs: Calibration) -> Agreement:

@@ -26,7 +26,7 @@ AUTO = ("tt", "svd")
 _MOST = 0.95  # share of the dense MACs above which no option is offered: its additional kernels cost more than it saves
 _BEYOND = 2.0  # multiple of the dense MACs after which no larger ranks are tried
 _BALANCE = 0.26  # largest difference between the two ranks of a narrow convolution, as shares of their channels
-_THIN = 4  # options of one format and modes that are timed where the others are estimated
+_THIN = 5  # options of one format and modes that are timed; the others are estimated
 _KEPT = 12  # largest number of options per layer and form, spread evenly over the logarithm of their MACs
 
 

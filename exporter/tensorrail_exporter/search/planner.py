@@ -26,13 +26,13 @@ from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut, left_out, survey
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
-    SAMPLES,
     Losses,
     Probe,
     approximations_of,
     check_metric,
     check_outputs,
     measured_losses,
+    samples_for,
     weight_losses,
 )
 from tensorrail_exporter.search.options import Option, families, options_of, thinned
@@ -56,7 +56,7 @@ _FAR = 1.15  # times what these forms reach: other forms may be faster than thos
 _SKETCHES = 2  # rough measurements that must agree before a target is refused for them
 _SKETCH_SECONDS = 4.0  # for which the models of one may run; networks that need longer are timed at once
 _LEEWAY = 1.02  # times what a rough measurement reaches: not refused
-_ROUGHLY = 0.1  # share of the time for timing layers that is enough where no target is on the latency
+_ROUGHLY = 0.25  # share of the time for timing layers that is enough where no target is on the latency
 _TRIES = 4
 _GPU_GRID = 8
 _PROCESSES = 5  # at most; a process that times for less than a second mostly starts
@@ -142,12 +142,14 @@ def plan_networks(
     parts = calibration_parts(calibration, model, search, settings)
     with scratch() as folder:
         timed, verification = _all_timed(model, targets, search, options, parts, conditions, Path(folder))
-        approximations = approximations_of(resolved, timed.faster, parts, settings.exact)
+        ranking = parts if parts is None or search.guard is None else parts.exchanged
+        approximations = approximations_of(resolved, timed.faster, ranking, settings.exact)
         probe = None
-        if parts is None:
+        if parts is None or ranking is None:
             losses = weight_losses(timed.faster, approximations, progress)
         else:
-            few = parts.chosen.first(SAMPLES)
+            seconds = 1e-3 * timed.dense.milliseconds / conditions.timing.batch * sum(map(bool, timed.faster.values()))
+            few = ranking.chosen.first(samples_for(seconds))
             kept = _inside(folder, "kept")
             probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts, search.precision)
             losses = measured_losses(timed.faster, probe, progress)
@@ -230,14 +232,15 @@ def _timed(
     sizes: tuple[Size, Size],
     conditions: Conditions,
 ) -> Candidates:
-    """Time all forms of all layers, and return them without losses; raise `TargetError` if they cannot meet a target.
+    """Time some forms of all layers, estimate those between, and return all without losses; `TargetError`: they meet no target.
 
     What can be reached is measured roughly first, and a target beyond it is refused when a second measurement agrees. For a
     target on the latency, the forms with the fewest MACs are timed next, and a target far beyond them is refused at once.
     `sizes` are those of the dense network, in fp32 and in the precision of the plan.
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
-    share = _count(smallest) / max(1, _count(smallest) + _count(options))
+    wanted = {layer: thinned(forms) for layer, forms in options.items()}
+    share = _count(smallest) / max(1, _count(smallest) + _count(wanted))
     seconds = search.seconds * _ROUGHLY if table.rough else search.seconds
     settings, progress = conditions.settings, conditions.progress
 
@@ -246,7 +249,6 @@ def _timed(
         return Candidates(forms, faster, Losses("", {}), table, *sizes, _scale(options, table, sizes[1].milliseconds))
 
     bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
-    wanted = {layer: thinned(forms) for layer, forms in options.items()} if table.rough else options
     cheapest = {layer: _cheapest(forms) for layer, forms in wanted.items()}
     for attempt in range(_SKETCHES if bounding and not settings.on_gpu and table.lacks(cheapest) else 0):
         rough = table.sketch(cheapest, settings, _SKETCH_SECONDS, progress)
@@ -265,7 +267,7 @@ def _timed(
     else:
         share = 0.0
     table.measure(wanted, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
-    timed = candidates(options, table.with_estimates(options) if table.rough else table)
+    timed = candidates(options, table.with_estimates(options) if table.lacks(options) else table)
     require_reachable(targets, timed, search)
     return timed
 

@@ -113,9 +113,10 @@ class VerifiedLoss(Record):
     """The loss of the chosen network as a whole, with all of its layers approximated, before cores are fitted.
 
     `predicted` is the sum of the losses of its layers, each measured alone. `samples` is the number of inputs that ranks were
-    chosen by, on which both were measured; `chosen` is the agreement on these once cores were fitted, where the fastest network
-    that agrees was looked for. `aside` compares the outputs on inputs that were not used for anything else; it is None if there
-    were too few inputs to set any aside (`too_few`), or if the network is compared later, as in `compress`.
+    chosen by, on which both were measured; `chosen` is the agreement on others, which networks were compared on once cores were
+    fitted, where the fastest network that agrees was looked for. `aside` compares the outputs on inputs that were not used for
+    anything else; it is None if there were too few to set any aside (`too_few`), or if the network is compared later, as in
+    `compress`.
     """
 
     unit: str
@@ -135,7 +136,8 @@ class VerifiedLoss(Record):
         ]
         if self.chosen is not None:
             lines.append(
-                f"once cores were fitted, on the {self.chosen.samples} inputs that ranks were chosen by: {self.chosen.words()}"
+                f"once cores were fitted, on the {self.chosen.samples} inputs that networks were compared on: "
+                f"{self.chosen.words()}"
             )
         if self.too_few:
             lines.append("too few inputs to set any aside: the loss on other inputs is not known")

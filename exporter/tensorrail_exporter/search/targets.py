@@ -54,13 +54,13 @@ class Search:
     max_loss: float | None = None
     """Limit on the sum of losses: find the fastest network within it, with or without targets; default: no limit."""
     guard: Guard | None = None
-    """Limits on how far outputs may be from the dense network's: find the fastest network within them, on the calibration
-    inputs that ranks are chosen by; default: none, so the least loss is looked for."""
+    """Limits on how far outputs may be from the dense network's: find the fastest network within them, on calibration inputs
+    that cores were not fitted to; default: none, so the least loss is looked for."""
     allow_slower: bool = False
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
-    seconds: float = 150.0
-    """Time limit in seconds for timing layers that are not in the latency table yet, of which a tenth is used where neither
-    `latency` is a target nor loss or agreement are limited; default 150."""
+    seconds: float = 60.0
+    """Time limit in seconds for timing layers that are not in the latency table yet, of which a quarter is used where neither
+    `latency` is a target nor loss or agreement are limited; default 60."""
     improve_seconds: float = 20.0
     """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 20."""
     check_seconds: float = 10.0

@@ -34,6 +34,8 @@ _TRIES = 300  # random orders of a cycle, of which the most even one is used
 _BURST = 4  # runs in a row of each model
 BURST_ROUNDS = 5
 _ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
+_FEWEST_PRECISE = 7  # rounds that count: with fewer, the range of the values is hardly wider than their median is uncertain
+_PRECISE = 0.01  # half the 95 % interval of a ratio of times: how much a process differs from the next one
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def fresh_bursts(
     Args:
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
-        seconds: about how long to measure; 400 rounds are enough.
+        seconds: how long to measure at most; 400 rounds are enough, or fewer that show each model's time, as a multiple of
+            the first model's, within 1 % (95 % interval).
         rounds: the number of rounds at least, the first of which is left out.
 
     Returns:
@@ -130,7 +133,7 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     rounds: list[list[float]] = []
     start, order, waited = time.perf_counter(), list(range(len(runners))), _waited_ns()
     while len(rounds) < request["rounds"] or (
-        len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"]
+        len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"] and not are_precise(rounds[1:])
     ):
         medians = [0.0] * len(runners)
         for index in order:
@@ -145,6 +148,27 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
         order.reverse()
     share = 1e-9 * (_waited_ns() - waited) / (time.perf_counter() - start)
     return json.dumps({"times": np.array(rounds[1:]).T.tolist(), "waited": share})
+
+
+def are_precise(rounds: Sequence[Sequence[float]]) -> bool:
+    """Return whether times in turns are enough to compare models.
+
+    Args:
+        rounds: the milliseconds of all models in each round.
+
+    Returns:
+        Whether the median of each model's time, as a multiple of the first model's, is known within 1 % (95 % interval by
+        order statistics); for one model, of its time.
+
+    """
+    count = len(rounds)
+    if count < _FEWEST_PRECISE:
+        return False
+    times = np.array(rounds)
+    ratios = np.sort(times if times.shape[1] == 1 else times[:, 1:] / times[:, :1], axis=0)
+    outside = int(count / 2 - 0.98 * math.sqrt(count))  # values on each side of the interval of the median
+    low, middle, high = ratios[outside], ratios[count // 2], ratios[count - 1 - outside]
+    return bool(np.all(high - low <= 2 * _PRECISE * middle))
 
 
 def _request(paths: Sequence[Path | str], settings: Session) -> dict[str, Any]:

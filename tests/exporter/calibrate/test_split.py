@@ -81,3 +81,9 @@ def test_feeds_that_differ_in_length_stay_whole():
     assert sorted(itertools.chain(*(numbers(part) for part in (parts.seen, parts.judged)))) == list(range(8))
     assert {feed["x"].shape for part in (parts.seen, parts.judged) for feed in part.feeds} == {f["x"].shape for f in feeds}
     assert parts.judged.labels.tolist() == numbers(parts.judged)
+
+
+def test_the_parts_to_fit_to_and_to_choose_by_can_be_exchanged():
+    parts = split(Calibration(({"x": np.arange(40.0)},)))
+    other = parts.exchanged
+    assert (other.fitted, other.chosen, other.judged) == (parts.chosen, parts.fitted, parts.judged)

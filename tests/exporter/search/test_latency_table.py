@@ -378,10 +378,10 @@ def test_real_times_are_positive_and_finite(rng, tmp_path, strides):
 
 def test_times_between_two_that_were_measured_are_estimated_and_not_kept(calls, rng, tmp_path):
     layer = conv_layer(rng)
-    options = options_of(layer, ("tt", "svd"), 2)
+    options = options_of(layer, ("tt", "svd"), 1)
     few = thinned(options)
     assert len(families(options)) == 4
-    assert 0 < len(few) <= 4 * len(families(options)) < len(options)
+    assert 0 < len(few) <= 5 * len(families(options)) < len(options)
     table = LatencyTable.open(CPU, tmp_path)
     table.measure({layer: few}, CPU)
     before = table.path.read_bytes()

@@ -13,7 +13,7 @@ from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.approximations import lost_shares
 from tensorrail_exporter.search.latency_table import LatencyTable
-from tensorrail_exporter.search.losses import losses_of
+from tensorrail_exporter.search.losses import losses_of, samples_for
 from tensorrail_exporter.search.options import options_of
 from tensorrail_exporter.search.planner import plan_network
 from tensorrail_exporter.search.targets import Search
@@ -219,3 +219,8 @@ def test_a_curve_from_few_inputs_has_the_height_that_all_of_them_give(rng):
     few, every = (losses_of(model, options, whole(part)).values["w"] for part in parts)  # a single batch is never divided
     assert few != every
     np.testing.assert_allclose(np.log(few), np.log(every), atol=0.25)  # without the height 0.7
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(0.0, 64), (1.0, 64), (4.0, 30), (60.0, 16)])
+def test_the_effects_of_slow_networks_are_measured_on_fewer_samples(seconds, samples):
+    assert samples_for(seconds) == samples

@@ -11,7 +11,7 @@ from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench,
 from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of
 from tensorrail_runtime.measure.latency import Latency, _unstable, ratio
 from tensorrail_runtime.measure.timing import Timing
-from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, turns
+from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, are_precise, turns
 from tensorrail_runtime.sessions.inputs import batch_of
 
 
@@ -407,3 +407,16 @@ def test_a_scalar_input_goes_into_every_batch(tmp_path, rng):
     assert evaluate(path, Labelled({"s": negative, "x": x}, x.argmin(1)), batch=2).scores == (1.0,) * 5
     feed = {"s": negative, "x": x}
     assert parity(path, path, inputs=[feed]).batches == (5,)
+
+
+def test_times_are_precise_once_their_ratios_are(rng):
+    machine = rng.uniform(0.5, 2.0, (40, 1))  # the speed of the machine in each round changes, and all models with it
+    steady = machine * [1.0, 2.0, 0.5] * rng.uniform(0.995, 1.005, (40, 3))
+    assert are_precise(steady[:7])
+    assert not are_precise(steady[:6])  # too few to know
+    noisy = machine * [1.0, 2.0, 0.5] * rng.uniform(0.9, 1.1, (40, 3))
+    assert not are_precise(noisy[:7])
+    assert not are_precise(noisy)
+    assert are_precise(np.repeat(noisy, 100, axis=0))  # the interval of a median narrows
+    assert not are_precise(machine[:7])  # of a single model, its time counts
+    assert are_precise(np.ones((7, 1)))

@@ -158,7 +158,7 @@ def search_options(
     ] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", min=1, help="Seconds of timing layers that are not in the latency table yet.")
-    ] = 150.0,
+    ] = 60.0,
     search_seconds: Annotated[
         float,
         typer.Option(
