@@ -38,6 +38,8 @@ NETWORKS: dict[str, Network] = {
 def main() -> None:
     options = arguments()
     found = options.out.with_suffix(".json") if options.out else None
+    if found:
+        found.parent.mkdir(parents=True, exist_ok=True)
     records = json.loads(found.read_text(encoding="utf-8")) if options.resume and found and found.exists() else []
     known = {record["network"] for record in records}
     how = measure.How(

@@ -71,7 +71,7 @@ def files(packages: Packages, share: float) -> Data:
     """Bytes (2048) of files whose ending says what they are; those of other folders are set aside."""
     labels = json.loads((packages(MAGIKA) / _MAGIKA / "config.min.json").read_text(encoding="utf-8"))["target_labels_space"]
     parts = []
-    for side, count in ((0, 384), (1, 400)):
+    for side, count in ((0, 512), (1, 400)):
         chosen = _files(side)[: count_of(count, share)]
         parts.append((np.array([features(path.read_bytes()) for path, _ in chosen], np.int32), [label for _, label in chosen]))
     return Data({"bytes": parts[0][0]}, {"bytes": parts[1][0]}, np.array([labels.index(label) for label in parts[1][1]]))

@@ -142,7 +142,7 @@ _CREPE: dict[str, Any] = {
     "samples": "synthetic tones",
 }
 NETWORKS = {
-    "CREPE tiny": Network(write=write_crepe("tiny"), data=tones(384), **_CREPE),
+    "CREPE tiny": Network(write=write_crepe("tiny"), data=tones(512), **_CREPE),
     "CREPE full": Network(write=write_crepe("full"), data=tones(128), **_CREPE),
     "basic-pitch": Network(
         "basic-pitch==0.4.0",

@@ -12,6 +12,7 @@ from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_runtime.measure.accuracy import Comparison
 from tensorrail_runtime.measure.agreement import Agreement
+from tensorrail_runtime.measure.fusions import Fusions
 from tensorrail_runtime.measure.latency import LatencyReport
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.machine import Machine
@@ -85,6 +86,7 @@ class CompressReport(PrintedRecord):
     planned: tuple[PlannedLayer, ...]
     fits: tuple[LayerFit, ...]
     latency: LatencyReport
+    fusions: Fusions | None = None  # the operators that ONNX Runtime fuses in the dense model and in the one that was written
     reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, compared with fp32
     planning: PlanReport | None = None  # how the plan was chosen, if a target was given
     model: str = ""  # the file that was written
@@ -118,6 +120,8 @@ class CompressReport(PrintedRecord):
         if self.layers:
             parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
+        if self.fusions is not None and (line := self.fusions.described()):
+            parts.append(line)
         parts += [f"warning: {warning}" for warning in self.latency.warnings]
         if not self.faster:
             parts.append("NOT measured to be faster than the dense model")

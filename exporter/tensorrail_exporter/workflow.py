@@ -36,6 +36,7 @@ from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.graphs.files import bytes_of
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.agreement import agreement_of
+from tensorrail_runtime.measure.fusions import compared_fusions
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import parity_of, run_both
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -128,9 +129,10 @@ def compress(
         if options.refusal is not None and not wanted.met_by(points[k]):
             raise options.refusal
         points, accuracy = _scored(dense, points, built, k, options)
-        chosen = load_model(built[k].path)
-    save_model(chosen, out)
-    return _report(points, k, built[k], dense_size, times, accuracy, wanted, out)
+        save_model(load_model(built[k].path), out)
+        fusions = compared_fusions(dense, out, options.conditions.settings)
+    report = _report(points, k, built[k], dense_size, times, accuracy, wanted, out)
+    return report.model_copy(update={"fusions": fusions})
 
 
 def _report(

@@ -36,16 +36,23 @@ def test_every_command_has_help_and_json(command):
 def test_export_check_inspect_and_bench_work_on_files(cli, small_path, plan_path, tmp_path):
     out = tmp_path / "model.onnx"
     assert cli("export", small_path, "--plan", plan_path, "-o", out, "--json", tmp_path / "e.json")[0] == 0
-    record = json.loads((tmp_path / "e.json").read_text())["layers"][0]
+    written = json.loads((tmp_path / "e.json").read_text())
+    record = written["layers"][0]
     assert (record["layer"], record["merged"]) == ("conv", [[2], [1], [0]])
+    assert (written["fusions"]["unknown"], written["fusions"]["before"]) == ("", {"Conv + Relu": 1})
     assert cli("check", small_path, small_path)[0] == 0
     code, printed, _ = cli("check", small_path, out, "--json", tmp_path / "c.json")
     assert code == 1
     assert "OUT OF tolerance" in printed
+    assert "fused operators of ONNX Runtime: all 1 are still there" in " ".join(printed.split())
     worst = json.loads((tmp_path / "c.json").read_text())["outputs"][0]["relative_l2"]
     assert cli("check", small_path, out, "--tolerance", 1.01 * worst)[0] == 0
     assert cli("inspect", out, "--json", tmp_path / "i.json")[0] == 0
     assert len(json.loads((tmp_path / "i.json").read_text())["layers"]) == 4
+    code, printed, _ = cli("inspect", out, "--fusion")
+    assert (code, "Conv + Relu" in printed) == (0, True)
+    code, _, message = cli("inspect", out, "--fusion", "--placement")
+    assert (code, "placement and fusion are two reports" in message) == (2, True)
     code, printed, _ = cli("bench", small_path, out, "--duration", 0.2, "--json", tmp_path / "b.json")
     assert code == 0
     assert "speed-up" in printed

@@ -35,7 +35,6 @@ BATCH = 4  # samples that run at once, where the model takes any number: more ar
 
 _ROWS = 12  # sampled rows per value of a patch: enough for a second moment that can be inverted
 _LEAST = 20_000  # sampled rows at least
-_TOGETHER = 32  # samples in a feed at most, as far as is known here: that many times the rows of one are sampled
 _ROUNDING = 2e-7  # share of the trace: the rounding of a moment in single precision
 _ALIKE = 1e-5  # share of the mean square: single precision cannot represent a smaller variance
 _SHRUNK = 0.01  # moments that are shrunk this much can be inverted in single precision
@@ -197,16 +196,25 @@ def rows_wanted(spec: LayerSpec) -> int:
 
 
 def fits(spec: LayerSpec) -> bool:
-    """Return whether the second moment of the layer's patches is small enough to be computed in full."""
-    return math.prod(spec.shape[1:]) <= _WIDEST
+    """Return whether the layer has patches whose second moment is computed in full; transposed convolutions have none."""
+    return not (spec.transposed or spec.gathers) and math.prod(spec.shape[1:]) <= _WIDEST
 
 
 class Sampler:
     """Samples rows of a layer's input; the same positions for every call with the same batch, whatever the network."""
 
-    def __init__(self, layer: DenseLayer, samples: int, seed: int = 0) -> None:
-        self.layer, self.seed = layer, seed
-        self.each = max(1, -(-rows_wanted(layer.spec) // max(1, samples)))
+    def __init__(self, layer: DenseLayer, samples: Sequence[int], nodes: int = 1, seed: int = 0) -> None:
+        """Prepare to sample.
+
+        Args:
+            layer: the layer.
+            samples: the number of samples in each batch.
+            nodes: how many nodes share the rows that are wanted; default 1.
+            seed: seed of the positions; default 0.
+
+        """
+        self.layer, self.samples, self.seed = layer, samples, seed
+        self.each = max(1, -(-rows_wanted(layer.spec) // max(1, nodes * sum(samples))))
 
     def rows(self, data: np.ndarray, batch: int) -> np.ndarray:
         """Return patches (N, I·K) of a convolution's input (B, I, *S), or rows (N, I) of any other layer's input.
@@ -220,7 +228,7 @@ class Sampler:
             if columns:
                 data = np.swapaxes(data, -1, -2)
             flat = data.reshape(-1, spec.shape[1])
-            count = min(len(flat), self.each * _TOGETHER)
+            count = min(len(flat), self.each * self.samples[batch])
             return np.ascontiguousarray(flat[np.sort(rng.permutation(len(flat))[:count])], np.float32)
         return _patches(np.asarray(data, np.float32), spec, self.each, rng)
 

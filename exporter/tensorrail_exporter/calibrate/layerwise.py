@@ -11,7 +11,7 @@ chosen by the error on inputs that were held out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +84,8 @@ def fit_layers(
 ) -> Fitted:
     """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
 
-    A layer whose patches are too wide for a full second moment, or that is in the body of a node, is decomposed from its weight
-    alone; its row gives the reason.
+    A layer whose patches are too wide for a full second moment, a transposed convolution, an embedding, and a layer in the body
+    of a node are decomposed from their weights alone; their rows give the reason.
 
     Args:
         model: the dense graph; it is not changed.
@@ -139,8 +139,8 @@ def fit(
     fittable = {name: nodes for name, nodes in uses.items() if nodes and fits(nodes[0].spec)}
     weights = dense_weights(resolved, fittable)
     feeds = (*calibration.feeds, *(() if held_out is None else held_out.feeds))
-    count = calibration.count + (0 if held_out is None else held_out.count)
-    samplers = {name: [Sampler(use, count * len(nodes)) for use in nodes] for name, nodes in fittable.items()}
+    samples = [*calibration.samples, *(() if held_out is None else held_out.samples)]
+    samplers = {name: [Sampler(use, samples, len(nodes)) for use in nodes] for name, nodes in fittable.items()}
     how = _Shrinking(len(calibration.feeds), refit, shrinkage)
     biases: dict[str, np.ndarray] = {}
     rows = []
@@ -159,7 +159,7 @@ def fit(
                 if bias is not None:
                     biases[name] = bias
             else:
-                why = "its patches are too wide for a full second moment" if nodes else "in the body of a node"
+                why = _why_unfitted(nodes)
                 row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
             rows.append(row)
             network.replace(name, np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape)), biases.get(name))
@@ -186,6 +186,15 @@ def dense_weights(resolved: ResolvedPlan, names: Iterable[str] | None = None) ->
         weights[name] = np.array(resolved.layers[name].weight, np.float32)
         check_finite(name, weights[name])
     return weights
+
+
+def _why_unfitted(nodes: Sequence[DenseLayer]) -> str:
+    """Return why a layer is decomposed from its weight alone."""
+    if not nodes:
+        return "in the body of a node"
+    if nodes[0].spec.gathers:
+        return "an embedding, of which the inputs show few entries"
+    return "a transposed convolution" if nodes[0].spec.transposed else "its patches are too wide for a full second moment"
 
 
 def _uses(folded: ResolvedPlan) -> dict[str, list[DenseLayer]]:

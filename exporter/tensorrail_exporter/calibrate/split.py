@@ -37,7 +37,8 @@ class Split:
         """The same with the inputs to fit to and those to choose by exchanged.
 
         Where fitted networks are compared to find the fastest one that agrees, ranks are chosen by the inputs that cores will
-        be fitted to, with approximations from the others. So networks are compared on inputs that ranks owe nearly nothing to.
+        be fitted to, with approximations from the others (here `fitted`). So networks are compared on inputs that ranks owe
+        nearly nothing to.
         """
         return replace(self, fitted=self.chosen, chosen=self.fitted)
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
-from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step, permute
 from tensorrail_exporter.formats.modes import LETTERS, Equation, default_modes, require_merge, require_ranks, split
-from tensorrail_exporter.formats.truncation import backend_of, permute
+from tensorrail_exporter.formats.truncation import backend_of
 from tensorrail_runtime.errors import PlanError
 
 __all__ = [

@@ -21,6 +21,8 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 
+from tensorrail_runtime.errors import PlanError
+
 
 class Array(Protocol):
     """The methods that `numpy.ndarray` and `torch.Tensor` share: formats use no others.
@@ -66,6 +68,14 @@ class Array(Protocol):
 ArrayT = TypeVar("ArrayT", bound=Array)
 """The array type of a function that returns arrays of the same library as its argument."""
 
+
+def permute(array: ArrayT, axes: tuple[int, ...]) -> ArrayT:
+    """Return the array with its axes reordered."""
+    either: Any = array  # here and below: the libraries have no common name for it
+    permuted: ArrayT = either.permute(axes) if hasattr(either, "permute") else either.transpose(axes)
+    return permuted
+
+
 SCAN_FROM = 1024  # rows of the input weight, directions · gates · hidden units, from which a Scan is written
 
 Op = Literal["conv", "linear", "recurrent"]
@@ -77,8 +87,9 @@ class LayerSpec:
 
     Attributes:
         op: `conv`, `linear` or `recurrent` (LSTM and GRU).
-        shape: shape of the weight: (O, I, *K) for a convolution, (O, I) for a linear layer. For a recurrent layer it is the
-            weight of the input projection: O = directions · gates · hidden units, with the gates in torch's order.
+        shape: shape of the weight: (O, I, *K) for a convolution, transposed or not, (O, I) for a linear layer. For a recurrent
+            layer it is the weight of the input projection: O = directions · gates · hidden units, with the gates in torch's
+            order.
         stride: strides of a convolution, one per spatial axis.
         pads: padding of a convolution in ONNX's order: the begins of all spatial axes, then the ends.
         dilation: dilations of a convolution, one per spatial axis.
@@ -87,6 +98,10 @@ class LayerSpec:
         size: sizes of the input's axes between batch and features, or behind the channels of a convolution; 0 for an axis
             of unknown size, empty if none is known.
         scan: whether the loop of a recurrent layer can and may be written as a Scan.
+        transposed: whether a convolution is a transposed one, whose stride spreads its input.
+        output_padding: what a transposed convolution adds at the end of each spatial axis; empty for nothing.
+        gathers: whether the input of a linear layer is indices, which stand for rows with a single one: an embedding of I
+            entries with O features.
 
     """
 
@@ -99,6 +114,9 @@ class LayerSpec:
     lead: int = 1
     size: tuple[int, ...] = ()
     scan: bool = False
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    gathers: bool = False
 
     @property
     def spatial(self) -> int:
@@ -128,6 +146,8 @@ class Conv:
         dilation: one dilation per spatial axis.
         groups: number of groups; default 1.
         auto_pad: as in ONNX; default `NOTSET`, which uses `pads`.
+        transposed: whether it is a transposed convolution; its kernel is (O, C / groups, *K) as well.
+        output_padding: as in `LayerSpec`.
 
     """
 
@@ -138,6 +158,16 @@ class Conv:
     dilation: tuple[int, ...]
     groups: int = 1
     auto_pad: str = "NOTSET"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    def spread(self) -> Array:
+        """Return the kernel of a transposed convolution as ONNX and torch store it, (C, O / groups, *K)."""
+        out, inputs, *kernel = self.weight.shape
+        grouped = self.weight.reshape((self.groups, out // self.groups, inputs, *kernel))
+        return permute(grouped, (0, 2, 1, *range(3, 3 + len(kernel)))).reshape(
+            (self.groups * inputs, out // self.groups, *kernel)
+        )
 
 
 @dataclass(frozen=True)
@@ -158,6 +188,20 @@ class MatMul:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Rows of a constant table, by indices: the product of a row with a single one and the table.
+
+    Attributes:
+        weight: table (entries, features).
+        cores: indices of the cores that were merged into the table.
+
+    """
+
+    weight: Array
+    cores: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Reshape:
     """A reshape as ONNX defines it.
 
@@ -169,7 +213,7 @@ class Reshape:
     shape: tuple[int, ...]
 
 
-Step = Conv | MatMul | Reshape
+Step = Conv | MatMul | Gather | Reshape
 """One step of a contraction; it becomes one ONNX node."""
 
 
@@ -179,11 +223,18 @@ class Chain:
     def __init__(self, layer: LayerSpec) -> None:
         self.layer = layer
         self._steps: list[Step] = []
+        self._strided: int | None = None  # the place of the step with one tap that has the stride of the layer
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The steps so far."""
-        return tuple(self._steps)
+        """The steps so far. With one tap, a stride comes first, and that of a transposed convolution last if it can."""
+        steps = list(self._steps)
+        if self._strided is not None and self.layer.transposed and isinstance(steps[-1], Conv):
+            for place, of_layer in ((self._strided, False), (len(steps) - 1, True)):
+                step = steps[place]
+                if isinstance(step, Conv):
+                    steps[place] = self._one_tap(step.weight, step.cores, step.groups, strided=of_layer)
+        return tuple(steps)
 
     def apply(self, matrix: Array, cores: tuple[int, ...], *, before: int = 1, after: int = 1, strided: bool = False) -> None:
         """Contract features (before, p, after) with a matrix (q, p) to (before, q, after).
@@ -208,8 +259,7 @@ class Chain:
         copied = (0,) * self.layer.spatial  # 0 in a Reshape copies the size of an axis
         if fold > 1:
             self._reshape((-1, weight.shape[1] * groups, *copied))
-        layer = self.layer
-        self._steps.append(Conv(weight, cores, layer.stride, layer.pads, layer.dilation, groups, layer.auto_pad))
+        self._steps.append(as_layer(weight, cores, self.layer, groups))
         if fold > 1:
             self._reshape((-1, fold * weight.shape[0], *copied))
 
@@ -222,21 +272,28 @@ class Chain:
             self._reshape((-1, groups * inputs * after, *copied))
         if after > 1:
             self._reshape((0, groups * inputs, -1, *copied[1:]))
-        ones = (1,) * nd
-        weight = stack.reshape(groups * out, inputs, *ones)
         if strided:
-            layer = self.layer
-            self._steps.append(Conv(weight, cores, layer.stride, layer.pads, layer.dilation, groups, layer.auto_pad))
-        else:
-            self._steps.append(Conv(weight, cores, ones, (0,) * (2 * nd), ones, groups))
+            self._strided = len(self._steps)
+        self._steps.append(self._one_tap(stack.reshape(groups * out, inputs, *(1,) * nd), cores, groups, strided=strided))
         if after > 1:
             self._reshape((0, groups * out * after, -1, *copied[1:]))
         if before > 1:
             self._reshape((-1, before * groups * out * after, *copied))
 
+    def _one_tap(self, weight: Array, cores: tuple[int, ...], groups: int, *, strided: bool) -> Conv:
+        return as_layer(weight, cores, self.layer, groups, (strided,) * self.layer.spatial)
+
     def _product(self, stack: Array, cores: tuple[int, ...], before: int, after: int) -> None:
         """Append a product, between the Reshapes that make axes of the features before and after it."""
         groups, out, inputs = stack.shape
+        if self.layer.gathers and not self._steps:
+            if groups * before * after > 1:
+                raise PlanError(
+                    f"an embedding of {self.layer.shape[1]} entries has these as a single mode of its first core, got several: "
+                    "give the modes of the features, then the number of entries"
+                )
+            self._steps.append(Gather(stack[0].T, cores))
+            return
         lead = (0,) * self.layer.lead
         outer = (*lead, *((before,) if before > 1 else ()))
         if groups == 1 and after == 1:
@@ -261,8 +318,33 @@ class Chain:
 def dense_step(weight: Array, layer: LayerSpec) -> Step:
     """Return the dense layer as one step with `weight` (O, I, *K) or (O, I); for a recurrent layer its input projection."""
     if layer.op == "conv":
-        return Conv(weight, (), layer.stride, layer.pads, layer.dilation, 1, layer.auto_pad)
-    return MatMul(weight.T, ())
+        return as_layer(weight, (), layer)
+    return Gather(weight.T, ()) if layer.gathers else MatMul(weight.T, ())
+
+
+def as_layer(
+    weight: Array, cores: tuple[int, ...], layer: LayerSpec, groups: int = 1, used: Sequence[bool] | None = None
+) -> Conv:
+    """Return a convolution with the stride, pads and dilation of a layer.
+
+    Args:
+        weight: the kernel (O, C / groups, *K).
+        cores: indices of the cores that were merged into it.
+        layer: the dense convolution.
+        groups: number of groups; default 1.
+        used: the spatial axes along which it does what the layer does; along others it has stride 1 and no pads. Default: all.
+
+    """
+    on = used or (True,) * layer.spatial
+    stride = tuple(s if use else 1 for s, use in zip(layer.stride, on, strict=True))
+    pads = tuple(p if use else 0 for p, use in zip(layer.pads, (*on, *on), strict=True))
+    dilation = tuple(d if use else 1 for d, use in zip(layer.dilation, on, strict=True))
+    added = tuple(p if use else 0 for p, use in zip(layer.output_padding, on, strict=False))
+    # A transposed convolution that spreads nothing is a convolution, for which there are faster kernels.
+    plain = math.prod(weight.shape[2:]) == math.prod(stride) == 1 and not any((*pads, *added))
+    transposed = layer.transposed and not plain
+    auto_pad = layer.auto_pad if any(on) else "NOTSET"
+    return Conv(weight, cores, stride, pads, dilation, groups, auto_pad, transposed, added if transposed else ())
 
 
 def split_at_boundary(steps: Sequence[Step]) -> tuple[tuple[Step, ...], Array | None, tuple[int, ...]]:
@@ -302,14 +384,17 @@ def describe(steps: Sequence[Step], layer: LayerSpec) -> str:
 def describe_step(step: Step) -> str:
     """Return one step in words, such as `conv 3×3 16→16`; an empty string for a Reshape."""
     match step:
-        case Conv(weight=weight, groups=groups):
+        case Conv(weight=weight, groups=groups, transposed=transposed):
             kernel = "×".join(map(str, weight.shape[2:]))
             size = "" if set(weight.shape[2:]) == {1} else f"{kernel} "
-            return f"conv {size}{weight.shape[1] * groups}→{weight.shape[0]}" + (f" /{groups}" if groups > 1 else "")
+            kind = "transposed conv" if transposed else "conv"
+            return f"{kind} {size}{weight.shape[1] * groups}→{weight.shape[0]}" + (f" /{groups}" if groups > 1 else "")
         case MatMul(weight=weight, side="right"):
             return f"matmul {weight.shape[0]}→{weight.shape[1]}"
         case MatMul(weight=weight):
             stack = f" ·{weight.shape[0]}" if len(weight.shape) == 3 else ""
             return f"matmul {weight.shape[-1]}→{weight.shape[-2]}{stack}"
+        case Gather(weight=weight):
+            return f"gather {weight.shape[0]}→{weight.shape[1]}"
         case Reshape():
             return ""

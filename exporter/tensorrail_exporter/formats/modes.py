@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
-from tensorrail_exporter.formats.contraction import ArrayT
-from tensorrail_exporter.formats.truncation import permute
+from tensorrail_exporter.formats.contraction import ArrayT, permute
 from tensorrail_runtime.errors import PlanError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import tensorly as tl
 
-from tensorrail_exporter.formats.contraction import ArrayT, Chain, Conv, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step, as_layer, permute
 from tensorrail_exporter.formats.modes import LETTERS, Equation, require_merge, require_ranks
-from tensorrail_exporter.formats.truncation import backend_of, permute, truncated_svd
+from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
 from tensorrail_runtime.errors import PlanError
 
 
@@ -101,24 +101,13 @@ def contraction(cores: Sequence[ArrayT], layer: LayerSpec, modes: Sequence[int],
     j = _split(layer.shape, modes)
     rank = cores[1].shape[0]
     nd = layer.spatial
-    inner = [axis < j or layer.kernel[axis] == 1 for axis in range(nd)]  # an axis with one tap: striding early costs less
+    # Along an axis with one tap, a stride costs less if it comes early, and that of a transposed convolution if it comes late.
+    inner = [not layer.transposed if layer.kernel[axis] == 1 else axis < j for axis in range(nd)]
     first = cores[1].reshape(rank, layer.shape[1], *(k if axis < j else 1 for axis, k in enumerate(layer.kernel)))
     outer = (layer.shape[0], *layer.kernel[j:], rank)
     second = permute(cores[0].reshape(outer), (0, len(outer) - 1, *range(1, len(outer) - 1)))
     second = second.reshape(layer.shape[0], rank, *(1 if axis < j else k for axis, k in enumerate(layer.kernel)))
-    return (_on_axes(first, 1, layer, inner), _on_axes(second, 0, layer, [not axis for axis in inner]))
-
-
-def _on_axes(weight: ArrayT, core: int, layer: LayerSpec, used: Sequence[bool]) -> Conv:
-    """Return a convolution with the layer's stride, pads and dilation on the used axes only."""
-    return Conv(
-        weight,
-        (core,),
-        stride=tuple(s if on else 1 for s, on in zip(layer.stride, used, strict=True)),
-        pads=tuple(p if on else 0 for p, on in zip(layer.pads, [*used, *used], strict=True)),
-        dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, used, strict=True)),
-        auto_pad=layer.auto_pad,
-    )
+    return (as_layer(first, (1,), layer, used=inner), as_layer(second, (0,), layer, used=[not axis for axis in inner]))
 
 
 def _split(shape: Sequence[int], modes: Sequence[int]) -> int:

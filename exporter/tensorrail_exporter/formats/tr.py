@@ -21,7 +21,7 @@ import tensorly as tl
 from tensorly.decomposition import tensor_ring, tensor_train
 
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step, permute
 from tensorrail_exporter.formats.modes import (
     Equation,
     Part,
@@ -36,7 +36,7 @@ from tensorrail_exporter.formats.modes import (
     unfold,
 )
 from tensorrail_exporter.formats.modes import default_modes as default_modes
-from tensorrail_exporter.formats.truncation import backend_of, double, like, permute, truncated_svd
+from tensorrail_exporter.formats.truncation import backend_of, double, like, truncated_svd
 from tensorrail_runtime.errors import PlanError
 
 _SWEEPS = 20

@@ -65,13 +65,6 @@ def truncated_svd(matrix: ArrayT, n_eigenvecs: int | None = None, **_: object) -
     return (tl.transpose(v), s, tl.transpose(u)) if rows > columns else (u, s, v)
 
 
-def permute(array: ArrayT, axes: tuple[int, ...]) -> ArrayT:
-    """Return the array with its axes reordered; works inside and outside of `backend_of`."""
-    either: Any = array  # here and below: the libraries have no common name for it
-    permuted: ArrayT = either.permute(axes) if hasattr(either, "permute") else either.transpose(axes)
-    return permuted
-
-
 def double(array: ArrayT) -> ArrayT:
     """Return the array in float64, on the same device."""
     either: Any = array

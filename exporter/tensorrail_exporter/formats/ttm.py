@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from tensorly.decomposition import tensor_train
 
 from tensorrail_exporter.formats import tt
-from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step
+from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step, permute
 from tensorrail_exporter.formats.modes import LETTERS, Equation, Part, joined, parts_of, require_merge, require_ranks
-from tensorrail_exporter.formats.truncation import backend_of, permute, truncated_svd
+from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
 from tensorrail_runtime.errors import PlanError
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.contraction import (
     Conv,
+    Gather,
     LayerSpec,
     MatMul,
     Reshape,
@@ -151,8 +152,8 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
             StepCost(
                 describe_step(step),
                 out[1:],
-                _flops(step, out),
-                _busy_flops(step, out),
+                _flops(step, shape, out),
+                _busy_flops(step, shape, out),
                 4 * moved,
                 4 * weight,
                 0 if isinstance(step, Reshape) else 1,
@@ -199,7 +200,8 @@ def _sample(layer: LayerSpec) -> tuple[int, ...]:
         smallest = [d * (k - 1) + s for d, k, s in zip(layer.dilation, layer.kernel, layer.stride, strict=True)]
         return (layer.shape[1], *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, smallest, strict=True)))
     sizes = layer.size or (0,) * (layer.lead - 1)
-    return (*(size or _GUESSED_TOKENS for size in sizes), layer.shape[1])
+    known = (size or _GUESSED_TOKENS for size in sizes)
+    return tuple(known) if layer.gathers else (*known, layer.shape[1])
 
 
 def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -214,6 +216,8 @@ def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
         case Conv():
             spatial = tuple(_axis(step, axis, size) for axis, size in enumerate(shape[2:]))
             return (shape[0], step.weight.shape[0], *spatial)
+        case Gather(weight=weight):
+            return (*shape, weight.shape[1])
         case MatMul(weight=weight, side="right"):
             return (*shape[:-1], weight.shape[1])
         case MatMul(weight=weight):
@@ -221,18 +225,25 @@ def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _axis(step: Conv, axis: int, size: int) -> int:
-    """Return the size of a convolution's output along one spatial axis (ONNX, operator Conv)."""
+    """Return the size of a convolution's output along one spatial axis (ONNX, operators Conv and ConvTranspose)."""
     nd = len(step.stride)
+    if step.transposed:
+        added = step.output_padding[axis] if step.output_padding else 0
+        removed = step.pads[axis] + step.pads[nd + axis] if step.auto_pad == "NOTSET" else 0
+        reach = step.dilation[axis] * (step.weight.shape[2 + axis] - 1) + 1
+        return int(max(0, (size - 1) * step.stride[axis] + reach + added - removed))
     if step.auto_pad.startswith("SAME"):
         return -(-size // step.stride[axis])
     padded = size + (step.pads[axis] + step.pads[nd + axis] if step.auto_pad == "NOTSET" else 0)
     return int(max(0, (padded - step.dilation[axis] * (step.weight.shape[2 + axis] - 1) - 1) // step.stride[axis] + 1))
 
 
-def _flops(step: Step, out: tuple[int, ...]) -> int:
+def _flops(step: Step, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
     match step:
-        case Reshape():
+        case Reshape() | Gather():
             return 0
+        case Conv(weight=weight, transposed=True):  # each value of the input meets every tap
+            return int(2 * math.prod(shape[2:]) * shape[0] * math.prod(weight.shape))
         case Conv(weight=weight):
             return int(2 * math.prod(out) * math.prod(weight.shape[1:]))
         case MatMul(weight=weight, side="right"):
@@ -241,8 +252,8 @@ def _flops(step: Step, out: tuple[int, ...]) -> int:
             return 2 * math.prod(out) * int(weight.shape[-1])
 
 
-def _busy_flops(step: Step, out: tuple[int, ...]) -> int:
-    flops = _flops(step, out)
+def _busy_flops(step: Step, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
+    flops = _flops(step, shape, out)
     if not isinstance(step, MatMul):
         return flops
     return flops * (-(-out[-1] // _LANES) * _LANES) // max(1, out[-1])

@@ -16,7 +16,7 @@ from tensorrail_runtime.errors import GraphError
 def takes_bias(layer: ResolvedLayer) -> bool:
     """Return whether a vector can be added to the layer's bias without a new node.
 
-    This holds for one Conv or Gemm node, and for one MatMul node followed by an Add of a constant vector.
+    This holds for one Conv, ConvTranspose or Gemm node, and for one MatMul node followed by an Add of a constant vector.
     """
     return len(layer.sites) == 1 and _bias(layer) is not None
 
@@ -48,7 +48,7 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
     bias_input, name, site = _bias(layer), layer.plan.name, layer.sites[0]
     if bias_input is None:
         raise GraphError(
-            f"layer {name}: has no bias that can be changed; expected one Conv or Gemm node, or one MatMul node "
+            f"layer {name}: has no bias that can be changed; expected one Conv, ConvTranspose or Gemm node, or one MatMul node "
             "followed by an Add of a constant vector"
         )
     node, index = bias_input
@@ -72,11 +72,11 @@ def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
     """Return the node and input index of the layer's bias, also if it has none yet; None if it cannot have one."""
     site = layer.sites[0]
     node = site.node
-    if node.op in ("Conv", "Gemm"):
+    if node.op in ("Conv", "ConvTranspose", "Gemm"):
         if node.attrs.get("beta", 1.0) == 0:
             return None
         if len(node.inputs) < 3 or node.inputs[2].is_empty():
-            return (node, 2) if node.op == "Conv" or site.graph.opset >= 11 else None
+            return (node, 2) if node.op != "Gemm" or site.graph.opset >= 11 else None
         is_constant = isinstance(node.inputs[2], gs.Constant)
         vector = is_constant and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
         return (node, 2) if vector and node.inputs[2].values.size > 1 else None

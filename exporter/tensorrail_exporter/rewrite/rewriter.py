@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.formats.contraction import Conv, LayerSpec, MatMul, Step, describe, runs_in_scan
+from tensorrail_exporter.formats.contraction import Conv, Gather, LayerSpec, MatMul, Step, describe, runs_in_scan
 from tensorrail_exporter.graphs.fold import is_standard
 from tensorrail_exporter.graphs.io import check_model, export_graph
 from tensorrail_exporter.plans.cores import Cores, check_cores
@@ -21,6 +21,7 @@ from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
 from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.measure.fusions import Fusions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
@@ -40,7 +41,7 @@ class LayerRewrite(Record):
     ranks: tuple[int, ...]  # as in the cores, after clamping
     block: int  # ranks are padded with zeros to multiples of it
     merge: str
-    merged: tuple[tuple[int, ...], ...]  # the cores in each stored constant; one index: the trained core, unchanged
+    merged: tuple[tuple[int, ...], ...]  # cores in each stored constant; one: the trained core, in the node's order of axes
     batch_norm: bool  # whether the batch norm after it was folded into the last constant
     scan: bool = False  # whether it runs as a Scan
     steps: str
@@ -58,6 +59,7 @@ class Rewrites(PrintedRecord):
 
     layers: tuple[LayerRewrite, ...]
     dense: tuple[LayerPlan, ...] = ()
+    fusions: Fusions | None = None  # the operators that ONNX Runtime fuses in the dense and in the factored model
     model: str = ""  # the file that was written
 
     def shown(self) -> tuple[Part, ...]:
@@ -68,7 +70,8 @@ class Rewrites(PrintedRecord):
         ]
         rows += [(layer.name, "", layer.format, "dense weight, faster here", "", "", "") for layer in self.dense]
         head = ("layer", "op", "format", "runs as", "dense parameters", "stored parameters", "weight error")
-        return (Table(self.model, head, rows),)
+        line = "" if self.fusions is None else self.fusions.described()
+        return (Table(self.model, head, rows), line) if line else (Table(self.model, head, rows),)
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ def _record(
     block: int,
     batch_norm: bool,
 ) -> LayerRewrite:
-    constants = [step for step in steps if isinstance(step, Conv | MatMul)]
+    constants = [step for step in steps if isinstance(step, Conv | MatMul | Gather)]
     cost = contraction_cost(steps, spec)
     dense_weight = weight.astype(np.float64)
     residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.graphs.fold import folded, is_constant, is_standard, sources, tensors_above, type_name
-from tensorrail_exporter.rewrite.rules import RULES, STAY_DENSE, Rule
+from tensorrail_exporter.rewrite.rules import RULES, STAY_DENSE, Rule, gather
 from tensorrail_exporter.rewrite.rules.emit import Names, Site
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.operators import DOMAINS, MACS
@@ -111,6 +111,8 @@ class NamedLayers:
         matching = [site for site in called if name == site.node.name or _has_weight(site.node)] or called
         # Weight names take precedence: a node that is named like the weight of another layer is a different layer.
         matching = [site for site in matching if name in _weight_names(site.node)] or matching
+        # The name of a table that an embedding shares with a product is the product's; the embedding has that of its node.
+        matching = [site for site in matching if site.node.op not in gather.OPS] or matching
         return matching or [site for site in sites if _has_weight(site.node)]
 
     def _own_name(self, node: gs.Node) -> str | None:
@@ -157,7 +159,10 @@ def _is_stored(tensor: gs.Tensor) -> bool:
 
 
 def _rule_of(node: gs.Node) -> Rule | None:
-    return _RULE_OF.get(node.op) if is_standard(node) else None
+    """Return the rule for a node; None if there is none, or if the node is no layer, as a Gather that reads a shape."""
+    if not is_standard(node) or (node.op in gather.OPS and not gather.is_table(node)):
+        return None
+    return _RULE_OF.get(node.op)
 
 
 def _full_name(node: gs.Node) -> str:

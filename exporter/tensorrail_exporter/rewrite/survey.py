@@ -242,7 +242,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
     """Return the layer of some nodes that share a weight: described by the first node, with the MACs of all of them."""
     node = sites[0].node
     weight = rule.weight_input(node)
-    data = 1 - weight if node.op == "MatMul" else 0
+    data = 1 - weight if node.op in ("MatMul", "Gather") else 0
     pad, padding = _padding(node) if node.op == "Conv" else (None, ())
     source = node.inputs[data] if pad is None else pad.inputs[0]
     return DenseLayer(
@@ -312,6 +312,11 @@ def _macs(node: gs.Node, spec: LayerSpec) -> int:
     shape = _shape(node.outputs[0])
     if shape is None:
         return 0
+    if spec.gathers:
+        return 0
+    if spec.transposed:
+        source = _shape(node.inputs[0])
+        return 0 if source is None else math.prod(source) * spec.params // spec.shape[1]
     return math.prod(shape) * (math.prod(spec.shape[1:]) if spec.op == "conv" else spec.shape[1])
 
 

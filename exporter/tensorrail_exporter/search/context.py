@@ -149,7 +149,7 @@ class _Writer:
         graph = helper.make_graph(
             self.nodes,
             "context",
-            [helper.make_tensor_value_info("x", self.kind, layer.source)],
+            [helper.make_tensor_value_info("x", TensorProto.INT64 if layer.spec.gathers else self.kind, layer.source)],
             [helper.make_tensor_value_info(out, self.kind, layer.output)],
             self.constants,
         )

@@ -4,13 +4,12 @@ For a limit on the sum of the layers' losses, the fastest choice follows from th
 means for the outputs does not. So the limit is searched for: the choice is run as a whole, and the limit is raised where its
 outputs agree and lowered where they do not. Fitted cores bring the outputs nearer to the dense network's than these
 approximations are. By how much is measured: the network that was found is fitted, and with what this gained the search is
-repeated. Networks are fitted to some of the inputs, and their outputs compared on others, by which ranks are chosen.
+repeated. Ranks are chosen on the inputs that cores are fitted to, and fitted networks compared on others (`Split.exchanged`).
 
 The share of a few dozen inputs whose best class changes says little about a network: one input more or less decides. How far
 outputs move is known much better, and the share rises with it. So while limits are tried, the share is estimated from the
 difference of the outputs, with the ratio of both over all networks that were run, but never outside the interval of the share
-that the network itself showed. The network that was fitted is judged by the share itself, on all of the inputs that ranks are
-chosen by.
+that the network itself showed. The network that was fitted is judged by the share itself, on all of those others.
 """
 
 from __future__ import annotations
@@ -141,7 +140,22 @@ class _Tries:
         if guard.max_difference is not None and not gain.difference * difference <= guard.max_difference:
             return False
         share = self.expected(one.agreement) if guard.min_agreement else None
-        return share is None or gain.share * share <= allowed_share(guard, self.independent(one.agreement))
+        return share is None or gain.share * share <= self.allowed(one.agreement)
+
+    def is_hopeless(self, one: _Found, gain: _Gain) -> bool:
+        """Return whether a network will not agree even if its fit gains much, and as far as few inputs can show it."""
+        high = one.agreement.agreement_high
+        least = 0.0 if high is None or not self.guard.min_agreement else 1 - high
+        optimistic = _Gain(gain.difference / _STEP, gain.share / _STEP)
+        limit = self.guard.max_difference
+        too_far = limit is not None and not optimistic.difference * one.agreement.difference <= limit
+        return too_far or optimistic.share * least > self.allowed(one.agreement)
+
+    def allowed(self, agreement: Agreement) -> float:
+        """Return the largest share of the inputs that fitted networks are compared on that may have another best class."""
+        compared = self.probe.inputs if self.probe.parts is None else self.probe.parts.chosen
+        each = self.independent(agreement) / max(1, agreement.samples)  # more than one where inputs have several classes
+        return allowed_share(self.guard, round(each * compared.count))
 
     def expected(self, agreement: Agreement) -> float | None:
         """Return the share of inputs that will disagree for a network that was run, within the interval of what it showed."""
@@ -162,7 +176,7 @@ class _Tries:
         found = min(self.tried.values(), key=lambda one: one.loss)
         difference, guard = max(found.agreement.difference, 1e-12), self.guard
         expected = self.expected(found.agreement) or 1.0
-        share = allowed_share(guard, self.independent(found.agreement)) / expected
+        share = self.allowed(found.agreement) / expected
         return found, _Gain(1.0 if guard.max_difference is None else guard.max_difference / difference, share)
 
     def fit(self, one: _Found, progress: Progress) -> Agreement:
@@ -269,7 +283,7 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
             other, also = again.found(gain, progress)
             if also >= hopeful and (other.milliseconds < found.milliseconds or not also):
                 tries, found, hopeful, corrections = again, other, also, 1
-        if not number and not hopeful and not tries.agrees(found, _Gain(gain.difference / _STEP, gain.share / _STEP)):
+        if not number and not hopeful and tries.is_hopeless(found, gain):
             raise TargetError(_refusal(tries, found))  # no fit gains so much
         found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
         if found.picks in tries.fitted:
@@ -393,8 +407,10 @@ def _refusal(tries: _Tries, found: _Found) -> str:
         when = "with fitted cores"
     faster = tries.candidates.dense.milliseconds / tries.tried[picks].milliseconds
     asked = tries.guard.described(scores=nearest.agreement is not None)
+    unsure = tries.fitted and not tries.guard.refusal(nearest)
+    advice = "so few do not show that other inputs will keep the limit: give more, ask" if unsure else "ask"
     return (
         f"no network was found that {f'meets the target {targets} and ' if targets else ''}agrees as closely as asked for "
         f"({asked}): with the nearest one, predicted to be {faster:.2f} times faster, {when}, on {nearest.samples} inputs, "
-        f"{nearest.words()}; ask for less agreement, or train"
+        f"{nearest.words()}; {advice} for less agreement, or train"
     )

@@ -499,7 +499,7 @@ def _times_of(
     timed = [Timed(key=_key(layer, None), layer=layer.describe(), form=DENSE, milliseconds=max(per_copy, 1e-6))]
     for option, ratio in zip(options, ratios, strict=True):
         # Noise may hide a layer of microseconds: no form is assumed to be more than twice as efficient as the dense layer.
-        least = 0.5 * timed[0].milliseconds * option.macs / max(1, dense_macs)
+        least = 0.5 * timed[0].milliseconds * option.macs / dense_macs if dense_macs else 0.0
         milliseconds = max((whole * ratio - ends) / copies, least, 1e-6)
         timed.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=milliseconds))
     return timed

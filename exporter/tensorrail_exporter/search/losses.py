@@ -43,7 +43,7 @@ from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 
 SAMPLES = 64  # samples on which effects on the network's outputs are measured, if not fewer take long
-_FEWEST = 16
+_FEWEST, _FEWEST_FIRST = 16, 4
 _LEVEL_SECONDS = 60.0  # for measuring one option of every layer
 _POINTS = 5  # options of a layer whose effect is measured, at most
 _FEW = 24  # samples on which the shape of a layer's curve is measured, if not fewer take long; one point is measured on all
@@ -113,10 +113,9 @@ class Probe:
         # Scores of few samples are too coarse.
         coarse = metric is not None or inputs.labels is not None
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
-        began = time.monotonic()
-        dense = self.network.dense()
-        seconds = (time.monotonic() - began) / max(1, inputs.count)
-        few = len(inputs.feeds if coarse else inputs.first(_few(seconds * len(self.network.layers))).feeds)
+        dense, seconds = self.network.timed_dense()
+        each = seconds / max(1, inputs.count) * len(self.network.layers)
+        few = len(inputs.feeds if coarse else inputs.first(_few(each)).feeds)
         self.few = few if few < len(inputs.feeds) else None  # batches for a first look; None where it takes all of them
         self.divergence = Divergence(self.network.outputs, dense, inputs.labels, metric, inputs.samples)
 
@@ -203,9 +202,18 @@ def samples_for(seconds: float) -> int:
     return max(_FEWEST, min(SAMPLES, round(_LEVEL_SECONDS / max(seconds / 2, 1e-9))))  # half of it lies behind a layer
 
 
+def seconds_of_a_sample(model: onnx.ModelProto, inputs: Calibration, settings: Session) -> float:
+    """Return how long a model takes for one sample of some inputs, in the second run of the first batch."""
+    run = run_to(model, [output.name for output in model.graph.output], settings)
+    run(inputs.feeds[0])
+    began = time.monotonic()
+    run(inputs.feeds[0])
+    return (time.monotonic() - began) / max(1, inputs.samples[0])
+
+
 def _few(seconds: float) -> int:
     """Return the number of samples for a first look; `seconds` as for `samples_for`."""
-    return max(1, min(_FEW, round(_SHAPE_SECONDS / max(seconds * (_POINTS - 1) / 2, 1e-9))))
+    return max(_FEWEST_FIRST, min(_FEW, round(_SHAPE_SECONDS / max(seconds * (_POINTS - 1) / 2, 1e-9))))
 
 
 def agreement_between(dense: Outputs, outputs: Outputs, inputs: Calibration) -> Agreement:
@@ -424,7 +432,7 @@ def _input_moments(
     measurable = [layer for layer in layers if layer.input_name in top and fits(layer.spec)]
     if not measurable:
         return {}
-    samplers = {layer.name: Sampler(layer, calibration.count) for layer in measurable}
+    samplers = {layer.name: Sampler(layer, calibration.samples) for layer in measurable}
     inputs = {layer.name: layer.spec.shape[1] for layer in measurable}
     taps = {layer.name: int(np.prod(layer.spec.kernel)) for layer in measurable}
     squares = {name: np.zeros((size, size), np.float64) for name, size in inputs.items()}

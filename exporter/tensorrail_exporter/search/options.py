@@ -81,16 +81,21 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
     names = list(dict.fromkeys(name for key in formats for name in (auto if key == "auto" else (key,))))
     for name in names:
         format_of(name)
-    dense = dense_cost(layer.spec).macs
+    gathers = layer.spec.gathers  # without a product in the dense layer: the size counts
+    dense = layer.spec.params if gathers else dense_cost(layer.spec).macs
     options: list[Option] = []
     for name in names:
         for modes in _modes(name, layer.spec):
             # In the order of their ranks, so that the search can end at the first that is far too expensive.
             candidates = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, layer.spec, grid))
-            affordable = takewhile(lambda option: option.macs <= max(most, _BEYOND) * dense, candidates)
-            options += _spread([option for option in affordable if option.macs <= most * dense])
+            affordable = takewhile(lambda option: _size(option, gathers) <= max(most, _BEYOND) * dense, candidates)
+            options += _spread([option for option in affordable if _size(option, gathers) <= most * dense])
     distinct = {option.steps: option for option in reversed(options)}  # equal steps take equal time in every format
     return tuple(sorted(distinct.values(), key=lambda option: option.macs))
+
+
+def _size(option: Option, gathers: bool) -> int:
+    return option.params if gathers else option.macs
 
 
 def families(options: Sequence[Option]) -> list[list[Option]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from tensorrail_exporter.search.losses import (
     check_outputs,
     measured_losses,
     samples_for,
+    seconds_of_a_sample,
     weight_losses,
 )
 from tensorrail_exporter.search.options import Option, families, options_of, thinned
@@ -136,7 +137,7 @@ def plan_networks(
     search = replace(search, grid=search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block))
     layers, refused = _surveyed(model, conditions)
     _check_keep(search.keep, layers)
-    options = _options(layers, search)
+    options = _options(layers, search, {name for one in targets for name in one})
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
     dense_weights(resolved)  # raises if they are not finite
     parts = calibration_parts(calibration, model, search, settings)
@@ -148,8 +149,8 @@ def plan_networks(
         if parts is None or ranking is None:
             losses = weight_losses(timed.faster, approximations, progress)
         else:
-            seconds = 1e-3 * timed.dense.milliseconds / conditions.timing.batch * sum(map(bool, timed.faster.values()))
-            few = ranking.chosen.first(samples_for(seconds))
+            each = seconds_of_a_sample(model, ranking.chosen, settings.exact)
+            few = ranking.chosen.first(samples_for(each * sum(map(bool, timed.faster.values()))))
             kept = _inside(folder, "kept")
             probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts, search.precision)
             losses = measured_losses(timed.faster, probe, progress)
@@ -354,10 +355,16 @@ def _loss(report: PlanReport) -> float:
     return sum(row.loss for row in report.rows) if report.verified is None else report.verified.loss
 
 
-def _options(layers: Sequence[DenseLayer], search: Search) -> dict[DenseLayer, tuple[Option, ...]]:
-    """Return the forms to time for each layer whose data shape is known; no forms for a layer that is kept dense."""
+def _options(layers: Sequence[DenseLayer], search: Search, targets: Collection[str]) -> dict[DenseLayer, tuple[Option, ...]]:
+    """Return the forms to time for each layer whose data shape is known; no forms for a layer that is kept dense.
+
+    Embeddings have forms only where a target is on size: rows of a table are read faster than they are computed.
+    """
+    size = {"params", "bytes"} & set(targets)
     return {
-        layer: () if search.keeps(layer.name) else tuple(options_of(layer, search.formats, search.grid))
+        layer: ()
+        if search.keeps(layer.name) or (layer.spec.gathers and not size)
+        else tuple(options_of(layer, search.formats, search.grid))
         for layer in layers
         if layer.output is not None and layer.inputs[layer.data] is not None
     }
@@ -422,6 +429,8 @@ def _counted(dense: Path, targets: Sequence[Mapping[str, float]], timing: Timing
 
 
 def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, gain: float) -> tuple[Option, ...]:
-    """Return the forms whose time is at most `gain` times that of the dense layer."""
+    """Return the forms whose time is at most `gain` times that of the dense layer; all of an embedding, for its size."""
+    if layer.spec.gathers:
+        return tuple(options)
     dense = table.milliseconds(layer)
     return tuple(option for option in options if table.milliseconds(layer, option) <= gain * dense)

@@ -188,6 +188,9 @@ def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: S
 
 def macs_of(layer: DenseLayer, option: Option) -> int:
     """Return the MACs of all nodes of the layer in this form, at the batch size of the survey."""
+    if layer.spec.gathers:
+        indices = layer.inputs[layer.data] or (1,)
+        return layer.nodes * indices[0] * option.macs
     return round(layer.macs * option.macs / max(1, dense_cost(layer.spec).macs))
 
 
@@ -246,6 +249,8 @@ def _require_reachable(limit: Limit, targets: Mapping[str, float], candidates: C
 def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str:
     if search.keeps(layer.name):
         return "kept as asked"
+    if layer.spec.gathers and not candidates.options[layer]:
+        return "an embedding: factored for targets on params or bytes only"
     if not candidates.options[layer]:
         return "too narrow for a rank on the grid"
     if not candidates.faster[layer]:

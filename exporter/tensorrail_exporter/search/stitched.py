@@ -7,6 +7,7 @@ the order of the graph, and each node in front of a layer runs once in all.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,13 @@ class StitchedNetwork:
 
     def dense(self) -> Outputs:
         """Return the outputs of the dense network: one list per output, with one array per batch."""
-        return self._gather(self._session(self._needed, (), self.outputs), {}, self.outputs)
+        return self.timed_dense()[0]
+
+    def timed_dense(self) -> tuple[Outputs, float]:
+        """Return the same, and the seconds of the runs."""
+        session = self._session(self._needed, (), self.outputs)
+        began = time.monotonic()
+        return self._gather(session, {}, self.outputs), time.monotonic() - began
 
     def with_changes(self, changes: Mapping[str, Change], batches: int | None = None) -> Outputs:
         """Return the outputs with any number of changed layers, by name; the others stay dense.

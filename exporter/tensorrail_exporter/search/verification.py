@@ -96,7 +96,8 @@ class Verification:
         if self.settings.on_gpu or self.precision != "fp32":
             return report
         layers = layer_times(self.dense, path, resolved, conditions=Conditions(self.timing, self.settings))
-        return report.model_copy(update={"slower": slower_layers(layers)})
+        products = {name: times for name, times in layers.items() if not resolved.layers[name].spec.gathers}
+        return report.model_copy(update={"slower": slower_layers(products)})  # an embedding is factored for its size
 
     def _write(self, model: onnx.ModelProto, path: Path) -> None:
         """Write a network in the precision of the plan."""
@@ -136,7 +137,8 @@ def cores_to_time(resolved: ResolvedPlan, seed: int = 0) -> dict[str, list[np.nd
         plan, shape = layer.plan, layer.spec.shape
         sizes = plan.core_shapes(shape)
         ranks = plan.ranks[1:] if plan.format == "tr" else plan.ranks  # the first rank of a ring is also the last
-        terms = math.prod(shape[1:]) * math.prod(ranks)  # terms of the sums over inputs and ranks
+        inputs = 1 if layer.spec.gathers else math.prod(shape[1:])
+        terms = inputs * math.prod(ranks)  # of the sums over inputs and ranks
         scale = np.float32(terms ** (-0.5 / len(sizes)))
         cores[name] = [rng.standard_normal(size, np.float32) * scale for size in sizes]
     return cores

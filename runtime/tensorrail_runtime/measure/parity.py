@@ -17,6 +17,7 @@ from tensorrail_runtime.feeds.rules import Axes, deduced_axes
 from tensorrail_runtime.graphs.cost import weight_fault
 from tensorrail_runtime.graphs.files import random_nodes
 from tensorrail_runtime.graphs.reading import read_model
+from tensorrail_runtime.measure.fusions import Fusions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, naming, open_session, require_tensors, run
@@ -99,6 +100,7 @@ class Parity(PrintedRecord):
     tolerance: float | None  # None: no limit
     outputs: tuple[OutputParity, ...]
     layers: tuple[LayerError, ...] = ()  # at the layers of a plan, where one was given
+    fusions: Fusions | None = None  # the operators that ONNX Runtime fuses in both, where they were compared
 
     @property
     def worst(self) -> float:
@@ -144,6 +146,8 @@ class Parity(PrintedRecord):
                 if first
                 else f"no layer has a larger numerical error than {limit:g}"
             )
+        if self.fusions is not None and (line := self.fusions.described()):
+            parts.append(line)
         by_element = any(output.rtol is not None or output.atol is not None for output in self.outputs)
         limit_text = "the element tolerances" if by_element else f"tolerance {or_dash(self.tolerance, 'g')}"
         verdict = "within" if self.holds else "OUT OF"

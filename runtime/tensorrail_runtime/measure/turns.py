@@ -35,7 +35,7 @@ _BURST = 4  # runs in a row of each model
 BURST_ROUNDS = 5
 _ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
 _FEWEST_PRECISE = 7  # rounds that count: with fewer, the range of the values is hardly wider than their median is uncertain
-_PRECISE = 0.01  # half the 95 % interval of a ratio of times: how much a process differs from the next one
+_PRECISE = 0.005  # half the 95 % interval of a ratio of times; the times of layers within models are about half as precise
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def fresh_bursts(
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
         seconds: how long to measure at most; 400 rounds are enough, or fewer that show each model's time, as a multiple of
-            the first model's, within 1 % (95 % interval).
+            the first model's, within 0.5 % (95 % interval).
         rounds: the number of rounds at least, the first of which is left out.
 
     Returns:
@@ -157,7 +157,7 @@ def are_precise(rounds: Sequence[Sequence[float]]) -> bool:
         rounds: the milliseconds of all models in each round.
 
     Returns:
-        Whether the median of each model's time, as a multiple of the first model's, is known within 1 % (95 % interval by
+        Whether the median of each model's time, as a multiple of the first model's, is known within 0.5 % (95 % interval by
         order statistics); for one model, of its time.
 
     """

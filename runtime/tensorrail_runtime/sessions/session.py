@@ -111,7 +111,7 @@ def open_session(
         provider: "cpu", "cuda" or "tensorrt"; ignored with `settings`.
         threads: the number of intra-op threads, 0 for ONNX Runtime's choice; ignored with `settings`.
         settings: all options of the session.
-        optimized: a file to which ONNX Runtime writes the graph as it runs it.
+        optimized: a file to which ONNX Runtime writes the graph as it runs it, with the weights in another one beside it.
         profile: a prefix for the file of ONNX Runtime's profile; without it nothing is profiled.
 
     Returns:
@@ -140,6 +140,7 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry(_OPTIMIZED_WEIGHTS, f"{Path(optimized).name}.data")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -213,6 +214,7 @@ def require_tensors(path: Path | str, session: ort.InferenceSession) -> None:
             raise ModelError(f"{path}: output {entry.name!r} has type {entry.type}: only tensors can be compared or scored")
 
 
+_OPTIMIZED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _MESSAGE_LENGTH = 400  # characters of ONNX Runtime's message that an error repeats
 
 

@@ -381,7 +381,7 @@ def test_patches_times_the_weight_are_the_convolution(name, rng):
     layer, model = conv_layer(rng, kernel, size, **attributes)
     x = weight(rng, 2, 3, *size)
     (y,) = run_to(model, ["y"], Session())({"x": x})
-    rows = Sampler(layer, 1).rows(x, 0)  # so many rows are wanted that every place is drawn
+    rows = Sampler(layer, [len(x)]).rows(x, 0)  # so many rows are wanted that every place is drawn
     values = onnx.numpy_helper.to_array(model.graph.initializer[0]).reshape(4, -1)
     assert rows.dtype == np.float32
     assert rows.shape == (y.size // 4, layer.spec.params // 4)
@@ -405,22 +405,23 @@ def test_patches_are_those_of_torch(stride, padding, dilation, rng):
     x = weight(rng, 2, 3, 7, 8)
     unfolded = torch.nn.functional.unfold(torch.from_numpy(x), (3, 2), dilation, padding, stride).numpy()
     expected = np.swapaxes(unfolded, 1, 2)  # (B, places, I·K)
-    rows = Sampler(layer, 1).rows(x, 0).reshape(expected.shape)
+    rows = Sampler(layer, [len(x)]).rows(x, 0).reshape(expected.shape)
     for mine, wanted in zip(rows, expected, strict=True):
         np.testing.assert_array_equal(np.unique(mine, axis=0), np.unique(wanted, axis=0))
 
 
 def test_the_same_places_are_drawn_twice_and_others_of_another_batch(rng):
     layer, _ = conv_layer(rng, (3, 3), (20, 20), pads=[1] * 4)
-    sampler = Sampler(layer, 10_000)
+    samples = [5, 9_995]
+    sampler = Sampler(layer, samples)
     assert sampler.each == 2
     x = weight(rng, 5, 3, 20, 20)
     rows = sampler.rows(x, 0)
     assert rows.shape == (10, 27)
-    np.testing.assert_array_equal(rows, Sampler(layer, 10_000).rows(x, 0))
+    np.testing.assert_array_equal(rows, Sampler(layer, samples).rows(x, 0))
     np.testing.assert_allclose(sampler.rows(2 * x, 0), 2 * rows)  # of other data at the same places
     assert not np.array_equal(rows, sampler.rows(x, 1))
-    assert not np.array_equal(rows, Sampler(layer, 10_000, seed=1).rows(x, 0))
+    assert not np.array_equal(rows, Sampler(layer, samples, seed=1).rows(x, 0))
 
 
 @pytest.mark.parametrize(
@@ -438,12 +439,19 @@ def test_rows_of_a_matrix_are_its_tokens(op, shape, values, attributes, rng):
     w, x = weight(rng, *values), weight(rng, *shape)
     free = ["n", *shape[1:]] if not attributes else [shape[0], "n"]
     model = make_model([node], {"w": w}, {"x": free}, {"y": [None] * len(shape)})
-    rows = Sampler(survey(model)[0], 1).rows(x, 0)
+    rows = Sampler(survey(model)[0], [len(x)]).rows(x, 0)
     (y,) = run_to(model, ["y"], Session())({"x": x})
     flat = w if left else w.T
     mine = rows @ flat.T
     wanted = (np.swapaxes(y, -1, -2) if left else y).reshape(-1, 4)
     np.testing.assert_allclose(mine, wanted, rtol=FLOAT32, atol=1e-5)
+
+
+def test_a_batch_gives_its_share_of_the_rows(rng):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "n")
+    model = make_model([node], {"w": weight(rng, 10, 4)}, {"x": ["n", 1000, 10]}, {"y": ["n", 1000, 4]})
+    sampler = Sampler(survey(model)[0], [4, 4, 192])
+    assert [len(sampler.rows(weight(rng, size, 1000, 10), k)) for k, size in enumerate((4, 4, 192))] == [400, 400, 19_200]
 
 
 def test_how_many_rows_are_wanted_and_what_is_too_wide(rng):

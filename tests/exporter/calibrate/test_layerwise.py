@@ -38,6 +38,46 @@ def plan_of(**ranks):
 PLAN = plan_of(conv2=(12, 8), fc=10, head=10, lstm=8)
 
 
+def test_transposed_convolutions_and_embeddings_are_decomposed_by_their_weights(rng):
+    weights = {
+        "table": weight(rng, 20, 16),
+        "up": weight(rng, 16, 12, 2, 2),
+        "up.bias": weight(rng, 12),
+        "square": np.array([-1, 16, 1, 1], np.int64),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"], "embed"),
+        helper.make_node("Reshape", ["rows", "square"], ["image"], "reshape"),
+        helper.make_node("ConvTranspose", ["image", "up", "up.bias"], ["y"], "up", strides=[2, 2]),
+    ]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 12, 2, 2])]
+    constants = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    plan = Plan(
+        layers=(
+            LayerPlan(name="table", format="svd", modes=(16, 20), ranks=(4,)),
+            LayerPlan(name="up", format="tt", modes=(12, 4, 16), ranks=(1, 6, 6, 1)),
+        )
+    )
+    data = Calibration(({"ids": rng.integers(0, 20, 32)},))
+    fitted = fit_layers(model, plan, data, CPU)
+    assert {row.layer: row.why.split(",")[0] for row in fitted.layers} == {
+        "table": "an embedding",
+        "up": "a transposed convolution",
+    }
+    resolved = resolve(model, plan)
+    assert takes_bias(resolved.layers["up"])
+    assert not takes_bias(resolved.layers["table"])
+    shifted = add_biases(resolved, {"up": np.ones(12)}).model
+    before, after = (
+        ort.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, dict(data.feeds[0]))[0]
+        for one in (model, shifted)
+    )
+    np.testing.assert_allclose(after, before + 1, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def network(rng):
     """Two convolutions, a Gemm, a MatMul and its Add on one side, and an LSTM over the rows on the other."""
@@ -348,7 +388,9 @@ def test_a_bias_is_added_to_what_a_gemm_gives(third, attributes, able, rng):
     resolved = resolve(model, Plan(layers=(layer,)))
     assert takes_bias(resolved.layers["w"]) is able
     if not able:
-        with pytest.raises(GraphError, match="layer w: has no bias that can be changed; expected one Conv or Gemm node, or"):
+        with pytest.raises(
+            GraphError, match="layer w: has no bias that can be changed; expected one Conv, ConvTranspose or Gemm node, or"
+        ):
             add_biases(resolved, {"w": np.ones(8)})
         return
     bias = rng.standard_normal(8)

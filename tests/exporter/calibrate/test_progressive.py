@@ -135,7 +135,7 @@ def fitted_whole(model, plan, data):
             done = {other: resolved.layers[other].plan.reconstruct(own, weights[other].shape) for other, own in cores.items()}
             del done[name]
             current = with_weights(add_biases(resolved, biases), done)
-            samplers = [Sampler(use, data.count * len(uses)) for use in uses]
+            samplers = [Sampler(use, data.samples, len(uses)) for use in uses]
             runs = [run_to(one, [use.input_name for use in uses], CPU) for one in (current, model)]
             statistics = Statistics(weights[name][0].size, len(weights[name]))
             for k, feed in enumerate(data.feeds):

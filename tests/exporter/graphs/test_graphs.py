@@ -337,12 +337,14 @@ def test_layers_that_stay_dense_say_why(rng):
         "each": rng.standard_normal((4, 1, 3, 3)).astype(np.float32),
     }
     nodes = [
-        helper.make_node("ConvTranspose", ["x", "up"], ["a"], "node_up", strides=[2, 2]),
+        helper.make_node("ConvTranspose", ["x", "up"], ["a"], "node_up", strides=[2, 2], auto_pad="SAME_UPPER"),
         helper.make_node("Conv", ["a", "each"], ["y"], "node_each", group=4),
     ]
     model = make_model(nodes, weights, {"x": ["n", 4, 4, 4]}, {"y": ["n", 4, 6, 6]})
     layer = LayerPlan(name="up", format="tt", modes=(4, 4, 4), ranks=(1, 2, 2, 1))
-    with pytest.raises(GraphError, match="layer node_up: cannot be rewritten: it is a transposed convolution"):
+    with pytest.raises(
+        GraphError, match="layer node_up: cannot be rewritten: its padding follows from auto_pad=SAME_UPPER, which"
+    ):
         decompose_graph(model, Plan(layers=(layer.model_copy(update={"name": "node_up"}),)))
     with pytest.raises(GraphError, match=r"layer each: cannot be rewritten: it is a depthwise convolution \(group=4\)"):
         decompose_graph(model, Plan(layers=(layer.model_copy(update={"name": "each"}),)))

@@ -1,7 +1,24 @@
 import numpy as np
+import onnx
 import pytest
+from conftest import make_model
+from onnx import helper
 
-from tensorrail_exporter import FORMATS, Conv, LayerPlan, LayerSpec, MatMul, Reshape, contraction_cost
+from tensorrail_exporter import (
+    FORMATS,
+    Conv,
+    LayerPlan,
+    LayerSpec,
+    MatMul,
+    Plan,
+    Reshape,
+    contraction_cost,
+    decompose_graph,
+    factorize,
+)
+from tensorrail_exporter.plans.costs import dense_cost
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_runtime.graphs.cost import cost as graph_cost
 
 CONV = LayerSpec("conv", (64, 32, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), size=(28, 28))
 
@@ -73,3 +90,44 @@ def test_a_kernel_longer_than_the_axis_that_is_guessed_has_a_cost(kernel, dilati
     layer = LayerPlan(name="c", format="tucker", modes=(2, 2, int(np.prod(kernel)), 2, 2), ranks=(1,) * 4)
     assert layer.merge_for(spec) in FORMATS["tucker"].merges("conv")
     assert contraction_cost(steps_of(layer.model_copy(update={"merge": "none"}), spec), spec).flops > 0
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMATS) - {"ttm"}))
+@pytest.mark.parametrize(
+    ("kernel", "attributes"),
+    [
+        ((3, 3), {"strides": [2, 2], "pads": [1, 0, 1, 2], "output_padding": [1, 0]}),
+        ((2, 4), {"strides": [2, 3], "dilations": [2, 1]}),
+        ((1, 1), {"strides": [2, 2]}),
+        ((5,), {"pads": [2, 2]}),
+    ],
+)
+def test_the_cost_of_a_transposed_convolution_is_that_of_its_nodes(form, kernel, attributes, rng, tmp_path):
+    nd = len(kernel)
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "n", **attributes)
+    weights = {"w": rng.standard_normal((16, 24, *kernel)).astype(np.float32)}
+    model = make_model([node], weights, {"x": [1, 16, *[6] * nd]}, {"y": [1, 24, *[None] * nd]})
+    (layer,) = survey(model)
+    onnx.save(model, tmp_path / "dense.onnx")
+    assert layer.macs == dense_cost(layer.spec).macs == graph_cost(tmp_path / "dense.onnx").macs
+    kind = FORMATS[form]
+    modes = kind.default_modes(layer.spec.shape)
+    ranks = kind.clamp(layer.spec.shape, modes, kind.uniform(layer.spec.shape, modes, 8))
+    for merge in kind.merges("conv"):
+        plan = Plan(layers=(LayerPlan(name="w", format=form, modes=modes, ranks=ranks, merge=merge),))
+        factored = factorize(model, plan, decompose_graph(model, plan)).model
+        onnx.save(factored, tmp_path / "model.onnx")
+        expected = contraction_cost(steps_of(plan.layers[0], layer.spec), layer.spec)
+        assert expected.macs == graph_cost(tmp_path / "model.onnx").macs, merge
+        assert expected.steps[-1].shape == layer.output[1:], merge
+
+
+def test_a_transposed_convolution_with_one_tap_is_spread_last(rng):
+    spec = LayerSpec("conv", (24, 16, 1, 1), (2, 2), (0,) * 4, (1, 1), size=(6, 6), transposed=True, output_padding=(0, 0))
+    for form in ("tt", "tucker", "svd"):
+        kind = FORMATS[form]
+        modes = kind.default_modes(spec.shape)
+        plan = LayerPlan(name="c", format=form, modes=modes, ranks=kind.uniform(spec.shape, modes, 8))
+        assert contraction_cost(steps_of(plan, spec), spec).macs == 36 * 8 * (16 + 24), form
+        first, last = (step for step in steps_of(plan, spec) if isinstance(step, Conv))
+        assert (first.transposed, last.transposed) == (False, True), form

@@ -59,6 +59,26 @@ def test_any_convolution_equals_its_reconstruction(data):
 
 @given(data=st.data())
 @cases(40, 500)
+def test_any_transposed_convolution_equals_its_reconstruction(data):
+    nd = data.draw(st.integers(1, 3), "spatial axes")
+    draw = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(nd)]  # noqa: E731
+    kernel, strides, dilations = draw(1, 3), draw(1, 3), draw(1, 2)
+    name = data.draw(st.sampled_from(sorted(set(FORMATS) - MATRIX_ONLY)))
+    shape, plan = draw_plan(data, "w", name, kernel)
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    weights = {"w": rng.standard_normal((shape[1], shape[0], *kernel)).astype(np.float32)}
+    if data.draw(st.booleans(), "bias"):
+        weights["b"] = rng.standard_normal(shape[0]).astype(np.float32)
+    added = [data.draw(st.integers(0, stride - 1), "output padding") for stride in strides]  # ONNX Runtime takes no more
+    attributes = {"strides": strides, "dilations": dilations, "output_padding": added}
+    attributes |= data.draw(st.sampled_from([{"pads": draw(0, 2) + draw(0, 2)}, {"auto_pad": "VALID"}, {}]), "padding")
+    node = helper.make_node("ConvTranspose", ["x", *weights], ["y"], "n", **attributes)
+    model = make_model([node], weights, {"x": ["n", shape[1], *[5] * nd]}, {"y": ["n", shape[0], *[None] * nd]})
+    check_against_reconstruction(data, model, plan, shape, lambda n: rng.standard_normal((n, shape[1], *[5] * nd)), rng)
+
+
+@given(data=st.data())
+@cases(40, 500)
 def test_any_gemm_equals_its_reconstruction(data):
     trans_a, trans_b = data.draw(st.booleans()), data.draw(st.booleans())
     alpha, beta = (data.draw(st.sampled_from([1.0, 0.5, -2.0])) for _ in range(2))

@@ -31,6 +31,13 @@ def conv(rng, outputs=32, inputs=32, kernel=(3, 3), behind=True, bias=False, **a
     return make_model(nodes, weights, {"x": ["n", inputs, *[8] * nd]}, {"y": ["n", outputs, *[None] * nd]})
 
 
+def transposed(rng, outputs=32, inputs=32, kernel=(3, 3), **attributes):
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "n", **attributes)
+    nd = len(kernel)
+    shapes = {"x": ["n", inputs, *[8] * nd]}, {"y": ["n", outputs, *[None] * nd]}
+    return make_model([node], {"w": weight(rng, inputs, outputs, *kernel)}, *shapes)
+
+
 def behind_a_pad(rng, kernel=(3, 3), **attributes):
     """Return a convolution that keeps the size, because a Pad node of its own adds two rows and columns."""
     model = conv(rng, kernel=kernel, **attributes)
@@ -64,6 +71,8 @@ MODELS = {
     "conv 1×1": lambda rng: (conv(rng, 64, 32, (1, 1)), None),
     "conv 1d SAME": lambda rng: (conv(rng, kernel=(3,), auto_pad="SAME_UPPER"), None),
     "first conv": lambda rng: (conv(rng, 48, 32, (7, 7), behind=False, pads=[3] * 4, strides=[2, 2]), None),
+    "transposed conv": lambda rng: (transposed(rng, 48, strides=[2, 2], pads=[1] * 4, output_padding=[1, 1]), None),
+    "transposed conv 1d": lambda rng: (transposed(rng, kernel=(4,), dilations=[2]), None),
     "gemm": lambda rng: (linear(rng, "Gemm", transB=1), None),
     "square gemm": lambda rng: (linear(rng, "Gemm", 48, 48), None),
     "gemm transA alpha": lambda rng: (linear(rng, "Gemm", transA=1, alpha=0.5), None),
@@ -129,7 +138,7 @@ def test_factored_context_runs_and_every_copy_has_the_steps(name, copies, rng):
         steps = option.steps.split(", ")
         for copy in range(copies):
             own = [node for node in model.graph.node if node.name.startswith(f"copy{copy}/")]
-            products = [node for node in own if node.op_type in ("Conv", "MatMul", "Gemm")]
+            products = [node for node in own if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")]
             # The last product of a recurrent layer is inside its node: it is the input weight. A train of pairs has none.
             assert len(products) == len(steps) - (layer.spec.op == "recurrent" and form != "ttm"), (form, option.steps)
         stored = [numpy_helper.to_array(tensor) for tensor in constants if tensor.data_type == TensorProto.FLOAT]

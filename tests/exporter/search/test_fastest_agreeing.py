@@ -43,7 +43,7 @@ def looked_for(monkeypatch):
     monkeypatch.setattr(fastest_agreeing, "report_of", lambda *arguments: SimpleNamespace(plan=arguments[2][0]))
 
     def call(guard, fitted):
-        probe = SimpleNamespace(fitted=lambda k, _: fitted(k), gain=None)
+        probe = SimpleNamespace(fitted=lambda k, _: fitted(k), gain=None, parts=None, inputs=SimpleNamespace(count=SAMPLES))
         losses = Losses("calibration", {"a": tuple(1e-3 * k**2 for k in range(1, MOST + 1))})
         candidates = SimpleNamespace(losses=losses, dense=SimpleNamespace(milliseconds=10.0))
         start = SimpleNamespace(targets={"latency": 1.05})

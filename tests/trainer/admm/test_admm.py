@@ -131,7 +131,7 @@ def test_plans_that_cannot_be_say_why(pattern, arguments, reason):
     [
         (nn.Conv2d(4, 4, 3, groups=2), "grouped convolution"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "expected padding_mode='zeros', got 'reflect'"),
-        (nn.ConvTranspose2d(4, 4, 3), "a transposed convolution cannot be factored"),
+        (nn.ConvTranspose2d(4, 4, 3, groups=4), "grouped convolution"),
     ],
 )
 def test_layers_that_cannot_be_factored_say_why(module, reason):

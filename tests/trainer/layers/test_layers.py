@@ -15,13 +15,14 @@ from torch import nn
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_trainer import cores_of, plan_layers, to_dense, to_onnx
+from tensorrail_trainer import ADMM, cores_of, plan_layers, to_dense, to_onnx
 from tensorrail_trainer.layers import factored as layers
 from tensorrail_trainer.layers.dense import dense_layer, dense_layers
 from tensorrail_trainer.layers.factored import FactoredLayer
 from tensorrail_trainer.layers.swap import swap
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 CONVOLVING = sorted(set(FORMATS) - MATRIX_ONLY)
 
 
@@ -43,6 +44,23 @@ def test_a_convolution_of_cores_equals_the_reconstructed_dense_one(data):
 
 @given(data=st.data())
 @cases(40, 200)
+def test_a_transposed_convolution_of_cores_equals_the_reconstructed_dense_one(data):
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    nd = data.draw(st.integers(1, 3), "spatial axes")
+    kernel, stride, dilation = ([data.draw(st.integers(1, 3)) for _ in range(nd)] for _ in range(3))
+    padding = [data.draw(st.integers(0, 1)) for _ in range(nd)]
+    added = [data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)]
+    shape, plan = draw_plan(data, "0", data.draw(st.sampled_from(CONVOLVING)), tuple(kernel))
+    bias = data.draw(st.booleans())
+    dense = TRANSPOSED[nd](shape[1], shape[0], kernel, stride, padding, added, bias=bias, dilation=dilation)
+    model = swap(nn.Sequential(dense), Plan(layers=(plan,)))
+    x = torch.randn(data.draw(st.integers(1, 3)), shape[1], *[5] * nd)
+    for training in (False, True):
+        torch.testing.assert_close(model.train(training)(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
+
+
+@given(data=st.data())
+@cases(40, 200)
 def test_a_linear_layer_of_cores_equals_the_reconstructed_dense_one(data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     shape, plan = draw_plan(data, "0", data.draw(st.sampled_from(sorted(FORMATS))), op="linear")
@@ -52,13 +70,14 @@ def test_a_linear_layer_of_cores_equals_the_reconstructed_dense_one(data):
         torch.testing.assert_close(model.train(training)(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layer", ["conv1d", "conv2d", "conv3d", "linear", "linear on sequences"])
+@pytest.mark.parametrize("layer", ["conv1d", "conv2d", "conv3d", "conv2d transposed", "linear", "linear on sequences"])
 @pytest.mark.parametrize("form_name", CONVOLVING)
 def test_both_ways_to_train_have_the_same_gradients(form_name, layer, monkeypatch):
     torch.manual_seed(0)
     make, shape = NETWORKS[layer]
     dense = make()
-    model = swap(nn.Sequential(dense), Plan(layers=(layer_plan("0", form_name, tuple(dense.weight.shape)),)))
+    dense = nn.Sequential(dense)
+    model = swap(dense, Plan(layers=(layer_plan("0", form_name, dense_layer(dense, "0").spec.shape),)))
     x = torch.randn(3, *shape)
     found = []
     for pays in (False, True):
@@ -93,6 +112,9 @@ NETWORKS = {
     "conv2d": (lambda: nn.Conv2d(8, 12, 3, 2, 1, dilation=2), (8, 9, 9)),
     "conv2d 1x1": (lambda: nn.Conv2d(8, 12, 1), (8, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(8, 12, 3, padding=1), (8, 4, 4, 4)),
+    "conv1d transposed": (lambda: nn.ConvTranspose1d(8, 12, 3, 2, 1, output_padding=1), (8, 5)),
+    "conv2d transposed": (lambda: nn.ConvTranspose2d(8, 12, (2, 3), 2, (0, 1), dilation=(1, 2)), (8, 4, 5)),
+    "conv3d transposed": (lambda: nn.ConvTranspose3d(8, 12, 2, 2), (8, 3, 3, 3)),
     "linear": (lambda: nn.Linear(16, 12), (16,)),
     "linear on sequences": (lambda: nn.Linear(16, 12), (5, 16)),
 }
@@ -200,8 +222,9 @@ def test_dense_layers_are_named_and_their_names_are_what_a_plan_takes():
         nn.Conv1d(2, 4, 3), nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4, 2)), nn.ConvTranspose1d(4, 4, 3), nn.GRU(4, 4)
     )
     names = dense_layers(model)
-    assert names == ("0", "1.0", "1.1.weight_ih_l0", "1.1.weight_ih_l1", "3.weight_ih_l0")
-    assert [dense_layer(model, name).spec.op for name in names] == ["conv", "linear", *["recurrent"] * 3]
+    assert names == ("0", "1.0", "1.1.weight_ih_l0", "1.1.weight_ih_l1", "2", "3.weight_ih_l0")
+    ops = [dense_layer(model, name).spec.op for name in names]
+    assert ops == ["conv", "linear", "recurrent", "recurrent", "conv", "recurrent"]
     assert dense_layers(nn.LSTM(4, 4)) == ("weight_ih_l0",)
     model = swap(model, Plan(layers=(layer_plan("0", "tt", (4, 2, 3)),)))
     assert isinstance(model[0], FactoredLayer)
@@ -233,6 +256,24 @@ def test_a_weight_that_is_computed_from_others_is_refused(norm, layer):
     model = nn.Sequential(norm(copy.deepcopy(layer)))
     with pytest.raises(PlanError, match="layer 0: expected a weight that is a parameter"):
         dense_layer(model, "0")
+
+
+@pytest.mark.parametrize("outputs", [6, 8])
+def test_a_transposed_convolution_is_used_like_torchs(outputs):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.ConvTranspose2d(8, outputs, 3, 2, 1))
+    cut = swap(copy.deepcopy(dense), Plan(layers=(layer_plan("0", "tt", (outputs, 8, 3, 3), 99),)))
+    x = torch.randn(2, 8, 5, 6)
+    assert cut[0].weight.shape == dense[0].weight.shape
+    torch.testing.assert_close(cut[0].weight + 0, dense[0].weight, atol=1e-4, rtol=1e-4)
+    for size in ([9, 11], [2, outputs, 10, 12]):
+        torch.testing.assert_close(cut[0](x, output_size=size), dense[0](x, output_size=size), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"output_size \[9, 13\]: expected \[9, 11\]"):
+        cut[0](x, output_size=[9, 13])
+    admm = ADMM(dense, Plan(layers=(layer_plan("0", "tt", (outputs, 8, 3, 3), 2),)))
+    admm.project_weights()
+    again = admm.update()
+    assert max(row.primal for row in again) < 1e-4  # the weights have the ranks
 
 
 def test_a_weight_under_two_names_is_refused():
@@ -307,8 +348,8 @@ def test_what_is_no_layer_to_factor_says_why():
         plan_layers(nn.Linear(4, 4), "*", ranks=2)
     with pytest.raises(PlanError, match=r"its size is not known yet; run one sample"):
         plan_layers(nn.Sequential(nn.LazyLinear(4)), "*", ranks=2)
-    with pytest.raises(PlanError, match="a transposed convolution cannot be factored"):
-        plan_layers(nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Linear(4, 4)), "0", ranks=2)
+    with pytest.raises(PlanError, match=r"a grouped convolution \(groups=2\) cannot be factored"):
+        plan_layers(nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Linear(4, 4)), "0", ranks=2)
 
 
 def test_options_types_and_freezing_are_those_of_the_dense_layer():

@@ -19,6 +19,9 @@ def command(
     placement: Annotated[
         bool, typer.Option("--placement", help="Run it with ONNX Runtime's profile on: provider and time of every node.")
     ] = False,
+    fusion: Annotated[
+        bool, typer.Option("--fusion", help="Count the operators that ONNX Runtime fuses from several nodes.")
+    ] = False,
     session: Any = Group(provider_option),
     json: Json = None,
 ) -> None:
@@ -28,10 +31,10 @@ def command(
     from tensorrail_runtime.errors import ModelError, UsageError
     from tensorrail_runtime.measure.placement import Placement
 
-    if session.on_gpu and not placement:
-        raise UsageError("--provider has no effect without --placement, which runs the model: give --placement as well")
+    if session.on_gpu and not (placement or fusion):
+        raise UsageError("--provider has no effect without --placement or --fusion, which open the model: give one of them")
     try:
-        report = inspect(model, placement=placement, options=Options(session, timing))
+        report = inspect(model, placement=placement, fusion=fusion, options=Options(session, timing))
     except ModelError as error:
         hint = ": see --shape" if "give the shape" in str(error) else ""
         raise ModelError(f"{error}{hint}") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tensorrail.inputs import Arrays, as_batches, timed_on
 from tensorrail.models import as_file
 from tensorrail.options import Options
+from tensorrail_runtime.measure.fusions import compared_fusions
 from tensorrail_runtime.measure.parity import LayerError, Parity, Tolerances, parity
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.sessions.inputs import random_inputs
@@ -53,7 +54,8 @@ def check(
             with.
 
     Returns:
-        How each output differs; `print(report)` shows the table, `report.holds` says whether all are within the tolerance.
+        How each output differs, and which operators ONNX Runtime fuses in one model alone; `print(report)` shows the table,
+        `report.holds` says whether all outputs are within the tolerance.
 
     Raises:
         ModelError: a model cannot be run, or inputs or outputs differ.
@@ -75,6 +77,7 @@ def check(
             drawn = sizes or ((1,) if shapes else (1, 7))
             feeds = [random_inputs(session, size, shapes=shapes, values=values) for size in drawn]
         report = parity(first, second, inputs=feeds, tolerance=tolerance, settings=settings, axes=axes)
+        report = report.model_copy(update={"fusions": compared_fusions(first, second, settings)})
         if layers is None:
             return report
         return report.model_copy(update={"layers": _layer_errors(first, second, layers, feeds, options)})

@@ -52,6 +52,8 @@ def export(
     from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
     from tensorrail_exporter.rewrite.survey import with_known_axes
     from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
+    from tensorrail_runtime.measure.fusions import compared_fusions
+    from tensorrail_runtime.scratch import scratch
 
     options = options or Options()
     require_writable(out, model, plan, cores)
@@ -66,6 +68,11 @@ def export(
         cores = load_cores(cores, read)
     factored, dense_again = factorize_fastest(graph, read, cores, form, settings=options.session, progress=options.progress)
     save_model(factored.model, Path(out))
+    with scratch() as folder:
+        dense = Path(model) if isinstance(model, Path | str) else Path(folder) / "dense.onnx"
+        if not isinstance(model, Path | str):
+            save_model(graph, dense)
+        fusions = compared_fusions(dense, out, options.session)
     if read.precision == "int8":
         options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`")
-    return Rewrites(layers=factored.layers, dense=dense_again.layers, model=str(out))
+    return Rewrites(layers=factored.layers, dense=dense_again.layers, fusions=fusions, model=str(out))

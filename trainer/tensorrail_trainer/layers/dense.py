@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers.factored import FactoredLayer
 from tensorrail_trainer.layers.holders import require_sole_holders
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
+
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,16 @@ class DenseModule:
 
     def weight(self) -> Tensor:
         """Return the weight (O, I, *K) or (O, I), differentiable with respect to the parameters."""
+        if self.spec.transposed:
+            return self.parameters[0].transpose(0, 1)
         return self.parameters[0] if len(self.parameters) == 1 else torch.cat(self.parameters)
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:
         """Copy a weight (O, I, *K) or (O, I) into the parameters, in place."""
+        if self.spec.transposed:
+            self.parameters[0].copy_(weight.transpose(0, 1))
+            return
         for parameter, part in zip(self.parameters, weight.split([len(p) for p in self.parameters]), strict=True):
             parameter.copy_(part)
 
@@ -48,7 +55,7 @@ def dense_layers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of all convolutions, linear layers and recurrent input weights, in the order of the model."""
     names: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+        if isinstance(module, _CONVOLUTIONS | nn.Linear):
             names.append(name)
         elif isinstance(module, nn.LSTM | nn.GRU):
             names += [f"{name}.weight_ih_l{k}".removeprefix(".") for k in range(module.num_layers)]
@@ -80,7 +87,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
             raise PlanError(f"layer {name}: not in the model; its layers are {', '.join(dense_layers(model))}")
         case nn.Linear():
             spec = LayerSpec("linear", tuple(module.weight.shape))
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() | nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
             if module.groups != 1:
                 raise PlanError(
                     f"layer {name}: a grouped convolution (groups={module.groups}) cannot be factored; leave it out of the plan"
@@ -89,7 +96,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
                 raise PlanError(
                     f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan"
                 )
-            spec = LayerSpec("conv", tuple(module.weight.shape), module.stride, _pads(module), dilation=module.dilation)
+            spec = _convolution(module)
         case FactoredLayer():
             raise PlanError(
                 f"layer {name}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
@@ -99,12 +106,10 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
             raise PlanError(
                 f"layer {name}: is a {type(module).__name__}; name the input weight of one of its layers instead: {known}"
             )
-        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            raise PlanError(f"layer {name}: a transposed convolution cannot be factored; leave it out of the plan")
         case _:
             raise PlanError(
-                f"layer {name}: expected a Conv1d, Conv2d, Conv3d, Linear, LSTM or GRU layer, got a {type(module).__name__}; "
-                "leave it out of the plan"
+                f"layer {name}: expected a Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear, "
+                f"LSTM or GRU layer, got a {type(module).__name__}; leave it out of the plan"
             )
     _require_own_forward(module, name)
     return DenseModule(module, spec, (cast("nn.Parameter", module.weight),))
@@ -117,7 +122,7 @@ def _require_size(module: nn.Module | None, name: str) -> None:
 
 def _require_own_forward(module: nn.Module, name: str) -> None:
     """Raise `PlanError` for a subclass with its own forward: the layer made of cores computes what torch's class computes."""
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LSTM, nn.GRU):
+    for kind in (*get_args(_CONVOLUTIONS), nn.Linear, nn.LSTM, nn.GRU):
         if not isinstance(module, kind):
             continue
         for method in ("forward", "_conv_forward"):
@@ -133,7 +138,7 @@ def _require_own_parameters(module: nn.Module | None, name: str, leaf: str = "we
 
     Parametrizations, `weight_norm`, `spectral_norm` and pruning compute a parameter from others. `leaf` is the planned weight.
     """
-    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.LSTM | nn.GRU):
+    if not isinstance(module, _CONVOLUTIONS | nn.Linear | nn.LSTM | nn.GRU):
         return
     own = dict(module.named_parameters(recurse=False))
     names = ["weight", *(["bias"] if getattr(module, "bias", module) is not None else [])]
@@ -215,7 +220,23 @@ def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) ->
                 )
 
 
-def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+def _convolution(module: _CONVOLUTIONS) -> LayerSpec:
+    """Return what a convolution computes, transposed or not."""
+    shape = tuple(module.weight.shape)
+    if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return LayerSpec("conv", shape, module.stride, _pads(module), dilation=module.dilation)
+    return LayerSpec(
+        "conv",
+        (shape[1], shape[0], *shape[2:]),  # torch stores (I, O, *K)
+        module.stride,
+        _pads(module),
+        dilation=module.dilation,
+        transposed=True,
+        output_padding=tuple(module.output_padding),
+    )
+
+
+def _pads(module: _CONVOLUTIONS) -> tuple[int, ...]:
     """Return the padding before and after each axis; with `padding="same"` torch adds the odd element at the end."""
     if isinstance(module.padding, str):
         if module.padding == "valid":

@@ -72,41 +72,66 @@ class FactoredLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, for modules that read it without calling `forward`, as torch's attention reads its `out_proj`.
 
-        It is computed from the cores. An operation that would change it in place raises `PlanError`: the change would be lost.
+        It is computed from the cores, and that of a transposed convolution is (I, O, *K), as torch stores it. An operation that
+        would change it in place raises `PlanError`: the change would be lost.
         """
-        return read_only(self.dense_weight(), "change `cores`, or factor a dense layer of the weight that you want")
+        weight = self.dense_weight()
+        return read_only(
+            weight.transpose(0, 1) if self.spec.transposed else weight,
+            "change `cores`, or factor a dense layer of the weight that you want",
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Contract the input with the cores and add the bias.
 
         Args:
             x: (B, I, *S) or (I, *S) for a convolution, (…, I) for a linear layer.
+            output_size: for a transposed convolution, the size *S', alone or behind the other axes; default: what follows from
+                its output padding.
 
         Returns:
             (B, O, *S'), (O, *S') or (…, O), as from the dense layer.
 
         """
         if is_traced(x):
-            return cast(Tensor, node_of(self, x))
+            return cast(Tensor, node_of(self, x) if output_size is None else node_of(self, x, output_size))
         linear = self.spec.op == "linear"
         leading = x.shape[:-1]
         if linear:
             x = x.reshape(-1, x.shape[-1])
         elif x.dim() == self.spec.spatial + 1:
-            return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
+            return cast(Tensor, self(x.unsqueeze(0), output_size)).squeeze(0)
         # The output is channels_last only if the input is, as in torch's layers. Images of one channel are both.
         plain = not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         if self.training and torch.is_grad_enabled() and self._dense_for(x):
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.dense_weight()
-                steps: tuple[Step, ...] = (dense_step(weight.contiguous() if plain else weight, self.spec),)
+                steps: tuple[Step, ...] = (
+                    dense_step(weight.contiguous() if plain else weight, self._spec_for(x, output_size)),
+                )
         else:
-            steps = self.steps()
+            steps = self.plan.contraction(list(self.cores), self._spec_for(x, output_size))
         x = run_steps(steps, x)
         if linear:
             return (x if self.bias is None else x + self.bias.to(x.dtype)).reshape(*leading, self.spec.shape[0])
         x = x.contiguous() if plain else x
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *(1,) * self.spec.spatial)
+
+    def _spec_for(self, x: Tensor, output_size: Sequence[int] | None) -> LayerSpec:
+        """Return what the layer computes; with an output size, with the output padding that gives it."""
+        spec = self.spec
+        if output_size is None:
+            return spec
+        if not spec.transposed:
+            raise TypeError("output_size is for a transposed convolution")
+        least = [
+            (size - 1) * s - 2 * p + d * (k - 1) + 1
+            for size, s, p, d, k in zip(x.shape[2:], spec.stride, spec.pads, spec.dilation, spec.kernel, strict=False)
+        ]
+        added = tuple(size - low for size, low in zip(tuple(output_size)[-spec.spatial :], least, strict=True))
+        if any(not 0 <= extra < step for extra, step in zip(added, spec.stride, strict=True)):
+            raise ValueError(f"output_size {list(output_size)}: expected {least} or up to one less than the stride more")
+        return replace(spec, output_padding=added)
 
     def _dense_for(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling():
@@ -134,6 +159,7 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
         "dilation": tuple(spec.dilation),
         "groups": 1,
         "padding_mode": "zeros",
+        **({"output_padding": tuple(spec.output_padding)} if spec.transposed else {}),
     }
 
 

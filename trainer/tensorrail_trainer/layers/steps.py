@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step, resolve
+from tensorrail_exporter.formats.contraction import Conv, Gather, MatMul, Reshape, Step, resolve
 from tensorrail_exporter.formats.modes import Equation
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class CoreList(nn.ParameterList):
@@ -54,10 +55,15 @@ def _run(step: Step, x: Tensor) -> Tensor:
         case Conv():
             nd = x.dim() - 2
             begins, ends = step.pads[:nd], step.pads[nd:]
+            if step.transposed:  # torch's layer pads both sides alike
+                kernel, added = cast(Tensor, step.spread()), step.output_padding or 0
+                return _TRANSPOSED[nd](x, kernel, None, step.stride, begins, added, step.groups, step.dilation)
             if begins != ends:
                 x = F.pad(x, [amount for axis in reversed(range(nd)) for amount in (begins[axis], ends[axis])])
                 begins = (0,) * nd
             return _CONVOLUTIONS[nd](x, cast(Tensor, step.weight), None, step.stride, begins, step.dilation, step.groups)
+        case Gather(weight=weight):
+            return F.embedding(x, cast(Tensor, weight))
         case MatMul(weight=weight, side="right"):
             return x @ cast(Tensor, weight)
         case MatMul(weight=weight):

@@ -152,10 +152,17 @@ def _require_copyable(model: nn.Module) -> None:
                 )
 
 
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
 def _dense_layer(module: FactoredLayer) -> nn.Module:
     spec = module.spec
-    kind: Any = nn.Linear if spec.op == "linear" else {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[spec.spatial]
-    state = {"weight": module.dense_weight().detach()}
+    weight = module.dense_weight().detach()
+    kind: Any = nn.Linear
+    if spec.op == "conv":
+        kind = (_TRANSPOSED if spec.transposed else _CONVOLUTIONS)[spec.spatial]
+    state = {"weight": weight.transpose(0, 1) if spec.transposed else weight}
     layer: nn.Module = kind(**torch_options(spec), bias=module.bias is not None).to(state["weight"])
     if module.bias is not None:
         state["bias"] = module.bias.detach()

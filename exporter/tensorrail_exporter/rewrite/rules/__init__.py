@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec, Step
-from tensorrail_exporter.rewrite.rules import conv, gemm, matmul, recurrent
+from tensorrail_exporter.rewrite.rules import conv, conv_transpose, gather, gemm, matmul, recurrent
 from tensorrail_exporter.rewrite.rules.emit import Site
 
 
@@ -40,10 +40,9 @@ class Rule(Protocol):
         """Replace the node by the steps, between the same input and output; `layer` starts the names of new tensors."""
 
 
-RULES: tuple[Rule, ...] = (conv, gemm, matmul, recurrent)
+RULES: tuple[Rule, ...] = (conv, conv_transpose, gather, gemm, matmul, recurrent)
 
 STAY_DENSE = {
-    "ConvTranspose": "it is a transposed convolution, which no format supports; leave it out of the plan",
     "QLinearConv": "it is already quantized; factorize the floating-point model, then quantize the result",
     "ConvInteger": "it is already quantized; factorize the floating-point model, then quantize the result",
     "QLinearMatMul": "it is already quantized; factorize the floating-point model, then quantize the result",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.formats.contraction import Conv, MatMul, Reshape, Step
+from tensorrail_exporter.formats.contraction import Conv, Gather, MatMul, Reshape, Step
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Site:
         for index, step in enumerate(steps):
             out = target if index == len(steps) - 1 else self.variable(f"{layer}/step{index}", dtype)
             op, attrs, weight = self._node_of(step, layer, dtype)
-            left = isinstance(step, MatMul) and step.side == "left"
+            left = isinstance(step, Gather) or (isinstance(step, MatMul) and step.side == "left")
             nodes.append(
                 self.append(op, f"{layer}/{op.lower()}{index}", [weight, source] if left else [source, weight], out, attrs)
             )
@@ -105,9 +105,14 @@ class Site:
                     "group": step.groups,
                 }
                 attrs |= {"pads": list(step.pads)} if step.auto_pad == "NOTSET" else {"auto_pad": step.auto_pad}
-                return "Conv", attrs, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
+                attrs |= {"output_padding": list(step.output_padding)} if any(step.output_padding) else {}
+                kernel = step.spread() if step.transposed else step.weight
+                op = "ConvTranspose" if step.transposed else "Conv"
+                return op, attrs, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(kernel).astype(dtype))
             case MatMul():
                 return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
+            case Gather():
+                return "Gather", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
             case Reshape():
                 name = f"{layer}/shape{'_'.join(map(str, step.shape))}"
                 return "Reshape", {}, self.constant(name, np.array(step.shape, np.int64))
