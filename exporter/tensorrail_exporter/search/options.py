@@ -24,6 +24,7 @@ AUTO = ("tt", "svd")
 (results/forms.md). A Tucker-2 convolution runs the same steps as a separable train with one mode per side."""
 
 _MOST = 0.95  # share of the dense MACs above which no option is offered: its additional kernels cost more than it saves
+_LONG, _MOST_OF_LONG = 32, 1.25  # taps of a kernel from which dense kernels are slow, so that even full rank may be faster
 _BEYOND = 2.0  # multiple of the dense MACs after which no larger ranks are tried
 _BALANCE = 0.26  # largest difference between the two ranks of a narrow convolution, as shares of their channels
 _THIN = 5  # options of one format and modes that are timed; the others are estimated
@@ -60,14 +61,14 @@ class Option:
         return LayerPlan(name=name, format=self.format, modes=self.modes, ranks=self.ranks, merge=self.merge)
 
 
-def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: float = _MOST) -> tuple[Option, ...]:
+def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: float | None = None) -> tuple[Option, ...]:
     """Return the options of a layer, those with the fewest MACs first.
 
     Args:
         layer: the dense layer.
         formats: keys of `FORMATS`, or `auto`.
         grid: ranks are multiples of it.
-        most: largest share of the dense MACs; default 0.95.
+        most: largest share of the dense MACs; default 0.95, and 1.25 for a kernel with 32 taps or more.
 
     Returns:
         At most 12 options per format and modes, none if even the smallest exceeds `most`.
@@ -76,6 +77,8 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
         PlanError: a format is unknown.
 
     """
+    if most is None:
+        most = _MOST_OF_LONG if math.prod(layer.spec.kernel) >= _LONG else _MOST
     matrix = math.prod(layer.spec.kernel) == 1
     auto = AUTO[1:] if matrix else AUTO  # for a matrix both formats give the same two products
     names = list(dict.fromkeys(name for key in formats for name in (auto if key == "auto" else (key,))))

@@ -160,3 +160,13 @@ def test_many_ranks_are_spread_over_few_options(rng):
     steps = np.diff(np.log([option.macs for option in tt]))
     assert steps.min() > 0
     assert steps.max() < 4 * steps.mean()  # no hole in the middle
+
+
+@pytest.mark.parametrize(("taps", "most"), [(9, 0.95), (31, 0.95), (32, 1.25), (512, 1.25)])
+def test_a_long_kernel_may_have_more_macs_than_the_dense_one(taps, most, rng):
+    """Dense kernels are slow for many taps: at full rank, CREPE's second layer takes half the time (results/real-models.md)."""
+    (layer,) = survey(conv_model(rng, (16, 128, taps, 1), 16, pads=[taps // 2, 0, taps // 2, 0]))
+    dense = layer.macs
+    shares = [option.macs / dense for option in options_of(layer, ["auto"], 16)]
+    assert max(shares) <= most
+    assert (max(shares) > 1.0) is (most > 1.0)
