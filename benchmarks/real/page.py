@@ -128,7 +128,7 @@ def sentence(records: Sequence[Record]) -> str:
         words[0] += f"; {len(refused)} are refused with the reason, {soon} of them within a minute"
     words[0] += "."
     if others:
-        words.append(f"The others are {', '.join(others)}.")
+        words.append(f"Neither holds for {', '.join(others)}.")
     return " ".join(words)
 
 
