@@ -11,11 +11,11 @@ basis. Every model in int8 is then compared with the same model in fp32, on the 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import onnx
+from pages import parser_of, write_results
 
 from tensorrail_exporter import factorize
 from tensorrail_exporter.calibrate.inputs import Calibration, load_calibration
@@ -28,7 +28,6 @@ from tensorrail_exporter.search.planner import plan_network
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.errors import TensorrailError
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
 
@@ -102,13 +101,10 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Measure all networks."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", type=Path, nargs="+", metavar="DENSE.onnx")
+    parser = parser_of(__doc__)
     parser.add_argument("--flops", type=float, default=2.0, help="Target on FLOPs. Default: 2.")
     parser.add_argument("--samples", type=int, default=256, help="Calibration inputs. Default: 256.")
     parser.add_argument("--test-samples", type=int, default=512, help="Test inputs. Default: 512.")
-    parser.add_argument("--cache", type=Path, help="Folder of latency tables. Default: the user's.")
-    parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md and FILE.json are written.")
     options = parser.parse_args()
     records: list[dict[str, Any]] = []
     for path in options.models:
@@ -118,9 +114,7 @@ def main() -> None:
             new = [{"network": path.stem, "failed": str(error)}]
         records += new
         print(page(new, options).rpartition("--:|\n")[2], end="", flush=True)
-        if options.out:
-            write_text(options.out.with_suffix(".json"), json.dumps(records, indent=1) + "\n")
-            write_text(options.out.with_suffix(".md"), page(records, options))
+        write_results(options.out, records, page(records, options))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ picture of each front.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from pages import parser_of, write_results
 
 import tensorrail as tr
 from tensorrail.front import drawn
@@ -127,14 +127,11 @@ def _row(point: Point) -> str:
 
 def main() -> None:
     """Measure all networks."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", type=Path, nargs="+", metavar="DENSE.onnx")
+    parser = parser_of(__doc__, "FILE.md, FILE.json and FILE/NETWORK.svg")
     parser.add_argument("--samples", type=int, default=512, help="Calibration inputs. Default: 512.")
     parser.add_argument("--seconds", type=float, default=60.0, help="Seconds of timing layers, in each precision. Default: 60.")
     parser.add_argument("--fit", type=float, default=60.0, help="Seconds of fits in torch, of all models. Default: 60.")
     parser.add_argument("--bench-seconds", type=float, default=20.0, help="Seconds of the comparison of times. Default: 20.")
-    parser.add_argument("--cache", type=Path, help="Folder of latency tables. Default: the user's.")
-    parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md, FILE.json and FILE/NETWORK.svg are written.")
     options = parser.parse_args()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -150,9 +147,7 @@ def main() -> None:
                 record = {"front": front.model_dump(mode="json"), "dense_score": dense}
         records.append({"network": path.stem, "seconds": time.monotonic() - began} | record)
         print(page(records[-1:], options).partition("\n## ")[2], flush=True)
-        if options.out:
-            write_text(options.out.with_suffix(".json"), json.dumps(records, indent=1) + "\n")
-            write_text(options.out.with_suffix(".md"), page(records, options))
+        write_results(options.out, records, page(records, options))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ At last dense and chosen networks are timed in turns. Results are written after 
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from pages import parser_of, write_results
 
 from tensorrail_exporter import factorize
 from tensorrail_exporter.calibrate.inputs import load_calibration
@@ -44,7 +44,6 @@ from tensorrail_runtime.measure.agreement import agreement
 from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, silent
-from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
 
@@ -177,16 +176,13 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Measure all networks and budgets."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", type=Path, nargs="+", metavar="DENSE.onnx")
+    parser = parser_of(__doc__)
     parser.add_argument("--flops", type=float, nargs="*", default=[1.7, 2.3], help="Targets on FLOPs. Default: 1.7 2.3.")
     parser.add_argument("--latency", type=float, nargs="*", default=[], help="Targets on the latency. Default: none.")
     parser.add_argument("--samples", type=int, default=250, help="Calibration inputs. Default: 250.")
     parser.add_argument("--seconds", type=float, default=60.0, help="Seconds of timing layers. Default: 60.")
     parser.add_argument("--search-seconds", type=float, default=60.0, help="Seconds of the local search. Default: 60.")
     parser.add_argument("--bench-seconds", type=float, default=20.0, help="Seconds of the comparison of times. Default: 20.")
-    parser.add_argument("--cache", type=Path, help="Folder of latency tables. Default: the user's.")
-    parser.add_argument("-o", "--out", type=Path, help="Without suffix: FILE.md and FILE.json are written.")
     options = parser.parse_args()
     records: list[dict[str, Any]] = []
     targets = [{"flops": one} for one in options.flops] + [{"latency": one} for one in options.latency]
@@ -195,9 +191,7 @@ def main() -> None:
             with TemporaryDirectory() as folder:
                 records += measured(path, target, options, Path(folder))
             print(page(records[-len(WAYS) :], options).rpartition("|---|\n")[2], end="", flush=True)
-            if options.out:
-                write_text(options.out.with_suffix(".json"), json.dumps(records, indent=1) + "\n")
-                write_text(options.out.with_suffix(".md"), page(records, options))
+            write_results(options.out, records, page(records, options))
 
 
 if __name__ == "__main__":
