@@ -31,8 +31,8 @@ def text(records: Sequence[Record], where: Machine, seconds: float) -> str:
         f"{where.onnxruntime}, CPU provider, one thread, batch 1; dense, factored and int8 models in turns, {seconds:g} s, "
         "in five fresh processes. The networks are those that packages on PyPI carry. A model is accepted if the best class "
         f"is the dense model's on at least {100 * MIN_AGREEMENT:g} % of the calibration inputs set aside, or, where outputs "
-        f"are no scores of classes, if they differ by at most {MAX_DIFFERENCE:g} (relative L2); `compress` looks for the "
-        "fastest such model. The quality is measured on other inputs, which compression never saw."
+        f"are no scores of classes, if they differ by at most {MAX_DIFFERENCE:g} of their standard deviation; `compress` "
+        "looks for the fastest such model. The quality is measured on other inputs, which compression never saw."
     )
     lines = ["# Networks from packages on PyPI", "", *textwrap.wrap(head, _WIDTH, break_long_words=False), ""]
     lines += ["## Result", "", *textwrap.wrap(sentence(records), _WIDTH), "", *summary(records)]

@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import sample_scores, wrong_labels
 from tensorrail_runtime.measure.agreement import scores_of
-from tensorrail_runtime.measure.features import WHOLE, Features, features_of
+from tensorrail_runtime.measure.features import WHOLE, Features, features_of, variation
 
 Outputs = list[list[np.ndarray]]  # by output, by batch
 
@@ -116,7 +116,7 @@ class Divergence:
             before, after = ([np.asarray(part, np.float64) for part in parts] for parts in (self.dense[k], changed[k]))
             features = self._features_of(k)
             lost = np.sum([features.sums(np.square(a - b)) for a, b in zip(before, after, strict=True)], 0)
-            shares.append(float(features.weights(_variation(before, features), _TINY) @ lost))
+            shares.append(float(features.weights(variation(before, features), _TINY) @ lost))
         return float(np.mean(shares))
 
     def _features_of(self, output: int) -> Features:
@@ -223,18 +223,3 @@ def _log_probabilities(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
     if kind == "probabilities":
         return np.asarray(np.log(np.maximum(values, _TINY)))
     return values if kind == "log-probabilities" else np.asarray(log_softmax(values, -1))
-
-
-def _variation(parts: Sequence[np.ndarray], features: Features) -> np.ndarray:
-    """Return ‖a − mean‖² of each group of features.
-
-    The mean is over samples, or over all values of a group if there is one sample or the shapes differ.
-    """
-    together = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
-    if together:
-        values = np.concatenate(parts)
-        return features.sums(np.square(values - values.mean(0)))
-    counts, totals, squares = (
-        np.sum([features.sums(of(part)) for part in parts], 0) for of in (np.ones_like, np.asarray, np.square)
-    )
-    return np.asarray(np.maximum(squares - np.square(totals) / np.maximum(counts, 1), 0.0))

@@ -285,7 +285,8 @@ def _in_rounds(tries: _Tries, progress: Progress) -> tuple[_Tries, _Found, Agree
                 tries, found, hopeful, corrections = again, other, also, 1
         if not number and not hopeful and tries.is_hopeless(found, gain):
             raise TargetError(_refusal(tries, found))  # no fit gains so much
-        found = tries.improved(found, search.improve_seconds / _ROUNDS, progress)
+        # A first network that will hardly agree is fitted as it is, to see how far from it all are.
+        found = tries.improved(found, search.improve_seconds / _ROUNDS if hopeful or number else 0.0, progress)
         if found.picks in tries.fitted:
             break  # nothing new is hoped for
         fitted = tries.fit(found, progress)

@@ -15,7 +15,7 @@ class Guard(Record):
     min_agreement: float = 0.9
     """Smallest share of inputs with the same best class, where outputs are scores of classes; default 0.9."""
     max_difference: float | None = None
-    """Largest difference ‖b − a‖ / ‖a‖ of the outputs; default: no limit."""
+    """Largest difference of the outputs, as a multiple of their standard deviation (see `Agreement`); default: no limit."""
 
     def check(self) -> None:
         """Raise `UsageError` for a limit that is out of range."""
@@ -35,8 +35,8 @@ class Guard(Record):
             return "NOT accurate enough: the outputs on the inputs set aside are not finite"
         if self.max_difference is not None and measured.difference > self.max_difference:
             return (
-                f"NOT accurate enough: outputs differ by {measured.difference:.2e} on the inputs set aside, expected at most "
-                f"{self.max_difference:.2e}"
+                f"NOT accurate enough: outputs differ by {measured.difference:.2e} of their standard deviation on the inputs "
+                f"set aside, expected at most {self.max_difference:.2e}"
             )
         return ""
 
@@ -44,5 +44,5 @@ class Guard(Record):
         """Return the limits in words, for outputs that are scores of classes or not."""
         words = [f"the best class the dense model's on {100 * self.min_agreement:g} % of the inputs"] if scores else []
         if self.max_difference is not None:
-            words.append(f"a difference of the outputs of at most {self.max_difference:g}")
+            words.append(f"a difference of the outputs of at most {self.max_difference:g} of their standard deviation")
         return " and ".join(words)

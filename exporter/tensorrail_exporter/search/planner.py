@@ -170,11 +170,7 @@ def plan_networks(
                 with_inputs_set_aside(one, candidates.choice_of(one), probe, parts.judged, place)
                 for one, place in zip(best, places, strict=True)
             ]
-    rows = [
-        PlannedLayer.dense(layer, 0.0, "not timed: the shape of its data is not known")
-        for layer in layers
-        if layer not in options  # such as layers in the bodies of If and Loop
-    ]
+    rows = [PlannedLayer.dense(layer, 0.0, _why_not_timed(layer)) for layer in layers if layer not in options]
     rows += [PlannedLayer.left_out(row) for row in refused]
     return [one.model_copy(update={"rows": (*one.rows, *rows)}) for one in best]
 
@@ -358,16 +354,25 @@ def _loss(report: PlanReport) -> float:
 def _options(layers: Sequence[DenseLayer], search: Search, targets: Collection[str]) -> dict[DenseLayer, tuple[Option, ...]]:
     """Return the forms to time for each layer whose data shape is known; no forms for a layer that is kept dense.
 
-    Embeddings have forms only where a target is on size: rows of a table are read faster than they are computed.
+    Embeddings are among them only where a target is on size: rows of a table are read faster than they are computed.
     """
     size = {"params", "bytes"} & set(targets)
     return {
-        layer: ()
-        if search.keeps(layer.name) or (layer.spec.gathers and not size)
-        else tuple(options_of(layer, search.formats, search.grid))
+        layer: () if search.keeps(layer.name) else tuple(options_of(layer, search.formats, search.grid))
         for layer in layers
-        if layer.output is not None and layer.inputs[layer.data] is not None
+        if _has_shapes(layer) and (size or not layer.spec.gathers)
     }
+
+
+def _has_shapes(layer: DenseLayer) -> bool:
+    """Return whether the shapes of its data are known; they are not in the bodies of If and Loop."""
+    return layer.output is not None and layer.inputs[layer.data] is not None
+
+
+def _why_not_timed(layer: DenseLayer) -> str:
+    if _has_shapes(layer):
+        return "an embedding: factored for targets on params or bytes only"
+    return "not timed: the shape of its data is not known"
 
 
 def calibration_parts(

@@ -249,8 +249,6 @@ def _require_reachable(limit: Limit, targets: Mapping[str, float], candidates: C
 def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str:
     if search.keeps(layer.name):
         return "kept as asked"
-    if layer.spec.gathers and not candidates.options[layer]:
-        return "an embedding: factored for targets on params or bytes only"
     if not candidates.options[layer]:
         return "too narrow for a rank on the grid"
     if not candidates.faster[layer]:

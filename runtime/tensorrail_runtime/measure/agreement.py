@@ -13,7 +13,7 @@ from scipy.stats import norm, t
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes
 from tensorrail_runtime.measure.accuracy import wilson
-from tensorrail_runtime.measure.features import WHOLE, Features, features_of
+from tensorrail_runtime.measure.features import WHOLE, Features, features_of, variation
 from tensorrail_runtime.measure.parity import Both, run_both
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.session import Session
@@ -21,6 +21,7 @@ from tensorrail_runtime.sessions.session import Session
 Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 
 _TINY = 1e-30
+_CONSTANT = 1e-3  # the standard deviation of values counts as at least so much of their root mean square
 _DRAWS = 2000  # resamplings behind the interval of the difference
 _TOLERANCE = 1e-3  # of a sum of probabilities, or of a norm of 1
 _SATURATED = 0.1  # share of sigmoids that may be exactly 0 or 1: ONNX Runtime rounds them to 0 below about −18
@@ -31,9 +32,10 @@ class Agreement(Record):
 
     `agreement` is the share of samples whose best class, by the first output, is the same, with Wilson's 95 % interval (Wilson
     1927); None if the first output does not hold scores of classes. Where a sample has several rows of scores, such as steps of
-    a sequence, it is the mean of their shares, whose interval follows from how much samples differ. `difference` is
-    ‖b − a‖ / ‖a‖ of all numeric outputs together, each in units of its own norm, with a 95 % interval from resampling the
-    inputs. Where an output holds probabilities beside other quantities, both are in units of their own norms (see `features`).
+    a sequence, it is the mean of their shares, whose interval follows from how much samples differ. `difference` is the root
+    mean square of b − a, as a multiple of the standard deviation of a over the samples: what outputs of all samples have in
+    common, such as the mean place of a landmark, hides no error. Several outputs count alike, as do probabilities and other
+    quantities in one output (see `features`). Its 95 % interval is from resampling the inputs.
     """
 
     samples: int
@@ -56,7 +58,8 @@ class Agreement(Record):
             interval = f"[{100 * (self.agreement_low or 0.0):.1f}, {100 * (self.agreement_high or 0.0):.1f}]"
             words.append(f"the best class is the dense model's on {100 * self.agreement:.1f} % {interval}")
         words.append(
-            f"outputs differ by {self.difference:.2e} [{self.difference_low:.2e}, {self.difference_high:.2e}] (relative L2)"
+            f"outputs differ by {self.difference:.2e} [{self.difference_low:.2e}, {self.difference_high:.2e}] of their "
+            "standard deviation"
         )
         return "; ".join(words)
 
@@ -178,19 +181,21 @@ def _same_classes(
 def _differences(
     reference: Sequence[Sequence[np.ndarray]], candidate: Sequence[Sequence[np.ndarray]], samples: Sequence[int]
 ) -> tuple[float, float, float]:
-    """Return the relative difference of all outputs together, and its interval."""
+    """Return the difference of all outputs together, as a multiple of their standard deviation, and its interval."""
     shares = []
     for k, first in enumerate(reference[0]):
         if not _numeric(first):
             continue
         befores = [batch[k] for batch in reference]
         features = WHOLE if scores_of(befores) is not None else features_of(befores)
-        sizes, errors = np.zeros(len(features.groups)), []
+        squares, errors = np.zeros(len(features.groups)), []
         for before, batch, count in zip(befores, candidate, samples, strict=True):
             a, b = np.asarray(before, np.float64), np.asarray(batch[k], np.float64)
-            sizes += features.sums(np.square(a))
-            # An output with another shape counts as wholly different.
+            squares += features.sums(np.square(a))
+            # An output with another shape is wrong by as much as all of its values.
             errors.append(_per_sample(np.square(a - b) if a.shape == b.shape else np.square(a), count, features))
+        varied = variation([np.asarray(before, np.float64) for before in befores], features)
+        sizes = np.maximum(varied, _CONSTANT**2 * squares)
         shares.append(features.weights(sizes, _TINY) @ np.concatenate(errors, 1))
     if not shares:
         return math.nan, math.nan, math.nan

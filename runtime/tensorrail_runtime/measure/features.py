@@ -68,6 +68,21 @@ def features_of(parts: Sequence[np.ndarray]) -> Features:
     return Features(axis, np.array([probable, ~probable], float))
 
 
+def variation(parts: Sequence[np.ndarray], features: Features) -> np.ndarray:
+    """Return ‖a − mean‖² of each group of features.
+
+    The mean is over samples, or over all values of a group if there is one sample or the shapes differ.
+    """
+    together = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
+    if together:
+        values = np.concatenate(parts)
+        return features.sums(np.square(values - values.mean(0)))
+    counts, totals, squares = (
+        np.sum([features.sums(of(part)) for part in parts], 0) for of in (np.ones_like, np.asarray, np.square)
+    )
+    return np.asarray(np.maximum(squares - np.square(totals) / np.maximum(counts, 1), 0.0))
+
+
 def _feature_axis(parts: Sequence[np.ndarray]) -> int | None:
     rank = parts[0].ndim
     if rank < 2 or any(part.ndim != rank or part.dtype.kind not in "fiu" for part in parts):

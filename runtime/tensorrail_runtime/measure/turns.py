@@ -33,7 +33,7 @@ MIN_CYCLES = 6  # the fewest values whose range contains the median in 95 % of c
 _TRIES = 300  # random orders of a cycle, of which the most even one is used
 _BURST = 4  # runs in a row of each model
 BURST_ROUNDS = 5
-_ROUNDS_ENOUGH = 400  # of bursts: layers of a few microseconds reach them long before their time is over
+_ROUNDS_ENOUGH = 200  # of bursts: layers of a few microseconds reach them long before their time is over
 _FEWEST_PRECISE = 7  # rounds that count: with fewer, the range of the values is hardly wider than their median is uncertain
 _PRECISE = 0.005  # half the 95 % interval of a ratio of times; the times of layers within models are about half as precise
 
@@ -106,7 +106,7 @@ def fresh_bursts(
     Args:
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
-        seconds: how long to measure at most; 400 rounds are enough, or fewer that show each model's time, as a multiple of
+        seconds: how long to measure at most; 200 rounds are enough, or fewer that show each model's time, as a multiple of
             the first model's, within 0.5 % (95 % interval).
         rounds: the number of rounds at least, the first of which is left out.
 

@@ -279,22 +279,22 @@ def test_the_fastest_network_whose_outputs_agree(network, known_times, tmp_path,
             Search(grid=16, cache=tmp_path, guard=Guard(max_difference=limit), improve_seconds=1.0),
             calibration=calibration,
         )
-        for limit in (0.3, 0.8)
+        for limit in (0.4, 0.9)
     )
-    for report, limit in ((near, 0.3), (far, 0.8)):
+    for report, limit in ((near, 0.4), (far, 0.9)):
         assert report.verified.chosen.difference <= limit
         assert report.verified.aside.samples == 4
         assert "on the 4 inputs that networks were compared on: outputs differ by" in " ".join(str(report).split())
     assert far.planned.milliseconds < near.planned.milliseconds < near.dense.milliseconds / 1.05
     # The fastest choice of all agrees less.
     cheapest = plan_network(network, {"latency": 1.05}, Search(grid=16, cache=tmp_path, max_loss=1e3), calibration=calibration)
-    assert cheapest.verified.aside.difference > 0.3
+    assert cheapest.verified.aside.difference > 0.4
 
 
 def test_where_no_fast_network_agrees_that_is_said(network, known_times, tmp_path, rng):
     for limit, when in ((1e-6, "before cores are fitted, on 8"), (0.12, "with fitted cores, on 4")):
         search = Search(grid=16, cache=tmp_path, guard=Guard(max_difference=limit))
-        reason = rf"target latency=1.05 and agrees .*\(a difference .* {limit:g}\): with the nearest .* {when} inputs"
+        reason = rf"target latency=1.05 and agrees .*\(a difference .* {limit:g} of .*\): with the nearest .* {when} inputs"
         with pytest.raises(TargetError, match=reason):
             plan_network(network, {"latency": 1.05}, search, calibration=inputs(rng))
 

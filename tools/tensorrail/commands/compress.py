@@ -62,7 +62,10 @@ def command(
     ] = 0.9,
     max_difference: Annotated[
         float | None,
-        typer.Option(help="Largest relative L2 difference of the outputs on the inputs set aside; default: no limit."),
+        typer.Option(
+            help="Largest difference of the outputs on the inputs set aside, as a multiple of their standard deviation; "
+            "default: no limit."
+        ),
     ] = None,
     precision: Precision = None,
     front: Annotated[
