@@ -132,7 +132,7 @@ def int8_forms(
     def add(label: str, path: Path) -> None:
         made[label] = folder / f"int8-{len(made)}.onnx"
         twins[label] = path
-        save_model(to_int8(onnx.load(path), feeds, gauge=False), made[label])
+        save_model(to_int8(onnx.load(path), feeds, gauge=False, rounding="nearest"), made[label])
 
     for label, path in plain.items():
         if label.startswith(("dense", "planned")):

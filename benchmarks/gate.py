@@ -1,12 +1,13 @@
 """How often is the regression gate wrong? False alarms on equal models, and injected slow-downs that it finds.
 
     python benchmarks/gate.py [--alarms 200] [--finds 100] [--processes 4] [--seconds 0.25] [--threads 1] [--provider cpu]
-        [-o results/gate.md]
+        [--python PYTHON] [-o results/gate.md]
 
 The model is a chain of 40 equal matrix products, so that 2 more are 5 % more work of the same kind. A trial is one
 `tensorrail regress check A.onnx B.onnx`: fresh processes, both models in turns. False alarms are counted on two copies of the
 same file, finds on the chain of 42. What the two more products really cost is measured by a run of its own. From the trials'
-estimates it follows what other thresholds, with the same effort, would have done.
+estimates it follows what other thresholds, with the same effort, would have done. With `--python`, the first model runs under
+another interpreter (`--against-python`), in processes of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tensorrail_runtime.gate.regress import Limits, TimeChange, Verdict, check
+from tensorrail_runtime.gate.environments import check_environments
+from tensorrail_runtime.gate.regress import Limits, Verdict, check
+from tensorrail_runtime.gate.times import TimeChange
 from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import write_text
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
+    parser.add_argument("--python", help="Run the first model of each trial under this interpreter.")
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     limits = Limits(tolerance=None, flops=1, params=1, bytes=1, nodes=1)  # time alone is in question
@@ -67,11 +71,12 @@ def main() -> None:
         truth = bench([a, slower], Timing(seconds=20), settings)
         injected = 1 / truth.ratios[0].value - 1
         start = time.perf_counter()
-        equal = _trials("equal", a, same, options.alarms, limits, conditions)
-        found = _trials("slower", a, slower, options.finds, limits, conditions)
+        equal = _trials("equal", a, same, options.alarms, limits, conditions, options.python)
+        found = _trials("slower", a, slower, options.finds, limits, conditions, options.python)
         each = (time.perf_counter() - start) / (len(equal) + len(found))
     where = machine(gpu=options.provider != "cpu")
     device = f"{where.processor}, {where.cores} cores" if where.gpu is None else where.gpu.name
+    python = " --python PYTHON" if options.python else ""
     provider = "" if options.provider == "cpu" else f" --provider {options.provider}"
     # Of the finding on time: the others are held too, and are not in question here.
     alarms, finds = ([not verdict.findings[0].holds for verdict in side] for side in (equal, found))
@@ -85,7 +90,7 @@ def main() -> None:
     text = (
         f"# The regression gate's errors\n\nCommand: `python benchmarks/gate.py --alarms {options.alarms} --finds "
         f"{options.finds} --threads {options.threads} --processes {options.processes} --seconds "
-        f"{options.seconds}{provider}`. {device}, ONNX Runtime {where.onnxruntime}; "
+        f"{options.seconds}{provider}{python}`. {device}, ONNX Runtime {where.onnxruntime}; "
         f"{truth.latencies[0].p50:.3f} ms a run; {options.processes} to {4 * options.processes} fresh processes of "
         f"{options.seconds} s a trial, {each:.1f} s a trial.\n\n"
         f"{EXTRA} products more in {LENGTH} took {injected:+.2%} time (interval of the speed-up "
@@ -102,10 +107,15 @@ def main() -> None:
         write_text(options.out, text)
 
 
-def _trials(name: str, a: Path, b: Path, count: int, limits: Limits, conditions: Conditions) -> list[Verdict]:
-    verdicts = []
+def _trials(
+    name: str, a: Path, b: Path, count: int, limits: Limits, conditions: Conditions, python: str | None
+) -> list[Verdict]:
+    verdicts: list[Verdict] = []
     for number in range(count):
-        verdicts.append(check(a, b, limits=limits, conditions=conditions))
+        if python is None:
+            verdicts.append(check(a, b, limits=limits, conditions=conditions))
+        else:
+            verdicts.append(check_environments(b, [python], there=a, limits=limits, conditions=conditions))
         last = _timing(verdicts[-1])
         print(f"{name} {number + 1}/{count}: {last.slowdown:+.2%}, p = {last.p_value:.2g}", flush=True)
     return verdicts

@@ -1,11 +1,11 @@
-"""Measures what the choice of the basis between layers brings to low-rank networks in int8, against none.
+"""Measures what the basis between layers and the rounding by outputs bring to low-rank networks in int8, against neither.
 
     python benchmarks/gauge.py DENSE.onnx [MORE.onnx …] [--flops 2] [--samples 256] [-o results/gauge]
 
 Beside each DENSE.onnx lies DENSE.calibration.npz, with inputs by name, and DENSE.test.npz, with other inputs. A plan with FLOPs
-÷ 2 is chosen, and its cores are fitted to half of the calibration inputs, which also give the ranges of activations and the
-basis. Every model in int8 is then compared with the same model in fp32, on the test inputs, with 8 and with 7 bits for weights
-(as on processors without VNNI), with one scale per output channel and with one per weight.
+÷ 2 is chosen, and its cores are fitted to half of the calibration inputs, which also give the ranges of activations, the basis
+and the rounding. Every model in int8 is then compared with the same model in fp32, on the test inputs, with 8 and with 7 bits
+for weights (as on processors without VNNI), with one scale per output channel and with one per weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import Session
 
 ONE_THREAD = Session(threads=1)
-WAYS = [(bits, per_channel) for bits in (8, 7) for per_channel in (True, False)]
+SCALES = [(bits, per_channel) for bits in (8, 7) for per_channel in (True, False)]
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"gauge": False, "rounding": "nearest"},
+    "basis": {"gauge": True, "rounding": "nearest"},
+    "rounding": {"gauge": False, "rounding": "outputs"},
+    "both": {"gauge": True, "rounding": "outputs"},
+}
 
 
 def measured(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -47,19 +53,18 @@ def measured(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     fitted = fit_layers(dense, plan, parts.fitted, ONE_THREAD, held_out=parts.chosen)
     low_rank = factorize(fitted.model, plan, fitted.cores).model
     records = []
-    for bits, per_channel in WAYS:
+    for bits, per_channel in SCALES:
         record: dict[str, Any] = {"network": path.stem, "layers": len(plan.layers), "bits": bits, "per_channel": per_channel}
         for name, model in (("dense", dense), ("low rank", low_rank)):
-            for gauge in (False, True):
-                feeds = parts.fitted.feeds
-                small = to_int8(model, feeds, per_channel=per_channel, reduce_range=bits == 7, gauge=gauge)
-                record[f"{name}, {'gauge' if gauge else 'plain'}"] = difference(model, small, others)
+            for way, how in WAYS.items():
+                small = to_int8(model, parts.fitted.feeds, per_channel=per_channel, reduce_range=bits == 7, **how)
+                record[f"{name}, {way}"] = difference(model, small, others)
         records.append(record)
     return records
 
 
 def difference(model: onnx.ModelProto, small: onnx.ModelProto, inputs: Calibration) -> float:
-    """Return the relative difference of the outputs of a model in int8 from those in fp32."""
+    """Return the difference of the outputs of a model in int8 from those in fp32, as a multiple of their standard deviation."""
     names = [output.name for output in model.graph.output]
     before, after = (outputs_of(one, names, inputs, ONE_THREAD) for one in (model, small))
     return agreement_between(before, after, inputs).difference
@@ -67,34 +72,35 @@ def difference(model: onnx.ModelProto, small: onnx.ModelProto, inputs: Calibrati
 
 def removed(record: dict[str, Any]) -> float | None:
     """Return the share that goes of what low rank adds to the squared error of the dense network in int8; None for no more."""
-    plain, gauged, dense = (record[key] ** 2 for key in ("low rank, plain", "low rank, gauge", "dense, plain"))
-    return (plain - gauged) / (plain - dense) if plain > dense else None
+    plain, better, dense = (record[key] ** 2 for key in ("low rank, plain", "low rank, both", "dense, plain"))
+    return (plain - better) / (plain - dense) if plain > dense else None
 
 
 def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Return the table as Markdown."""
     lines = [
-        "# The basis between layers in int8",
+        "# What int8 loses, and what the basis and the rounding take back",
         "",
         f"Command: `python benchmarks/gauge.py {' '.join(one.name for one in options.models)} --flops {options.flops:g} "
         f"--samples {options.samples}`. {machine().processor}.",
         "",
-        "Relative difference (L2) of the outputs in int8 from those of the same model in fp32, on test inputs that nothing was",
-        "chosen by, without and with the choice of the basis (`quantize --no-gauge`). *Removed* is the share of what low rank",
-        "adds to the squared error of the dense network in int8.",
+        "Difference of the outputs in int8 from those of the same model in fp32, in standard deviations, on test inputs that",
+        "nothing was chosen by. *Basis*: between two layers (`quantize --no-gauge`: none); *rounding*: by the outputs of",
+        "layers (`quantize --rounding nearest`: none). *Removed* is the share of what low rank adds to the squared error of",
+        "the dense network in int8 that goes with both.",
         "",
-        "| network | bits | scales | dense | dense, basis chosen | low rank | low rank, basis chosen | removed |",
-        "|---|--:|---|--:|--:|--:|--:|--:|",
+        "| network | bits | scales | dense | both | low rank | basis | rounding | both | removed |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for record in records:
         if "failed" in record:
-            lines.append(f"| {record['network']} | {record['failed']} |||||||")
+            lines.append(f"| {record['network']} | {record['failed']} |||||||||")
             continue
         share = removed(record)
-        values = [record[f"{name}, {way}"] for name in ("dense", "low rank") for way in ("plain", "gauge")]
+        keys = ["dense, plain", "dense, both", *(f"low rank, {way}" for way in WAYS)]
         lines.append(
             f"| {record['network']} | {record['bits']} | per {'channel' if record['per_channel'] else 'weight'} "
-            f"| {' | '.join(f'{value:.4f}' for value in values)} | {'–' if share is None else f'{100 * share:.0f} %'} |"
+            f"| {' | '.join(f'{record[key]:.4f}' for key in keys)} | {'–' if share is None else f'{100 * share:.0f} %'} |"
         )
     return "\n".join(lines) + "\n"
 

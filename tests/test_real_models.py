@@ -217,7 +217,7 @@ def test_outputs_that_are_no_scores_are_held_to_their_difference(real, tmp_path,
 def record(name="net", *, good=True, quality=0.99, low=1.2):
     message = "" if good else "at most 1.10×"
     tried = {"step": "compress", "ended": "done", "written": good, "good": good, "message": message}
-    tried |= {"cpu_seconds": 42.0, "peak_mib": 300.0}
+    tried |= {"seconds": 50.0, "cpu_seconds": 42.0, "peak_mib": 300.0}
     tried |= {"rewritten": 3, "eligible": 9, "macs_reduction": 2.5, "predicted": 1.9, "agreement": 0.98, "difference": 0.05}
     inputs = {"calibration": 96, "aside": 128, "samples": "words", "metric": "strings read"}
     return {

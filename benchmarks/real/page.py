@@ -86,15 +86,15 @@ def inputs(records: Sequence[Record]) -> list[str]:
 def calls(records: Sequence[Record]) -> list[str]:
     """Return the table of the calls of `compress`."""
     lines = [
-        "| network | ended | CPU time (s) | peak memory (MiB) | agreement | difference | speed-up in its report |",
-        "|---" * 7 + "|",
+        "| network | ended | time (s) | CPU time (s) | peak memory (MiB) | agreement | difference | speed-up in its report |",
+        "|---" * 8 + "|",
     ]
     for record in records:
         call = record["call"]
         ended = "accepted" if call["good"] else "not accepted" if call["written"] else _ended(call)
         agreement, difference = call.get("agreement"), call.get("difference")
         lines.append(
-            f"| {record['network']} | {ended} | {call['cpu_seconds']:.0f} | {call['peak_mib']:.0f} "
+            f"| {record['network']} | {ended} | {call['seconds']:.0f} | {call['cpu_seconds']:.0f} | {call['peak_mib']:.0f} "
             f"| {'–' if agreement is None else f'{100 * agreement:.1f} %'} "
             f"| {'–' if difference is None else f'{difference:.3f}'} "
             f"| {'{:.2f}× [{:.2f}, {:.2f}]'.format(*call['measured']) if 'measured' in call else '–'} |"
@@ -119,7 +119,7 @@ def sentence(records: Sequence[Record]) -> str:
     good = [record for record in records if kept(record)]
     refused = [record for record in records if record["chosen"] is None and record["call"]["ended"] == "done"]
     others = [record["network"] for record in records if record not in good and record not in refused]
-    soon = sum(record["call"]["cpu_seconds"] <= _SOON for record in refused)
+    soon = sum(record["call"]["seconds"] <= _SOON for record in refused)
     speeds = sorted(record["speed"]["factored"][1] for record in good)
     words = [f"Of {len(records)} networks, {len(good)} run faster with at least {100 * KEPT:g} % of their quality"]
     if good:
@@ -144,7 +144,7 @@ def with_sentence(readme: str, records: Sequence[Record]) -> str:
     """Return the README with the present sentence between its two comments."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    linked = f"Networks from production ([results/real-models.md](results/real-models.md)): {sentence(records)}"
+    linked = f"{sentence(records)} They come from packages on PyPI ([results/real-models.md](results/real-models.md))."
     return "\n".join([before + BEGIN, *textwrap.wrap(linked, _WIDTH, break_on_hyphens=False), END]) + after
 
 

@@ -18,8 +18,10 @@ import yaml
 from onnx import helper, numpy_helper
 from pre_commit.commands.validate_manifest import validate_manifest
 
+from tensorrail_runtime.gate.checks import Finding
 from tensorrail_runtime.gate.outputs import markdown, workflow_commands
-from tensorrail_runtime.gate.regress import Finding, TimeChange, Verdict
+from tensorrail_runtime.gate.regress import Verdict
+from tensorrail_runtime.gate.times import TimeChange
 from tensorrail_runtime.sessions.machine import Machine
 
 ROOT = Path(__file__).parents[2]

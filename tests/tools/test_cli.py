@@ -118,6 +118,43 @@ def test_accuracy_inspect_and_bench_options(cli, small_path, tmp_path, rng):
     assert "peak host (MiB)" in printed
 
 
+def test_regress_against_another_interpreter(cli, small_path):
+    quick = ("--processes", 2, "--seconds", 0.05, "--max-slowdown", "900%")
+    code, printed, _ = cli("regress", "check", small_path, "--against-python", sys.executable, *quick)
+    assert (code, "no regression" in printed) == (0, True)
+    cases = [
+        ((small_path,), "give MODEL.onnx, or --against-python PYTHON"),
+        (("base.json", small_path, "--against-python", sys.executable), "expected a model (.onnx)"),
+        ((small_path, "--against-python", sys.executable, "--metric", "top1"), "scores nothing"),
+    ]
+    for arguments, reason in cases:
+        code, _, err = cli("regress", "check", *arguments)
+        assert (code, reason in err) == (2, True), err
+
+
+def test_regress_keeps_a_history(cli, in_this_process, small_path, tmp_path):
+    kept, picture, baseline = tmp_path / "times.jsonl", tmp_path / "times.svg", tmp_path / "base.json"
+    record = ("regress", "record", small_path, "--processes", 2, "--seconds", 0.05, "-o")
+    for commit in ("one", "two"):
+        assert cli(*record, baseline, "--history", kept, "--commit", commit)[0] == 0
+    code, printed, _ = cli("regress", "history", kept, "-o", picture)
+    assert (code, small_path.name in printed) == (0, True)
+    assert picture.read_text().startswith("<?xml")
+    before = kept.read_text()
+    cases = [
+        ((*record, baseline, "--history", baseline), "would be lost"),
+        ((*record, tmp_path / "other.json", "--history", baseline), "not a history"),
+        ((*record, baseline, "--commit", "a"), "give --history FILE.jsonl as well"),
+        (("regress", "history", kept, "-o", kept), "would be lost"),
+        (("regress", "history", kept, "--json", kept), "would be lost"),
+        (("regress", "history", tmp_path / "nowhere.jsonl"), "cannot be read"),
+    ]
+    for arguments, reason in cases:
+        code, _, err = cli(*arguments)
+        assert (code, reason in err) == (2, True), err
+    assert kept.read_text() == before
+
+
 def test_regress_records_checks_and_says_why(cli, in_this_process, small_path, tmp_path):
     baseline, junit, flat = tmp_path / "b.json", tmp_path / "j.xml", tmp_path / "f.json"
     quick = ("--processes", 2, "--seconds", 0.05)

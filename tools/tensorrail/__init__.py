@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tensorrail.verbs.check import Layers, check
     from tensorrail.verbs.compress import compress
     from tensorrail.verbs.export import export
+    from tensorrail.verbs.export_trained import export_trained
     from tensorrail.verbs.inspect import inspect
     from tensorrail.verbs.package import package
     from tensorrail.verbs.plan import plan
@@ -113,6 +114,7 @@ __all__ = [
     "decompose_graph",
     "dense_layers",
     "export",
+    "export_trained",
     "factorize",
     "inspect",
     "load_calibration",
@@ -148,6 +150,7 @@ _MODULES = {
     ),
     "tensorrail.verbs.compress": ("compress",),
     "tensorrail.verbs.export": ("export",),
+    "tensorrail.verbs.export_trained": ("export_trained",),
     "tensorrail.verbs.inspect": ("inspect",),
     "tensorrail.verbs.package": ("package",),
     "tensorrail.verbs.plan": ("plan",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _EXTRAS = {
+    "history": ("ruptures",),
     "export": ("PIL", "onnx_graphsurgeon", "safetensors", "tensorly"),
     "serve": ("fastapi", "prometheus_client", "ray", "starlette", "uvicorn"),
 }

@@ -32,14 +32,22 @@ from onnx import numpy_helper
 from scipy.linalg import hadamard
 
 from tensorrail_exporter.calibrate.inputs import run_to
-from tensorrail_exporter.precision.weights import Weighted, is_row, weighted
+from tensorrail_exporter.precision.products import (
+    Uses,
+    bias_of,
+    data_of,
+    groups_of,
+    plain_products,
+    scale_axis,
+    write_tensor,
+)
+from tensorrail_exporter.precision.rounding import Grid
+from tensorrail_exporter.precision.weights import Weighted
 from tensorrail_runtime.graphs.cost import constants_of
-from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.sessions.session import Session
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _LINEAR = ("AveragePool", "GlobalAveragePool", "Identity")  # of each channel alone: channels may be mixed before or behind them
 _SCALES = ("LeakyRelu", "MaxPool", "Relu")  # commute with positive scales of the channels
 _SAMPLES = 2048  # of each tensor
@@ -81,23 +89,6 @@ class Bond:
         return self.written[1]
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How weights are rounded."""
-
-    per_channel: bool = True
-    """Whether weights have one scale per output channel."""
-    steps: int = 127
-    """The largest integer: 127, or 64 with 7 bits."""
-
-    def error(self, values: np.ndarray, axis: int | None) -> np.ndarray:
-        """Return what rounding adds to weights, with one scale per index of `axis`, or one in all."""
-        others = None if axis is None or not self.per_channel else tuple(k for k in range(values.ndim) if k != axis)
-        scale = np.abs(values).max(others, keepdims=True) / self.steps
-        scale = np.where(scale == 0, 1.0, scale)
-        return np.asarray(np.round(values / scale) * scale - values)
-
-
 def bonds(model: onnx.ModelProto, feeds: Feeds) -> tuple[Bond, ...]:
     """Return the indices between two layers that may be mixed or scaled, in the order of the graph.
 
@@ -110,7 +101,7 @@ def bonds(model: onnx.ModelProto, feeds: Feeds) -> tuple[Bond, ...]:
 
     """
     chains = list(_chains(model))
-    names = list(dict.fromkeys(name for before, after, *_ in chains for name in (before.node.output[0], _data(after))))
+    names = list(dict.fromkeys(name for before, after, *_ in chains for name in (before.node.output[0], data_of(after))))
     if not names:
         return ()
     run = run_to(model, names, Session())
@@ -140,22 +131,16 @@ def _chains(model: onnx.ModelProto) -> Iterator[tuple[Weighted, Weighted, tuple[
     axes = [axis for value in graph.input if value.name not in stored for axis in value.type.tensor_type.shape.dim[1:]]
     fixed = all(axis.HasField("dim_value") for axis in axes)
     allowed = (*_LINEAR, *_SCALES, *(("Reshape",) if fixed else ()))
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    inside = {name for body in descendants(graph) for node in body.node for name in node.input}
-    outer = {value.name for value in graph.output} | inside
-    constants = constants_of(graph)
-    layers = {w.node.name: w for w in weighted(model) if _is_plain(w, readers, outer, constants)}
+    uses = Uses.of(model)
+    layers = plain_products(model, uses)
     for before in layers.values():
         name = before.node.output[0]
         passed: list[str] = []
-        while name not in outer and len(readers.get(name, ())) == 1:
-            (reader,) = readers[name]
+        while uses.once(name):
+            (reader,) = uses.readers[name]
             after = layers.get(reader.name)
             if after is not None:
-                if _data(after) == name:
+                if data_of(after) == name:
                     yield before, after, tuple(passed)
                 break
             passed.append(reader.op_type)
@@ -165,14 +150,14 @@ def _chains(model: onnx.ModelProto) -> Iterator[tuple[Weighted, Weighted, tuple[
 
 
 def gauged(
-    model: onnx.ModelProto, feeds: Feeds, *, rounding: Rounding | None = None, skip: frozenset[str] = frozenset()
+    model: onnx.ModelProto, feeds: Feeds, *, grid: Grid | None = None, skip: frozenset[str] = frozenset()
 ) -> onnx.ModelProto:
     """Return a model with other weights that computes the same in fp32, and loses less when it is rounded to int8.
 
     Args:
         model: the fp32 graph; it is not changed. Its nodes all have names of their own.
         feeds: typical inputs by name, batch by batch, one at least.
-        rounding: how weights will be rounded; default `Rounding()`.
+        grid: the integers that weights will be rounded to; default `Grid()`.
         skip: names of nodes that will not be rounded: what they read stays as it is.
 
     Returns:
@@ -185,14 +170,14 @@ def gauged(
     found = [bond for bond in bonds(model, feeds) if bond.after.node.name not in skip]
     if not found:
         return model
-    rounding = rounding or Rounding()
+    grid = grid or Grid()
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     weights = _Weights(copy)
     samples, squares = _sampled(model, found, feeds)
     for bond in found:
         seen = samples.pop(bond.tensor)
-        problem = _Problem(bond, seen, squares[_data(bond.before)], rounding)
+        problem = _Problem(bond, seen, squares[data_of(bond.before)], grid)
         matrix = problem.best(weights.of(bond.before), weights.of(bond.after))
         if matrix is not None:
             weights.change(bond, matrix)
@@ -212,8 +197,8 @@ class _Seen:
 class _Problem:
     """One bond, with samples of its tensor. Matrices are computed from one half of them and judged on the other."""
 
-    def __init__(self, bond: Bond, seen: _Seen, square: float, rounding: Rounding) -> None:
-        self.bond, self.rounding = bond, rounding
+    def __init__(self, bond: Bond, seen: _Seen, square: float, grid: Grid) -> None:
+        self.bond, self.grid = bond, grid
         rows = seen.rows.astype(np.float64)
         self.rows, self.others = (rows[::2], rows[1::2]) if len(rows) > 1 else (rows, rows)
         self.extremes = seen.extremes.astype(np.float64)
@@ -246,9 +231,9 @@ class _Problem:
         first, second = _changed_before(self.bond, before, matrix), _changed_after(self.bond, after, matrix)
         energies = np.square(_columns(self.bond, second)).sum(0)
         noise = float(np.mean(np.square(np.round(changed / step) * step - changed))) * float(energies.sum()) if step else 0.0
-        wrong = self.rounding.error(first, _scale_axis(self.bond.before))
+        wrong = self.grid.error(first, scale_axis(self.bond.before))
         rows = np.square(np.moveaxis(wrong, self.bond.before.axis, 0)).reshape(*self.bond.written, -1).mean((0, 2)).sum(-1)
-        lost = _columns(self.bond, self.rounding.error(second, _scale_axis(self.bond.after)))
+        lost = _columns(self.bond, self.grid.error(second, scale_axis(self.bond.after)))
         if self.bond.mixes:
             rounded = float(np.sum((lost @ (changed.T @ changed / len(changed))) * lost))
         else:
@@ -326,52 +311,26 @@ class _Weights:
         before, after = bond.before, bond.after
         self.values[before.node.name] = before.weight, _changed_before(bond, self.of(before), matrix)
         self.values[after.node.name] = after.weight, _changed_after(bond, self.of(after), matrix)
-        if bias := _bias(before):
+        if bias := bias_of(before):
             stored = self.biases.get(bias, numpy_helper.to_array(self.tensors[bias]).astype(np.float64))
             self.biases[bias] = _written(bond, stored.reshape(-1, 1), matrix).reshape(stored.shape)
 
     def store(self) -> None:
         """Write all values to the model."""
         for name, values in (*self.values.values(), *self.biases.items()):
-            _write(self.tensors[name], values)
-
-
-def _write(tensor: onnx.TensorProto, values: np.ndarray) -> None:
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), tensor.name))
-
-
-def _is_plain(
-    layer: Weighted,
-    readers: Mapping[str, Sequence[onnx.NodeProto]],
-    outer: set[str],
-    constants: Mapping[str, onnx.TensorProto],
-) -> bool:
-    """Return whether a layer is a product with a matrix or kernel in float32, and no other node reads its constants."""
-    node = layer.node
-    if node.op_type not in _PRODUCTS or layer.values.dtype != np.float32 or not np.isfinite(layer.values).all():
-        return False
-    if node.op_type != "Conv" and layer.values.ndim != 2:
-        return False
-    if node.op_type == "Gemm" and (layer.place == 0 or _flag(node, "transA")):
-        return False
-    names = [layer.weight]
-    if name := _bias(layer):
-        if name not in constants or not is_row(constants[name], layer.values.shape[layer.axis]):
-            return False
-        names.append(name)
-    return all(len(readers.get(name, ())) == 1 and name not in outer for name in names)
+            write_tensor(self.tensors[name], values)
 
 
 def _bond(before: Weighted, after: Weighted, between: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> Bond | None:
     """Return the bond between two layers; None where they share no index."""
-    tensor = _data(after)
+    tensor = data_of(after)
     first, second = shapes[before.node.output[0]], shapes[tensor]
     axes = [
         axis if axis >= 0 else axis + len(s) for axis, s in ((_channel_axis(before), first), (_channel_axis(after), second))
     ]
     if min(axes) < 0:
         return None
-    mixes = _groups(before) == _groups(after) == 1 and not any(op in _SCALES for op in between)
+    mixes = groups_of(before) == groups_of(after) == 1 and not any(op in _SCALES for op in between)
     if any("Pool" in op for op in between):  # a pool keeps axis 1 and changes those behind it
         if "Reshape" in between or axes != [1, 1] or first[1] != second[1]:
             return None
@@ -383,7 +342,7 @@ def _bond(before: Weighted, after: Weighted, between: Sequence[str], shapes: Map
     if high <= low or any((high % low, low % low_in, low % low_out, high_in % high, high_out % high)):
         return None
     written, read = ((end // high, high // low, low // start) for start, end in ((low_in, high_in), (low_out, high_out)))
-    if (_groups(before) > 1 and written[::2] != (1, 1)) or (_groups(after) > 1 and read[::2] != (1, 1)):
+    if (groups_of(before) > 1 and written[::2] != (1, 1)) or (groups_of(after) > 1 and read[::2] != (1, 1)):
         return None
     return Bond(before, after, tensor, mixes, written, read)
 
@@ -392,29 +351,6 @@ def _strides(shape: Sequence[int], axis: int) -> tuple[int, int]:
     """Return how far apart two neighbours along an axis are in memory, and how far the axis reaches."""
     step = int(np.prod(shape[axis + 1 :]))
     return step, step * shape[axis]
-
-
-def _data(layer: Weighted) -> str:
-    """Return the name of the tensor that a layer multiplies by its weight."""
-    return str(layer.node.input[1 - layer.place])
-
-
-def _bias(layer: Weighted) -> str:
-    node = layer.node
-    return node.input[2] if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else ""
-
-
-def _groups(layer: Weighted) -> int:
-    return next((int(one.i) for one in layer.node.attribute if one.name == "group"), 1) if layer.node.op_type == "Conv" else 1
-
-
-def _flag(node: onnx.NodeProto, name: str) -> bool:
-    return any(one.name == name and one.i for one in node.attribute)
-
-
-def _scale_axis(layer: Weighted) -> int | None:
-    """Return the axis with one scale each; None where a weight has a single scale, on the left of a MatMul."""
-    return None if layer.node.op_type == "MatMul" and layer.place == 0 else layer.axis
 
 
 def _changed_before(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -434,7 +370,7 @@ def _written(bond: Bond, rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def _changed_after(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Return the weight of the second layer with the inverse of scales or of a matrix before it."""
-    if _groups(bond.after) > 1:
+    if groups_of(bond.after) > 1:
         return np.asarray(weight / _by_group(bond, matrix, weight))
     moved = np.moveaxis(weight, _input_axis(bond.after), -1)
     parts = moved.reshape(-1, *bond.read)
@@ -447,7 +383,7 @@ def _changed_after(bond: Bond, weight: np.ndarray, matrix: np.ndarray) -> np.nda
 
 def _columns(bond: Bond, weight: np.ndarray) -> np.ndarray:
     """Return the weight of the second layer as (…, bond)."""
-    groups = _groups(bond.after)
+    groups = groups_of(bond.after)
     if groups == 1:
         moved = np.moveaxis(weight, _input_axis(bond.after), -1)
         return np.moveaxis(moved.reshape(-1, *bond.read), 2, -1).reshape(-1, bond.size)
@@ -459,7 +395,7 @@ def _columns(bond: Bond, weight: np.ndarray) -> np.ndarray:
 
 def _by_group(bond: Bond, scales: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Return scales of the bond in the shape in which they multiply the weight of a convolution in groups."""
-    groups, (outputs, inputs) = _groups(bond.after), weight.shape[:2]
+    groups, (outputs, inputs) = groups_of(bond.after), weight.shape[:2]
     by_output = np.repeat(scales.reshape(groups, inputs), outputs // groups, axis=0)
     return by_output.reshape(outputs, inputs, *([1] * (weight.ndim - 2)))
 
@@ -470,7 +406,7 @@ def _input_axis(layer: Weighted) -> int:
 
 def _sampled(model: onnx.ModelProto, found: Sequence[Bond], feeds: Feeds) -> tuple[dict[str, _Seen], dict[str, float]]:
     """Return samples of the tensor of each bond, and the mean squares of the inputs of first layers."""
-    inputs = [_data(bond.before) for bond in found]
+    inputs = [data_of(bond.before) for bond in found]
     names = list(dict.fromkeys([*(bond.tensor for bond in found), *inputs]))
     read = {bond.tensor: bond for bond in found}
     run = run_to(model, names, Session())

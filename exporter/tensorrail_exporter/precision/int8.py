@@ -23,8 +23,10 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
-from tensorrail_exporter.precision.gauge import Rounding, gauged
+from tensorrail_exporter.precision.gauge import gauged
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
+from tensorrail_exporter.precision.products import write_tensor
+from tensorrail_exporter.precision.rounding import Grid, rounded
 from tensorrail_exporter.precision.weights import check_fp32, is_row, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.graphs.cost import constants_of
@@ -35,6 +37,8 @@ from tensorrail_runtime.sessions.session import open_session, run
 
 Method = Literal["minmax", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
+Rounding = Literal["outputs", "nearest"]
+ROUNDINGS: tuple[Rounding, ...] = ("outputs", "nearest")
 
 _LARGE = 2**30  # bytes of weights from which external data is written; protobuf's limit is 2 GiB
 _BINS = {"entropy": 512, "percentile": 2048}
@@ -60,6 +64,7 @@ def to_int8(
     keep: Sequence[str] = (),
     reduce_range: bool | None = None,
     gauge: bool = True,
+    rounding: Rounding = "outputs",
 ) -> onnx.ModelProto:
     """Return a copy of the model with int8 weights and uint8 activations, by `onnxruntime.quantization.quantize_static`.
 
@@ -82,6 +87,8 @@ def to_int8(
         keep: names of layers, weights or nodes that stay fp32.
         reduce_range: whether weights have 7 bits; default: only if *this* machine lacks VNNI.
         gauge: whether the basis between two layers is chosen so that rounding loses least, see `gauge`; default True.
+        rounding: how weights are rounded: `outputs`, so that the outputs of layers change least on the calibration data, see
+            `rounding`, the default; `nearest`, each to the nearest integer.
 
     Raises:
         GraphError: there is no calibration data or it does not match the model's inputs, the method is unknown, a name in
@@ -90,7 +97,14 @@ def to_int8(
 
     """
     with Quantizer(
-        model, calibration, per_channel=per_channel, method=method, keep=keep, reduce_range=reduce_range, gauge=gauge
+        model,
+        calibration,
+        per_channel=per_channel,
+        method=method,
+        keep=keep,
+        reduce_range=reduce_range,
+        gauge=gauge,
+        rounding=rounding,
     ) as quantizer:
         return quantizer(keep)
 
@@ -99,7 +113,7 @@ class Quantizer:
     """Converts a model to int8 several times, with other nodes in fp32 each time, and measures ranges once.
 
     Use it in a `with` statement. The arguments and errors are those of `to_int8`; the basis between layers, which stays as it
-    is, is chosen for the layers in `keep` in fp32.
+    is, is chosen for the layers in `keep` in fp32; these are never rounded by outputs.
 
     Attributes:
         model: the model in fp32, with a name for each node.
@@ -116,9 +130,12 @@ class Quantizer:
         keep: Sequence[str] = (),
         reduce_range: bool | None = None,
         gauge: bool = True,
+        rounding: Rounding = "outputs",
     ) -> None:
         if method not in METHODS:
             raise GraphError(f"unknown calibration method {method!r}: expected one of {', '.join(METHODS)}")
+        if rounding not in ROUNDINGS:
+            raise GraphError(f"unknown rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
         _check_calibration(model, calibration)
         self.model = with_names(plain_constants(model))
         check_fp32(self.model, "int8")
@@ -126,6 +143,7 @@ class Quantizer:
         self._prepared = Prepared(self.model)
         self._per_channel = per_channel
         self._narrow = processor().saturates if reduce_range is None else reduce_range
+        self._rounded: dict[str, dict[str, np.ndarray]] = {}  # weights and biases by the names of nodes
         blocked = self._blocked(keep)
         self._large = size_of(self.model) > _LARGE
         coded = [self._prepared.feed(feed) for feed in calibration]
@@ -138,7 +156,7 @@ class Quantizer:
             with _quiet():
                 run(open_session(source), calibration[0])  # reports in one line what does not fit
                 with self._in_one_line():
-                    self._prepare(source, coded, blocked, method, gauge=gauge)
+                    self._prepare(source, coded, blocked, method, gauge=gauge, rounding=rounding)
         except BaseException:
             self._open.close()
             raise
@@ -154,7 +172,7 @@ class Quantizer:
         blocked = self._blocked(keep)
         options = {"per_channel": self._per_channel, "reduce_range": self._narrow, "large": self._large}
         with _quiet(), self._in_one_line():
-            quantized = _quantize(self._ready, self._ranges, blocked, **options)
+            quantized = _quantize(self._with_rounded(blocked), self._ranges, blocked, **options)
         if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
             raise GraphError(
                 "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become "
@@ -169,8 +187,28 @@ class Quantizer:
     def _blocked(self, keep: Sequence[str]) -> frozenset[str]:
         return frozenset(self._prepared.node_code(name) for name in kept_nodes(self.model, keep))
 
+    def _with_rounded(self, blocked: frozenset[str]) -> Path:
+        """Return the file of the graph with rounded weights, but for the nodes that stay fp32."""
+        if not self._rounded:
+            return self._ready
+        model = onnx.load(self._ready)
+        constants, fp32 = constants_of(model.graph), _left_out(model, blocked)
+        for node, tensors in self._rounded.items():
+            for name, values in tensors.items() if node not in fp32 else ():
+                write_tensor(constants[name], values)
+        path = self._ready.with_name("rounded.onnx")
+        save_model(model, path)
+        return path
+
     def _prepare(
-        self, source: Path, coded: list[dict[str, np.ndarray]], blocked: frozenset[str], method: Method, *, gauge: bool
+        self,
+        source: Path,
+        coded: list[dict[str, np.ndarray]],
+        blocked: frozenset[str],
+        method: Method,
+        *,
+        gauge: bool,
+        rounding: Rounding,
     ) -> None:
         """Write the graph that is quantized, and the ranges of its activations."""
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -178,11 +216,15 @@ class Quantizer:
         save_model(_current(self._prepared.model), source)
         # Folds constants and batch norms; the basic level emits operators of ONNX only.
         quant_pre_process(source, self._ready, skip_symbolic_shape=True, save_as_external_data=self._large)
-        if gauge:
+        if gauge or rounding == "outputs":
             ready = with_names(onnx.load(self._ready))
-            rounding = Rounding(self._per_channel, _NARROW if self._narrow else _WIDE)
+            grid = Grid(self._per_channel, _NARROW if self._narrow else _WIDE)
             skip = frozenset(_left_out(ready, blocked))
-            save_model(gauged(ready, coded, rounding=rounding, skip=skip), self._ready)
+            if gauge:
+                ready = gauged(ready, coded, grid=grid, skip=skip)
+            save_model(ready, self._ready)
+            if rounding == "outputs":
+                self._rounded = rounded(ready, coded, grid=grid, skip=skip)
         self._ranges = _calibrate(self._ready, coded, method, large=self._large)
 
     @contextlib.contextmanager

@@ -14,7 +14,9 @@ import onnxruntime as ort
 from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.precision.fp16 import to_fp16 as to_fp16
 from tensorrail_exporter.precision.int8 import METHODS as METHODS
+from tensorrail_exporter.precision.int8 import ROUNDINGS as ROUNDINGS
 from tensorrail_exporter.precision.int8 import Method as Method
+from tensorrail_exporter.precision.int8 import Rounding as Rounding
 from tensorrail_exporter.precision.int8 import to_int8 as to_int8
 from tensorrail_exporter.precision.ranges import LayerRange, layer_ranges, ranges_table, require_finite
 from tensorrail_exporter.precision.weights import weighted, with_names
@@ -138,6 +140,8 @@ class Quantization:
     """Whether int8 weights have 7 bits, for processors without VNNI; default: only if this machine's processor lacks VNNI."""
     gauge: bool = True
     """Whether int8 may scale and mix the channels between two layers so that rounding loses less; default True."""
+    rounding: Rounding | None = None
+    """How int8 rounds weights: `outputs` (default), so that the outputs of layers change least, or `nearest`."""
 
     @property
     def calibrated_by(self) -> Method | None:
@@ -236,8 +240,8 @@ def _converted(
     """Return the model in fp16, finite on the inputs `feeds`, or in int8, with ranges from the calibration inputs."""
     if quantization.calibrated_by is not None:
         method, narrow = quantization.calibrated_by, quantization.reduce_range
-        keep, gauge = quantization.keep, quantization.gauge
-        return to_int8(model, calibration, method=method, keep=keep, reduce_range=narrow, gauge=gauge)
+        keep, gauge, rounding = quantization.keep, quantization.gauge, quantization.rounding or "outputs"
+        return to_int8(model, calibration, method=method, keep=keep, reduce_range=narrow, gauge=gauge, rounding=rounding)
     small = to_fp16(model, keep=quantization.keep)
     require_finite(model, small, feeds)
     return small
@@ -249,6 +253,10 @@ def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
         raise GraphError(f"unknown precision {to!r}: expected one of {', '.join(get_args(Precision))}")
     if method is not None and to != "int8":
         raise GraphError(f"calibration method {method!r} was given, but {to} needs no calibration: leave it out")
+    if quantization.rounding is not None and quantization.rounding not in ROUNDINGS:
+        raise GraphError(f"unknown rounding {quantization.rounding!r}: expected one of {', '.join(ROUNDINGS)}")
+    if quantization.rounding is not None and to != "int8":
+        raise GraphError(f"rounding {quantization.rounding!r} is a choice for int8 weights, got {to}: leave it out")
     if quantization.reduce_range is not None and to != "int8":
         raise GraphError(f"reduce_range is a choice for int8 weights, got {to}: leave it out, or convert to int8")
     if not out.parent.is_dir():

@@ -36,7 +36,7 @@ _STEP = 2.0  # factor by which expectations change at most from round to round
 _CARE = 1.1
 _ALIKE = 0.1  # expectations that change by no more are no reason for another round
 _MARGIN = 0.25  # of the interval on one side of a share that was measured: half a standard deviation
-_WIDE_MARGIN = 0.5  # the same of a difference, which few inputs show better than a share: a standard deviation
+_WIDE_MARGIN = 0.75  # the same of a difference, which few inputs show better than a share: one and a half
 _SEVERAL = 1.5  # times the number of inputs: fewer say that each has one class, whose interval is Wilson's
 _INTERVAL = 1.96  # standard deviations on each side, of a 95 % interval
 _FEW = 0.3  # share of inputs that disagree, up to which it is in proportion to the difference of the outputs
@@ -350,7 +350,7 @@ def agrees(fitted: Agreement, guard: Guard) -> bool:
     Args:
         fitted: its agreement on some inputs.
         guard: the limits. Agreement must keep them by half a standard deviation, as far as so few inputs can show it, and the
-            difference of the outputs by a whole one.
+            difference of the outputs by one and a half.
 
     """
     if fitted.agreement is not None:

@@ -102,7 +102,7 @@ class Verification:
     def _write(self, model: onnx.ModelProto, path: Path) -> None:
         """Write a network in the precision of the plan."""
         if self.precision == "int8":
-            model = to_int8(model, self.ranges or self._random(), gauge=False)
+            model = to_int8(model, self.ranges or self._random(), gauge=False, rounding="nearest")
         save_model(model, path)
 
     def _random(self) -> list[dict[str, np.ndarray]]:

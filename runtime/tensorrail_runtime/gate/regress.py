@@ -15,7 +15,6 @@ measures how often the check is wrong.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,31 +27,28 @@ from tensorrail_runtime.errors import ModelError, UsageError
 from tensorrail_runtime.feeds.loading import known_values, load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
+from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, latency_finding, needs_more, time_change
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.latency import LatencyReport, cycles, fresh_report
+from tensorrail_runtime.measure.latency import LatencyReport, fresh_report
 from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.records import Record, first_problem
+from tensorrail_runtime.records import first_problem
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
-__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "compare_times", "record"]
+__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "record"]
 
 TIMING = Timing(seconds=1.0, processes=6)
 """How long models are timed by default. Even numbers of processes are best: each model is loaded first in half of them."""
 
-_BLOCKS = 8  # blocks of each process, of which medians are taken
-_ALPHA = 0.01  # significance level
-_PRECISION = 10  # max_slowdown divided by the standard error that is small enough
-_MOST = 4  # times the requested processes, on a busy machine
 _LEAST_PROCESSES = 2
 _WARMUP = 0.1  # seconds of each process
 
 
-Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=_BLOCKS)]
+Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=BLOCKS)]
 """The times of one process, in milliseconds."""
 
 
@@ -232,17 +228,6 @@ class Verdict(PrintedRecord):
         )
 
 
-class TimeChange(Record):
-    """The slow-down of a model as a share (0.05 is 5 % more time), with its 95 % interval over processes and its p-value."""
-
-    slowdown: float
-    low: float
-    high: float
-    p_value: float
-    p50_ms: float
-    baseline_p50_ms: float
-
-
 def record(
     path: Path | str,
     out: Path | str,
@@ -270,13 +255,13 @@ def record(
         UsageError: fewer than two processes or no seconds to time in.
 
     """
-    conditions = _checked(conditions)
+    conditions = checked(conditions)
     timing, settings = conditions.timing, conditions.settings
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
     rules = rules or InputRules()
     recorded = _recordable(rules)
-    timing = _with_values(timing, path, settings, rules, data)
+    timing = with_values(timing, path, settings, rules, data)
     drawn = random_inputs(open_session(path, settings=settings.exact), timing.batch, shapes=timing.shapes, values=timing.values)
     require_comparable(path, drawn, settings.exact)
     facts = facts_of(path, settings, timing.batch, _ruled(data, rules), timing.shapes, timing.values)
@@ -330,7 +315,7 @@ def check(
 
     """
     limits = limits or Limits()
-    before = _reference(reference, _checked(conditions), data, rules)
+    before = _reference(reference, checked(conditions), data, rules)
     settings = before.conditions.settings
     after: Facts | Finding | None = interface_of(path, settings, before.facts)
     if after is None:
@@ -339,18 +324,18 @@ def check(
     if isinstance(after, Finding):
         return Verdict(model=Path(path).name, timing=None, findings=(after,), machine=machine(gpu=settings.on_gpu))
     paths = [path] if before.model is None else [before.model, path]
-    runs = _measure(paths, before.conditions, limits.max_slowdown / _PRECISION)
+    runs = _measure(paths, before.conditions, limits.max_slowdown / PRECISION)
     timing = _time_change(before, runs)
     return Verdict(
         model=Path(path).name,
         timing=timing,
-        findings=(_latency(timing, limits), *held(before.facts, after, limits, settings.provider)),
+        findings=(latency_finding(timing, limits), *held(before.facts, after, limits, settings.provider)),
         machine=runs[0].machine,
         recorded_on=before.recorded.machine if before.recorded is not None and before.model is None else None,
     )
 
 
-def _checked(conditions: Conditions | None) -> Conditions:
+def checked(conditions: Conditions | None) -> Conditions:
     """Return the conditions with the default number of processes where none is given; raises `UsageError` for too few."""
     conditions = conditions or Conditions(TIMING)
     timing = replace(conditions.timing, processes=conditions.timing.processes or TIMING.processes)
@@ -388,7 +373,7 @@ def _reference(
     if not isinstance(reference, Baseline) and Path(reference).suffix == ".onnx":
         model, recorded, batch, shapes = Path(reference), None, timing.batch, timing.shapes
         rules = rules or InputRules()
-        timing = _with_values(timing, model, conditions.settings, rules, data)
+        timing = with_values(timing, model, conditions.settings, rules, data)
         shapes, values = timing.shapes, timing.values
         facts = facts_of(reference, conditions.settings, batch, _ruled(data, rules), shapes, values)
     else:
@@ -430,7 +415,7 @@ def _recordable(rules: InputRules) -> dict[str, Any]:  # Any: the fields of a ba
     return {"constants": constants, "batch_axes": dict(rules.batch_axes), "states": dict(rules.states)}
 
 
-def _with_values(timing: Timing, path: Path | str, settings: Session, rules: InputRules, data: Labelled | None) -> Timing:
+def with_values(timing: Timing, path: Path | str, settings: Session, rules: InputRules, data: Labelled | None) -> Timing:
     """Return the timing with the values that are known: constants, and the first labelled inputs but for states."""
     if data is None and rules == InputRules():
         return timing
@@ -449,7 +434,7 @@ def _on_recorded_data(before: _Reference, path: Path | str, data: Labelled | Non
     recorded, timing = before.recorded, before.conditions.timing
     if recorded is None or not recorded.on_data:
         return before
-    read = _with_values(replace(timing, batch=recorded.batch), path, before.conditions.settings, before.rules, data)
+    read = with_values(replace(timing, batch=recorded.batch), path, before.conditions.settings, before.rules, data)
     return replace(before, conditions=replace(before.conditions, timing=replace(timing, values=read.values)))
 
 
@@ -473,66 +458,7 @@ def _time_change(before: _Reference, runs: Sequence[LatencyReport]) -> TimeChang
     old: list[Sequence[float]] = [run.latencies[0].samples for run in runs]
     if before.model is None and before.recorded is not None:
         old = list(before.recorded.processes)
-    slowdown, low, high, p = compare_times(old, new, paired=before.model is not None)
-    return TimeChange(
-        slowdown=slowdown,
-        low=low,
-        high=high,
-        p_value=p,
-        p50_ms=float(np.median(np.concatenate(new))),
-        baseline_p50_ms=float(np.median(np.concatenate(old))),
-    )
-
-
-def _latency(timing: TimeChange, limits: Limits) -> Finding:
-    threshold = limits.max_slowdown / 2
-    return Finding(
-        name="latency",
-        baseline=f"{timing.baseline_p50_ms:.4f} ms",
-        measured=f"{timing.slowdown:+.1%} [{timing.low:+.1%}, {timing.high:+.1%}], p = {timing.p_value:.2g}",
-        limit=f"detects slow-downs of {limits.max_slowdown:.1%} or more; fails above {threshold:+.1%} at p < {_ALPHA}",
-        holds=not (timing.slowdown > threshold and timing.p_value < _ALPHA),
-    )
-
-
-def compare_times(
-    old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], *, paired: bool
-) -> tuple[float, float, float, float]:
-    """Estimate the slow-down of a model, and test whether it is slower.
-
-    If both models ran in turns in each process, the ratio of each process is one estimate, and its block medians are divided
-    by its old median, which removes what both models have in common. The times of the two runs of a cycle are then summed: a
-    model runs after itself in one of them and after the other model in the next. The slow-down is the median over processes,
-    and its interval is Student's for the logarithms over processes (Welch's if the models ran in separate processes).
-
-    Args:
-        old: the times of the baseline's model, one list per process.
-        new: the times of the checked model, one list per process.
-        paired: whether both models ran in turns in each process.
-
-    Returns:
-        The slow-down as a share, the two ends of its 95 % interval, and the one-sided p-value of no slow-down.
-
-    """
-    from scipy import stats
-
-    sides = [[cycles(times, 2 if paired else 1) for times in side] for side in (old, new)]
-    medians = [np.array([np.median(times) for times in side]) for side in sides]
-    unit = medians[0] if paired else np.full(max(map(len, sides)), np.median(medians[0]))
-    blocks = [np.concatenate([_blocks(times) / unit[k] for k, times in enumerate(side)]) for side in sides]
-    p = float(stats.mannwhitneyu(blocks[1], blocks[0], alternative="greater").pvalue)
-    logs = [np.log(values) for values in medians]
-    with warnings.catch_warnings():
-        # Where clocks are coarse, processes may have equal medians. The interval is then of no width, which scipy warns of.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        if paired:
-            value = float(np.exp(np.median(logs[1] - logs[0]))) - 1
-            interval = stats.ttest_rel(logs[1], logs[0]).confidence_interval()
-        else:
-            value = float(np.exp(np.median(logs[1]) - np.median(logs[0]))) - 1
-            interval = stats.ttest_ind(logs[1], logs[0], equal_var=False).confidence_interval()
-    low, high = (float(np.exp(bound)) - 1 if np.isfinite(bound) else value for bound in (interval.low, interval.high))
-    return value, low, high, p
+    return time_change(old, new, paired=before.model is not None)
 
 
 def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: float | None = None) -> list[LatencyReport]:
@@ -540,34 +466,11 @@ def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: flo
     timing = conditions.timing
     each = Timing(timing.batch, timing.shapes, timing.seconds, _WARMUP, values=timing.values)
     reports: list[LatencyReport] = []
-    while len(reports) < timing.processes or (
-        precision is not None
-        and len(reports) < _MOST * timing.processes
-        and (len(reports) % 2 or _standard_error(reports) > precision)
-    ):
+    while needs_more([[one.samples for one in report.latencies] for report in reports], timing.processes, precision):
         first = len(reports) % len(paths)
         reports.append(fresh_report(paths, first, each, conditions.settings, [Path(path).name for path in paths]))
         conditions.progress("measuring latency", min(1.0, len(reports) / timing.processes))
     return reports
-
-
-def _standard_error(reports: Sequence[LatencyReport]) -> float:
-    """Return the standard error of the median over processes: of the ratio of two models, or of one model's relative time."""
-    models = len(reports[0].latencies)
-    times = np.array([[np.median(cycles(latency.samples, models)) for latency in report.latencies] for report in reports])
-    values = times[:, -1] / (times[:, 0] if times.shape[1] > 1 else np.median(times))
-    # 1.4826: the standard deviation of a normal distribution over its median absolute deviation. 1.2533 = √(π / 2): the
-    # standard error of a median over that of a mean.
-    deviation = 1.4826 * np.median(np.abs(values - np.median(values)))
-    return float(1.2533 * deviation / np.sqrt(len(values)))
-
-
-def _blocks(times: np.ndarray) -> np.ndarray:
-    """Return the medians of eight consecutive blocks; the first blocks get one more time each if there is a remainder."""
-    size, longer = divmod(len(times), _BLOCKS)
-    cut = longer * (size + 1)
-    blocks = times[:cut].reshape(longer, size + 1), times[cut:].reshape(_BLOCKS - longer, size)
-    return np.concatenate([np.median(block, axis=1) for block in blocks])
 
 
 def _at_hand(baseline: Baseline, file: Path) -> Path | None:

@@ -194,7 +194,7 @@ def _differences(
             squares += features.sums(np.square(a))
             # An output with another shape is wrong by as much as all of its values.
             errors.append(_per_sample(np.square(a - b) if a.shape == b.shape else np.square(a), count, features))
-        varied = variation([np.asarray(before, np.float64) for before in befores], features)
+        varied = variation(befores, features)
         sizes = np.maximum(varied, _CONSTANT**2 * squares)
         shares.append(features.weights(sizes, _TINY) @ np.concatenate(errors, 1))
     if not shares:

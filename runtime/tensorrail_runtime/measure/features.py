@@ -75,10 +75,11 @@ def variation(parts: Sequence[np.ndarray], features: Features) -> np.ndarray:
     """
     together = parts[0].ndim > 0 and all(part.shape[1:] == parts[0].shape[1:] for part in parts) and sum(map(len, parts)) > 1
     if together:
-        values = np.concatenate(parts)
-        return features.sums(np.square(values - values.mean(0)))
+        mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], 0) / sum(map(len, parts))
+        return np.asarray(np.sum([features.sums(np.square(np.asarray(part, np.float64) - mean)) for part in parts], 0))
     counts, totals, squares = (
-        np.sum([features.sums(of(part)) for part in parts], 0) for of in (np.ones_like, np.asarray, np.square)
+        np.sum([features.sums(of(np.asarray(part, np.float64))) for part in parts], 0)
+        for of in (np.ones_like, np.asarray, np.square)
     )
     return np.asarray(np.maximum(squares - np.square(totals) / np.maximum(counts, 1), 0.0))
 

@@ -84,7 +84,7 @@ def int8_in_both_widths(model, feeds, tmp_path):
     Both are right where their QDQ form runs in floats (level none): that is what the copy stands for, and is the same on every
     processor. Integer kernels (level all) must give the same for 7 bits everywhere, for 8 bits where no product saturates.
     """
-    copies = {bits: to_int8(model, feeds, reduce_range=bits == 7, gauge=False) for bits in (8, 7)}  # of the weights as they are
+    copies = {bits: to_int8(model, feeds, reduce_range=bits == 7, gauge=False, rounding="nearest") for bits in (8, 7)}
     for bits, copy in copies.items():
         assert difference(model, copy, feeds, tmp_path, "none") < INT8 * 2 ** (8 - bits)
         if bits == 7 or not processor().saturates:

@@ -17,7 +17,8 @@ from tensorrail_runtime import ModelError, Session, bench, open_session, parity,
 from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
-from tensorrail_runtime.gate.regress import Baseline, Limits, check, compare_times, record
+from tensorrail_runtime.gate.regress import Baseline, Limits, check, record
+from tensorrail_runtime.gate.times import compare_times
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
 

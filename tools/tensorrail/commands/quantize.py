@@ -40,11 +40,19 @@ def quantization_options(
             help="Whether int8 may scale and mix the channels between two layers, which changes nothing in fp32.",
         ),
     ] = True,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="How int8 rounds weights: outputs (default), so that the outputs of layers change least on the calibration "
+            "inputs, or nearest."
+        ),
+    ] = None,
 ) -> Quantization:
     """Return the precision, and what stays fp32."""
     from tensorrail_exporter.precision.reduce import Quantization
 
-    return Quantization(to, method, tuple(keep or ()), tolerance, reduce_range, gauge)  # type: ignore[arg-type] # checked there
+    kept = tuple(keep or ())
+    return Quantization(to, method, kept, tolerance, reduce_range, gauge, rounding)  # type: ignore[arg-type] # checked there
 
 
 @grouped

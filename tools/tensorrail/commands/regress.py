@@ -14,7 +14,7 @@ from tensorrail.terminal import finish, progress_bar
 
 if TYPE_CHECKING:
     from tensorrail.options import Options
-    from tensorrail_runtime.gate.regress import Limits, Verdict
+    from tensorrail_runtime.gate.regress import Baseline, Limits, Verdict
 
 _MOST = 10.0  # a slow-down in per cent, as a share
 
@@ -120,6 +120,49 @@ def written_options(
     return Written(junit, benchmark_json, markdown, annotations)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where the measured time is kept."""
+
+    path: Path | None
+    commit: str | None
+
+    def check(self, out: Path) -> None:
+        """Raise an error, before any work, where the history is none, cannot be written, or is the baseline's file `out`."""
+        from tensorrail.inputs import require_writable
+        from tensorrail_runtime.gate.history import read_entries
+
+        if self.path is not None:
+            require_writable(self.path)
+            _require_another(out, self.path)
+            if self.path.exists():
+                read_entries(self.path)
+
+    def add(self, baseline: Baseline) -> None:
+        """Add the time of a baseline to the history, if there is one."""
+        from tensorrail.verbs import regress
+
+        if self.path is not None:
+            regress.add_to_history(self.path, baseline, commit=self.commit)
+
+
+def history_options(
+    history: Annotated[
+        Path | None,
+        typer.Option("--history", metavar="FILE.jsonl", help="Add the time to this file, which `regress history` shows."),
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="What was measured, for --history; default: the commit that the CI or git names.")
+    ] = None,
+) -> Kept:
+    """Return where the measured time is kept."""
+    from tensorrail_runtime.errors import UsageError
+
+    if commit is not None and history is None:
+        raise UsageError("--commit names what was measured in a history: give --history FILE.jsonl as well")
+    return Kept(history, commit)
+
+
 @app.command()
 @grouped
 def record(
@@ -129,6 +172,7 @@ def record(
     inputs: Any = Group(input_options),
     data: Data = None,
     metric: Metric = None,
+    kept: Any = Group(history_options),
 ) -> None:
     """Measure a model and write its baseline."""
     from dataclasses import replace
@@ -136,9 +180,11 @@ def record(
     from tensorrail.inputs import as_labelled
     from tensorrail.verbs import regress
 
+    kept.check(out)
     with progress_bar() as progress:
         options = replace(options, progress=progress, inputs=inputs)
         baseline = regress.record(model, out, data=as_labelled(data, metric), options=options)
+    kept.add(baseline)
     finish(baseline, None, last=f"written to {out}")
 
 
@@ -146,7 +192,17 @@ def record(
 @grouped
 def check(
     baseline: Annotated[Path, typer.Argument(metavar="BASELINE.json|A.onnx", help="A recorded baseline, or a model.")],
-    model: Model,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL.onnx", help="The model to check; with --against-python, default: A.onnx.")
+    ] = None,
+    against_python: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PYTHON",
+            help="A Python interpreter with another onnxruntime, under which A.onnx runs; may be repeated. It needs numpy, and "
+            "nothing of this package.",
+        ),
+    ] = None,
     limits: Any = Group(limit_options),
     how: Any = Group(check_options),
     inputs: Any = Group(input_options),
@@ -155,7 +211,10 @@ def check(
     written: Any = Group(written_options),
     json: Json = None,
 ) -> None:
-    """Check a model against a baseline, or against another model that is timed beside it. Exit code 1 with the reason."""
+    """Check a model against a baseline, against another model that is timed beside it, or against other environments.
+
+    Exit code 1 with the reason.
+    """
     from dataclasses import replace
 
     from tensorrail.inputs import as_labelled
@@ -166,14 +225,55 @@ def check(
     options, asked = how
     if limits.score != Limits().score and data is None:
         raise UsageError("--max-drop limits the accuracy on labelled data: give --data FILE.npz as well")
-    if baseline.suffix != ".onnx":
+    pythons = against_python or []
+    if baseline.suffix != ".onnx" and not pythons:
         Baseline.load(baseline).require(**asked, rules=inputs)
+    if pythons and (limits.score != Limits().score or metric is not None):
+        raise UsageError("--against-python compares times and outputs, and scores nothing: leave out --max-drop and --metric")
+    if model is None and not pythons:
+        raise UsageError(f"expected a model to check against {baseline}: give MODEL.onnx, or --against-python PYTHON")
     with progress_bar() as progress:
         labelled = as_labelled(data, metric)
         options = replace(options, progress=progress, inputs=inputs)
-        verdict = regress.check(baseline, model, limits=limits, data=labelled, options=options)
+        verdict: Verdict
+        if pythons:
+            verdict = regress.check_environments(
+                model or baseline, pythons, there=baseline, limits=limits, data=labelled, options=options
+            )
+        else:
+            verdict = regress.check(baseline, model, limits=limits, data=labelled, options=options)
     written.save(verdict)
     finish(verdict, json, verdict.holds)
+
+
+@app.command()
+def history(
+    path: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="The file that --history wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.svg", help="Draw the times here.")] = None,
+    json: Json = None,
+) -> None:
+    """Show the times of a model from commit to commit, and the commits from which it takes another time."""
+    from tensorrail.inputs import require_writable
+    from tensorrail.verbs import regress
+    from tensorrail_runtime.gate.history import drawn
+    from tensorrail_runtime.records import write_text
+
+    for written in (out, json):
+        if written is not None:
+            require_writable(written)
+            _require_another(written, path)
+    shown = regress.history(path)
+    if out is not None:
+        write_text(out, drawn(shown))
+    finish(shown, json, last=f"written to {out}" if out is not None else "")
+
+
+def _require_another(out: Path, history: Path) -> None:
+    """Raise `UsageError` for a file that is to be written and is a history, which would be lost."""
+    from tensorrail_runtime.errors import UsageError
+
+    if out.resolve() == history.resolve():
+        raise UsageError(f"{out}: is the history, which would be lost; write to another file")
 
 
 def _options(batch: int, shape: list[str] | None, threads: int, provider: str, processes: int, seconds: float) -> Options:

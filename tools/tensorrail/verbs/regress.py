@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from tensorrail.inputs import as_labelled, require_writable
 from tensorrail.models import as_file, require_finite_weights
 from tensorrail.options import Options
-from tensorrail_runtime.gate import regress
+from tensorrail_runtime.errors import UsageError
+from tensorrail_runtime.gate import environments, regress
+from tensorrail_runtime.gate import history as histories
+from tensorrail_runtime.gate.environments import EnvironmentsVerdict
 from tensorrail_runtime.gate.regress import TIMING, Baseline, Limits, Verdict
 from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.sessions.session import Session
@@ -78,3 +82,75 @@ def check(
         conditions = Conditions(replace(conditions.timing, batch=1), Session(), conditions.progress)
     with as_file(model) as path:
         return regress.check(baseline, path, limits=limits, conditions=conditions, data=as_labelled(data), rules=options.inputs)
+
+
+def check_environments(
+    model: Any,  # a path, a ModelProto, or (module, example inputs)
+    pythons: Sequence[Path | str],
+    *,
+    there: Path | str | None = None,
+    limits: Limits | None = None,
+    data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
+    options: Options | None = None,
+) -> EnvironmentsVerdict:
+    """Hold a model under this environment's ONNX Runtime against the same model under the ONNX Runtime of other environments.
+
+    Args:
+        model: the model to check: a path, an `onnx.ModelProto`, or (torch module, example inputs).
+        pythons: Python interpreters of the other environments, which have onnxruntime and numpy, and need nothing else. They
+            are started: give those that you trust.
+        there: the model's file that runs in the other environments; default: the same model.
+        limits: the slow-down to detect (default 5 %), and how far outputs may differ.
+        data: inputs to run on, the first of them; default: random ones.
+        options: `session`, `progress`, `inputs`, and `timing` as for `record`.
+
+    Returns:
+        The findings for each environment, and what runs differently there; `verdict.holds` says whether all are within their
+        limits.
+
+    Raises:
+        ModelError: an interpreter cannot be started or has no onnxruntime, or the model does not run there or here.
+        UsageError: `there` is not a model.
+
+    """
+    options = options or Options()
+    if there is not None and Path(there).suffix != ".onnx":
+        raise UsageError(f"{there}: expected a model (.onnx) to run under the other interpreters, not a baseline")
+    with as_file(model) as path:
+        return environments.check_environments(
+            path,
+            pythons,
+            there=there,
+            limits=limits,
+            conditions=options.conditions(TIMING),
+            data=as_labelled(data),
+            rules=options.inputs,
+        )
+
+
+def add_to_history(path: Path | str, baseline: Baseline, *, commit: str | None = None) -> None:
+    """Add the time of a baseline to a history.
+
+    Args:
+        path: a file of JSON lines, which is made if it is not there.
+        baseline: what `record` returned.
+        commit: what was measured; default: the commit that a CI system names in its environment, or that git has checked out.
+
+    Raises:
+        ModelError: the file is no history, or cannot be written.
+
+    """
+    histories.add_entry(path, histories.entry_of(baseline, commit))
+
+
+def history(path: Path | str) -> histories.History:
+    """Return the times in a history by model, machine and settings, and the commits from which a model takes another time.
+
+    Args:
+        path: the file that `add_to_history` wrote.
+
+    Raises:
+        ModelError: the file is no history.
+
+    """
+    return histories.history_of(histories.read_entries(path))

@@ -74,7 +74,7 @@ class Tracing:
         dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     ) -> None:
         self._architecture = _architecture(module)
-        arguments = _arguments(module, example)
+        arguments = arguments_of(module, example)
         names = tuple(input_names or (("image",) if isinstance(example, Tensor) else arguments))
         if len(names) != len(arguments):
             raise GraphError(f"input_names: expected {len(arguments)} names, one per input, got {len(names)}")
@@ -157,7 +157,7 @@ def _architecture(module: nn.Module) -> tuple[str, tuple[tuple[str, torch.Size, 
     return repr(module), tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
 
 
-def _arguments(module: nn.Module, example: Example) -> dict[str, Tensor]:
+def arguments_of(module: nn.Module, example: Example) -> dict[str, Tensor]:
     """Return the inputs on the CPU, by the names of the arguments of `forward`."""
     if isinstance(example, Mapping):
         given = dict(example)
