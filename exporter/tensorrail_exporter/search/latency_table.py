@@ -27,7 +27,7 @@ from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.context import copies_of, dense_context, factored_context
 from tensorrail_exporter.search.options import Option, families
 from tensorrail_runtime.errors import CacheError
-from tensorrail_runtime.measure.turns import BURST_ROUNDS, fresh_bursts
+from tensorrail_runtime.measure.turns import BURST_ROUNDS, PRECISE, fresh_bursts
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.records import Record, first_problem, write_text
 from tensorrail_runtime.scratch import scratch
@@ -40,6 +40,9 @@ _VERSION = 2
 _TOGETHER = 10  # forms in one process, timed in turn with the dense layer
 BUSY = 0.1  # share of the time that a process waits for a processor, above which other programs disturb it
 _LOADED = 2**29  # bytes of weights in one process, where layers are timed in turn
+_SHARE = 0.002  # of a network's time: a layer's times need not be more precise
+_LEAST_PRECISE = 0.03  # half the 95 % interval of a ratio, however small the layer
+_DENSE_PRECISE = 0.02  # the same of dense layers among each other
 _ROUGH = 3  # rounds at least of rough times, of which the first is left out
 _SKETCHED = 96  # models in one process that sketches times
 _BURSTS = 20  # runs of a model at least, see `fresh_bursts`
@@ -197,6 +200,7 @@ class LatencyTable:
         settings: Session,
         *,
         seconds: float = 60.0,
+        whole: float | None = None,
         progress: Progress = silent,
     ) -> None:
         """Measure the missing times and save the table after every layer.
@@ -208,6 +212,8 @@ class LatencyTable:
             wanted: the options of every layer; the dense layer is always measured, too.
             settings: settings of the sessions.
             seconds: time for all measurements, to which that of opening the models is added; default 60.
+            whole: milliseconds of the network: layers are timed until their times are known within 0.2 % of it, but within 3 %
+                of themselves, which takes less time for small layers. Default: within 0.5 % of themselves.
             progress: told what is measured next.
 
         Raises:
@@ -241,7 +247,9 @@ class LatencyTable:
         for layer, options in jobs.values():
             progress("timing layers", done / total, layer.describe())
             rounds = _ROUGH if self.rough else BURST_ROUNDS
-            layer_times, waited = _layer_times(layer, options, settings, seconds / total, rounds, self.target.precision)
+            nodes = sum(other.nodes for other in wanted if _digest(other.signature) == _digest(layer.signature))
+            how = _How(settings, seconds / total, rounds, self._precision_for(layer, nodes, whole), self.target.precision)
+            layer_times, waited = _layer_times(layer, options, how)
             for timed in self._as_before(layer, layer_times):
                 self.times[timed.key] = timed
             done += 1 + len(options)
@@ -256,6 +264,13 @@ class LatencyTable:
             )
             progress("note", 1.0, self.busy)
         progress("timing layers", 1.0)
+
+    def _precision_for(self, layer: DenseLayer, nodes: int, whole: float | None) -> float:
+        """Return how precise the ratios of the times of a layer must be; the network has so many such nodes."""
+        known = self.times.get(_key(layer, None))
+        if whole is None or known is None:
+            return PRECISE
+        return min(max(_SHARE * whole / (nodes * known.milliseconds), PRECISE), _LEAST_PRECISE)
 
     def with_estimates(self, options: Mapping[DenseLayer, Sequence[Option]]) -> LatencyTable:
         """Return a table, which is not stored, that also has the times of options between two that were measured.
@@ -400,7 +415,7 @@ def _timed_together(
             for copies in dict.fromkeys((copies_of(layer), 1)):
                 paths.append(Path(folder) / f"{len(paths)}.onnx")
                 _write(dense_context(layer, copies), paths[-1], precision)
-        measured, waited = fresh_bursts(paths, settings, seconds * len(layers))
+        measured, waited = fresh_bursts(paths, settings, seconds * len(layers), BURST_ROUNDS, _DENSE_PRECISE)
     rows = iter(measured)
     milliseconds = []
     for layer in layers:
@@ -410,12 +425,19 @@ def _timed_together(
     return milliseconds, waited
 
 
-def _layer_times(
-    layer: DenseLayer, options: Sequence[Option], settings: Session, seconds: float, rounds: int, precision: Precision
-) -> tuple[list[Timed], float]:
-    """Return the times of a layer, dense and with these options, and the share of the time that was spent waiting.
+@dataclass(frozen=True)
+class _How:
+    """How the forms of a layer are timed."""
 
-    Each is measured for about `seconds`, and in at least as many rounds.
+    settings: Session
+    seconds: float  # of each form, about
+    rounds: int  # at least
+    precise: float  # half the 95 % interval of a ratio of times
+    precision: Precision
+
+
+def _layer_times(layer: DenseLayer, options: Sequence[Option], how: _How) -> tuple[list[Timed], float]:
+    """Return the times of a layer, dense and with these options, and the share of the time that was spent waiting.
 
     Every form is timed in turn with the dense copies and only the ratio of each pair counts, which cancels other load on the
     machine. The time of the dense layer is the median over all turns. Every group of forms runs in its own process.
@@ -424,9 +446,9 @@ def _layer_times(
     with scratch() as folder:
         dense_model = dense_context(layer, copies)
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
-        _write(dense_model, dense, precision)
-        _write(dense_context(layer, 1), single, precision)
-        together = _ON_GPU if settings.on_gpu else _TOGETHER
+        _write(dense_model, dense, how.precision)
+        _write(dense_context(layer, 1), single, how.precision)
+        together = _ON_GPU if how.settings.on_gpu else _TOGETHER
         groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
         ratios: list[float] = []
         base: list[float] = []
@@ -435,10 +457,10 @@ def _layer_times(
         for number, group in enumerate(groups):
             paths = [dense, *(Path(folder) / f"{k}.onnx" for k in range(len(group)))]
             for path, option in zip(paths[1:], group, strict=True):
-                _write(factored_context(layer, dense_model, option), path, precision)
+                _write(factored_context(layer, dense_model, option), path, how.precision)
             if number == 0 and copies > 1:
                 paths.append(single)
-            times, waited = fresh_bursts(paths, settings, seconds * len(paths), rounds)
+            times, waited = fresh_bursts(paths, how.settings, how.seconds * len(paths), how.rounds, how.precise)
             waits.append(waited)
             base += list(times[0])
             ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]

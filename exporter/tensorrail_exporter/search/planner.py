@@ -239,11 +239,11 @@ def _timed(
     wanted = {layer: thinned(forms) for layer, forms in options.items()}
     share = _count(smallest) / max(1, _count(smallest) + _count(wanted))
     seconds = search.seconds * _ROUGHLY if table.rough else search.seconds
-    settings, progress = conditions.settings, conditions.progress
+    settings, progress, whole = conditions.settings, conditions.progress, sizes[1].milliseconds
 
     def candidates(forms: Mapping[DenseLayer, tuple[Option, ...]], table: LatencyTable) -> Candidates:
         faster = {layer: _faster(layer, own, table, search.gain) for layer, own in forms.items()}
-        return Candidates(forms, faster, Losses("", {}), table, *sizes, _scale(options, table, sizes[1].milliseconds))
+        return Candidates(forms, faster, Losses("", {}), table, *sizes, _scale(options, table, whole))
 
     bounding = {name: factor for name, factor in targets.items() if name in ("latency", "flops")}
     cheapest = {layer: _cheapest(forms) for layer, forms in wanted.items()}
@@ -259,11 +259,11 @@ def _timed(
         else:
             break
     if "latency" in targets:
-        table.measure(smallest, settings, seconds=seconds * share, progress=part_of(progress, 0.0, share))
+        table.measure(smallest, settings, seconds=seconds * share, whole=whole, progress=part_of(progress, 0.0, share))
         require_reachable({"latency": targets["latency"]}, candidates(smallest, table), search, beyond=_FAR)
     else:
         share = 0.0
-    table.measure(wanted, settings, seconds=seconds * (1 - share), progress=part_of(progress, share, 1.0))
+    table.measure(wanted, settings, seconds=seconds * (1 - share), whole=whole, progress=part_of(progress, share, 1.0))
     timed = candidates(options, table.with_estimates(options) if table.lacks(options) else table)
     require_reachable(targets, timed, search)
     return timed

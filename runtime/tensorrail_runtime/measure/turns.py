@@ -35,7 +35,7 @@ _BURST = 4  # runs in a row of each model
 BURST_ROUNDS = 5
 _ROUNDS_ENOUGH = 200  # of bursts: layers of a few microseconds reach them long before their time is over
 _FEWEST_PRECISE = 7  # rounds that count: with fewer, the range of the values is hardly wider than their median is uncertain
-_PRECISE = 0.005  # half the 95 % interval of a ratio of times; the times of layers within models are about half as precise
+PRECISE = 0.005  # half the 95 % interval of a ratio of times; the times of layers within models are about half as precise
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,11 @@ def time_in_fresh_process(paths: Sequence[Path | str], settings: Session, timing
 
 
 def fresh_bursts(
-    paths: Sequence[Path | str], settings: Session, seconds: float, rounds: int = BURST_ROUNDS
+    paths: Sequence[Path | str],
+    settings: Session,
+    seconds: float,
+    rounds: int = BURST_ROUNDS,
+    precision: float = PRECISE,
 ) -> tuple[np.ndarray, float]:
     """Time models in a fresh process in which every model runs four times in a row in each round.
 
@@ -107,15 +111,16 @@ def fresh_bursts(
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
         seconds: how long to measure at most; 200 rounds are enough, or fewer that show each model's time, as a multiple of
-            the first model's, within 0.5 % (95 % interval).
+            the first model's, precisely enough.
         rounds: the number of rounds at least, the first of which is left out.
+        precision: half the 95 % interval of such a ratio that is precise enough; default 0.005.
 
     Returns:
         Times in milliseconds, of shape (models, rounds), and the share of the time that the process waited for a processor
         because other programs ran; 0 where the system does not tell.
 
     """
-    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds}
+    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds, "precision": precision}
     answer = json.loads(fresh(f"{__name__}:answer_bursts", request))
     return np.array(answer["times"]), float(answer["waited"])
 
@@ -133,7 +138,9 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     rounds: list[list[float]] = []
     start, order, waited = time.perf_counter(), list(range(len(runners))), _waited_ns()
     while len(rounds) < request["rounds"] or (
-        len(rounds) < _ROUNDS_ENOUGH and time.perf_counter() - start < request["seconds"] and not are_precise(rounds[1:])
+        len(rounds) < _ROUNDS_ENOUGH
+        and time.perf_counter() - start < request["seconds"]
+        and not are_precise(rounds[1:], request["precision"])
     ):
         medians = [0.0] * len(runners)
         for index in order:
@@ -150,15 +157,16 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     return json.dumps({"times": np.array(rounds[1:]).T.tolist(), "waited": share})
 
 
-def are_precise(rounds: Sequence[Sequence[float]]) -> bool:
+def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE) -> bool:
     """Return whether times in turns are enough to compare models.
 
     Args:
         rounds: the milliseconds of all models in each round.
+        precision: half the 95 % interval that is precise enough; default 0.005.
 
     Returns:
-        Whether the median of each model's time, as a multiple of the first model's, is known within 0.5 % (95 % interval by
-        order statistics); for one model, of its time.
+        Whether the median of each model's time, as a multiple of the first model's, is known so precisely (interval by order
+        statistics); for one model, of its time.
 
     """
     count = len(rounds)
@@ -168,7 +176,7 @@ def are_precise(rounds: Sequence[Sequence[float]]) -> bool:
     ratios = np.sort(times if times.shape[1] == 1 else times[:, 1:] / times[:, :1], axis=0)
     outside = int(count / 2 - 0.98 * math.sqrt(count))  # values on each side of the interval of the median
     low, middle, high = ratios[outside], ratios[count // 2], ratios[count - 1 - outside]
-    return bool(np.all(high - low <= 2 * _PRECISE * middle))
+    return bool(np.all(high - low <= 2 * precision * middle))
 
 
 def _request(paths: Sequence[Path | str], settings: Session) -> dict[str, Any]:

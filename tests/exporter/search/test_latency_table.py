@@ -43,8 +43,8 @@ def calls(monkeypatch, waits):
     """Replace the measuring by known numbers: 1 ms dense, a form's MACs in µs; return what was asked for."""
     asked = []
 
-    def known(layer, options, settings, seconds, rounds, precision):
-        asked.append((layer.name, [option.steps for option in options], seconds))
+    def known(layer, options, how):
+        asked.append((layer.name, [option.steps for option in options], how.seconds))
         found = [Timed(key=latency_table._key(layer, None), layer=layer.describe(), form="dense", milliseconds=1.0)]
         for option in options:
             key = latency_table._key(layer, option)
@@ -100,7 +100,7 @@ def test_dense_layers_are_compared_by_times_in_turn(loaded, rng, monkeypatch):
     layers = [conv_layer(rng), conv_layer(rng, batch=2), conv_layer(rng, batch=4)]
     pace, processes = [1.0], []
 
-    def bursts(paths, settings, seconds, rounds=5):
+    def bursts(paths, settings, seconds, rounds=5, precision=0.0):
         processes.append(len(paths))
         slowness = pace[0]
         pace[0] *= 3
@@ -432,7 +432,7 @@ def test_layers_that_run_long_are_not_sketched(rng, monkeypatch):
 def test_layers_for_int8_are_timed_in_int8_and_kept_apart(rng, monkeypatch, tmp_path):
     timed = []
 
-    def bursts(paths, settings, seconds, rounds=0):
+    def bursts(paths, settings, seconds, rounds=0, precision=0.0):
         timed.append([{node.op_type for node in onnx.load(path).graph.node} for path in paths])
         return [np.full(3, 1.0 + k) for k in range(len(paths))], 0.0
 
@@ -450,3 +450,22 @@ def test_layers_for_int8_are_timed_in_int8_and_kept_apart(rng, monkeypatch, tmp_
         timed.clear()
         assert LatencyTable.open(CPU, tmp_path, precision=precision).times == table.times
     assert LatencyTable.open(CPU, tmp_path).path == tables["fp32"].path
+
+
+def test_small_layers_are_timed_less_precisely(rng, monkeypatch):
+    """A layer's times are as precise as the network needs them: within 0.2 % of its time."""
+    precise = []
+
+    def known(layer, options, how):
+        precise.append(how.precise)
+        return [Timed(key=latency_table._key(layer, None), layer="", form="dense", milliseconds=1.0)], 0.0
+
+    monkeypatch.setattr(latency_table, "_layer_times", known)
+    layer = conv_layer(rng)
+    for whole in (None, 1.0, 5.0, 1000.0):
+        table = LatencyTable(Target.here(CPU))
+        table.times[latency_table._key(layer, None)] = Timed(
+            key=latency_table._key(layer, None), layer="", form="dense", milliseconds=1.0
+        )
+        table.measure({layer: options_of(layer, ["auto"], 8)}, CPU, whole=whole)
+    np.testing.assert_allclose(precise, [0.005, 0.005, 0.01, 0.03])

@@ -51,7 +51,7 @@ def known_times(monkeypatch):
     """Make every layer take a microsecond a thousand MACs, times a factor that a test may set by the steps' text."""
     factors: dict[str, float] = {}
 
-    def measure(self, wanted, settings, *, seconds=0.0, progress=None):
+    def measure(self, wanted, settings, *, seconds=0.0, whole=None, progress=None):
         for layer, options in wanted.items():
             for option in (None, *options):
                 macs = layer.macs if option is None else macs_of(layer, option)

@@ -416,6 +416,7 @@ def test_times_are_precise_once_their_ratios_are(rng):
     assert not are_precise(steady[:6])  # too few to know
     noisy = machine * [1.0, 2.0, 0.5] * rng.uniform(0.9, 1.1, (40, 3))
     assert not are_precise(noisy[:7])
+    assert are_precise(noisy[:7], 0.5)
     assert not are_precise(noisy)
     assert are_precise([1.0, 2.0, 0.5] * rng.uniform(0.9, 1.1, (20_000, 3)))  # the interval of a median narrows
     assert not are_precise(machine[:7])  # of a single model, its time counts
