@@ -43,6 +43,7 @@ _LOADED = 2**29  # bytes of weights in one process, where layers are timed in tu
 _SHARE = 0.002  # of a network's time: a layer's times need not be more precise
 _LEAST_PRECISE = 0.03  # half the 95 % interval of a ratio, however small the layer
 _DENSE_PRECISE = 0.02  # the same of dense layers among each other
+_DENSE_ROUNDS = 40  # at most: a network's time is a sum of many layers'
 _ROUGH = 3  # rounds at least of rough times, of which the first is left out
 _SKETCHED = 96  # models in one process that sketches times
 _BURSTS = 20  # runs of a model at least, see `fresh_bursts`
@@ -415,7 +416,7 @@ def _timed_together(
             for copies in dict.fromkeys((copies_of(layer), 1)):
                 paths.append(Path(folder) / f"{len(paths)}.onnx")
                 _write(dense_context(layer, copies), paths[-1], precision)
-        measured, waited = fresh_bursts(paths, settings, seconds * len(layers), BURST_ROUNDS, _DENSE_PRECISE)
+        measured, waited = fresh_bursts(paths, settings, seconds * len(layers), BURST_ROUNDS, _DENSE_PRECISE, _DENSE_ROUNDS)
     rows = iter(measured)
     milliseconds = []
     for layer in layers:

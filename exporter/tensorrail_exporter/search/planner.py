@@ -232,7 +232,8 @@ def _timed(
     """Time some forms of all layers, estimate those between, and return all without losses; `TargetError`: they meet no target.
 
     What can be reached is measured roughly first, and a target beyond it is refused when a second measurement agrees. For a
-    target on the latency, the forms with the fewest MACs are timed next, and a target far beyond them is refused at once.
+    target on the latency above 1.15, the forms with the fewest MACs are timed next, and a target far beyond them is refused at
+    once.
     `sizes` are those of the dense network, in fp32 and in the precision of the plan.
     """
     smallest = {layer: tuple(sorted(forms, key=lambda form: form.macs)[:_FIRST]) for layer, forms in options.items()}
@@ -258,7 +259,7 @@ def _timed(
                 raise
         else:
             break
-    if "latency" in targets:
+    if targets.get("latency", 0.0) > _FAR:  # nearer targets are not refused for times of a few forms
         table.measure(smallest, settings, seconds=seconds * share, whole=whole, progress=part_of(progress, 0.0, share))
         require_reachable({"latency": targets["latency"]}, candidates(smallest, table), search, beyond=_FAR)
     else:

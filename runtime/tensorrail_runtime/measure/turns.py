@@ -102,6 +102,7 @@ def fresh_bursts(
     seconds: float,
     rounds: int = BURST_ROUNDS,
     precision: float = PRECISE,
+    most: int = _ROUNDS_ENOUGH,
 ) -> tuple[np.ndarray, float]:
     """Time models in a fresh process in which every model runs four times in a row in each round.
 
@@ -110,17 +111,18 @@ def fresh_bursts(
     Args:
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
-        seconds: how long to measure at most; 200 rounds are enough, or fewer that show each model's time, as a multiple of
-            the first model's, precisely enough.
+        seconds: how long to measure at most; fewer rounds may show each model's time, as a multiple of the first model's,
+            precisely enough.
         rounds: the number of rounds at least, the first of which is left out.
         precision: half the 95 % interval of such a ratio that is precise enough; default 0.005.
+        most: the number of rounds at most; default 200.
 
     Returns:
         Times in milliseconds, of shape (models, rounds), and the share of the time that the process waited for a processor
         because other programs ran; 0 where the system does not tell.
 
     """
-    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds, "precision": precision}
+    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds, "precision": precision, "most": most}
     answer = json.loads(fresh(f"{__name__}:answer_bursts", request))
     return np.array(answer["times"]), float(answer["waited"])
 
@@ -138,7 +140,7 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     rounds: list[list[float]] = []
     start, order, waited = time.perf_counter(), list(range(len(runners))), _waited_ns()
     while len(rounds) < request["rounds"] or (
-        len(rounds) < _ROUNDS_ENOUGH
+        len(rounds) < request["most"]
         and time.perf_counter() - start < request["seconds"]
         and not are_precise(rounds[1:], request["precision"])
     ):
