@@ -205,11 +205,10 @@ def _best(product: Weighted, fitted: _Moments, held_out: _Moments, grid: Grid, *
     # Moments about a mean are differences of larger numbers, of which float32 has seven digits.
     least = _DIGITS * float(np.trace(fitted.squares())) / len(fitted.mean)
     by_outputs = _one_by_one(weight, fitted.squares(centre), scale, grid.steps, least)
-    nearest = np.round(weight / scale) * scale
     if by_outputs is None:
         return None
     squares = held_out.squares(centre)
-    errors = [float(np.sum((change @ squares) * change)) for change in (by_outputs - weight, nearest - weight)]
+    errors = [float(np.sum((change @ squares) * change)) for change in (by_outputs - weight, grid.error(weight, 0))]
     if not errors[0] < errors[1]:
         return None
     return _weight(product, by_outputs)

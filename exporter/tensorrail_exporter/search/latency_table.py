@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,10 +225,12 @@ class LatencyTable:
 
         """
         jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
+        nodes: Counter[str] = Counter()  # of the network, by the digest of their layer
         for layer, options in wanted.items():
-            missing = self.missing(layer, options)
+            digest, missing = _digest(layer.signature), self.missing(layer, options)
+            nodes[digest] += layer.nodes
             if missing or _key(layer, None) not in self.times:
-                _, queued = jobs.setdefault(_digest(layer.signature), (layer, []))
+                _, queued = jobs.setdefault(digest, (layer, []))
                 forms = {_form(option): option for option in (*queued, *missing)}  # equal layers may have different options
                 queued[:] = forms.values()
         if jobs:
@@ -245,11 +248,11 @@ class LatencyTable:
             dense_times, waited = _dense_times(unknown, settings, seconds / total, self.target.precision)
             self.times |= {timed.key: timed for timed in dense_times}
             waits.append(waited)
-        for layer, options in jobs.values():
+        for digest, (layer, options) in jobs.items():
             progress("timing layers", done / total, layer.describe())
             rounds = _ROUGH if self.rough else BURST_ROUNDS
-            nodes = sum(other.nodes for other in wanted if _digest(other.signature) == _digest(layer.signature))
-            how = _How(settings, seconds / total, rounds, self._precision_for(layer, nodes, whole), self.target.precision)
+            precise = self._precision_for(layer, nodes[digest], whole)
+            how = _How(settings, seconds / total, rounds, precise, self.target.precision)
             layer_times, waited = _layer_times(layer, options, how)
             for timed in self._as_before(layer, layer_times):
                 self.times[timed.key] = timed

@@ -89,7 +89,7 @@ def export_trained(
         ModelError: the folder cannot be made, or a model does not run.
 
     """
-    from tensorrail_exporter.graphs.io import load_model, save_model
+    from tensorrail_exporter.graphs.io import save_model
     from tensorrail_exporter.plans.cores import save_cores
     from tensorrail_exporter.rewrite.rewriter import factorize
     from tensorrail_trainer.layers.swap import cores_of, to_dense
@@ -108,13 +108,13 @@ def export_trained(
         save_model(factored.model, paths[1])
         parity = check(*paths, inputs=feed, tolerance=tolerance, layers=Layers(plan, cores), options=options)
         difference = _from_torch(paths[1], feed, expected, options.session)
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ModelError(f"{folder}: cannot be made ({error.strerror or error}): expected a folder to write to") from None
-        for path in paths:
-            save_model(load_model(path), folder / path.name)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be made ({error.strerror or error}): expected a folder to write to") from None
+    save_model(dense, folder / FILES[0])
+    save_model(factored.model, folder / FILES[1])
     plan.save(folder / FILES[2])
     save_cores(folder / FILES[3], cores)
     return TrainedExport(
