@@ -21,7 +21,7 @@ from real.child import Request
 from real.network import Data, Network, Packages, outputs_of
 from tensorrail_runtime.records import write_text
 
-MIN_AGREEMENT, MAX_DIFFERENCE = 0.97, 0.1
+MIN_AGREEMENT, MAX_DIFFERENCE = 0.97, 0.05
 """A model is accepted if its outputs agree with the dense model's so closely: by best classes, or else by their difference."""
 INT8 = ("static int8", "dynamic int8")
 
@@ -141,7 +141,7 @@ def environment() -> dict[str, str]:
     """Return the environment of a child: it finds the modules of this folder's parent and of the project."""
     here = Path(__file__).parents[1]
     places = [str(here), *(str(here.parent / room) for room in ("tools", "trainer", "exporter", "runtime"))]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(places)}
 
 
 def qualities(models: Mapping[str, Path], network: Network, data: Data) -> tuple[dict[str, float], dict[str, str]]:

@@ -28,6 +28,7 @@ from tensorrail_exporter.rewrite.resolve import ResolvedPlan
 from tensorrail_exporter.rewrite.sites import walk
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.side_by_side import side_by_side
 from tensorrail_runtime.sessions.values import TYPES
 
 _MEMORY = 2**29  # bytes of tensors that are kept in memory; further ones are kept in files
@@ -79,8 +80,7 @@ class ProgressiveNetwork:
         """Yield the inputs of all layers in the dense network, by tensor name, batch by batch."""
         computed = [name for name in self.tensors if name in self.network.makers]
         session = self._open(self.network.above(computed), computed)
-        for batch in range(len(self.feeds)):
-            yield self._values(session, self.tensors, batch)
+        yield from side_by_side(lambda batch: self._values(session, self.tensors, batch), len(self.feeds), self.settings)
 
     def inputs_of(self, layer: str) -> Iterator[dict[str, np.ndarray]]:
         """Yield the current inputs of a layer by tensor name, batch by batch.
@@ -90,8 +90,7 @@ class ProgressiveNetwork:
         names, step = self.inputs[layer], self.steps[layer]
         computed = [name for name in names if name in self.network.makers and name not in self.kept]
         session, run_now, keep = self._segment(computed, step)
-        for batch in range(len(self.feeds)):
-            values = self._values(session, (*names, *keep), batch)
+        for values in side_by_side(lambda batch: self._values(session, (*names, *keep), batch), len(self.feeds), self.settings):
             yield {name: values[name] for name in names}
             for name in keep:
                 self.kept.put(name, values[name])

@@ -44,6 +44,7 @@ _LOADED = 2**29  # bytes of weights in one process, where layers are timed in tu
 _SHARE = 0.002  # of a network's time: a layer's times need not be more precise
 _LEAST_PRECISE = 0.03  # half the 95 % interval of a ratio, however small the layer
 _DENSE_PRECISE = 0.02  # the same of dense layers among each other
+_DENSE_OF_ALL = 0.001  # the same, of the time of all of them: small layers need not be as precise
 _DENSE_ROUNDS = 40  # at most: a network's time is a sum of many layers'
 _ROUGH = 3  # rounds at least of rough times, of which the first is left out
 _SKETCHED = 96  # models in one process that sketches times
@@ -419,13 +420,14 @@ def _timed_together(
             for copies in dict.fromkeys((copies_of(layer), 1)):
                 paths.append(Path(folder) / f"{len(paths)}.onnx")
                 _write(dense_context(layer, copies), paths[-1], precision)
-        measured, waited = fresh_bursts(paths, settings, seconds * len(layers), BURST_ROUNDS, _DENSE_PRECISE, _DENSE_ROUNDS)
+        precise = _DENSE_PRECISE, _DENSE_ROUNDS, _DENSE_OF_ALL
+        measured, waited = fresh_bursts(paths, settings, seconds * len(layers), BURST_ROUNDS, *precise)
     rows = iter(measured)
     milliseconds = []
     for layer in layers:
         whole, copies = next(rows), copies_of(layer)
         per_copy = (whole - next(rows)) / (copies - 1) if copies > 1 else whole
-        milliseconds.append(max(float(np.median(per_copy)), 1e-6))
+        milliseconds.append(max(float(np.nanmedian(per_copy)), 1e-6))
     return milliseconds, waited
 
 
@@ -467,9 +469,9 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], how: _How) -> tup
             times, waited = fresh_bursts(paths, how.settings, how.seconds * len(paths), how.rounds, how.precise)
             waits.append(waited)
             base += list(times[0])
-            ratios += [float(np.median(row / times[0])) for row in times[1 : 1 + len(group)]]
+            ratios += [float(np.nanmedian(row / times[0])) for row in times[1 : 1 + len(group)]]
             if number == 0 and copies > 1:
-                single_ratio = float(np.median(times[-1] / times[0]))
+                single_ratio = float(np.nanmedian(times[-1] / times[0]))
     timed = _times_of(layer, options, float(np.median(base)), single_ratio, ratios)
     return timed, float(np.median(waits))
 

@@ -41,6 +41,7 @@ from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
+from tensorrail_runtime.sessions.side_by_side import side_by_side
 
 SAMPLES = 64  # samples on which effects on the network's outputs are measured, if not fewer take long
 _FEWEST, _FEWEST_FIRST = 16, 4
@@ -419,7 +420,7 @@ def _spread(shares: Sequence[float]) -> list[int]:
 def outputs_of(model: onnx.ModelProto, names: Sequence[str], inputs: Calibration, settings: Session) -> Outputs:
     """Return the values of some outputs of a model: one list per output, with one array per batch."""
     run = run_to(model, names, settings)
-    batches = [run(feed) for feed in inputs.feeds]
+    batches = list(side_by_side(lambda batch: run(inputs.feeds[batch]), len(inputs.feeds), settings))
     return [[batch[k] for batch in batches] for k in range(len(names))]
 
 
@@ -439,8 +440,8 @@ def _input_moments(
     sums = {name: np.zeros((size, taps[name]), np.float64) for name, size in inputs.items()}
     counts = dict.fromkeys(inputs, 0)
     run = run_to(model, [layer.input_name for layer in measurable], settings)
-    for k, feed in enumerate(calibration.feeds):
-        for layer, data in zip(measurable, run(feed), strict=True):
+    for k, values in enumerate(side_by_side(lambda k: run(calibration.feeds[k]), len(calibration.feeds), settings)):
+        for layer, data in zip(measurable, values, strict=True):
             name = layer.name
             # Each tap of a patch gives a row for the moment of the channels, so one patch in as many is enough.
             rows = samplers[name].rows(data, k)[:: taps[name]].reshape(-1, inputs[name], taps[name])

@@ -8,7 +8,7 @@ the order of the graph, and each node in front of a layer runs once in all.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from tensorrail_exporter.rewrite.biases import add_bias, bias_scale, takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan
 from tensorrail_exporter.search.divergence import Outputs
 from tensorrail_runtime.sessions.session import Session, open_session, run
+from tensorrail_runtime.sessions.side_by_side import side_by_side
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
@@ -163,7 +164,7 @@ class StitchedNetwork:
         missing = [name for name in frontier if name not in self._kept]
         if missing:
             session = self._session(self.network.above(missing, self._kept), (), missing)
-            values = [run(session, self._feed(session, {}, batch)) for batch in range(len(self.feeds))]
+            values = list(self._runs(session, {}, len(self.feeds)))
             if not all(isinstance(value, np.ndarray) for batch in values for value in batch.values()):
                 self._from_inputs = True
                 for name in list(self._kept):
@@ -196,6 +197,12 @@ class StitchedNetwork:
         save_model(part, path)
         return open_session(path, settings=self.settings)
 
+    def _runs(
+        self, session: ort.InferenceSession, values: Mapping[str, np.ndarray], batches: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the outputs of a session for each of the first batches."""
+        return side_by_side(lambda batch: run(session, self._feed(session, values, batch)), batches, self.settings)
+
     def _feed(self, session: ort.InferenceSession, values: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
         names = [entry.name for entry in session.get_inputs()]
         feed = self.feeds[batch]
@@ -212,8 +219,7 @@ class StitchedNetwork:
         batches: int | None = None,
     ) -> Outputs:
         gathered: Outputs = [[] for _ in names]
-        for batch in range(len(self.feeds) if batches is None else batches):
-            results = run(session, self._feed(session, values, batch))
+        for batch, results in enumerate(self._runs(session, values, len(self.feeds) if batches is None else batches)):
             for k, name in enumerate(names):
                 if name in results:
                     gathered[k].append(results[name])

@@ -103,26 +103,29 @@ def fresh_bursts(
     rounds: int = BURST_ROUNDS,
     precision: float = PRECISE,
     most: int = _ROUNDS_ENOUGH,
+    of_all: float = 0.0,
 ) -> tuple[np.ndarray, float]:
     """Time models in a fresh process in which every model runs four times in a row in each round.
 
-    The first of the four runs finds the caches of another model and is left out; the median of the others counts.
+    The first of the four runs finds the caches of another model and is left out; the median of the others counts. A model
+    whose time is known precisely enough, as a multiple of the first model's, runs no more.
 
     Args:
         paths: the ONNX files; their inputs have fixed shapes.
         settings: the options of the sessions.
-        seconds: how long to measure at most; fewer rounds may show each model's time, as a multiple of the first model's,
-            precisely enough.
+        seconds: how long to measure at most.
         rounds: the number of rounds at least, the first of which is left out.
-        precision: half the 95 % interval of such a ratio that is precise enough; default 0.005.
+        precision: half the 95 % interval of such a multiple that is precise enough; default 0.005.
         most: the number of rounds at most; default 200.
+        of_all: half the interval that is precise enough as well, as a share of the time of all models; default 0.
 
     Returns:
-        Times in milliseconds, of shape (models, rounds), and the share of the time that the process waited for a processor
-        because other programs ran; 0 where the system does not tell.
+        Times in milliseconds, of shape (models, rounds), NaN in rounds in which a model did not run; and the share of the time
+        that the process waited for a processor because other programs ran, 0 where the system does not tell.
 
     """
-    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds, "precision": precision, "most": most}
+    request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds, "most": most}
+    request |= {"precision": precision, "of_all": of_all}
     answer = json.loads(fresh(f"{__name__}:answer_bursts", request))
     return np.array(answer["times"]), float(answer["waited"])
 
@@ -140,11 +143,9 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
     rounds: list[list[float]] = []
     start, order, waited = time.perf_counter(), list(range(len(runners))), _waited_ns()
     while len(rounds) < request["rounds"] or (
-        len(rounds) < request["most"]
-        and time.perf_counter() - start < request["seconds"]
-        and not are_precise(rounds[1:], request["precision"])
+        order and len(rounds) < request["most"] and time.perf_counter() - start < request["seconds"]
     ):
-        medians = [0.0] * len(runners)
+        medians = [math.nan] * len(runners)
         for index in order:
             runners[index]()
             samples = []
@@ -155,30 +156,35 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
             medians[index] = float(np.median(samples))
         rounds.append(medians)
         order.reverse()
+        if len(rounds) >= request["rounds"]:
+            precise = are_precise(rounds[1:], request["precision"], request["of_all"])
+            others = [index for index in order if index and not precise[index]]
+            order = [index for index in order if index in others or (not index and (others or not precise[0]))]
     share = 1e-9 * (_waited_ns() - waited) / (time.perf_counter() - start)
     return json.dumps({"times": np.array(rounds[1:]).T.tolist(), "waited": share})
 
 
-def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE) -> bool:
-    """Return whether times in turns are enough to compare models.
+def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE, of_all: float = 0.0) -> np.ndarray:
+    """Return which models' times in turns are enough to compare them.
 
     Args:
-        rounds: the milliseconds of all models in each round.
+        rounds: the milliseconds of all models in each round; NaN from the round on in which a model ran no more.
         precision: half the 95 % interval that is precise enough; default 0.005.
+        of_all: the same as a share of the time of all models; default 0.
 
     Returns:
         Whether the median of each model's time, as a multiple of the first model's, is known so precisely (interval by order
-        statistics); for one model, of its time.
+        statistics), of shape (models,); for one model, of its time. The first of several is.
 
     """
-    count = len(rounds)
-    if count < _FEWEST_PRECISE:
-        return False
-    times = np.array(rounds)
-    ratios = np.sort(times if times.shape[1] == 1 else times[:, 1:] / times[:, :1], axis=0)
-    outside = int(count / 2 - 0.98 * math.sqrt(count))  # values on each side of the interval of the median
-    low, middle, high = ratios[outside], ratios[count // 2], ratios[count - 1 - outside]
-    return bool(np.all(high - low <= 2 * precision * middle))
+    times = np.array(rounds).T
+    ratios = np.sort(times if len(times) == 1 else times / times[:1])  # NaN comes last
+    counts = np.isfinite(ratios).sum(1)
+    if not len(rounds) or counts.min() < _FEWEST_PRECISE:
+        return np.zeros(len(times), bool)
+    outside = (counts / 2 - 0.98 * np.sqrt(counts)).astype(int)  # values on each side of the interval of the median
+    low, middle, high = (ratios[np.arange(len(ratios)), at] for at in (outside, counts // 2, counts - 1 - outside))
+    return np.asarray(high - low <= 2 * np.maximum(precision * middle, of_all * middle.sum()))
 
 
 def _request(paths: Sequence[Path | str], settings: Session) -> dict[str, Any]:

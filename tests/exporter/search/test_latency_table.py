@@ -100,7 +100,7 @@ def test_dense_layers_are_compared_by_times_in_turn(loaded, rng, monkeypatch):
     layers = [conv_layer(rng), conv_layer(rng, batch=2), conv_layer(rng, batch=4)]
     pace, processes = [1.0], []
 
-    def bursts(paths, settings, seconds, rounds=5, precision=0.0, most=0):
+    def bursts(paths, settings, seconds, rounds=5, precision=0.0, most=0, of_all=0.0):
         processes.append(len(paths))
         slowness = pace[0]
         pace[0] *= 3
@@ -432,7 +432,7 @@ def test_layers_that_run_long_are_not_sketched(rng, monkeypatch):
 def test_layers_for_int8_are_timed_in_int8_and_kept_apart(rng, monkeypatch, tmp_path):
     timed = []
 
-    def bursts(paths, settings, seconds, rounds=0, precision=0.0, most=0):
+    def bursts(paths, settings, seconds, rounds=0, precision=0.0, most=0, of_all=0.0):
         timed.append([{node.op_type for node in onnx.load(path).graph.node} for path in paths])
         return [np.full(3, 1.0 + k) for k in range(len(paths))], 0.0
 

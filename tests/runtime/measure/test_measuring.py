@@ -1,4 +1,5 @@
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench,
 from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of
 from tensorrail_runtime.measure.latency import Latency, _unstable, ratio
 from tensorrail_runtime.measure.timing import Timing
-from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Turns, are_precise, turns
+from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Runner, Turns, answer_bursts, are_precise, turns
 from tensorrail_runtime.sessions.inputs import batch_of
 
 
@@ -412,12 +413,49 @@ def test_a_scalar_input_goes_into_every_batch(tmp_path, rng):
 def test_times_are_precise_once_their_ratios_are(rng):
     machine = rng.uniform(0.5, 2.0, (40, 1))  # the speed of the machine in each round changes, and all models with it
     steady = machine * [1.0, 2.0, 0.5] * rng.uniform(0.998, 1.002, (40, 3))
-    assert are_precise(steady[:7])
-    assert not are_precise(steady[:6])  # too few to know
+    assert are_precise(steady[:7]).tolist() == [True, True, True]
+    assert not are_precise(steady[:6]).any()  # too few to know
     noisy = machine * [1.0, 2.0, 0.5] * rng.uniform(0.9, 1.1, (40, 3))
-    assert not are_precise(noisy[:7])
-    assert are_precise(noisy[:7], 0.5)
-    assert not are_precise(noisy)
-    assert are_precise([1.0, 2.0, 0.5] * rng.uniform(0.9, 1.1, (20_000, 3)))  # the interval of a median narrows
-    assert not are_precise(machine[:7])  # of a single model, its time counts
-    assert are_precise(np.ones((7, 1)))
+    assert are_precise(noisy[:7]).tolist() == [True, False, False]
+    assert are_precise(noisy[:7], 0.5).all()
+    assert are_precise(noisy).tolist() == [True, False, False]
+    assert are_precise([1.0, 2.0, 0.5] * rng.uniform(0.9, 1.1, (20_000, 3))).all()  # the interval of a median narrows
+    assert not are_precise(machine[:7]).any()  # of a single model, its time counts
+    assert are_precise(np.ones((7, 1))).all()
+
+
+def test_times_that_hardly_count_need_not_be_precise(rng):
+    rounds = [1.0, 0.01] * np.stack([np.ones(20), rng.uniform(0.8, 1.2, 20)], 1)
+    assert are_precise(rounds).tolist() == [True, False]
+    assert are_precise(rounds, of_all=0.005).tolist() == [True, True]
+
+
+def test_a_model_that_ran_no_more_is_judged_by_its_rounds(rng):
+    rounds = [1.0, 2.0, 0.5] * rng.uniform(0.998, 1.002, (40, 3))
+    rounds[8:, 1] = np.nan
+    assert are_precise(rounds).tolist() == [True, True, True]
+    rounds[3:, 2] = np.nan  # too few to know
+    assert not are_precise(rounds).any()
+
+
+def test_models_whose_times_are_known_run_no_more(monkeypatch):
+    """The second model's time is known at once, the third one's is not: it runs on, beside the first."""
+    runs, now, rng = [0, 0, 0], [0.0], np.random.default_rng(0)
+
+    def prepared(path, settings, timing):
+        index = int(path)
+
+        def run():
+            runs[index] += 1
+            now[0] += 1e-3 * (1 + index) * (rng.uniform(0.5, 1.5) if index == 2 else 1.0)
+
+        return Runner(run, 0.0, 1, {})
+
+    monkeypatch.setattr("tensorrail_runtime.measure.turns.runner", prepared)
+    monkeypatch.setattr("tensorrail_runtime.measure.turns.time.perf_counter", lambda: now[0])
+    request = {"paths": ["0", "1", "2"], "fp16": [False] * 3, "settings": {}, "seconds": 1e9, "rounds": 5, "most": 60}
+    times = np.array(json.loads(answer_bursts(request | {"precision": 0.005, "of_all": 0.0}))["times"])
+    assert times.shape == (3, 59)
+    assert np.isfinite(times).sum(1).tolist() == [59, 7, 59]
+    assert runs == [4 * 60, 4 * 8, 4 * 60]
+    np.testing.assert_allclose(times[1, :7] / times[0, :7], 2)
