@@ -29,7 +29,7 @@ from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine, processor
 
-ALIKE, NEAR = 0.97, 0.1  # agreement and difference that are enough, where dense int8 is nearer to the dense network
+ALIKE, NEAR = 0.97, 0.05  # agreement and difference that are enough, where dense int8 is nearer to the dense network
 
 
 def measured(path: Path, options: argparse.Namespace, folder: Path) -> tuple[Front, float | None]:

@@ -104,6 +104,24 @@ def test_onnx_file(run, tmp_path):
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
 
 
+def test_transformers_text(run, tmp_path):
+    pytest.importorskip("transformers")
+    code, text = run("transformers_text.py", "--epochs", "2", "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert percent(text, "cut into cores and fine-tuned") > 40  # four classes: chance is 25
+    assert float(re.search(r"differs from the module by (\S+);", text)[1]) < 1e-4
+    onnx.checker.check_model(onnx.load(tmp_path / "out" / "model.onnx"), full_check=True)
+
+
+def test_lightning_images(run, tmp_path):
+    pytest.importorskip("lightning")
+    code, text = run("lightning_images.py", "--epochs", "3", "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert percent(text, "cut into cores and fine-tuned") > 80
+    assert float(re.search(r"differs from the module by (\S+);", text)[1]) < 1e-4
+    onnx.checker.check_model(onnx.load(tmp_path / "out" / "model.onnx"), full_check=True)
+
+
 def test_triton_folder(run, tmp_path):
     code, text = run("triton_folder.py")
     assert code == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 _EXTRAS = {
     "history": ("ruptures",),
+    "lightning": ("lightning",),
+    "transformers": ("transformers",),
     "export": ("PIL", "onnx_graphsurgeon", "safetensors", "tensorly"),
     "serve": ("fastapi", "prometheus_client", "ray", "starlette", "uvicorn"),
 }

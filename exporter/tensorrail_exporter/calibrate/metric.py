@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tensorrail_exporter.calibrate.alternating import alternate, energy, view
-from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.calibrate.channels import refitted, removal
+from tensorrail_exporter.formats import WIDTH, format_of
 from tensorrail_exporter.formats.modes import Equation
 from tensorrail_exporter.plans.plan import LayerPlan
 
@@ -37,6 +38,7 @@ class Moments:
     _origin: tuple[Moments, float] | None = field(default=None, repr=False, compare=False)  # the moments that were shrunk, s
     _spectra: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _rotated: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def channels(self, inputs: int) -> np.ndarray:
         """Return the second moment (I, I) of the input channels, summed over the taps."""
@@ -81,6 +83,24 @@ class Moments:
             half = np.ascontiguousarray(half.reshape(len(self.gram), -1).T).reshape(inputs, -1)
             self._rotated[inputs] = (vectors.T @ half).reshape(inputs * taps, -1)
         return self._rotated[inputs]
+
+    def kept(self, target: np.ndarray, count: int) -> np.ndarray:
+        """Return the channels (k,) that a layer should read; for shrunk moments, those of the moments that they are made of.
+
+        Args:
+            target: the weight (O, I, *K) to approximate. With another one later, the channels stay those of the first.
+            count: the number k of channels.
+
+        """
+        if self._origin is not None:
+            return self._origin[0].kept(target, count)
+        if count not in self._kept:
+            inputs = target.shape[1]
+            channels = self.channels(inputs).astype(np.float64)
+            # A channel that hardly varies says nothing of its own, and its inverse would be noise.
+            channels[np.diag_indices(inputs)] += _FLOOR * max(float(np.trace(channels)) / inputs, 1e-30)
+            self._kept[count] = removal(target, channels, count).kept(count)
+        return self._kept[count]
 
     @property
     def scale(self) -> float:
@@ -151,6 +171,8 @@ def in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: 
     shape = target.shape
     form = format_of(plan.format)
     equation = form.equation(shape, plan.modes)
+    if plan.format == WIDTH:
+        return _narrow(plan, target, moments)
     if len(equation.inputs) != 1:  # with several input modes the square root mixes all of them
         plain = form.decompose(target.astype(np.float32), plan.modes, plan.ranks)
         return alternate(equation, plain, target, moments.gram, sweeps)
@@ -160,6 +182,14 @@ def in_metric(plan: LayerPlan, target: np.ndarray, moments: Moments, *, sweeps: 
     cores = alternate(equation, cores, white, gram, sweeps)
     place = next(k for k, letters in enumerate(equation.cores) if equation.inputs in letters)
     return [_on_inputs(core, equation, k, inverse) if k == place else core for k, core in enumerate(cores)]
+
+
+def _narrow(plan: LayerPlan, target: np.ndarray, moments: Moments) -> list[np.ndarray]:
+    """Return the weight on the channels that are kept, and their selection."""
+    inputs = target.shape[1]
+    (count,) = format_of(WIDTH).clamp(target.shape, plan.modes, plan.ranks)
+    kept = moments.kept(target, count)
+    return [refitted(target, moments.gram, kept), np.eye(inputs, dtype=np.float32)[kept]]
 
 
 def _on_inputs(core: np.ndarray, equation: Equation, k: int, matrix: np.ndarray) -> np.ndarray:

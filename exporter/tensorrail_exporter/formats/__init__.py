@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker
+from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker, width
 from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step, permute
 from tensorrail_exporter.formats.modes import LETTERS, Equation, default_modes, require_merge, require_ranks, split
 from tensorrail_exporter.formats.truncation import backend_of
@@ -19,6 +19,7 @@ from tensorrail_runtime.errors import PlanError
 __all__ = [
     "FORMATS",
     "LETTERS",
+    "WIDTH",
     "ArrayT",
     "Chain",
     "Equation",
@@ -83,7 +84,10 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {"tt": tt, "tr": tr, "tucker": tucker, "cp": cp, "svd": svd, "ttm": ttm}
-"""The formats by name, as plans and recipes write it."""
+"""The low-rank formats by name, as plans and recipes write it."""
+
+WIDTH = "width"
+"""The format of a layer that reads fewer channels: in plans alone, since training would blur which channels it reads."""
 
 
 def format_of(name: str) -> Format:
@@ -93,10 +97,10 @@ def format_of(name: str) -> Format:
         PlanError: the name is unknown; the message lists the valid ones.
 
     """
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise PlanError(f"unknown format {name!r}: expected one of {', '.join(sorted(FORMATS))}") from None
+    known = FORMATS | {WIDTH: width}
+    if name not in known:
+        raise PlanError(f"unknown format {name!r}: expected one of {', '.join(sorted(known))}")
+    return known[name]
 
 
 def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> ArrayT:

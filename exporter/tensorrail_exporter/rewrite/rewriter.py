@@ -9,15 +9,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats import WIDTH, format_of
 from tensorrail_exporter.formats.contraction import Conv, Gather, LayerSpec, MatMul, Step, describe, runs_in_scan
+from tensorrail_exporter.formats.width import describe_narrow, selected, with_inputs
 from tensorrail_exporter.graphs.fold import is_standard
 from tensorrail_exporter.graphs.io import check_model, export_graph
 from tensorrail_exporter.plans.cores import Cores, check_cores
 from tensorrail_exporter.plans.costs import contraction_cost
 from tensorrail_exporter.plans.padding import pad_ranks
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
-from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.channels import channels_of
+from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
 from tensorrail_runtime.errors import GraphError
@@ -165,8 +167,8 @@ def rewrite(
     """Do the same as `factorize` for a resolved plan, which is not changed."""
     work = resolved.copy()
     scan = scan and holds_scan(work.model)
-    rewrites = []
-    for layer in work.layers.values():
+    rewrites = {}
+    for layer in _in_order(work):
         layer_plan, spec = layer.plan, layer.spec
         if layer_plan.name not in cores:
             raise GraphError(
@@ -181,26 +183,44 @@ def rewrite(
         padded = pad_ranks(layer_plan, cores[layer_plan.name], spec.shape, layer_block)
         # Nodes that share a weight may differ in stride, dilation or the axes of their input.
         steps = [merged.contraction(padded, node_spec) for node_spec in specs]
+        narrow = layer_plan.format == WIDTH and _narrow_before(layer, cores[layer_plan.name])
+        if narrow:
+            steps = [node_steps[1:] for node_steps in steps]
         folded = []
         for site, node_spec, node_steps in zip(layer.sites, specs, steps, strict=True):
             final_steps = _with_batch_norm(site, node_steps) if fold_batch_norm else node_steps
             folded.append(final_steps is not node_steps)
             layer.rule.rewrite(replace(site, scan=runs_in_scan(node_steps, node_spec)), final_steps, layer_plan.name)
-        rewrites.append(
-            _record(
-                merged,
-                layer.sites,
-                specs[0],
-                weight,
-                cores[layer_plan.name],
-                steps[0],
-                block=layer_block,
-                batch_norm=all(folded),
-            )
+        rewrites[layer_plan.name] = _record(
+            merged,
+            layer.sites,
+            specs[0],
+            weight,
+            cores[layer_plan.name],
+            steps[0],
+            block=layer_block,
+            batch_norm=all(folded),
+            narrow=narrow,
         )
     factored = export_graph(work.graph, work.model)
     check_model(factored, work.model)
-    return Factored(factored, tuple(rewrites))
+    return Factored(factored, tuple(rewrites[name] for name in work.layers))
+
+
+def _in_order(work: ResolvedPlan) -> list[ResolvedLayer]:
+    """Return the layers in the order of the plan; last those that read fewer channels, which change the layers before them."""
+    narrow = [layer for layer in work.in_graph_order if layer.plan.format == WIDTH]
+    return [*(layer for layer in work.layers.values() if layer.plan.format != WIDTH), *narrow]
+
+
+def _narrow_before(layer: ResolvedLayer, cores: Sequence[np.ndarray]) -> bool:
+    """Let the layers before a layer compute no channels but those that it selects; return False where that cannot be."""
+    kept = selected(cores[1])
+    found = channels_of(layer.sites[0]) if len(layer.sites) == 1 and kept is not None else None
+    if found is None or kept is None:
+        return False
+    found.narrow(kept.tolist(), layer.sites[0], layer.plan.name)
+    return True
 
 
 def with_cores(resolved: ResolvedPlan, cores: Cores) -> onnx.ModelProto:
@@ -295,9 +315,10 @@ def _record(
     *,
     block: int,
     batch_norm: bool,
+    narrow: bool,
 ) -> LayerRewrite:
     constants = [step for step in steps if isinstance(step, Conv | MatMul | Gather)]
-    cost = contraction_cost(steps, spec)
+    cost = contraction_cost(steps, with_inputs(spec, cores[1].shape[0]) if narrow else spec)
     dense_weight = weight.astype(np.float64)
     residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
     return LayerRewrite(
@@ -313,7 +334,7 @@ def _record(
         merged=tuple(step.cores for step in constants),
         batch_norm=batch_norm,
         scan=runs_in_scan(steps, spec),
-        steps=describe(steps, spec),
+        steps=describe_narrow(steps, spec) if narrow else describe(steps, spec),
         kernels=cost.kernels,
         flops=cost.flops,
         activation_bytes=cost.activation_bytes,

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown_axes
+from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.rules import Rule
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
@@ -42,6 +43,8 @@ class DenseLayer:
     input_name: str
     output_name: str
     padding: tuple[int, ...] = ()  # pads of a Pad node before a convolution, which ONNX Runtime computes within it; () for none
+    makers: tuple[DenseLayer, ...] = ()  # the layers before that make its channels, where nothing else reads these
+    side_by_side: bool = False  # whether copies are timed side by side even where they could form a chain
 
     @property
     def source(self) -> tuple[int, ...] | None:
@@ -51,6 +54,25 @@ class DenseLayer:
             return shape
         rank = len(shape)
         return tuple(size - self.padding[axis] - self.padding[rank + axis] for axis, size in enumerate(shape))
+
+    def with_inputs(self, count: int) -> DenseLayer:
+        """Return the layer with another number of input channels."""
+        weight, data = (1, 1) if self.spec.op == "conv" else (_features(self.op, self.attrs, False), -1)
+        inputs = list(self.inputs)
+        inputs[0], inputs[1] = _resized(inputs[0], data, count), _resized(inputs[1], weight, count)
+        spec = replace(self.spec, shape=(self.spec.shape[0], count, *self.spec.shape[2:]))
+        return replace(self, spec=spec, inputs=tuple(inputs), macs=self.macs * count // self.spec.shape[1], makers=())
+
+    def with_outputs(self, count: int) -> DenseLayer:
+        """Return the layer with another number of output channels."""
+        weight, out = (0, 1) if self.spec.op == "conv" else (_features(self.op, self.attrs, True), -1)
+        weight = 1 if self.spec.transposed else weight
+        inputs = [*self.inputs[:1], _resized(self.inputs[1], weight, count), *self.inputs[2:]]
+        if len(inputs) > 2 and inputs[2] and inputs[2][-1] == self.spec.shape[0]:
+            inputs[2] = _resized(inputs[2], -1, count)
+        spec = replace(self.spec, shape=(count, *self.spec.shape[1:]))
+        output, macs = _resized(self.output, out, count), self.macs * count // self.spec.shape[0]
+        return replace(self, spec=spec, inputs=tuple(inputs), output=output, macs=macs, makers=())
 
     @property
     def params(self) -> int:
@@ -73,6 +95,7 @@ class DenseLayer:
     def signature(self) -> dict[str, object]:
         """Everything that the layer's time depends on: layers with equal signatures are timed once."""
         padding: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
+        padding |= {"side_by_side": True} if self.side_by_side else {}
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -126,16 +149,45 @@ def survey(
     if any(_shape(node.inputs[0]) is None or _output(node) is None for node in layers.values()):
         _complete(graph, seen_shapes(bound, batch, shapes, values))  # such as the shapes after computed initial states
         layers = named.rewritable()
-    dense_layers = []
+    found: list[tuple[DenseLayer, Site]] = []
     for name in layers:
         try:
             rule, sites = named.find(name)
         except GraphError:
             continue
-        dense_layers.append(dense_layer(name, graph, rule, sites))
-    if scan and holds_scan(model):
-        return tuple(dense_layers)
-    return tuple(replace(layer, spec=replace(layer.spec, scan=False)) for layer in dense_layers)
+        layer = dense_layer(name, graph, rule, sites)
+        if not (scan and holds_scan(model)):
+            layer = replace(layer, spec=replace(layer.spec, scan=False))
+        found.append((layer, sites[0]))
+    return _with_makers(found)
+
+
+def _with_makers(found: Sequence[tuple[DenseLayer, Site]]) -> tuple[DenseLayer, ...]:
+    """Return the layers, each with those that make its channels where these may be fewer: single nodes of known shapes."""
+    by_node = {id(site.node): layer for layer, site in found if layer.nodes == 1 and layer.output and layer.inputs[0]}
+    layers = []
+    for layer, site in found:
+        narrow = id(site.node) in by_node and not (layer.spec.transposed or layer.spec.op == "recurrent")
+        channels = channels_of(site) if narrow else None
+        makers = [] if channels is None else [by_node.get(id(node)) for node in channels.makers]
+        known = tuple(maker for maker in makers if maker is not None)
+        layers.append(replace(layer, makers=known) if known and len(known) == len(makers) else layer)
+    return tuple(layers)
+
+
+def _features(op: str, attrs: Mapping[str, object], outputs: bool) -> int:
+    """Return the axis of the outputs or inputs in the weight of a Gemm or a MatMul, counted from the end."""
+    stored_first = bool(op == "Gemm" and attrs.get("transB", 0))
+    return -2 if stored_first == outputs else -1
+
+
+def _resized(shape: tuple[int, ...] | None, axis: int, size: int) -> tuple[int, ...] | None:
+    """Return a shape with another size of one axis."""
+    if shape is None:
+        return None
+    sizes = list(shape)
+    sizes[axis] = size
+    return tuple(sizes)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.calibrate.channels import Removal, refitted, removal
+from tensorrail_exporter.formats import WIDTH, format_of
 from tensorrail_exporter.search.options import Option
 
 
@@ -58,6 +60,8 @@ class Approximations:
         For `svd` the share follows exactly from the singular values. For `tt` and `tucker` with one mode per side it is the sum
         over both unfoldings, an upper bound (Oseledets 2011, Theorem 2.2). For other formats the weight is decomposed.
         """
+        if option.format == WIDTH:
+            return float(self._removal.lost[self.weight.shape[1] - option.ranks[0]])
         total = float(np.square(self._white, dtype=np.float64).sum()) or 1.0
         cuts = self._cuts(option)
         if cuts is None:
@@ -68,6 +72,11 @@ class Approximations:
 
     def approximated(self, option: Option) -> np.ndarray:
         """Return the approximated weight (O, I, *K)."""
+        if option.format == WIDTH:
+            kept = self._removal.kept(option.ranks[0])
+            narrow = np.zeros_like(self.weight)
+            narrow[:, kept] = refitted(self.weight, self._moment, kept)
+            return narrow
         cuts = self._cuts(option)
         white = self._decomposed(option) if cuts is None else self._white
         for split, rank in cuts or ():
@@ -80,6 +89,17 @@ class Approximations:
             return np.zeros(len(self.weight))
         rows = (self.weight - approximated).reshape(len(self.weight), -1).astype(np.float64)
         return np.asarray(rows @ self.moments.mean.reshape(-1))
+
+    @cached_property
+    def _moment(self) -> np.ndarray:
+        """Second moment (I, I) of the input channels, with a floor."""
+        inputs = self.weight.shape[1]
+        moment = np.eye(inputs) if self.moments is None else self.moments.root @ self.moments.root
+        return np.asarray(moment, np.float64)
+
+    @cached_property
+    def _removal(self) -> Removal:
+        return removal(self.weight, self._moment, self.weight.shape[1] // 2)
 
     def _cuts(self, option: Option) -> tuple[tuple[tuple[int, ...], int], ...] | None:
         """Return the unfoldings that an option truncates, by the axes of their rows, with the ranks; None otherwise."""

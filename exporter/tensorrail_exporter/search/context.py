@@ -55,7 +55,7 @@ def dense_context(layer: DenseLayer, copies: int) -> onnx.ModelProto:
         )
     rng = np.random.default_rng(0)
     writer = _Writer(layer, rng)
-    chained = layer.source == layer.output
+    chained = layer.source == layer.output and not layer.side_by_side
     source = "x" if layer.first or layer.spec.op != "conv" else writer.entry("x")
     ends = []
     for copy in range(copies):

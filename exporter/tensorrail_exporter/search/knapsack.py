@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +39,17 @@ class Limit:
     most: float
 
 
-def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[int, ...]:
+Apart = tuple[Collection[tuple[int, int]], Collection[tuple[int, int]]]
+"""Options, as (layer, option), of which those in the first collection are not chosen together with those in the second."""
+
+
+def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit], apart: Sequence[Apart] = ()) -> tuple[int, ...]:
     """Return the option of every layer with the least sum of losses within all limits.
 
     Args:
         losses: `losses[l][k]` is the loss of option k of layer l.
         limits: the limits, each with a cost for every option.
+        apart: options that are not chosen together; default: none.
 
     Returns:
         The index of the chosen option of every layer.
@@ -63,14 +68,24 @@ def choose(losses: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[
             )
     if not counts:
         return ()
+    losses = [[loss - min(options) for loss in options] for options in losses]  # one of each layer is paid in any case
     flat = np.concatenate([np.asarray(options, float) for options in losses])
     one_per_layer = block_diag([np.ones((1, count)) for count in counts], format="csr")
+    units = [abs(limit.most) or 1.0 for limit in limits]
     rows = [
-        csr_matrix(np.concatenate([np.asarray(options, float) for options in limit.costs]) / limit.most) for limit in limits
+        csr_matrix(np.concatenate([np.asarray(options, float) for options in limit.costs]) / unit)
+        for limit, unit in zip(limits, units, strict=True)
+    ]
+    firsts = np.cumsum([0, *counts])
+    pairs = [[firsts[layer] + option for layer, option in group] for groups in apart for group in groups]
+    # One of each collection at most, since each lies within one layer: their sum is at most one.
+    rows += [
+        csr_matrix(np.isin(np.arange(len(flat)), [*a, *b]).astype(float)) for a, b in zip(pairs[::2], pairs[1::2], strict=True)
     ]
     matrix = vstack([one_per_layer, *rows]) if rows else one_per_layer
+    most = [limit.most / unit for limit, unit in zip(limits, units, strict=True)]
     low = np.concatenate([np.ones(len(counts)), np.full(len(rows), -np.inf)])
-    high = np.concatenate([np.ones(len(counts)), np.ones(len(rows))])
+    high = np.concatenate([np.ones(len(counts)), most, np.ones(len(apart))])
     ends = np.cumsum(counts)[:-1]
     best, total = None, float(np.abs(flat).max())
     for _ in range(_ROUNDS):

@@ -11,8 +11,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from pydantic import Field, ValidationError
 
+from tensorrail_exporter.formats import WIDTH
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.plans.plan import Precision
@@ -186,12 +187,32 @@ class LatencyTable:
             ) from None
 
     def milliseconds(self, layer: DenseLayer, option: Option | None = None) -> float:
-        """Return the time of one node of the layer, dense or with an option; raise `KeyError` if it was not measured."""
+        """Return the time of one node of the layer, dense or with an option; raise `KeyError` if it was not measured.
+
+        What the layers before it save is not in it, see `saved_before`.
+        """
+        if option is not None and makers_of(layer, option):
+            return self._of_narrow(layer, layer.with_inputs(option.ranks[0]))
         return self.times[_key(layer, option)].milliseconds
+
+    def saved_before(self, layer: DenseLayer, option: Option) -> dict[str, float]:
+        """Return the milliseconds that the layers before one node of this layer save with an option, by their names.
+
+        Raises `KeyError` if they were not measured with so few outputs.
+        """
+        return {
+            maker.name: self.milliseconds(maker) - self._of_narrow(maker, maker.with_outputs(option.ranks[0]))
+            for maker in makers_of(layer, option)
+        }
+
+    def _of_narrow(self, layer: DenseLayer, narrow: DenseLayer) -> float:
+        """Return the time of a layer with fewer channels: its share of the whole layer's in copies side by side."""
+        share = self.milliseconds(narrow) / self.milliseconds(_side_by_side(layer))
+        return self.milliseconds(layer) * share
 
     def missing(self, layer: DenseLayer, options: Sequence[Option]) -> list[Option]:
         """Return the options that were not measured yet."""
-        return [option for option in options if _key(layer, option) not in self.times]
+        return [option for option in options if any(key not in self.times for key in _keys(layer, option))]
 
     def lacks(self, wanted: Mapping[DenseLayer, Sequence[Option]]) -> bool:
         """Return whether a layer, dense or with one of its options, was not measured yet."""
@@ -227,7 +248,7 @@ class LatencyTable:
         """
         jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
         nodes: Counter[str] = Counter()  # of the network, by the digest of their layer
-        for layer, options in wanted.items():
+        for layer, options in _as_layers(wanted):
             digest, missing = _digest(layer.signature), self.missing(layer, options)
             nodes[digest] += layer.nodes
             if missing or _key(layer, None) not in self.times:
@@ -250,6 +271,9 @@ class LatencyTable:
             self.times |= {timed.key: timed for timed in dense_times}
             waits.append(waited)
         for digest, (layer, options) in jobs.items():
+            if not options and _key(layer, None) in self.times:
+                done += 1
+                continue
             progress("timing layers", done / total, layer.describe())
             rounds = _ROUGH if self.rough else BURST_ROUNDS
             precise = self._precision_for(layer, nodes[digest], whole)
@@ -268,6 +292,8 @@ class LatencyTable:
                 f"{100 * np.median(waits):.0f} % of the time; these times are not kept, measure again when the machine is idle"
             )
             progress("note", 1.0, self.busy)
+        elif waits and not self.busy:
+            self.save()
         progress("timing layers", 1.0)
 
     def _precision_for(self, layer: DenseLayer, nodes: int, whole: float | None) -> float:
@@ -290,6 +316,9 @@ class LatencyTable:
         times = dict(self.times)
         for layer, own in options.items():
             for family in families(own):
+                if family[0].format == WIDTH:
+                    times |= self._narrow_estimates(layer, family)
+                    continue
                 known = [option for option in family if _key(layer, option) in self.times]
                 logs = np.log([(option.macs, self.milliseconds(layer, option)) for option in known])
                 for option in self.missing(layer, family):
@@ -297,6 +326,23 @@ class LatencyTable:
                     key = _key(layer, option)
                     times[key] = Timed(key=key, layer=layer.describe(), form=_form(option), milliseconds=time)
         return LatencyTable(self.target, times=times, busy=self.busy)
+
+    def _narrow_estimates(self, layer: DenseLayer, family: Sequence[Option]) -> dict[str, Timed]:
+        """Return the times of a layer with fewer inputs and of those before with fewer outputs, between those measured."""
+        counts = [option.ranks[0] for option in family]
+        found: dict[str, Timed] = {}
+        for whole, variants in (
+            (layer, [layer.with_inputs(count) for count in counts]),
+            *((maker, [maker.with_outputs(count) for count in counts]) for maker in layer.makers),
+        ):
+            known = [one for one in (*variants, _side_by_side(whole)) if _key(one, None) in self.times]
+            logs = np.log([(one.params, self.milliseconds(one)) for one in known])
+            for one in variants:
+                key = _key(one, None)
+                if key not in self.times:
+                    time = float(np.exp(np.interp(math.log(one.params), logs[:, 0], logs[:, 1])))
+                    found[key] = Timed(key=key, layer=one.describe(), form=DENSE, milliseconds=time)
+        return found
 
     def sketch(
         self, wanted: Mapping[DenseLayer, Sequence[Option]], settings: Session, seconds: float, progress: Progress = silent
@@ -313,7 +359,7 @@ class LatencyTable:
 
         """
         missing: dict[str, tuple[DenseLayer, tuple[Option, ...]]] = {}
-        for layer, options in wanted.items():
+        for layer, options in _as_layers(wanted):
             if _key(layer, None) not in self.times or self.missing(layer, options):
                 missing[_digest((layer.signature, [_form(option) for option in options]))] = layer, tuple(options)
         if sum(_sketch_seconds(*job) for job in missing.values()) > seconds:
@@ -531,6 +577,41 @@ def _times_of(
         milliseconds = max((whole * ratio - ends) / copies, least, 1e-6)
         timed.append(Timed(key=_key(layer, option), layer=layer.describe(), form=_form(option), milliseconds=milliseconds))
     return timed
+
+
+def makers_of(layer: DenseLayer, option: Option) -> tuple[DenseLayer, ...]:
+    """Return the layers before a layer that compute fewer channels with an option."""
+    return layer.makers if option.format == WIDTH else ()
+
+
+def _as_layers(
+    wanted: Mapping[DenseLayer, Sequence[Option]],
+) -> Iterator[tuple[DenseLayer, Sequence[Option]]]:
+    """Yield the layers with their options; an option that reads fewer channels is timed as dense layers, see `_parts`."""
+    for layer, options in wanted.items():
+        narrow = [option for option in options if makers_of(layer, option)]
+        yield layer, [option for option in options if option not in narrow]
+        for option in narrow:
+            yield from ((part, ()) for part in _parts(layer, option))
+
+
+def _parts(layer: DenseLayer, option: Option) -> list[DenseLayer]:
+    """Return what an option that reads fewer channels is timed as: its layer and those before it, whole and with fewer."""
+    (count,) = option.ranks
+    before = [part for maker in layer.makers for part in (maker, _side_by_side(maker), maker.with_outputs(count))]
+    return [layer, _side_by_side(layer), layer.with_inputs(count), *before]
+
+
+def _side_by_side(layer: DenseLayer) -> DenseLayer:
+    """Return a layer that is timed as its narrower variants are, whose copies cannot form a chain."""
+    return replace(layer, side_by_side=True, makers=()) if layer.source == layer.output else layer
+
+
+def _keys(layer: DenseLayer, option: Option) -> list[str]:
+    """Return the keys of all times that an option needs."""
+    if makers_of(layer, option):
+        return [_key(part, None) for part in _parts(layer, option)]
+    return [_key(layer, option)]
 
 
 def _form(option: Option) -> str:

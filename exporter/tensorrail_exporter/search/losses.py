@@ -398,7 +398,7 @@ def check_outputs(
         if same.agreement is None:
             raise PlanError(
                 f"output {names[0]!r} holds no scores of classes in rows of samples, of which the best can be the same: give "
-                "max_difference, the largest difference of the outputs in standard deviations, such as 0.1, or a target"
+                "max_difference, the largest difference of the outputs in standard deviations, such as 0.05, or a target"
             )
     if metric is not None and calibration.labels is not None:
         sample_scores(metric, dict(zip(names, outputs, strict=True)), calibration.labels[: calibration.samples[0]])

@@ -13,8 +13,9 @@ from itertools import takewhile
 
 import numpy as np
 
-from tensorrail_exporter.formats import FORMATS, format_of
-from tensorrail_exporter.formats.contraction import LayerSpec, describe, runs_in_scan, split_at_boundary
+from tensorrail_exporter.formats import FORMATS, WIDTH, format_of
+from tensorrail_exporter.formats.contraction import LayerSpec, dense_step, describe, runs_in_scan, split_at_boundary
+from tensorrail_exporter.formats.width import describe_narrow, with_inputs
 from tensorrail_exporter.plans.costs import contraction_cost, dense_cost
 from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_exporter.rewrite.survey import DenseLayer
@@ -27,6 +28,7 @@ _MOST = 0.95  # share of the dense MACs above which no option is offered: its ad
 _LONG, _MOST_OF_LONG = 32, 1.25  # taps of a kernel from which dense kernels are slow, so that even full rank may be faster
 _BEYOND = 2.0  # multiple of the dense MACs after which no larger ranks are tried
 _BALANCE = 0.26  # largest difference between the two ranks of a narrow convolution, as shares of their channels
+_FEWEST_CHANNELS = 0.5  # share of the channels that a narrower layer reads at least: fewer lose much without training
 _THIN = 5  # options of one format and modes that are timed; the others are estimated
 _KEPT = 12  # largest number of options per layer and form, spread evenly over the logarithm of their MACs
 
@@ -86,8 +88,10 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
         format_of(name)
     gathers = layer.spec.gathers  # without a product in the dense layer: the size counts
     dense = layer.spec.params if gathers else dense_cost(layer.spec).macs
-    options: list[Option] = []
+    options: list[Option] = list(_narrow_options(layer, grid, most)) if WIDTH in names else []
     for name in names:
+        if name == WIDTH:
+            continue
         for modes in _modes(name, layer.spec):
             # In the order of their ranks, so that the search can end at the first that is far too expensive.
             candidates = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, layer.spec, grid))
@@ -95,6 +99,25 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
             options += _spread([option for option in affordable if _size(option, gathers) <= most * dense])
     distinct = {option.steps: option for option in reversed(options)}  # equal steps take equal time in every format
     return tuple(sorted(distinct.values(), key=lambda option: option.macs))
+
+
+def _narrow_options(layer: DenseLayer, grid: int, most: float) -> Iterator[Option]:
+    """Yield the options in which the layer reads fewer channels, if the layers before need not compute the others."""
+    inputs = layer.spec.shape[1]
+    if not layer.makers:
+        return
+    least = max(grid, math.ceil(_FEWEST_CHANNELS * inputs / grid) * grid)
+    counts = [count for count in range(least, inputs, grid) if count <= most * inputs]
+    places = np.linspace(0, len(counts) - 1, min(len(counts), _KEPT)).round().astype(int)
+    yield from (_narrow_option(counts[place], layer.spec) for place in places)
+
+
+def _narrow_option(count: int, spec: LayerSpec) -> Option:
+    """Return the option in which a layer reads so many channels; what the layers before save is not in it."""
+    narrow = with_inputs(spec, count)
+    steps = describe_narrow((dense_step(np.broadcast_to(np.float32(0), narrow.shape), narrow),), spec)
+    (merge,) = format_of(WIDTH).merges(spec.op)
+    return Option(WIDTH, (spec.shape[1],), (count,), merge, steps, dense_cost(narrow).macs, narrow.params)
 
 
 def _size(option: Option, gathers: bool) -> int:
@@ -126,6 +149,8 @@ def option_for(plan: LayerPlan, spec: LayerSpec, block: int = 1) -> Option:
 def _option(
     name: str, modes: tuple[int, ...], ranks: tuple[int, ...], spec: LayerSpec, merge: str = "auto", block: int = 1
 ) -> Option:
+    if name == WIDTH:
+        return _narrow_option(min(ranks[0], spec.shape[1]), spec)
     plan = LayerPlan(name="layer", format=name, modes=modes, ranks=ranks, merge=merge)
     merge = plan.merge_for(spec)
     form = format_of(name)

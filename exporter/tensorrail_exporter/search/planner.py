@@ -24,7 +24,7 @@ from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut, left_out, survey
-from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.latency_table import LatencyTable, makers_of
 from tensorrail_exporter.search.losses import (
     Losses,
     Probe,
@@ -359,10 +359,16 @@ def _options(layers: Sequence[DenseLayer], search: Search, targets: Collection[s
     """
     size = {"params", "bytes"} & set(targets)
     return {
-        layer: () if search.keeps(layer.name) else tuple(options_of(layer, search.formats, search.grid))
+        layer: () if search.keeps(layer.name) else _forms(layer, search)
         for layer in layers
         if _has_shapes(layer) and (size or not layer.spec.gathers)
     }
+
+
+def _forms(layer: DenseLayer, search: Search) -> tuple[Option, ...]:
+    """Return the forms of a layer, of which none changes a layer that is kept."""
+    forms = options_of(layer, search.formats, search.grid)
+    return tuple(form for form in forms if not any(search.keeps(maker.name) for maker in makers_of(layer, form)))
 
 
 def _has_shapes(layer: DenseLayer) -> bool:
@@ -439,4 +445,5 @@ def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, g
     if layer.spec.gathers:
         return tuple(options)
     dense = table.milliseconds(layer)
-    return tuple(option for option in options if table.milliseconds(layer, option) <= gain * dense)
+    times = (table.milliseconds(layer, option) - sum(table.saved_before(layer, option).values()) for option in options)
+    return tuple(option for option, time in zip(options, times, strict=True) if time <= gain * dense)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tensorrail_exporter.rewrite.survey import DenseLayer
-from tensorrail_exporter.search.knapsack import Limit
+from tensorrail_exporter.search.knapsack import Apart, Limit
 from tensorrail_exporter.search.losses import Losses, Probe
 from tensorrail_exporter.search.options import Option
 from tensorrail_runtime.progress import Progress, silent
@@ -42,6 +42,12 @@ class Space:
     options: Mapping[DenseLayer, Sequence[Option]]
     losses: Mapping[str, Sequence[float]]
     limits: Sequence[Limit]
+    apart: Sequence[Apart] = ()
+
+    def allows(self, picks: Picks) -> bool:
+        """Return whether no two of the options are to be kept apart."""
+        chosen = set(enumerate(picks))
+        return not any(chosen & set(first) and chosen & set(second) for first, second in self.apart)
 
     @property
     def layers(self) -> tuple[DenseLayer, ...]:
@@ -180,7 +186,8 @@ def _trades(space: Space, picks: Picks) -> list[Picks]:
         changed = list(picks)
         for place, pick in trade:
             changed[place] = pick
-        ranked.append((gain, tuple(changed)))
+        if space.allows(tuple(changed)):
+            ranked.append((gain, tuple(changed)))
     return [trade for _, trade in sorted(ranked)]
 
 

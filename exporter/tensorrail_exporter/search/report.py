@@ -208,7 +208,7 @@ class PlanReport(PrintedRecord):
             (
                 row.layer,
                 row.what,
-                row.steps or f"dense: {row.reason}",
+                "; ".join(filter(None, (row.steps, row.reason))) if row.format else f"dense: {row.reason}",
                 f"{row.dense_ms:.3f}",
                 f"{row.ms:.3f}",
                 f"{row.dense_ms / row.ms:.2f}×" if row.format else "–",

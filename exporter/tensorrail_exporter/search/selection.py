@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.survey import DenseLayer
-from tensorrail_exporter.search.knapsack import Limit, choose
-from tensorrail_exporter.search.latency_table import LatencyTable
+from tensorrail_exporter.search.knapsack import Apart, Limit, choose
+from tensorrail_exporter.search.latency_table import LatencyTable, makers_of
 from tensorrail_exporter.search.losses import Losses
 from tensorrail_exporter.search.options import Option
 from tensorrail_exporter.search.refinement import Picks, Space
@@ -55,6 +55,27 @@ class Candidates:
         """Return the time of all nodes of a layer in the network, dense or with an option."""
         return self.scale * layer.nodes * self.table.milliseconds(layer, option)
 
+    def saved_before(self, layer: DenseLayer, option: Option) -> float:
+        """Return the milliseconds that the layers before a layer save with an option, while they are dense."""
+        return self.scale * sum(self.table.saved_before(layer, option).values())
+
+    @property
+    def apart(self) -> list[Apart]:
+        """Options that are not chosen together: a layer that reads fewer channels, and a form of one that makes them.
+
+        Such a network could be made, but what the narrower layer saves there is not known.
+        """
+        places = {layer.name: place for place, layer in enumerate(self.faster)}
+        found: list[Apart] = []
+        for place, (layer, options) in enumerate(self.faster.items()):
+            narrow = [(place, k) for k, option in enumerate(options, 1) if makers_of(layer, option)]
+            for maker in layer.makers if narrow else ():
+                own = places.get(maker.name)
+                forms = () if own is None else tuple(self.faster.values())[own]
+                if own is not None and forms:
+                    found.append(([(own, k) for k in range(1, 1 + len(forms))], narrow))
+        return found
+
     def itemsize(self, layer: DenseLayer) -> int:
         """Return the bytes of one value of a weight of the layer."""
         return 1 if self.table.target.precision == "int8" else layer.dtype.itemsize
@@ -81,14 +102,17 @@ class Candidates:
         options = self.faster[layer]
         match target:
             case "latency":
-                return [self.milliseconds(layer), *(self.milliseconds(layer, option) for option in options)]
+                costs = (self.milliseconds(layer, option) - self.saved_before(layer, option) for option in options)
+                return [self.milliseconds(layer), *costs]
             case "flops":
-                return [2.0 * layer.macs, *(2.0 * macs_of(layer, option) for option in options)]
-            case "params":
-                return [float(layer.params), *(float(option.params) for option in options)]
+                saved = (sum(one.macs - fewer.macs for one, fewer in _makers(layer, option)) for option in options)
+                costs = (2.0 * (macs_of(layer, option) - less) for option, less in zip(options, saved, strict=True))
+                return [2.0 * layer.macs, *costs]
             case _:
-                size = self.itemsize(layer)
-                return [float(layer.params * size), *(float(option.params * size) for option in options)]
+                size = 1 if target == "params" else self.itemsize(layer)
+                saved = (sum(one.params - fewer.params for one, fewer in _makers(layer, option)) for option in options)
+                costs = (float(size * (option.params - less)) for option, less in zip(options, saved, strict=True))
+                return [float(layer.params * size), *costs]
 
     def limits(self, targets: Mapping[str, float]) -> list[Limit]:
         """Return the limit on the total cost of these layers for each target (a reduction factor)."""
@@ -101,7 +125,7 @@ class Candidates:
 
     def space(self, targets: Mapping[str, float]) -> Space:
         """Return all choices that meet the targets."""
-        return Space(self.faster, self.losses.values, self.limits(targets))
+        return Space(self.faster, self.losses.values, self.limits(targets), self.apart)
 
     def choice_of(self, report: PlanReport) -> dict[str, Option]:
         """Return the forms that a report chose, by layer name."""
@@ -115,7 +139,7 @@ class Candidates:
 
     def can_reach(self, targets: Mapping[str, float]) -> bool:
         """Return whether each target on its own can be met with the cheapest form of every layer."""
-        return all(_least(limit) <= limit.most for limit in self.limits(targets))
+        return all(_least(limit, self.apart) <= limit.most for limit in self.limits(targets))
 
 
 def select(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, search: Search) -> PlanReport:
@@ -144,9 +168,9 @@ def pick(start: PlanReport, aims: Mapping[str, float], candidates: Candidates, s
         _require_reachable(limit, start.targets, candidates, search)
     losses = [[0.0, *candidates.losses.values.get(layer.name, ())] for layer in candidates.faster]
     if search.max_loss is None:
-        return choose(losses, limits)
+        return choose(losses, limits, candidates.apart)
     times = [candidates.costs("latency", layer) for layer in candidates.faster]
-    return choose(times, [*limits, Limit("loss", losses, search.max_loss)])
+    return choose(times, [*limits, Limit("loss", losses, search.max_loss)], candidates.apart)
 
 
 def require_reachable(targets: Mapping[str, float], candidates: Candidates, search: Search, beyond: float = 1.0) -> None:
@@ -170,13 +194,16 @@ def report_of(start: PlanReport, candidates: Candidates, picks: Picks, search: S
     """Return the report of a choice, with its plan, its rows and its predicted size."""
     layers = candidates.faster
     rows, plans = [], []
+    readers: dict[str, tuple[DenseLayer, Option]] = {}  # what reads fewer channels of a layer, by the name of that layer
     for layer, picked in zip(layers, picks, strict=True):
         if picked:
             option = layers[layer][picked - 1]
             rows.append(_row(layer, option, candidates, candidates.losses.values[layer.name][picked - 1]))
             plans.append(option.plan(layer.name))
+            readers |= {maker.name: (layer, option) for maker in makers_of(layer, option)}
         else:
             rows.append(PlannedLayer.dense(layer, candidates.milliseconds(layer), _why_dense(layer, candidates, search)))
+    rows = [_row_of_maker(row, *readers[row.layer], candidates) if row.layer in readers else row for row in rows]
     return start.model_copy(
         update={
             "planned": _planned(candidates, rows, layers),
@@ -192,6 +219,25 @@ def macs_of(layer: DenseLayer, option: Option) -> int:
         indices = layer.inputs[layer.data] or (1,)
         return layer.nodes * indices[0] * option.macs
     return round(layer.macs * option.macs / max(1, dense_cost(layer.spec).macs))
+
+
+def _makers(layer: DenseLayer, option: Option) -> list[tuple[DenseLayer, DenseLayer]]:
+    """Return the layers before a layer that compute fewer channels with an option, as they are and then."""
+    return [(maker, maker.with_outputs(option.ranks[0])) for maker in makers_of(layer, option)]
+
+
+def _row_of_maker(row: PlannedLayer, reader: DenseLayer, option: Option, candidates: Candidates) -> PlannedLayer:
+    """Return the row of a dense layer of which fewer channels are read."""
+    maker, fewer = next(pair for pair in _makers(reader, option) if pair[0].name == row.layer)
+    share = candidates.table.saved_before(reader, option)[row.layer] / candidates.table.milliseconds(maker)
+    return row.model_copy(
+        update={
+            "ms": row.ms * min(max(1 - share, 0.0), 1.0),
+            "macs": fewer.macs,
+            "params": fewer.params,
+            "reason": f"{option.ranks[0]} of {maker.spec.shape[0]} outputs are read",
+        }
+    )
 
 
 def _row(layer: DenseLayer, option: Option, candidates: Candidates, loss: float) -> PlannedLayer:
@@ -225,12 +271,15 @@ def _planned(candidates: Candidates, rows: Sequence[PlannedLayer], layers: Mappi
     )
 
 
-def _least(limit: Limit) -> float:
-    return sum(min(costs) for costs in limit.costs)
+def _least(limit: Limit, apart: Sequence[Apart]) -> float:
+    """Return the least total cost of all choices."""
+    if not apart:
+        return sum(min(costs) for costs in limit.costs)
+    return sum(costs[pick] for costs, pick in zip(limit.costs, choose(limit.costs, [], apart), strict=True))
 
 
 def _require_reachable(limit: Limit, targets: Mapping[str, float], candidates: Candidates, search: Search) -> None:
-    least = _least(limit)
+    least = _least(limit, candidates.apart)
     if least <= limit.most:
         return
     dense, start = candidates.dense.of(limit.name), candidates.start.of(limit.name)
@@ -252,8 +301,10 @@ def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str
     if not candidates.options[layer]:
         return "too narrow for a rank on the grid"
     if not candidates.faster[layer]:
-        dense_ms = candidates.table.milliseconds(layer)
-        best = max(dense_ms / candidates.table.milliseconds(layer, option) for option in candidates.options[layer])
+        dense_ms, own = candidates.table.milliseconds(layer), candidates.options[layer]
+        table = candidates.table
+        nets = (table.milliseconds(layer, option) - sum(table.saved_before(layer, option).values()) for option in own)
+        best = dense_ms / max(min(nets), 1e-6)
         if best * search.gain >= 1:
             return "slower in the network's profile"
         return f"no form is faster: the best one reaches {best:.2f}×"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from tensorrail_exporter.formats import WIDTH
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import to_int8
@@ -135,6 +136,9 @@ def cores_to_time(resolved: ResolvedPlan, seed: int = 0) -> dict[str, list[np.nd
     cores = {}
     for name, layer in resolved.layers.items():
         plan, shape = layer.plan, layer.spec.shape
+        if plan.format == WIDTH:
+            cores[name] = plan.decompose(rng.standard_normal(shape, np.float32) * np.float32(math.prod(shape[1:]) ** -0.5))
+            continue
         sizes = plan.core_shapes(shape)
         ranks = plan.ranks[1:] if plan.format == "tr" else plan.ranks  # the first rank of a ring is also the last
         inputs = 1 if layer.spec.gathers else math.prod(shape[1:])

@@ -469,3 +469,71 @@ def test_small_layers_are_timed_less_precisely(rng, monkeypatch):
         )
         table.measure({layer: options_of(layer, ["auto"], 8)}, CPU, whole=whole)
     np.testing.assert_allclose(precise, [0.005, 0.005, 0.01, 0.03])
+
+
+def pair(rng):
+    weights = {
+        "first": rng.standard_normal((64, 16, 3, 3)).astype(np.float32),
+        "second": rng.standard_normal((32, 64, 3, 3)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], "b"),
+        helper.make_node("Conv", ["b", "second"], ["y"], "y", pads=[1] * 4),
+    ]
+    return survey(make_model(nodes, weights, {"x": ["n", 16, 8, 8]}, {"y": ["n", 32, 8, 8]}))
+
+
+@pytest.fixture
+def by_size(monkeypatch):
+    """Each layer takes a microsecond for a thousand MACs; return the layers that were timed, as they are described."""
+    timed = []
+
+    def known_dense(layers, settings, seconds, precision):
+        timed.extend(layer.describe() for layer in layers)
+        keys = [(latency_table._key(layer, None), 1e-6 * layer.macs) for layer in layers]
+        return [Timed(key=key, layer="", form="dense", milliseconds=time) for key, time in keys], 0.0
+
+    monkeypatch.setattr(latency_table, "_dense_times", known_dense)
+    monkeypatch.setattr(latency_table, "_layer_times", lambda *_: pytest.fail("there are no forms"))
+    return timed
+
+
+def test_a_narrower_layer_is_timed_with_those_before_it(by_size, rng, tmp_path):
+    first, second = pair(rng)
+    options = options_of(second, ["width"], 8)
+    table = LatencyTable.open(CPU, tmp_path)
+    assert table.missing(second, options) == list(options)
+    table.measure({first: (), second: options}, CPU)
+    assert sorted(by_size) == sorted(
+        [first.describe(), second.describe()]
+        + [f"Conv 3×3 16→{n} on 8×8" for n in (32, 40, 48, 56)]
+        + [f"Conv 3×3 {n}→32 on 8×8" for n in (32, 40, 48, 56)]
+    )
+    for option in options:
+        share = option.ranks[0] / 64
+        assert table.milliseconds(second, option) == pytest.approx(share * table.milliseconds(second))
+        assert table.saved_before(second, option) == pytest.approx({"first": (1 - share) * table.milliseconds(first)})
+    assert table.missing(second, options) == []
+    assert not LatencyTable.open(CPU, tmp_path).lacks({second: options})
+
+
+def test_narrower_layers_between_two_that_were_timed_are_estimated(by_size, rng):
+    first, second = pair(rng)
+    options = options_of(second, ["width"], 8)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({first: (), second: (options[0], options[-1])}, CPU)
+    full = table.with_estimates({first: (), second: options})
+    assert not full.lacks({second: options})
+    for option in options:
+        share = option.ranks[0] / 64
+        assert full.milliseconds(second, option) == pytest.approx(share * table.milliseconds(second), rel=1e-6)
+        assert full.saved_before(second, option)["first"] == pytest.approx((1 - share) * table.milliseconds(first), rel=1e-6)
+
+
+def test_a_narrower_layer_is_sketched_with_those_before_it(rng):
+    first, second = pair(rng)
+    options = {first: (), second: options_of(second, ["width"], 8)[:2]}
+    rough = LatencyTable(Target.here(CPU)).sketch(options, CPU, 60.0)
+    assert not rough.lacks(options)
+    assert all(rough.milliseconds(second, option) > 0 for option in options[second])

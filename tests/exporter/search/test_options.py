@@ -170,3 +170,37 @@ def test_a_long_kernel_may_have_more_macs_than_the_dense_one(taps, most, rng):
     shares = [option.macs / dense for option in options_of(layer, ["auto"], 16)]
     assert max(shares) <= most
     assert (max(shares) > 1.0) is (most > 1.0)
+
+
+def pair_model(rng, channels=64):
+    weights = {
+        "first": rng.standard_normal((channels, 16, 3, 3)).astype(np.float32),
+        "second": rng.standard_normal((32, channels, 1, 1)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], "b"),
+        helper.make_node("Conv", ["b", "second"], ["y"], "y"),
+    ]
+    return make_model(nodes, weights, {"x": ["n", 16, 8, 8]}, {"y": ["n", 32, 8, 8]})
+
+
+@pytest.mark.parametrize(
+    ("channels", "grid", "counts"), [(64, 16, [32, 48]), (64, 8, [32, 40, 48, 56]), (24, 16, [16]), (8, 8, [])]
+)
+def test_narrower_layers_keep_half_of_their_channels_on_the_grid(channels, grid, counts, rng):
+    first, second = survey(pair_model(rng, channels))
+    options = options_of(second, ["width"], grid)
+    assert [option.ranks for option in options] == [(count,) for count in counts]
+    assert [option.macs for option in options] == [64 * count * 32 for count in counts]
+    assert all(option.steps == f"{n} of {channels} channels: conv {n}→32" for option, n in zip(options, counts, strict=True))
+    assert options_of(first, ["width"], grid) == ()  # the graph's input has all its channels
+    for option in options:
+        assert option_for(option.plan("second"), second.spec) == option
+
+
+def test_many_channels_are_spread_over_a_few_options(rng):
+    (_, second) = survey(pair_model(rng, 1024))
+    counts = [option.ranks[0] for option in options_of(second, ["width"], 8)]
+    assert len(counts) == 12
+    assert (counts[0], counts[-1]) == (512, 968)  # 0.95 of them at most

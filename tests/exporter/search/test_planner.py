@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.calibrate.inputs import Calibration
-from tensorrail_exporter.search import planner, selection, verification
+from tensorrail_exporter.search import latency_table, planner, selection, verification
 from tensorrail_exporter.search.fastest_agreeing import _Tries, agrees, allowed_share, expected_share, independent
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.guard import Guard
@@ -25,6 +25,7 @@ from tensorrail_exporter.search.selection import macs_of
 from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification, random_cores
 from tensorrail_runtime.errors import TargetError
+from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure import latency
 from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.measure.agreement import Agreement, compared
@@ -558,3 +559,59 @@ def test_where_no_try_meets_the_targets_the_nearest_is_returned(network, known_t
     report = plan_network(network, {"latency": 2.0}, search(tmp_path))
     assert not report.meets
     assert report.missed == {"latency": 1.9}
+
+
+@pytest.fixture
+def by_macs(known_times, monkeypatch):
+    """Every layer takes a microsecond for a thousand MACs, the narrower ones as well."""
+
+    def measure(self, wanted, settings, *, seconds=0.0, whole=None, progress=None):
+        for layer, options in latency_table._as_layers(wanted):
+            for option in (None, *options):
+                macs = layer.macs if option is None else macs_of(layer, option)
+                key = key_of(layer, option)
+                self.times[key] = Timed(key=key, layer=layer.name, form="", milliseconds=1e-6 * macs)
+
+    monkeypatch.setattr(LatencyTable, "measure", measure)
+    return known_times
+
+
+@pytest.mark.parametrize("formats", [("width",), ("auto", "width")])
+@pytest.mark.parametrize("target", ["flops", "latency", "params", "bytes"])
+def test_layers_that_read_fewer_channels_save_in_two_layers(target, formats, network, by_macs, tmp_path):
+    by_macs["measured"] = 1.31
+    report = plan_network(network, {target: 1.3}, replace(search(tmp_path), formats=formats))
+    made = factorize(network, report.plan, random_cores(network, report.plan)).model
+    onnx.save(made, tmp_path / "made.onnx")
+    counted = cost(tmp_path / "made.onnx", 1)
+    assert sum(row.macs for row in report.rows) == counted.macs
+    assert report.reached[target] >= 1.29
+    narrow = [row for row in report.rows if row.format == "width"]
+    if formats == ("width",):
+        assert {row.layer for row in narrow} <= {"c1", "c2", "narrow"}  # the channels of the input are given
+        assert narrow
+        assert len(made.graph.node) == len(network.graph.node)
+        read = [row for row in report.rows if " of 64 outputs" in row.reason]
+        assert len(read) == len(narrow)
+        assert all(row.ms < row.dense_ms for row in read)
+    assert all(row.ms > 0 for row in report.rows)
+    assert sum(row.dense_ms - row.ms for row in report.rows) == pytest.approx(
+        report.dense.milliseconds - report.planned.milliseconds, rel=1e-6
+    )
+    chosen = {row.layer for row in report.rows if row.format}
+    assert not any(
+        {first, second} <= chosen
+        for first, second in (("c0", "c1"), ("c1", "c2"), ("c2", "narrow"))
+        if second in {row.layer for row in narrow}
+    )
+    assert PlanReport.model_validate_json(report.model_dump_json()) == report
+    assert all(text in str(report) for text in (" of 64 channels: ",) if narrow)
+
+
+def test_what_a_narrower_network_loses_is_measured(network, by_macs, tmp_path, rng):
+    by_macs["measured"] = 1.31
+    inputs = Calibration(tuple({"x0": rng.standard_normal((4, 64, 12, 12)).astype(np.float32)} for _ in range(20)))
+    report = plan_network(network, {"flops": 1.3}, replace(search(tmp_path), formats=("width",)), calibration=inputs)
+    assert report.verified is not None
+    assert 0 < report.verified.loss < 1
+    assert report.reached["flops"] >= 1.29

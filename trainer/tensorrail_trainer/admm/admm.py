@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,6 +150,35 @@ class ADMM:
         """
         gaps = {name: dense.weight() - self._targets[name] for name, dense in self._layers.items()}
         return self._half_rho * torch.stack([self._measured(name, gap).square().sum() for name, gap in gaps.items()]).sum()
+
+    def add_gradients(self, of: Iterable[Tensor] | None = None) -> bool:
+        """Add the gradient of the penalty to those of the weights, where a loop does not let its loss be changed.
+
+        Call it before each step of the optimizer, once gradients were accumulated and averaged over processes: it is the same
+        on all of them.
+
+        Args:
+            of: parameters, such as those of one of several optimizers; the others get no gradient. Default: all.
+
+        Returns:
+            Whether any parameter got a gradient.
+
+        """
+        wanted = None if of is None else {id(parameter) for parameter in of}
+        parameters = [
+            parameter
+            for dense in self._layers.values()
+            for parameter in dense.parameters
+            if parameter.requires_grad and (wanted is None or id(parameter) in wanted)
+        ]
+        if not parameters:
+            return False
+        gradients = torch.autograd.grad(self.penalty(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                own = gradient.to(parameter.dtype)
+                parameter.grad = own if parameter.grad is None else parameter.grad + own
+        return True
 
     @torch.no_grad()
     def update(self) -> tuple[Residual, ...]:

@@ -9,6 +9,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
+from tensorrail_exporter.formats import FORMATS, WIDTH
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
@@ -198,10 +199,20 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
         layer.check(dense.spec.shape)
+        require_trainable(layer.format)
         layers_by_name[layer.name] = dense
     _require_own_weights(model, layers_by_name)
     require_sole_holders(model, {id(dense.module): name for name, dense in layers_by_name.items()})
     return layers_by_name
+
+
+def require_trainable(form: str) -> None:
+    """Raise `PlanError` for a format whose cores cannot be trained."""
+    if form == WIDTH:
+        raise PlanError(
+            f"format {WIDTH} is for ONNX graphs: compress chooses and fits it without training; expected one of "
+            f"{', '.join(FORMATS)}"
+        )
 
 
 def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) -> None:

@@ -51,7 +51,7 @@ class FactoredLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.plan = plan.model_copy(update={"merge": plan.merge_for(spec)})
-        self.cores = CoreList([nn.Parameter(core.detach().clone()) for core in cores])
+        self.cores = CoreList([nn.Parameter(core.detach().clone(memory_format=torch.contiguous_format)) for core in cores])
         self._equation = format_of(plan.format).equation(spec.shape, plan.modes)
         self._dense_compiled = _dense_is_faster(self.plan, spec, (*_USUAL[spec.spatial],))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))

@@ -56,7 +56,12 @@ class FactoredRecurrent(nn.Module):
             spec = LayerSpec("recurrent", (sum(w.shape[0] for w in weights), weights[0].shape[1]))
             self.specs[leaf] = spec
             self.plans[leaf] = plan.model_copy(update={"merge": plan.merge_for(spec)})
-            self.cores[leaf] = CoreList([nn.Parameter(core.detach().clone(), weights[0].requires_grad) for core in cores])
+            self.cores[leaf] = CoreList(
+                [
+                    nn.Parameter(core.detach().clone(memory_format=torch.contiguous_format), weights[0].requires_grad)
+                    for core in cores
+                ]
+            )
         for name, parameter in dense.named_parameters():
             if name.removesuffix("_reverse") not in self.cores:
                 self.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))

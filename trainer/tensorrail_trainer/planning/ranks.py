@@ -16,7 +16,7 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers
+from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
 
 _RUNGS = 32
 
@@ -49,6 +49,7 @@ def plan_layers(
         PlanError: no layer matches, a layer cannot be factored, or a listed rank is larger than the shape allows.
 
     """
+    require_trainable(format)
     form = format_of(format)
     names = _matching(model, pattern)
     if isinstance(ranks, np.integer):
@@ -167,6 +168,7 @@ def _unranked(
     merge: str,
 ) -> list[LayerPlan]:
     """Return the plans of the matching layers, whose ranks are still to be chosen."""
+    require_trainable(format)
     form = format_of(format)
     shapes = {name: dense_layer(model, name).spec.shape for name in _matching(model, pattern)}
     chosen = {name: tuple(modes) if modes is not None else form.default_modes(shape) for name, shape in shapes.items()}
