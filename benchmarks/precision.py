@@ -68,7 +68,7 @@ def best(front: Front) -> Point | None:
     """Return the fastest factored model that is as good as dense int8 on the inputs that models are chosen by.
 
     It agrees on as large a share of these as the dense network in int8, or on 97 %; where outputs are no scores of classes,
-    they differ by no more, or by a tenth of their standard deviation.
+    they differ by no more, or by 0.05 of their standard deviation.
     """
     int8 = dense_int8(front)
     other = None if int8 is None else int8.chosen

@@ -175,15 +175,17 @@ def gauged(
     copy.CopyFrom(model)
     weights = _Weights(copy)
     samples, squares = _sampled(model, found, feeds)
+    changed = False
     for bond in found:
         seen = samples.pop(bond.tensor)
         problem = _Problem(bond, seen, squares[data_of(bond.before)], grid)
         matrix = problem.best(weights.of(bond.before), weights.of(bond.after))
         if matrix is not None:
+            changed = True
             weights.change(bond, matrix)
             squares[bond.tensor] = float(np.mean(np.square(_applied(matrix, seen.rows.astype(np.float64)))))
     weights.store()
-    return copy
+    return copy if changed else model
 
 
 @dataclass

@@ -32,7 +32,7 @@ from tensorrail_runtime.sessions.session import Session
 _DIGITS = 1e-6  # of the mean square of the inputs, is added at least
 _DAMPING = 0.01  # of the mean square of the inputs, is added to every square, as in GPTQ
 _BLOCK = 128  # columns after which those behind them are changed
-_HELD_OUT = 4  # one row in so many, or one batch, is for judging
+HELD_OUT = 4  # one row in so many, or one batch, is for judging
 _TOGETHER = 2**26  # values of the moments that are kept at once
 
 
@@ -186,10 +186,10 @@ def _measured(
         samplers = samplers or [Sampler(layer, [len(values[data_of(one)])] * len(feeds)) for one, layer in layers]
         for (product, _), sampler, (fitted, held_out) in zip(layers, samplers, found, strict=True):
             rows = sampler.rows(values[data_of(product)], batch)
-            if len(feeds) >= _HELD_OUT:
-                (held_out if batch % _HELD_OUT == _HELD_OUT - 1 else fitted).add(rows)
+            if len(feeds) >= HELD_OUT:
+                (held_out if batch % HELD_OUT == HELD_OUT - 1 else fitted).add(rows)
             else:
-                aside = len(rows) // _HELD_OUT
+                aside = len(rows) // HELD_OUT
                 fitted.add(rows[: len(rows) - aside])
                 held_out.add(rows[len(rows) - aside :])
     return found

@@ -56,15 +56,16 @@ class DenseLayer:
         return tuple(size - self.padding[axis] - self.padding[rank + axis] for axis, size in enumerate(shape))
 
     def with_inputs(self, count: int) -> DenseLayer:
-        """Return the layer with another number of input channels."""
+        """Return the layer with another number of input channels; its copies are timed side by side."""
         weight, data = (1, 1) if self.spec.op == "conv" else (_features(self.op, self.attrs, False), -1)
         inputs = list(self.inputs)
         inputs[0], inputs[1] = _resized(inputs[0], data, count), _resized(inputs[1], weight, count)
         spec = replace(self.spec, shape=(self.spec.shape[0], count, *self.spec.shape[2:]))
-        return replace(self, spec=spec, inputs=tuple(inputs), macs=self.macs * count // self.spec.shape[1], makers=())
+        fewer = replace(self, spec=spec, inputs=tuple(inputs), macs=self.macs * count // self.spec.shape[1], makers=())
+        return replace(fewer, side_by_side=fewer.source == fewer.output)
 
     def with_outputs(self, count: int) -> DenseLayer:
-        """Return the layer with another number of output channels."""
+        """Return the layer with another number of output channels; its copies are timed side by side."""
         weight, out = (0, 1) if self.spec.op == "conv" else (_features(self.op, self.attrs, True), -1)
         weight = 1 if self.spec.transposed else weight
         inputs = [*self.inputs[:1], _resized(self.inputs[1], weight, count), *self.inputs[2:]]
@@ -72,7 +73,8 @@ class DenseLayer:
             inputs[2] = _resized(inputs[2], -1, count)
         spec = replace(self.spec, shape=(count, *self.spec.shape[1:]))
         output, macs = _resized(self.output, out, count), self.macs * count // self.spec.shape[0]
-        return replace(self, spec=spec, inputs=tuple(inputs), output=output, macs=macs, makers=())
+        fewer = replace(self, spec=spec, inputs=tuple(inputs), output=output, macs=macs, makers=())
+        return replace(fewer, side_by_side=fewer.source == fewer.output)
 
     @property
     def params(self) -> int:

@@ -46,6 +46,7 @@ _SHARE = 0.002  # of a network's time: a layer's times need not be more precise
 _LEAST_PRECISE = 0.03  # half the 95 % interval of a ratio, however small the layer
 _DENSE_PRECISE = 0.02  # the same of dense layers among each other
 _DENSE_OF_ALL = 0.001  # the same, of the time of all of them: small layers need not be as precise
+_MOST_NARROW_ROUNDS = 200  # of a layer with fewer channels, in turn with the whole one
 _DENSE_ROUNDS = 40  # at most: a network's time is a sum of many layers'
 _ROUGH = 3  # rounds at least of rough times, of which the first is left out
 _SKETCHED = 96  # models in one process that sketches times
@@ -248,20 +249,17 @@ class LatencyTable:
         """
         jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
         nodes: Counter[str] = Counter()  # of the network, by the digest of their layer
-        for layer, options in _as_layers(wanted):
+        for layer, options in _without_narrow(wanted):
             digest, missing = _digest(layer.signature), self.missing(layer, options)
-            nodes[digest] += layer.nodes
+            nodes[digest] += layer.nodes if layer in wanted else 0  # others are the layers before one of them
             if missing or _key(layer, None) not in self.times:
                 _, queued = jobs.setdefault(digest, (layer, []))
                 forms = {_form(option): option for option in (*queued, *missing)}  # equal layers may have different options
                 queued[:] = forms.values()
-        if jobs:
-            if self.unstored:
-                progress("note", 1.0, self.unstored)
-                self.unstored = ""  # said once
-            if not self.busy:
-                self.save()  # reports a folder that cannot be written before anything is measured
-        total = sum(1 + len(options) for _, options in jobs.values())
+        narrow = self._missing_narrow(wanted)
+        if jobs or narrow:
+            self._begin(progress)
+        total = sum(1 + len(options) for _, options in jobs.values()) + sum(1 + len(own) for _, own in narrow.values())
         done = 0
         waits: list[float] = []
         unknown = [layer for layer, _ in jobs.values() if _key(layer, None) not in self.times]
@@ -286,15 +284,54 @@ class LatencyTable:
             # Times that were measured beside other programs serve this run alone.
             if not self.busy and np.median(waits) <= BUSY:
                 self.save()
+        for base, variants in narrow.values():
+            progress("timing layers", done / total, f"{base.describe()} with fewer channels")
+            layer = replace(base, side_by_side=False)
+            precise = self._precision_for(layer, nodes[_digest(layer.signature)] or 1, whole)
+            rounds = _ROUGH if self.rough else BURST_ROUNDS
+            how = _How(settings, seconds / total, rounds, precise, self.target.precision)
+            waits.append(self._time_narrow(base, variants, how))
+            done += 1 + len(variants)
+            if not self.busy and np.median(waits) <= BUSY:
+                self.save()
         if waits and not self.busy and np.median(waits) > BUSY:
             self.busy = (
                 "other programs were running: processes that timed layers waited for a processor "
                 f"{100 * np.median(waits):.0f} % of the time; these times are not kept, measure again when the machine is idle"
             )
             progress("note", 1.0, self.busy)
-        elif waits and not self.busy:
-            self.save()
         progress("timing layers", 1.0)
+
+    def _begin(self, progress: Progress) -> None:
+        """Say why times are not stored, once; report a folder that cannot be written before anything is measured."""
+        if self.unstored:
+            progress("note", 1.0, self.unstored)
+            self.unstored = ""
+        if not self.busy:
+            self.save()
+
+    def _missing_narrow(self, wanted: Mapping[DenseLayer, Sequence[Option]]) -> dict[str, tuple[DenseLayer, list[DenseLayer]]]:
+        """Return the layers with fewer channels that were not measured yet, beside the layers that they are made of."""
+        groups: dict[str, tuple[DenseLayer, dict[str, DenseLayer]]] = {}
+        for layer, options in wanted.items():
+            for option in options:
+                for base, variant in _narrow_pairs(layer, option):
+                    known = all(_key(one, None) in self.times for one in (base, variant))
+                    if not known:
+                        _, variants = groups.setdefault(_key(base, None), (base, {}))
+                        variants[_key(variant, None)] = variant
+        return {key: (base, list(variants.values())) for key, (base, variants) in groups.items()}
+
+    def _time_narrow(self, base: DenseLayer, variants: Sequence[DenseLayer], how: _How) -> float:
+        """Measure a layer with fewer channels in turn with the whole one; return the share that was spent waiting."""
+        times, waited = _timed_together([base, *variants], how, (how.precise, _MOST_NARROW_ROUNDS, 0.0))
+        known = self.times.get(_key(base, None))
+        factor = 1.0 if known is None else known.milliseconds / times[0]
+        for layer, time in zip((base, *variants), times, strict=True):
+            key = _key(layer, None)
+            timed = Timed(key=key, layer=layer.describe(), form=DENSE, milliseconds=time * factor)
+            self.times.setdefault(key, timed)
+        return waited
 
     def _precision_for(self, layer: DenseLayer, nodes: int, whole: float | None) -> float:
         """Return how precise the ratios of the times of a layer must be; the network has so many such nodes."""
@@ -444,7 +481,8 @@ def _dense_times(
         if sum(copies_of(other) * other.bytes for other in (*groups[-1], layer)) > _LOADED and len(groups[-1]) > 1:
             groups.append([layers[0]])
         groups[-1].append(layer)
-    results = [_timed_together(group, settings, seconds, precision) for group in groups]
+    how = _How(settings, seconds, BURST_ROUNDS, _DENSE_PRECISE, precision)
+    results = [_timed_together(group, how, (_DENSE_PRECISE, _DENSE_ROUNDS, _DENSE_OF_ALL)) for group in groups]
     usual = float(np.median([times[0] for times, _ in results]))
     milliseconds = [usual]
     for times, _ in results:
@@ -456,25 +494,26 @@ def _dense_times(
     return timed, float(np.median([waited for _, waited in results]))
 
 
-def _timed_together(
-    layers: Sequence[DenseLayer], settings: Session, seconds: float, precision: Precision
-) -> tuple[list[float], float]:
-    """Return the milliseconds of one copy of each dense layer, timed in turn, and the share that was spent waiting."""
+def _timed_together(layers: Sequence[DenseLayer], how: _How, precise: tuple[float, int, float]) -> tuple[list[float], float]:
+    """Return the milliseconds of one copy of each dense layer, timed in turn, and the share that was spent waiting.
+
+    `precise` are the last arguments of `fresh_bursts`.
+    """
     with scratch() as folder:
         paths: list[Path] = []
         for layer in layers:
             for copies in dict.fromkeys((copies_of(layer), 1)):
                 paths.append(Path(folder) / f"{len(paths)}.onnx")
-                _write(dense_context(layer, copies), paths[-1], precision)
-        precise = _DENSE_PRECISE, _DENSE_ROUNDS, _DENSE_OF_ALL
-        measured, waited = fresh_bursts(paths, settings, seconds * len(layers), BURST_ROUNDS, *precise)
+                _write(dense_context(layer, copies), paths[-1], how.precision)
+        measured, waited = fresh_bursts(paths, how.settings, how.seconds * len(layers), how.rounds, *precise)
     rows = iter(measured)
-    milliseconds = []
+    per_copy = []
     for layer in layers:
         whole, copies = next(rows), copies_of(layer)
-        per_copy = (whole - next(rows)) / (copies - 1) if copies > 1 else whole
-        milliseconds.append(max(float(np.nanmedian(per_copy)), 1e-6))
-    return milliseconds, waited
+        per_copy.append(np.maximum((whole - next(rows)) / (copies - 1) if copies > 1 else whole, 1e-6))
+    # Each layer's time is a multiple of the first one's in the same rounds, which may be fewer than that one's.
+    first = float(np.nanmedian(per_copy[0]))
+    return [max(first * float(np.nanmedian(own / per_copy[0])), 1e-6) for own in per_copy], waited
 
 
 @dataclass(frozen=True)
@@ -593,6 +632,21 @@ def _as_layers(
         yield layer, [option for option in options if option not in narrow]
         for option in narrow:
             yield from ((part, ()) for part in _parts(layer, option))
+
+
+def _without_narrow(wanted: Mapping[DenseLayer, Sequence[Option]]) -> Iterator[tuple[DenseLayer, Sequence[Option]]]:
+    """Yield the layers and the makers of narrower ones, with the options that are forms of one layer."""
+    for layer, options in wanted.items():
+        narrow = [option for option in options if makers_of(layer, option)]
+        yield layer, [option for option in options if option not in narrow]
+        yield from ((maker, ()) for maker in (layer.makers if narrow else ()))
+
+
+def _narrow_pairs(layer: DenseLayer, option: Option) -> Iterator[tuple[DenseLayer, DenseLayer]]:
+    """Yield the layers that an option makes narrower, each as it is timed whole, and with fewer channels."""
+    if makers_of(layer, option):
+        yield _side_by_side(layer), layer.with_inputs(option.ranks[0])
+        yield from ((_side_by_side(maker), maker.with_outputs(option.ranks[0])) for maker in layer.makers)
 
 
 def _parts(layer: DenseLayer, option: Option) -> list[DenseLayer]:

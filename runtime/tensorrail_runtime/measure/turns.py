@@ -177,10 +177,10 @@ def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE, o
         statistics), of shape (models,); for one model, of its time. The first of several is.
 
     """
-    times = np.array(rounds).T
+    times = np.atleast_2d(np.array(rounds).T)
     ratios = np.sort(times if len(times) == 1 else times / times[:1])  # NaN comes last
     counts = np.isfinite(ratios).sum(1)
-    if not len(rounds) or counts.min() < _FEWEST_PRECISE:
+    if counts.min() < _FEWEST_PRECISE:
         return np.zeros(len(times), bool)
     outside = (counts / 2 - 0.98 * np.sqrt(counts)).astype(int)  # values on each side of the interval of the median
     low, middle, high = (ratios[np.arange(len(ratios)), at] for at in (outside, counts // 2, counts - 1 - outside))

@@ -327,7 +327,9 @@ def test_random_cores_select_channels(rng):
 
 def timed_as(layer):
     """Return what the time of a layer depends on, and its MACs."""
-    kept = {key: value for key, value in layer.signature.items() if key != "attrs"}  # rewriting writes defaults out
+    kept = {
+        key: value for key, value in layer.signature.items() if key not in ("attrs", "side_by_side")
+    }  # rewriting writes defaults out
     return json.dumps(kept | {"macs": layer.macs, "output": layer.output})
 
 

@@ -486,17 +486,17 @@ def pair(rng):
 
 @pytest.fixture
 def by_size(monkeypatch):
-    """Each layer takes a microsecond for a thousand MACs; return the layers that were timed, as they are described."""
-    timed = []
+    """Each layer takes a microsecond for a thousand MACs; return the groups that were timed in turn, as they are described."""
+    groups, pace = [], [1.0]
 
-    def known_dense(layers, settings, seconds, precision):
-        timed.extend(layer.describe() for layer in layers)
-        keys = [(latency_table._key(layer, None), 1e-6 * layer.macs) for layer in layers]
-        return [Timed(key=key, layer="", form="dense", milliseconds=time) for key, time in keys], 0.0
+    def known(layers, how, precise):
+        groups.append([layer.describe() for layer in layers])
+        pace[0] *= 3  # the machine gets slower from one process to the next
+        return [1e-6 * layer.macs * pace[0] for layer in layers], 0.0
 
-    monkeypatch.setattr(latency_table, "_dense_times", known_dense)
+    monkeypatch.setattr(latency_table, "_timed_together", known)
     monkeypatch.setattr(latency_table, "_layer_times", lambda *_: pytest.fail("there are no forms"))
-    return timed
+    return groups
 
 
 def test_a_narrower_layer_is_timed_with_those_before_it(by_size, rng, tmp_path):
@@ -505,17 +505,38 @@ def test_a_narrower_layer_is_timed_with_those_before_it(by_size, rng, tmp_path):
     table = LatencyTable.open(CPU, tmp_path)
     assert table.missing(second, options) == list(options)
     table.measure({first: (), second: options}, CPU)
-    assert sorted(by_size) == sorted(
-        [first.describe(), second.describe()]
-        + [f"Conv 3×3 16→{n} on 8×8" for n in (32, 40, 48, 56)]
-        + [f"Conv 3×3 {n}→32 on 8×8" for n in (32, 40, 48, 56)]
-    )
+    assert by_size == [
+        [first.describe(), second.describe()],
+        [second.describe(), *(f"Conv 3×3 {n}→32 on 8×8" for n in (32, 40, 48, 56))],
+        [first.describe(), *(f"Conv 3×3 16→{n} on 8×8" for n in (32, 40, 48, 56))],
+    ]
     for option in options:
         share = option.ranks[0] / 64
         assert table.milliseconds(second, option) == pytest.approx(share * table.milliseconds(second))
         assert table.saved_before(second, option) == pytest.approx({"first": (1 - share) * table.milliseconds(first)})
     assert table.missing(second, options) == []
     assert not LatencyTable.open(CPU, tmp_path).lacks({second: options})
+    table.measure({first: (), second: options}, CPU)
+    assert len(by_size) == 3  # nothing was missing
+
+
+def test_a_layer_that_could_form_a_chain_is_timed_as_its_narrower_ones_are(by_size, rng):
+    weights = {name: rng.standard_normal((32, 32, 3, 3)).astype(np.float32) for name in ("first", "second")}
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["a"], "a", pads=[1] * 4),
+        helper.make_node("Conv", ["a", "second"], ["y"], "y", pads=[1] * 4),
+    ]
+    first, second = survey(make_model(nodes, weights, {"x": ["n", 32, 8, 8]}, {"y": ["n", 32, 8, 8]}))
+    options = options_of(second, ["width"], 8)
+    table = LatencyTable(Target.here(CPU))
+    table.measure({first: (), second: options}, CPU)
+    key = latency_table._key(replace(second, side_by_side=True, makers=()), None)
+    assert key in table.times
+    assert table.times[key].milliseconds != table.milliseconds(second)  # of another process
+    for option in options:
+        share = option.ranks[0] / 32
+        assert table.milliseconds(second, option) == pytest.approx(share * table.milliseconds(second))
+        assert table.saved_before(second, option)["first"] == pytest.approx((1 - share) * table.milliseconds(first))
 
 
 def test_narrower_layers_between_two_that_were_timed_are_estimated(by_size, rng):

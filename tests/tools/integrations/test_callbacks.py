@@ -2,7 +2,10 @@
 
 import copy
 import importlib
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +285,77 @@ class TestLightning:
         x, y = data
         with torch.no_grad():
             assert float((module.model(x, y)["logits"].argmax(1) == y).float().mean()) > 0.6
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import test_callbacks as cases
+import tensorrail as tr
+
+generator = torch.Generator().manual_seed(1)
+x = torch.randn(32, 12, generator=generator)
+y = (x @ torch.randn(12, 3, generator=generator)).argmax(1)
+torch.manual_seed(0)
+model = cases.Classifier()
+plan = cases.plan_of(model)
+{training}
+if torch.distributed.get_rank() == 0:
+    torch.save(model.state_dict(), {out!r})
+torch.distributed.destroy_process_group()
+"""
+OF_TRANSFORMERS = """
+from transformers import Trainer, TrainingArguments
+from tensorrail.integrations.transformers import ADMMCallback
+
+args = TrainingArguments(
+    {work!r}, num_train_epochs=cases.EPOCHS, per_device_train_batch_size=len(x) // 2, learning_rate=cases.LR,
+    lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, save_strategy="no", report_to=[], use_cpu=True,
+    ddp_backend="gloo", disable_tqdm=True, dataloader_pin_memory=False,
+)
+rows = [dict(x=row, labels=label) for row, label in zip(x, y)]
+Trainer(model, args, train_dataset=rows, callbacks=[ADMMCallback(plan, rho=cases.RHO)]).train()
+"""
+OF_LIGHTNING = """
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+from tensorrail.integrations.lightning import ADMMCallback
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, _):
+        return self.model(*batch)["loss"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=cases.LR)
+
+
+module = Module()
+loader = DataLoader(TensorDataset(x, y), batch_size=len(x) // 2)
+Trainer(
+    max_epochs=cases.EPOCHS, callbacks=[ADMMCallback(cases.plan_of(module, "model."), rho=cases.RHO)], accelerator="cpu",
+    devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+).fit(module, loader)
+"""
+
+
+@pytest.mark.parametrize(("library", "training"), [("transformers", OF_TRANSFORMERS), ("lightning", OF_LIGHTNING)])
+def test_two_processes_train_the_same_network_as_one(library, training, model, data, tmp_path):
+    pytest.importorskip(library)
+    out, script = tmp_path / "trained.pt", tmp_path / "train.py"
+    training = training.format(work=str(tmp_path / "work"))
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), training=training, out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    path = os.pathsep.join([*(place for place in sys.path if place)])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain(model, data)
+    trained = copy.deepcopy(model)
+    trained.load_state_dict(torch.load(out, weights_only=True))
+    same(trained, model)

@@ -79,6 +79,10 @@ Precision = Annotated[
 Folder = Annotated[Path | None, typer.Option("--folder", help="Run folder; default: runs/<name of the recipe>.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last finished epoch.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder and start again.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="NAME", help="Log to tensorboard (in the folder) or mlflow; may be repeated."),
+]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, and how.")]
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume, require_apart
+from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume, Track, require_apart
 from tensorrail.commands.groups import grouped
 from tensorrail.terminal import finish, progress_bar
 
 
 @grouped
 def command(
-    recipe: RecipeFile, folder: Folder = None, resume: Resume = False, overwrite: Overwrite = False, json: Json = None
+    recipe: RecipeFile,
+    folder: Folder = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    track: Track = None,
+    json: Json = None,
 ) -> None:
     """Train, compress, export, check, bench and report. Exit code 1 when a target of the recipe is missed."""
     from pathlib import Path
@@ -18,7 +23,7 @@ def command(
 
     require_apart(json, recipe)
     with progress_bar(stays=True) as progress:
-        report = run(recipe, folder, resume=resume, overwrite=overwrite, progress=progress)
+        report = run(recipe, folder, resume=resume, overwrite=overwrite, progress=progress, track=tuple(track or ()))
     if report is None:  # one of several processes, and not the first
         return
     target = folder or Path("runs") / report.name

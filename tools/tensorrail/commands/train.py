@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume, require_apart
+from tensorrail.commands.arguments import Folder, Json, Overwrite, RecipeFile, Resume, Track, require_apart
 from tensorrail.commands.groups import grouped
 from tensorrail.terminal import finish, progress_bar
 
 
 @grouped
 def command(
-    recipe: RecipeFile, folder: Folder = None, resume: Resume = False, overwrite: Overwrite = False, json: Json = None
+    recipe: RecipeFile,
+    folder: Folder = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    track: Track = None,
+    json: Json = None,
 ) -> None:
     """Train only: dense, ADMM, cut, fine-tune, control; writes checkpoints, plan.json, cores and dense.safetensors.
 
@@ -20,6 +25,6 @@ def command(
 
     require_apart(json, recipe)
     with progress_bar(stays=True) as progress:
-        log = train(recipe, folder, resume=resume, overwrite=overwrite, progress=progress)
+        log = train(recipe, folder, resume=resume, overwrite=overwrite, progress=progress, track=tuple(track or ()))
     if log is not None:
         finish(log, json)

@@ -132,12 +132,16 @@ class ADMMCallback(TrainerCallback):
             learning_rate: default: a tenth of that of the trainer.
 
         Returns:
-            The model with layers made of cores; `trainer` holds it, and evaluates it.
+            The model with layers made of cores; `trainer` holds it, and evaluates it. Checkpoints are in `finetune` in the
+            trainer's output folder.
 
         """
         model = self.factorize()
         trainer.args = copy.copy(trainer.args)
         trainer.args.num_train_epochs, trainer.args.max_steps = epochs, -1
+        trainer.args.output_dir = str(
+            Path(trainer.args.output_dir or ".") / "finetune"
+        )  # apart from the ADMM phase's checkpoints
         trainer.args.learning_rate = trainer.args.learning_rate / 10 if learning_rate is None else learning_rate
         trainer.remove_callback(self)
         trainer.model = trainer.model_wrapped = model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run import pipeline
 from tensorrail_trainer.run.report import Report
+from tensorrail_trainer.run.tracking import Tracking
 from tensorrail_trainer.training.epochs import TrainingLog
 
 
@@ -18,6 +20,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    track: Sequence[str] = (),
 ) -> Report | None:
     """Train, compress, export, check, bench and report, as a recipe says.
 
@@ -27,6 +30,7 @@ def run(
         resume: continue an interrupted run from its last finished epoch.
         overwrite: remove the run that is in the folder and start again.
         progress: told about epochs and stages; silent in all processes but the first.
+        track: what curves, residuals and the report are logged to: `tensorboard` or `mlflow`; default: nothing.
 
     Returns:
         The report, which is also written to the folder; None in all processes but the first. `print(report)` shows the tables.
@@ -43,6 +47,7 @@ def run(
         overwrite=overwrite,
         progress=progress,
         command=f"tensorrail run {recipe}" if isinstance(recipe, Path | str) else "tensorrail.run",
+        track=track,
     )
 
 
@@ -53,6 +58,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    track: Sequence[str] = (),
 ) -> TrainingLog | None:
     """Do the training phases of a recipe alone: dense, ADMM, cut, fine-tune, control.
 
@@ -62,6 +68,7 @@ def train(
         resume: continue an interrupted run from its last finished epoch.
         overwrite: remove the run that is in the folder and start again.
         progress: told about epochs; silent in all processes but the first.
+        track: what curves and residuals are logged to: `tensorboard` or `mlflow`; default: nothing.
 
     Returns:
         Every epoch of every phase, which is also written to the folder; None in all processes but the first.
@@ -72,12 +79,13 @@ def train(
     """
     read = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     target = Path(folder or Path("runs") / read.name)
-    accelerator = pipeline.make_accelerator(read)
-    if accelerator.is_main_process:
-        pipeline.prepare(read, target, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+    accelerator = pipeline.make_accelerator(read, target, track)
     told = progress if accelerator.is_main_process else silent
-    trained, _ = pipeline.train_all(read, target, told, accelerator)
+    with Tracking(accelerator, read, track, told) as tracking:
+        if accelerator.is_main_process:
+            pipeline.prepare(read, target, resume=resume, overwrite=overwrite)
+        accelerator.wait_for_everyone()
+        trained, _ = pipeline.train_all(read, target, told, accelerator, tracking)
     if not accelerator.is_main_process:
         return None
     log = TrainingLog(epochs=trained.rows, cut_accuracy=trained.cut_accuracy)

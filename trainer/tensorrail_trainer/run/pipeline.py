@@ -49,6 +49,7 @@ from tensorrail_trainer.recipes.recipe import Bench, Export, Recipe
 from tensorrail_trainer.run.export import Tracing
 from tensorrail_trainer.run.render import html, markdown
 from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
+from tensorrail_trainer.run.tracking import LOGGED, Tracking, check_trackers, folder_of
 from tensorrail_trainer.training.checkpoints import Checkpoints, place_of
 from tensorrail_trainer.training.denormals import flushed
 from tensorrail_trainer.training.epochs import Epoch
@@ -104,7 +105,7 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     )
     if overwrite and checkpoints.is_dir():
         _require_apart(recipe, written)
-        for file in (*written, recipe_file):
+        for file in (*written, *(file for pattern in LOGGED for file in folder.glob(pattern)), recipe_file):
             file.unlink(missing_ok=True)
     if not recipe_file.exists():
         existing = next((file for file in written if file.exists()), None)
@@ -140,30 +141,38 @@ def _deciding(recipe: Recipe, key: str) -> Any:
     return recipe.train.model_copy(update={"cuda_graph": False}) if key == "train" else getattr(recipe, key)
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
+def make_accelerator(recipe: Recipe, folder: Path | None = None, track: Sequence[str] = ()) -> Accelerator:
     """Return the device, processes and precision of the training, as set by `accelerate launch`, or for this process only.
 
     Args:
         recipe: the recipe, which sets the precision.
+        folder: the folder of the run, for the files of trackers; default: none is written.
+        track: what the run is logged to, of `TRACKERS`; default: nothing.
 
     Returns:
         The accelerator.
 
     Raises:
-        RecipeError: the device does not support the precision.
+        RecipeError: the device does not support the precision, or a tracker is unknown or not installed.
 
     """
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
     forget_other_precision(precision)
+    check_trackers(track)
+    logs = None if folder is None or not track else str(folder_of(folder))
     try:
-        return Accelerator(mixed_precision=precision)
+        return Accelerator(mixed_precision=precision, log_with=list(track) or None, project_dir=logs)
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"train.precision: {precision} is not available here ({error}); use another precision") from None
 
 
 @flushed()
 def train_all(
-    recipe: Recipe, folder: Path, progress: Progress = silent, accelerator: Accelerator | None = None
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress = silent,
+    accelerator: Accelerator | None = None,
+    tracking: Tracking | None = None,
 ) -> tuple[Trained, Dataset]:
     """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
 
@@ -174,6 +183,7 @@ def train_all(
         folder: the folder of the run, made by `prepare`.
         progress: is told of the progress.
         accelerator: device, processes and precision; default `make_accelerator(recipe)`.
+        tracking: logs every epoch; default: nothing is logged.
 
     Returns:
         The trained networks, and the data set.
@@ -184,7 +194,7 @@ def train_all(
         CheckpointError: a checkpoint cannot be read or written.
 
     """
-    job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe))
+    job = _Training(recipe, folder, progress, accelerator or make_accelerator(recipe), tracking)
     settings, device = recipe.train, job.accelerator.device
     dense, teacher = recipe.make_model(), recipe.make_teacher()
     job.channels_last = _try_out(recipe, job.data, teacher, device)
@@ -321,7 +331,9 @@ def _answers(key: str, what: str, network: nn.Module, x: torch.Tensor, classes: 
 class _Training:
     """The state that the phases of a run share: data, checkpoints, processes, and the number of remaining epochs."""
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, progress: Progress, accelerator: Accelerator, tracking: Tracking | None
+    ) -> None:
         if recipe.train.batch % accelerator.num_processes:
             raise RecipeError(
                 f"train.batch: expected a multiple of the {accelerator.num_processes} processes, got {recipe.train.batch}"
@@ -330,7 +342,7 @@ class _Training:
             raise RecipeError(
                 f"train.cuda_graph: expected one process, got {accelerator.num_processes}; remove train.cuda_graph"
             )
-        self.recipe, self.progress, self.accelerator = recipe, progress, accelerator
+        self.recipe, self.progress, self.accelerator, self.tracking = recipe, progress, accelerator, tracking
         self.store = Checkpoints(folder / "checkpoints", lambda text: progress("note", 1.0, text))
         self.data = recipe.make_data().to(accelerator.device)
         for note in self.data.left_out:
@@ -348,6 +360,8 @@ class _Training:
         phase.channels_last = self.channels_last
 
         def report_epoch(row: Epoch, epochs: int) -> None:
+            if self.tracking is not None:
+                self.tracking.epoch(row, len(self.rows) + row.epoch)
             stage = f"{row.phase} epoch {row.epoch}/{epochs}"
             self.progress(stage, row.epoch / epochs, row.line(self.left + epochs - row.epoch))
 
@@ -429,6 +443,7 @@ def run(
     overwrite: bool = False,
     progress: Progress = silent,
     command: str = "tensorrail run",
+    track: Sequence[str] = (),
 ) -> Report | None:
     """Do a whole run, and write its report to the folder as `report.json`, `report.md` and `report.html`.
 
@@ -439,6 +454,7 @@ def run(
         overwrite: delete the run in the folder and start again; default False.
         progress: is told of the progress, in the first process alone; default: nothing is shown.
         command: the command line that the report names.
+        track: what the run is logged to, of `TRACKERS`; default: nothing.
 
     Returns:
         The report, or None in all processes but the first one, which measures.
@@ -449,13 +465,22 @@ def run(
         CheckpointError: a checkpoint cannot be read or written.
 
     """
-    accelerator = make_accelerator(recipe)
-    if accelerator.is_main_process:
-        prepare(recipe, folder, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-    trained, data = train_all(recipe, folder, progress if accelerator.is_main_process else silent, accelerator)
-    if not accelerator.is_main_process:
-        return None
+    accelerator = make_accelerator(recipe, folder, track)
+    told = progress if accelerator.is_main_process else silent
+    with Tracking(accelerator, recipe, track, told) as tracking:
+        if accelerator.is_main_process:
+            prepare(recipe, folder, resume=resume, overwrite=overwrite)
+        accelerator.wait_for_everyone()
+        trained, data = train_all(recipe, folder, told, accelerator, tracking)
+        if not accelerator.is_main_process:
+            return None
+        report = _measured(recipe, folder, trained, data, command, progress)
+        tracking.report(report, len(trained.rows))
+    return report
+
+
+def _measured(recipe: Recipe, folder: Path, trained: Trained, data: Dataset, command: str, progress: Progress) -> Report:
+    """Export and measure the trained networks, and write the report."""
     sample = data.example(33).numpy()
     feeds = [{"image": sample[:1]}, {"image": sample[1:]}]
     with scratch() as temporary:
