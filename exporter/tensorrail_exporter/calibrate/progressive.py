@@ -31,7 +31,7 @@ from tensorrail_runtime.sessions.session import Session, open_session, run
 from tensorrail_runtime.sessions.side_by_side import side_by_side
 from tensorrail_runtime.sessions.values import TYPES
 
-_MEMORY = 2**28  # bytes of tensors that are kept in memory; further ones are kept in files
+_MEMORY = 2**29  # bytes of tensors that are kept in memory; further ones are kept in files
 _SMALL = 2**16  # bytes; smaller tensors always stay in memory
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
