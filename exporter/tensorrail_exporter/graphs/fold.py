@@ -50,6 +50,15 @@ def is_constant(tensor: gs.Tensor) -> bool:
     return _ancestors(tensor) is not None
 
 
+def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
+    """Return the value of a constant, or of a Constant node; None for any other tensor."""
+    if isinstance(tensor, gs.Constant):
+        return np.asarray(tensor.values)
+    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
+    return np.asarray(value.values) if isinstance(value, gs.Constant) else None
+
+
 def sources(tensor: gs.Tensor) -> tuple[str, ...]:
     """Return the names of the stored matrices and kernels that a tensor is computed from; none if it is not constant."""
     ancestors = _ancestors(tensor)

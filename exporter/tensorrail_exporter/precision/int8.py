@@ -171,9 +171,8 @@ class Quantizer:
     def __call__(self, keep: Sequence[str] = ()) -> onnx.ModelProto:
         """Return the model in int8, but for the layers, weights or nodes in `keep`."""
         blocked = self._blocked(keep)
-        options = {"per_channel": self._per_channel, "reduce_range": self._narrow, "large": self._large}
         with _quiet(), self._in_one_line():
-            quantized = _quantize(self._with_rounded(blocked), self._ranges, blocked, **options)
+            quantized = self._quantized(blocked)
         if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
             raise GraphError(
                 "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become "
@@ -187,6 +186,10 @@ class Quantizer:
 
     def _blocked(self, keep: Sequence[str]) -> frozenset[str]:
         return frozenset(self._prepared.node_code(name) for name in kept_nodes(self.model, keep))
+
+    def _quantized(self, blocked: frozenset[str]) -> onnx.ModelProto:
+        options = {"per_channel": self._per_channel, "reduce_range": self._narrow, "large": self._large}
+        return _quantize(self._with_rounded(blocked), self._ranges, blocked, **options)
 
     def _with_rounded(self, blocked: frozenset[str]) -> Path:
         """Return the file of the graph with rounded weights, but for the nodes that stay fp32."""
@@ -243,9 +246,8 @@ class Quantizer:
 
     def _error(self, source: Path, feeds: Sequence[Mapping[str, np.ndarray]], blocked: frozenset[str]) -> float:
         """Return how far the outputs in int8 are from those in fp32, in standard deviations; NaN if that is not known."""
-        options = {"per_channel": self._per_channel, "reduce_range": self._narrow, "large": self._large}
         path = self._ready.with_name("tried.onnx")
-        save_model(_quantize(self._with_rounded(blocked), self._ranges, blocked, **options), path)
+        save_model(self._quantized(blocked), path)
         try:
             return agreement(source, path, feeds).difference
         except ModelError:  # outputs that are no tensors, or random

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.graphs.fold import folded, is_standard
+from tensorrail_exporter.graphs.fold import constant_value, folded, is_standard
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_runtime.errors import GraphError
 
@@ -165,7 +165,7 @@ def _elementwise(found: Channels, node: gs.Node) -> list[gs.Variable] | None:
         return None
     before: list[gs.Variable] = []
     for place, tensor in enumerate(node.inputs):
-        values = _value(tensor)
+        values = constant_value(tensor)
         if values is None:
             if tensor.is_empty() or not isinstance(tensor, gs.Variable):
                 return None
@@ -183,7 +183,7 @@ def _normalized(found: Channels, node: gs.Node) -> list[gs.Variable] | None:
     """Add a batch norm, whose channels are the second axis."""
     shape = node.inputs[0].shape
     second = found.axis < -1 or (shape is not None and len(shape) == 2)
-    values = [_value(tensor) for tensor in node.inputs[1:5]]
+    values = [constant_value(tensor) for tensor in node.inputs[1:5]]
     if not second or found.opset < 9 or node.attrs.get("training_mode", 0):
         return None
     for place, (tensor, own) in enumerate(zip(node.inputs[1:5], values, strict=True), 1):
@@ -195,7 +195,7 @@ def _normalized(found: Channels, node: gs.Node) -> list[gs.Variable] | None:
 
 def _padded(found: Channels, node: gs.Node) -> list[gs.Variable] | None:
     """Add a Pad that adds no channels."""
-    values = [_value(tensor) for tensor in node.inputs[1:]]
+    values = [constant_value(tensor) for tensor in node.inputs[1:]]
     if len(values) > 2 or any(
         value is None and not tensor.is_empty() for value, tensor in zip(values, node.inputs[1:], strict=True)
     ):
@@ -210,7 +210,7 @@ def _padded(found: Channels, node: gs.Node) -> list[gs.Variable] | None:
 def _depthwise(found: Channels, node: gs.Node) -> list[gs.Variable] | None:
     """Add a convolution with one kernel for each channel."""
     given = [tensor for tensor in node.inputs[1:] if not tensor.is_empty()]
-    values = [_value(tensor) for tensor in given]
+    values = [constant_value(tensor) for tensor in given]
     weight = values[0]
     if weight is None or 1 - weight.ndim != found.axis or weight.shape[1] != 1 or node.attrs["group"] != found.count:
         return None
@@ -244,7 +244,7 @@ def _is_maker(found: Channels, node: gs.Node) -> bool:
         return False
     found.add(node, 1, axis, node.inputs[1], weight)
     if bias is not None:
-        values = _value(bias)
+        values = constant_value(bias)
         if values is None:
             return False
         if values.ndim and values.shape[-1] != 1:  # others are the same for all channels
@@ -257,7 +257,7 @@ def _is_maker(found: Channels, node: gs.Node) -> bool:
 
 def _weight(node: gs.Node, opset: int) -> np.ndarray | None:
     """Return the weight of a layer, also if nodes of the graph compute it from constants; None if it has none."""
-    if (values := _value(node.inputs[1])) is not None:
+    if (values := constant_value(node.inputs[1])) is not None:
         return values
     try:
         constant = folded(node.inputs[1], opset, "weight")
@@ -266,18 +266,9 @@ def _weight(node: gs.Node, opset: int) -> np.ndarray | None:
     return None if constant is None else np.asarray(constant.values)
 
 
-def _value(tensor: gs.Tensor) -> np.ndarray | None:
-    """Return the value of a constant, or of a Constant node; None for any other tensor."""
-    if isinstance(tensor, gs.Constant):
-        return np.asarray(tensor.values)
-    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
-    return np.asarray(value.values) if isinstance(value, gs.Constant) else None
-
-
 def _is_single(tensor: gs.Tensor) -> bool:
     """Return whether a further input is the same for all channels: absent, or a constant with one value."""
-    value = _value(tensor)
+    value = constant_value(tensor)
     return tensor.is_empty() or (value is not None and value.size == 1)
 
 

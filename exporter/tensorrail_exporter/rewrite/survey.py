@@ -11,6 +11,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
+from tensorrail_exporter.formats.width import with_inputs
+from tensorrail_exporter.graphs.fold import constant_value
 from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown_axes
 from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.rules import Rule
@@ -60,7 +62,7 @@ class DenseLayer:
         weight, data = (1, 1) if self.spec.op == "conv" else (_features(self.op, self.attrs, False), -1)
         inputs = list(self.inputs)
         inputs[0], inputs[1] = _resized(inputs[0], data, count), _resized(inputs[1], weight, count)
-        spec = replace(self.spec, shape=(self.spec.shape[0], count, *self.spec.shape[2:]))
+        spec = with_inputs(self.spec, count)
         fewer = replace(self, spec=spec, inputs=tuple(inputs), macs=self.macs * count // self.spec.shape[1], makers=())
         return replace(fewer, side_by_side=fewer.source == fewer.output)
 
@@ -350,12 +352,7 @@ def _constant(node: gs.Node, place: int) -> np.ndarray | None:
     """Return the value of an input, if it is a constant."""
     if place >= len(node.inputs):
         return None
-    tensor = node.inputs[place]
-    if isinstance(tensor, gs.Constant):
-        return np.asarray(tensor.values)
-    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
-    return np.asarray(value.values) if isinstance(value, gs.Constant) else None
+    return constant_value(node.inputs[place])
 
 
 def _macs(node: gs.Node, spec: LayerSpec) -> int:

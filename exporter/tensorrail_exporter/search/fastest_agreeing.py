@@ -317,9 +317,7 @@ def _measured(picks: Picks, candidates: Candidates, probe: Probe) -> _Found:
     space = candidates.space({})
     outputs = probe.outputs(space.choice(picks))
     saved = sum(
-        candidates.milliseconds(layer)
-        - candidates.milliseconds(layer, options[picked - 1])
-        + candidates.saved_before(layer, options[picked - 1])
+        candidates.milliseconds(layer) - candidates.added(layer, options[picked - 1])
         for (layer, options), picked in zip(candidates.faster.items(), picks, strict=True)
         if picked
     )

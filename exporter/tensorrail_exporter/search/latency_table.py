@@ -206,6 +206,10 @@ class LatencyTable:
             for maker in makers_of(layer, option)
         }
 
+    def added(self, layer: DenseLayer, option: Option) -> float:
+        """Return the time of one node of the layer with an option, less what the layers before it save."""
+        return self.milliseconds(layer, option) - sum(self.saved_before(layer, option).values())
+
     def _of_narrow(self, layer: DenseLayer, narrow: DenseLayer) -> float:
         """Return the time of a layer with fewer channels: its share of the whole layer's in copies side by side."""
         share = self.milliseconds(narrow) / self.milliseconds(_side_by_side(layer))
@@ -249,9 +253,10 @@ class LatencyTable:
         """
         jobs: dict[str, tuple[DenseLayer, list[Option]]] = {}
         nodes: Counter[str] = Counter()  # of the network, by the digest of their layer
+        for layer in wanted:
+            nodes[_digest(layer.signature)] += layer.nodes
         for layer, options in _without_narrow(wanted):
             digest, missing = _digest(layer.signature), self.missing(layer, options)
-            nodes[digest] += layer.nodes if layer in wanted else 0  # others are the layers before one of them
             if missing or _key(layer, None) not in self.times:
                 _, queued = jobs.setdefault(digest, (layer, []))
                 forms = {_form(option): option for option in (*queued, *missing)}  # equal layers may have different options

@@ -445,5 +445,4 @@ def _faster(layer: DenseLayer, options: Sequence[Option], table: LatencyTable, g
     if layer.spec.gathers:
         return tuple(options)
     dense = table.milliseconds(layer)
-    times = (table.milliseconds(layer, option) - sum(table.saved_before(layer, option).values()) for option in options)
-    return tuple(option for option, time in zip(options, times, strict=True) if time <= gain * dense)
+    return tuple(option for option in options if table.added(layer, option) <= gain * dense)

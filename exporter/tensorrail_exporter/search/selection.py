@@ -55,9 +55,9 @@ class Candidates:
         """Return the time of all nodes of a layer in the network, dense or with an option."""
         return self.scale * layer.nodes * self.table.milliseconds(layer, option)
 
-    def saved_before(self, layer: DenseLayer, option: Option) -> float:
-        """Return the milliseconds that the layers before a layer save with an option, while they are dense."""
-        return self.scale * sum(self.table.saved_before(layer, option).values())
+    def added(self, layer: DenseLayer, option: Option) -> float:
+        """Return the time of all nodes of a layer with an option, less what the layers before it save while they are dense."""
+        return self.scale * layer.nodes * self.table.added(layer, option)
 
     @property
     def apart(self) -> list[Apart]:
@@ -102,8 +102,7 @@ class Candidates:
         options = self.faster[layer]
         match target:
             case "latency":
-                costs = (self.milliseconds(layer, option) - self.saved_before(layer, option) for option in options)
-                return [self.milliseconds(layer), *costs]
+                return [self.milliseconds(layer), *(self.added(layer, option) for option in options)]
             case "flops":
                 saved = (sum(one.macs - fewer.macs for one, fewer in _makers(layer, option)) for option in options)
                 costs = (2.0 * (macs_of(layer, option) - less) for option, less in zip(options, saved, strict=True))
@@ -302,9 +301,7 @@ def _why_dense(layer: DenseLayer, candidates: Candidates, search: Search) -> str
         return "too narrow for a rank on the grid"
     if not candidates.faster[layer]:
         dense_ms, own = candidates.table.milliseconds(layer), candidates.options[layer]
-        table = candidates.table
-        nets = (table.milliseconds(layer, option) - sum(table.saved_before(layer, option).values()) for option in own)
-        best = dense_ms / max(min(nets), 1e-6)
+        best = dense_ms / max(min(candidates.table.added(layer, option) for option in own), 1e-6)
         if best * search.gain >= 1:
             return "slower in the network's profile"
         return f"no form is faster: the best one reaches {best:.2f}×"
