@@ -13,7 +13,7 @@ export PYTHONPYCACHEPREFIX ?= $(abspath $(VENV))/pycache
 # Test processes share the cores: threads of one would wait for those of another.
 test test-all test-environments: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-all test-environments lint format bench bench-gpu docs package clean
+.PHONY: demo test test-all test-environments test-kserve lint format bench bench-gpu docs package clean
 .DEFAULT_GOAL := demo
 
 # torch goes in first and alone, by its exact pin, so that the build found for that very spelling is the one that is used.
@@ -35,6 +35,12 @@ test-all: $(READY)  ## every test: the slow ones, all formats on foreign models,
 
 test-environments: $(READY)  ## the test suite as on other processors, with one core, another locale, no home, no network
 	$(BIN)/python tests/environments.py
+
+# KServe needs an older protobuf than the other packages here, so it gets an environment of its own.
+test-kserve:  ## the manifest for KServe against the models of KServe's own package
+	$(PYTHON) -m venv $(VENV)/kserve
+	$(VENV)/kserve/bin/python -m pip install --quiet --disable-pip-version-check kserve pytest pyyaml
+	cd tests/tools && ../../$(VENV)/kserve/bin/python -m pytest -c /dev/null --noconftest test_kserve.py -k 'field'
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(CODE)

@@ -5,11 +5,11 @@
 
 Both models are served at once by `tensorrail serve`, each by one replica with all of the machine's threads, and get their
 load in turns, A B B A: while one is asked the other is idle. In each block every number of clients (`--clients`) asks for
-`--seconds`; a client sends its next request when it has the answer to the last one, binary tensors of one sample over a
-kept connection on loopback. The clients share the machine's cores with the server. p99 is of all a model's requests at a
-number of clients, and the throughput that counts is the highest at a number of clients whose p99 is within the bound: by
-default four times the dense model's p50 with one client. The interval is a bootstrap over the pairs of blocks, p99 and
-choice included.
+`--seconds`; a client, Triton's own (`tritonclient`), sends its next request when it has the answer to the last one, binary
+tensors of one sample over a kept connection on loopback. The clients share the machine's cores with the server. p99 is of all
+a model's requests at a number of clients, and the throughput that counts is the highest at a number of clients whose p99 is
+within the bound: by default four times the dense model's p50 with one client. The interval is a bootstrap over the pairs of
+blocks, p99 and choice included.
 
 Without models: ResNet-18 at 224², dense and with the published tensor-train ranks, padded to what the CPU computes at once.
 """
@@ -17,8 +17,6 @@ Without models: ResNet-18 at 224², dense and with the published tensor-train ra
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import re
 import subprocess
 import sys
@@ -27,9 +25,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.serve.protocol.datatypes import ONNX
@@ -62,48 +64,42 @@ def served(model: Path, options: Sequence[str]) -> Iterator[int]:
         process.communicate(timeout=60)
 
 
-def message(model: Path) -> tuple[bytes, dict[str, str], list[np.ndarray]]:
-    """Return a request's body and headers, one sample of random inputs, and what the model answers to it."""
+@dataclass(frozen=True)
+class Request:
+    """A request for one sample of random inputs, and what the model answers to it, by the names of its outputs."""
+
+    inputs: list[InferInput]
+    wanted: dict[str, np.ndarray]
+
+
+def request_of(model: Path) -> Request:
+    """Return a request for a model, with binary tensors."""
     session = open_session(model)
     feed = random_inputs(session, 1)
-    types = {entry.name: ONNX[entry.type] for entry in session.get_inputs()}
-    inputs = [
-        {"name": name, "datatype": types[name], "shape": list(x.shape), "parameters": {"binary_data_size": x.nbytes}}
-        for name, x in feed.items()
-    ]
-    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
-    body = b"".join((head, *(x.tobytes() for x in feed.values())))
-    return body, {"Inference-Header-Content-Length": str(len(head))}, session.run(None, feed)
+    inputs = []
+    for entry in session.get_inputs():
+        tensor = InferInput(entry.name, list(feed[entry.name].shape), ONNX[entry.type])
+        inputs.append(tensor.set_data_from_numpy(feed[entry.name], binary_data=True))
+    names = [entry.name for entry in session.get_outputs()]
+    return Request(inputs, dict(zip(names, session.run(None, feed), strict=True)))
 
 
-def asker(port: int, body: bytes, headers: dict[str, str]) -> Callable[[], bytes]:
+def asker(port: int, request: Request) -> Callable[[], InferResult]:
     """Return a function that sends the request over a connection of its own and returns the answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-
-    def ask() -> bytes:
-        connection.request("POST", "/v2/models/net/infer", body, headers)
-        response = connection.getresponse()
-        content = response.read()
-        if response.status != 200:
-            raise RuntimeError(f"the server answered {response.status}: {content[:200]!r}")
-        return content
-
-    return ask
+    client = InferenceServerClient(f"127.0.0.1:{port}", connection_timeout=120, network_timeout=120)
+    return partial(client.infer, "net", request.inputs)
 
 
-def check(port: int, request: tuple[bytes, dict[str, str], list[np.ndarray]]) -> None:
+def check(port: int, request: Request) -> None:
     """End unless the server answers what the session does."""
-    body, headers, wanted = request
-    content = asker(port, body, headers)()
-    tail = b"".join(np.ascontiguousarray(array).tobytes() for array in wanted)
-    found = np.frombuffer(content[len(content) - len(tail) :], wanted[0].dtype)
-    if not np.allclose(found, np.frombuffer(tail, wanted[0].dtype), rtol=1e-4, atol=1e-4):
-        sys.exit("the server's answer is not the session's")
+    answer = asker(port, request)()
+    for name, wanted in request.wanted.items():
+        found = answer.as_numpy(name)
+        if found is None or not np.allclose(found, wanted, rtol=1e-4, atol=1e-4):
+            sys.exit(f"the server's answer for output {name} is not the session's")
 
 
-def turn(
-    port: int, request: tuple[bytes, dict[str, str], list[np.ndarray]], clients: int, seconds: float
-) -> tuple[Times, float]:
+def turn(port: int, request: Request, clients: int, seconds: float) -> tuple[Times, float]:
     """Have so many clients ask for so long; return the times of what was asked after the warm-up, and the answers a second.
 
     Requests that are under way at the end are waited for and their times count, or the slow ones would be left out; answers
@@ -113,7 +109,7 @@ def turn(
     counted, end = begin + WARM * seconds, begin + seconds
 
     def client() -> list[tuple[float, float]]:
-        ask = asker(port, *request[:2])
+        ask = asker(port, request)  # in this thread, to which its connection belongs
         mine = []
         while (start := time.perf_counter()) < end:
             ask()
@@ -206,7 +202,7 @@ def main() -> None:
         paths = tuple(path.resolve() for path in paths)
         extra = ("--max-batch", str(options.max_batch), "--batch-wait", str(options.batch_wait))
         ports = [servers.enter_context(served(path, extra)) for path in paths]
-        requests = [message(path) for path in paths]
+        requests = [request_of(path) for path in paths]
         for port, request in zip(ports, requests, strict=True):
             check(port, request)
             turn(port, request, max(options.clients), options.seconds / 2)
@@ -231,7 +227,8 @@ def main() -> None:
     lines = [
         "# Served requests a second within a bound of p99, dense against factored",
         "",
-        f"Command: `{command}`. {what}. {where.processor}, {where.cores} cores, shared by server and clients; ONNX Runtime "
+        f"Command: `{command}`. {what}. {where.processor}, {where.cores} cores, shared by server and clients (tritonclient "
+        f"{version('tritonclient')}); ONNX Runtime "
         f"{where.onnxruntime}, one replica each, batches of up to {options.max_batch} that wait {options.batch_wait:g} ms; "
         f"{options.blocks} blocks in turns, {counts[0]:,} and {counts[1]:,} requests.",
         "",

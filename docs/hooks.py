@@ -22,7 +22,7 @@ _PICTURE = re.compile(r"!\[[^\]]*\]\((?:docs/)?assets/[\w-]+\.svg(?=\))")
 _FENCES = {".py": "python", ".yml": "yaml", ".yaml": "yaml"}
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _WHOLE = ("CHANGELOG.md", "CONTRIBUTING.md", "results/*.md", "results/*.svg", "results/precision/*.svg", "examples/README.md")
-_SOURCES = ("action.yml", "examples/*.py", "examples/*.yml", "recipes/*.yaml")
+_SOURCES = ("action.yml", "examples/*.py", "examples/*.yml", "examples/*.yaml", "recipes/*.yaml")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 _EXTRAS = {
     "history": ("ruptures",),
     "lightning": ("lightning",),
+    "olive": ("olive",),
     "transformers": ("transformers",),
     "export": ("PIL", "onnx_graphsurgeon", "safetensors", "tensorly"),
     "serve": ("fastapi", "prometheus_client", "ray", "starlette", "uvicorn"),

@@ -49,14 +49,16 @@ def plan_of(model, prefix=""):
     return tr.Plan(layers=tr.plan_layers(model, f"{prefix}hidden", format="svd", ranks=4))
 
 
-def plain(model, data, epochs=EPOCHS, every=1):
-    """Train in a plain loop, with all samples in a batch: one step an epoch."""
+def plain(model, data, epochs=EPOCHS, every=1, mixed=False):
+    """Train in a plain loop, with all samples in a batch: one step an epoch. With `mixed`, the model computes in bf16."""
     x, y = data
     admm = tr.ADMM(model, plan_of(model), rho=RHO)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for step in range(1, epochs + 1):
         optimizer.zero_grad()
-        (model(x, y)["loss"] + admm.penalty()).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(x, y)["loss"]
+        (loss + admm.penalty()).backward()
         optimizer.step()
         if step % every == 0:
             admm.update()
@@ -173,6 +175,13 @@ class TestTransformers:
         logged = [row for row in trainer.state.log_history if "admm/primal" in row]
         assert [row["step"] for row in logged] == list(range(1, EPOCHS + 1))
 
+    def test_mixed_precision_leaves_the_penalty_in_single(self, train, model, data):
+        other = copy.deepcopy(model)
+        _, callback = train(bf16=True)
+        admm = plain(other, data, mixed=True)
+        same(model, other)
+        torch.testing.assert_close(callback.phase.admm.Z["hidden"], admm.Z["hidden"], rtol=1e-3, atol=1e-4)
+
     def test_updates_may_be_counted_in_steps(self, train, model, data):
         other = copy.deepcopy(model)
         train(every=2)
@@ -231,7 +240,7 @@ class TestLightning:
 
         from tensorrail.integrations.lightning import ADMMCallback
 
-        def fit(module, parts=1, every=0, epochs=EPOCHS, resume=None):
+        def fit(module, parts=1, every=0, epochs=EPOCHS, resume=None, precision="32-true"):
             loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]) // parts)
             callback = ADMMCallback(plan_of(module, "model."), rho=RHO, every=every)
             trainer = Trainer(
@@ -239,6 +248,7 @@ class TestLightning:
                 accumulate_grad_batches=parts,
                 callbacks=[callback],
                 accelerator="cpu",
+                precision=precision,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -258,6 +268,13 @@ class TestLightning:
         same(module.model, other)
         torch.testing.assert_close(callback.phase.admm.U["model.hidden"], admm.U["hidden"], rtol=1e-3, atol=1e-4)
         assert float(trainer.callback_metrics["admm/primal"]) == pytest.approx(callback.residuals[0].primal, rel=1e-5)
+
+    def test_mixed_precision_leaves_the_penalty_in_single(self, fit, module, data):
+        other = copy.deepcopy(module.model)
+        _, callback, _ = fit(module, precision="bf16-mixed")
+        admm = plain(other, data, mixed=True)
+        same(module.model, other)
+        torch.testing.assert_close(callback.phase.admm.Z["model.hidden"], admm.Z["hidden"], rtol=1e-3, atol=1e-4)
 
     def test_updates_may_be_counted_in_steps(self, fit, module, data):
         other = copy.deepcopy(module.model)

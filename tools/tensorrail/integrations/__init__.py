@@ -1,1 +1,1 @@
-"""ADMM in the trainers of other libraries: `transformers` and `lightning`, each in a module of its own."""
+"""Tensorrail inside other libraries: ADMM for `transformers` and `lightning`, `compress` as a pass of `olive`."""
