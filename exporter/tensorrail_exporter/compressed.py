@@ -113,11 +113,12 @@ class CompressReport(PrintedRecord):
         if (paired := self.accuracy) is not None:
             rows.append(_accuracy_row(paired))
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
-        written = "factored" if self.layers else f"in {self.precision}"
+        exact = self.planning is not None and self.planning.plan.changes
+        written = "factored" if self.layers else "written" if exact else f"in {self.precision}"
         parts.append(Table(self.model, ("quantity", "dense", written, f"dense against {written}"), rows))
         if len(self.front) > 1:
             parts.append(self._front())
-        if self.layers:
+        if self.layers or exact:
             parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
         if self.fusions is not None and (line := self.fusions.described()):

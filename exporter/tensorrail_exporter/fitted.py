@@ -27,6 +27,7 @@ Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.Mo
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
 
 _ROUNDING = 1e-4  # relative L2: allowed difference between reconstructed weights and their cores in float32
+_ROUNDING_OF_HALVES = 1e-2  # the same for joint layers in float16
 _ROUNDINGS = 8  # per layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
 
 
@@ -120,6 +121,19 @@ def numerical_error(
         raise GraphError(
             f"expected the factored graph to differ by at most {limit:.1g} (relative L2) from the graph with reconstructed "
             f"weights, got {error:.1e}; remove layers from the plan until this check passes, and please report the model"
+        )
+    return error
+
+
+def rounding_error(dense: Path, joined: Path, feeds: list[Mapping[str, np.ndarray]], settings: Session) -> float:
+    """Return how far a graph with joint layers differs from the dense one. Raises `GraphError` if that exceeds rounding."""
+    error = parity(dense, joined, inputs=feeds, tolerance=None, settings=settings).worst
+    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in onnx.load(joined).graph.initializer)
+    limit = _ROUNDING_OF_HALVES if halves else _ROUNDING
+    if not error <= limit:
+        raise GraphError(
+            f"expected joint layers to differ from the dense ones by at most {limit:.1g} (relative L2), got {error:.1e}; plan "
+            "without joint layers, and please report the model"
         )
     return error
 

@@ -19,9 +19,10 @@ from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.choice import Wanted, best, meets
 from tensorrail_exporter.compressed import CompressReport, Point, Ratios
-from tensorrail_exporter.fitted import Fitting, fitted, numerical_error
+from tensorrail_exporter.fitted import Fitting, fitted, numerical_error, rounding_error
 from tensorrail_exporter.fitted import Refine as Refine
 from tensorrail_exporter.graphs.io import load_model, save_model
+from tensorrail_exporter.graphs.joint import without_inner_shapes
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import Quantizer
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
@@ -188,13 +189,15 @@ class _Built:
     fits: tuple[LayerFit, ...] = ()
     numerical: float = 0.0
     spared: tuple[str, ...] = ()  # nodes that stay in fp32 in the model in int8
+    exact: str = ""  # the changes that lose nothing
     asked: str = ""  # the targets of the plan, where plans have different ones
 
     @property
     def name(self) -> str:
         """What the model is, for tables."""
         spared = f", {len(self.spared)} layer{'s' * (len(self.spared) > 1)} in fp32" if self.spared else ""
-        return f"{'low rank' if self.layers else 'dense'} in {self.precision}{spared}{self.asked}"
+        what = "low rank" if self.layers else self.exact or "dense"
+        return f"{what} in {self.precision}{spared}{self.asked}"
 
 
 class _Builder:
@@ -224,7 +227,7 @@ class _Builder:
 
         Of several models, one that cannot be made is left out with a note.
         """
-        factored = [planned for planned in plans if _plan(planned).layers]
+        factored = [planned for planned in plans if _plan(planned).changes]
         dense_too = any(planned.precision == "int8" for planned in plans)
         if not factored and not dense_too:
             raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
@@ -255,17 +258,27 @@ class _Builder:
 
     def _of(self, planned: Planned, resolved: ResolvedPlan, number: int) -> _Built:
         planning, plan = (planned if isinstance(planned, PlanReport) else None), _plan(planned)
-        network = fitted(resolved, self.parts, self.how)
-        path = plain = _saved(network.factored.model, self.dense.with_name(f"factored{number}.onnx"))
+        path = plain = self.dense.with_name(f"factored{number}.onnx")
         settings = self.conditions.settings.exact
         feeds = self.feeds if self.parts is None else list(self.parts.fitted.feeds)
-        error = numerical_error(network.resolved, network.cores, path, feeds, self.dense.parent, settings)
-        save_model(network.model, plain)
+        rewrites: tuple[LayerRewrite, ...] = ()
+        fits: tuple[LayerFit, ...] = ()
+        if resolved.layers:
+            network = fitted(resolved, self.parts, self.how)
+            save_model(network.factored.model, path)
+            error = numerical_error(network.resolved, network.cores, path, feeds, self.dense.parent, settings)
+            model, rewrites, fits = network.model, network.factored.layers, network.layers
+        else:
+            model = resolved.model
+            save_model(model, path)
+            error = rounding_error(self.dense, path, feeds[:1], settings)
+        save_model(_shaped(model, plan), path)
         spared: tuple[str, ...] = ()
         if plan.precision == "int8":
-            small = self._in_int8(network.model)
-            path, spared = _saved(small.model, self.dense.with_name(f"int8-{number}.onnx")), small.spared
-        return _Built(plan.precision, path, plain, planning, network.factored.layers, network.layers, error, spared)
+            small = self._in_int8(model)
+            path, spared = _saved(_shaped(small.model, plan), self.dense.with_name(f"int8-{number}.onnx")), small.spared
+        exact = "joint layers" if plan.joint else "no inner shapes" if not plan.inner_shapes else ""
+        return _Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact)
 
     def _in_int8(self, model: onnx.ModelProto) -> Spared:
         """Return a model in int8, with layers in fp32 where it would not keep the limits without them, but would in fp32."""
@@ -333,6 +346,11 @@ def _targets(plans: Sequence[Planned], options: Compression) -> dict[str, float]
 
 def _plan(planned: Planned) -> Plan:
     return planned.plan if isinstance(planned, PlanReport) else planned
+
+
+def _shaped(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """Return a model with the shapes of inner tensors in its file, or without, as the plan says."""
+    return model if plan.inner_shapes else without_inner_shapes(model)
 
 
 def _words(targets: Mapping[str, float]) -> str:

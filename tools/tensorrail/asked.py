@@ -71,7 +71,7 @@ class Asked:
                 continue
             for report in reports:  # targets that are near to each other may have the same plan
                 found.setdefault(report.plan, report)
-        low_rank: list[PlanReport | Plan] = [one for one in found.values() if one.plan.layers]
+        low_rank: list[PlanReport | Plan] = [one for one in found.values() if one.plan.changes]
         if "int8" in self.precisions:  # the dense network in int8 is measured in any case, and may be all that is fast enough
             if not any(one.precision == "int8" for one in low_rank):
                 low_rank.append(Plan(layers=(), precision="int8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,8 @@ from tensorrail_exporter.formats.modes import require_merge
 from tensorrail_exporter.plans.costs import cheapest_merge
 from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.records import first_problem, write_text
+
+_DEFAULTS = {"precision": "fp32", "joint": (), "inner_shapes": True}
 
 Precision = Literal["fp32", "int8"]
 """The precision that a network is planned in."""
@@ -84,6 +86,10 @@ class Plan(BaseModel):
         layers: one plan per layer; no name may appear twice.
         precision: the precision in which the network was timed, and in which `compress` writes it; `fp32` in files of older
             versions. What is not factorized is int8 as well.
+        joint: layers of an ONNX graph that read the same input and become one layer, which has the name `joint_name` and may
+            be planned in turn; by the names of their weights. None in files of older versions.
+        inner_shapes: whether the file of an ONNX graph states the shapes of inner tensors; `False` where the graph was measured
+            to be faster without them.
 
     """
 
@@ -92,6 +98,13 @@ class Plan(BaseModel):
     version: Literal[1] = 1
     layers: tuple[LayerPlan, ...] = Field(strict=False)
     precision: Precision = "fp32"
+    joint: tuple[Annotated[tuple[str, ...], Field(min_length=2, strict=False)], ...] = Field(default=(), strict=False)
+    inner_shapes: bool = True
+
+    @property
+    def changes(self) -> bool:
+        """Whether the plan changes a graph in fp32."""
+        return bool(self.layers or self.joint or not self.inner_shapes)
 
     @model_validator(mode="after")
     def _names_once(self) -> Plan:
@@ -99,6 +112,12 @@ class Plan(BaseModel):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"each layer may be planned once, but {repeated[0]!r} appears {names.count(repeated[0])} times")
+        parts = [part for group in self.joint for part in group]
+        twice = sorted({part for part in parts if parts.count(part) > 1})
+        if twice:
+            raise ValueError(
+                f"each layer may be joined with others once, but {twice[0]!r} appears {parts.count(twice[0])} times"
+            )
         return self
 
     @classmethod
@@ -124,5 +143,6 @@ class Plan(BaseModel):
 
     def save(self, path: Path | str) -> None:
         """Write the plan to a JSON file."""
-        unsaid = {"precision"} if self.precision == "fp32" else None  # which older versions do not know
+        # What older versions do not know is written only where it says something.
+        unsaid = {name for name in ("precision", "joint", "inner_shapes") if getattr(self, name) == _DEFAULTS[name]}
         write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.graphs.io import import_graph
+from tensorrail_exporter.graphs.joint import with_joint
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.rules import Rule
 from tensorrail_exporter.rewrite.rules.emit import Names, Site
@@ -79,7 +80,7 @@ class ResolvedPlan:
     """A plan whose layers were found in a model. The graph is never changed; `copy` returns one that may be changed.
 
     Attributes:
-        model: the model.
+        model: the model, in which the layers that the plan joins are one.
         graph: its graph, in which computed weights are not folded.
         plan: the plan.
         layers: the planned layers by name, in the plan's order.
@@ -124,7 +125,7 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
 
     Args:
         model: the dense model; it is not changed.
-        plan: names, formats, modes and ranks of the layers.
+        plan: names, formats, modes and ranks of the layers. Layers that it joins are joined first.
 
     Returns:
         The nodes of each layer, what they compute, and the weights.
@@ -134,6 +135,7 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
         PlanError: modes, ranks or merge do not fit the weight's shape.
 
     """
+    model = with_joint(model, plan.joint)
     graph = import_graph(model)
     named = NamedLayers(graph)
     places = {id(node): place for place, (_, node) in enumerate(walk(graph))}

@@ -1,10 +1,11 @@
 """Plans a whole network: chooses a form for each layer that meets the targets at the least loss of accuracy.
 
-The steps are: list the options on the rank grid of the hardware, time them, measure their losses, choose one option per layer,
-measure the loss of the chosen network as a whole and improve the choice, then build the network, time it against the dense one
-and profile it. Where the whole network loses more than its layers were charged, their losses are scaled and the choice is
-repeated. If it misses a target, or exceeds a latency target by far, the budget is scaled by that ratio, forms that the profile
-shows slower than their dense layer are removed, and the choice is repeated.
+The steps are: make changes that lose nothing where the network is faster for them, list the options on the rank grid of the
+hardware, time them, measure their losses, choose one option per layer, measure the loss of the chosen network as a whole and
+improve the choice, then build the network, time it against the dense one and profile it. Where the whole network loses more
+than its layers were charged, their losses are scaled and the choice is repeated. If it misses a target, or exceeds a latency
+target by far, the budget is scaled by that ratio, forms that the profile shows slower than their dense layer are removed, and
+the choice is repeated.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import dense_weights
 from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.joint import joint_groups, joint_name, with_joint
 from tensorrail_exporter.plans.plan import Plan
-from tensorrail_exporter.rewrite.resolve import resolve
+from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut, left_out, survey
+from tensorrail_exporter.search.exact import fastest_exact
 from tensorrail_exporter.search.latency_table import LatencyTable, makers_of
 from tensorrail_exporter.search.losses import (
     Losses,
@@ -135,14 +138,15 @@ def plan_networks(
     check_metric(search.metric, calibration)
     settings.check()
     search = replace(search, grid=search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block))
-    layers, refused = _surveyed(model, conditions)
-    _check_keep(search.keep, layers)
-    options = _options(layers, search, {name for one in targets for name in one})
-    resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
-    dense_weights(resolved)  # raises if they are not finite
+    asked = {name for one in targets for name in one}
+    layers, refused, options, resolved = _to_plan(model, search, asked, conditions)
     parts = calibration_parts(calibration, model, search, settings)
     with scratch() as folder:
-        timed, verification = _all_timed(model, targets, search, options, parts, conditions, Path(folder))
+        verification = _verification(model, targets, search, parts, conditions, Path(folder))
+        if verification.model is not model:  # layers are replaced in this one
+            model = verification.model
+            layers, refused, options, resolved = _to_plan(model, search, asked, conditions)
+        timed = _all_timed(targets, search, options, verification, conditions)
         ranking = parts if parts is None or search.guard is None else parts.exchanged
         approximations = approximations_of(resolved, timed.faster, ranking, settings.exact)
         probe = None
@@ -172,7 +176,27 @@ def plan_networks(
             ]
     rows = [PlannedLayer.dense(layer, 0.0, _why_not_timed(layer)) for layer in layers if layer not in options]
     rows += [PlannedLayer.left_out(row) for row in refused]
-    return [one.model_copy(update={"rows": (*one.rows, *rows)}) for one in best]
+    exact = {"joint": verification.joint, "inner_shapes": verification.inner_shapes}
+    return [one.model_copy(update={"rows": (*one.rows, *rows), "plan": one.plan.model_copy(update=exact)}) for one in best]
+
+
+def _to_plan(
+    model: onnx.ModelProto, search: Search, targets: Collection[str], conditions: Conditions
+) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...], dict[DenseLayer, tuple[Option, ...]], ResolvedPlan]:
+    """Return the layers that can be factored, those that cannot, the forms to time, and the layers that have forms, resolved.
+
+    Raises:
+        PlanError: a pattern of layers to keep matches none.
+        GraphError: weights are not finite.
+
+    """
+    layers, refused = _surveyed(model, conditions)
+    joint = [] if search.joint is False else [joint_name(group) for group in joint_groups(model)]
+    _check_keep(search.keep, [*(layer.name for layer in layers), *joint])
+    options = _options(layers, search, targets)
+    resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))
+    dense_weights(resolved)  # raises if they are not finite
+    return layers, refused, options, resolved
 
 
 def _surveyed(model: onnx.ModelProto, conditions: Conditions) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
@@ -188,37 +212,58 @@ def _inside(folder: str, name: str) -> Path:
     return path
 
 
-def _all_timed(
+def _verification(
     model: onnx.ModelProto,
     targets: Sequence[Mapping[str, float]],
     search: Search,
-    options: Mapping[DenseLayer, tuple[Option, ...]],
     parts: Split | None,
     conditions: Conditions,
     folder: Path,
-) -> tuple[Candidates, Verification]:
-    """Return the candidates with their times, without losses, and what times whole networks in `folder`.
+) -> Verification:
+    """Return what times whole networks in `folder`, with the network in which layers are replaced: joint where that is faster.
+
+    Raises:
+        ModelError: the model does not run.
+
+    """
+    settings = conditions.settings
+    dense = folder / "dense.onnx"
+    save_model(model, dense)
+    seconds = search.check_seconds / 2 if _roughly(targets, search) else search.check_seconds
+    processes = min(max(int(seconds), 1), _PROCESSES)
+    timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
+    ranges = [] if parts is None else parts.fitted.feeds[:1]
+    verification = Verification(model, dense, timing, settings, search.precision, ranges)
+    exact = fastest_exact(verification, search, folder, conditions.progress)
+    # The shapes stay in the graph while it is planned for; they are left out where it is written.
+    return replace(verification, model=with_joint(model, exact.joint), joint=exact.joint, inner_shapes=exact.inner_shapes)
+
+
+def _roughly(targets: Sequence[Mapping[str, float]], search: Search) -> bool:
+    """Return whether times only tell which forms are slower than their dense layers: no target is on the latency."""
+    return not any("latency" in one for one in targets) and search.max_loss is None and search.guard is None
+
+
+def _all_timed(
+    targets: Sequence[Mapping[str, float]],
+    search: Search,
+    options: Mapping[DenseLayer, tuple[Option, ...]],
+    verification: Verification,
+    conditions: Conditions,
+) -> Candidates:
+    """Return the candidates with their times, without losses.
 
     Raises:
         TargetError: the first targets cannot be met.
         PlanError: a target is on a quantity that is 0.
 
     """
-    settings = conditions.settings
-    dense = folder / "dense.onnx"
-    save_model(model, dense)
-    size = _counted(dense, targets, conditions.timing)
-    # Without a target on the latency, times only tell which forms are slower than their dense layers.
-    roughly = not any("latency" in one for one in targets) and search.max_loss is None and search.guard is None
-    seconds = search.check_seconds / 2 if roughly else search.check_seconds
-    processes = min(max(int(seconds), 1), _PROCESSES)
-    timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
-    ranges = [] if parts is None else parts.fitted.feeds[:1]
-    verification = Verification(model, dense, timing, settings, search.precision, ranges)
+    size = _counted(verification.dense, targets, conditions.timing)
     size = size.model_copy(update={"milliseconds": verification.dense_ms()})
-    table = LatencyTable.open(settings, search.cache, rough=roughly, precision=search.precision)
+    rough = _roughly(targets, search)
+    table = LatencyTable.open(conditions.settings, search.cache, rough=rough, precision=search.precision)
     sizes = size, verification.start_size(size)
-    return _timed(targets[0], search, options, table, sizes, conditions), verification
+    return _timed(targets[0], search, options, table, sizes, conditions)
 
 
 def _timed(
@@ -416,8 +461,7 @@ def _check_guard(search: Search, calibration: Calibration | None) -> None:
         raise PlanError("how far outputs agree is measured on calibration inputs, got none: give some, or a target")
 
 
-def _check_keep(keep: Sequence[str], layers: Sequence[DenseLayer]) -> None:
-    names = [layer.name for layer in layers]
+def _check_keep(keep: Sequence[str], names: Sequence[str]) -> None:
     for pattern in keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             known = ", ".join(names) or "none"

@@ -227,6 +227,11 @@ class PlanReport(PrintedRecord):
         ]
         where = self.provider if self.precision == "fp32" else f"{self.provider} in {self.precision}"
         title = f"plan for {where}, batch {self.batch}; losses measured on {self.loss_from}"
+        if self.plan.joint:
+            count = len(self.plan.joint)
+            lines.append(f"{count} group{'s' * (count > 1)} of layers that read the same input run as one layer each")
+        if not self.plan.inner_shapes:
+            lines.append("the file does not state the shapes of inner tensors: it is faster so")
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()
@@ -235,6 +240,12 @@ class PlanReport(PrintedRecord):
         elif self.plan.layers:
             lines.append("nothing is known about the accuracy of this plan: no calibration inputs were given")
         return (Table(title, head, rows), *lines, *self._measured_lines())
+
+    @property
+    def _start(self) -> str:
+        changes = {"with joint layers": self.plan.joint, "without the shapes of inner tensors": not self.plan.inner_shapes}
+        words = [word for word, done in changes.items() if done]
+        return " ".join(["the dense network", *([" and ".join(words)] if words else []), f"in {self.precision}"])
 
     def _measured_lines(self) -> list[str]:
         if self.measured is None:
@@ -245,7 +256,7 @@ class PlanReport(PrintedRecord):
             f"{100 * (self.prediction_error or 0.0):+.1f} %"
         ]
         if not self.plan.layers:
-            lines.append(f"no layer is rewritten: the dense network in {self.precision} is fast enough")
+            lines.append(f"no layer is rewritten: {self._start} is fast enough")
         if self.slower:
             lines.append(f"slower than dense in the network's profile: {', '.join(self.slower)}")
         if ratio.low <= 1.0:

@@ -56,6 +56,9 @@ class Search:
     guard: Guard | None = None
     """Limits on how far outputs may be from the dense network's: find the fastest network within them, on calibration inputs
     that cores were not fitted to; default: none, so the least loss is looked for."""
+    joint: bool | None = None
+    """Whether layers that read the same input become one, such as query, key and value of attention; default None: where the
+    network is measured to be faster for it."""
     allow_slower: bool = False
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 60.0

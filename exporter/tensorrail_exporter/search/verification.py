@@ -12,6 +12,7 @@ import onnx
 
 from tensorrail_exporter.formats import WIDTH
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.joint import Joint, without_inner_shapes
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
@@ -31,7 +32,7 @@ class Verification:
     """The dense model, and how networks are timed against it."""
 
     model: onnx.ModelProto
-    """The dense graph."""
+    """The dense graph, in which layers that read the same input may be one."""
     dense: Path
     """The file of the dense model; the factored model is written to the same folder."""
     timing: Timing
@@ -42,8 +43,17 @@ class Verification:
     """The precision of the networks that are timed against the dense one; default fp32."""
     ranges: Sequence[Mapping[str, np.ndarray]] = ()
     """A few inputs, for int8: ranges of activations are taken from them. Default: random ones."""
+    joint: tuple[Joint, ...] = ()
+    """The layers that are one in `model`, and not in the file of the dense model; default: none."""
+    inner_shapes: bool = True
+    """Whether networks are timed with the shapes of inner tensors in their files; default True."""
     start: list[Ratio] = field(default_factory=list)
-    """The speed-up of the dense network in the precision, once it was measured."""
+    """The speed-up of the dense network that layers are replaced in, once it was measured: joint, or in another precision."""
+
+    def timing_for(self, share: float) -> Timing:
+        """Return the timing for a share of the seconds, in as many fresh processes as there are seconds, at least one."""
+        seconds = self.timing.seconds * share
+        return replace(self.timing, seconds=seconds, processes=max(1, min(self.timing.processes, int(seconds))))
 
     def dense_ms(self) -> float:
         """Return the minimum of three timings of the dense network in milliseconds, since other load only adds time."""
@@ -51,7 +61,7 @@ class Verification:
         return min(bench([self.dense], timing, self.settings).latencies[0].p50 for _ in range(3))
 
     def start_size(self, dense: Size) -> Size:
-        """Return size and time of the dense network in the precision of the networks.
+        """Return size and time of the dense network that layers are replaced in: joint, and in the precision of the networks.
 
         Args:
             dense: size and time of the dense network in fp32.
@@ -60,10 +70,10 @@ class Verification:
             GraphError: nothing in the graph can be quantized.
 
         """
-        if self.precision == "fp32":
+        if self.precision == "fp32" and not self._changed:
             return dense
-        path = self.dense.with_name("start.onnx")
-        self._write(self.model, path)
+        path = self._start
+        self.write(self.model, path)
         self.start[:] = bench([self.dense, path], self.timing, self.settings).ratios
         return dense.model_copy(update={"bytes": bytes_of(path), "milliseconds": dense.milliseconds / self.start[0].value})
 
@@ -78,7 +88,7 @@ class Verification:
 
         Returns:
             The report with the measured speed-up, the size of the factored graph and the layers that are slower than dense. If
-            its plan has no layers, the speed-up is that of the dense network in the precision of the plan; none for fp32.
+            its plan has no layers, the speed-up is that of the network that layers are replaced in, unless it is the dense one.
 
         """
         if not report.plan.layers:
@@ -88,7 +98,7 @@ class Verification:
         factored = rewrite(resolved, cores_to_time(resolved), scan=not self.settings.on_gpu).model
         save_model(factored, path)
         counted = cost(path, self.timing.batch, self.timing.shapes, self.timing.values)
-        self._write(factored, path)
+        self.write(factored, path)
         times = bench([self.dense, path], self.timing, self.settings)
         planned = report.planned.model_copy(
             update={"params": counted.params, "macs": counted.macs, "flops": counted.flops, "bytes": bytes_of(path)}
@@ -96,19 +106,32 @@ class Verification:
         report = report.model_copy(update={"measured": times.ratios[0], "planned": planned})
         if self.settings.on_gpu or self.precision != "fp32":
             return report
-        layers = layer_times(self.dense, path, resolved, conditions=Conditions(self.timing, self.settings))
+        before = self._start if self._changed else self.dense
+        layers = layer_times(before, path, resolved, conditions=Conditions(self.timing, self.settings))
         products = {name: times for name, times in layers.items() if not resolved.layers[name].spec.gathers}
         return report.model_copy(update={"slower": slower_layers(products)})  # an embedding is factored for its size
 
-    def _write(self, model: onnx.ModelProto, path: Path) -> None:
-        """Write a network in the precision of the plan."""
-        if self.precision == "int8":
-            model = to_int8(model, self.ranges or self._random(), gauge=False, rounding="nearest")
-        save_model(model, path)
+    @property
+    def _start(self) -> Path:
+        return self.dense.with_name("start.onnx")
 
-    def _random(self) -> list[dict[str, np.ndarray]]:
+    @property
+    def feeds(self) -> list[Mapping[str, np.ndarray]]:
+        """Inputs of the dense network: those that ranges are taken from, or random ones."""
         timing = self.timing
-        return [random_inputs(open_session(self.dense), timing.batch, timing.seed, timing.shapes, timing.values)]
+        given = list(self.ranges)
+        return given or [random_inputs(open_session(self.dense), timing.batch, timing.seed, timing.shapes, timing.values)]
+
+    @property
+    def _changed(self) -> bool:
+        return bool(self.joint) or not self.inner_shapes
+
+    def write(self, model: onnx.ModelProto, path: Path, *, inner_shapes: bool | None = None) -> None:
+        """Write a network in the precision of the plan; `inner_shapes` in place of the property of that name, if given."""
+        if self.precision == "int8":
+            model = to_int8(model, self.feeds, gauge=False, rounding="nearest")
+        keep = self.inner_shapes if inner_shapes is None else inner_shapes
+        save_model(model if keep else without_inner_shapes(model), path)
 
 
 def random_cores(model: onnx.ModelProto, plan: Plan, seed: int = 0) -> dict[str, list[np.ndarray]]:

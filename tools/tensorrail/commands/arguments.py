@@ -157,6 +157,14 @@ def search_options(
     keep: Annotated[
         list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Layers that stay dense; `*` and `?` match.")
     ] = None,
+    joint: Annotated[
+        bool | None,
+        typer.Option(
+            "--joint/--no-joint",
+            help="Whether layers that read the same input, such as query, key and value, become one; default: where the "
+            "network is faster for it.",
+        ),
+    ] = None,
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="For a target on size: also rewrite layers that are not 5 % faster.")
     ] = False,
@@ -192,6 +200,7 @@ def search_options(
         grid=grid,
         keep=tuple(keep or ()),
         max_loss=max_loss,
+        joint=joint,
         allow_slower=allow_slower,
         seconds=seconds,
         improve_seconds=search_seconds,

@@ -47,6 +47,7 @@ def export(
 
     """
     from tensorrail_exporter.graphs.io import save_model
+    from tensorrail_exporter.graphs.joint import without_inner_shapes
     from tensorrail_exporter.plans.cores import load_cores
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
@@ -60,14 +61,14 @@ def export(
     form = form or Form(block=1)
     graph = with_known_axes(as_graph(model), form.batch, form.shapes)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if not read.layers:
+    if not read.changes:
         raise PlanError(f"{'the plan' if plan is read else plan}: names no layer, so there is nothing to rewrite")
     if cores is None:
         cores = decompose_graph(graph, read)
     elif isinstance(cores, Path | str):
         cores = load_cores(cores, read)
     factored, dense_again = factorize_fastest(graph, read, cores, form, settings=options.session, progress=options.progress)
-    save_model(factored.model, Path(out))
+    save_model(factored.model if read.inner_shapes else without_inner_shapes(factored.model), Path(out))
     with scratch() as folder:
         dense = Path(model) if isinstance(model, Path | str) else Path(folder) / "dense.onnx"
         if not isinstance(model, Path | str):

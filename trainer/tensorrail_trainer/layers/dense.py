@@ -195,6 +195,11 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
             also held outside of torch's modules, such as in a list.
 
     """
+    if plan.joint:
+        raise PlanError(
+            f"the plan joins {', '.join(plan.joint[0])}, which a PyTorch module keeps apart; plan without joint layers, or use "
+            "the plan for the ONNX model"
+        )
     layers_by_name = {}
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)

@@ -1,0 +1,121 @@
+"""Changes that lose nothing are made where the network is measured to be faster for them, and nowhere else."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from conftest import make_model
+from onnx import helper
+
+import tensorrail as tr
+from tensorrail_exporter.search import exact
+from tensorrail_exporter.search.exact import Exact, fastest_exact
+from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.verification import Verification
+from tensorrail_runtime.measure.timing import Timing
+from tensorrail_runtime.progress import silent
+from tensorrail_runtime.sessions.session import Session
+
+GROUP = ("up", "gate")
+WIDTH = 64
+
+
+@pytest.fixture
+def gated(rng):
+    """The two halves of a gated unit, and a layer behind it; with the shapes of inner tensors."""
+    weights = {f"{name}.weight": rng.standard_normal((WIDTH, WIDTH)).astype(np.float32) for name in (*GROUP, "down")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "up.weight"], ["u"]),
+        helper.make_node("MatMul", ["x", "gate.weight"], ["g"]),
+        helper.make_node("Sigmoid", ["g"], ["s"]),
+        helper.make_node("Mul", ["u", "s"], ["m"]),
+        helper.make_node("MatMul", ["m", "down.weight"], ["y"]),
+    ]
+    return onnx.shape_inference.infer_shapes(make_model(nodes, weights, {"x": ["batch", WIDTH]}, {"y": ["batch", WIDTH]}))
+
+
+@pytest.fixture
+def choose(gated, tmp_path, monkeypatch):
+    """Return a function that gives each variant a speed-up over the first one, and returns what is chosen."""
+
+    def choose(*ratios, search=None, precision="fp32"):
+        timed = []
+
+        def bench(paths, timing, settings):
+            timed.extend(paths)
+            assert len(paths) == 1 + len(ratios)
+            rows = [SimpleNamespace(value=value, low=value - 0.01, high=value + 0.01) for value in ratios]
+            return SimpleNamespace(ratios=rows)
+
+        monkeypatch.setattr(exact, "bench", bench)
+        dense = tmp_path / "dense.onnx"
+        onnx.save(gated, dense)
+        verification = Verification(gated, dense, Timing(seconds=1.0), Session(), precision)
+        chosen = fastest_exact(verification, search or Search(), tmp_path, silent)
+        return chosen, [onnx.load(path) for path in timed]
+
+    return choose
+
+
+def test_the_fastest_variant_is_chosen(choose):
+    chosen, models = choose(1.05, 1.2, 1.1)
+    assert chosen == Exact((GROUP,), inner_shapes=True)
+    joined = [any("{up,gate}" in node.name for node in model.graph.node) for model in models]
+    shapes = [bool(model.graph.value_info) for model in models]
+    assert (joined, shapes) == ([False, False, True, True], [True, False, True, False])
+    assert choose(1.05, 1.0, 1.1)[0] == Exact((GROUP,), inner_shapes=False)
+    assert choose(1.05, 1.0, 1.04)[0] == Exact(inner_shapes=False)
+
+
+def test_a_small_gain_changes_nothing(choose):
+    assert choose(1.019, 1.0, 0.9)[0] == Exact()
+
+
+def test_joining_may_be_asked_for_or_ruled_out(choose):
+    assert choose(0.9, search=Search(joint=True))[0] == Exact((GROUP,))
+    assert choose(1.5, search=Search(joint=False))[0] == Exact(inner_shapes=False)
+    assert choose(1.5, search=Search(keep=("up",)))[0] == Exact(inner_shapes=False)
+
+
+def test_variants_of_an_int8_plan_are_timed_in_int8(choose):
+    _, models = choose(1.0, 1.0, 1.0, precision="int8")
+    assert all(any(node.op_type == "QuantizeLinear" for node in model.graph.node) for model in models)
+    assert [bool(model.graph.value_info) for model in models][1::2] == [False, False]
+
+
+def test_a_variant_that_computes_something_else_is_left_out(choose, monkeypatch):
+    real = exact.parity
+    seen = []
+
+    def parity(*arguments, **options):
+        seen.append(arguments)
+        result = real(*arguments, **options)
+        return SimpleNamespace(worst=1.0) if len(seen) == 2 else result
+
+    monkeypatch.setattr(exact, "parity", parity)
+    chosen, models = choose(1.0, 1.5)
+    assert len(models) == 3
+    assert chosen == Exact((GROUP,), inner_shapes=False)
+
+
+def test_nothing_is_timed_where_nothing_can_change(choose, gated):
+    del gated.graph.value_info[:]
+    assert choose(search=Search(joint=False)) == (Exact(), [])
+
+
+def test_a_plan_says_what_was_changed(gated, in_this_process, monkeypatch, tmp_path):
+    """Joined layers are planned as one, the written model is the joined one, and the report says so."""
+    monkeypatch.setenv("TENSORRAIL_CACHE", str(tmp_path / "cache"))
+    options = tr.Options(
+        timing=tr.Timing(seconds=0.2),
+        search=tr.Search(joint=True, allow_slower=True, seconds=1.0, check_seconds=0.2, improve_seconds=0.0, grid=8),
+        fit=tr.Fit(seconds=0.0),
+    )
+    report = tr.compress(gated, tmp_path / "model.onnx", {"params": 1.5}, options=options)
+    assert report.planning.plan.joint == (GROUP,)
+    assert "1 group of layers that read the same input run as one layer each" in str(report)
+    assert {row.layer for row in report.planned} == {"{up,gate}", "down"}
+    names = {tensor.name for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert not {"up.weight", "gate.weight"} & names
+    assert report.numerical < 1e-4
