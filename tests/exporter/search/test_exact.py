@@ -119,3 +119,28 @@ def test_a_plan_says_what_was_changed(gated, in_this_process, monkeypatch, tmp_p
     names = {tensor.name for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert not {"up.weight", "gate.weight"} & names
     assert report.numerical < 1e-4
+
+
+def test_layers_of_a_module_stay_apart_unless_asked(monkeypatch, tmp_path):
+    from torch import nn, zeros
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.up(x) * self.gate(x).sigmoid()
+
+    asked = []
+
+    def plan_network(model, targets, search, **_):
+        asked.append(search.joint)
+
+    monkeypatch.setattr("tensorrail_exporter.search.planner.plan_network", plan_network)
+    module = (Gated().eval(), zeros(2, WIDTH))
+    tr.plan(module, {"params": 2.0})
+    tr.plan(module, {"params": 2.0}, options=tr.Options(search=tr.Search(joint=True)))
+    onnx.save(tr.to_onnx(*module), tmp_path / "dense.onnx")
+    tr.plan(tmp_path / "dense.onnx", {"params": 2.0})
+    assert asked == [False, True, None]

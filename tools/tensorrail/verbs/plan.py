@@ -35,7 +35,7 @@ def plan(
         calibration: inputs that losses are measured on: an npz file, a folder, or arrays by input name. Labels, an array
             `labels`, are needed for `options.search.metric` alone.
         options: `session`, `timing` (batch size and shapes), `search`, `precision` (`fp32` or `int8`), `fit.samples`
-            (default 128), `inputs` and `progress`.
+            (default 128), `inputs` and `progress`. Of a torch module, layers are joined only if `search.joint` is True.
 
     Returns:
         The plan in `report.plan`, and what was predicted and measured; `print(report)` shows the table.
@@ -52,6 +52,8 @@ def plan(
 
     options = options or Options()
     search = _in_precision(options.search or Search(), options.precision)
+    if isinstance(model, tuple) and search.joint is None:
+        search = replace(search, joint=False)  # a module keeps such layers apart, and is trained toward the plan
     search.check(target or {})
     conditions = options.conditions(Timing())
     with as_file(model, any_weights=True) as path:  # they are checked once the model is loaded
