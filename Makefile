@@ -40,7 +40,8 @@ test-environments: $(READY)  ## the test suite as on other processors, with one 
 test-kserve:  ## the manifest for KServe against the models of KServe's own package
 	$(PYTHON) -m venv $(VENV)/kserve
 	$(VENV)/kserve/bin/python -m pip install --quiet --disable-pip-version-check kserve pytest pyyaml
-	cd tests/tools && ../../$(VENV)/kserve/bin/python -m pytest -c /dev/null --noconftest test_kserve.py -k 'field'
+	cd tests/tools && $(abspath $(VENV))/kserve/bin/python -c 'import kserve'
+	cd tests/tools && $(abspath $(VENV))/kserve/bin/python -m pytest -c /dev/null --noconftest test_kserve.py -k 'field'
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(CODE)

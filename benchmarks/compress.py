@@ -21,7 +21,8 @@ import networks
 import onnx
 
 from tensorrail_exporter import GraphError, PlanError, factorize
-from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.io import load_model, save_model
+from tensorrail_exporter.graphs.joint import with_joint
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.survey import survey
@@ -209,7 +210,11 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
             final = run.ratios[list(paths).index(f"planned, latency={target:g}") - 1].value
             fewest = least_cut(model, report, batch, cache)
             conditions = Conditions(Timing(batch))
-            slow = slower_layers(layer_times(dense, folder / "planned.onnx", report.plan, conditions=conditions))
+            before = dense
+            if report.plan.joint:
+                before = folder / "joint.onnx"
+                save_model(with_joint(load_model(dense), report.plan.joint), before)
+            slow = slower_layers(layer_times(before, folder / "planned.onnx", report.plan, conditions=conditions))
             lines += [
                 "",
                 f"Predicted {predicted:.2f}×: its time {100 * (final / predicted - 1):+.1f} % off the measured one. "

@@ -1,6 +1,6 @@
 """What exact changes and low rank do to the time of transformers, with the operators that ONNX Runtime fuses.
 
-    python benchmarks/transformers_time.py [--only NAME …] [--batch 1 8] [--seconds 8] [-o results/transformers.md]
+    python benchmarks/transformers_time.py [--only NAME …] [--batch 1 8] [--seconds 4] [-o results/transformers.md]
 
 Networks of the `transformers` package with random weights: times do not depend on their values. Every variant of a network is
 timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors in its file;
@@ -121,6 +121,11 @@ def rows_of(name: str, batch: int, seconds: float, folder: Path) -> list[str]:
     return rows
 
 
+def _asked(options: argparse.Namespace) -> str:
+    only = "" if options.only == list(NETWORKS) else "--only " + " ".join(repr(name) for name in options.only) + " "
+    return f"{only}--batch {' '.join(map(str, options.batch))} --seconds {options.seconds:g}"
+
+
 def main() -> None:
     """Measure, and print or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -133,7 +138,7 @@ def main() -> None:
     lines = [
         "# Transformers: exact changes, separate and joint factors",
         "",
-        f"Command: `python benchmarks/transformers_time.py --seconds {options.seconds:g}`. {here.processor}, one thread, ONNX "
+        f"Command: `python benchmarks/transformers_time.py {_asked(options)}`. {here.processor}, one thread, ONNX "
         f"Runtime {here.onnxruntime}. Random weights, {TOKENS} tokens or images of 224 × 224; all variants of a network in "
         "turns, in three fresh processes; 95 % intervals.",
         "",

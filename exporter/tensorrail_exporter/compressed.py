@@ -81,6 +81,7 @@ class CompressReport(PrintedRecord):
     written: int = 0  # its place in `front`
     front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns
     numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
+    exact: str = ""  # the changes that lose nothing, such as `joint layers`; empty: none
     accuracy: Comparison | None
     layers: tuple[LayerRewrite, ...]
     planned: tuple[PlannedLayer, ...]
@@ -113,12 +114,11 @@ class CompressReport(PrintedRecord):
         if (paired := self.accuracy) is not None:
             rows.append(_accuracy_row(paired))
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
-        exact = self.planning is not None and self.planning.plan.changes
-        written = "factored" if self.layers else "written" if exact else f"in {self.precision}"
+        written = "factored" if self.layers else self.exact or f"in {self.precision}"
         parts.append(Table(self.model, ("quantity", "dense", written, f"dense against {written}"), rows))
         if len(self.front) > 1:
             parts.append(self._front())
-        if self.layers or exact:
+        if self.layers or self.exact:
             parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
         if self.fusions is not None and (line := self.fusions.described()):

@@ -14,6 +14,7 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.joint import rounding_limit
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
@@ -27,7 +28,6 @@ Refine = Callable[[onnx.ModelProto, onnx.ModelProto, Plan, Calibration], onnx.Mo
 """Fits a factored graph to the dense one's activations: (dense, factored, plan, calibration) → factored."""
 
 _ROUNDING = 1e-4  # relative L2: allowed difference between reconstructed weights and their cores in float32
-_ROUNDING_OF_HALVES = 1e-2  # the same for joint layers in float16
 _ROUNDINGS = 8  # per layer of a narrower type: two cores, the vector between, the weight, both outputs; two for longer chains
 
 
@@ -128,8 +128,7 @@ def numerical_error(
 def rounding_error(dense: Path, joined: Path, feeds: list[Mapping[str, np.ndarray]], settings: Session) -> float:
     """Return how far a graph with joint layers differs from the dense one. Raises `GraphError` if that exceeds rounding."""
     error = parity(dense, joined, inputs=feeds, tolerance=None, settings=settings).worst
-    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in onnx.load(joined).graph.initializer)
-    limit = _ROUNDING_OF_HALVES if halves else _ROUNDING
+    limit = rounding_limit(onnx.load(joined))
     if not error <= limit:
         raise GraphError(
             f"expected joint layers to differ from the dense ones by at most {limit:.1g} (relative L2), got {error:.1e}; plan "

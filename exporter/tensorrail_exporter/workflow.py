@@ -165,6 +165,7 @@ def _report(
         written=k,
         front=tuple(points),
         numerical=written.numerical,
+        exact=written.exact,
         accuracy=accuracy,
         layers=written.layers,
         planned=planning.rows if planning else (),
@@ -230,7 +231,7 @@ class _Builder:
         factored = [planned for planned in plans if _plan(planned).changes]
         dense_too = any(planned.precision == "int8" for planned in plans)
         if not factored and not dense_too:
-            raise PlanError("the plan names no layer, so there is nothing to rewrite; add a layer to it")
+            raise PlanError("the plan changes nothing: it names no layer; add one to it")
         if dense_too and self.parts is None:
             raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
         # Raises for a layer that is not there, before the work begins.
@@ -263,6 +264,10 @@ class _Builder:
         feeds = self.feeds if self.parts is None else list(self.parts.fitted.feeds)
         rewrites: tuple[LayerRewrite, ...] = ()
         fits: tuple[LayerFit, ...] = ()
+        error = 0.0
+        if plan.joint:
+            joined = _saved(resolved.model, self.dense.with_name("joined.onnx"))
+            error = rounding_error(self.dense, joined, feeds[:1], settings)
         if resolved.layers:
             network = fitted(resolved, self.parts, self.how)
             save_model(network.factored.model, path)
@@ -270,14 +275,13 @@ class _Builder:
             model, rewrites, fits = network.model, network.factored.layers, network.layers
         else:
             model = resolved.model
-            save_model(model, path)
-            error = rounding_error(self.dense, path, feeds[:1], settings)
         save_model(_shaped(model, plan), path)
         spared: tuple[str, ...] = ()
         if plan.precision == "int8":
             small = self._in_int8(model)
             path, spared = _saved(_shaped(small.model, plan), self.dense.with_name(f"int8-{number}.onnx")), small.spared
-        exact = "joint layers" if plan.joint else "no inner shapes" if not plan.inner_shapes else ""
+        changes = {"joint layers": bool(plan.joint), "no inner shapes": not plan.inner_shapes}
+        exact = ", ".join(change for change, made in changes.items() if made)
         return _Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact)
 
     def _in_int8(self, model: onnx.ModelProto) -> Spared:

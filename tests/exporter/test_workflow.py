@@ -456,7 +456,7 @@ def test_a_plan_without_layers_is_refused_and_products_in_bodies_count_as_none(t
     plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(16, 16), ranks=(4,)),))
     report = run(model, tmp_path / "m.onnx", plan)
     assert (report.ratios.macs, report.ratios.params) == (1.0, 2.0)
-    with pytest.raises(PlanError, match="the plan names no layer"):
+    with pytest.raises(PlanError, match="it names no layer"):
         compress(model, Plan(layers=()), tmp_path / "n.onnx")
 
 

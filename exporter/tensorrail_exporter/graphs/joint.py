@@ -1,9 +1,9 @@
 """Layers that read the same input, as one layer: query, key and value of attention, or the two halves of a gated unit.
 
 Their weights are put side by side, one product computes all outputs, and a Split hands them to their readers. The outputs are
-the same, each sum in the same order or nearly so. One large product is often faster than several small ones, and its weight may
-have a lower rank than its parts together, since the parts read the same directions of their input (DeepSeek-AI, *DeepSeek-V2*,
-arXiv:2405.04434, section 2.1, trains keys and values with such a joint factor).
+the same, each sum in the same order or nearly so. Whether one large product is faster than several small ones depends on the
+machine. Its weight may have a lower rank than its parts together, since the parts read the same directions of their input
+(DeepSeek-AI, *DeepSeek-V2*, arXiv:2405.04434, section 2.1, trains keys and values with such a joint factor).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from tensorrail_runtime.graphs.files import opset_of
 Joint = tuple[str, ...]
 """The names of layers that become one: those of their weights, without `.weight`."""
 
-_SIZES_AS_INPUT = 13  # the opset from which Split takes the sizes as an input
+_FROM_THE_END = 11  # the opset from which Split counts axes from the end
+_SIZES_AS_INPUT = 13  # the opset from which it takes the sizes as an input
+_ROUNDING, _ROUNDING_OF_HALVES = 1e-4, 1e-2  # relative L2 that another order of sums may cause
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _STANDARD = ("", "ai.onnx")
 _SUFFIX = ".weight"
@@ -42,18 +44,30 @@ def joint_name(parts: Joint) -> str:
 def joint_groups(model: onnx.ModelProto, keeps: Callable[[str], bool] = lambda _: False) -> tuple[Joint, ...]:
     """Return the layers that can become one, in the order of the graph.
 
-    These are MatMul and Gemm nodes of the graph itself with the same input and stored weights that no other node reads.
+    These are MatMul and Gemm nodes of the graph itself with the same input and stored weights that no other node reads. There
+    are none below opset 11, and none whose new name the graph has already.
 
     Args:
         model: the dense model.
         keeps: whether the layer of a name is to stay as it is; default: none is.
 
     """
+    network = Network(model)
+    if opset_of(model) < _FROM_THE_END:
+        return ()
     groups: dict[tuple[object, ...], list[str]] = {}
-    for name, product in _products(Network(model)).items():
+    for name, product in _products(network).items():
         if not keeps(name):
             groups.setdefault(product.kind, []).append(name)
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+    taken = _taken(network)
+    several = (tuple(names) for names in groups.values() if len(names) > 1)
+    return tuple(names for names in several if not _new_names(joint_name(names)) & taken)
+
+
+def rounding_limit(model: onnx.ModelProto) -> float:
+    """Return how far (relative L2) the outputs of a model may move when its layers become one."""
+    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    return _ROUNDING_OF_HALVES if halves else _ROUNDING
 
 
 def with_joint(model: onnx.ModelProto, groups: Collection[Joint]) -> onnx.ModelProto:
@@ -66,7 +80,7 @@ def with_joint(model: onnx.ModelProto, groups: Collection[Joint]) -> onnx.ModelP
         groups: names of layers, as `joint_groups` returns them.
 
     Raises:
-        GraphError: the model has no such layer, or layers of a group do not read the same input.
+        GraphError: the model has no such layer, layers of a group do not read the same input, or a new name is taken.
 
     """
     if not groups:
@@ -79,7 +93,10 @@ def with_joint(model: onnx.ModelProto, groups: Collection[Joint]) -> onnx.ModelP
     added: dict[int, list[onnx.NodeProto]] = {}
     tensors: list[onnx.TensorProto] = []
     replaced: set[str] = set()  # constants, which others may read
+    taken = _taken(network)
     for parts in groups:
+        if clash := sorted(_new_names(joint_name(parts)) & taken):
+            raise GraphError(f"layers {', '.join(parts)}: cannot become one, since the graph has a {clash[0]!r} already")
         own = [_found(products, part, parts) for part in parts]
         biases = _biases(network, own)
         replaced.update(*(product.node.input[1:] for product in own), *(add.input for _, add in biases))
@@ -100,8 +117,16 @@ def with_joint(model: onnx.ModelProto, groups: Collection[Joint]) -> onnx.ModelP
     return joined
 
 
+def _new_names(name: str) -> set[str]:
+    return {name, *(f"{name}/{part}" for part in ("product", "sum", "bias", "sizes"))}
+
+
+def _taken(network: Network) -> set[str]:
+    return {*network.makers, *network.readers, *network.constants, *network.sparse, *(v.name for v in network.graph.input)}
+
+
 def without_inner_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy whose file does not state the shapes of inner tensors, which ONNX Runtime then infers as far as it can."""
+    """Return a copy whose file does not state the shapes of the graph's inner tensors; ONNX Runtime infers what it can."""
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     del plain.graph.value_info[:]
@@ -165,7 +190,9 @@ def _found(products: dict[str, _Product], part: str, parts: Joint) -> _Product:
 
 
 def _biases(network: Network, products: Sequence[_Product]) -> list[tuple[int, onnx.NodeProto]]:
-    """Return the Add of a stored vector behind each product; none unless all have one."""
+    """Return the Add of a stored vector behind each product; none unless all have one, or where the products add themselves."""
+    if products[0].kind[-1]:
+        return []
     outputs = {value.name for value in network.graph.output}
     found = []
     for product in products:

@@ -15,14 +15,15 @@ from pathlib import Path
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.graphs.joint import Joint, joint_groups, with_joint, without_inner_shapes
+from tensorrail_exporter.graphs.joint import Joint, joint_groups, rounding_limit, with_joint, without_inner_shapes
 from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification
+from tensorrail_runtime.errors import GraphError, ModelError, PlanError
 from tensorrail_runtime.measure.latency import bench
 from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.progress import Progress
+from tensorrail_runtime.sessions.session import open_session
 
-_ROUNDING, _ROUNDING_OF_HALVES = 1e-4, 1e-2  # relative L2 that another order of sums may cause
 _SHARE = 0.25  # of the seconds for timing a network, for each variant
 _WORTH = 1.02  # times faster, at least: a change for less may be one of the machine
 _STAGE = "trying changes that lose nothing"
@@ -53,37 +54,50 @@ def fastest_exact(verification: Verification, search: Search, folder: Path, prog
         progress: told what is done.
 
     Raises:
-        ModelError: the model does not run.
+        PlanError: joint layers are asked for, and no layers of the model can become one.
 
     """
     variants = _variants(verification.model, search)
     if len(variants) == 1:
-        return variants[0]  # a plan with joint layers is checked where its network is written
+        return variants[0]  # joint layers are compared with the dense ones where the network is written
     progress(_STAGE, 0.0)
-    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in verification.model.graph.initializer)
-    limit = _ROUNDING_OF_HALVES if halves else _ROUNDING
     settings = verification.settings
     kept, paths = [], []
     for number, variant in enumerate(variants):
-        plain, path = folder / f"exact{number}.onnx", folder / f"variant{number}.onnx"
-        if number:
-            save_model(variant.of(verification.model), plain)
-            parted = parity(verification.dense, plain, inputs=verification.feeds, tolerance=None, settings=settings.exact)
-            if not parted.worst <= limit:
+        path = folder / f"variant{number}.onnx"
+        try:
+            if number and not _is_same(verification, variant, folder / f"exact{number}.onnx"):
                 continue
-        verification.write(with_joint(verification.model, variant.joint), path, inner_shapes=variant.inner_shapes)
+            verification.write(with_joint(verification.model, variant.joint), path, inner_shapes=variant.inner_shapes)
+            if number:
+                open_session(path, settings=settings)
+        except (ModelError, GraphError):  # what cannot be compared or run is not changed
+            if not number:
+                return variant
+            continue
         kept.append(variant)
         paths.append(path)
-    ratios = bench(paths, verification.timing_for(_SHARE * len(paths)), settings).ratios
+    ratios = bench(paths, verification.timing_for(_SHARE * len(paths)), settings).ratios if len(paths) > 1 else ()
     place, best = max(enumerate(ratios, 1), key=lambda pair: pair[1].value, default=(0, None))
     faster = best is not None and best.low > 1.0 and best.value >= _WORTH
     progress(_STAGE, 1.0, f"{best.value:.2f} times faster" if best is not None and faster else "none is faster")
     return kept[place if faster else 0]
 
 
+def _is_same(verification: Verification, variant: Exact, path: Path) -> bool:
+    """Return whether a variant gives the outputs of the dense network, up to rounding; it is written to `path`."""
+    save_model(variant.of(verification.model), path)
+    settings = verification.settings.exact
+    worst = parity(verification.dense, path, inputs=verification.feeds, tolerance=None, settings=settings).worst
+    return worst <= rounding_limit(verification.model)
+
+
 def _variants(model: onnx.ModelProto, search: Search) -> list[Exact]:
     """Return what is tried, the least changes first."""
     groups = () if search.joint is False else joint_groups(model, search.keeps)
+    if search.joint and not groups:
+        raise PlanError("joint layers are asked for, but no layers of this model that may change read the same input")
     joint: list[tuple[Joint, ...]] = [groups] if search.joint else [(), groups] if groups else [()]
-    shapes = [True, False] if model.graph.value_info else [True]
+    known = any(dim.HasField("dim_value") for value in model.graph.value_info for dim in value.type.tensor_type.shape.dim)
+    shapes = [True, False] if known else [True]
     return [Exact(*pair) for pair in product(joint, shapes)]

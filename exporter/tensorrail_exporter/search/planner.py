@@ -11,6 +11,7 @@ the choice is repeated.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -139,13 +140,17 @@ def plan_networks(
     settings.check()
     search = replace(search, grid=search.grid or (_GPU_GRID if settings.on_gpu else processor().channel_block))
     asked = {name for one in targets for name in one}
-    layers, refused, options, resolved = _to_plan(model, search, asked, conditions)
+    groups = {joint_name(group): group for group in (() if search.joint is False else joint_groups(model, search.keeps))}
+    # Who keeps a joint layer by its name keeps its parts, whether or not they are joined.
+    parts_kept = [glob.escape(part) for name, group in groups.items() if search.keeps(name) for part in group]
+    search = replace(search, keep=(*search.keep, *parts_kept))
+    layers, refused, options, resolved = _to_plan(model, search, asked, conditions, groups)
     parts = calibration_parts(calibration, model, search, settings)
     with scratch() as folder:
         verification = _verification(model, targets, search, parts, conditions, Path(folder))
         if verification.model is not model:  # layers are replaced in this one
             model = verification.model
-            layers, refused, options, resolved = _to_plan(model, search, asked, conditions)
+            layers, refused, options, resolved = _to_plan(model, search, asked, conditions, groups)
         timed = _all_timed(targets, search, options, verification, conditions)
         ranking = parts if parts is None or search.guard is None else parts.exchanged
         approximations = approximations_of(resolved, timed.faster, ranking, settings.exact)
@@ -181,9 +186,11 @@ def plan_networks(
 
 
 def _to_plan(
-    model: onnx.ModelProto, search: Search, targets: Collection[str], conditions: Conditions
+    model: onnx.ModelProto, search: Search, targets: Collection[str], conditions: Conditions, joint: Collection[str]
 ) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...], dict[DenseLayer, tuple[Option, ...]], ResolvedPlan]:
     """Return the layers that can be factored, those that cannot, the forms to time, and the layers that have forms, resolved.
+
+    Layers to keep may also have the names `joint`.
 
     Raises:
         PlanError: a pattern of layers to keep matches none.
@@ -191,7 +198,6 @@ def _to_plan(
 
     """
     layers, refused = _surveyed(model, conditions)
-    joint = [] if search.joint is False else [joint_name(group) for group in joint_groups(model)]
     _check_keep(search.keep, [*(layer.name for layer in layers), *joint])
     options = _options(layers, search, targets)
     resolved = resolve(model, Plan(layers=tuple(forms[0].plan(layer.name) for layer, forms in options.items() if forms)))

@@ -86,6 +86,30 @@ def test_gemms_with_and_without_a_bias_stay_apart(rng):
     assert joint_groups(attention(rng, biases=2, gemm=True)) == (QKV[:2],)
 
 
+def test_a_sum_behind_gemms_that_add_themselves_stays(rng):
+    model = attention(rng, gemm=True)
+    for k, name in enumerate(QKV):
+        width = 12 if k == 2 else 8
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(width).astype(np.float32), f"{name}.shift"))
+        model.graph.node[k].output[0] = f"g{k}"
+        model.graph.node.insert(3 + k, helper.make_node("Add", [f"g{k}", f"{name}.shift"], [f"y{k}"]))
+    joined = with_joint(model, joint_groups(model))
+    assert [node.op_type for node in joined.graph.node].count("Gemm") == 1
+    same(model, joined, rng)
+
+
+def test_a_name_that_is_taken_is_not_used_again(rng):
+    model = attention(rng)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), f"{JOINT}/bias"))
+    assert joint_groups(model) == ()
+    with pytest.raises(GraphError, match="cannot become one, since the graph has a"):
+        with_joint(model, [QKV])
+
+
+def test_a_split_counts_axes_from_the_end_from_opset_11(rng):
+    assert joint_groups(attention(rng, opset=10)) == ()
+
+
 def test_what_is_kept_stays_apart(rng):
     assert joint_groups(attention(rng), lambda name: name.endswith("key")) == ((QKV[0], QKV[2]),)
 

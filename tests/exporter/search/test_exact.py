@@ -99,6 +99,29 @@ def test_a_variant_that_computes_something_else_is_left_out(choose, monkeypatch)
     assert chosen == Exact((GROUP,), inner_shapes=False)
 
 
+@pytest.mark.parametrize("step", ["parity", "open_session"])
+def test_a_variant_that_cannot_be_compared_or_run_is_left_out(step, choose, monkeypatch):
+    """As a network that draws random numbers, which could be planned for before."""
+
+    def fails(*_, **__):
+        raise tr.ModelError("no output had a value")
+
+    monkeypatch.setattr(exact, step, fails)
+    assert choose()[0] == Exact()
+
+
+def test_joint_layers_that_cannot_be_are_refused(choose, gated):
+    with pytest.raises(tr.PlanError, match="no layers of this model that may change read the same input"):
+        choose(search=Search(joint=True, keep=("up",)))
+
+
+def test_shapes_without_sizes_are_no_reason(choose, gated):
+    for value in gated.graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.Clear()
+    assert choose(search=Search(joint=False)) == (Exact(), [])
+
+
 def test_nothing_is_timed_where_nothing_can_change(choose, gated):
     del gated.graph.value_info[:]
     assert choose(search=Search(joint=False)) == (Exact(), [])
@@ -119,6 +142,33 @@ def test_a_plan_says_what_was_changed(gated, in_this_process, monkeypatch, tmp_p
     names = {tensor.name for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert not {"up.weight", "gate.weight"} & names
     assert report.numerical < 1e-4
+
+
+def test_a_joint_layer_is_kept_by_its_name(gated, in_this_process, monkeypatch, tmp_path):
+    monkeypatch.setenv("TENSORRAIL_CACHE", str(tmp_path / "cache"))
+    search = tr.Search(allow_slower=True, seconds=1.0, check_seconds=0.2, improve_seconds=0.0, grid=8, keep=("{up,gate}",))
+    report = tr.plan(gated, {"params": 1.2}, options=tr.Options(timing=tr.Timing(seconds=0.2), search=search))
+    assert {row.layer: row.format for row in report.rows if row.layer != "down"} == {"up": None, "gate": None}
+    assert report.plan.joint == ()
+
+
+def test_joint_layers_are_compared_with_the_dense_ones(gated, in_this_process, monkeypatch, tmp_path):
+    """A plan that joins and factors: what joining changes is not hidden in what factoring loses."""
+    from tensorrail_exporter import workflow
+    from tensorrail_exporter.plans.plan import LayerPlan, Plan
+
+    seen = []
+    real = workflow.rounding_error
+    monkeypatch.setattr(workflow, "rounding_error", lambda *given: seen.append(given) or real(*given))
+    layer = LayerPlan(name="{up,gate}", format="svd", modes=(2 * WIDTH, WIDTH), ranks=(8,))
+    report = tr.compress(
+        gated,
+        tmp_path / "model.onnx",
+        Plan(layers=(layer,), joint=(GROUP,)),
+        options=tr.Options(timing=tr.Timing(seconds=0.2), fit=tr.Fit(seconds=0.0)),
+    )
+    assert len(seen) == 1
+    assert report.exact == "joint layers"
 
 
 def test_layers_of_a_module_stay_apart_unless_asked(monkeypatch, tmp_path):

@@ -58,8 +58,8 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
 
     `latency`, `flops`, `params` and `bytes` say how many times less of each is wanted. With a search strategy, `latency` is
     tried at 1.2, 1.5 and 2 unless the workflow names values. Without any, the model is the fastest one whose outputs agree with
-    the dense model's, which needs a `data_config`. A model for which no such network is found fails the pass: a search leaves
-    this point out. The report of the compression is written beside the model as `tensorrail.json`.
+    the dense model's, which needs a `data_config`. Where the target is not reached, or outputs do not agree, the pass fails: a
+    search leaves this point out. The report of the compression is written beside the model as `tensorrail.json`.
     """
 
     @classmethod
@@ -109,7 +109,7 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
         provider = str(self.accelerator_spec.execution_provider)
         if provider not in _PROVIDERS:
             raise OlivePassError(f"expected one of the providers {', '.join(_PROVIDERS)}, got {provider}")
-        folder = Path(output_model_path).with_suffix("")
+        folder = Path(output_model_path.removesuffix(".onnx"))
         folder.mkdir(parents=True, exist_ok=True)
         try:
             report = tr.compress(
@@ -121,6 +121,14 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
             )
         except TensorrailError as error:
             raise OlivePassError(str(error)) from None
+        if not (report.meets and report.accepted):
+            for file in folder.glob(f"{_MODEL}*"):  # with its external data
+                file.unlink()
+            missed = ", ".join(f"{name}={value:g}" for name, value in report.targets.items())
+            refused = "" if report.aside is None else report.guard.refusal(report.aside)
+            raise OlivePassError(
+                refused or f"target {missed} was not reached: measured {report.ratios.latency:.2f} times faster"
+            )
         write_text(folder / _REPORT, report.model_dump_json(indent=1) + "\n")
         return ONNXModelHandler(
             model_path=str(folder),
@@ -183,4 +191,7 @@ def _inputs(model: ONNXModelHandler, config: Any) -> dict[str, np.ndarray] | Non
         count += len(next(iter(batch.values())))
     if not batches:
         raise OlivePassError(f"data_config {data.name}: expected inputs, got none")
-    return {name: np.concatenate([batch[name] for batch in batches])[: config.samples] for name in batches[0]}
+    try:
+        return {name: np.concatenate([batch[name] for batch in batches])[: config.samples] for name in batches[0]}
+    except (KeyError, ValueError) as error:
+        raise OlivePassError(f"data_config {data.name}: expected batches of the same inputs and shapes ({error})") from None

@@ -62,7 +62,7 @@ def export(
     graph = with_known_axes(as_graph(model), form.batch, form.shapes)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if not read.changes:
-        raise PlanError(f"{'the plan' if plan is read else plan}: names no layer, so there is nothing to rewrite")
+        raise PlanError(f"{'the plan' if plan is read else plan}: changes nothing: it names no layer")
     if cores is None:
         cores = decompose_graph(graph, read)
     elif isinstance(cores, Path | str):
