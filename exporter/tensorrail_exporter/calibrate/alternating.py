@@ -52,16 +52,20 @@ def alternate(
         problem = _BehindOutputs(equation, goal, gram, outer, sizes)
     if not sweeps:
         return problem.start(fitted)
-    best, least = list(fitted), problem.error(fitted)
-    before = math.inf
-    for _ in range(sweeps):
-        fitted = problem.sweep(fitted)
-        error = problem.error(fitted)
-        if error < least:  # near the minimum, rounding may increase the error
-            best, least = list(fitted), error
-        if before - error < _ENOUGH * before:
-            break
-        before = error
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows has no finite error, and is not kept
+        best, least = list(fitted), problem.error(fitted)
+        least = least if math.isfinite(least) else math.inf
+        before = math.inf
+        for _ in range(sweeps):
+            fitted = problem.sweep(fitted)
+            error = problem.error(fitted)
+            if not math.isfinite(error):
+                break
+            if error < least:  # near the minimum, rounding may increase the error
+                best, least = list(fitted), error
+            if before - error < _ENOUGH * before:
+                break
+            before = error
     return best
 
 
@@ -236,12 +240,14 @@ class _Core:
                 break
             weighted = self._adjoint(squares(self._product(direction)))
             curvature = float(np.vdot(direction, weighted))
-            if curvature <= 0.0:
+            if not 0.0 < curvature < math.inf:
                 break
             step = size / curvature
             core += step * direction
             residual -= step * weighted
             after = float(np.vdot(residual, residual))
+            if not math.isfinite(after):
+                break
             direction = residual + (after / size) * direction
             size = after
         return core

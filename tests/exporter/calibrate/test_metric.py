@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorrail_exporter import FORMATS, LayerPlan
+from tensorrail_exporter.calibrate.alternating import alternate
 from tensorrail_exporter.calibrate.metric import Moments, decompose, in_metric, roots
 
 ROUNDING = 1e-5  # of the outputs' energy: float32, where the plain decomposition is exact and the moments ill-conditioned
@@ -63,6 +64,17 @@ def test_decompose_is_never_worse_than_the_plain_decomposition(data):
     mine = moments.error(plan.reconstruct(cores, shape), weight)
     plain = moments.error(plan.reconstruct(plan.decompose(weight), shape), weight)
     assert mine <= NO_WORSE * plain + ROUNDING
+
+
+def test_a_fit_that_overflows_is_not_kept():
+    """Cores of values so large that products of them overflow float32: the ones that came before are returned."""
+    equation = FORMATS["tr"].equation((4, 4, 3), (4, 3, 4))
+    shapes = LayerPlan(name="w", format="tr", modes=(4, 3, 4), ranks=(2, 2, 2, 2)).core_shapes((4, 4, 3))
+    rng = np.random.default_rng(0)
+    cores = [(1e13 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
+    weight = rng.standard_normal((4, 4, 3)).astype(np.float32)
+    fitted = alternate(equation, cores, weight, np.eye(12, dtype=np.float32), 2)
+    assert all(np.isfinite(core).all() for core in fitted)
 
 
 @given(data=st.data())
