@@ -14,7 +14,6 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.graphs.joint import rounding_limit
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
@@ -121,18 +120,6 @@ def numerical_error(
         raise GraphError(
             f"expected the factored graph to differ by at most {limit:.1g} (relative L2) from the graph with reconstructed "
             f"weights, got {error:.1e}; remove layers from the plan until this check passes, and please report the model"
-        )
-    return error
-
-
-def rounding_error(dense: Path, joined: Path, feeds: list[Mapping[str, np.ndarray]], settings: Session) -> float:
-    """Return how far a graph with joint layers differs from the dense one. Raises `GraphError` if that exceeds rounding."""
-    error = parity(dense, joined, inputs=feeds, tolerance=None, settings=settings).worst
-    limit = rounding_limit(onnx.load(joined))
-    if not error <= limit:
-        raise GraphError(
-            f"expected joint layers to differ from the dense ones by at most {limit:.1g} (relative L2), got {error:.1e}; plan "
-            "without joint layers, and please report the model"
         )
     return error
 

@@ -19,10 +19,10 @@ from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.choice import Wanted, best, meets
 from tensorrail_exporter.compressed import CompressReport, Point, Ratios
-from tensorrail_exporter.fitted import Fitting, fitted, numerical_error, rounding_error
+from tensorrail_exporter.fitted import Fitting, fitted, numerical_error
 from tensorrail_exporter.fitted import Refine as Refine
 from tensorrail_exporter.graphs.io import load_model, save_model
-from tensorrail_exporter.graphs.joint import without_inner_shapes
+from tensorrail_exporter.graphs.joint import rounding_error, without_inner_shapes
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import Quantizer
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers

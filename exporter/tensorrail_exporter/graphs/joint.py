@@ -8,9 +8,10 @@ machine. Its weight may have a lower rank than its parts together, since the par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,6 +20,8 @@ from onnx import helper, numpy_helper
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
+from tensorrail_runtime.measure.parity import parity
+from tensorrail_runtime.sessions.session import Session
 
 Joint = tuple[str, ...]
 """The names of layers that become one: those of their weights, without `.weight`."""
@@ -64,10 +67,34 @@ def joint_groups(model: onnx.ModelProto, keeps: Callable[[str], bool] = lambda _
     return tuple(names for names in several if not _new_names(joint_name(names)) & taken)
 
 
-def rounding_limit(model: onnx.ModelProto) -> float:
-    """Return how far (relative L2) the outputs of a model may move when its layers become one."""
-    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
-    return _ROUNDING_OF_HALVES if halves else _ROUNDING
+def rounding_error(
+    dense: Path, changed: Path, feeds: Sequence[Mapping[str, np.ndarray]], settings: Session | None = None
+) -> float:
+    """Return how far the outputs of a graph with joint layers are from the dense one's.
+
+    Args:
+        dense: the dense model.
+        changed: the same with joint layers.
+        feeds: batches of inputs by name.
+        settings: how both run; default: the CPU provider.
+
+    Returns:
+        The relative L2 difference.
+
+    Raises:
+        GraphError: it is more than another order of sums may cause.
+        ModelError: a model does not run, or the outputs cannot be compared.
+
+    """
+    error = parity(dense, changed, inputs=feeds, tolerance=None, settings=settings).worst
+    stored = onnx.load(changed, load_external_data=False).graph.initializer
+    limit = _ROUNDING_OF_HALVES if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in stored) else _ROUNDING
+    if not error <= limit:
+        raise GraphError(
+            f"expected joint layers to differ from the dense ones by at most {limit:.1g} (relative L2), got {error:.1e}; plan "
+            "without joint layers, and please report the model"
+        )
+    return error
 
 
 def with_joint(model: onnx.ModelProto, groups: Collection[Joint]) -> onnx.ModelProto:

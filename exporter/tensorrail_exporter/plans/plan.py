@@ -16,8 +16,6 @@ from tensorrail_exporter.plans.costs import cheapest_merge
 from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.records import first_problem, write_text
 
-_DEFAULTS = {"precision": "fp32", "joint": (), "inner_shapes": True}
-
 Precision = Literal["fp32", "int8"]
 """The precision that a network is planned in."""
 
@@ -144,5 +142,6 @@ class Plan(BaseModel):
     def save(self, path: Path | str) -> None:
         """Write the plan to a JSON file."""
         # What older versions do not know is written only where it says something.
-        unsaid = {name for name in ("precision", "joint", "inner_shapes") if getattr(self, name) == _DEFAULTS[name]}
+        newer = ("precision", "joint", "inner_shapes")
+        unsaid = {name for name in newer if getattr(self, name) == type(self).model_fields[name].default}
         write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")

@@ -15,12 +15,11 @@ from pathlib import Path
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
-from tensorrail_exporter.graphs.joint import Joint, joint_groups, rounding_limit, with_joint, without_inner_shapes
+from tensorrail_exporter.graphs.joint import Joint, joint_groups, rounding_error, with_joint, without_inner_shapes
 from tensorrail_exporter.search.targets import Search
 from tensorrail_exporter.search.verification import Verification
 from tensorrail_runtime.errors import GraphError, ModelError, PlanError
 from tensorrail_runtime.measure.latency import bench
-from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.progress import Progress
 from tensorrail_runtime.sessions.session import open_session
 
@@ -64,14 +63,15 @@ def fastest_exact(verification: Verification, search: Search, folder: Path, prog
     settings = verification.settings
     kept, paths = [], []
     for number, variant in enumerate(variants):
-        path = folder / f"variant{number}.onnx"
+        plain, path = folder / f"exact{number}.onnx", folder / f"variant{number}.onnx"
         try:
-            if number and not _is_same(verification, variant, folder / f"exact{number}.onnx"):
-                continue
+            if number:
+                save_model(variant.of(verification.model), plain)
+                rounding_error(verification.dense, plain, verification.feeds, settings.exact)
             verification.write(with_joint(verification.model, variant.joint), path, inner_shapes=variant.inner_shapes)
             if number:
                 open_session(path, settings=settings)
-        except (ModelError, GraphError):  # what cannot be compared or run is not changed
+        except (ModelError, GraphError):  # it differs, or cannot be compared or run
             if not number:
                 return variant
             continue
@@ -82,14 +82,6 @@ def fastest_exact(verification: Verification, search: Search, folder: Path, prog
     faster = best is not None and best.low > 1.0 and best.value >= _WORTH
     progress(_STAGE, 1.0, f"{best.value:.2f} times faster" if best is not None and faster else "none is faster")
     return kept[place if faster else 0]
-
-
-def _is_same(verification: Verification, variant: Exact, path: Path) -> bool:
-    """Return whether a variant gives the outputs of the dense network, up to rounding; it is written to `path`."""
-    save_model(variant.of(verification.model), path)
-    settings = verification.settings.exact
-    worst = parity(verification.dense, path, inputs=verification.feeds, tolerance=None, settings=settings).worst
-    return worst <= rounding_limit(verification.model)
 
 
 def _variants(model: onnx.ModelProto, search: Search) -> list[Exact]:

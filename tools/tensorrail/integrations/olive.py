@@ -70,8 +70,8 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
             "flops": "How many times fewer FLOPs are wanted.",
             "params": "How many times fewer parameters are wanted.",
             "bytes": "How many times fewer bytes are wanted.",
-            "max_difference": "Relative L2 difference of the outputs from the dense model's, at most.",
-            "min_agreement": "Share of inputs whose best class is the dense model's, at least.",
+            "max_difference": "Largest difference of the outputs, as a multiple of their standard deviation.",
+            "min_agreement": "Smallest share of inputs whose best class is the dense model's.",
             "fit": "Seconds for fitting cores in torch; default: 120 where torch is installed, else 0.",
             "seconds": "Seconds for timing layers that are not in the latency table yet; default: 60.",
             "search_seconds": "Seconds for trading ranks between layers, by the whole network's loss; default: 20.",
@@ -124,11 +124,9 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
         if not (report.meets and report.accepted):
             for file in folder.glob(f"{_MODEL}*"):  # with its external data
                 file.unlink()
-            missed = ", ".join(f"{name}={value:g}" for name, value in report.targets.items())
+            reached = (f"{name}={value:g}, got {getattr(report.ratios, name):.2f}" for name, value in report.targets.items())
             refused = "" if report.aside is None else report.guard.refusal(report.aside)
-            raise OlivePassError(
-                refused or f"target {missed} was not reached: measured {report.ratios.latency:.2f} times faster"
-            )
+            raise OlivePassError(refused or f"target not reached: expected {'; '.join(reached)}")
         write_text(folder / _REPORT, report.model_dump_json(indent=1) + "\n")
         return ONNXModelHandler(
             model_path=str(folder),
