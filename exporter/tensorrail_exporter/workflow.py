@@ -25,6 +25,7 @@ from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.graphs.joint import rounding_error, without_inner_shapes
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import Quantizer
+from tensorrail_exporter.precision.islands import fastest_islands
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
@@ -44,6 +45,8 @@ from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
+
+_EACH = 0.3  # seconds of timing for each network that is tried with other layers in fp32
 
 Planned = Plan | PlanReport
 Feeds = list[Mapping[str, np.ndarray]]
@@ -148,6 +151,8 @@ def _report(
 ) -> CompressReport:
     """Return the report of the model that was written, the k-th one."""
     point, planning = points[k], written.planning
+    if planning is not None and written.spared:
+        planning = planning.model_copy(update={"plan": planning.plan.model_copy(update={"fp32": written.spared})})
     return CompressReport(
         dense=dense,
         factored=point.size,
@@ -237,7 +242,10 @@ class _Builder:
         # Raises for a layer that is not there, before the work begins.
         resolved = [resolve(self.model, _plan(planned)) for planned in factored]
         different = {_words(planned.targets) for planned in factored if isinstance(planned, PlanReport)}
-        jobs: list[tuple[str, Callable[[], _Built]]] = [("the dense network in int8", self._dense_in_int8)] if dense_too else []
+        jobs: list[tuple[str, Callable[[], Sequence[_Built]]]] = []
+        if dense_too:
+            in_fp32 = next((_plan(planned).fp32 for planned in plans if not _plan(planned).changes), ())
+            jobs.append(("the dense network in int8", partial(self._dense_in_int8, in_fp32)))
         for number, (planned, layers) in enumerate(zip(factored, resolved, strict=True)):
             jobs.append((f"a plan for {planned.precision}", partial(self._of, planned, layers, number)))
         for what, make in jobs:
@@ -248,16 +256,18 @@ class _Builder:
                 if dense_too or len(factored) > 1:
                     self.conditions.progress("note", 1.0, f"{what} is left out: {error}")
                 continue
-            if len(different) > 1 and made.planning is not None:
-                made = replace(made, asked=f", for {_words(made.planning.targets)}")
-            yield made
+            for one in made:
+                planning = one.planning if len(different) > 1 else None
+                yield one if planning is None else replace(one, asked=f", for {_words(planning.targets)}")
 
-    def _dense_in_int8(self) -> _Built:
-        small = self._in_int8(self.model)
-        path = _saved(small.model, self.dense.with_name("dense-int8.onnx"))
-        return _Built("int8", path, self.dense, spared=small.spared)
+    def _dense_in_int8(self, in_fp32: Sequence[str]) -> list[_Built]:
+        """Return the dense network in int8 and, if that is faster, the same with layers in fp32."""
+        return [
+            _Built("int8", _saved(one.model, self.dense.with_name(f"dense-int8-{k}.onnx")), self.dense, spared=one.spared)
+            for k, one in enumerate(self._in_int8(self.model, in_fp32))
+        ]
 
-    def _of(self, planned: Planned, resolved: ResolvedPlan, number: int) -> _Built:
+    def _of(self, planned: Planned, resolved: ResolvedPlan, number: int) -> list[_Built]:
         planning, plan = (planned if isinstance(planned, PlanReport) else None), _plan(planned)
         path = plain = self.dense.with_name(f"factored{number}.onnx")
         settings = self.conditions.settings.exact
@@ -278,14 +288,18 @@ class _Builder:
         save_model(_shaped(model, plan), path)
         spared: tuple[str, ...] = ()
         if plan.precision == "int8":
-            small = self._in_int8(model)
+            small = self._in_int8(model, plan.fp32)[-1]
             path, spared = _saved(_shaped(small.model, plan), self.dense.with_name(f"int8-{number}.onnx")), small.spared
         changes = {"joint layers": bool(plan.joint), "no inner shapes": not plan.inner_shapes}
         exact = ", ".join(change for change, made in changes.items() if made)
-        return _Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact)
+        return [_Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact)]
 
-    def _in_int8(self, model: onnx.ModelProto) -> Spared:
-        """Return a model in int8, with layers in fp32 where it would not keep the limits without them, but would in fp32."""
+    def _in_int8(self, model: onnx.ModelProto, in_fp32: Sequence[str] = ()) -> list[Spared]:
+        """Return a model in int8 and, if that is faster, the same with more layers in fp32.
+
+        Layers stay in fp32 where the model would not keep the limits without them, but would in fp32; or just those that are
+        given.
+        """
         parts, judge, progress = self.parts, self.judge, self.conditions.progress
         if parts is None or judge is None:
             raise ValueError("int8 needs calibration inputs")
@@ -295,9 +309,24 @@ class _Builder:
             return loss, self.wanted.accepts(loss, agreement)
 
         with Quantizer(model, parts.fitted.feeds) as quantizer:
+            if in_fp32:
+                fixed = quantizer(in_fp32)
+                return [Spared(fixed, tuple(in_fp32), judged(fixed)[1])]
             counted = self._macs(quantizer.model)
             layers = [Layer(name, counted.get(name, 0)) for name in quantizer.layers()]
-            return with_spared_layers(layers, quantizer, judged, model, progress)
+            first = with_spared_layers(layers, quantizer, judged, model, progress)
+            names = fastest_islands(layers, first.spared, quantizer, self._times, progress)
+            if names == first.spared:
+                return [first]
+            faster = quantizer(names)
+            good = judged(faster)[1]
+            return [first, Spared(faster, names, good)] if good or not first.good else [first]
+
+    def _times(self, models: Sequence[onnx.ModelProto]) -> tuple[Ratio, ...]:
+        """Return how many times faster each model but the first is than the first one."""
+        paths = [_saved(one, self.dense.with_name(f"island{k}.onnx")) for k, one in enumerate(models)]
+        seconds = min(self.conditions.timing.seconds, _EACH) * len(paths)
+        return bench(paths, replace(self.conditions.timing, seconds=seconds, processes=0), self.conditions.settings).ratios
 
     def _macs(self, model: onnx.ModelProto) -> dict[str, int]:
         """Return the multiply-accumulates of the nodes of a model by their names."""

@@ -127,6 +127,39 @@ def test_the_report_holds_what_was_measured(network, tmp_path):
     assert CompressReport.model_validate_json(report.model_dump_json()) == report
 
 
+@pytest.fixture(autouse=True)
+def no_islands(monkeypatch):
+    """Leave out the search for layers that are faster in fp32: which ones are depends on the processor."""
+    monkeypatch.setattr(compressing, "fastest_islands", lambda layers, start, *_: tuple(start))
+
+
+def test_layers_that_are_faster_in_fp32_make_a_further_model_and_are_in_the_plan(network, tmp_path, monkeypatch):
+    feeds = Calibration(tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24)))
+    asked = []
+
+    def first(layers, start, convert, timer, progress):
+        asked.append([layer.name for layer in layers])
+        return (layers[0].name,)
+
+    monkeypatch.setattr(compressing, "fastest_islands", first)
+    report = run(network, tmp_path / "out.onnx", IN_INT8, calibration=feeds)
+    assert [one.name for one in report.front] == [
+        "dense in int8",
+        "dense in int8, 1 layer in fp32",
+        "low rank in int8, 1 layer in fp32",
+    ]
+    names = report.front[2].spared
+    assert names == (asked[1][0],)
+    monkeypatch.setattr(compressing, "fastest_islands", None)  # a plan that says which layers stay in fp32 asks nobody
+    given = IN_INT8.model_copy(update={"fp32": names})
+    again = run(network, tmp_path / "again.onnx", [given, Plan(layers=(), precision="int8", fp32=("a",))], calibration=feeds)
+    assert [one.spared for one in again.front] == [("a",), names]
+    nodes = {node.name: node for node in onnx.load(tmp_path / "again.onnx").graph.node}
+    if again.written == 1:
+        made_by = {name: node.op_type for node in nodes.values() for name in node.output}
+        assert made_by.get(nodes[names[0]].input[1]) != "DequantizeLinear"
+
+
 def test_of_several_precisions_the_best_model_is_written(network, tmp_path):
     feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
     out = tmp_path / "out.onnx"

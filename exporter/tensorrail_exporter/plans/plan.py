@@ -88,6 +88,8 @@ class Plan(BaseModel):
             be planned in turn; by the names of their weights. None in files of older versions.
         inner_shapes: whether the file of an ONNX graph states the shapes of inner tensors; `False` where the graph was measured
             to be faster without them.
+        fp32: layers, weights or nodes of the network with its cores that stay in fp32 where `precision` is `int8`: those that
+            `compress` found to lose too much in int8, or to be faster in fp32. Empty: `compress` looks for them.
 
     """
 
@@ -98,6 +100,7 @@ class Plan(BaseModel):
     precision: Precision = "fp32"
     joint: tuple[Annotated[tuple[str, ...], Field(min_length=2, strict=False)], ...] = Field(default=(), strict=False)
     inner_shapes: bool = True
+    fp32: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
 
     @property
     def changes(self) -> bool:
@@ -142,6 +145,6 @@ class Plan(BaseModel):
     def save(self, path: Path | str) -> None:
         """Write the plan to a JSON file."""
         # What older versions do not know is written only where it says something.
-        newer = ("precision", "joint", "inner_shapes")
+        newer = ("precision", "joint", "inner_shapes", "fp32")
         unsaid = {name for name in newer if getattr(self, name) == type(self).model_fields[name].default}
         write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")

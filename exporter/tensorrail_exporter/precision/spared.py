@@ -78,7 +78,7 @@ def with_spared_layers(
     tried = _Tried(convert, judge, progress)
     tried.seen[()] = loss, good
     found: list[tuple[float, tuple[Layer, ...]]] = []
-    for group in _split(layers, _GROUPS):
+    for group in split_evenly(layers, _GROUPS):
         if tried.late:
             break
         gain = loss - tried(_names(group))[0]
@@ -131,7 +131,7 @@ def _without_needless(layers: Sequence[Layer], spared: Sequence[Layer], tried: _
         if tried(_names(rest))[1]:
             spared = rest
         elif len(part) > 1:
-            parts += _split(part, 2)
+            parts += split_evenly(part, 2)
     return list(spared)
 
 
@@ -143,10 +143,10 @@ def _consecutive(layers: Sequence[Layer], spared: Sequence[Layer]) -> list[tuple
             runs[-1].append(layer)
         elif runs[-1]:
             runs.append([])
-    return [half for run in runs if run for half in _split(run, 2)]
+    return [half for run in runs if run for half in split_evenly(run, 2)]
 
 
-def _split(layers: Sequence[Layer], count: int) -> list[tuple[Layer, ...]]:
+def split_evenly(layers: Sequence[Layer], count: int) -> list[tuple[Layer, ...]]:
     """Return the layers in so many groups of nearly equal size, none of them empty."""
     count = min(count, len(layers))
     ends = [round(k * len(layers) / count) for k in range(count + 1)]

@@ -92,7 +92,7 @@ def test_tries_are_limited(monkeypatch):
 @pytest.mark.parametrize(("count", "groups"), list(itertools.product((1, 2, 7, 8, 9, 63), (1, 2, 8))))
 def test_groups_are_whole_and_even(count, groups):
     own = layers(count)
-    parts = spared._split(own, groups)
+    parts = spared.split_evenly(own, groups)
     assert [layer for part in parts for layer in part] == own
     sizes = [len(part) for part in parts]
     assert min(sizes) >= 1

@@ -359,10 +359,17 @@ class ADMM:
             PlanError: the plan does not fit `model`, or a layer has seen no batch (`metric="activation"`).
 
         """
+        return swap(self.model if model is None else model, self.plan, roots=self.final_roots())
+
+    def final_roots(self) -> dict[str, Root]:
+        """Return the metric that `factorize` decomposes in, empty for `metric="weight"`, and remove the hooks, as `close` does.
+
+        Raises `PlanError` if a layer has seen no batch.
+        """
         if self._moments is not None and not self.roots:
             self.roots = self._moments.roots()
         self.close()
-        return swap(self.model if model is None else model, self.plan, roots=self.roots)
+        return self.roots
 
     def close(self) -> None:
         """Remove the hooks of `metric="activation"` from the model. Call it if you do not call `factorize`."""

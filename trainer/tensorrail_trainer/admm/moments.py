@@ -1,4 +1,4 @@
-"""Second moments of the layers' inputs, gathered while a model trains.
+"""Second moments of the layers' inputs, gathered while a model trains or from given inputs.
 
 They define the metric of `ADMM(metric="activation")`, which `tensorrail_trainer.layers.metric` explains.
 """
@@ -6,7 +6,7 @@ They define the metric of `ADMM(metric="activation")`, which `tensorrail_trainer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.dense import DenseModule, at_least_single
+from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.processes import Group, summed, world
 
@@ -24,24 +24,27 @@ _WINDOW = 100  # batches of the running mean: earlier layers keep training, so o
 
 
 class InputMoments:
-    """Running second moments of the inputs of planned layers, over the batches that the model trains on.
+    """Running second moments of the inputs of planned layers, over the batches that the model runs on.
 
-    A hook on each layer samples up to 1024 positions of each batch, in training mode only. `close` removes the hooks; the
-    hooks of a copy of the model do nothing.
+    A hook on each layer samples up to 1024 positions of each batch. `close` removes the hooks; the hooks of a copy of the
+    model do nothing.
 
     Args:
         plan: the plan.
         layers: the planned layers by name, as `planned_layers` returns them.
         group: the processes that train the model together; default: all.
+        training: whether the batches of training mode count (default), or those of evaluation mode.
 
     Raises:
         PlanError: the plan does not meet `require_one_input`.
 
     """
 
-    def __init__(self, plan: Plan, layers: Mapping[str, DenseModule], group: Group | None = None) -> None:
+    def __init__(
+        self, plan: Plan, layers: Mapping[str, DenseModule], group: Group | None = None, training: bool = True
+    ) -> None:
         require_one_input(plan, layers)
-        self._group = group
+        self._group, self.training = group, training
         self._layers = dict(layers)
         self.second: dict[str, Tensor] = {}  # (I, I)
         self.batches = dict.fromkeys(layers, 0)
@@ -110,13 +113,44 @@ class InputMoments:
     def _finite_moment(self, name: str) -> Tensor:
         if name not in self.second:
             raise PlanError(
-                f"layer {name}: expected at least one batch through its module in training mode, got none; train before the "
-                "update, or use metric='weight' if the model reads the weight without calling the module"
+                f"layer {name}: expected at least one batch through its module{' in training mode' if self.training else ''}, "
+                f"got none; {'train before the update' if self.training else 'give inputs'}, or use metric='weight' if the "
+                "model reads the weight without calling the module"
             )
         second = self.second[name]
         if not torch.isfinite(second).all():
-            raise PlanError(f"layer {name}: its inputs held infinity or NaN in training; lower the learning rate or rho")
+            advice = "in training; lower the learning rate or rho" if self.training else "; check the inputs and the weights"
+            raise PlanError(f"layer {name}: its inputs held infinity or NaN {advice}".replace(" ;", ";"))
         return second
+
+
+@torch.no_grad()
+def input_roots(model: nn.Module, plan: Plan, inputs: Iterable[Tensor]) -> dict[str, Root]:
+    """Return the metric of every planned layer of a dense model, from the inputs of its layers on given inputs of the model.
+
+    Args:
+        model: the dense model, in the mode it is in afterwards; it runs in evaluation mode, without gradients.
+        plan: the planned layers; their ranks are not used.
+        inputs: batches of inputs of the model, on its device; with several processes, each of them gives its own.
+
+    Returns:
+        The metric by layer name, as `swap` takes it.
+
+    Raises:
+        PlanError: a layer has several input modes, saw no batch, or its inputs were not finite.
+
+    """
+    moments = InputMoments(plan, planned_layers(model, plan), training=False)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for x in inputs:
+            model(x)
+    finally:
+        moments.close()
+        for module, training in modes.items():
+            module.training = training
+    return moments.roots()
 
 
 def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
@@ -143,7 +177,7 @@ class _Hook:
         self.moments, self.name = moments, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.moments is not None and module.training:
+        if self.moments is not None and module.training == self.moments.training:
             x = args[0] if args else kwargs["input"]
             self.moments.add(self.name, x if isinstance(x, Tensor) else x.data)  # the rows of a PackedSequence
 

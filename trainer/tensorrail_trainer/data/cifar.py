@@ -22,7 +22,10 @@ _Constants = tuple[torch.Tensor, torch.Tensor]
 
 
 def cifar10(
-    root: str = "data/cifar-10-batches-py", mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    root: str = "data/cifar-10-batches-py",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    validation: int = 0,
 ) -> Dataset:
     """Read CIFAR-10 from its published folder.
 
@@ -31,26 +34,33 @@ def cifar10(
         mean: three numbers to standardize the channels with, for pixel values from 0 to 1; default: those of the training
             split. Pretrained weights need the constants that they were trained with.
         std: three standard deviations, given together with `mean`.
+        validation: the number of training images, equally many of each class and always the same ones, that are left out of
+            training and take the place of the test split. Choose settings with them, and use the test images once, at the
+            end. Default 0: the published splits.
 
     Returns:
         Images (N, 3, 32, 32) and 10 classes.
 
     Raises:
-        DataError: a file cannot be read, or is not of CIFAR-10.
+        DataError: a file cannot be read, or is not of CIFAR-10, or no such number of images can be left out.
 
     """
     folder = Path(root)
     train = [_read(folder / f"data_batch_{k}", b"labels") for k in range(1, 6)]
-    return _dataset("CIFAR-10", folder, 10, train, [_read(folder / "test_batch", b"labels")], _given(mean, std))
+    test = [_read(folder / "test_batch", b"labels")]
+    return _dataset("CIFAR-10", folder, 10, train, test, _given(mean, std), validation)
 
 
 def cifar100(
-    root: str = "data/cifar-100-python", mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    root: str = "data/cifar-100-python",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    validation: int = 0,
 ) -> Dataset:
-    """Read CIFAR-100 with fine labels from its published folder; `mean` and `std` are as for `cifar10`."""
+    """Read CIFAR-100 with fine labels from its published folder; the other arguments are as for `cifar10`."""
     folder = Path(root)
     train, test = ([_read(folder / name, b"fine_labels")] for name in ("train", "test"))
-    return _dataset("CIFAR-100", folder, 100, train, test, _given(mean, std))
+    return _dataset("CIFAR-100", folder, 100, train, test, _given(mean, std), validation)
 
 
 def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> _Constants | None:
@@ -65,7 +75,15 @@ def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> _Consta
     return constants[0], constants[1]
 
 
-def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list[Any], given: _Constants | None) -> Dataset:
+def _dataset(
+    name: str,
+    folder: Path,
+    classes: int,
+    train: list[Any],
+    test: list[Any],
+    given: _Constants | None,
+    validation: int = 0,
+) -> Dataset:
     """Return both splits, stored as uint8 (N, 3, 32, 32) and standardized in each batch."""
     splits = []
     for parts in (train, test):
@@ -77,8 +95,28 @@ def _dataset(name: str, folder: Path, classes: int, train: list[Any], test: list
                 f"{folder}: expected labels 0 to {classes - 1}, got {int(y.max())}; check that it is the folder of {name}"
             )
     mean, deviation = given or _statistics(splits[0][0])
-    source = f"{name} ({folder.name}), {len(splits[0][1])} training and {len(splits[1][1])} test images"
+    kind = "test"
+    if validation:
+        splits, kind = _with_validation(*splits[0], classes, validation), "validation"
+    source = f"{name} ({folder.name}), {len(splits[0][1])} training and {len(splits[1][1])} {kind} images"
     return Dataset(source, classes, *(InMemory(x, y, mean, deviation) for x, y in splits))
+
+
+def _with_validation(
+    images: torch.Tensor, labels: torch.Tensor, classes: int, count: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split training images into those that stay and `count` for validation, equally many of each class."""
+    fewest = int(torch.bincount(labels, minlength=classes).min())
+    if not isinstance(count, int) or count < 0 or count % classes or count // classes >= fewest:
+        raise DataError(
+            f"validation: expected a multiple of the {classes} classes below {fewest * classes}, got {count}: as many training "
+            "images of each class are left out"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the same for every seed of a recipe
+    left_out = torch.cat([order[labels[order] == k][: count // classes] for k in range(classes)]).sort().values
+    stays = torch.ones(len(labels), dtype=torch.bool)
+    stays[left_out] = False
+    return [(images[stays], labels[stays]), (images[left_out], labels[left_out])]
 
 
 def _statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

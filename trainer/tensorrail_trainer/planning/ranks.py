@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,7 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
+from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
 
 _RUNGS = 32
@@ -103,12 +104,15 @@ def plan_to_size(
     format: str = "tt",  # noqa: A002 - the name of the plan's field
     modes: Sequence[int] | None = None,
     merge: str = "auto",
+    inputs: Iterable[Tensor] | None = None,
 ) -> tuple[LayerPlan, ...]:
     """Plan the layers of a pattern so that the whole network has `times` fewer parameters.
 
     The options of a layer are its dense form and a series of uniform rank bounds, counted at the size at which the layer runs.
-    The loss of an option is the share of the weight's squared norm that it truncates. One choice over all layers minimizes the
-    sum of the losses within the budget; a layer may stay dense.
+    The loss of an option is the share of the weight's squared norm that it truncates, or with `inputs` the share of the
+    layer's outputs: ‖(W − Z) S‖² / ‖W S‖², where S² is the second moment of the layer's inputs
+    (`tensorrail_trainer.layers.metric`). One choice over all layers minimizes the sum of the losses within the budget; a layer
+    may stay dense.
 
     Args:
         model: the dense model, with trained weights: the weights of an untrained network do not differ in rank.
@@ -117,16 +121,25 @@ def plan_to_size(
         format: as for `plan_layers`.
         modes: as for `plan_layers`.
         merge: as for `plan_layers`.
+        inputs: batches of inputs of the model, on its device, such as some hundred training samples; default: none. The
+            inputs of every layer must be one mode of its format.
 
     Returns:
         One `LayerPlan` per layer that does not stay dense.
 
     Raises:
-        PlanError: no layer matches, or the layers cannot become that small.
+        PlanError: no layer matches, the layers cannot become that small, or a layer has several input modes or saw none of the
+            `inputs`.
 
     """
     layers = _unranked(model, pattern, format, modes, merge)
-    options = [_options(layer, dense_layer(model, layer.name), _truncated_share) for layer in layers]
+    roots = {} if inputs is None else input_roots(model, Plan(layers=tuple(layers)), inputs)
+
+    def lost(weight: Tensor, plan: LayerPlan) -> float:
+        root = roots.get(plan.name)
+        return _truncated_share(weight if root is None else root.apply(weight.to(root.root)).cpu().contiguous(), plan)
+
+    options = [_options(layer, dense_layer(model, layer.name), lost) for layer in layers]
     return _within(options, model, pattern, times)
 
 

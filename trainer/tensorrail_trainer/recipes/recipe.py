@@ -5,20 +5,22 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import OWN_CODE, DataError, NetworkError, PlanError, RecipeError, WeightsError, in_words
 from tensorrail_runtime.records import first_problem, write_text
+from tensorrail_trainer.admm.admm import Metric
 from tensorrail_trainer.admm.moments import require_one_input
 from tensorrail_trainer.data import Dataset, Source, source_of
+from tensorrail_trainer.data.splits import EVALUATED
 from tensorrail_trainer.layers.dense import planned_layers
 from tensorrail_trainer.networks.registry import model_of
 from tensorrail_trainer.networks.weights import load_weights
@@ -26,6 +28,7 @@ from tensorrail_trainer.planning.published import published_plan
 from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_layers, plan_to_size
 from tensorrail_trainer.recipes.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Schedule, Training
 
+_MEASURED = 4096  # training samples on which the second moments of the layers' inputs are measured
 Integers = Annotated[tuple[int, ...], FROM_LIST]
 
 
@@ -63,7 +66,9 @@ class PlanRule(Part):
     """A rule of the plan: layers by a pattern of names, and the format, modes and ranks to factor them with.
 
     The ranks are given by `ranks`, or chosen from the trained weights: `params: 2.3` chooses those that make the whole network
-    2.3 times smaller with the least truncation error, over all layers of the pattern at once.
+    2.3 times smaller with the least truncation error, over all layers of the pattern at once. The error is that of the weights
+    (`metric: weight`), or that of the layers' outputs on training samples (`activation`, which needs formats with one input
+    mode).
     """
 
     layers: str
@@ -72,11 +77,14 @@ class PlanRule(Part):
     params: Annotated[float, Field(gt=1)] | None = None
     modes: Integers | None = None
     merge: str = "auto"
+    metric: Metric = "weight"
 
     @model_validator(mode="after")
     def _one_way(self) -> PlanRule:
         if (self.ranks is None) == (self.params is None):
             raise ValueError("expected exactly one of ranks and params")
+        if self.metric == "activation" and self.params is None:
+            raise ValueError("expected metric: activation together with params, since given ranks are not chosen by a metric")
         return self
 
 
@@ -285,12 +293,16 @@ class Recipe(Part):
         except DataError as error:
             raise RecipeError(f"data.name: {error}") from None
 
-    def make_plan(self, model: nn.Module, *, trained: bool = True) -> Plan:
+    def make_plan(
+        self, model: nn.Module, *, trained: bool = True, inputs: Callable[[], Iterable[Tensor]] | None = None
+    ) -> Plan:
         """Return the plan for a model.
 
         Args:
             model: the dense model.
             trained: False if the weights are random: ranks that depend on them are then not computed; default True.
+            inputs: returns batches of training samples on the model's device, for rules with `metric: activation`; default:
+                read from the recipe's data set.
 
         Returns:
             The plan.
@@ -302,18 +314,32 @@ class Recipe(Part):
         plans = []
         for index, rule in enumerate(self.plan):
             try:
-                plans.append(_planned(model, rule, trained))
+                plans.append(_planned(model, rule, trained, inputs or self.measured_inputs))
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None
         plan = join(plans)
         if not plan.layers:
             raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
-        if self.train.admm is not None and self.train.admm.metric == "activation":
-            try:
-                require_one_input(plan, planned_layers(model, plan))
-            except PlanError as error:
-                raise RecipeError(f"train.admm.metric: {error}") from None
+        admm = self.train.admm
+        for key, metric in (("admm.metric", admm and admm.metric), ("cut", self.train.cut)):
+            if metric == "activation":
+                try:
+                    require_one_input(plan, planned_layers(model, plan))
+                except PlanError as error:
+                    raise RecipeError(f"train.{key}: {error}") from None
         return plan
+
+    def measured_inputs(self, data: Dataset | None = None) -> Iterator[Tensor]:
+        """Yield batches of training samples, without augmentation, on which the metric of the layers' inputs is measured.
+
+        Args:
+            data: the data set, on the device of the model; default: the recipe's, read now.
+
+        """
+        split = (data or self.make_data()).train
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(self.seed))[:_MEASURED]
+        for x, _ in split.batches(list(order.split(EVALUATED))):
+            yield x
 
     def files(self) -> list[tuple[str, str]]:
         """Return (key, path) of the files that the recipe names: weights and plans."""
@@ -336,7 +362,12 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, trained: bool) -> tuple[LayerPlan, ...]:
+def _planned(
+    model: nn.Module,
+    rule: PlanRule | PublishedRule | FileRule,
+    trained: bool,
+    inputs: Callable[[], Iterable[Tensor]] = tuple,
+) -> tuple[LayerPlan, ...]:
     if isinstance(rule, FileRule):
         plan = Plan.load(rule.file)
         planned_layers(model, plan)
@@ -347,8 +378,15 @@ def _planned(model: nn.Module, rule: PlanRule | PublishedRule | FileRule, traine
         planned_layers(model, Plan(layers=selected))
         return selected
     if rule.params is not None:
-        planned = plan_to_size if trained else any_plan_to_size
-        return planned(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
+        if not trained:
+            layers = any_plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
+            if rule.metric == "activation":
+                require_one_input(Plan(layers=layers), planned_layers(model, Plan(layers=layers)))
+            return layers
+        measured = inputs() if rule.metric == "activation" else None
+        return plan_to_size(
+            model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, inputs=measured
+        )
     ranks = rule.ranks if rule.ranks is not None else ()
     return plan_layers(model, rule.layers, format=rule.format, ranks=ranks, modes=rule.modes, merge=rule.merge)
 

@@ -140,8 +140,10 @@ class Training(Part):
     network as it is. `control` trains the dense network for as many further epochs as ADMM and fine-tuning take, to compare
     with: `same` uses the schedule of the ADMM phase (a constant learning rate falls by cosine instead, since no fine-tuning
     follows), `none` skips it, and any other schedule can be given. The control uses the teacher of `distill`, too. `ema`
-    averages the weights with this decay per step; the average is evaluated and passed to the next phase. `cuda_graph` needs one
-    process and identical steps: no mixup, no fp16, no `metric: activation`.
+    averages the weights with this decay per step; the average is evaluated and passed to the next phase. `cut` is the metric
+    in which the trained weights are decomposed into cores: `weight`, or `activation` for the least change of the layers'
+    outputs; default: that of the ADMM phase, or `weight` without one. `cuda_graph` needs one process and identical steps: no
+    mixup, no fp16, no `metric: activation` in the ADMM phase.
     """
 
     batch: Count = 128
@@ -156,6 +158,7 @@ class Training(Part):
     sync_batch_norm: bool = True  # over all processes, so that the result does not depend on their number
     dense: Schedule | None = None
     admm: AdmmSchedule | None = None
+    cut: Metric | None = None
     finetune: Schedule
     control: Schedule | Literal["same", "none"] = "same"
 

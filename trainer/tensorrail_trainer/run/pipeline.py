@@ -9,7 +9,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_trainer._compat_accelerate import forget_other_precision
 from tensorrail_trainer.admm.admm import ADMM
+from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import InMemory, arrays
 from tensorrail_trainer.layers.dense import planned_layers
@@ -209,19 +210,14 @@ def train_all(
         dense = job.fit(Phase("dense", dense, settings.dense))
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
     plan_file = folder / "plan.json"
-    plan = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(dense)
+    start = job.copy_of(dense)
+    plan = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(start, inputs=job.inputs)
     job.accelerator.wait_for_everyone()
     job.write(lambda: plan.save(plan_file))
-    start = job.copy_of(dense)
     if teacher is None and settings.distill is not None:
         teacher = job.copy_of(dense)
-    roots: Mapping[str, Root] = {}
-    if settings.admm is None:
-        uncut, cut = start, swap(job.copy_of(start), plan)
-    else:
-        admm = ADMM(start, plan, settings.admm.rho, settings.admm.metric)
-        uncut = job.fit(Phase("admm", start, settings.admm, admm, teacher))
-        cut, roots = admm.factorize(job.copy_of(uncut)), admm.roots
+    uncut, roots = job.toward_low_rank(start, plan, teacher)
+    cut = swap(job.copy_of(uncut), plan, roots=roots)
     cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
     progress("note", 1.0, f"factored, before fine-tuning: test accuracy {cut_accuracy:.2f} %")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
@@ -368,6 +364,24 @@ class _Training:
         model = train(phase, self.recipe, self.data, self.accelerator, self.store, report_epoch)
         self.rows.extend(phase.rows)
         return model
+
+    def inputs(self) -> Iterator[torch.Tensor]:
+        """Yield training samples on which the metric of the layers' inputs is measured."""
+        return (laid_out(x, self.channels_last) for x in self.recipe.measured_inputs(self.data))
+
+    def toward_low_rank(self, model: nn.Module, plan: Plan, teacher: nn.Module | None) -> tuple[nn.Module, Mapping[str, Root]]:
+        """Train the ADMM phase, if there is one; return the network to cut and the metric to cut it in."""
+        schedule, roots = self.recipe.train.admm, {}
+        if schedule is not None:
+            admm = ADMM(model, plan, schedule.rho, schedule.metric)
+            model = self.fit(Phase("admm", model, schedule, admm, teacher))
+            roots = admm.final_roots()
+        cut = self.recipe.train.cut
+        if cut == "weight":
+            return model, {}
+        if cut == "activation" and not roots:
+            roots = input_roots(model, plan, self.inputs())
+        return model, roots
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model on the device, without its hooks."""
