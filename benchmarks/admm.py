@@ -1,11 +1,13 @@
 """When ADMM pays: the ways from a trained network to a small one, at equal epochs, on the same dense network.
 
-    python benchmarks/admm.py train [--data data/cifar-100-python] [--epochs 10] [--ratios 4 6] [--seeds 0 1 2] [--ways cut …]
+    python benchmarks/admm.py train cifar100 --data data/cifar-100-python [--epochs 10] [--ratios 4 6] [--seeds 0 1 2]
+    python benchmarks/admm.py train lstm --data data/spoken_digits [--ways cut admm …]
     python benchmarks/admm.py report -o results/admm.md
 
-`train` trains ResNet-20 on 45,000 images of CIFAR-100 for 60 epochs, then shortens it in every way, one run after another.
-Settings were chosen on the 5,000 images that were left out; the test images are looked at once a run, after its last epoch.
-Runs stand in `--work` (default `runs/admm`) and go on from their checkpoints; `report` reads the finished ones.
+Tasks: `cifar100`, a ResNet-20 trained for 60 epochs on 45,000 images (settings are chosen on the other 5,000 of the training
+set, and the test images are looked at once a run, after its last epoch); `lstm` and `transformer` on spoken digits, each
+seed with a dense network of its own, with the settings found on images. Every way gets the same epochs after the dense
+phase. Runs stand in `--work` (default `runs/admm`) and go on from their checkpoints; `report` reads the finished ones.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,88 +27,151 @@ from torch import nn
 from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_trainer.data import Dataset
-from tensorrail_trainer.data.cifar import cifar100
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run.pipeline import make_accelerator, prepare, train_all
 from tensorrail_trainer.training.loop import evaluate
 
 Settings = dict[str, Any]
-LAYERS = "layer*.conv?"
-RATE: Settings = {"nesterov": True, "weight_decay": 5.0e-4}
-DENSE_EPOCHS = 60
-STEPS = 88  # a quarter of an epoch of 45,000 images in batches of 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and its data."""
+
+    title: str
+    """What the table calls it."""
+    data: Settings
+    """The recipe's `data`, without the folder."""
+    model: Settings
+    """The recipe's `model`."""
+    layers: str
+    """The layers to factor."""
+    batch: int
+    """Samples of a step."""
+    steps: int
+    """Steps between two updates of ADMM: a quarter of an epoch."""
+    dense_epochs: int
+    """Epochs of the dense network."""
+    dense: Settings
+    """Its optimizer."""
+    optimizer: Settings
+    """The optimizer of all that follows."""
+    shared: Settings = field(default_factory=dict)
+    """What all phases share."""
+    validation: int = 0
+    """Training samples that settings are chosen on."""
+
+
+SGD: Settings = {"nesterov": True, "weight_decay": 5.0e-4}
+ADAMW: Settings = {"optimizer": "adamw", "weight_decay": 0.05, "clip": 1.0}
+IMAGES: Settings = {
+    "label_smoothing": 0.0,
+    "augment": {"shift": 4, "flip": True, "border": "zero"},
+    "precision": "bf16",
+}
+TASKS: dict[str, Task] = {
+    "cifar100": Task(
+        "ResNet-20 on CIFAR-100",
+        {"name": "cifar100", "args": {}},
+        {"name": "resnet20"},
+        "layer*.conv?",
+        *(128, 88, 60),
+        {"lr": 0.1, "warmup": 2.0, **SGD},
+        {"lr": 0.03, **SGD},
+        IMAGES,
+        validation=5000,
+    ),
+    "lstm": Task(
+        "LSTM on spoken digits",
+        {"name": "speech", "args": {"stack": 8}},
+        {"name": "lstm", "args": {"hidden": 128}},
+        "rnn.weight_ih_l0",
+        *(32, 21, 40),
+        {"lr": 1.0e-3, "warmup": 2.0, **ADAMW},
+        {"lr": 1.0e-3, **ADAMW},
+    ),
+    "transformer": Task(
+        "transformer on spoken digits",
+        {"name": "speech", "args": {"stack": 2}},
+        {"name": "encoder:encoder"},
+        "blocks.*",
+        *(32, 21, 40),
+        {"lr": 1.0e-3, "warmup": 2.0, **ADAMW},
+        {"lr": 3.0e-4, **ADAMW},
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to the small network: what the table calls it, and its part of a recipe for a ratio and a number of epochs."""
+    """A way to the small network: what the table calls it, and its part of a recipe for a task, a ratio and epochs."""
 
     title: str
-    recipe: Callable[[float, int], Settings]
+    recipe: Callable[[Task, float, int], Settings]
 
 
-def _cut(metric: str, lr: float = 0.03) -> Callable[[float, int], Settings]:
+def _cut(metric: str) -> Callable[[Task, float, int], Settings]:
     """Cut the trained network, ranks and cores chosen by a metric, and train the cores for all epochs."""
 
-    def recipe(ratio: float, epochs: int) -> Settings:
+    def recipe(task: Task, ratio: float, epochs: int) -> Settings:
         return {
-            "plan": [{"layers": LAYERS, "params": ratio, "metric": metric}],
-            "train": {"cut": metric, "finetune": {"epochs": epochs, "lr": lr, **RATE}},
+            "plan": [{"layers": task.layers, "params": ratio, "metric": metric}],
+            "train": {"cut": metric, "finetune": {"epochs": epochs, **task.optimizer}},
         }
 
     return recipe
 
 
-def _admm(ranks_by: str, share: float = 0.4, lr: float = 0.03, **settings: Any) -> Callable[[float, int], Settings]:
-    """Train toward low rank for a share of the epochs, then cut as `_cut` and train the cores."""
+def _admm(ranks_by: str, share: float = 0.4, **settings: Any) -> Callable[[Task, float, int], Settings]:
+    """Train toward low rank for a share of the epochs, then cut as `_cut` and train the cores.
 
-    def recipe(ratio: float, epochs: int) -> Settings:
+    Without a `rho` it rises from 0.01 to 0.1, and Z and U are updated four times an epoch.
+    """
+
+    def recipe(task: Task, ratio: float, epochs: int) -> Settings:
         first = round(share * epochs)
-        admm = {"epochs": first, "lr": lr, "decay": "constant", **RATE, **settings}
+        rising = {} if "rho" in settings else {"rho": 0.01, "rho_end": 0.1, "every_steps": task.steps}
+        admm = {"epochs": first, "decay": "constant", **task.optimizer, **rising, **settings}
         return {
-            "plan": [{"layers": LAYERS, "params": ratio, "metric": ranks_by}],
-            "train": {"cut": ranks_by, "admm": admm, "finetune": {"epochs": epochs - first, "lr": lr, **RATE}},
+            "plan": [{"layers": task.layers, "params": ratio, "metric": ranks_by}],
+            "train": {"cut": ranks_by, "admm": admm, "finetune": {"epochs": epochs - first, **task.optimizer}},
         }
 
     return recipe
 
 
-RISING: Settings = {"rho": 0.01, "rho_end": 0.1, "every_steps": STEPS}
 WAYS: dict[str, Way] = {
-    "control": Way("dense, trained on", lambda _, epochs: {"train": {"control": {"epochs": epochs, "lr": 0.03, **RATE}}}),
+    "control": Way("dense, trained on", lambda task, _, epochs: {"train": {"control": {"epochs": epochs, **task.optimizer}}}),
     "cut": Way("cut by weights", _cut("weight")),
     "cut-activation": Way("cut by activations", _cut("activation")),
     "published": Way("ADMM as published", _admm("weight", 0.5, rho=0.001)),
-    "admm": Way("ADMM, rho rising", _admm("weight", **RISING)),
-    "admm-activation": Way("ADMM, rho rising, ranks and cut by activations", _admm("activation", **RISING)),
-    "admm-metric": Way("ADMM in the metric of activations", _admm("activation", **RISING, metric="activation")),
-    "cut-high": Way("cut by activations, rate 0.1", _cut("activation", 0.1)),
-    "admm-high": Way("ADMM, cut by activations, rate 0.1", _admm("activation", lr=0.1, **RISING)),
-    "admm-short": Way("ADMM for a fifth of the epochs, cut by activations", _admm("activation", 0.2, **RISING)),
+    "admm": Way("ADMM, rho rising", _admm("weight")),
+    "admm-activation": Way("ADMM, rho rising, ranks and cut by activations", _admm("activation")),
+    "admm-metric": Way("ADMM, rho rising, all in the metric of activations", _admm("activation", metric="activation")),
 }
+USUAL = ("control", "cut", "cut-activation", "published", "admm", "admm-activation", "admm-metric")
 
 
-def recipe_of(name: str, data: str, seed: int, part: Settings, weights: Path | None) -> Recipe:
+def recipe_of(task: Task, name: str, data: str, seed: int, part: Settings, weights: Path | None) -> Recipe:
     """Return the recipe of a run; without weights it starts with the dense phase."""
-    part = {"plan": [{"layers": LAYERS, "params": 4.0}], **part}
+    smallest = {"layers": task.layers, "ranks": 1}
     train: Settings = {
-        "batch": 128,
-        "label_smoothing": 0.0,
-        "augment": {"shift": 4, "flip": True, "border": "zero"},
-        "precision": "bf16",
-        "finetune": {"epochs": 1, "lr": 0.01},
+        "batch": task.batch,
+        **task.shared,
+        "finetune": {"epochs": 1, **task.optimizer},
         "control": "none",
-        **part.pop("train"),
+        **part["train"],
     }
+    validation = {"validation": task.validation} if task.validation else {}
     return Recipe.model_validate(
         {
             "version": 1,
             "name": name,
             "seed": seed,
-            "data": {"name": "cifar100", "args": {"root": data, "validation": 5000}},
-            "model": {"name": "resnet20"} | ({"weights": str(weights)} if weights else {}),
+            "data": task.data | {"args": {"root": data, **task.data["args"], **validation}},
+            "model": task.model | ({"weights": str(weights)} if weights else {}),
+            "plan": part.get("plan", [smallest]),
             "train": train,
-            **part,
         }
     )
 
@@ -126,12 +191,11 @@ def one_run(recipe: Recipe, work: Path, test: Dataset, facts: Settings) -> Setti
         print(f"{recipe.name}: {stage} {detail}", flush=True)
 
     trained, data = train_all(recipe, folder, progress, accelerator)
-    control = trained.reference == "dense control"
-    network = trained.dense if control and trained.dense is not None else trained.factored
-    dense = recipe.make_model(trained=False)
+    dense = facts["way"] in ("dense", "control") and trained.dense is not None
+    network = trained.dense if dense and trained.dense is not None else trained.factored
     outcome = facts | {
-        "params_ratio": _size(dense) / _size(network),
-        "cut": trained.cut_accuracy,
+        "params_ratio": _size(recipe.make_model(trained=False)) / _size(network),
+        "cut": None if dense else trained.cut_accuracy,
         "validation": _accuracy(network, data, accelerator),
         "test": _accuracy(network, test, accelerator),
         "seconds": time.perf_counter() - start,
@@ -151,42 +215,73 @@ def _accuracy(model: nn.Module, data: Dataset, accelerator: Accelerator) -> floa
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train the dense network and every run that was asked for."""
-    test = cifar100(options.data)
-    dense: Settings = {"train": {"dense": {"epochs": options.dense_epochs, "lr": 0.1, "warmup": 2.0, **RATE}}}
-    recipe = recipe_of("dense", options.data, 0, dense, None)
-    start = one_run(recipe, options.work, test, {"way": "dense", "epochs": options.dense_epochs, "seed": 0})
-    weights = options.work / "dense" / "dense.safetensors"
+    """Train the dense networks and every run that was asked for."""
+    task = TASKS[options.task]
+    phase = {"epochs": options.dense_epochs or task.dense_epochs, **task.dense}
     for seed in options.seeds:
+        first = 0 if task.validation else seed  # a long dense phase is shared by all seeds
+        start = recipe_of(task, f"{options.task}-dense-{first}", options.data, first, {"train": {"dense": phase}}, None)
+        without = {key: value for key, value in start.data.args.items() if key != "validation"}
+        test = start.model_copy(update={"data": start.data.model_copy(update={"args": without})}).make_data()
+        facts: Settings = {"task": options.task, "seed": first, "way": "dense", "ratio": 1.0, "epochs": 0}
+        one_run(start, options.work, test, facts)
+        weights = options.work / start.name / "dense.safetensors"
         for ratio in options.ratios:
             for way in options.ways:
-                part = WAYS[way].recipe(ratio, options.epochs)
-                name = f"{way}-{ratio:g}x-{options.epochs}-{seed}"
-                facts = {"way": way, "ratio": ratio, "epochs": options.epochs, "seed": seed, "dense": start["machine"]}
-                one_run(recipe_of(name, options.data, seed, part, weights), options.work, test, facts)
+                facts = {"task": options.task, "seed": seed, "way": way, "epochs": options.epochs}
+                facts["ratio"] = 1.0 if way == "control" else ratio
+                name = f"{options.task}-{way}-{facts['ratio']:g}x-{options.epochs}-{seed}"
+                part = WAYS[way].recipe(task, ratio, options.epochs)
+                one_run(recipe_of(task, name, options.data, seed, part, weights), options.work, test, facts)
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f} ({len(values)})" if len(values) > 1 else f"{mean} (1)"
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{statistics.mean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
+
+
+def table(outcomes: Sequence[Settings], task: str) -> list[str]:
+    """Return the table of a task: mean and standard deviation over seeds of all finished runs."""
+    groups: dict[tuple[int, float, int], list[Settings]] = {}
+    order = ["dense", *WAYS]
+    for one in outcomes:
+        if one["task"] == task:
+            groups.setdefault((one["epochs"], one["ratio"], order.index(one["way"])), []).append(one)
+    head = ["epochs", "parameters reduction", "way", "seeds", "right after the cut, %", "test, %"]
+    keys = ["cut", "test"]
+    if TASKS[task].validation:
+        head.insert(5, "validation, %")
+        keys.insert(1, "validation")
+    lines = [f"## {TASKS[task].title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (epochs, _, place), found in sorted(groups.items()):
+        way = order[place]
+        title = "dense" if way == "dense" else WAYS[way].title
+        ratio = _spread([statistics.mean(one["params_ratio"] for one in found)])
+        cells = (_spread([one[key] for one in found]) for key in keys)
+        lines.append(f"| {epochs} | {ratio} | {title} | {len(found)} | {' | '.join(cells)} |")
+    return lines
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the table of all finished runs."""
+    """Write the tables of all finished runs."""
     outcomes = [json.loads(path.read_text()) for path in sorted(options.work.glob("*/outcome.json"))]
-    groups: dict[tuple[int, float, str], list[Settings]] = {}
-    for outcome in outcomes:
-        if outcome["way"] != "dense":
-            groups.setdefault((outcome["epochs"], outcome["ratio"], outcome["way"]), []).append(outcome)
-    order = list(WAYS)
-    head = ("epochs", "parameters reduction", "way", "right after the cut, %", "validation, %", "test, %")
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (epochs, ratio, way), found in sorted(groups.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))):
-        cells = (_spread([outcome[key] for outcome in found]) for key in ("cut", "validation", "test"))
-        lines.append(f"| {epochs} | {ratio:g}× | {WAYS[way].title} | " + " | ".join(cells) + " |")
+    tasks = [task for task in TASKS if any(one["task"] == task for one in outcomes)]
+    processors = ", ".join(sorted({one["machine"] for one in outcomes}))
+    lines = [
+        "# When ADMM pays",
+        "",
+        "Each row: `python benchmarks/admm.py train TASK --data FOLDER --epochs E --ratios R --seeds …`; then",
+        f"`python benchmarks/admm.py report`. {processors}. Accuracies are of the last epoch, with the standard deviation",
+        "over seeds. Epochs are those after the dense network; every way has the same.",
+    ]
+    for task in tasks:
+        lines += ["", *table(outcomes, task)]
     print("\n".join(lines))
     if options.out:
         write_text(options.out, "\n".join(lines) + "\n")
+        write_text(options.out.with_suffix(".json"), json.dumps(outcomes, indent=1) + "\n")
 
 
 def main() -> None:
@@ -194,13 +289,13 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train")
     training.set_defaults(call=train)
-    training.add_argument("--data", default="data/cifar-100-python")
+    training.add_argument("task", choices=list(TASKS))
+    training.add_argument("--data", required=True)
     training.add_argument("--epochs", type=int, default=10)
-    training.add_argument("--dense-epochs", type=int, default=DENSE_EPOCHS)
+    training.add_argument("--dense-epochs", type=int)
     training.add_argument("--ratios", type=float, nargs="+", default=[4.0])
     training.add_argument("--seeds", type=int, nargs="+", default=[0])
-    usual = ["cut", "cut-activation", "published", "admm-activation"]
-    training.add_argument("--ways", nargs="+", choices=list(WAYS), default=usual)
+    training.add_argument("--ways", nargs="+", choices=list(WAYS), default=USUAL)
     reporting = commands.add_parser("report")
     reporting.set_defaults(call=report)
     reporting.add_argument("-o", "--out", type=Path)

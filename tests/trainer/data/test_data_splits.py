@@ -310,3 +310,20 @@ def test_what_is_no_cifar_folder_is_refused(tmp_path, rng):
     publish(folder / "train", [1, 2], old=False)
     with pytest.raises(DataError, match="expected the keys data and fine_labels"):
         cifar100(str(folder))
+
+
+def test_images_for_validation_are_left_out_of_training_and_always_the_same(tmp_path, rng):
+    folder, _ = write_cifar(tmp_path, 10, rng)
+    whole, apart, again = (cifar10(str(folder), validation=count) for count in (0, 20, 20))
+    assert "80 training and 20 validation images" in apart.source
+    assert (len(apart.train), len(apart.test)) == (len(whole.train) - 20, 20)
+    assert torch.equal(apart.test.x, again.test.x)
+    assert torch.bincount(apart.test.y).tolist() == [2] * 10
+    pixels = {
+        split: {image.numpy().tobytes() for image in split_.x} for split, split_ in (("a", apart.train), ("b", apart.test))
+    }
+    assert not pixels["a"] & pixels["b"]
+    assert pixels["a"] | pixels["b"] == {image.numpy().tobytes() for image in whole.train.x}
+    for count in (15, -10, 100):
+        with pytest.raises(DataError, match=f"validation: expected a multiple of the 10 classes below 100, got {count}"):
+            cifar10(str(folder), validation=count)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 from tensorrail_exporter import Plan, PlanError, decompose_graph, factorize
 from tensorrail_exporter.formats import FORMATS
 from tensorrail_trainer import plan_layers, to_onnx
+from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.layers.swap import swap
 from tensorrail_trainer.planning import ranks as planning
 from tensorrail_trainer.planning.ranks import any_plan_to_size, plan_to_size
@@ -94,3 +96,35 @@ def test_numbers_of_numpy_are_ranks_and_others_are_none(model):
             plan_layers(model, "0", ranks=ranks)
     with pytest.raises(PlanError, match=r"modes: expected a list of integers .*, got \[\[4, 4\], \[4, 4\]\]"):
         plan_layers(model, "0", format="ttm", ranks=4, modes=[[4, 4], [4, 4]])
+
+
+def outputs_error(net, plan, x, roots=None):
+    """Return how far the outputs of a plan's cores are from the dense ones, as a share of their norm."""
+    with torch.no_grad():
+        return float((swap(copy.deepcopy(net), plan, roots=roots)(x) - net(x)).norm() / net(x).norm())
+
+
+def test_ranks_and_cores_by_activations_lose_less_of_the_outputs_of_other_inputs():
+    """The inputs of the first layer lie near six directions, which its weight does not show."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 48, bias=False), nn.Tanh(), nn.Linear(48, 48, bias=False))
+    directions = torch.randn(6, 48)
+    x, other = (torch.randn(512, 6) @ directions + 0.1 * torch.randn(512, 48) for _ in range(2))
+    by_weights, by_outputs = (Plan(layers=plan_to_size(net, "*", 2.5, format="svd", inputs=inputs)) for inputs in (None, [x]))
+    first = {plan: plan.layers[0].ranks[0] for plan in (by_weights, by_outputs)}
+    assert first[by_outputs] < first[by_weights]
+    roots = input_roots(net, by_outputs, [x])
+    plain = outputs_error(net, by_weights, other)
+    assert outputs_error(net, by_outputs, other, roots) < 0.5 * plain
+    assert net.training
+    assert not net[0]._forward_pre_hooks
+
+
+def test_inputs_that_say_nothing_of_a_layer_are_refused(model):
+    x = torch.randn(4, 32, 8, 8)
+    with pytest.raises(PlanError, match=r"layer 1: its inputs held infinity or NaN; check the inputs and the weights"):
+        plan_to_size(model[:2], "1", 2.0, inputs=[x * math.inf])
+    with pytest.raises(PlanError, match=r"layer 0: expected at least one batch through its module, got none; give inputs"):
+        plan_to_size(model[:2], "0", 2.0, inputs=[])
+    with pytest.raises(PlanError, match="expects one input mode, got 2"):
+        plan_to_size(model[:2], "0", 2.0, modes=(4, 8, 9, 4, 8), inputs=[x])

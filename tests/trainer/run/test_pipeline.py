@@ -667,3 +667,39 @@ def test_what_is_no_yaml_is_refused_in_one_line(text, tmp_path):
     with pytest.raises(RecipeError, match=r"r.yaml: not valid YAML: .") as found:
         Recipe.load(tmp_path / "r.yaml")
     assert "\n" not in str(found.value)
+
+
+def test_ranks_and_cut_by_activations(tmp_path):
+    """The cores are those of the metric of the layers' inputs, also behind an ADMM phase in the plain one."""
+    rule = {"layers": "stages.*.conv?", "params": 1.3, "metric": "activation"}
+    cut = {}
+    for name, admm in (("cut", None), ("admm", SHORT["admm"])):
+        for metric in ("activation", "weight"):
+            phases = {phase: SHORT[phase] for phase in ("dense", "finetune")} | ({"admm": admm} if admm else {})
+            settings = SMALL["train"] | phases | {"cut": metric, "control": "none"}
+            if admm is None:
+                del settings["admm"]
+            folder = tmp_path / f"{name}-{metric}"
+            recipe = small(tmp_path, plan=[rule], train=settings)
+            prepare(recipe, folder)
+            trained, _ = train_all(recipe, folder)
+            cut[name, metric] = trained
+        one, other = cut[name, "activation"], cut[name, "weight"]
+        assert one.plan == other.plan == Plan.load(tmp_path / f"{name}-weight" / "plan.json")
+        assert set(one.roots) == {layer.name for layer in one.plan.layers}
+        assert other.roots == {}
+        assert one.cut_accuracy != other.cut_accuracy or one.rows[-1].loss != other.rows[-1].loss
+
+
+@pytest.mark.parametrize(
+    ("plan", "train", "reason"),
+    [
+        ({"ranks": 4, "metric": "activation"}, {}, "expected metric: activation together with params"),
+        ({"params": 1.2, "metric": "activation", "modes": [4, 4, 8, 16]}, {}, "plan.0: layer hidden: .*expects one input mode"),
+        ({"ranks": 4, "modes": [4, 4, 8, 16]}, {"cut": "activation"}, "train.cut: layer hidden: .*expects one input mode"),
+        ({"ranks": 4}, {"cut": "outputs"}, "train.cut: "),
+    ],
+)
+def test_a_metric_that_cannot_be_is_refused(plan, train, reason, tmp_path):
+    with pytest.raises(RecipeError, match=reason):
+        small(tmp_path, plan=[{"layers": "hidden"} | plan], train=SMALL["train"] | train)

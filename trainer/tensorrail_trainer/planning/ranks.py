@@ -180,12 +180,13 @@ def _unranked(
     modes: Sequence[int] | None,
     merge: str,
 ) -> list[LayerPlan]:
-    """Return the plans of the matching layers, whose ranks are still to be chosen."""
+    """Return the plans of the matching layers at rank 1, whose ranks are still to be chosen."""
     require_trainable(format)
     form = format_of(format)
     shapes = {name: dense_layer(model, name).spec.shape for name in _matching(model, pattern)}
     chosen = {name: tuple(modes) if modes is not None else form.default_modes(shape) for name, shape in shapes.items()}
-    return [LayerPlan(name=name, format=format, modes=chosen[name], ranks=(1,), merge=merge) for name in shapes]
+    least = {name: form.uniform(shape, chosen[name], 1) for name, shape in shapes.items()}
+    return [LayerPlan(name=name, format=format, modes=chosen[name], ranks=least[name], merge=merge) for name in shapes]
 
 
 def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan], float]) -> _Options:
