@@ -1,18 +1,20 @@
-"""What exact changes and low rank do to the time of transformers, with the operators that ONNX Runtime fuses.
+"""What exact changes, low rank and int8 do to the time of transformers, with the operators that ONNX Runtime fuses.
 
     python benchmarks/transformers_time.py [--only NAME …] [--batch 1 8] [--seconds 4] [-o results/transformers.md]
 
-Networks of the `transformers` package with random weights: times do not depend on their values. Every variant of a network is
-timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors in its file;
-query, key and value as one layer; and all products at half the multiply-accumulates, with separate factors and with one joint
-factor for query, key and value.
+Networks of the `transformers` package, and a U-Net, with random weights: times do not depend on their values. Every variant of
+a network is timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors
+in its file; query, key and value as one layer; all products and convolutions at half the multiply-accumulates, with separate
+factors and with one joint factor for query, key and value; and in int8.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import onnx
@@ -22,6 +24,7 @@ from torch import nn
 
 import tensorrail as tr
 from tensorrail_exporter.graphs.joint import joint_groups, with_joint, without_inner_shapes
+from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.rewriter import factorize
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.verification import random_cores
@@ -32,6 +35,7 @@ from tensorrail_runtime.sessions.machine import machine
 
 TOKENS = 128
 GRID = 16
+SAMPLES = 4  # inputs that ranges in int8 are taken from
 
 
 class Only(nn.Module):
@@ -69,46 +73,104 @@ def _vit(hidden: int, heads: int) -> Callable[[], nn.Module]:
     return lambda: transformers.ViTModel(config, add_pooling_layer=False)
 
 
+def _whisper() -> nn.Module:
+    """Return an encoder of the size of Whisper-tiny's, for 30 seconds of sound: 1,500 frames."""
+    config = transformers.WhisperConfig(
+        d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, attn_implementation="eager"
+    )
+    return transformers.WhisperModel(config).encoder
+
+
+class UNet(nn.Module):
+    """A U-Net (Ronneberger et al. 2015) of four sizes, with transposed convolutions on the way up."""
+
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128, 256), classes: int = 4) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(self._block(i, o) for i, o in pairwise((3, *channels)))
+        rising = [*pairwise(reversed(channels))]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, 2) for i, o in rising)
+        self.joined = nn.ModuleList(self._block(2 * o, o) for _, o in rising)
+        self.head = nn.Conv2d(channels[0], classes, 1)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, 1, 1), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, 3, H, W) to scores (B, classes, H, W)."""
+        kept = []
+        for number, block in enumerate(self.down):
+            x = block(x if number == 0 else nn.functional.max_pool2d(x, 2))
+            kept.append(x)
+        for up, joined, side in zip(self.up, self.joined, reversed(kept[:-1]), strict=True):
+            x = joined(torch.cat([up(x), side], 1))
+        scores: torch.Tensor = self.head(x)
+        return scores
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
     "MiniLM-L6 (as BERT)": (_bert(384, 6), tokens),
     "BERT-base": (_bert(768, 12), tokens),
     "DeiT-S": (_vit(384, 6), images),
+    "Whisper-tiny encoder": (_whisper, lambda batch: torch.randn(batch, 80, 3000)),
+    "U-Net": (UNet, lambda batch: torch.randn(batch, 3, 128, 128)),
 }
 
 
 def half(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """Return a network in which every product has half the multiply-accumulates, with random cores of rank r."""
+    """Return a network whose products and convolutions have half the multiply-accumulates, with random cores of rank r."""
     layers = []
     for layer in survey(model, batch, {}):
-        if layer.spec.op != "linear" or layer.spec.gathers:
+        outputs, inputs, *kernel = layer.spec.shape
+        if layer.spec.gathers or min(outputs, inputs) < 2 * GRID:
             continue
-        outputs, inputs = layer.spec.shape
-        rank = max(GRID, round(outputs * inputs / (2 * (outputs + inputs)) / GRID) * GRID)
-        layers.append(tr.LayerPlan(name=layer.name, format="svd", modes=(outputs, inputs), ranks=(rank,)))
+        taps = math.prod(kernel)
+        bound = outputs * inputs * taps / 2
+        if taps == 1:
+            rank = bound / (outputs + inputs)
+        else:  # taps · r² + (outputs + inputs) · r = bound
+            both = outputs + inputs
+            rank = (math.sqrt(both**2 + 4 * taps * bound) - both) / (2 * taps)
+        rank = max(GRID, round(rank / GRID) * GRID)
+        how = {"format": "svd", "ranks": (rank,)} if taps == 1 else {"format": "tt", "ranks": (1, rank, rank, 1)}
+        modes = (outputs, *((taps,) if taps > 1 else ()), inputs)
+        layers.append(tr.LayerPlan(name=layer.name, modes=modes, **how))
     plan = tr.Plan(layers=tuple(layers))
     return factorize(model, plan, random_cores(model, plan)).model
+
+
+def in_int8(model: onnx.ModelProto, x: torch.Tensor) -> onnx.ModelProto:
+    return to_int8(model, [{"x": x.numpy()}], gauge=False, rounding="nearest")
+
+
+def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str, onnx.ModelProto]:
+    """Return what is timed, the dense network first."""
+    plain = without_inner_shapes
+    variants = {"dense": dense, "dense, no inner shapes": plain(dense)}
+    variants |= {
+        "half, separate factors": half(dense, batch),
+        "half, separate factors, no inner shapes": plain(half(dense, batch)),
+    }
+    if groups := joint_groups(dense):
+        joint = with_joint(dense, groups)
+        variants["dense, joint Q/K/V, no inner shapes"] = plain(joint)
+        variants["half, joint Q/K/V factor, no inner shapes"] = plain(half(joint, batch))
+    variants["dense, int8, no inner shapes"] = plain(in_int8(dense, x))
+    variants["half, separate factors, int8, no inner shapes"] = plain(in_int8(half(dense, batch), x))
+    return variants
 
 
 def rows_of(name: str, batch: int, seconds: float, folder: Path) -> list[str]:
     """Return the rows of a network at a batch size."""
     make, inputs = NETWORKS[name]
     torch.manual_seed(0)
-    dense = tr.to_onnx(Only(make().eval()), inputs(2), input_names=["x"])
-    joint = with_joint(dense, joint_groups(dense))
-    variants = {
-        "dense": dense,
-        "dense, no inner shapes": without_inner_shapes(dense),
-        "dense, joint Q/K/V": joint,
-        "dense, joint Q/K/V, no inner shapes": without_inner_shapes(joint),
-        "half, separate factors": half(dense, batch),
-        "half, separate factors, no inner shapes": without_inner_shapes(half(dense, batch)),
-        "half, joint Q/K/V factor": half(joint, batch),
-        "half, joint Q/K/V factor, no inner shapes": without_inner_shapes(half(joint, batch)),
-    }
+    model = make().eval()
+    dense = tr.to_onnx(model if isinstance(model, UNet) else Only(model), inputs(2), input_names=["x"])
+    variants = variants_of(dense, inputs(SAMPLES), batch)
     paths = []
-    for number, model in enumerate(variants.values()):
+    for number, variant in enumerate(variants.values()):
         paths.append(folder / f"{number}.onnx")
-        tr.save_model(model, paths[-1])
+        tr.save_model(variant, paths[-1])
     timing = tr.Timing(batch=batch, seconds=seconds * len(paths), processes=3)
     report = tr.bench(paths, options=tr.Options(session=tr.Session(threads=1), timing=timing))
     macs = [cost(path, batch).macs for path in paths]
@@ -136,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     here = machine()
     lines = [
-        "# Transformers: exact changes, separate and joint factors",
+        "# Transformers: exact changes, separate and joint factors, int8",
         "",
         f"Command: `python benchmarks/transformers_time.py {_asked(options)}`. {here.processor}, one thread, ONNX "
         f"Runtime {here.onnxruntime}. Random weights, {TOKENS} tokens or images of 224 × 224; all variants of a network in "
@@ -148,10 +210,11 @@ def main() -> None:
     for name in options.only:
         for batch in options.batch:
             with tempfile.TemporaryDirectory() as folder:
-                lines += rows_of(name, batch, options.seconds, Path(folder))
-            print("\n".join(lines[-8:]), flush=True)
-    if options.out:
-        write_text(options.out, "\n".join(lines) + "\n")
+                rows = rows_of(name, batch, options.seconds, Path(folder))
+            lines += rows
+            print("\n".join(rows), flush=True)
+            if options.out:
+                write_text(options.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
