@@ -196,8 +196,11 @@ def rows_wanted(spec: LayerSpec) -> int:
 
 
 def fits(spec: LayerSpec) -> bool:
-    """Return whether the layer has patches whose second moment is computed in full; transposed convolutions have none."""
-    return not (spec.transposed or spec.gathers) and math.prod(spec.shape[1:]) <= _WIDEST
+    """Return whether the layer has patches whose second moment is computed in full.
+
+    Transposed convolutions have none, and those in groups have one for each group, which is not computed.
+    """
+    return not (spec.transposed or spec.gathers or spec.groups > 1) and math.prod(spec.shape[1:]) <= _WIDEST
 
 
 class Sampler:

@@ -84,8 +84,8 @@ def fit_layers(
 ) -> Fitted:
     """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
 
-    A layer whose patches are too wide for a full second moment, a transposed convolution, an embedding, and a layer in the body
-    of a node are decomposed from their weights alone; their rows give the reason.
+    A layer whose patches are too wide for a full second moment, a convolution that is transposed or in groups, an embedding,
+    and a layer in the body of a node are decomposed from their weights alone; their rows give the reason.
 
     Args:
         model: the dense graph; it is not changed.
@@ -162,7 +162,8 @@ def fit(
                 why = _why_unfitted(nodes)
                 row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
             rows.append(row)
-            network.replace(name, np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape)), biases.get(name))
+            dense = layer.plan.reconstruct(cores[name], layer.spec.shape, layer.spec.groups)
+            network.replace(name, np.asarray(dense), biases.get(name))
     progress("fitting layers", 1.0)
     return Fitted(add_biases(resolved, biases), cores, tuple(rows))
 
@@ -194,6 +195,8 @@ def _why_unfitted(nodes: Sequence[DenseLayer]) -> str:
         return "in the body of a node"
     if nodes[0].spec.gathers:
         return "an embedding, of which the inputs show few entries"
+    if nodes[0].spec.groups > 1:
+        return "a convolution in groups"
     return "a transposed convolution" if nodes[0].spec.transposed else "its patches are too wide for a full second moment"
 
 

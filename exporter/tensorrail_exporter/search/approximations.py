@@ -42,11 +42,13 @@ class Approximations:
     Attributes:
         weight: the dense weight W (O, I, *K).
         moments: moments of the layer's inputs; None: the weight alone is approximated.
+        groups: number of groups of a convolution, which is approximated by its weight alone; default 1.
 
     """
 
     weight: np.ndarray
     moments: InputMoments | None = None
+    groups: int = 1
     _white: np.ndarray = field(init=False, repr=False)
     _bases: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, bool]] = field(init=False, repr=False, default_factory=dict)
 
@@ -58,7 +60,8 @@ class Approximations:
         """Return the share of ‖W‖² that an option loses, in the metric of the inputs.
 
         For `svd` the share follows exactly from the singular values. For `tt` and `tucker` with one mode per side it is the sum
-        over both unfoldings, an upper bound (Oseledets 2011, Theorem 2.2). For other formats the weight is decomposed.
+        over both unfoldings, an upper bound (Oseledets 2011, Theorem 2.2). For other formats, and for
+        convolutions in groups, the weight is decomposed.
         """
         if option.format == WIDTH:
             return float(self._removal.lost[self.weight.shape[1] - option.ranks[0]])
@@ -104,6 +107,8 @@ class Approximations:
     def _cuts(self, option: Option) -> tuple[tuple[tuple[int, ...], int], ...] | None:
         """Return the unfoldings that an option truncates, by the axes of their rows, with the ranks; None otherwise."""
         kernel = self.weight.shape[2:]
+        if self.groups > 1:
+            return None
         if option.format == "svd":
             j = next(j for j in range(len(kernel) + 1) if option.modes[1] == self.weight.shape[1] * math.prod(kernel[:j]))
             return (((0, *range(2 + j, self.weight.ndim)), option.ranks[0]),)
@@ -113,7 +118,7 @@ class Approximations:
         return None
 
     def _decomposed(self, option: Option) -> np.ndarray:
-        form = format_of(option.format)
+        form = format_of(option.format, self.groups)
         cores = form.decompose(self._white, option.modes, option.ranks)
         return np.asarray(form.reconstruct(cores, self.weight.shape, option.modes), np.float32)
 

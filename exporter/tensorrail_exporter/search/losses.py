@@ -349,7 +349,8 @@ def approximations_of(
     layers = [layer for layer, options in wanted.items() if options]
     weights = dense_weights(resolved, [layer.name for layer in layers])
     moments = {} if split is None else _input_moments(resolved, layers, split.fitted, settings)
-    return {name: Approximations(weight, moments.get(name)) for name, weight in weights.items()}
+    groups = {layer.name: layer.spec.groups for layer in layers}
+    return {name: Approximations(weight, moments.get(name), groups[name]) for name, weight in weights.items()}
 
 
 def check_metric(metric: str | None, calibration: Calibration | None) -> None:
