@@ -348,7 +348,7 @@ def test_what_is_no_layer_to_factor_says_why():
         plan_layers(nn.Linear(4, 4), "*", ranks=2)
     with pytest.raises(PlanError, match=r"its size is not known yet; run one sample"):
         plan_layers(nn.Sequential(nn.LazyLinear(4)), "*", ranks=2)
-    with pytest.raises(PlanError, match=r"a grouped convolution \(groups=2\) cannot be factored"):
+    with pytest.raises(PlanError, match=r"a grouped transposed convolution \(groups=2\) cannot be factored"):
         plan_layers(nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Linear(4, 4)), "0", ranks=2)
 
 
