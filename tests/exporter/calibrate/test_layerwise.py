@@ -38,6 +38,27 @@ def plan_of(**ranks):
 PLAN = plan_of(conv2=(12, 8), fc=10, head=10, lstm=8)
 
 
+def test_convolutions_in_groups_are_decomposed_by_their_weights(rng):
+    weights = {"wide": weight(rng, 16, 8, 3, 3), "grouped": weight(rng, 16, 8, 3, 3)}
+    nodes = [
+        helper.make_node("Conv", ["x", "grouped"], ["h"], "g", group=2, pads=[1] * 4),
+        helper.make_node("Slice", ["h", "zero", "eight", "one"], ["s"], "slice"),
+        helper.make_node("Conv", ["s", "wide"], ["y"], "w", pads=[1] * 4),
+    ]
+    ends = {"zero": np.array([0], np.int64), "eight": np.array([8], np.int64), "one": np.array([1], np.int64)}
+    model = make_model(nodes, weights | ends, {"x": ["n", 16, 6, 6]}, {"y": ["n", 16, 6, 6]})
+    plan = Plan(
+        layers=(
+            LayerPlan(name="grouped", format="tt", modes=(8, 9, 8), ranks=(1, 4, 4, 1)),
+            LayerPlan(name="wide", format="tt", modes=(16, 9, 8), ranks=(1, 4, 4, 1)),
+        )
+    )
+    fitted = fit_layers(model, plan, Calibration(({"x": weight(rng, 32, 16, 6, 6)},)), CPU)
+    assert {row.layer: row.why for row in fitted.layers} == {"grouped": "a convolution in groups", "wide": ""}
+    for core, plain in zip(fitted.cores["grouped"], plan.layers[0].decompose(weights["grouped"], 2), strict=True):
+        np.testing.assert_array_equal(core, plain)
+
+
 def test_transposed_convolutions_and_embeddings_are_decomposed_by_their_weights(rng):
     weights = {
         "table": weight(rng, 20, 16),

@@ -11,7 +11,7 @@ from tensorrail_exporter import GraphError, PlanError
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.rewrite.survey import survey
-from tensorrail_exporter.search.approximations import lost_shares
+from tensorrail_exporter.search.approximations import Approximations, lost_shares
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import losses_of, samples_for
 from tensorrail_exporter.search.options import options_of
@@ -61,6 +61,20 @@ def test_shares_are_exact_for_two_factors_and_a_bound_for_a_train(network):
             else:
                 assert real <= share * (1 + 1e-3)
                 assert share <= 2 * real + 1e-6  # each of the two tails is at most the error
+
+
+def test_shares_of_convolutions_in_groups_are_exact(rng):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=4, pads=[1] * 4)
+    weight = rng.standard_normal((64, 16, 3, 3)).astype(np.float32)
+    (layer,) = survey(make_model([node], {"w": weight}, {"x": ["n", 64, 8, 8]}, {"y": ["n", 64, 8, 8]}))
+    approximations = Approximations(weight, groups=4)
+    for option in options_of(layer, ["auto", "tucker"], 8):
+        plan = option.plan(layer.name)
+        cut = plan.reconstruct(plan.decompose(weight, 4), weight.shape, 4)
+        np.testing.assert_allclose(approximations.approximated(option), cut, atol=1e-5)
+        real = float(np.square(weight - cut).sum() / np.square(weight).sum())
+        assert approximations.share(option) == pytest.approx(real, rel=1e-4, abs=1e-6)
+        assert not approximations.bias(cut).any()
 
 
 def test_larger_ranks_cost_less(network):
