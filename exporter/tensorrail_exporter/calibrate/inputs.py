@@ -196,11 +196,8 @@ def rows_wanted(spec: LayerSpec) -> int:
 
 
 def fits(spec: LayerSpec) -> bool:
-    """Return whether the layer has patches whose second moment is computed in full.
-
-    Transposed convolutions have none, and those in groups have one for each group, which is not computed.
-    """
-    return not (spec.transposed or spec.gathers or spec.groups > 1) and math.prod(spec.shape[1:]) <= _WIDEST
+    """Return whether the layer has patches whose second moment is computed in full; transposed convolutions have none."""
+    return not (spec.transposed or spec.gathers) and math.prod(spec.shape[1:]) <= _WIDEST
 
 
 class Sampler:
@@ -221,6 +218,8 @@ class Sampler:
 
     def rows(self, data: np.ndarray, batch: int) -> np.ndarray:
         """Return patches (N, I·K) of a convolution's input (B, I, *S), or rows (N, I) of any other layer's input.
+
+        In a convolution in groups, I counts the channels of all groups: those of the first group come first.
 
         `batch` is the index of the batch, which determines the positions.
         """
@@ -382,7 +381,13 @@ class Statistics:
             rest = y - flat @ x
             error -= float(np.square(rest).sum())
             error += 0.0 if bias is None else float(np.square(rest - bias).sum())
-        return max(0.0, error) / max(self.yy / self.count - float(y @ y), 1e-30)
+        return max(0.0, error) / max(self.variance, 1e-30)
+
+    @property
+    def variance(self) -> float:
+        """The variance of y, summed over the outputs."""
+        y = self.y / self.count
+        return self.yy / self.count - float(y @ y)
 
     def bias(self, weight: np.ndarray) -> np.ndarray:
         """Return the bias (O,) with which the mean of the weight's outputs is that of y."""

@@ -57,12 +57,17 @@ class Grouped:
         return self.form.clamp(self._of_one(shape), modes, ranks)
 
     def validate(self, shape: Sequence[int], modes: Sequence[int], ranks: Sequence[int]) -> None:
-        """Raise `PlanError` if the modes or ranks do not fit the weight of one group."""
+        """Raise `PlanError` if the modes or ranks do not fit the weight of one group, or the format has no such steps."""
         one = self._of_one(shape)
         try:
             self.form.validate(one, modes, ranks)
         except PlanError as error:
             raise PlanError(f"in {self.groups} groups, each with modes and ranks of its own weight: {error}") from None
+        if not self.merges("conv"):
+            raise PlanError(
+                f"format {self.name} cannot run in groups: expected a format with the merge {_MERGE!r}, got one with "
+                f"{', '.join(self.form.merges('conv')) or 'none'}; use another format, or leave the layer out of the plan"
+            )
 
     def decompose(self, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> list[ArrayT]:
         """Return the cores of every group's weight, stacked over the groups."""

@@ -94,7 +94,7 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
     if layer.spec.groups > 1:  # with fewer channels than the grid in each, kernels compute no blocks of channels anyway
         grid = min(grid, max(1, min(one.shape[:2]) // _STEPS_OF_A_GROUP))
     for name in names:
-        if name == WIDTH:
+        if name == WIDTH or (layer.spec.groups > 1 and not format_of(name, layer.spec.groups).merges("conv")):
             continue
         for modes in _modes(name, one):
             # In the order of their ranks, so that the search can end at the first that is far too expensive.

@@ -1,16 +1,22 @@
 """Formats of convolutions in groups: every group's weight has its own cores, of the same ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from cases import MATRIX_ONLY, cases, draw_plan, random_cores, relative
+from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper
 
 from tensorrail_exporter import FORMATS, LayerPlan, LayerSpec, PlanError, pad_ranks, project
-from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats import Format, format_of, svd
 from tensorrail_exporter.formats.contraction import Conv
 from tensorrail_exporter.plans.costs import dense_cost
+from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.search.options import options_of
 
 CONVOLVING = sorted(set(FORMATS) - MATRIX_ONLY)
 SHAPES = [((24, 4, 3, 3), 4), ((12, 6, 1, 1), 2), ((9, 5, 5), 3), ((8, 3, 2, 3, 3), 2)]
@@ -80,6 +86,21 @@ def test_the_steps_are_convolutions_with_more_groups(name, rng):
     assert [step.groups for step in steps] == [4 * step.groups for step in alone]
     assert [step.weight.shape[0] for step in steps] == [4 * step.weight.shape[0] for step in alone]
     assert dense_cost(spec).macs == 4 * dense_cost(spec.of_one_group).macs == 4 * 4 * 32 * 8 * 9
+
+
+def test_a_format_of_your_own_without_merged_sides_is_refused_and_not_offered(monkeypatch):
+    own = SimpleNamespace(**{name: getattr(svd, name) for name in vars(Format) if hasattr(svd, name)})
+    own.merges = lambda op: ("whole",)
+    monkeypatch.setitem(FORMATS, "own", own)
+    plan = LayerPlan(name="c", format="own", modes=(8, 4), ranks=(2,))
+    plan.check((8, 4, 1, 1))
+    with pytest.raises(PlanError, match=r"layer c: format own cannot run in groups: .* merge 'sides', got one with whole"):
+        plan.check((16, 4, 1, 1), 2)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=2)
+    weight = np.ones((32, 16, 1, 1), np.float32)
+    (layer,) = survey(make_model([node], {"w": weight}, {"x": ["n", 32, 4, 4]}, {"y": ["n", 32, 4, 4]}))
+    assert options_of(layer, ["own"], 4) == ()
+    assert options_of(layer, ["own", "svd"], 4) == options_of(layer, ["svd"], 4) != ()
 
 
 def test_what_does_not_run_in_groups_says_why():
