@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from tensorrail_exporter import FORMATS, LayerPlan
+from tensorrail_exporter import LayerPlan
+from tensorrail_exporter.formats import format_of
 
 MATRIX_ONLY = {"ttm"}  # pairs the modes of a matrix: no convolutions
 
@@ -20,20 +21,26 @@ def cases(slice_: int, full: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def draw_plan(data, name, form_name, kernel=(), op="conv", largest=4):
-    """Draw the shape of a weight and a plan for it, ranks that exist included; returns (shape, plan)."""
-    form = FORMATS[form_name]
+def draw_plan(data, name, form_name, kernel=(), op="conv", largest=4, groups=1):
+    """Draw the shape of a weight and a plan for it, ranks that exist included; returns (shape, plan).
+
+    With several groups, each has two inputs or more: with one the convolution is depthwise.
+    """
+    form = format_of(form_name, groups)
     size = st.integers(1, largest)
     outs, ins = (data.draw(st.lists(size, min_size=1, max_size=3)) for _ in range(2))
     if form_name == "ttm":
         count = max(len(outs), len(ins))
         outs, ins = (side + [1] * (count - len(side)) for side in (outs, ins))
-    shape = (math.prod(outs), math.prod(ins), *kernel)
+    if groups > 1 and math.prod(ins) == 1:
+        ins[0] = 2
+    shape = (math.prod(outs), math.prod(ins), *kernel)  # of one group
     if form_name == "svd":
         at = data.draw(st.integers(0, len(kernel)), "kernel axes with the inputs")
         modes = (shape[0] * math.prod(kernel[at:]), shape[1] * math.prod(kernel[:at]))
     else:
         modes = (*outs, *([math.prod(kernel)] if kernel else []), *ins)
+    shape = (groups * shape[0], *shape[1:])
     return shape, draw_ranks(data, name, form, form_name, shape, modes, op)
 
 
@@ -48,9 +55,9 @@ def draw_ranks(data, name, form, form_name, shape, modes, op):
     return LayerPlan(name=name, format=form_name, modes=modes, ranks=form.clamp(shape, modes, ranks), merge=merge)
 
 
-def random_cores(plan, shape, rng, dtype=np.float32):
+def random_cores(plan, shape, rng, dtype=np.float32, groups=1):
     """Return cores of the plan's shapes whose weight has values around 1."""
-    shapes = plan.core_shapes(shape)
+    shapes = plan.core_shapes(shape, groups)
     return [rng.standard_normal(one).astype(dtype) / max(1, one[-1]) ** 0.5 for one in shapes]
 
 

@@ -219,6 +219,8 @@ class Sampler:
     def rows(self, data: np.ndarray, batch: int) -> np.ndarray:
         """Return patches (N, I·K) of a convolution's input (B, I, *S), or rows (N, I) of any other layer's input.
 
+        In a convolution in groups, I counts the channels of all groups: those of the first group come first.
+
         `batch` is the index of the batch, which determines the positions.
         """
         spec = self.layer.spec
@@ -379,7 +381,13 @@ class Statistics:
             rest = y - flat @ x
             error -= float(np.square(rest).sum())
             error += 0.0 if bias is None else float(np.square(rest - bias).sum())
-        return max(0.0, error) / max(self.yy / self.count - float(y @ y), 1e-30)
+        return max(0.0, error) / max(self.variance, 1e-30)
+
+    @property
+    def variance(self) -> float:
+        """The variance of y, summed over the outputs."""
+        y = self.y / self.count
+        return self.yy / self.count - float(y @ y)
 
     def bias(self, weight: np.ndarray) -> np.ndarray:
         """Return the bias (O,) with which the mean of the weight's outputs is that of y."""

@@ -24,7 +24,7 @@ from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.progressive import ProgressiveNetwork
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
-from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
+from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import check_finite, decompose
 from tensorrail_exporter.rewrite.survey import DenseLayer, dense_layer
 from tensorrail_runtime.errors import GraphError
@@ -47,7 +47,7 @@ class LayerFit(Record):
     plain: float | None  # with cores decomposed from the weight alone
     fitted: float | None  # with the fitted cores and bias
     bias: bool
-    shrinkage: float | None = None  # of the moments of its inputs
+    shrinkage: float | None = None  # of the moments of its inputs; of several groups, the median
     why: str = ""
 
 
@@ -85,7 +85,8 @@ def fit_layers(
     """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
 
     A layer whose patches are too wide for a full second moment, a transposed convolution, an embedding, and a layer in the body
-    of a node are decomposed from their weights alone; their rows give the reason.
+    of a node are decomposed from their weights alone; their rows give the reason. Of a convolution in groups, each group is
+    fitted as a layer of its own.
 
     Args:
         model: the dense graph; it is not changed.
@@ -147,22 +148,30 @@ def fit(
     with scratch() as folder:
         inputs = {name: [use.input_name for use in nodes] for name, nodes in fittable.items()}
         network = ProgressiveNetwork(resolved, inputs, feeds, settings, Path(folder))
-        dense_outputs = _outputs(network, weights, samplers)
+        dense_outputs = _outputs(
+            network, {name: _of_groups(resolved.layers[name], weights[name]) for name in weights}, samplers
+        )
         for number, (name, nodes) in enumerate(uses.items()):
             progress("fitting layers", number / len(uses), name)
             layer = resolved.layers[name]
             if name in fittable:
-                statistics = _statistics(network, name, weights[name], samplers[name], dense_outputs.pop(name), how.fitted)
+                parts = _of_groups(layer, weights[name])
+                statistics = _statistics(network, name, parts, samplers[name], dense_outputs.pop(name), how.fitted)
+                plain = [cores[name]] if len(parts) == 1 else [list(own) for own in zip(*cores[name], strict=True)]
                 biased = takes_bias(layer)
-                problem = _Problem(layer.plan, weights[name], cores[name], *statistics, biased)
-                cores[name], bias, row = _fit(problem, how)
+                problems = [
+                    _Problem(layer.plan, part, own, *sums, biased)
+                    for part, own, sums in zip(parts, plain, statistics, strict=True)
+                ]
+                cores[name], bias, row = _fit(problems[0], how) if len(problems) == 1 else _fit_groups(problems, how)
                 if bias is not None:
                     biases[name] = bias
             else:
                 why = _why_unfitted(nodes)
                 row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
             rows.append(row)
-            network.replace(name, np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape)), biases.get(name))
+            dense = layer.plan.reconstruct(cores[name], layer.spec.shape, layer.spec.groups)
+            network.replace(name, np.asarray(dense), biases.get(name))
     progress("fitting layers", 1.0)
     return Fitted(add_biases(resolved, biases), cores, tuple(rows))
 
@@ -208,19 +217,25 @@ def _uses(folded: ResolvedPlan) -> dict[str, list[DenseLayer]]:
     }
 
 
+def _of_groups(layer: ResolvedLayer, weight: np.ndarray) -> list[np.ndarray]:
+    """Return the weight of each group; the weight itself for a layer without groups."""
+    return [weight] if layer.spec.groups == 1 else np.split(weight, layer.spec.groups)
+
+
 def _rows(samplers: list[Sampler], values: Mapping[str, np.ndarray], batch: int) -> np.ndarray:
     """Return the sampled input rows of all nodes of a layer for one batch."""
     return np.concatenate([sampler.rows(values[sampler.layer.input_name], batch) for sampler in samplers])
 
 
 def _outputs(
-    network: ProgressiveNetwork, weights: Mapping[str, np.ndarray], samplers: Mapping[str, list[Sampler]]
-) -> dict[str, list[np.ndarray]]:
-    """Return each layer's dense outputs without bias at the sampled positions, one array (rows, O) per batch."""
-    outputs: dict[str, list[np.ndarray]] = {name: [] for name in samplers}
+    network: ProgressiveNetwork, weights: Mapping[str, Sequence[np.ndarray]], samplers: Mapping[str, list[Sampler]]
+) -> dict[str, list[list[np.ndarray]]]:
+    """Return each layer's dense outputs without bias at the sampled positions: per batch, an array (rows, O) for each group."""
+    outputs: dict[str, list[list[np.ndarray]]] = {name: [] for name in samplers}
     for k, values in enumerate(network.dense()):
         for name, layer_samplers in samplers.items():
-            outputs[name].append(_rows(layer_samplers, values, k) @ weights[name].reshape(len(weights[name]), -1).T)
+            rows = np.split(_rows(layer_samplers, values, k), len(weights[name]), 1)
+            outputs[name].append([own @ part.reshape(len(part), -1).T for own, part in zip(rows, weights[name], strict=True)])
     return outputs
 
 
@@ -286,23 +301,25 @@ class _Problem:
 def _statistics(
     network: ProgressiveNetwork,
     name: str,
-    weight: np.ndarray,
+    weights: Sequence[np.ndarray],
     samplers: list[Sampler],
-    dense_outputs: list[np.ndarray],
+    dense_outputs: list[list[np.ndarray]],
     fitted: int,
-) -> tuple[Statistics, Statistics]:
+) -> list[tuple[Statistics, Statistics]]:
     """Return the sums over a layer's current inputs and its dense outputs, for the first batches and for the others.
 
-    Raises `GraphError` if they are not finite.
+    `weights` are those of its groups, and there are two sums for each. Raises `GraphError` if they are not finite.
     """
-    parts = Statistics(weight[0].size, len(weight)), Statistics(weight[0].size, len(weight))
+    sums = [(Statistics(part[0].size, len(part)), Statistics(part[0].size, len(part))) for part in weights]
     for k, values in enumerate(network.inputs_of(name)):
-        parts[k >= fitted].add(_rows(samplers, values, k), dense_outputs[k])
-    if not all(np.isfinite(part.yy) and np.isfinite(part.x).all() for part in parts):
+        rows = np.split(_rows(samplers, values, k), len(weights), 1)
+        for own, x, y in zip(sums, rows, dense_outputs[k], strict=True):
+            own[k >= fitted].add(x, y)
+    if not all(np.isfinite(part.yy) and np.isfinite(part.x).all() for own in sums for part in own):
         raise GraphError(
             f"layer {name}: its inputs or outputs on the calibration data hold NaN or infinite values; check the data"
         )
-    return parts
+    return sums
 
 
 def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarray | None, LayerFit]:
@@ -327,3 +344,22 @@ def _fit(problem: _Problem, how: _Shrinking) -> tuple[list[np.ndarray], np.ndarr
         shrinkage=shrinkage,
     )
     return cores, statistics.bias(fitted) if biased else None, row
+
+
+def _fit_groups(problems: Sequence[_Problem], how: _Shrinking) -> tuple[list[np.ndarray], np.ndarray | None, LayerFit]:
+    """Do the same as `_fit` for the groups of a convolution: their cores are stacked, and their shares are weighted."""
+    fits_of_groups = [_fit(problem, how) for problem in problems]
+    cores = [np.stack(of_groups) for of_groups in zip(*(own for own, _, _ in fits_of_groups), strict=True)]
+    biases = [bias for _, bias, _ in fits_of_groups if bias is not None]
+    rows = [row for _, _, row in fits_of_groups]
+    energies = np.array([problem.statistics.variance for problem in problems])
+    shares = energies / (energies.sum() or 1.0)
+    row = LayerFit(
+        layer=rows[0].layer,
+        rows=rows[0].rows,
+        plain=float(shares @ [row.plain for row in rows]),
+        fitted=float(shares @ [row.fitted for row in rows]),
+        bias=bool(biases),
+        shrinkage=float(np.median([row.shrinkage for row in rows])),
+    )
+    return cores, np.concatenate(biases) if biases else None, row

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tensorrail_exporter.formats import cp, svd, tr, tt, ttm, tucker, width
 from tensorrail_exporter.formats.contraction import ArrayT, Chain, LayerSpec, Op, Step, permute
+from tensorrail_exporter.formats.grouped import Grouped
 from tensorrail_exporter.formats.modes import LETTERS, Equation, default_modes, require_merge, require_ranks, split
 from tensorrail_exporter.formats.truncation import backend_of
 from tensorrail_runtime.errors import PlanError
@@ -90,20 +91,30 @@ WIDTH = "width"
 """The format of a layer that reads fewer channels: in plans alone, since training would blur which channels it reads."""
 
 
-def format_of(name: str) -> Format:
+def format_of(name: str, groups: int = 1) -> Format:
     """Return the format with this name.
 
+    Args:
+        name: key of `FORMATS`, or `WIDTH`.
+        groups: number of groups of the convolution that it is for; default 1.
+
     Raises:
-        PlanError: the name is unknown; the message lists the valid ones.
+        PlanError: the name is unknown, the message lists the valid ones; or the format does not divide into groups.
 
     """
     known = FORMATS | {WIDTH: width}
     if name not in known:
         raise PlanError(f"unknown format {name!r}: expected one of {', '.join(sorted(known))}")
-    return known[name]
+    if groups == 1:
+        return known[name]
+    if name == WIDTH:
+        raise PlanError(
+            f"format {WIDTH} reads fewer channels, but each group of a convolution needs its own; use another format"
+        )
+    return Grouped(name, known[name], groups)
 
 
-def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> ArrayT:
+def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int], groups: int = 1) -> ArrayT:
     """Return the approximation of a weight that a format keeps at these ranks: the Z-step of ADMM.
 
     A torch tensor in CPU memory is computed as a NumPy array, which multiplies a matrix by its own transpose in half the time.
@@ -113,6 +124,7 @@ def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int
         weight: dense weight (O, I, *K) or (O, I), of NumPy or torch.
         modes: modes in the order of the format.
         ranks: ranks in the order of the format.
+        groups: number of groups of a convolution; default 1.
 
     Returns:
         The reconstructed weight, with the shape, library and device of `weight`.
@@ -122,11 +134,11 @@ def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int
         numpy.linalg.LinAlgError: the weight contains infinity or NaN.
 
     """
-    form = format_of(name)
+    form = format_of(name, groups)
     tensor: Any = weight  # of torch where it has `new_tensor`, which the exporter itself does not import
     on_cpu = hasattr(tensor, "new_tensor") and tensor.device.type == "cpu"
     if on_cpu and str(tensor.dtype) in ("torch.float32", "torch.float64"):
         torch = sys.modules["torch"]
-        projected: ArrayT = torch.from_numpy(project(name, tensor.detach().numpy(), modes, ranks))
+        projected: ArrayT = torch.from_numpy(project(name, tensor.detach().numpy(), modes, ranks, groups))
         return projected
     return form.reconstruct(form.decompose(weight, modes, ranks), tuple(weight.shape), modes)

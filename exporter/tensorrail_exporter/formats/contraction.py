@@ -15,8 +15,9 @@ axes after into the first spatial axis; in a linear layer they become axes of a 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
@@ -76,6 +77,17 @@ def permute(array: ArrayT, axes: tuple[int, ...]) -> ArrayT:
     return permuted
 
 
+def concatenated(arrays: Sequence[ArrayT]) -> ArrayT:
+    """Return arrays one after the other along their first axis."""
+    either: Any = arrays[0]
+    if hasattr(either, "new_tensor"):  # of torch, which the exporter itself does not import
+        either = sys.modules["torch"].cat(tuple(arrays))
+    else:
+        either = np.concatenate([np.asarray(array) for array in arrays])
+    joined: ArrayT = either
+    return joined
+
+
 SCAN_FROM = 1024  # rows of the input weight, directions · gates · hidden units, from which a Scan is written
 
 Op = Literal["conv", "linear", "recurrent"]
@@ -89,7 +101,7 @@ class LayerSpec:
         op: `conv`, `linear` or `recurrent` (LSTM and GRU).
         shape: shape of the weight: (O, I, *K) for a convolution, transposed or not, (O, I) for a linear layer. For a recurrent
             layer it is the weight of the input projection: O = directions · gates · hidden units, with the gates in torch's
-            order.
+            order. For a convolution in groups, I is the number of inputs of one group.
         stride: strides of a convolution, one per spatial axis.
         pads: padding of a convolution in ONNX's order: the begins of all spatial axes, then the ends.
         dilation: dilations of a convolution, one per spatial axis.
@@ -102,6 +114,7 @@ class LayerSpec:
         output_padding: what a transposed convolution adds at the end of each spatial axis; empty for nothing.
         gathers: whether the input of a linear layer is indices, which stand for rows with a single one: an embedding of I
             entries with O features.
+        groups: number of groups of a convolution; default 1.
 
     """
 
@@ -117,6 +130,17 @@ class LayerSpec:
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
     gathers: bool = False
+    groups: int = 1
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels or features, of all groups together."""
+        return self.shape[1] * self.groups
+
+    @property
+    def of_one_group(self) -> LayerSpec:
+        """The convolution of one group: the layer itself if it has no groups."""
+        return self if self.groups == 1 else replace(self, shape=(self.shape[0] // self.groups, *self.shape[1:]), groups=1)
 
     @property
     def spatial(self) -> int:
@@ -318,7 +342,7 @@ class Chain:
 def dense_step(weight: Array, layer: LayerSpec) -> Step:
     """Return the dense layer as one step with `weight` (O, I, *K) or (O, I); for a recurrent layer its input projection."""
     if layer.op == "conv":
-        return as_layer(weight, (), layer)
+        return as_layer(weight, (), layer, layer.groups)
     return Gather(weight.T, ()) if layer.gathers else MatMul(weight.T, ())
 
 

@@ -73,16 +73,17 @@ def load_cores(path: Path | str, plan: Plan) -> dict[str, list[np.ndarray]]:
     return cores
 
 
-def check_cores(layer: LayerPlan, cores: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
+def check_cores(layer: LayerPlan, cores: Sequence[np.ndarray], shape: tuple[int, ...], groups: int = 1) -> None:
     """Raise `PlanError` unless the cores are finite and have the shapes that the plan requires.
 
     Args:
         layer: the plan of the layer.
         cores: the cores of the layer.
         shape: shape of the dense weight, (O, I, *K) or (O, I).
+        groups: number of groups of a convolution; default 1.
 
     """
-    expected = layer.core_shapes(shape)
+    expected = layer.core_shapes(shape, groups)
     shapes = tuple(tuple(core.shape) for core in cores)
     if shapes != expected:
         raise PlanError(f"layer {layer.name}: the plan expects cores of shapes {list(expected)}, got {list(shapes)}")

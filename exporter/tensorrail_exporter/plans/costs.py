@@ -179,7 +179,7 @@ def cheapest_merge(name: str, modes: tuple[int, ...], core_shapes: tuple[tuple[i
         layer: the dense layer that the cores replace.
 
     """
-    form = format_of(name)
+    form = format_of(name, layer.groups)
     cores = [np.zeros(shape, np.float32) for shape in core_shapes]
 
     def seconds(merge: str) -> float:
@@ -198,7 +198,7 @@ def _sample(layer: LayerSpec) -> tuple[int, ...]:
     if layer.op == "conv":
         sizes = layer.size or (0,) * layer.spatial
         smallest = [d * (k - 1) + s for d, k, s in zip(layer.dilation, layer.kernel, layer.stride, strict=True)]
-        return (layer.shape[1], *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, smallest, strict=True)))
+        return (layer.inputs, *(size or max(_GUESSED_AXIS, least) for size, least in zip(sizes, smallest, strict=True)))
     sizes = layer.size or (0,) * (layer.lead - 1)
     known = (size or _GUESSED_TOKENS for size in sizes)
     return tuple(known) if layer.gathers else (*known, layer.shape[1])

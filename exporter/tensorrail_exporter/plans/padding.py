@@ -15,7 +15,9 @@ from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_runtime.errors import PlanError
 
 
-def pad_ranks(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int], block: int) -> list[np.ndarray]:
+def pad_ranks(
+    layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int], block: int, groups: int = 1
+) -> list[np.ndarray]:
     """Return the cores with every rank padded with zeros to the next multiple of `block`.
 
     Args:
@@ -23,6 +25,7 @@ def pad_ranks(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int
         cores: the cores of the layer.
         shape: shape of the dense weight, (O, I, *K) or (O, I).
         block: number of channels that the kernels compute at once; 1 returns the cores unchanged.
+        groups: number of groups of a convolution; default 1.
 
     Returns:
         New cores, which represent the same weight.
@@ -35,7 +38,7 @@ def pad_ranks(layer: LayerPlan, cores: Sequence[np.ndarray], shape: Sequence[int
         raise PlanError(f"layer {layer.name}: expected a padding block of 1 or more, got {block}")
     if block == 1:
         return list(cores)
-    axes = format_of(layer.format).rank_axes(shape, layer.modes)
+    axes = format_of(layer.format, groups).rank_axes(shape, layer.modes)
     return [_padded(core, rank_axes, block) for core, rank_axes in zip(cores, axes, strict=True)]
 
 

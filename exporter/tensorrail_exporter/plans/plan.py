@@ -26,7 +26,7 @@ class LayerPlan(BaseModel):
     Attributes:
         name: name of the layer: of its weight, without `.weight`, or of its node.
         format: key of `FORMATS`.
-        modes: modes in the order of the format, see its module.
+        modes: modes in the order of the format, see its module; for a convolution in groups those of one group's weight.
         ranks: ranks in the order of the format. Larger ones than exist are lowered.
         merge: which neighbouring cores are merged before they run; default `auto`, the cheapest by the cost model.
 
@@ -40,40 +40,41 @@ class LayerPlan(BaseModel):
     ranks: tuple[int, ...] = Field(min_length=1, strict=False)
     merge: str = "auto"
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raise `PlanError`, with the name of the layer, if the plan does not fit a weight of this shape."""
+    def check(self, shape: tuple[int, ...], groups: int = 1) -> None:
+        """Raise `PlanError`, with the name of the layer, if the plan does not fit a weight of this shape in these groups."""
         try:
-            form = format_of(self.format)
+            form = format_of(self.format, groups)
             form.validate(shape, self.modes, self.ranks)
-            require_merge(self.merge, ("auto", *form.merges("conv" if len(shape) > 2 else "linear")), self.format)
+            what = self.format if groups == 1 else f"{self.format} of a convolution in {groups} groups"
+            require_merge(self.merge, ("auto", *form.merges("conv" if len(shape) > 2 else "linear")), what)
         except PlanError as error:
             raise PlanError(f"layer {self.name}: {error}") from None
 
-    def core_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of the cores of a weight of this shape."""
-        return format_of(self.format).core_shapes(shape, self.modes, self.ranks)
+    def core_shapes(self, shape: tuple[int, ...], groups: int = 1) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the cores of a weight of this shape; with several groups they begin with their number."""
+        return format_of(self.format, groups).core_shapes(shape, self.modes, self.ranks)
 
-    def params(self, shape: tuple[int, ...]) -> int:
+    def params(self, shape: tuple[int, ...], groups: int = 1) -> int:
         """Return the number of values in the cores of a weight of this shape."""
-        return sum(map(math.prod, self.core_shapes(shape)))
+        return sum(map(math.prod, self.core_shapes(shape, groups)))
 
     def merge_for(self, spec: LayerSpec) -> str:
         """Return the merge to run: that of the plan, or for `auto` the one with the lowest estimated time."""
         if self.merge != "auto":
             return self.merge
-        return cheapest_merge(self.format, self.modes, self.core_shapes(spec.shape), spec)
+        return cheapest_merge(self.format, self.modes, self.core_shapes(spec.shape, spec.groups), spec)
 
-    def decompose(self, weight: ArrayT) -> list[ArrayT]:
-        """Return the cores of a weight (O, I, *K) or (O, I), of NumPy or torch."""
-        return format_of(self.format).decompose(weight, self.modes, self.ranks)
+    def decompose(self, weight: ArrayT, groups: int = 1) -> list[ArrayT]:
+        """Return the cores of a weight (O, I, *K) or (O, I), of NumPy or torch; I is that of one group."""
+        return format_of(self.format, groups).decompose(weight, self.modes, self.ranks)
 
-    def reconstruct(self, cores: Sequence[ArrayT], shape: tuple[int, ...]) -> ArrayT:
+    def reconstruct(self, cores: Sequence[ArrayT], shape: tuple[int, ...], groups: int = 1) -> ArrayT:
         """Return the dense weight of this shape that the cores represent."""
-        return format_of(self.format).reconstruct(cores, shape, self.modes)
+        return format_of(self.format, groups).reconstruct(cores, shape, self.modes)
 
     def contraction(self, cores: Sequence[ArrayT], spec: LayerSpec) -> tuple[Step, ...]:
         """Return the steps that replace the dense layer, without its bias."""
-        return format_of(self.format).contraction(cores, spec, self.modes, self.merge_for(spec))
+        return format_of(self.format, spec.groups).contraction(cores, spec, self.modes, self.merge_for(spec))
 
 
 class Plan(BaseModel):

@@ -143,7 +143,11 @@ def _layers(
     if not feeds:
         return []
     shapes = {name: tuple(array.shape) for name, array in feeds[0].items()}
-    known = {layer.output_name: layer for layer in survey(model, shapes=shapes) if layer.nodes == 1 and fits(layer.spec)}
+    known = {
+        layer.output_name: layer
+        for layer in survey(model, shapes=shapes)
+        if layer.nodes == 1 and layer.spec.groups == 1 and fits(layer.spec)
+    }
     products = plain_products(model, Uses.of(model)).values()
     return [
         (one, known[one.node.output[0]])

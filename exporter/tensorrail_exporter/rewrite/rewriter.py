@@ -175,12 +175,12 @@ def rewrite(
                 f"layer {layer_plan.name}: expected cores for every planned layer, got cores only for "
                 f"{', '.join(cores) or 'none'}; add this layer's cores, or remove it from the plan"
             )
-        check_cores(layer_plan, cores[layer_plan.name], spec.shape)
+        check_cores(layer_plan, cores[layer_plan.name], spec.shape, spec.groups)
         specs = [node_spec if scan else replace(node_spec, scan=False) for node_spec in layer.specs]
         weight = layer.weight
         layer_block = block if isinstance(block, int) else block.get(layer_plan.name, 1)
         merged = layer_plan.model_copy(update={"merge": layer_plan.merge_for(specs[0])})
-        padded = pad_ranks(layer_plan, cores[layer_plan.name], spec.shape, layer_block)
+        padded = pad_ranks(layer_plan, cores[layer_plan.name], spec.shape, layer_block, spec.groups)
         # Nodes that share a weight may differ in stride, dilation or the axes of their input.
         steps = [merged.contraction(padded, node_spec) for node_spec in specs]
         narrow = layer_plan.format == WIDTH and _narrow_before(layer, cores[layer_plan.name])
@@ -227,8 +227,9 @@ def with_cores(resolved: ResolvedPlan, cores: Cores) -> onnx.ModelProto:
     """Do the same as `reconstruct` for a resolved plan, which is not changed."""
     weights = {}
     for name, layer in resolved.layers.items():
-        check_cores(layer.plan, cores[name], layer.spec.shape)
-        weights[name] = np.asarray(layer.plan.reconstruct(cores[name], layer.spec.shape))
+        shape, groups = layer.spec.shape, layer.spec.groups
+        check_cores(layer.plan, cores[name], shape, groups)
+        weights[name] = np.asarray(layer.plan.reconstruct(cores[name], shape, groups))
     return with_weights(resolved, weights)
 
 
@@ -257,7 +258,7 @@ def decompose(resolved: ResolvedPlan) -> dict[str, list[np.ndarray]]:
     for name, layer in resolved.layers.items():
         values = layer.weight if layer.weight.dtype == np.float64 else layer.weight.astype(np.float32)
         check_finite(name, values)
-        cores[name] = layer.plan.decompose(values)
+        cores[name] = layer.plan.decompose(values, layer.spec.groups)
     return cores
 
 
@@ -320,7 +321,7 @@ def _record(
     constants = [step for step in steps if isinstance(step, Conv | MatMul | Gather)]
     cost = contraction_cost(steps, with_inputs(spec, cores[1].shape[0]) if narrow else spec)
     dense_weight = weight.astype(np.float64)
-    residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape)
+    residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape, spec.groups)
     return LayerRewrite(
         layer=layer.name,
         op=sites[0].node.op,
@@ -328,7 +329,7 @@ def _record(
         shape=spec.shape,
         format=layer.format,
         modes=layer.modes,
-        ranks=format_of(layer.format).clamp(spec.shape, layer.modes, layer.ranks),
+        ranks=format_of(layer.format, spec.groups).clamp(spec.shape, layer.modes, layer.ranks),
         block=block,
         merge=layer.merge,
         merged=tuple(step.cores for step in constants),

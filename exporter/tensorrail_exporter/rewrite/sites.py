@@ -69,9 +69,11 @@ class NamedLayers:
         groups = _by_weight(sites)
         if len(groups) > 1:
             own_names = ", ".join(filter(None, (self._own_name(group[0].node) for group in groups)))
+            divided = len({group[0].node.attrs.get("group", 1) for group in groups}) > 1
             raise GraphError(
                 f"layer {name}: expected nodes that share one weight, got {len(sites)} nodes with {len(groups)} "
-                f"different weights; plan each weight by its own name: {own_names or 'none has one: give the nodes names'}"
+                f"different weights{' or numbers of groups' if divided else ''}; "
+                f"plan each weight by its own name: {own_names or 'none has one: give the nodes names'}"
             )
         for site in sites:
             rule = _RULE_OF[site.node.op]  # the same for all sites, since they are one group
@@ -189,7 +191,7 @@ def _names_in(graph: gs.Graph) -> Names:
 
 
 def _by_weight(sites: list[Site]) -> list[list[Site]]:
-    """Return the nodes grouped by their weight (O, I, *K); one group if one of them cannot be rewritten."""
+    """Return the nodes by their weight (O, I, *K) and the groups of convolutions; together if one cannot be rewritten."""
     if len(sites) == 1:
         return [sites]
     groups: list[tuple[Rule | None, np.ndarray, list[Site]]] = []
@@ -199,6 +201,7 @@ def _by_weight(sites: list[Site]) -> list[list[Site]]:
             return [sites]
         for rule, group_weight, group in groups:
             same_kind = rule is _rule_of(site.node) and group_weight.dtype == weight.dtype
+            same_kind = same_kind and group[0].node.attrs.get("group", 1) == site.node.attrs.get("group", 1)
             if same_kind and np.array_equal(group_weight, weight, equal_nan=True):
                 group.append(site)
                 break

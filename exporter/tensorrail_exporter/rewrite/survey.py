@@ -93,7 +93,8 @@ class DenseLayer:
         kernel = f" {'×'.join(map(str, self.spec.kernel))}" if self.spec.kernel else ""
         stride = f" /{max(self.spec.stride)}" if self.spec.stride and max(self.spec.stride) > 1 else ""
         size = f" on {'×'.join(map(str, self.spec.size))}" if any(self.spec.size) else ""
-        return f"{self.op}{kernel} {self.spec.shape[1]}→{self.spec.shape[0]}{stride}{size}"
+        groups = f" in {self.spec.groups} groups" if self.spec.groups > 1 else ""
+        return f"{self.op}{kernel} {self.spec.inputs}→{self.spec.shape[0]}{groups}{stride}{size}"
 
     @property
     def signature(self) -> dict[str, object]:
@@ -121,7 +122,7 @@ def survey(
 ) -> tuple[DenseLayer, ...]:
     """Return the layers of a graph that can be factored, in the order of the graph.
 
-    A layer that cannot be rewritten is left out, such as one that shares its weight with a grouped convolution.
+    A layer that cannot be rewritten is left out, such as one that shares its weight with a depthwise convolution.
 
     Args:
         model: the dense graph; it is not changed.

@@ -54,6 +54,11 @@ class Approximations:
         white = self.weight if self.moments is None else on_inputs(self.weight, self.moments.root)
         self._white = np.ascontiguousarray(white, np.float32)
 
+    @property
+    def energy(self) -> float:
+        """‖W‖² in the metric of the inputs."""
+        return float(np.square(self._white, dtype=np.float64).sum())
+
     def share(self, option: Option) -> float:
         """Return the share of ‖W‖² that an option loses, in the metric of the inputs.
 
@@ -62,7 +67,7 @@ class Approximations:
         """
         if option.format == WIDTH:
             return float(self._removal.lost[self.weight.shape[1] - option.ranks[0]])
-        total = float(np.square(self._white, dtype=np.float64).sum()) or 1.0
+        total = self.energy or 1.0
         cuts = self._cuts(option)
         if cuts is None:
             lost = float(np.square(self._white - self._decomposed(option), dtype=np.float64).sum())
@@ -140,6 +145,37 @@ class Approximations:
         matrix = kept @ (kept.T @ matrix) if of_rows else (matrix @ kept) @ kept.T
         order = _order(split, tensor.ndim)
         return np.transpose(matrix.reshape([tensor.shape[axis] for axis in order]), np.argsort(order))
+
+
+class GroupedApproximations(Approximations):
+    """The weight of a convolution in groups, of which each group is approximated as a layer of its own.
+
+    Args:
+        weight: the dense weight W (O, I, *K), with I inputs per group.
+        groups: the number of groups.
+        moments: moments of the inputs of each group; None: the weight alone is approximated.
+
+    """
+
+    def __init__(self, weight: np.ndarray, groups: int, moments: Sequence[InputMoments] | None = None) -> None:
+        super().__init__(weight)
+        own = [None] * groups if moments is None else moments
+        self.parts = [Approximations(part, one) for part, one in zip(np.split(weight, groups), own, strict=True)]
+
+    def share(self, option: Option) -> float:
+        """Return the share of ‖W‖² that an option loses, in the metric of the inputs of each group."""
+        energies = [part.energy for part in self.parts]
+        shares = [part.share(option) for part in self.parts]
+        return float(np.dot(energies, shares)) / (sum(energies) or 1.0)
+
+    def approximated(self, option: Option) -> np.ndarray:
+        """Return the approximated weight (O, I, *K)."""
+        return np.concatenate([part.approximated(option) for part in self.parts])
+
+    def bias(self, approximated: np.ndarray) -> np.ndarray:
+        """Return the vector (O,) to add to the bias, with which the mean of each output stays the same."""
+        own = np.split(approximated, len(self.parts))
+        return np.concatenate([part.bias(one) for part, one in zip(self.parts, own, strict=True)])
 
 
 def on_inputs(weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -85,8 +85,8 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
         plan = option.plan(node.name)
         rule, sites = named.find(plan.name)
         spec = replace(rule.layer(sites[0].node), scan=layer.spec.scan)
-        cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape)]
-        steps = plan.contraction(pad_ranks(plan, cores, spec.shape, option.block), spec)
+        cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape, spec.groups)]
+        steps = plan.contraction(pad_ranks(plan, cores, spec.shape, option.block, spec.groups), spec)
         rule.rewrite(replace(sites[0], scan=runs_in_scan(steps, spec)), steps, plan.name)
     return export_graph(graph, dense)
 

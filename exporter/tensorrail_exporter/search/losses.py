@@ -12,6 +12,7 @@ square. Where a network is cut deeply this fails: `verification` measures the lo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +25,14 @@ from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run
 from tensorrail_exporter.calibrate.layerwise import dense_weights, fit
 from tensorrail_exporter.calibrate.metric import Moments, roots
 from tensorrail_exporter.calibrate.split import Split
+from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.biases import takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import rewrite, with_cores, with_weights
 from tensorrail_exporter.rewrite.survey import DenseLayer
-from tensorrail_exporter.search.approximations import Approximations, InputMoments
+from tensorrail_exporter.search.approximations import Approximations, GroupedApproximations, InputMoments
 from tensorrail_exporter.search.divergence import Divergence, Outputs, require_classes, require_labels
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.options import Option
@@ -349,7 +351,15 @@ def approximations_of(
     layers = [layer for layer, options in wanted.items() if options]
     weights = dense_weights(resolved, [layer.name for layer in layers])
     moments = {} if split is None else _input_moments(resolved, layers, split.fitted, settings)
-    return {name: Approximations(weight, moments.get(name)) for name, weight in weights.items()}
+    approximations = {}
+    for layer in layers:
+        weight, own = weights[layer.name], moments.get(layer.name)
+        approximations[layer.name] = (
+            Approximations(weight, own[0] if own else None)
+            if layer.spec.groups == 1
+            else GroupedApproximations(weight, layer.spec.groups, own)
+        )
+    return approximations
 
 
 def check_metric(metric: str | None, calibration: Calibration | None) -> None:
@@ -426,39 +436,51 @@ def outputs_of(model: onnx.ModelProto, names: Sequence[str], inputs: Calibration
 
 def _input_moments(
     resolved: ResolvedPlan, layers: Sequence[DenseLayer], calibration: Calibration, settings: Session
-) -> dict[str, InputMoments]:
-    """Return the moments of the inputs of layers in the main graph."""
+) -> dict[str, list[InputMoments]]:
+    """Return the moments of the inputs of layers in the main graph, for each group of a convolution."""
     model = resolved.model
     top = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
     measurable = [layer for layer in layers if layer.input_name in top and fits(layer.spec)]
     if not measurable:
         return {}
     samplers = {layer.name: Sampler(layer, calibration.samples) for layer in measurable}
-    inputs = {layer.name: layer.spec.shape[1] for layer in measurable}
-    taps = {layer.name: int(np.prod(layer.spec.kernel)) for layer in measurable}
-    squares = {name: np.zeros((size, size), np.float64) for name, size in inputs.items()}
-    sums = {name: np.zeros((size, taps[name]), np.float64) for name, size in inputs.items()}
-    counts = dict.fromkeys(inputs, 0)
+    sums = {layer.name: [_Sums(layer.spec) for _ in range(layer.spec.groups)] for layer in measurable}
     run = run_to(model, [layer.input_name for layer in measurable], settings)
     for k, values in enumerate(side_by_side(lambda k: run(calibration.feeds[k]), len(calibration.feeds), settings)):
         for layer, data in zip(measurable, values, strict=True):
-            name = layer.name
             # Each tap of a patch gives a row for the moment of the channels, so one patch in as many is enough.
-            rows = samplers[name].rows(data, k)[:: taps[name]].reshape(-1, inputs[name], taps[name])
-            counts[name] += len(rows)
-            sums[name] += rows.sum(0, dtype=np.float64)
-            channels = np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, inputs[name])
-            squares[name] += channels.T @ channels
-    moments = {}
-    for layer in measurable:
-        name = layer.name
-        means, second = sums[name] / max(1, counts[name]), squares[name] / max(1, counts[name])
-        biased = takes_bias(resolved.layers[name])
+            rows = samplers[layer.name].rows(data, k)[:: math.prod(layer.spec.kernel)]
+            for own, part in zip(sums[layer.name], np.split(rows, layer.spec.groups, 1), strict=True):
+                own.add(part)
+    return {
+        layer.name: [own.moments(takes_bias(resolved.layers[layer.name])) for own in sums[layer.name]] for layer in measurable
+    }
+
+
+class _Sums:
+    """Sums over patches of the inputs of a layer, or of one group of a convolution."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.inputs, self.kernel, self.taps = spec.shape[1], spec.kernel, math.prod(spec.kernel)
+        self.squares = np.zeros((self.inputs, self.inputs), np.float64)
+        self.sums = np.zeros((self.inputs, self.taps), np.float64)
+        self.count = 0
+
+    def add(self, patches: np.ndarray) -> None:
+        """Add patches (N, I·K)."""
+        rows = patches.reshape(-1, self.inputs, self.taps)
+        self.count += len(rows)
+        self.sums += rows.sum(0, dtype=np.float64)
+        channels = np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, self.inputs)
+        self.squares += channels.T @ channels
+
+    def moments(self, biased: bool) -> InputMoments:
+        """Return the moments, about the mean if a bias follows the weight."""
+        means, second = self.sums / max(1, self.count), self.squares / max(1, self.count)
         if biased:
             centred = second - means @ means.T
             # Inputs that hardly vary leave nothing but rounding about their mean.
             second = centred if np.trace(centred) > 1e-5 * np.trace(second) else second
         root, inverse = roots(Moments(second).shrunk(_SHRINKAGE).gram)
         mean = means if biased else np.zeros_like(means)
-        moments[name] = InputMoments(root, inverse, mean.reshape(inputs[name], *layer.spec.kernel))
-    return moments
+        return InputMoments(root, inverse, mean.reshape(self.inputs, *self.kernel))

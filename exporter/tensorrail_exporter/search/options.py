@@ -28,6 +28,7 @@ _MOST = 0.95  # share of the dense MACs above which no option is offered: its ad
 _LONG, _MOST_OF_LONG = 32, 1.25  # taps of a kernel from which dense kernels are slow, so that even full rank may be faster
 _BEYOND = 2.0  # multiple of the dense MACs after which no larger ranks are tried
 _BALANCE = 0.26  # largest difference between the two ranks of a narrow convolution, as shares of their channels
+_STEPS_OF_A_GROUP = 4  # ranks to try, at least, up to the channels of one group
 _FEWEST_CHANNELS = 0.5  # share of the channels that a narrower layer reads at least: fewer lose much without training
 _THIN = 5  # options of one format and modes that are timed; the others are estimated
 _KEPT = 12  # largest number of options per layer and form, spread evenly over the logarithm of their MACs
@@ -40,7 +41,7 @@ class Option:
     Attributes:
         format: key of `FORMATS`.
         modes: modes in the order of the format.
-        ranks: ranks in the order of the format, without padding.
+        ranks: ranks in the order of the format, without padding; for a convolution in groups those of one group.
         merge: which cores are merged before they run.
         steps: the steps in words; equal steps take equal time.
         macs: multiply-accumulates of one sample, including padding.
@@ -69,7 +70,7 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
     Args:
         layer: the dense layer.
         formats: keys of `FORMATS`, or `auto`.
-        grid: ranks are multiples of it.
+        grid: ranks are multiples of it; of less if a convolution has groups of few channels.
         most: largest share of the dense MACs; default 0.95, and 1.25 for a kernel with 32 taps or more.
 
     Returns:
@@ -89,12 +90,15 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
     gathers = layer.spec.gathers  # without a product in the dense layer: the size counts
     dense = layer.spec.params if gathers else dense_cost(layer.spec).macs
     options: list[Option] = list(_narrow_options(layer, grid, most)) if WIDTH in names else []
+    one = layer.spec.of_one_group
+    if layer.spec.groups > 1:  # with fewer channels than the grid in each, kernels compute no blocks of channels anyway
+        grid = min(grid, max(1, min(one.shape[:2]) // _STEPS_OF_A_GROUP))
     for name in names:
-        if name == WIDTH:
+        if name == WIDTH or (layer.spec.groups > 1 and not format_of(name, layer.spec.groups).merges("conv")):
             continue
-        for modes in _modes(name, layer.spec):
+        for modes in _modes(name, one):
             # In the order of their ranks, so that the search can end at the first that is far too expensive.
-            candidates = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, layer.spec, grid))
+            candidates = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, one, grid))
             affordable = takewhile(lambda option: _size(option, gathers) <= max(most, _BEYOND) * dense, candidates)
             options += _spread([option for option in affordable if _size(option, gathers) <= most * dense])
     distinct = {option.steps: option for option in reversed(options)}  # equal steps take equal time in every format
@@ -153,11 +157,11 @@ def _option(
         return _narrow_option(min(ranks[0], spec.shape[1]), spec)
     plan = LayerPlan(name="layer", format=name, modes=modes, ranks=ranks, merge=merge)
     merge = plan.merge_for(spec)
-    form = format_of(name)
+    form = format_of(name, spec.groups)
     axes = form.rank_axes(spec.shape, modes)
     shapes = [
         tuple(-(-size // block) * block if axis in ranked else size for axis, size in enumerate(shape))
-        for shape, ranked in zip(plan.core_shapes(spec.shape), axes, strict=True)
+        for shape, ranked in zip(plan.core_shapes(spec.shape, spec.groups), axes, strict=True)
     ]
     cores = [np.zeros(shape, np.float32) for shape in shapes]
     steps = form.contraction(cores, spec, modes, merge)

@@ -162,7 +162,7 @@ def cores_to_time(resolved: ResolvedPlan, seed: int = 0) -> dict[str, list[np.nd
         if plan.format == WIDTH:
             cores[name] = plan.decompose(rng.standard_normal(shape, np.float32) * np.float32(math.prod(shape[1:]) ** -0.5))
             continue
-        sizes = plan.core_shapes(shape)
+        sizes = plan.core_shapes(shape, layer.spec.groups)
         ranks = plan.ranks[1:] if plan.format == "tr" else plan.ranks  # the first rank of a ring is also the last
         inputs = 1 if layer.spec.gathers else math.prod(shape[1:])
         terms = inputs * math.prod(ranks)  # of the sums over inputs and ranks

@@ -38,6 +38,28 @@ def plan_of(**ranks):
 PLAN = plan_of(conv2=(12, 8), fc=10, head=10, lstm=8)
 
 
+def test_each_group_of_a_convolution_is_fitted_to_its_inputs(rng):
+    """The inputs of a group vary in few directions, which are others in each group; there is a bias."""
+    weights = {"grouped": weight(rng, 16, 8, 3, 3), "grouped.bias": weight(rng, 16)}
+    node = helper.make_node("Conv", ["x", *weights], ["y"], "g", group=2, pads=[1] * 4)
+    model = make_model([node], weights, {"x": ["n", 16, 6, 6]}, {"y": ["n", 16, 6, 6]})
+    plan = Plan(layers=(LayerPlan(name="grouped", format="tt", modes=(8, 9, 8), ranks=(1, 6, 3, 1)),))
+    mixing = weight(rng, 2, 8, 3)
+    draw = lambda count: np.einsum("gck,ngkhw->ngchw", mixing, weight(rng, count, 2, 3, 6, 6)).reshape(-1, 16, 6, 6) + 0.5  # noqa: E731
+    fitted = fit_layers(model, plan, Calibration(({"x": draw(64)}, {"x": draw(64)})), CPU)
+    (row,) = fitted.layers
+    assert (row.why, row.bias) == ("", True)
+    assert row.fitted < 0.5 * row.plain
+    assert [core.shape for core in fitted.cores["grouped"]] == list(plan.layers[0].core_shapes((16, 8, 3, 3), 2))
+    x = {"x": draw(32)}
+    plain = decompose_graph(model, plan)
+    graphs = model, reconstruct(model, plan, plain), reconstruct(fitted.model, plan, fitted.cores)
+    dense, alone, calibrated = (
+        ort.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, x)[0] for one in graphs
+    )
+    assert np.linalg.norm(calibrated - dense) < 0.8 * np.linalg.norm(alone - dense)
+
+
 def test_transposed_convolutions_and_embeddings_are_decomposed_by_their_weights(rng):
     weights = {
         "table": weight(rng, 20, 16),

@@ -16,6 +16,7 @@ from tensorrail_exporter import (
     decompose_graph,
     factorize,
 )
+from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_runtime.graphs.cost import cost as graph_cost
@@ -120,6 +121,25 @@ def test_the_cost_of_a_transposed_convolution_is_that_of_its_nodes(form, kernel,
         expected = contraction_cost(steps_of(plan.layers[0], layer.spec), layer.spec)
         assert expected.macs == graph_cost(tmp_path / "model.onnx").macs, merge
         assert expected.steps[-1].shape == layer.output[1:], merge
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMATS) - {"ttm"}))
+@pytest.mark.parametrize("attributes", [{"strides": [2, 2], "pads": [1, 0, 1, 2]}, {"dilations": [2, 1]}])
+def test_the_cost_of_a_convolution_in_groups_is_that_of_its_nodes(form, attributes, rng, tmp_path):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=3, **attributes)
+    weights = {"w": rng.standard_normal((24, 8, 3, 3)).astype(np.float32)}
+    model = make_model([node], weights, {"x": [1, 24, 7, 6]}, {"y": [1, 24, None, None]})
+    (layer,) = survey(model)
+    onnx.save(model, tmp_path / "dense.onnx")
+    assert layer.macs == dense_cost(layer.spec).macs == graph_cost(tmp_path / "dense.onnx").macs
+    kind = format_of(form, 3)
+    modes = kind.default_modes(layer.spec.shape)
+    ranks = kind.clamp(layer.spec.shape, modes, kind.uniform(layer.spec.shape, modes, 4))
+    plan = Plan(layers=(LayerPlan(name="w", format=form, modes=modes, ranks=ranks),))
+    factored = factorize(model, plan, decompose_graph(model, plan))
+    onnx.save(factored.model, tmp_path / "model.onnx")
+    assert factored.layers[0].flops == graph_cost(tmp_path / "model.onnx").flops
+    assert factored.layers[0].stored_params == graph_cost(tmp_path / "model.onnx").params
 
 
 def test_a_transposed_convolution_with_one_tap_is_spread_last(rng):

@@ -218,6 +218,9 @@ REFUSED = {
         {"x": ["n", 3, 4, 4]},
         {"y": ["n", 5, 4, 4], "t": ["n", C, 4, 4]},
     ),
+    "convolution in groups": lambda rng: convolutions(
+        rng, [node("Conv", ["a", "grouped.weight"], "t", "grouped", group=3)], {"grouped.weight": f32(rng, C, C // 3, 1, 1)}
+    ),
     "softmax over channels": lambda rng: convolutions(rng, [node("Softmax", ["a"], "t", axis=1)]),
     "squeeze and excitation": lambda rng: convolutions(
         rng,

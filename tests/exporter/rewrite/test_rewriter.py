@@ -43,7 +43,8 @@ def test_any_convolution_equals_its_reconstruction(data):
     draw = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(nd)]  # noqa: E731
     kernel, strides, dilations = draw(1, 3), draw(1, 2), draw(1, 2)
     name = data.draw(st.sampled_from(sorted(set(FORMATS) - MATRIX_ONLY)))
-    shape, plan = draw_plan(data, "w", name, kernel)
+    groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
+    shape, plan = draw_plan(data, "w", name, kernel, groups=groups)
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     weights = {"w": rng.standard_normal(shape).astype(np.float32)}
     if data.draw(st.booleans(), "bias"):
@@ -52,9 +53,11 @@ def test_any_convolution_equals_its_reconstruction(data):
     attributes = {"pads": draw(0, 2) + draw(0, 2)} if padding == "explicit" else {"auto_pad": padding}
     if padding.startswith("SAME"):
         dilations = [1] * nd  # ONNX Runtime refuses to pad for a dilated kernel by itself
+    attributes |= {"group": groups} if groups > 1 else {}
     node = helper.make_node("Conv", ["x", *weights], ["y"], "n", strides=strides, dilations=dilations, **attributes)
-    model = make_model([node], weights, {"x": ["n", shape[1], *[9] * nd]}, {"y": ["n", shape[0], *[None] * nd]})
-    check_against_reconstruction(data, model, plan, shape, lambda n: rng.standard_normal((n, shape[1], *[9] * nd)), rng)
+    inputs = [groups * shape[1], *[9] * nd]
+    model = make_model([node], weights, {"x": ["n", *inputs]}, {"y": ["n", shape[0], *[None] * nd]})
+    check_against_reconstruction(data, model, plan, shape, lambda n: rng.standard_normal((n, *inputs)), rng, groups)
 
 
 @given(data=st.data())
@@ -111,10 +114,10 @@ def test_any_matmul_equals_its_reconstruction(data):
     check_against_reconstruction(data, model, plan, shape, lambda n: rng.standard_normal((n, *lead, *tail)), rng)
 
 
-def check_against_reconstruction(data, model, plan, shape, draw, rng):
+def check_against_reconstruction(data, model, plan, shape, draw, rng, groups=1):
     """Assert that the factored graph equals the graph with the reconstructed weight, at two batch sizes, padded or not."""
     one = Plan(layers=(plan,))
-    cores = {plan.name: random_cores(plan, shape, rng)}
+    cores = {plan.name: random_cores(plan, shape, rng, groups=groups)}
     block = data.draw(st.sampled_from([1, 1, 4]), "block")
     factored, dense = factorize(model, one, cores, block=block).model, reconstruct(model, one, cores)
     for batch in (1, data.draw(st.integers(2, 4), "batch")):
@@ -189,11 +192,11 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(small_model):
 
 
 def test_a_layer_that_no_rule_takes_is_named_with_the_reason(rng):
-    grouped = {"w": rng.standard_normal((8, 4, 3, 3)).astype(np.float32)}
-    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=2)
-    model = make_model([node], grouped, {"x": ["n", 8, 6, 6]}, {"y": ["n", 8, 4, 4]})
+    weights = {"w": rng.standard_normal((8, 4, 3, 3)).astype(np.float32)}
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "n", group=2)
+    model = make_model([node], weights, {"x": ["n", 8, 6, 6]}, {"y": ["n", 8, 8, 8]})
     plan = Plan(layers=(LayerPlan(name="n", format="tt", modes=(8, 9, 4), ranks=(1, 3, 3, 1)),))
-    with pytest.raises(GraphError, match="layer n: cannot be rewritten: it is a grouped convolution"):
+    with pytest.raises(GraphError, match="layer n: cannot be rewritten: it is a transposed convolution with group=2"):
         decompose_graph(model, plan)
 
 

@@ -9,8 +9,10 @@ from onnx import TensorProto, helper
 from recurrent_graphs import GATES, recurrent_model
 
 from tensorrail_exporter import LayerPlan, Plan, decompose_graph, factorize
+from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.rewrite import sites
 from tensorrail_exporter.rewrite.resolve import resolve
+from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_exporter.rewrite.survey import survey, with_known_axes
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.graphs.cost import cost
@@ -126,15 +128,38 @@ def test_a_shared_weight_is_one_layer_with_the_macs_of_all_its_nodes(rng):
 
 
 def test_a_layer_that_cannot_be_rewritten_is_left_out_and_the_others_are_listed(rng):
-    weights = {"w": weight(rng, 4, 4, 1, 1), "v": weight(rng, 4, 4, 3, 3)}
+    weights = {"w": weight(rng, 4, 1, 1, 1), "v": weight(rng, 4, 4, 3, 3)}
     nodes = [
         helper.make_node("Conv", ["x", "v"], ["a"], "c"),
-        helper.make_node("Conv", ["a", "w"], ["b"], "plain"),
-        helper.make_node("Concat", ["b", "b"], ["d"], "concat", axis=1),
-        helper.make_node("Conv", ["d", "w"], ["y"], "grouped", group=2),  # the same weight, in a way that no rule takes
+        helper.make_node("ReduceSum", ["a", "channels"], ["s"], "sum"),
+        helper.make_node("Conv", ["s", "w"], ["b"], "plain"),
+        helper.make_node("Conv", ["b", "w"], ["y"], "depthwise", group=4),  # the same weight, in a way that no rule takes
     ]
+    weights["channels"] = np.array([1], np.int64)
     model = make_model(nodes, weights, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, 4, 4]})
     assert [layer.name for layer in survey(model)] == ["v"]
+
+
+def test_a_convolution_in_groups_has_the_macs_of_its_groups(rng):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "c", group=4, strides=[2, 2], pads=[1] * 4)
+    model = make_model([node], {"w": weight(rng, 24, 8, 3, 3)}, {"x": ["n", 32, 8, 8]}, {"y": ["n", 24, 4, 4]})
+    (layer,) = survey(model)
+    assert (layer.spec.shape, layer.spec.groups, layer.spec.inputs) == ((24, 8, 3, 3), 4, 32)
+    assert layer.macs == 4 * 4 * 24 * 8 * 9
+    assert layer.params == 24 * 8 * 9
+    assert layer.describe() == "Conv 3×3 32→24 in 4 groups /2 on 8×8"
+
+
+def test_nodes_that_share_a_weight_in_different_groups_are_different_layers(rng):
+    weights = {"w": weight(rng, 8, 4, 1, 1)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "whole"),
+        helper.make_node("Conv", ["a", "w"], ["y"], "halves", group=2),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 4, 6, 6]}, {"y": ["n", 8, 6, 6]})
+    assert {layer.name: layer.spec.groups for layer in survey(model)} == {"whole": 1, "halves": 2}
+    with pytest.raises(GraphError, match=r"2 nodes with 2 different weights or numbers of groups; .*: whole, halves"):
+        NamedLayers(import_graph(model)).find("w")
 
 
 @pytest.mark.slow

@@ -24,7 +24,9 @@ def weight(rng, *shape):
 
 def conv(rng, outputs=32, inputs=32, kernel=(3, 3), behind=True, bias=False, **attributes):
     """Return a convolution behind a Relu, or as the first layer."""
-    weights = {"w": weight(rng, outputs, inputs, *kernel)} | ({"b": weight(rng, outputs)} if bias else {})
+    weights = {"w": weight(rng, outputs, inputs // attributes.get("group", 1), *kernel)} | (
+        {"b": weight(rng, outputs)} if bias else {}
+    )
     nodes = [helper.make_node("Relu", ["x"], ["a"], "relu")] if behind else []
     nodes.append(helper.make_node("Conv", ["a" if behind else "x", *weights], ["y"], "n", **attributes))
     nd = len(kernel)
@@ -67,6 +69,8 @@ MODELS = {
     "conv with bias": lambda rng: (conv(rng, pads=[1] * 4, bias=True), None),
     "conv stride 2": lambda rng: (conv(rng, pads=[1] * 4, strides=[2, 2]), None),
     "conv behind a Pad": lambda rng: (behind_a_pad(rng), None),
+    "conv in groups": lambda rng: (conv(rng, 64, 64, pads=[1] * 4, group=2), None),
+    "conv in groups, stride 2": lambda rng: (conv(rng, 64, 32, pads=[1] * 4, strides=[2, 2], group=4), None),
     "conv I≠O": lambda rng: (conv(rng, 64, 32, pads=[1] * 4), None),
     "conv 1×1": lambda rng: (conv(rng, 64, 32, (1, 1)), None),
     "conv 1d SAME": lambda rng: (conv(rng, kernel=(3,), auto_pad="SAME_UPPER"), None),

@@ -11,7 +11,7 @@ from tensorrail_exporter import GraphError, PlanError
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.rewrite.survey import survey
-from tensorrail_exporter.search.approximations import lost_shares
+from tensorrail_exporter.search.approximations import GroupedApproximations, InputMoments, lost_shares
 from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import losses_of, samples_for
 from tensorrail_exporter.search.options import options_of
@@ -61,6 +61,42 @@ def test_shares_are_exact_for_two_factors_and_a_bound_for_a_train(network):
             else:
                 assert real <= share * (1 + 1e-3)
                 assert share <= 2 * real + 1e-6  # each of the two tails is at most the error
+
+
+def test_shares_of_convolutions_in_groups_are_exact(rng):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=4, pads=[1] * 4)
+    weight = rng.standard_normal((64, 16, 3, 3)).astype(np.float32)
+    (layer,) = survey(make_model([node], {"w": weight}, {"x": ["n", 64, 8, 8]}, {"y": ["n", 64, 8, 8]}))
+    approximations = GroupedApproximations(weight, 4)
+    for option in options_of(layer, ["svd", "cp"], 8):
+        plan = option.plan(layer.name)
+        cut = plan.reconstruct(plan.decompose(weight, 4), weight.shape, 4)
+        np.testing.assert_allclose(approximations.approximated(option), cut, atol=1e-5)
+        real = float(np.square(weight - cut).sum() / np.square(weight).sum())
+        assert approximations.share(option) == pytest.approx(real, rel=1e-4, abs=1e-6)
+        assert not approximations.bias(cut).any()
+
+
+def test_groups_are_approximated_in_the_metric_of_their_own_inputs(rng):
+    """Of each group's inputs only two channels occur: an approximation of rank two loses nothing on them."""
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=2)
+    weight = rng.standard_normal((16, 8, 1, 1)).astype(np.float32)
+    (layer,) = survey(make_model([node], {"w": weight}, {"x": ["n", 16, 4, 4]}, {"y": ["n", 16, 4, 4]}))
+    moments, occurring = [], []
+    for group in range(2):
+        scale = np.full(8, 1e-3)
+        scale[[group, 5]] = 1.0
+        moments.append(InputMoments(np.diag(scale), np.diag(1 / scale), rng.standard_normal((8, 1, 1))))
+        occurring.append(scale == 1)
+    approximations = GroupedApproximations(weight, 2, moments)
+    option = next(option for option in options_of(layer, ["svd"], 1) if option.ranks == (2,))
+    assert approximations.share(option) < 1e-4
+    approximated = approximations.approximated(option)
+    for group, channels in enumerate(occurring):
+        rows = slice(8 * group, 8 * group + 8)
+        np.testing.assert_allclose(approximated[rows, channels], weight[rows, channels], atol=1e-3)
+        lost = (weight - approximated)[rows, :, 0, 0] @ moments[group].mean[:, 0, 0]
+        np.testing.assert_allclose(approximations.bias(approximated)[rows], lost, rtol=1e-5, atol=1e-6)
 
 
 def test_larger_ranks_cost_less(network):

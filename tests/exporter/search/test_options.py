@@ -22,8 +22,8 @@ A_FORM = 12  # options of one format and its modes at most
 def conv_model(rng, shape=(64, 32, 3, 3), size=8, **attributes):
     node = helper.make_node("Conv", ["x", "w"], ["y"], "n", **attributes)
     weights = {"w": rng.standard_normal(shape).astype(np.float32)}
-    nd = len(shape) - 2
-    return make_model([node], weights, {"x": ["n", shape[1], *[size] * nd]}, {"y": ["n", shape[0], *[None] * nd]})
+    nd, inputs = len(shape) - 2, shape[1] * attributes.get("group", 1)
+    return make_model([node], weights, {"x": ["n", inputs, *[size] * nd]}, {"y": ["n", shape[0], *[None] * nd]})
 
 
 def linear_model(rng, op="Gemm", tokens=()):
@@ -36,6 +36,7 @@ MODELS = {
     "conv": lambda rng: conv_model(rng, pads=[1] * 4),
     "conv stride 2": lambda rng: conv_model(rng, pads=[1] * 4, strides=[2, 2]),
     "conv 1d": lambda rng: conv_model(rng, (64, 64, 5), auto_pad="SAME_LOWER"),
+    "conv in groups": lambda rng: conv_model(rng, (256, 64, 3, 3), pads=[1] * 4, group=4),
     "conv 1×1": lambda rng: conv_model(rng, (64, 48, 1, 1)),
     "gemm": linear_model,
     "matmul": lambda rng: linear_model(rng, "MatMul", (7,)),
@@ -94,11 +95,19 @@ def test_macs_and_params_are_those_of_the_rewritten_graph(name, block, rng, tmp_
         for option in options[:: max(1, len(options) // 3)]:
             plan = option.plan(layer.name)
             padded = option if block == 1 else option_for(plan, layer.spec, block)
-            cores = {layer.name: random_cores(plan, layer.spec.shape, rng)}
+            cores = {layer.name: random_cores(plan, layer.spec.shape, rng, groups=layer.spec.groups)}
             onnx.save(factorize(model, Plan(layers=(plan,)), cores, block=block).model, tmp_path / "factored.onnx")
             real = cost(tmp_path / "factored.onnx", 1, shapes)
             assert padded.macs == real.macs - 7 * layer.spec.shape[0] * hidden, padded
             assert padded.params == real.params - kept, padded
+
+
+def test_groups_of_few_channels_have_smaller_ranks_than_the_grid(rng):
+    (layer,) = survey(conv_model(rng, (64, 8, 3, 3), pads=[1] * 4, group=8))
+    options = options_of(layer, ["auto"], 16)
+    assert {option.format for option in options} == set(AUTO)
+    assert {rank for option in options for rank in option.ranks if option.format == "svd"} >= {2, 4, 6}
+    assert all(on_grid(option, 2) and option.macs <= CAP * layer.macs for option in options)
 
 
 def test_a_planned_layer_is_the_option_that_it_came_from(rng):

@@ -129,9 +129,10 @@ def test_plans_that_cannot_be_say_why(pattern, arguments, reason):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.Conv2d(4, 4, 3, groups=2), "grouped convolution"),
+        (nn.Conv2d(4, 4, 3, groups=4), "depthwise convolution"),
+        (nn.Conv2d(4, 4, 3, groups=2), r"in 2 groups, each with .* modes \[4, 9, 4\] do not fit .* shape \[2, 2, 3, 3\]"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "expected padding_mode='zeros', got 'reflect'"),
-        (nn.ConvTranspose2d(4, 4, 3, groups=4), "grouped convolution"),
+        (nn.ConvTranspose2d(4, 4, 3, groups=4), "depthwise transposed convolution"),
     ],
 )
 def test_layers_that_cannot_be_factored_say_why(module, reason):

@@ -34,10 +34,12 @@ def test_a_convolution_of_cores_equals_the_reconstructed_dense_one(data):
     kernel, dilation = ([data.draw(st.integers(1, 3)) for _ in range(nd)] for _ in range(2))
     padding = data.draw(st.one_of(st.just("same"), st.just("valid"), st.integers(0, 2)))
     stride = 1 if padding == "same" else data.draw(st.integers(1, 3))
-    shape, plan = draw_plan(data, "0", data.draw(st.sampled_from(CONVOLVING)), tuple(kernel))
-    dense = CONVOLUTIONS[nd](shape[1], shape[0], kernel, stride, padding, dilation, bias=data.draw(st.booleans()))
+    groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
+    shape, plan = draw_plan(data, "0", data.draw(st.sampled_from(CONVOLVING)), tuple(kernel), groups=groups)
+    inputs, bias = groups * shape[1], data.draw(st.booleans())
+    dense = CONVOLUTIONS[nd](inputs, shape[0], kernel, stride, padding, dilation, groups=groups, bias=bias)
     model = swap(nn.Sequential(dense), Plan(layers=(plan,)))
-    x = torch.randn(data.draw(st.integers(1, 3)), shape[1], *[8] * nd)
+    x = torch.randn(data.draw(st.integers(1, 3)), inputs, *[8] * nd)
     for training in (False, True):  # core by core, and as is expected to train faster
         torch.testing.assert_close(model.train(training)(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
 
@@ -70,14 +72,16 @@ def test_a_linear_layer_of_cores_equals_the_reconstructed_dense_one(data):
         torch.testing.assert_close(model.train(training)(x), to_dense(model)(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layer", ["conv1d", "conv2d", "conv3d", "conv2d transposed", "linear", "linear on sequences"])
+@pytest.mark.parametrize(
+    "layer", ["conv1d", "conv2d", "conv3d", "conv2d transposed", "conv2d grouped", "linear", "linear on sequences"]
+)
 @pytest.mark.parametrize("form_name", CONVOLVING)
 def test_both_ways_to_train_have_the_same_gradients(form_name, layer, monkeypatch):
     torch.manual_seed(0)
     make, shape = NETWORKS[layer]
     dense = make()
     dense = nn.Sequential(dense)
-    model = swap(dense, Plan(layers=(layer_plan("0", form_name, dense_layer(dense, "0").spec.shape),)))
+    model = swap(dense, Plan(layers=(plan_in(dense, "0", form_name),)))
     x = torch.randn(3, *shape)
     found = []
     for pays in (False, True):
@@ -99,9 +103,15 @@ def test_only_a_contraction_that_is_short_trains_core_by_core():
     assert layers._dense_is_faster(ring, spec, (128, 64, 8, 8))
 
 
-def layer_plan(name, form_name, shape, rank=4):
+def plan_in(model, name, form_name):
+    """Return a plan of a layer of a model, see `layer_plan`."""
+    spec = dense_layer(model, name).spec
+    return layer_plan(name, form_name, spec.shape, groups=spec.groups)
+
+
+def layer_plan(name, form_name, shape, rank=4, groups=1):
     """Return a plan of the format's usual modes and of ranks that exist, near `rank`."""
-    form = format_of(form_name)
+    form = format_of(form_name, groups)
     modes = form.default_modes(shape)
     ranks = form.clamp(shape, modes, form.uniform(shape, modes, rank))
     return LayerPlan(name=name, format=form_name, modes=modes, ranks=ranks)
@@ -112,6 +122,8 @@ NETWORKS = {
     "conv2d": (lambda: nn.Conv2d(8, 12, 3, 2, 1, dilation=2), (8, 9, 9)),
     "conv2d 1x1": (lambda: nn.Conv2d(8, 12, 1), (8, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(8, 12, 3, padding=1), (8, 4, 4, 4)),
+    "conv1d grouped": (lambda: nn.Conv1d(8, 12, 3, 2, 1, groups=2), (8, 9)),
+    "conv2d grouped": (lambda: nn.Conv2d(8, 12, (3, 2), (2, 1), 1, dilation=2, groups=4), (8, 9, 9)),
     "conv1d transposed": (lambda: nn.ConvTranspose1d(8, 12, 3, 2, 1, output_padding=1), (8, 5)),
     "conv2d transposed": (lambda: nn.ConvTranspose2d(8, 12, (2, 3), 2, (0, 1), dilation=(1, 2)), (8, 4, 5)),
     "conv3d transposed": (lambda: nn.ConvTranspose3d(8, 12, 2, 2), (8, 3, 3, 3)),
@@ -195,7 +207,7 @@ def test_trained_cores_are_exported_exactly():
 def swapped(dense, form_name, keys):
     """Return a copy whose networks of these keys have their layer made of cores, and the plan for it."""
     names = [f"networks.{key}.0" for key in keys]
-    plan = Plan(layers=tuple(layer_plan(name, form_name, dense_layer(dense, name).spec.shape) for name in names))
+    plan = Plan(layers=tuple(plan_in(dense, name, form_name) for name in names))
     return swap(copy.deepcopy(dense), plan), plan
 
 
@@ -348,7 +360,7 @@ def test_what_is_no_layer_to_factor_says_why():
         plan_layers(nn.Linear(4, 4), "*", ranks=2)
     with pytest.raises(PlanError, match=r"its size is not known yet; run one sample"):
         plan_layers(nn.Sequential(nn.LazyLinear(4)), "*", ranks=2)
-    with pytest.raises(PlanError, match=r"a grouped convolution \(groups=2\) cannot be factored"):
+    with pytest.raises(PlanError, match=r"a grouped transposed convolution \(groups=2\) cannot be factored"):
         plan_layers(nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Linear(4, 4)), "0", ranks=2)
 
 

@@ -445,7 +445,8 @@ class ADMM:
             raise PlanError(f"layer {layer.name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")
         try:
             with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
-                projected = project(layer.format, measured, layer.modes, layer.ranks).to(tensor)
+                groups = self._layers[layer.name].spec.groups
+                projected = project(layer.format, measured, layer.modes, layer.ranks, groups).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
             raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}); {_ADVICE}") from None
         root = self.roots.get(layer.name)

@@ -154,9 +154,14 @@ def input_roots(model: nn.Module, plan: Plan, inputs: Iterable[Tensor]) -> dict[
 
 
 def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
-    """Raise `PlanError` unless the inputs of every planned layer are one mode of its format and visible to a hook."""
+    """Raise `PlanError` unless the inputs of every planned layer are one mode, without groups, and visible to a hook."""
     for layer in plan.layers:
         dense = layers[layer.name]
+        if dense.spec.groups > 1:
+            raise PlanError(
+                f"layer {layer.name}: `metric: activation` supports no convolution in groups, got {dense.spec.groups} groups; "
+                "use `metric: weight`, or leave it out of the plan"
+            )
         count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
         if count != 1:
             raise PlanError(

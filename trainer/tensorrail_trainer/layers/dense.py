@@ -89,10 +89,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
         case nn.Linear():
             spec = LayerSpec("linear", tuple(module.weight.shape))
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() | nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            if module.groups != 1:
-                raise PlanError(
-                    f"layer {name}: a grouped convolution (groups={module.groups}) cannot be factored; leave it out of the plan"
-                )
+            _require_divisible(module, name)
             if module.padding_mode != "zeros":
                 raise PlanError(
                     f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan"
@@ -114,6 +111,18 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
             )
     _require_own_forward(module, name)
     return DenseModule(module, spec, (cast("nn.Parameter", module.weight),))
+
+
+def _require_divisible(module: _CONVOLUTIONS, name: str) -> None:
+    """Raise `PlanError` for a convolution whose groups have a single input channel, or that is transposed and has groups."""
+    if module.groups == 1:
+        return
+    kind = "depthwise" if module.groups == module.in_channels else "grouped"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        kind += " transposed"
+    elif kind == "grouped":
+        return
+    raise PlanError(f"layer {name}: a {kind} convolution (groups={module.groups}) cannot be factored; leave it out of the plan")
 
 
 def _require_size(module: nn.Module | None, name: str) -> None:
@@ -203,7 +212,7 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
     layers_by_name = {}
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
-        layer.check(dense.spec.shape)
+        layer.check(dense.spec.shape, dense.spec.groups)
         require_trainable(layer.format)
         layers_by_name[layer.name] = dense
     _require_own_weights(model, layers_by_name)
@@ -240,7 +249,7 @@ def _convolution(module: _CONVOLUTIONS) -> LayerSpec:
     """Return what a convolution computes, transposed or not."""
     shape = tuple(module.weight.shape)
     if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return LayerSpec("conv", shape, module.stride, _pads(module), dilation=module.dilation)
+        return LayerSpec("conv", shape, module.stride, _pads(module), dilation=module.dilation, groups=module.groups)
     return LayerSpec(
         "conv",
         (shape[1], shape[0], *shape[2:]),  # torch stores (I, O, *K)

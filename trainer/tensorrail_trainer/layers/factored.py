@@ -38,7 +38,8 @@ class FactoredLayer(nn.Module):
     is made for inputs of a usual size, so that it does not depend on the batch. For `torch.fx` the layer is one node.
 
     Args:
-        spec: what the dense layer computes: its kind, weight shape (O, I, *K) or (O, I), stride, padding and dilation.
+        spec: what the dense layer computes: its kind, weight shape (O, I, *K) or (O, I), stride, padding, dilation and
+            groups.
         plan: format, modes and ranks of the layer.
         cores: the cores of the plan's format; they are copied.
         bias: the bias (O,), copied; None for a layer without a bias.
@@ -52,7 +53,7 @@ class FactoredLayer(nn.Module):
         self.spec = spec
         self.plan = plan.model_copy(update={"merge": plan.merge_for(spec)})
         self.cores = CoreList([nn.Parameter(core.detach().clone(memory_format=torch.contiguous_format)) for core in cores])
-        self._equation = format_of(plan.format).equation(spec.shape, plan.modes)
+        self._equation = format_of(plan.format, spec.groups).equation(spec.shape, plan.modes)
         self._dense_compiled = _dense_is_faster(self.plan, spec, (*_USUAL[spec.spatial],))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         for name, value in torch_options(spec).items():  # code of the model may read them, as from the dense layer
@@ -66,7 +67,7 @@ class FactoredLayer(nn.Module):
         """Return the dense weight (O, I, *K) or (O, I), reconstructed from the cores and differentiable."""
         if torch.compiler.is_compiling():
             return compiled_product(self._equation, list(self.cores), self.spec.shape)
-        return cast(Tensor, self.plan.reconstruct(list(self.cores), self.spec.shape))
+        return cast(Tensor, self.plan.reconstruct(list(self.cores), self.spec.shape, self.spec.groups))
 
     @property
     def weight(self) -> Tensor:
@@ -151,13 +152,13 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
         return {"in_features": spec.shape[1], "out_features": spec.shape[0]}
     begins, ends = spec.pads[: spec.spatial], spec.pads[spec.spatial :]
     return {
-        "in_channels": spec.shape[1],
+        "in_channels": spec.inputs,
         "out_channels": spec.shape[0],
         "kernel_size": tuple(spec.kernel),
         "stride": tuple(spec.stride),
         "padding": tuple(begins) if begins == ends else "same",  # only padding="same" can pad the two sides differently
         "dilation": tuple(spec.dilation),
-        "groups": 1,
+        "groups": spec.groups,
         "padding_mode": "zeros",
         **({"output_padding": tuple(spec.output_padding)} if spec.transposed else {}),
     }
@@ -172,7 +173,7 @@ def _dense_is_faster(plan: LayerPlan, spec: LayerSpec, shape: tuple[int, ...]) -
     took 1 to 2 times the dense time, and those above 1 took 5 to 25 times the dense time. Hence the factor of 0.6.
     """
     spec = replace(spec, size=shape[2:])
-    cores = [np.broadcast_to(np.float32(0), size) for size in plan.core_shapes(spec.shape)]
+    cores = [np.broadcast_to(np.float32(0), size) for size in plan.core_shapes(spec.shape, spec.groups)]
     reconstruction = 2 * math.prod(spec.shape) * max(plan.ranks) * SECONDS_A_FLOP
     dense = dense_cost(spec).seconds_of(shape[0]) + reconstruction
     return contraction_cost(plan.contraction(cores, spec), spec).seconds_of(shape[0]) > 0.6 * dense

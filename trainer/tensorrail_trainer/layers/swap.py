@@ -72,17 +72,17 @@ def _decomposed(layer: LayerPlan, dense: DenseModule, root: Root | None) -> Sequ
     require_values(layer.name, dense)
     weight = dense.weight().detach().contiguous()
     if not weight.any():
-        return _cores_of_zero(layer, weight)
+        return _cores_of_zero(layer, weight, dense.spec.groups)
     wide = at_least_single(weight)
     try:
-        return root.decompose(layer, wide) if root else layer.decompose(wide)
+        return root.decompose(layer, wide) if root else layer.decompose(wide, dense.spec.groups)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
         raise PlanError(f"layer {layer.name}: its weight cannot be decomposed ({error}); check where it comes from") from None
 
 
-def _cores_of_zero(layer: LayerPlan, weight: Tensor) -> list[Tensor]:
+def _cores_of_zero(layer: LayerPlan, weight: Tensor, groups: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    first, *others = layer.core_shapes(tuple(weight.shape))
+    first, *others = layer.core_shapes(tuple(weight.shape), groups)
     random = [torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[:-1])) for shape in others]
     return [weight.new_zeros(first), *(core.to(weight) for core in random)]
 

@@ -40,7 +40,8 @@ def plan_layers(
         format: `tt` (default), `tr`, `tucker`, `cp`, `svd` or `ttm`.
         ranks: an integer is an upper bound for every rank, lowered where the shape allows less; a list holds the ranks in the
             format's order.
-        modes: the modes in the format's order; default: the format's default modes for the shape of the layer.
+        modes: the modes in the format's order; default: the format's default modes for the shape of the layer. Those of a
+            convolution in groups are the modes of one group's weight.
         merge: which neighbouring cores are merged for execution; default `auto`: the cheapest.
 
     Returns:
@@ -51,7 +52,7 @@ def plan_layers(
 
     """
     require_trainable(format)
-    form = format_of(format)
+    format_of(format)
     names = _matching(model, pattern)
     if isinstance(ranks, np.integer):
         ranks = int(ranks)
@@ -61,11 +62,12 @@ def plan_layers(
         raise PlanError(f"modes: expected a list of integers in the format's order, got {list(modes)!r}")
     plans = []
     for name in names:
-        shape = dense_layer(model, name).spec.shape
+        spec = dense_layer(model, name).spec
+        shape, form = spec.shape, format_of(format, spec.groups)
         layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
         requested = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
         layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=requested, merge=merge)
-        layer.check(shape)
+        layer.check(shape, spec.groups)
         clamped = form.clamp(shape, layer_modes, requested)
         if not isinstance(ranks, int) and clamped != requested:
             raise PlanError(
@@ -135,9 +137,9 @@ def plan_to_size(
     layers = _unranked(model, pattern, format, modes, merge)
     roots = {} if inputs is None else input_roots(model, Plan(layers=tuple(layers)), inputs)
 
-    def lost(weight: Tensor, plan: LayerPlan) -> float:
+    def lost(weight: Tensor, plan: LayerPlan, groups: int) -> float:
         root = roots.get(plan.name)
-        return _truncated_share(weight if root is None else root.apply(weight.to(root.root)).cpu().contiguous(), plan)
+        return _truncated_share(weight if root is None else root.apply(weight.to(root.root)).cpu().contiguous(), plan, groups)
 
     options = [_options(layer, dense_layer(model, layer.name), lost) for layer in layers]
     return _within(options, model, pattern, times)
@@ -182,20 +184,24 @@ def _unranked(
 ) -> list[LayerPlan]:
     """Return the plans of the matching layers at rank 1, whose ranks are still to be chosen."""
     require_trainable(format)
-    form = format_of(format)
-    shapes = {name: dense_layer(model, name).spec.shape for name in _matching(model, pattern)}
-    chosen = {name: tuple(modes) if modes is not None else form.default_modes(shape) for name, shape in shapes.items()}
-    least = {name: form.uniform(shape, chosen[name], 1) for name, shape in shapes.items()}
-    return [LayerPlan(name=name, format=format, modes=chosen[name], ranks=least[name], merge=merge) for name in shapes]
+    format_of(format)
+    specs = {name: dense_layer(model, name).spec for name in _matching(model, pattern)}
+    layers = []
+    for name, spec in specs.items():
+        form = format_of(format, spec.groups)
+        chosen = tuple(modes) if modes is not None else form.default_modes(spec.shape)
+        ranks = form.uniform(spec.shape, chosen, 1)
+        layers.append(LayerPlan(name=name, format=format, modes=chosen, ranks=ranks, merge=merge))
+    return layers
 
 
-def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan], float]) -> _Options:
+def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan, int], float]) -> _Options:
     weight = dense.weight().detach().float().cpu().contiguous()
     rungs = _ladder(layer, dense.spec)
     return _Options(
         plans=(None, *(plan for plan, _ in rungs)),
         params=(float(weight.numel()), *(float(size) for _, size in rungs)),
-        losses=(0.0, *(loss(weight, plan) for plan, _ in rungs)),
+        losses=(0.0, *(loss(weight, plan, dense.spec.groups) for plan, _ in rungs)),
     )
 
 
@@ -214,9 +220,9 @@ def _within(options: Sequence[_Options], model: nn.Module, pattern: str, times: 
     return tuple(plan for layer, pick in zip(options, picks, strict=True) if (plan := layer.plans[pick]) is not None)
 
 
-def _truncated_share(weight: Tensor, plan: LayerPlan) -> float:
+def _truncated_share(weight: Tensor, plan: LayerPlan, groups: int) -> float:
     """Return the share of a weight's squared norm that its projection truncates."""
-    lost = (weight - project(plan.format, weight, plan.modes, plan.ranks)).square().sum()
+    lost = (weight - project(plan.format, weight, plan.modes, plan.ranks, groups)).square().sum()
     return float(lost / weight.square().sum().clamp_min(1e-30))
 
 
@@ -225,7 +231,7 @@ def _ladder(layer: LayerPlan, spec: LayerSpec) -> list[tuple[LayerPlan, int]]:
 
     The size is the number of stored parameters of the layer as it runs: neighbouring cores may be merged.
     """
-    form = format_of(layer.format)
+    form = format_of(layer.format, spec.groups)
 
     def at(bound: int) -> tuple[LayerPlan, int]:
         ranks = form.clamp(spec.shape, layer.modes, form.uniform(spec.shape, layer.modes, bound))

@@ -247,8 +247,9 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
         raise RecipeError(f"{key} {in_words(error)}") from None
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
     plan = recipe.make_plan(cut, trained=False)
-    shapes = {name: layer.spec.shape for name, layer in planned_layers(cut, plan).items()}
-    cores = {layer.name: [torch.zeros(size) for size in layer.core_shapes(shapes[layer.name])] for layer in plan.layers}
+    specs = {name: layer.spec for name, layer in planned_layers(cut, plan).items()}
+    sizes = {layer.name: layer.core_shapes(specs[layer.name].shape, specs[layer.name].groups) for layer in plan.layers}
+    cores = {name: [torch.zeros(size) for size in own] for name, own in sizes.items()}
     networks = [("model", "the network", dense), ("plan", "the factored network", swap(cut, plan, cores))]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a network may draw random numbers
         channels_last = all(_takes_channels_last(network, x, device) for _, _, network in networks)

@@ -27,14 +27,15 @@ def why_not(node: gs.Node) -> str | None:
         if min(node.attrs.get(name, (1,)), default=1) < 1:
             return f"expected {name} of 1 or more, got {list(node.attrs[name])}"
     group = node.attrs.get("group", 1)
-    if group != 1:
-        kind = "depthwise" if weight.shape[1] == 1 else "grouped"
-        return f"it is a {kind} convolution (group={group}); only group=1 can be factorized; leave it out of the plan"
+    if group != 1 and weight.shape[1] == 1:
+        return f"it is a depthwise convolution (group={group}), of one input channel per group; leave it out of the plan"
+    if group < 1 or weight.shape[0] % group:
+        return f"expected outputs that are a multiple of its groups, got {weight.shape[0]} outputs with group={group}"
     return None
 
 
 def layer(node: gs.Node) -> LayerSpec:
-    """Return the convolution's shape, stride, pads and dilation, with ONNX's defaults for missing attributes."""
+    """Return the convolution's shape, stride, pads, dilation and groups, with ONNX's defaults for missing attributes."""
     shape = tuple(node.inputs[1].shape)
     nd = len(shape) - 2
     auto_pad = node.attrs.get("auto_pad", "NOTSET")
@@ -47,6 +48,7 @@ def layer(node: gs.Node) -> LayerSpec:
         dilation=tuple(node.attrs.get("dilations", (1,) * nd)),
         auto_pad=auto_pad.decode() if isinstance(auto_pad, bytes) else auto_pad,
         size=tuple(axis if isinstance(axis, int) and axis > 0 else 0 for axis in axes[2:]),
+        groups=node.attrs.get("group", 1),
     )
 
 

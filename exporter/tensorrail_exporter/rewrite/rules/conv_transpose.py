@@ -24,6 +24,8 @@ def weight_input(node: gs.Node) -> int:
 
 def why_not(node: gs.Node) -> str | None:
     """Return the reason why this transposed convolution stays dense, or None."""
+    if (group := node.attrs.get("group", 1)) != 1:
+        return f"it is a transposed convolution with group={group}; only group=1 can be factorized; leave it out of the plan"
     if why := conv.why_not(node):
         return why
     if "output_shape" in node.attrs:
