@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.formats.width import with_inputs
-from tensorrail_exporter.graphs.fold import constant_value
+from tensorrail_exporter.graphs.fold import constant_value, is_standard
 from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown_axes
 from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.rules import Rule
@@ -47,6 +47,7 @@ class DenseLayer:
     padding: tuple[int, ...] = ()  # pads of a Pad node before a convolution, which ONNX Runtime computes within it; () for none
     makers: tuple[DenseLayer, ...] = ()  # the layers before that make its channels, where nothing else reads these
     side_by_side: bool = False  # whether copies are timed side by side even where they could form a chain
+    domain: str = ""  # of the operator; empty for one of ONNX's own
 
     @property
     def source(self) -> tuple[int, ...] | None:
@@ -98,8 +99,9 @@ class DenseLayer:
     @property
     def signature(self) -> dict[str, object]:
         """Everything that the layer's time depends on: layers with equal signatures are timed once."""
-        padding: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
-        padding |= {"side_by_side": True} if self.side_by_side else {}
+        others: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
+        others |= {"side_by_side": True} if self.side_by_side else {}
+        others |= {"domain": self.domain} if self.domain else {}
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -107,7 +109,7 @@ class DenseLayer:
             "data": self.data,
             "dtype": str(self.dtype),
             "first": self.first,
-            **padding,
+            **others,
         }
 
 
@@ -317,6 +319,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         input_name=node.inputs[data].name,
         output_name=next(tensor.name for tensor in node.outputs if not tensor.is_empty()),
         padding=padding,
+        domain="" if is_standard(node) else node.domain,
     )
 
 
@@ -365,7 +368,7 @@ def _macs(node: gs.Node, spec: LayerSpec) -> int:
         return 0
     if spec.gathers:
         return 0
-    if spec.transposed:
+    if spec.transposed or node.op == "Attention":  # of an attention only the product that makes query, key and value
         source = _shape(node.inputs[0])
         return 0 if source is None else math.prod(source) * spec.params // spec.shape[1]
     return math.prod(shape) * (math.prod(spec.shape[1:]) if spec.op == "conv" else spec.shape[1])
