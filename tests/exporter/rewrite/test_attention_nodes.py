@@ -18,6 +18,11 @@ from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
 from tensorrail_exporter.rewrite.layer_errors import layer_errors
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import left_out, survey, with_known_axes
+from tensorrail_exporter.search.planner import plan_network
+from tensorrail_exporter.search.stitched import Change, StitchedNetwork
+from tensorrail_exporter.search.targets import Search
+from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.sessions.session import Session
 
 ROUNDING = 1e-5  # relative L2: another order of sums in float32
 SHAPES = {"x": (BATCH, TOKENS, FEATURES)}
@@ -167,6 +172,36 @@ def test_the_survey_counts_the_product(rng):
     assert out.macs == BATCH * TOKENS * 32 * FEATURES
     kept, others = left_out(with_known_axes(model), (attention, out))
     assert ([layer.name for layer in kept], others) == (["qkv", "out"], ())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_it_is_planned_by_measured_times(precision, rng, tmp_path):
+    model = attention_model(rng, mask=PADDED, tail=True)
+    timing = Timing(shapes=SHAPES | {"mask": PADDED.shape})
+    search = Search(
+        grid=8, cache=tmp_path, seconds=1.0, check_seconds=1.0, allow_slower=True, formats=("svd",), precision=precision
+    )
+    report = plan_network(model, {"params": 1.2}, search, conditions=Conditions(timing))
+    assert report.meets
+    row = next(row for row in report.rows if row.layer == "qkv")
+    assert (row.format, row.what) == ("svd", "Attention 16→48 on 6")
+    assert row.ms > 0
+    feed = feed_of(rng, PADDED)
+    cores = decompose_graph(known := with_known_axes(model), report.plan)
+    factored = run(factorize(known, report.plan, cores).model, feed)
+    assert relative(factored, run(reconstruct(known, report.plan, cores), feed)) < ROUNDING
+
+
+def test_other_weights_run_without_a_new_model(rng, tmp_path):
+    model = attention_model(rng)
+    feeds = [feed_of(rng) for _ in range(2)]
+    network = StitchedNetwork(resolve(model, FULL), feeds, Session(), tmp_path)
+    weight = rng.standard_normal((3 * FEATURES, FEATURES)).astype(np.float32)
+    change = Change(weight, rng.standard_normal(3 * FEATURES))
+    bias = numpy_helper.to_array(model.graph.initializer[1]) + change.bias
+    for (outputs,) in (network.with_changes({"qkv": change}), *network.with_each("qkv", [change])):
+        for feed, out in zip(feeds, outputs, strict=True):
+            assert relative(out, attended(feed["x"], weight.T, bias)) < ROUNDING
 
 
 def test_errors_of_layers_are_those_behind_the_attention(rng):
