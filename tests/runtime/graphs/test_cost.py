@@ -2,6 +2,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from attention_graphs import FEATURES, attention_model
 from conftest import make_model
 from onnx import helper, numpy_helper
 from torch import nn
@@ -103,6 +104,14 @@ def test_attention_of_onnx_runtime_counts_its_products(op, shapes, width, macs):
     count = macs_function(node)
     assert count is not None
     assert count(node, [known[name] for name in operands_of(node)], (2, 5, width)) == macs
+
+
+def test_attention_without_a_bias_is_not_run(rng, tmp_path):
+    path = save(attention_model(rng, bias=False), tmp_path)  # ONNX Runtime's kernel would end this process
+    assert cost(path).uncounted == ("Attention",)
+    path = save(attention_model(rng), tmp_path)
+    counted = cost(path, 2, {"x": (2, 6, FEATURES)})
+    assert (counted.macs, counted.uncounted) == (2 * 6 * (3 * FEATURES**2 + 6 * 2 * FEATURES), ())
 
 
 def test_attention_of_onnx_itself_is_named(tmp_path):

@@ -17,7 +17,7 @@ from tensorrail_exporter.rewrite.rules.emit import Site
 
 OPS: tuple[str, ...] = ("com.microsoft:Attention",)
 
-_BIAS, _MASK, _PAST, _ATTENTION_BIAS, _PAST_LENGTH = range(2, 7)  # indices of the node's inputs
+BIAS, MASK, PAST, ADDED, PAST_LENGTH = range(2, 7)  # indices of the node's inputs
 _SAME = ("mask_filter_value", "num_heads", "scale", "unidirectional")  # attributes that both operators have
 _IGNORED = ("qkv_hidden_sizes", "rotary_embedding_dim")  # which parts to split; of no effect without do_rotary
 _OTHERS = {"do_rotary": "it rotates queries and keys (do_rotary)", "past_present_share_buffer": "it keeps past keys and values"}
@@ -35,11 +35,11 @@ def why_not(node: gs.Node) -> str | None:
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) != 2:
         return f"expected a matrix as its weight, got shape {list(weight.shape)}"
-    sizes = _sizes(node)
+    sizes = sizes_of(node)
     if len(sizes) != 3 or sum(sizes) != weight.shape[1] or sizes[0] != sizes[1]:
         return f"expected a weight (inputs, query + key + value), got shape {list(weight.shape)} for hidden sizes {sizes}"
     present = len(node.outputs) > 1 and not node.outputs[1].is_empty()
-    if present or _given(node, _PAST) is not None or _given(node, _PAST_LENGTH) is not None:
+    if present or given(node, PAST) is not None or given(node, PAST_LENGTH) is not None:
         return "it keeps past keys and values, which MultiHeadAttention takes in another form"
     for name, value in node.attrs.items():
         if name not in (*_SAME, *_IGNORED) and value:
@@ -71,8 +71,8 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     node.outputs.clear()
     product = site.variable(f"{layer}/product", dtype)
     site.chain(node.inputs[0], product, steps, layer, dtype)
-    parts = site.split(product, _sizes(node), f"{layer}/qkv", dtype)
-    others = [_given(node, place) for place in (_BIAS, _MASK, _ATTENTION_BIAS)]
+    parts = site.split(product, sizes_of(node), f"{layer}/qkv", dtype)
+    others = [given(node, place) for place in (BIAS, MASK, ADDED)]
     while others and others[-1] is None:
         others.pop()
     inputs = [*parts, *(gs.Variable.empty() if tensor is None else tensor for tensor in others)]
@@ -81,19 +81,19 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     site.graph.nodes.append(gs.Node("MultiHeadAttention", name, attrs, inputs, [target], domain="com.microsoft"))
 
 
-def _given(node: gs.Node, place: int) -> gs.Tensor | None:
+def given(node: gs.Node, place: int) -> gs.Tensor | None:
     """Return an input, None if the node does not have it."""
     return node.inputs[place] if place < len(node.inputs) and not node.inputs[place].is_empty() else None
 
 
-def _sizes(node: gs.Node) -> list[int]:
+def sizes_of(node: gs.Node) -> list[int]:
     """Return the numbers of outputs of query, key and value."""
     return list(node.attrs.get("qkv_hidden_sizes", ())) or [node.inputs[1].shape[1] // 3] * 3
 
 
 def _why_not_mask(node: gs.Node) -> str | None:
     """Return why MultiHeadAttention does not take the node's mask; None if it does, or if there is none."""
-    mask, data = _given(node, _MASK), node.inputs[0].shape or (None,) * 3
+    mask, data = given(node, MASK), node.inputs[0].shape or (None,) * 3
     if mask is None:
         return None
     if mask.shape is None:
