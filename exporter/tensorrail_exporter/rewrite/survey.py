@@ -237,9 +237,9 @@ def with_known_axes(
 ) -> onnx.ModelProto:
     """Return the model with the number of axes of every tensor, also where onnx cannot infer it.
 
-    A product whose data have an unknown number of axes cannot be rewritten. The numbers are those of two runs of the model, of
-    which one has a larger batch: an operator such as Squeeze may remove an axis of size 1. They are stored as shapes without
-    sizes.
+    A product whose data have an unknown number of axes cannot be rewritten, nor an attention with such a mask. The numbers are
+    those of two runs of the model, of which one has a larger batch: an operator such as Squeeze may remove an axis of size 1.
+    They are stored as shapes without sizes.
 
     Args:
         model: the model; it is not changed.
@@ -255,8 +255,8 @@ def with_known_axes(
 
     """
     unknown = unknown_axes(model)
-    products = (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node if node.op_type == "MatMul")
-    if not unknown or not any(products):
+    nodes = (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node)
+    if not unknown or not any(node.op_type in ("Attention", "MatMul") for node in nodes):
         return model
     given = shapes or {}
     larger = {name: (shape[0] + 1, *shape[1:]) for name, shape in given.items() if len(shape) and name in _with_batch(model)}

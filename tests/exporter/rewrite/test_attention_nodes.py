@@ -92,6 +92,26 @@ def test_without_a_bias(rng):
     assert relative(run(full_rank(model), feed), attended(feed["x"], weight)) < ROUNDING
 
 
+def test_lengths_that_an_embedding_counts(rng):
+    model = attention_model(rng, mask=np.array([4, 3], np.int32))
+    tables = {"words": (20, FEATURES), "places": (TOKENS, FEATURES), "gamma": (FEATURES,), "beta": (FEATURES,)}
+    model.graph.initializer.extend(
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in tables.items()
+    )
+    names = ["ids", "", "words", "places", "", "gamma", "beta", "counts"]
+    model.graph.node.insert(
+        0, helper.make_node("EmbedLayerNormalization", names, ["x", "mask"], "embed", domain="com.microsoft")
+    )
+    del model.graph.input[:]
+    model.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.INT32, ["batch", "tokens"]) for name in ("ids", "counts")
+    )
+    feed = {"ids": rng.integers(0, 20, (BATCH, TOKENS)).astype(np.int32), "counts": PADDED}
+    factored = full_rank(with_known_axes(model))
+    assert "MultiHeadAttention" in ops(factored)
+    assert relative(run(factored, feed), run(model, feed)) < ROUNDING
+
+
 @given(data=st.data())
 @cases(30, 300)
 def test_any_form_equals_its_reconstruction(data):
