@@ -50,6 +50,9 @@ class Options:
     front: bool = False
     """Whether `compress` walks targets from 1.2 times less latency to what can be reached, and measures all of these models in
     turns; default False."""
+    contrib: bool = True
+    """Whether `export` and `compress` may write operators of com.microsoft, which ONNX Runtime alone has. With False, fused
+    attention becomes operators of ONNX, also in the dense model that `compress` compares with; default True."""
 
     def conditions(self, timing: Timing) -> Conditions:
         """Return what models are measured under, with this timing where none was given."""

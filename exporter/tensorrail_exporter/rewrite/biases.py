@@ -16,7 +16,8 @@ from tensorrail_runtime.errors import GraphError
 def takes_bias(layer: ResolvedLayer) -> bool:
     """Return whether a vector can be added to the layer's bias without a new node.
 
-    This holds for one Conv, ConvTranspose or Gemm node, and for one MatMul node followed by an Add of a constant vector.
+    This holds for one Conv, ConvTranspose, Gemm or Attention node, and for one MatMul node followed by an Add of a constant
+    vector.
     """
     return len(layer.sites) == 1 and _bias(layer) is not None
 
@@ -48,8 +49,8 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
     bias_input, name, site = _bias(layer), layer.plan.name, layer.sites[0]
     if bias_input is None:
         raise GraphError(
-            f"layer {name}: has no bias that can be changed; expected one Conv, ConvTranspose or Gemm node, or one MatMul node "
-            "followed by an Add of a constant vector"
+            f"layer {name}: has no bias that can be changed; expected one Conv, ConvTranspose, Gemm or Attention node, or one "
+            "MatMul node followed by an Add of a constant vector"
         )
     node, index = bias_input
     scale = bias_scale(node)
@@ -72,7 +73,7 @@ def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
     """Return the node and input index of the layer's bias, also if it has none yet; None if it cannot have one."""
     site = layer.sites[0]
     node = site.node
-    if node.op in ("Conv", "ConvTranspose", "Gemm"):
+    if node.op in ("Conv", "ConvTranspose", "Gemm", "Attention"):
         if node.attrs.get("beta", 1.0) == 0:
             return None
         if len(node.inputs) < 3 or node.inputs[2].is_empty():

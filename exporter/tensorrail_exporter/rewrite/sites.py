@@ -76,7 +76,7 @@ class NamedLayers:
                 f"plan each weight by its own name: {own_names or 'none has one: give the nodes names'}"
             )
         for site in sites:
-            rule = _RULE_OF[site.node.op]  # the same for all sites, since they are one group
+            rule = _RULE_OF[_full_name(site.node)]  # the same for all sites, since they are one group
             _fold(site, rule, name)
             if why := _why_not(site.node, rule):
                 raise GraphError(f"layer {name}: cannot be rewritten: {why}")
@@ -162,9 +162,9 @@ def _is_stored(tensor: gs.Tensor) -> bool:
 
 def _rule_of(node: gs.Node) -> Rule | None:
     """Return the rule for a node; None if there is none, or if the node is no layer, as a Gather that reads a shape."""
-    if not is_standard(node) or (node.op in gather.OPS and not gather.is_table(node)):
+    if node.op in gather.OPS and is_standard(node) and not gather.is_table(node):
         return None
-    return _RULE_OF.get(node.op)
+    return _RULE_OF.get(_full_name(node))
 
 
 def _full_name(node: gs.Node) -> str:
@@ -227,7 +227,9 @@ def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer |
         return None
     if constant is None:
         return None
-    trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs))
+    # With names of their own: lists of nodes remove what is equal to a node, which must not be the node itself.
+    outputs = [gs.Variable(f"{tensor.name}/trial" if tensor.name else "") for tensor in node.outputs]
+    trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs), outputs=outputs)
     trial.inputs[index] = constant
     answer = None if _why_not(trial, rule) else ask(rule, trial)
     trial.inputs.clear()

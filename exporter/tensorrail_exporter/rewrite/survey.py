@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.formats.width import with_inputs
-from tensorrail_exporter.graphs.fold import constant_value
+from tensorrail_exporter.graphs.fold import constant_value, is_standard
 from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown_axes
 from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.rules import Rule
@@ -47,6 +47,7 @@ class DenseLayer:
     padding: tuple[int, ...] = ()  # pads of a Pad node before a convolution, which ONNX Runtime computes within it; () for none
     makers: tuple[DenseLayer, ...] = ()  # the layers before that make its channels, where nothing else reads these
     side_by_side: bool = False  # whether copies are timed side by side even where they could form a chain
+    domain: str = ""  # of the operator; empty for one of ONNX's own
 
     @property
     def source(self) -> tuple[int, ...] | None:
@@ -99,8 +100,9 @@ class DenseLayer:
     @property
     def signature(self) -> dict[str, object]:
         """Everything that the layer's time depends on: layers with equal signatures are timed once."""
-        padding: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
-        padding |= {"side_by_side": True} if self.side_by_side else {}
+        others: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
+        others |= {"side_by_side": True} if self.side_by_side else {}
+        others |= {"domain": self.domain} if self.domain else {}
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -108,7 +110,7 @@ class DenseLayer:
             "data": self.data,
             "dtype": str(self.dtype),
             "first": self.first,
-            **padding,
+            **others,
         }
 
 
@@ -236,9 +238,9 @@ def with_known_axes(
 ) -> onnx.ModelProto:
     """Return the model with the number of axes of every tensor, also where onnx cannot infer it.
 
-    A product whose data have an unknown number of axes cannot be rewritten. The numbers are those of two runs of the model, of
-    which one has a larger batch: an operator such as Squeeze may remove an axis of size 1. They are stored as shapes without
-    sizes.
+    A product whose data have an unknown number of axes cannot be rewritten, nor an attention with such a mask. The numbers are
+    those of two runs of the model, of which one has a larger batch: an operator such as Squeeze may remove an axis of size 1.
+    They are stored as shapes without sizes.
 
     Args:
         model: the model; it is not changed.
@@ -254,8 +256,8 @@ def with_known_axes(
 
     """
     unknown = unknown_axes(model)
-    products = (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node if node.op_type == "MatMul")
-    if not unknown or not any(products):
+    nodes = (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node)
+    if not unknown or not any(node.op_type in ("Attention", "MatMul") for node in nodes):
         return model
     given = shapes or {}
     larger = {name: (shape[0] + 1, *shape[1:]) for name, shape in given.items() if len(shape) and name in _with_batch(model)}
@@ -318,6 +320,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         input_name=node.inputs[data].name,
         output_name=next(tensor.name for tensor in node.outputs if not tensor.is_empty()),
         padding=padding,
+        domain="" if is_standard(node) else node.domain,
     )
 
 
@@ -366,7 +369,7 @@ def _macs(node: gs.Node, spec: LayerSpec) -> int:
         return 0
     if spec.gathers:
         return 0
-    if spec.transposed:
+    if spec.transposed or node.op == "Attention":  # of an attention only the product that makes query, key and value
         source = _shape(node.inputs[0])
         return 0 if source is None else math.prod(source) * spec.params // spec.shape[1]
     return math.prod(shape) * (math.prod(spec.shape[1:]) if spec.op == "conv" else spec.shape[1])

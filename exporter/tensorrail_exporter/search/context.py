@@ -6,6 +6,7 @@ the input of the next; if the layer changes the shape, they stand side by side b
 one copy follows from the difference between several copies and one, in which the cost of the ends and of the call cancels.
 Every copy has its own weights, so that a cache holds no larger share of them than in a network. A Pad node before a convolution
 stands before every copy as well: ONNX Runtime computes both as one, which takes longer than the convolution of padded data.
+An Attention of com.microsoft is timed whole: its product and the attention behind it, which its factored forms have as well.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tensorrail_runtime.errors import GraphError
 
 _COPIES = 4
 _LENGTHS = 4  # index of the input of LSTM and GRU with the lengths of the sequences
+_MASK = 3  # index of the input of Attention with the mask
 _HEAVY = 200_000_000  # MACs of one copy, beside which the ends and the call cost little
 _MEMORY = 384 * 2**20  # bytes of the dense weights of all copies together, at most
 
@@ -126,7 +128,7 @@ class _Writer:
         while names and not names[-1]:
             names.pop()
         out = f"out{index}"
-        self.nodes.append(helper.make_node(layer.op, names, [out], f"copy{index}"))
+        self.nodes.append(helper.make_node(layer.op, names, [out], f"copy{index}", domain=layer.domain))
         self.nodes[-1].attribute.extend(helper.make_attribute(key, value) for key, value in layer.attrs.items())
         if layer.spec.op != "conv":
             return out
@@ -153,13 +155,21 @@ class _Writer:
             [helper.make_tensor_value_info(out, self.kind, layer.output)],
             self.constants,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", layer.opset)], ir_version=8)
+        opsets = [helper.make_opsetid("", layer.opset)]
+        if layer.domain:  # onnx does not infer the shapes behind it
+            between = sorted({name for node in self.nodes for name in node.input if name.startswith("out")} - {out})
+            graph.value_info.extend(helper.make_tensor_value_info(name, self.kind, layer.output) for name in between)
+            opsets.append(helper.make_opsetid(layer.domain, 1))
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
     def _operand(self, name: str, place: int, shape: tuple[int, ...]) -> None:
-        """Add a constant for another input than the data: random values, or for lengths that of the whole sequence."""
+        """Add a constant for another input than the data: random values, lengths of the whole sequence, a mask of ones."""
         data = self.layer.inputs[self.layer.data]
         if data is not None and self.layer.op in ("LSTM", "GRU") and place == _LENGTHS:
             self.constants.append(numpy_helper.from_array(np.full(shape, data[0], np.int32), name))
+        elif data is not None and self.layer.op == "Attention" and place == _MASK:
+            full = data[1] if len(shape) == 1 else 1  # lengths, or which tokens count
+            self.constants.append(numpy_helper.from_array(np.full(shape, full, np.int32), name))
         else:
             self._constant(name, shape)
 

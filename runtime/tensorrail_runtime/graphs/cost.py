@@ -1,8 +1,9 @@
 """Computes the cost of a graph from its shapes: parameters, MACs, FLOPs, bytes moved and kernels. FLOPs = 2 × MACs.
 
-Only products are counted: Conv, ConvTranspose, Einsum, Gemm, MatMul, their quantized forms, and those of LSTM, GRU, RNN and the
-body of a Scan at every time step. An operator that `operators` does not know is listed in `uncounted` and never silently
-counted as zero; so are If and Loop, whose bodies run an unknown number of times.
+Only products are counted: Conv, ConvTranspose, Einsum, Gemm, MatMul, their quantized forms, those of LSTM, GRU, RNN and the
+body of a Scan at every time step, and those of com.microsoft's Attention and MultiHeadAttention. An operator that `operators`
+does not know is listed in `uncounted` and never silently counted as zero; so are If and Loop, whose bodies run an unknown
+number of times.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from google.protobuf.message import DecodeError
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
-from tensorrail_runtime.graphs.operators import CONTRIB_NO_MACS, DOMAINS, MACS, NO_MACS, constant_tensor, operands_of
+from tensorrail_runtime.graphs.operators import (
+    CONTRIB,
+    CONTRIB_MACS,
+    CONTRIB_NO_MACS,
+    DOMAINS,
+    NO_MACS,
+    CountMacs,
+    constant_tensor,
+    macs_function,
+    operands_of,
+)
 from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
@@ -32,6 +43,7 @@ _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
 
 _FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 _MATRIX = 2  # axes of a weight
+_BIAS = 2  # index of the input of Attention with the bias
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
@@ -136,7 +148,9 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
             "shapes of the inputs, such as x=1,3,224,224, or an ONNX file that onnx.checker accepts"
         ) from None
     known = _shapes(inferred.graph)
-    counted = [node for node in inferred.graph.node if node.domain in DOMAINS and node.op_type in (*MACS, "Scan")]
+    counted = [
+        node for node in inferred.graph.node if macs_function(node) or (node.domain in DOMAINS and node.op_type == "Scan")
+    ]
     if any(name and name not in known for node in counted for name in (*node.input, node.output[0])):
         observed = seen_shapes(bound, batch, shapes, values)
         inferred = _with_shapes(inferred, observed)
@@ -213,8 +227,8 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
         for node in scope.graph.node:
             if node.domain not in DOMAINS:
                 uncounted.add(f"{node.domain}:{node.op_type}")
-            elif node.op_type in MACS:
-                layers.append(_node(node, scope, path))
+            elif (macs := macs_function(node)) and (node.op_type not in CONTRIB_MACS or _has_shapes(node, scope)):
+                layers.append(_node(node, scope, path, macs))
             elif node.op_type == "Scan" and (body := _body(node, scope, opset)) is not None:
                 scopes.append(body)  # which this loop reaches later
                 continue
@@ -381,12 +395,17 @@ def _body(node: onnx.NodeProto, scope: _Scope, opset: int) -> _Scope | None:
         return None
     graph = attributes["body"].g
     body = _Scope.of(graph, _shapes(graph), scope, scanned[axis])
-    products = [inner for inner in graph.node if inner.domain in DOMAINS and inner.op_type in MACS]
+    products = [inner for inner in graph.node if macs_function(inner)]
     needed = (name for inner in products for name in (*operands_of(inner), inner.output[0]) if name)
     return body if all(name in body.shapes for name in needed) else None
 
 
-def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
+def _has_shapes(node: onnx.NodeProto, scope: _Scope) -> bool:
+    """Return whether the shapes are known by which the MACs of a node are counted; onnx does not infer all of them."""
+    return all(name in scope.shapes for name in (*operands_of(node), node.output[0]) if name)
+
+
+def _node(node: onnx.NodeProto, scope: _Scope, path: Path, macs: CountMacs) -> NodeCost:
     operands, shapes = operands_of(node), scope.shapes
     for name in (*operands, node.output[0]):
         if name and name not in shapes:
@@ -394,7 +413,7 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
                 f"{path}: the shape of {name!r} at node {node.name or node.op_type!r} cannot be inferred: give the shapes of "
                 "the inputs, such as x=1,3,224,224"
             )
-    sizes, out = [shapes[name] for name in operands], shapes.get(node.output[0], ())
+    sizes, out = [shapes.get(name, ()) for name in operands], shapes.get(node.output[0], ())
     constants = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
     computed = [name for name in operands if name in scope.computed and len(shapes[name]) >= _MATRIX]
     return NodeCost(
@@ -405,7 +424,7 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path) -> NodeCost:
         output=out,
         params=sum(math.prod(constants[name].dims) for name in _weights(node, operands) if name in constants)
         + sum(math.prod(shapes[name]) for name in computed),
-        macs=scope.times * MACS[node.op_type](node, sizes, out),
+        macs=scope.times * macs(node, sizes, out),
     )
 
 
@@ -508,10 +527,12 @@ def seen_tensors(
         values: known values of inputs by name, in place of random ones.
 
     Returns:
-        ONNX's element type and the shape of each tensor by name; empty if the model does not run or is too large to be passed
-        in memory.
+        ONNX's element type and the shape of each tensor by name; empty if the model does not run, must not be run, or is too
+        large to be passed in memory.
 
     """
+    if any(_ends_the_process(node) for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
+        return {}
     exposed = with_outputs(bound, (name for node in bound.graph.node for name in node.output if name))
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -526,6 +547,11 @@ def seen_tensors(
         for entry, array in zip(session.get_outputs(), arrays, strict=True)
         if entry.type.startswith("tensor(")
     }
+
+
+def _ends_the_process(node: onnx.NodeProto) -> bool:
+    """Return whether ONNX Runtime's CPU kernel of a node crashes: in 1.31 that of an Attention without a bias does."""
+    return node.op_type == "Attention" and node.domain == CONTRIB and not (len(node.input) > _BIAS and node.input[_BIAS])
 
 
 def _element_type(name: str) -> int:

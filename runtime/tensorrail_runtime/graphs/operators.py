@@ -6,13 +6,17 @@ Element-wise, pooling, normalising and data-moving operators have no MACs in thi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx
 
 Shape = tuple[int, ...]
+CountMacs = Callable[[onnx.NodeProto, list[Shape], Shape], int]
+"""Counts the MACs of a node from the shapes of its operands and of its output."""
 
-DOMAINS = ("", "ai.onnx", "com.microsoft")  # other domains use the same names for other operators
+CONTRIB = "com.microsoft"
+DOMAINS = ("", "ai.onnx", CONTRIB)  # other domains use the same names for other operators
 
 # fmt: off
 NO_MACS = frozenset((
@@ -77,9 +81,18 @@ _PLAIN = {
 
 
 def operands_of(node: onnx.NodeProto) -> list[str]:
-    """Return the names of the tensors that a node multiplies."""
+    """Return the names of the tensors that a node multiplies; for an attention, empty names for those that it does not have."""
+    if node.op_type in CONTRIB_MACS:
+        return [node.input[index] if index < len(node.input) else "" for index in _ATTENDED[node.op_type]]
     indices = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS.get(node.op_type, (0, 1))
     return [node.input[index] for index in indices]
+
+
+def macs_function(node: onnx.NodeProto) -> CountMacs | None:
+    """Return what counts the MACs of a node; None if nothing does."""
+    if node.domain == CONTRIB and node.op_type in CONTRIB_MACS:
+        return CONTRIB_MACS[node.op_type]
+    return MACS.get(node.op_type) if node.domain in DOMAINS else None
 
 
 def _conv(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
@@ -137,7 +150,25 @@ def _einsum(node: onnx.NodeProto, operands: list[Shape], __: Shape) -> int:
     return macs
 
 
+def _attention(node: onnx.NodeProto, operands: list[Shape], _: Shape) -> int:
+    """Count the product that makes query, key and value, and those of the attention itself."""
+    data, weight, past = operands  # (B, S, I), (I, Q + K + V), (2, B, N, P, D)
+    given = next((tuple(one.ints) for one in node.attribute if one.name == "qkv_hidden_sizes"), ())
+    query, _key, value = given or (weight[1] // 3,) * 3
+    total = data[1] + (past[3] if past else 0)
+    return math.prod(data[:2]) * (math.prod(weight) + total * int(query + value))
+
+
+def _multi_head_attention(_: onnx.NodeProto, operands: list[Shape], out: Shape) -> int:
+    """Count QKᵀ and the product with V; the three may be packed in one tensor, or have the heads before the tokens."""
+    query, key, past = operands  # (B, S, Q) or (B, S, N, 3, D); (B, T, Q), (B, T, N, 2, D) or (B, N, T, D); (B, N, P, D)
+    width = query[2] * query[4] if len(query) > 3 else query[2]
+    total = (key[2] if len(key) == 4 else key[1]) if key else query[1]
+    return math.prod(query[:2]) * (total + (past[2] if past else 0)) * (width + out[2])
+
+
 _OPERANDS = {"QLinearConv": (0, 3), "QLinearMatMul": (0, 3)}  # the two factors, where they are not the first two inputs
+_ATTENDED = {"Attention": (0, 1, 4), "MultiHeadAttention": (0, 1, 6)}  # what MACs are counted by, with the past
 
 MACS = {
     "Conv": _conv,
@@ -158,3 +189,6 @@ MACS = {
     "QLinearMatMul": _matmul,
     "RNN": _recurrent,
 }
+
+CONTRIB_MACS = {"Attention": _attention, "MultiHeadAttention": _multi_head_attention}
+"""The same of operators of com.microsoft whose names mean something else in ONNX, or nothing."""

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from attention_graphs import attention_model
 from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 from recurrent_graphs import recurrent_model
@@ -64,6 +65,12 @@ def with_lengths(rng):
     return model, {"x": (5, 2, 48), "h": (1, 2, 16), "c": (1, 2, 16)}
 
 
+def attention(rng, **inputs):
+    """Return an attention of two samples of five tokens; without a mask, what it reads and what it gives have equal shapes."""
+    shapes = {name: inputs[name].shape for name in ("mask", "scores") if name in inputs}
+    return attention_model(rng, **inputs), {"x": (2, 5, 16), **shapes}
+
+
 MODELS = {
     "conv": lambda rng: (conv(rng, pads=[1] * 4), None),
     "conv with bias": lambda rng: (conv(rng, pads=[1] * 4, bias=True), None),
@@ -84,6 +91,9 @@ MODELS = {
     "matmul left": lambda rng: (linear(rng, "MatMul", left=True), None),
     "lstm": lambda rng: (recurrent_model("LSTM", "bidirectional", 16, 48, rng), {"x": (5, 2, 48)}),
     "lstm with lengths": with_lengths,
+    "attention": attention,
+    "attention with lengths": lambda rng: attention(rng, mask=np.array([5, 5], np.int32)),
+    "attention with scores": lambda rng: attention(rng, sizes=(16, 16, 8), scores=rng.standard_normal((2, 1, 5, 5))),
     "gru": lambda rng: (recurrent_model("GRU", "forward", 16, 48, rng), {"x": (5, 2, 48)}),
 }
 COPIES = [1, 2, 4]

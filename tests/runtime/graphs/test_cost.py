@@ -2,13 +2,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from attention_graphs import FEATURES, attention_model
 from conftest import make_model
 from onnx import helper, numpy_helper
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tensorrail_runtime import ModelError, cost
-from tensorrail_runtime.graphs.operators import MACS, NO_MACS
+from tensorrail_runtime.graphs.operators import MACS, NO_MACS, macs_function, operands_of
 from tensorrail_trainer import to_onnx
 
 
@@ -80,6 +81,44 @@ def test_every_operator_of_onnx_is_counted_or_known_to_multiply_nothing_or_named
     contrib = {"DynamicQuantizeMatMul", "FusedConv", "FusedGemm", "FusedMatMul", "MatMulIntegerToFloat"}
     assert MACS.keys() - known == contrib
     assert not NO_MACS & MACS.keys()
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "width", "macs"),
+    [  # 2 samples, 5 tokens, 12 features, and an output of so many; all tokens and those before are scored
+        ("Attention", [(2, 5, 12), (12, 36)], 12, 2 * 5 * (12 * 36 + 5 * 24)),
+        ("Attention", [(2, 5, 12), (12, 30)], 6, 2 * 5 * (12 * 30 + 5 * 18)),
+        ("Attention", [(2, 5, 12), (12, 36), (36,), None, (2, 2, 3, 7, 4)], 12, 2 * 5 * (12 * 36 + 12 * 24)),
+        ("MultiHeadAttention", [(2, 5, 12), (2, 5, 12), (2, 5, 6)], 6, 2 * 5 * 5 * 18),
+        ("MultiHeadAttention", [(2, 5, 12), (2, 9, 12), (2, 9, 12)], 12, 2 * 5 * 9 * 24),
+        ("MultiHeadAttention", [(2, 5, 12), (2, 3, 9, 4), (2, 3, 9, 4)], 12, 2 * 5 * 9 * 24),
+        ("MultiHeadAttention", [(2, 5, 12), (2, 9, 3, 2, 4)], 12, 2 * 5 * 9 * 24),
+        ("MultiHeadAttention", [(2, 5, 3, 3, 4)], 12, 2 * 5 * 5 * 24),
+    ],
+)
+def test_attention_of_onnx_runtime_counts_its_products(op, shapes, width, macs):
+    names = ["" if shape is None else f"in{place}" for place, shape in enumerate(shapes)]
+    attributes = {"qkv_hidden_sizes": [12, 12, width]} if op == "Attention" else {}
+    node = helper.make_node(op, names, ["y"], "n", domain="com.microsoft", num_heads=3, **attributes)
+    known = dict(zip(names, shapes, strict=True)) | {"": ()}
+    count = macs_function(node)
+    assert count is not None
+    assert count(node, [known[name] for name in operands_of(node)], (2, 5, width)) == macs
+
+
+def test_attention_without_a_bias_is_not_run(rng, tmp_path):
+    path = save(attention_model(rng, bias=False), tmp_path)  # ONNX Runtime's kernel would end this process
+    assert cost(path).uncounted == ("Attention",)
+    path = save(attention_model(rng), tmp_path)
+    counted = cost(path, 2, {"x": (2, 6, FEATURES)})
+    assert (counted.macs, counted.uncounted) == (2 * 6 * (3 * FEATURES**2 + 6 * 2 * FEATURES), ())
+
+
+def test_attention_of_onnx_itself_is_named(tmp_path):
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], "n", q_num_heads=1, kv_num_heads=1)
+    shape = [1, 4, 8]
+    model = make_model([node], {}, dict.fromkeys("qkv", shape), {"y": shape}, opset=23)
+    assert cost(save(model, tmp_path)).uncounted == ("Attention",)
 
 
 def test_functions_of_the_model_are_looked_into(tmp_path):

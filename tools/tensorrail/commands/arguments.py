@@ -57,6 +57,14 @@ Calibration = Annotated[
         help="Inputs, which need no labels: arrays by input name, or a folder of npz, npy or image files (ImageNet's scaling).",
     ),
 ]
+Contrib = Annotated[
+    bool,
+    typer.Option(
+        "--contrib/--no-contrib",
+        help="Whether operators of com.microsoft may be written, which ONNX Runtime alone has; without them fused attention "
+        "becomes operators of ONNX.",
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration samples that are used at most.")]
 Target = Annotated[
     list[str] | None,

@@ -10,6 +10,7 @@ import typer
 
 from tensorrail.commands.arguments import (
     Calibration,
+    Contrib,
     Data,
     Json,
     Precision,
@@ -77,6 +78,7 @@ def command(
             "write them here, with a picture FRONT.svg.",
         ),
     ] = None,
+    contrib: Contrib = True,
     session: Any = Group(session_options),
     timing: Any = Group(timing_options),
     inputs: Any = Group(input_options),
@@ -105,7 +107,8 @@ def command(
     with progress_bar() as progress:
         guard = Guard(min_agreement=min_agreement, max_difference=max_difference)
         searched = replace(search, also=tuple(also or ()))
-        options = Options(session, timing, searched, Fit(fit, samples), guard, progress, inputs, precision, front is not None)
+        walks = front is not None
+        options = Options(session, timing, searched, Fit(fit, samples), guard, progress, inputs, precision, walks, contrib)
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
     if front is not None:
         write_front(report, front)

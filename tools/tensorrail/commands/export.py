@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Json, Shape
+from tensorrail.commands.arguments import Contrib, Json, Shape
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
@@ -67,6 +67,7 @@ def command(
     cores: Annotated[
         Path | None, typer.Option(help="cores.safetensors; without it the graph's own weights are decomposed.")
     ] = None,
+    contrib: Contrib = True,
     form: Any = Group(form_options),
     json: Json = None,
 ) -> None:
@@ -75,5 +76,5 @@ def command(
     from tensorrail.verbs.export import export
 
     with progress_bar() as progress:
-        report = export(dense, out, plan, cores=cores, form=form, options=Options(progress=progress))
+        report = export(dense, out, plan, cores=cores, form=form, options=Options(progress=progress, contrib=contrib))
     finish(report, json)

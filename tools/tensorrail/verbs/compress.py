@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail.asked import asked_of
+from tensorrail.contrib import dense_without_contrib
 from tensorrail.inputs import as_calibration, as_labelled, feed_of, require_writable, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
@@ -54,7 +55,8 @@ def compress(
         data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`; scored by
             `options.search.metric`, or else by the best class.
         options: `session`, `timing` (batch size, shapes, seconds of the final comparison), `search` (its `also`: other
-            precisions to write), `precision`, `fit`, `guard` (how closely the outputs must agree), `inputs` and `progress`.
+            precisions to write), `precision`, `fit`, `guard` (how closely the outputs must agree), `inputs`, `contrib` and
+            `progress`.
 
     Returns:
         Sizes, speed and errors; `print(report)` shows the tables. `report.meets`, `report.faster` and `report.accepted` say
@@ -88,7 +90,9 @@ def compress(
             conditions, timing=timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         )
         graph = load_to_search(path, conditions.timing, options.progress)
-        require_comparable(path, feed_of(path, conditions, inputs), conditions.settings.exact)
+        feed = feed_of(path, conditions, inputs)
+        require_comparable(path, feed, conditions.settings.exact)
+        graph = graph if options.contrib else dense_without_contrib(graph, path, feed, conditions)
         test = as_labelled(data, None if data is None else search.metric, options.inputs)
         if asked.plan is not None and asked.precisions == ("fp32",) and test is None:
             _require_effect(search, inputs, options)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensorrail.contrib import without_contrib
 from tensorrail.inputs import require_writable
 from tensorrail.models import as_graph
 from tensorrail.options import Options
@@ -36,7 +37,7 @@ def export(
         plan: the layers, formats, modes and ranks, or the file of them.
         cores: the cores of each layer by its name, or the file of them; default: the model's own weights are decomposed.
         form: which forms of the cores may be chosen, and the shapes of inputs; default: the cores as they are.
-        options: `session` and `progress`.
+        options: `session`, `contrib` and `progress`.
 
     Returns:
         What was done to each layer; `print(report)` shows the table.
@@ -59,7 +60,8 @@ def export(
     options = options or Options()
     require_writable(out, model, plan, cores)
     form = form or Form(block=1)
-    graph = with_known_axes(as_graph(model), form.batch, form.shapes)
+    graph = as_graph(model) if options.contrib else without_contrib(as_graph(model), options.progress)
+    graph = with_known_axes(graph, form.batch, form.shapes)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if not read.changes:
         raise PlanError(f"{'the plan' if plan is read else plan}: changes nothing: it names no layer")

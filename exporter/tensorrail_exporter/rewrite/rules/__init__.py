@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec, Step
-from tensorrail_exporter.rewrite.rules import conv, conv_transpose, gather, gemm, matmul, recurrent
+from tensorrail_exporter.rewrite.rules import attention, conv, conv_transpose, gather, gemm, matmul, recurrent
 from tensorrail_exporter.rewrite.rules.emit import Site
 
 
@@ -19,7 +19,7 @@ class Rule(Protocol):
     """The functions that every rule module has. Weights are (O, I, *K) for a convolution, else (O, I)."""
 
     OPS: tuple[str, ...]
-    """The ONNX operators that the rule rewrites."""
+    """The operators that the rule rewrites: ONNX's by their names, others as `domain:name`."""
 
     def weight_input(self, node: gs.Node) -> int:
         """Return the index of the node's input that is its weight."""
@@ -40,7 +40,7 @@ class Rule(Protocol):
         """Replace the node by the steps, between the same input and output; `layer` starts the names of new tensors."""
 
 
-RULES: tuple[Rule, ...] = (conv, conv_transpose, gather, gemm, matmul, recurrent)
+RULES: tuple[Rule, ...] = (conv, conv_transpose, gather, gemm, matmul, recurrent, attention)
 
 STAY_DENSE = {
     "QLinearConv": "it is already quantized; factorize the floating-point model, then quantize the result",

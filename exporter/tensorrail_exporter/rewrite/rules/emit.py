@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +73,18 @@ class Site:
         node = gs.Node(op, self.names.unique(name), attrs=attrs or {}, inputs=inputs, outputs=[output])
         self.graph.nodes.append(node)
         return node
+
+    def split(self, source: gs.Tensor, sizes: Sequence[int], name: str, dtype: np.dtype) -> list[gs.Variable]:
+        """Split the last axis of a tensor (B, S, O) into parts of these sizes."""
+        parts = [self.variable(f"{name}{k}", dtype) for k in range(len(sizes))]
+        attrs: dict[str, object] = {"axis": 2}
+        inputs = [source]
+        if self.graph.opset < 13:
+            attrs["split"] = list(sizes)
+        else:
+            inputs.append(self.constant(f"{name}_sizes", np.array(sizes, np.int64)))
+        self.graph.nodes.append(gs.Node("Split", self.names.unique(f"{name}_split"), attrs, inputs, parts))
+        return parts
 
     def chain(
         self, source: gs.Tensor, target: gs.Tensor, steps: tuple[Step, ...], layer: str, dtype: np.dtype
