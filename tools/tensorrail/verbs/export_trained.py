@@ -17,6 +17,7 @@ from tensorrail_runtime.sessions.session import Session, open_session, run
 from tensorrail_runtime.tables import Part, PrintedRecord
 
 if TYPE_CHECKING:
+    import onnx
     from torch import nn
 
     from tensorrail_exporter.plans.plan import Plan
@@ -101,6 +102,7 @@ def export_trained(
     named: dict[str, Any] = {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
     dense = to_onnx(to_dense(model), example, **named)
     feed, expected = _run_in_torch(model, example, [value.name for value in dense.graph.input])
+    _require_whole_weights(dense, plan)
     factored = factorize(dense, plan, cores)
     with scratch() as place:
         paths = [Path(place) / name for name in FILES[:2]]
@@ -143,6 +145,18 @@ def _plan_of(model: nn.Module) -> Plan:
     if not layers:
         raise PlanError(f"{type(model).__name__} has no layer made of cores: factorize it first, as with ADMM.factorize")
     return Plan(layers=tuple(layers))
+
+
+def _require_whole_weights(dense: onnx.ModelProto, plan: Plan) -> None:
+    """Raise `GraphError` for attention whose query, key and value differ: its graph multiplies them by parts of one weight."""
+    split = {node.input[0] for node in dense.graph.node if node.op_type == "Split"}
+    for layer in plan.layers:
+        if layer.name in split:
+            raise GraphError(
+                f"layer {layer.name}: expected attention whose query, key and value are one tensor, got different ones; a "
+                "dense graph multiplies them by parts of this weight, which have no cores of their own: write the network of "
+                "cores itself, with to_onnx(model, example)"
+            )
 
 
 def _run_in_torch(model: nn.Module, example: Example, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:

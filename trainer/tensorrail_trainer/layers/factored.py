@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.formats.contraction import LayerSpec, Step, dense_step, describe
+from tensorrail_exporter.formats.contraction import LayerSpec, Step, dense_step, describe, split_at_boundary
 from tensorrail_exporter.plans.costs import SECONDS_A_FLOP, contraction_cost, dense_cost
 from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_trainer.layers._compat_torch import is_traced, node_of
@@ -116,6 +116,29 @@ class FactoredLayer(nn.Module):
             return (x if self.bias is None else x + self.bias.to(x.dtype)).reshape(*leading, self.spec.shape[0])
         x = x.contiguous() if plain else x
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *(1,) * self.spec.spatial)
+
+    def part(self, x: Tensor, begin: int, end: int) -> Tensor:
+        """Return some of the output features of a linear layer, without the bias.
+
+        Args:
+            x: (…, I).
+            begin: the first of these features.
+            end: the feature behind the last of them.
+
+        Returns:
+            (…, end − begin); where the last step is a product over the rank, only these features are computed.
+
+        """
+        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        if self.training and torch.is_grad_enabled() and self._dense_for(x):
+            with torch.autocast(x.device.type, enabled=False):
+                weight = self.dense_weight()
+            out = x @ weight[begin:end].T
+        else:
+            steps, matrix, _ = split_at_boundary(self.steps())
+            out = run_steps(steps, x)
+            out = out[:, begin:end] if matrix is None else out @ cast(Tensor, matrix)[begin:end].T
+        return out.reshape(*leading, end - begin)
 
     def _spec_for(self, x: Tensor, output_size: Sequence[int] | None) -> LayerSpec:
         """Return what the layer computes; with an output size, with the output padding that gives it."""

@@ -80,7 +80,7 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     known = dense_layers(model)
     names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
-        if pattern in dict(model.named_modules()):
+        if pattern in {**dict(model.named_modules()), **dict(model.named_parameters())}:
             dense_layer(model, pattern)
         raise PlanError(f"no layer matches {pattern!r}; the layers that can be factored are: {', '.join(known) or 'none'}")
     if "" in names:
