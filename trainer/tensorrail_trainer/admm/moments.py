@@ -123,6 +123,11 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
     """Raise `PlanError` unless the inputs of every planned layer are one mode of its format and visible to a hook."""
     for layer in plan.layers:
         dense = layers[layer.name]
+        if dense.spec.gathers:
+            raise PlanError(
+                f"layer {layer.name}: `metric: activation` expects inputs of floating-point numbers, got the indices of an "
+                "embedding; use `metric: weight`"
+            )
         count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
         if count != 1:
             raise PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -9,12 +10,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tensorrail_exporter.formats import FORMATS, WIDTH
+from tensorrail_exporter.formats import FORMATS, WIDTH, format_of
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.attention import PROJECTIONS, is_replaceable, projections_of, why_not
-from tensorrail_trainer.layers.factored import FactoredLayer
+from tensorrail_trainer.layers.attention import PROJECTIONS, FactoredAttention, is_replaceable, projections_of, why_not
+from tensorrail_trainer.layers.factored import FactoredLayer, inputs_first
 from tensorrail_trainer.layers.holders import require_sole_holders
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
 from tensorrail_trainer.layers.torchs_own import CONVOLUTIONS, require_own_forward, require_own_parameters, require_size
@@ -32,14 +33,14 @@ class DenseModule:
 
     def weight(self) -> Tensor:
         """Return the weight (O, I, *K) or (O, I), differentiable with respect to the parameters."""
-        if self.spec.transposed:
+        if inputs_first(self.spec):
             return self.parameters[0].transpose(0, 1)
         return self.parameters[0] if len(self.parameters) == 1 else torch.cat(self.parameters)
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:
         """Copy a weight (O, I, *K) or (O, I) into the parameters, in place."""
-        if self.spec.transposed:
+        if inputs_first(self.spec):
             self.parameters[0].copy_(weight.transpose(0, 1))
             return
         for parameter, part in zip(self.parameters, weight.split([len(p) for p in self.parameters]), strict=True):
@@ -57,14 +58,18 @@ def at_least_single(tensor: Tensor) -> Tensor:
 def dense_layers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of all layers that a plan can name, in the order of the model.
 
-    These are convolutions and linear layers, the input weights of LSTM and GRU, and the projections of attention.
+    These are convolutions, linear layers and embeddings, the input weights of LSTM and GRU, and the projections of attention.
     """
     names: list[str] = []
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if isinstance(module, CONVOLUTIONS | nn.Linear):
             names.append(name)
         elif isinstance(module, nn.LSTM | nn.GRU):
             names += [f"{name}.weight_ih_l{k}".removeprefix(".") for k in range(module.num_layers)]
+        elif isinstance(module, nn.Embedding):
+            whole = type(module).forward is nn.Embedding.forward and uses[id(module.weight)] == 1
+            names += [name] if whole and not _why_no_table(module) else []
         elif is_replaceable(module):
             names += [f"{name}.{leaf}".removeprefix(".") for leaf in projections_of(module)]
     return tuple(names)
@@ -77,7 +82,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
     owner = modules.get(path)
     if leaf.startswith("weight_ih_l") and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
         return _recurrent(owner, name, leaf)
-    if leaf in PROJECTIONS and isinstance(owner, nn.MultiheadAttention):
+    if leaf in PROJECTIONS and isinstance(owner, nn.MultiheadAttention | FactoredAttention):
         return _attention(owner, name, leaf)
     module = modules.get(name)
     require_size(module, name)
@@ -87,16 +92,12 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
             raise PlanError(f"layer {name}: not in the model; its layers are {', '.join(dense_layers(model))}")
         case nn.Linear():
             spec = LayerSpec("linear", tuple(module.weight.shape))
+        case nn.Embedding():
+            if reason := _why_no_table(module):
+                raise PlanError(f"layer {name}: {reason}; leave it out of the plan")
+            spec = LayerSpec("linear", (module.embedding_dim, module.num_embeddings), gathers=True)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() | nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            if module.groups != 1:
-                raise PlanError(
-                    f"layer {name}: a grouped convolution (groups={module.groups}) cannot be factored; leave it out of the plan"
-                )
-            if module.padding_mode != "zeros":
-                raise PlanError(
-                    f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan"
-                )
-            spec = _convolution(module)
+            spec = _convolution(module, name)
         case FactoredLayer():
             raise PlanError(_ALREADY.format(name))
         case nn.MultiheadAttention():
@@ -110,7 +111,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
         case _:
             raise PlanError(
                 f"layer {name}: expected a Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear, "
-                f"LSTM, GRU or MultiheadAttention layer, got a {type(module).__name__}; leave it out of the plan"
+                f"Embedding, LSTM, GRU or MultiheadAttention layer, got a {type(module).__name__}; leave it out of the plan"
             )
     require_own_forward(module, name)
     return DenseModule(module, spec, (cast("nn.Parameter", module.weight),))
@@ -129,8 +130,10 @@ def _recurrent(module: nn.LSTM | nn.GRU | FactoredRecurrent, name: str, leaf: st
     return DenseModule(module, LayerSpec("recurrent", shape), weights)
 
 
-def _attention(module: nn.MultiheadAttention, name: str, leaf: str) -> DenseModule:
+def _attention(module: nn.MultiheadAttention | FactoredAttention, name: str, leaf: str) -> DenseModule:
     """Return the packed projections of query, key and value, or one of them."""
+    if isinstance(module, FactoredAttention):
+        raise PlanError(_ALREADY.format(name))
     require_own_forward(module, name)
     require_own_parameters(module, name, leaf)
     if leaf not in projections_of(module):
@@ -177,6 +180,7 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
         layer.check(dense.spec.shape)
+        require_one_mode_of_entries(layer, dense.spec)
         require_trainable(layer.format)
         layers_by_name[layer.name] = dense
     _require_own_weights(model, layers_by_name)
@@ -191,6 +195,28 @@ def require_trainable(form: str) -> None:
             f"format {WIDTH} is for ONNX graphs: compress chooses and fits it without training; expected one of "
             f"{', '.join(FORMATS)}"
         )
+
+
+def require_one_mode_of_entries(layer: LayerPlan, spec: LayerSpec) -> None:
+    """Raise `PlanError` for an embedding whose entries are several modes: its first core could not give their rows."""
+    if spec.gathers and len(format_of(layer.format).equation(spec.shape, layer.modes).inputs) > 1:
+        raise PlanError(
+            f"layer {layer.name}: expected the {spec.shape[1]} entries of an embedding as a single mode, got modes "
+            f"{list(layer.modes)} of format {layer.format}; give the modes of the features, then the number of entries, in "
+            "another format than ttm"
+        )
+
+
+def _why_no_table(module: nn.Embedding) -> str | None:
+    """Return the reason why an embedding cannot be made of cores, or None: each changes single rows of the table."""
+    if module.padding_idx is not None:
+        return f"padding_idx={module.padding_idx} keeps one row as it is, and cores have no rows of their own"
+    if module.max_norm is not None:
+        return f"max_norm={module.max_norm} scales rows of the table in place, and cores have no rows of their own"
+    if module.scale_grad_by_freq or module.sparse:
+        option = "scale_grad_by_freq" if module.scale_grad_by_freq else "sparse"
+        return f"{option}=True changes the gradient of single rows of the table, and cores have no rows of their own"
+    return None
 
 
 def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) -> None:
@@ -209,8 +235,14 @@ def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) ->
                 )
 
 
-def _convolution(module: CONVOLUTIONS) -> LayerSpec:
-    """Return what a convolution computes, transposed or not."""
+def _convolution(module: CONVOLUTIONS, name: str) -> LayerSpec:
+    """Return what a convolution computes, transposed or not. Raises `PlanError` with the reason why it cannot be factored."""
+    if module.groups != 1:
+        raise PlanError(
+            f"layer {name}: a grouped convolution (groups={module.groups}) cannot be factored; leave it out of the plan"
+        )
+    if module.padding_mode != "zeros":
+        raise PlanError(f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan")
     shape = tuple(module.weight.shape)
     if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return LayerSpec("conv", shape, module.stride, _pads(module), dilation=module.dilation)

@@ -16,7 +16,7 @@ from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers._compat_torch import share_hooks
 from tensorrail_trainer.layers.attention import FactoredAttention, is_replaceable
 from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers, require_values
-from tensorrail_trainer.layers.factored import FactoredLayer, torch_options
+from tensorrail_trainer.layers.factored import FactoredLayer, inputs_first, torch_options
 from tensorrail_trainer.layers.fused import allow_fused_kernels, forbid_fused_kernels
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent
@@ -62,7 +62,7 @@ def swap(
         else:
             if leaf == "out_proj" and is_replaceable(model.get_submodule(path)):  # it reads the weight, and would not call it
                 attention.setdefault(path, {})
-            factored = _factored(layer, dense, cores[layer.name], cast("Tensor | None", dense.module.bias))
+            factored = _factored(layer, dense, cores[layer.name], cast("Tensor | None", getattr(dense.module, "bias", None)))
             _move_hooks(dense.module, factored)
             model = _replace(model, layer.name, factored)
     for path, factored_by_index in recurrent.items():
@@ -185,11 +185,12 @@ _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose
 def _dense_layer(module: FactoredLayer) -> nn.Module:
     spec = module.spec
     weight = module.dense_weight().detach()
-    kind: Any = nn.Linear
+    kind: Any = nn.Embedding if spec.gathers else nn.Linear
     if spec.op == "conv":
         kind = (_TRANSPOSED if spec.transposed else _CONVOLUTIONS)[spec.spatial]
-    state = {"weight": weight.transpose(0, 1) if spec.transposed else weight}
-    layer: nn.Module = kind(**torch_options(spec), bias=module.bias is not None).to(state["weight"])
+    state = {"weight": weight.transpose(0, 1) if inputs_first(spec) else weight}
+    options = torch_options(spec) | ({} if spec.gathers else {"bias": module.bias is not None})
+    layer: nn.Module = kind(**options).to(state["weight"])
     if module.bias is not None:
         state["bias"] = module.bias.detach()
     layer.load_state_dict(state)

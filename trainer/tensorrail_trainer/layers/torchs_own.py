@@ -10,7 +10,7 @@ from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers.attention import projections_of
 
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-_KINDS = CONVOLUTIONS | nn.Linear | nn.LSTM | nn.GRU | nn.MultiheadAttention
+_KINDS = CONVOLUTIONS | nn.Linear | nn.Embedding | nn.LSTM | nn.GRU | nn.MultiheadAttention
 
 
 def require_size(module: nn.Module | None, name: str) -> None:
@@ -70,4 +70,6 @@ def _parameter_names(module: nn.Module) -> list[str]:
         return [f"{kind}_l{k}{end}" for k in range(module.num_layers) for kind in kinds for end in ends]
     if isinstance(module, nn.MultiheadAttention):
         return [*projections_of(module), *(["in_proj_bias"] if module.in_proj_bias is not None else [])]
+    if isinstance(module, nn.Embedding):
+        return ["weight"]
     return ["weight", *(["bias"] if getattr(module, "bias", module) is not None else [])]

@@ -16,7 +16,13 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
+from tensorrail_trainer.layers.dense import (
+    DenseModule,
+    dense_layer,
+    dense_layers,
+    require_one_mode_of_entries,
+    require_trainable,
+)
 
 _RUNGS = 32
 
@@ -34,8 +40,9 @@ def plan_layers(
 
     Args:
         model: the dense model.
-        pattern: layer names, with `*` and `?` as in a shell. Convolutions and linear layers are named by their module, a layer
-            of an LSTM or GRU by its input weight, such as `rnn.weight_ih_l0`.
+        pattern: layer names, with `*` and `?` as in a shell. Convolutions, linear layers and embeddings are named by their
+            module, a layer of an LSTM or GRU by its input weight, such as `rnn.weight_ih_l0`, and the projections of query, key
+            and value of attention by theirs, such as `attn.in_proj_weight`.
         format: `tt` (default), `tr`, `tucker`, `cp`, `svd` or `ttm`.
         ranks: an integer is an upper bound for every rank, lowered where the shape allows less; a list holds the ranks in the
             format's order.
@@ -60,11 +67,13 @@ def plan_layers(
         raise PlanError(f"modes: expected a list of integers in the format's order, got {list(modes)!r}")
     plans = []
     for name in names:
-        shape = dense_layer(model, name).spec.shape
+        spec = dense_layer(model, name).spec
+        shape = spec.shape
         layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
         requested = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
         layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=requested, merge=merge)
         layer.check(shape)
+        require_one_mode_of_entries(layer, spec)
         clamped = form.clamp(shape, layer_modes, requested)
         if not isinstance(ranks, int) and clamped != requested:
             raise PlanError(
@@ -170,9 +179,13 @@ def _unranked(
     """Return the plans of the matching layers, whose ranks are still to be chosen."""
     require_trainable(format)
     form = format_of(format)
-    shapes = {name: dense_layer(model, name).spec.shape for name in _matching(model, pattern)}
-    chosen = {name: tuple(modes) if modes is not None else form.default_modes(shape) for name, shape in shapes.items()}
-    return [LayerPlan(name=name, format=format, modes=chosen[name], ranks=(1,), merge=merge) for name in shapes]
+    layers = []
+    for name in _matching(model, pattern):
+        spec = dense_layer(model, name).spec
+        chosen = tuple(modes) if modes is not None else form.default_modes(spec.shape)
+        layers.append(LayerPlan(name=name, format=format, modes=chosen, ranks=(1,), merge=merge))
+        require_one_mode_of_entries(layers[-1], spec)
+    return layers
 
 
 def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan], float]) -> _Options:
