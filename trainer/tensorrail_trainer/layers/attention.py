@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,12 @@ class FactoredAttention(nn.Module):
         if is_traced(query):
             options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return cast("tuple[Tensor, Tensor | None]", node_of(self, query, key, value, *options))
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint that attn_mask is the causal mask: expected attn_mask as well, got None")
         self._require_sizes(query, key, value)
         batched = query.dim() == 3
         q, k, v = (self._heads(features, batched) for features in self._projected(query, key, value))
-        self._require_masks((q, k), attn_mask, key_padding_mask, (is_causal, batched))
+        _require_masks(q, k, attn_mask, key_padding_mask, batched=batched)
         only_causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if only_causal else self._mask(attn_mask, key_padding_mask, q.dtype)
         dropout = self.dropout if self.training else 0.0
@@ -130,15 +132,12 @@ class FactoredAttention(nn.Module):
             device=like.device,
             dtype=like.dtype,
         )
-        own: dict[str, Any] = {name: getattr(self, name) for name in (*PROJECTIONS, "in_proj_bias")}
+        own: dict[str, Tensor | nn.Module | None] = {name: getattr(self, name) for name in (*PROJECTIONS, "in_proj_bias")}
         own |= {"out_proj.weight": self.out_proj, "out_proj.bias": self.out_proj.bias}
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
-                source = own[name]
-                factored = isinstance(source, FactoredLayer)
-                values = source.weight if isinstance(source, nn.Linear) else source.dense_weight() if factored else source
-                parameter.copy_(values)
-                parameter.requires_grad_((source.cores[0] if factored else values).requires_grad)
+                values, trained = _values(own[name])
+                parameter.copy_(values).requires_grad_(trained)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
@@ -207,22 +206,6 @@ class FactoredAttention(nn.Module):
                 f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
             )
 
-    def _require_masks(
-        self, heads: tuple[Tensor, Tensor], attn_mask: Tensor | None, padding: Tensor | None, flags: tuple[bool, bool]
-    ) -> None:
-        """Raise `RuntimeError` for masks that the dense module would refuse; `flags`: is_causal, and with a batch."""
-        is_causal, batched = flags
-        if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint that attn_mask is the causal mask: expected attn_mask as well, got None")
-        (batch, count, length, _), keys = heads[0].shape, heads[1].shape[2]
-        if attn_mask is not None and attn_mask.shape not in ((length, keys), (batch * count, length, keys)):
-            raise RuntimeError(
-                f"attn_mask: expected shape {[length, keys]} or {[batch * count, length, keys]}, got {list(attn_mask.shape)}"
-            )
-        expected = (batch, keys) if batched else (keys,)
-        if padding is not None and padding.shape != expected:
-            raise RuntimeError(f"key_padding_mask: expected shape {list(expected)}, got {list(padding.shape)}")
-
 
 def projections_of(attention: nn.MultiheadAttention) -> tuple[str, ...]:
     """Return the names of the weights of query, key and value that this module has: one, or three of several widths."""
@@ -247,11 +230,31 @@ def is_replaceable(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     return why_not(module) is None and {*projections_of(module), *biases} <= own
 
 
+def _require_masks(q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None, *, batched: bool) -> None:
+    """Raise `RuntimeError` for masks that the dense module would refuse for these heads: some of them would broadcast."""
+    (batch, heads, length, _), keys = q.shape, k.shape[2]
+    if attn_mask is not None and attn_mask.shape not in ((length, keys), (batch * heads, length, keys)):
+        raise RuntimeError(
+            f"attn_mask: expected shape {[length, keys]} or {[batch * heads, length, keys]}, got {list(attn_mask.shape)}"
+        )
+    expected = (batch, keys) if batched else (keys,)
+    if padding is not None and padding.shape != expected:
+        raise RuntimeError(f"key_padding_mask: expected shape {list(expected)}, got {list(padding.shape)}")
+
+
 def _product(weight: Projection, x: Tensor, begin: int, end: int) -> Tensor:
     """Return the product of the rows `begin` to `end` of a weight with the features of x."""
     if isinstance(weight, FactoredLayer):
         return weight.part(x, begin, end)
     return F.linear(x, cast(Tensor, weight)[begin:end])
+
+
+def _values(source: Tensor | nn.Module | None) -> tuple[Tensor, bool]:
+    """Return the values of a parameter, or of a layer's weight, and whether they are trained."""
+    if isinstance(source, FactoredLayer):
+        return source.dense_weight(), source.cores[0].requires_grad
+    values = cast(Tensor, source.weight if isinstance(source, nn.Linear) else source)
+    return values, values.requires_grad
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
