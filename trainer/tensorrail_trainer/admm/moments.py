@@ -162,6 +162,11 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
                 f"layer {layer.name}: `metric: activation` supports no convolution in groups, got {dense.spec.groups} groups; "
                 "use `metric: weight`, or leave it out of the plan"
             )
+        if dense.spec.gathers:
+            raise PlanError(
+                f"layer {layer.name}: `metric: activation` expects inputs of floating-point numbers, got the indices of an "
+                "embedding; use `metric: weight`"
+            )
         count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
         if count != 1:
             raise PlanError(
@@ -183,11 +188,25 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.moments is not None and module.training == self.moments.training:
-            x = args[0] if args else kwargs["input"]
+            if isinstance(module, nn.MultiheadAttention):
+                x = _attended(self.name, *args, **kwargs)
+            else:
+                x = args[0] if args else kwargs["input"]
             self.moments.add(self.name, x if isinstance(x, Tensor) else x.data)  # the rows of a PackedSequence
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _attended(name: str, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return which of the inputs of attention a planned weight multiplies."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "in_proj_weight" and not query is key is value:
+        raise PlanError(
+            f"layer {name}: `metric: activation` expects self-attention, where query, key and value are one tensor, got "
+            "different ones, which different rows of the weight multiply; use `metric: weight`"
+        )
+    return {"k_proj_weight": key, "v_proj_weight": value}.get(leaf, query)
 
 
 def _rows(x: Tensor, spatial: int) -> Tensor:

@@ -42,3 +42,11 @@ def as_plain_tensors() -> AbstractContextManager[None]:
     """Return a context in which subclasses of tensors are plain tensors, as torch's notes on subclasses tell to use it."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return context
+
+
+def keep_from_fused_kernels(attention: nn.Module) -> None:
+    """Let torch's transformer layers call a module in the place of `nn.MultiheadAttention`, instead of reading its weights.
+
+    They have a fused kernel for attention whose query, key and value have one packed weight, and ask for it by this attribute.
+    """
+    attention._qkv_same_embed_dim = False  # type: ignore[assignment] # a module takes any attribute

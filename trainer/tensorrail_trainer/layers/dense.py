@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorrail_exporter.formats import FORMATS, WIDTH
+from tensorrail_exporter.formats import FORMATS, WIDTH, format_of
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.factored import FactoredLayer
+from tensorrail_trainer.layers.attention import PROJECTIONS, FactoredAttention, is_replaceable, projections_of, why_not
+from tensorrail_trainer.layers.factored import FactoredLayer, inputs_first
 from tensorrail_trainer.layers.holders import require_sole_holders
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
+from tensorrail_trainer.layers.torchs_own import CONVOLUTIONS, require_own_forward, require_own_parameters, require_size
 
-_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+_ALREADY = "layer {}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,14 @@ class DenseModule:
 
     def weight(self) -> Tensor:
         """Return the weight (O, I, *K) or (O, I), differentiable with respect to the parameters."""
-        if self.spec.transposed:
+        if inputs_first(self.spec):
             return self.parameters[0].transpose(0, 1)
         return self.parameters[0] if len(self.parameters) == 1 else torch.cat(self.parameters)
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:
         """Copy a weight (O, I, *K) or (O, I) into the parameters, in place."""
-        if self.spec.transposed:
+        if inputs_first(self.spec):
             self.parameters[0].copy_(weight.transpose(0, 1))
             return
         for parameter, part in zip(self.parameters, weight.split([len(p) for p in self.parameters]), strict=True):
@@ -53,13 +56,22 @@ def at_least_single(tensor: Tensor) -> Tensor:
 
 
 def dense_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of all convolutions, linear layers and recurrent input weights, in the order of the model."""
+    """Return the names of all layers that a plan can name, in the order of the model.
+
+    These are convolutions, linear layers and embeddings, the input weights of LSTM and GRU, and the projections of attention.
+    """
     names: list[str] = []
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS | nn.Linear):
+        if isinstance(module, CONVOLUTIONS | nn.Linear):
             names.append(name)
         elif isinstance(module, nn.LSTM | nn.GRU):
             names += [f"{name}.weight_ih_l{k}".removeprefix(".") for k in range(module.num_layers)]
+        elif isinstance(module, nn.Embedding):
+            whole = type(module).forward is nn.Embedding.forward and uses[id(module.weight)] == 1
+            names += [name] if whole and not _why_no_table(module) else []
+        elif is_replaceable(module):
+            names += [f"{name}.{leaf}".removeprefix(".") for leaf in projections_of(module)]
     return tuple(names)
 
 
@@ -69,36 +81,28 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
     modules = dict(model.named_modules())
     owner = modules.get(path)
     if leaf.startswith("weight_ih_l") and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
-        if isinstance(owner, FactoredRecurrent):
-            raise PlanError(
-                f"layer {name}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
-            )
-        if getattr(owner, "proj_size", 0):
-            raise PlanError(f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; use proj_size=0")
-        _require_own_forward(owner, name)
-        _require_own_parameters(owner, name, leaf)
-        weights = input_weights(owner, name)
-        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        return DenseModule(owner, LayerSpec("recurrent", shape), weights)
+        return _recurrent(owner, name, leaf)
+    if leaf in PROJECTIONS and isinstance(owner, nn.MultiheadAttention | FactoredAttention):
+        return _attention(owner, name, leaf)
     module = modules.get(name)
-    _require_size(module, name)
-    _require_own_parameters(module, name)
+    require_size(module, name)
+    require_own_parameters(module, name)
     match module:
         case None:
             raise PlanError(f"layer {name}: not in the model; its layers are {', '.join(dense_layers(model))}")
         case nn.Linear():
             spec = LayerSpec("linear", tuple(module.weight.shape))
+        case nn.Embedding():
+            if reason := _why_no_table(module):
+                raise PlanError(f"layer {name}: {reason}; leave it out of the plan")
+            spec = LayerSpec("linear", (module.embedding_dim, module.num_embeddings), gathers=True)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() | nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            _require_divisible(module, name)
-            if module.padding_mode != "zeros":
-                raise PlanError(
-                    f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan"
-                )
-            spec = _convolution(module)
+            spec = _convolution(module, name)
         case FactoredLayer():
-            raise PlanError(
-                f"layer {name}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
-            )
+            raise PlanError(_ALREADY.format(name))
+        case nn.MultiheadAttention():
+            known = ", ".join(f"{name}.{leaf}".removeprefix(".") for leaf in (*projections_of(module), "out_proj"))
+            raise PlanError(f"layer {name}: is a MultiheadAttention; name one of its projections instead: {known}")
         case nn.LSTM() | nn.GRU():
             known = ", ".join(f"{name}.weight_ih_l{k}" for k in range(module.num_layers))
             raise PlanError(
@@ -107,13 +111,13 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
         case _:
             raise PlanError(
                 f"layer {name}: expected a Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear, "
-                f"LSTM or GRU layer, got a {type(module).__name__}; leave it out of the plan"
+                f"Embedding, LSTM, GRU or MultiheadAttention layer, got a {type(module).__name__}; leave it out of the plan"
             )
-    _require_own_forward(module, name)
+    require_own_forward(module, name)
     return DenseModule(module, spec, (cast("nn.Parameter", module.weight),))
 
 
-def _require_divisible(module: _CONVOLUTIONS, name: str) -> None:
+def _require_divisible(module: CONVOLUTIONS, name: str) -> None:
     """Raise `PlanError` for a convolution whose groups have a single input channel, or that is transposed and has groups."""
     if module.groups == 1:
         return
@@ -125,57 +129,32 @@ def _require_divisible(module: _CONVOLUTIONS, name: str) -> None:
     raise PlanError(f"layer {name}: a {kind} convolution (groups={module.groups}) cannot be factored; leave it out of the plan")
 
 
-def _require_size(module: nn.Module | None, name: str) -> None:
-    if module is not None and any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
-        raise PlanError(f"layer {name}: its size is not known yet; run one sample through the model first")
+def _recurrent(module: nn.LSTM | nn.GRU | FactoredRecurrent, name: str, leaf: str) -> DenseModule:
+    """Return the input weights of one layer of an LSTM or GRU, both directions in one matrix."""
+    if isinstance(module, FactoredRecurrent):
+        raise PlanError(_ALREADY.format(name))
+    if getattr(module, "proj_size", 0):
+        raise PlanError(f"layer {name}: an LSTM with proj_size={module.proj_size} has no ONNX operator; use proj_size=0")
+    require_own_forward(module, name)
+    require_own_parameters(module, name, leaf)
+    weights = input_weights(module, name)
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return DenseModule(module, LayerSpec("recurrent", shape), weights)
 
 
-def _require_own_forward(module: nn.Module, name: str) -> None:
-    """Raise `PlanError` for a subclass with its own forward: the layer made of cores computes what torch's class computes."""
-    for kind in (*get_args(_CONVOLUTIONS), nn.Linear, nn.LSTM, nn.GRU):
-        if not isinstance(module, kind):
-            continue
-        for method in ("forward", "_conv_forward"):
-            if getattr(type(module), method, None) is not getattr(kind, method, None):
-                raise PlanError(
-                    f"layer {name}: {type(module).__name__} overrides {kind.__name__}.{method}, and cores would compute what "
-                    f"torch's {kind.__name__} computes; leave it out of the plan, or replace it by a {kind.__name__}"
-                )
-
-
-def _require_own_parameters(module: nn.Module | None, name: str, leaf: str = "weight") -> None:
-    """Raise `PlanError` unless each weight and bias of a layer is its parameter: what computes it would be lost with the layer.
-
-    Parametrizations, `weight_norm`, `spectral_norm` and pruning compute a parameter from others. `leaf` is the planned weight.
-    """
-    if not isinstance(module, _CONVOLUTIONS | nn.Linear | nn.LSTM | nn.GRU):
-        return
-    own = dict(module.named_parameters(recurse=False))
-    names = ["weight", *(["bias"] if getattr(module, "bias", module) is not None else [])]
-    if isinstance(module, nn.LSTM | nn.GRU):
-        if leaf == "weight":
-            return  # it is refused: a plan names one of its weights
-        kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
-        ends = ("", "_reverse") if module.bidirectional else ("",)
-        names = [f"{kind}_l{k}{end}" for k in range(module.num_layers) for kind in kinds for end in ends]
-    for each in sorted(names, key=lambda each: each != leaf):  # the planned weight first
-        if each not in own:
-            raise PlanError(
-                f"layer {name}: expected a {each.partition('_')[0]} that is a parameter, got {each}, which weight_norm, "
-                "pruning or another parametrization computes; make it one first, by remove_weight_norm, remove_spectral_norm, "
-                "prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-            )
-    for each, parameter in own.items():
-        if type(parameter.data) is not Tensor:
-            raise PlanError(
-                f"layer {name}: expected a plain tensor as its {each}, got a {type(parameter.data).__name__}, as FSDP2, tensor "
-                "parallelism and quantization make them; use whole weights in floating point, with DistributedDataParallel"
-            )
-    if leaf in own and own[leaf].dim() < 2:
-        raise PlanError(
-            f"layer {name}: expected a weight of two or more axes, got shape {tuple(own[leaf].shape)}, as FSDP divides it; use "
-            "whole weights, with DistributedDataParallel"
-        )
+def _attention(module: nn.MultiheadAttention | FactoredAttention, name: str, leaf: str) -> DenseModule:
+    """Return the packed projections of query, key and value, or one of them."""
+    if isinstance(module, FactoredAttention):
+        raise PlanError(_ALREADY.format(name))
+    require_own_forward(module, name)
+    require_own_parameters(module, name, leaf)
+    if leaf not in projections_of(module):
+        known = ", ".join((*projections_of(module), "out_proj"))
+        raise PlanError(f"layer {name}: no such weight; expected one of {known}")
+    if reason := why_not(module):
+        raise PlanError(f"layer {name}: {reason}; leave it out of the plan")
+    weight = cast("nn.Parameter", getattr(module, leaf))
+    return DenseModule(module, LayerSpec("linear", tuple(weight.shape)), (weight,))
 
 
 def require_values(name: str, dense: DenseModule) -> None:
@@ -213,6 +192,7 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
         layer.check(dense.spec.shape, dense.spec.groups)
+        require_one_mode_of_entries(layer, dense.spec)
         require_trainable(layer.format)
         layers_by_name[layer.name] = dense
     _require_own_weights(model, layers_by_name)
@@ -227,6 +207,28 @@ def require_trainable(form: str) -> None:
             f"format {WIDTH} is for ONNX graphs: compress chooses and fits it without training; expected one of "
             f"{', '.join(FORMATS)}"
         )
+
+
+def require_one_mode_of_entries(layer: LayerPlan, spec: LayerSpec) -> None:
+    """Raise `PlanError` for an embedding whose entries are several modes: its first core could not give their rows."""
+    if spec.gathers and len(format_of(layer.format).equation(spec.shape, layer.modes).inputs) > 1:
+        raise PlanError(
+            f"layer {layer.name}: expected the {spec.shape[1]} entries of an embedding as a single mode, got modes "
+            f"{list(layer.modes)} of format {layer.format}; give the modes of the features, then the number of entries, in "
+            "another format than ttm"
+        )
+
+
+def _why_no_table(module: nn.Embedding) -> str | None:
+    """Return the reason why an embedding cannot be made of cores, or None: each changes single rows of the table."""
+    if module.padding_idx is not None:
+        return f"padding_idx={module.padding_idx} keeps one row as it is, and cores have no rows of their own"
+    if module.max_norm is not None:
+        return f"max_norm={module.max_norm} scales rows of the table in place, and cores have no rows of their own"
+    if module.scale_grad_by_freq or module.sparse:
+        option = "scale_grad_by_freq" if module.scale_grad_by_freq else "sparse"
+        return f"{option}=True changes the gradient of single rows of the table, and cores have no rows of their own"
+    return None
 
 
 def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) -> None:
@@ -245,8 +247,11 @@ def _require_own_weights(model: nn.Module, layers: Mapping[str, DenseModule]) ->
                 )
 
 
-def _convolution(module: _CONVOLUTIONS) -> LayerSpec:
-    """Return what a convolution computes, transposed or not."""
+def _convolution(module: CONVOLUTIONS, name: str) -> LayerSpec:
+    """Return what a convolution computes, transposed or not. Raises `PlanError` with the reason why it cannot be factored."""
+    _require_divisible(module, name)
+    if module.padding_mode != "zeros":
+        raise PlanError(f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan")
     shape = tuple(module.weight.shape)
     if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return LayerSpec("conv", shape, module.stride, _pads(module), dilation=module.dilation, groups=module.groups)
@@ -261,7 +266,7 @@ def _convolution(module: _CONVOLUTIONS) -> LayerSpec:
     )
 
 
-def _pads(module: _CONVOLUTIONS) -> tuple[int, ...]:
+def _pads(module: CONVOLUTIONS) -> tuple[int, ...]:
     """Return the padding before and after each axis; with `padding="same"` torch adds the odd element at the end."""
     if isinstance(module.padding, str):
         if module.padding == "valid":

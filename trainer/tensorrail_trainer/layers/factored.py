@@ -1,6 +1,6 @@
-"""Convolutions and linear layers whose weight is stored as tensor cores.
+"""Convolutions, linear layers and embeddings whose weight is stored as tensor cores.
 
-A plan names a convolution or a linear layer by its module, and one layer of an LSTM or GRU by its input weight, such as
+A plan names them by their module, and one layer of an LSTM or GRU by its input weight, such as
 `rnn.weight_ih_l0` (see `tensorrail_trainer.layers.recurrent`).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_exporter.formats import format_of
-from tensorrail_exporter.formats.contraction import LayerSpec, Step, dense_step, describe
+from tensorrail_exporter.formats.contraction import LayerSpec, Step, dense_step, describe, split_at_boundary
 from tensorrail_exporter.plans.costs import SECONDS_A_FLOP, contraction_cost, dense_cost
 from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_trainer.layers._compat_torch import is_traced, node_of
@@ -29,7 +29,7 @@ _USUAL = {0: (256,), 1: (32, 1, 64), 2: (32, 1, 16, 16), 3: (8, 1, 8, 16, 16)}
 
 
 class FactoredLayer(nn.Module):
-    """A convolution or linear layer whose weight is a list of trainable cores.
+    """A convolution, a linear layer or an embedding whose weight is a list of trainable cores.
 
     It has the inputs and outputs of the dense layer that it replaces, and the attributes of torch's layer (`in_channels`,
     `stride`, …). `forward` contracts the input with the cores, by the same steps that the exporter writes to ONNX. In training,
@@ -39,7 +39,7 @@ class FactoredLayer(nn.Module):
 
     Args:
         spec: what the dense layer computes: its kind, weight shape (O, I, *K) or (O, I), stride, padding, dilation and
-            groups.
+            groups. An embedding is a linear layer of I entries and O features whose input is indices.
         plan: format, modes and ranks of the layer.
         cores: the cores of the plan's format; they are copied.
         bias: the bias (O,), copied; None for a layer without a bias.
@@ -73,12 +73,12 @@ class FactoredLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, for modules that read it without calling `forward`, as torch's attention reads its `out_proj`.
 
-        It is computed from the cores, and that of a transposed convolution is (I, O, *K), as torch stores it. An operation that
-        would change it in place raises `PlanError`: the change would be lost.
+        It is computed from the cores. That of a transposed convolution and of an embedding is (I, O, *K), as torch stores it.
+        An operation that would change it in place raises `PlanError`: the change would be lost.
         """
         weight = self.dense_weight()
         return read_only(
-            weight.transpose(0, 1) if self.spec.transposed else weight,
+            weight.transpose(0, 1) if inputs_first(self.spec) else weight,
             "change `cores`, or factor a dense layer of the weight that you want",
         )
 
@@ -86,7 +86,7 @@ class FactoredLayer(nn.Module):
         """Contract the input with the cores and add the bias.
 
         Args:
-            x: (B, I, *S) or (I, *S) for a convolution, (…, I) for a linear layer.
+            x: (B, I, *S) or (I, *S) for a convolution, (…, I) for a linear layer, indices (…) for an embedding.
             output_size: for a transposed convolution, the size *S', alone or behind the other axes; default: what follows from
                 its output padding.
 
@@ -96,27 +96,56 @@ class FactoredLayer(nn.Module):
         """
         if is_traced(x):
             return cast(Tensor, node_of(self, x) if output_size is None else node_of(self, x, output_size))
-        linear = self.spec.op == "linear"
-        leading = x.shape[:-1]
-        if linear:
-            x = x.reshape(-1, x.shape[-1])
-        elif x.dim() == self.spec.spatial + 1:
+        if self.spec.op == "linear":
+            return self._on_rows(x)
+        if x.dim() == self.spec.spatial + 1:
             return cast(Tensor, self(x.unsqueeze(0), output_size)).squeeze(0)
         # The output is channels_last only if the input is, as in torch's layers. Images of one channel are both.
         plain = not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        x = run_steps(self._steps_for(x, output_size, plain=plain), x)
+        x = x.contiguous() if plain else x
+        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *(1,) * self.spec.spatial)
+
+    def _on_rows(self, x: Tensor) -> Tensor:
+        """Contract rows (…, I), or the rows that indices (…) of an embedding stand for, and add the bias."""
+        leading = x.shape if self.spec.gathers else x.shape[:-1]
+        x = x.reshape(-1) if self.spec.gathers else x.reshape(-1, x.shape[-1])
+        x = run_steps(self._steps_for(x), x)
+        if self.spec.gathers:
+            x = x.to(self.cores[0].dtype)  # under autocast an embedding has the type of its table
+        return (x if self.bias is None else x + self.bias.to(x.dtype)).reshape(*leading, self.spec.shape[0])
+
+    def _steps_for(self, x: Tensor, output_size: Sequence[int] | None = None, *, plain: bool = True) -> tuple[Step, ...]:
+        """Return the steps to run: those of the cores, or in training one step with the dense weight if it is faster."""
+        spec = self._spec_for(x, output_size)
+        if not (self.training and torch.is_grad_enabled() and self._dense_for(x)):
+            return self.plan.contraction(list(self.cores), spec)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.dense_weight()
+            return (dense_step(weight.contiguous() if plain else weight, spec),)
+
+    def part(self, x: Tensor, begin: int, end: int) -> Tensor:
+        """Return some of the output features of a linear layer, without the bias.
+
+        Args:
+            x: (…, I).
+            begin: the first of these features.
+            end: the feature behind the last of them.
+
+        Returns:
+            (…, end − begin); where the last step is a product over the rank, only these features are computed.
+
+        """
+        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         if self.training and torch.is_grad_enabled() and self._dense_for(x):
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.dense_weight()
-                steps: tuple[Step, ...] = (
-                    dense_step(weight.contiguous() if plain else weight, self._spec_for(x, output_size)),
-                )
+            out = x @ weight[begin:end].T
         else:
-            steps = self.plan.contraction(list(self.cores), self._spec_for(x, output_size))
-        x = run_steps(steps, x)
-        if linear:
-            return (x if self.bias is None else x + self.bias.to(x.dtype)).reshape(*leading, self.spec.shape[0])
-        x = x.contiguous() if plain else x
-        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *(1,) * self.spec.spatial)
+            steps, matrix, _ = split_at_boundary(self.steps())
+            out = run_steps(steps, x)
+            out = out[:, begin:end] if matrix is None else out @ cast(Tensor, matrix)[begin:end].T
+        return out.reshape(*leading, end - begin)
 
     def _spec_for(self, x: Tensor, output_size: Sequence[int] | None) -> LayerSpec:
         """Return what the layer computes; with an output size, with the output padding that gives it."""
@@ -146,8 +175,16 @@ class FactoredLayer(nn.Module):
         return f"{self.plan.format}, modes={list(self.plan.modes)}, ranks={list(self.plan.ranks)}: {steps}"
 
 
+def inputs_first(spec: LayerSpec) -> bool:
+    """Return whether torch stores the weight as (I, O, *K), as that of a transposed convolution and of an embedding."""
+    return spec.transposed or spec.gathers
+
+
 def torch_options(spec: LayerSpec) -> dict[str, Any]:
     """Return the arguments of torch's layer of this kind, which are also its attributes, without the bias."""
+    if spec.gathers:
+        plain = {"padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+        return {"num_embeddings": spec.shape[1], "embedding_dim": spec.shape[0], **plain}
     if spec.op == "linear":
         return {"in_features": spec.shape[1], "out_features": spec.shape[0]}
     begins, ends = spec.pads[: spec.spatial], spec.pads[spec.spatial :]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers._compat_torch import share_hooks
+from tensorrail_trainer.layers.attention import FactoredAttention, is_replaceable
 from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers, require_values
-from tensorrail_trainer.layers.factored import FactoredLayer, torch_options
+from tensorrail_trainer.layers.factored import FactoredLayer, inputs_first, torch_options
+from tensorrail_trainer.layers.fused import allow_fused_kernels, forbid_fused_kernels
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent
 from tensorrail_trainer.layers.steps import CoreList
@@ -44,27 +46,42 @@ def swap(
         PlanError: the plan does not fit the model, or a weight cannot be decomposed.
 
     """
+    layers = planned_layers(model, plan)
+    cores = cores or {
+        layer.name: _decomposed(layer, layers[layer.name], roots.get(layer.name) if roots else None) for layer in plan.layers
+    }
     recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
-    for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
-        weight = dense.weight().detach().contiguous()
-        layer_cores = cores[layer.name] if cores else _decomposed(layer, dense, roots.get(layer.name) if roots else None)
+    attention: dict[str, dict[str, FactoredLayer]] = {}
+    for layer in plan.layers:
+        dense = layers[layer.name]
+        path, _, leaf = layer.name.rpartition(".")
         if dense.spec.op == "recurrent":
-            path, _, leaf = layer.name.rpartition(".")
-            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, layer_cores)
-            continue
-        bias = cast("Tensor | None", dense.module.bias)
-        factored = FactoredLayer(dense.spec, layer, layer_cores, bias).to(weight)
-        factored.cores.requires_grad_(dense.parameters[0].requires_grad)
-        if factored.bias is not None and bias is not None:
-            factored.bias.requires_grad_(bias.requires_grad)
-        _move_hooks(dense.module, factored)
-        model = _replace(model, layer.name, factored.train(dense.module.training))
-    for path, layers in recurrent.items():
-        module = cast("nn.LSTM | nn.GRU", model.get_submodule(path))
-        factored_recurrent = FactoredRecurrent(module, layers)
-        _move_hooks(module, factored_recurrent)
-        model = _replace(model, path, factored_recurrent.train(module.training))
+            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, cores[layer.name])
+        elif isinstance(dense.module, nn.MultiheadAttention):
+            attention.setdefault(path, {})[leaf] = _factored(layer, dense, cores[layer.name], None)
+        else:
+            if leaf == "out_proj" and is_replaceable(model.get_submodule(path)):  # it reads the weight, and would not call it
+                attention.setdefault(path, {})
+            factored = _factored(layer, dense, cores[layer.name], cast("Tensor | None", getattr(dense.module, "bias", None)))
+            _move_hooks(dense.module, factored)
+            model = _replace(model, layer.name, factored)
+    for path, factored_by_index in recurrent.items():
+        rnn = cast("nn.LSTM | nn.GRU", model.get_submodule(path))
+        model = _replace_kept(model, path, FactoredRecurrent(rnn, factored_by_index))
+    for path, factored_by_leaf in attention.items():
+        attending = cast(nn.MultiheadAttention, model.get_submodule(path))
+        model = _replace_kept(model, path, FactoredAttention(attending, factored_by_leaf))
+    forbid_fused_kernels(model)
     return model
+
+
+def _factored(layer: LayerPlan, dense: DenseModule, cores: Sequence[Tensor], bias: Tensor | None) -> FactoredLayer:
+    """Return the layer made of cores for a dense one, in its mode, and frozen as it is."""
+    factored = FactoredLayer(dense.spec, layer, cores, bias).to(dense.parameters[0])
+    factored.cores.requires_grad_(dense.parameters[0].requires_grad)
+    if factored.bias is not None and bias is not None:
+        factored.bias.requires_grad_(bias.requires_grad)
+    return factored.train(dense.module.training)
 
 
 def _decomposed(layer: LayerPlan, dense: DenseModule, root: Root | None) -> Sequence[Tensor]:
@@ -92,6 +109,14 @@ def _move_hooks(replaced: nn.Module, replacement: nn.Module) -> None:
     share_hooks(replaced, replacement)
 
 
+def _replace_kept(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Replace a submodule as `_replace` does, and give the new one its hooks and its mode."""
+    replaced = model.get_submodule(name)
+    _move_hooks(replaced, module)
+    module.training = replaced.training
+    return _replace(model, name, module)
+
+
 def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return the cores of every factored layer.
 
@@ -100,7 +125,8 @@ def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
 
     Returns:
         Copies of the cores on the CPU, by layer name. An LSTM or GRU layer has the name of its input weight, such as
-        `rnn.weight_ih_l0`. Empty if the model has no factored layer.
+        `rnn.weight_ih_l0`, and the projections of query, key and value that of theirs, `attn.in_proj_weight`. Empty if the
+        model has no factored layer.
 
     """
     cores_by_layer: dict[str, list[Tensor]] = {}
@@ -129,15 +155,15 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     _require_copyable(model)
     dense = copy.deepcopy(model)
-    for name, module in list(dense.named_modules()):
-        if isinstance(module, FactoredLayer):
-            dense_module = _dense_layer(module)
-        elif isinstance(module, FactoredRecurrent):
-            dense_module = module.to_dense()
-        else:
-            continue
-        _move_hooks(module, dense_module)
-        dense = _replace(dense, name, dense_module)
+    for made_of_cores in (FactoredAttention, FactoredRecurrent, FactoredLayer):  # attention holds layers
+        for name, module in list(dense.named_modules()):
+            if isinstance(module, made_of_cores):
+                dense_module = _dense_layer(module) if isinstance(module, FactoredLayer) else module.to_dense()
+                _move_hooks(module, dense_module)
+                if isinstance(module, FactoredAttention):
+                    _move_hooks(module.out_proj, dense_module.get_submodule("out_proj"))
+                dense = _replace(dense, name, dense_module)
+    allow_fused_kernels(dense)
     return dense
 
 
@@ -159,11 +185,12 @@ _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose
 def _dense_layer(module: FactoredLayer) -> nn.Module:
     spec = module.spec
     weight = module.dense_weight().detach()
-    kind: Any = nn.Linear
+    kind: Any = nn.Embedding if spec.gathers else nn.Linear
     if spec.op == "conv":
         kind = (_TRANSPOSED if spec.transposed else _CONVOLUTIONS)[spec.spatial]
-    state = {"weight": weight.transpose(0, 1) if spec.transposed else weight}
-    layer: nn.Module = kind(**torch_options(spec), bias=module.bias is not None).to(state["weight"])
+    state = {"weight": weight.transpose(0, 1) if inputs_first(spec) else weight}
+    options = torch_options(spec) | ({} if spec.gathers else {"bias": module.bias is not None})
+    layer: nn.Module = kind(**options).to(state["weight"])
     if module.bias is not None:
         state["bias"] = module.bias.detach()
     layer.load_state_dict(state)

@@ -17,7 +17,13 @@ from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import input_roots
-from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
+from tensorrail_trainer.layers.dense import (
+    DenseModule,
+    dense_layer,
+    dense_layers,
+    require_one_mode_of_entries,
+    require_trainable,
+)
 
 _RUNGS = 32
 
@@ -35,8 +41,9 @@ def plan_layers(
 
     Args:
         model: the dense model.
-        pattern: layer names, with `*` and `?` as in a shell. Convolutions and linear layers are named by their module, a layer
-            of an LSTM or GRU by its input weight, such as `rnn.weight_ih_l0`.
+        pattern: layer names, with `*` and `?` as in a shell. Convolutions, linear layers and embeddings are named by their
+            module, a layer of an LSTM or GRU by its input weight, such as `rnn.weight_ih_l0`, and the projections of query, key
+            and value of attention by theirs, such as `attn.in_proj_weight`.
         format: `tt` (default), `tr`, `tucker`, `cp`, `svd` or `ttm`.
         ranks: an integer is an upper bound for every rank, lowered where the shape allows less; a list holds the ranks in the
             format's order.
@@ -68,6 +75,7 @@ def plan_layers(
         requested = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
         layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=requested, merge=merge)
         layer.check(shape, spec.groups)
+        require_one_mode_of_entries(layer, spec)
         clamped = form.clamp(shape, layer_modes, requested)
         if not isinstance(ranks, int) and clamped != requested:
             raise PlanError(
@@ -83,7 +91,7 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     known = dense_layers(model)
     names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
-        if pattern in dict(model.named_modules()):
+        if pattern in {**dict(model.named_modules()), **dict(model.named_parameters())}:
             dense_layer(model, pattern)
         raise PlanError(f"no layer matches {pattern!r}; the layers that can be factored are: {', '.join(known) or 'none'}")
     if "" in names:
@@ -185,13 +193,14 @@ def _unranked(
     """Return the plans of the matching layers at rank 1, whose ranks are still to be chosen."""
     require_trainable(format)
     format_of(format)
-    specs = {name: dense_layer(model, name).spec for name in _matching(model, pattern)}
     layers = []
-    for name, spec in specs.items():
+    for name in _matching(model, pattern):
+        spec = dense_layer(model, name).spec
         form = format_of(format, spec.groups)
         chosen = tuple(modes) if modes is not None else form.default_modes(spec.shape)
         ranks = form.uniform(spec.shape, chosen, 1)
         layers.append(LayerPlan(name=name, format=format, modes=chosen, ranks=ranks, merge=merge))
+        require_one_mode_of_entries(layers[-1], spec)
     return layers
 
 
