@@ -93,13 +93,17 @@ class DenseLayer:
         kernel = f" {'×'.join(map(str, self.spec.kernel))}" if self.spec.kernel else ""
         stride = f" /{max(self.spec.stride)}" if self.spec.stride and max(self.spec.stride) > 1 else ""
         size = f" on {'×'.join(map(str, self.spec.size))}" if any(self.spec.size) else ""
-        return f"{self.op}{kernel} {self.spec.shape[1]}→{self.spec.shape[0]}{stride}{size}"
+        loop = " recurrence" if self.spec.state_products else ""
+        return f"{self.op}{loop}{kernel} {self.spec.shape[1]}→{self.spec.shape[0]}{stride}{size}"
 
     @property
     def signature(self) -> dict[str, object]:
         """Everything that the layer's time depends on: layers with equal signatures are timed once."""
         padding: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
         padding |= {"side_by_side": True} if self.side_by_side else {}
+        padding |= (
+            {"recurrence": True} if self.spec.state_products else {}
+        )  # other forms than those of the same node's input weight
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -161,6 +165,8 @@ def survey(
             continue
         layer = dense_layer(name, graph, rule, sites)
         if not (scan and holds_scan(model)):
+            if layer.spec.state_products:
+                continue  # its cores would run in a Scan
             layer = replace(layer, spec=replace(layer.spec, scan=False))
         found.append((layer, sites[0]))
     return _with_makers(found)
