@@ -15,7 +15,7 @@ from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers.factored import FactoredLayer
 from tensorrail_trainer.layers.holders import require_sole_holders
-from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
+from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS, FactoredRecurrent, spec_of, weights_of
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -52,14 +52,18 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def dense_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of all convolutions, linear layers and recurrent input weights, in the order of the model."""
+def dense_layers(model: nn.Module, *, loops: bool = False) -> tuple[str, ...]:
+    """Return the names of all convolutions, linear layers and input weights of recurrent layers, in the order of the model.
+
+    With `loops`, their recurrent weights are among them.
+    """
     names: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, _CONVOLUTIONS | nn.Linear):
             names.append(name)
         elif isinstance(module, nn.LSTM | nn.GRU):
-            names += [f"{name}.weight_ih_l{k}".removeprefix(".") for k in range(module.num_layers)]
+            starts = (INPUTS, LOOPS) if loops else (INPUTS,)
+            names += [f"{name}.{start}{k}".removeprefix(".") for k in range(module.num_layers) for start in starts]
     return tuple(names)
 
 
@@ -68,18 +72,20 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
     path, _, leaf = name.rpartition(".")
     modules = dict(model.named_modules())
     owner = modules.get(path)
-    if leaf.startswith("weight_ih_l") and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
+    if leaf.startswith((INPUTS, LOOPS, "weight_hr_l")) and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
         if isinstance(owner, FactoredRecurrent):
             raise PlanError(
                 f"layer {name}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
             )
         if getattr(owner, "proj_size", 0):
-            raise PlanError(f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; use proj_size=0")
+            raise PlanError(
+                f"layer {name}: an LSTM with proj_size={owner.proj_size} has no ONNX operator; leave it out of the plan, or "
+                "use proj_size=0 and factor its recurrent weight"
+            )
         _require_own_forward(owner, name)
         _require_own_parameters(owner, name, leaf)
-        weights = input_weights(owner, name)
-        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        return DenseModule(owner, LayerSpec("recurrent", shape), weights)
+        weights = weights_of(owner, name)
+        return DenseModule(owner, spec_of(leaf, weights), weights)
     module = modules.get(name)
     _require_size(module, name)
     _require_own_parameters(module, name)

@@ -1,7 +1,7 @@
 """Convolutions and linear layers whose weight is stored as tensor cores.
 
-A plan names a convolution or a linear layer by its module, and one layer of an LSTM or GRU by its input weight, such as
-`rnn.weight_ih_l0` (see `tensorrail_trainer.layers.recurrent`).
+A plan names a convolution or a linear layer by its module, and a layer of an LSTM or GRU by its input or recurrent weight, such
+as `rnn.weight_ih_l0` (see `tensorrail_trainer.layers.recurrent`).
 """
 
 from __future__ import annotations

@@ -44,13 +44,13 @@ def swap(
         PlanError: the plan does not fit the model, or a weight cannot be decomposed.
 
     """
-    recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
+    recurrent: dict[str, dict[str, tuple[LayerPlan, Sequence[Tensor]]]] = {}
     for layer, dense in zip(plan.layers, planned_layers(model, plan).values(), strict=True):
         weight = dense.weight().detach().contiguous()
         layer_cores = cores[layer.name] if cores else _decomposed(layer, dense, roots.get(layer.name) if roots else None)
         if dense.spec.op == "recurrent":
             path, _, leaf = layer.name.rpartition(".")
-            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, layer_cores)
+            recurrent.setdefault(path, {})[leaf] = (layer, layer_cores)
             continue
         bias = cast("Tensor | None", dense.module.bias)
         factored = FactoredLayer(dense.spec, layer, layer_cores, bias).to(weight)
@@ -99,8 +99,8 @@ def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
         model: a model with layers made of cores, as `ADMM.factorize` returns it.
 
     Returns:
-        Copies of the cores on the CPU, by layer name. An LSTM or GRU layer has the name of its input weight, such as
-        `rnn.weight_ih_l0`. Empty if the model has no factored layer.
+        Copies of the cores on the CPU, by layer name. A layer of an LSTM or GRU has the name of its weight, such as
+        `rnn.weight_ih_l0` or `rnn.weight_hh_l0`. Empty if the model has no factored layer.
 
     """
     cores_by_layer: dict[str, list[Tensor]] = {}
