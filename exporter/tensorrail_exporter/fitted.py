@@ -64,7 +64,11 @@ def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network
     """
     if parts is None:
         return _factored(resolved, decompose(resolved), (), how)
-    if not how.refine or how.judge is None:
+    loops = [name for name, layer in resolved.layers.items() if layer.spec.state_products]
+    if loops and how.refine:
+        reason = f"those of {', '.join(loops)} run in a Scan, which no fit in torch runs"
+        how.progress("note", 1.0, f"cores are not fitted further: {reason}")
+    if loops or not how.refine or how.judge is None:
         return _layerwise(resolved, parts, how, refit=how.refit)
     network = _layerwise(resolved, parts, how, refit=False)
     shrinkages = {row.layer: row.shrinkage for row in network.layers if row.shrinkage is not None}

@@ -196,8 +196,11 @@ def rows_wanted(spec: LayerSpec) -> int:
 
 
 def fits(spec: LayerSpec) -> bool:
-    """Return whether the layer has patches whose second moment is computed in full; transposed convolutions have none."""
-    return not (spec.transposed or spec.gathers) and math.prod(spec.shape[1:]) <= _WIDEST
+    """Return whether the layer has patches whose second moment is computed in full.
+
+    Transposed convolutions have none, and the states that a recurrent weight multiplies are inside its node.
+    """
+    return not (spec.transposed or spec.gathers or spec.state_products) and math.prod(spec.shape[1:]) <= _WIDEST
 
 
 class Sampler:

@@ -88,6 +88,7 @@ def concatenated(arrays: Sequence[ArrayT]) -> ArrayT:
     return joined
 
 
+LOOP = "scan"  # the last word of the steps of a recurrent layer whose loop is written as a Scan
 SCAN_FROM = 1024  # rows of the input weight, directions · gates · hidden units, from which a Scan is written
 
 Op = Literal["conv", "linear", "recurrent"]
@@ -100,8 +101,8 @@ class LayerSpec:
     Attributes:
         op: `conv`, `linear` or `recurrent` (LSTM and GRU).
         shape: shape of the weight: (O, I, *K) for a convolution, transposed or not, (O, I) for a linear layer. For a recurrent
-            layer it is the weight of the input projection: O = directions · gates · hidden units, with the gates in torch's
-            order. For a convolution in groups, I is the number of inputs of one group.
+            layer it is the weight of the input projection, or the recurrent weight: O = directions · gates · hidden units, with
+            the gates in torch's order. For a convolution in groups, I is the number of inputs of one group.
         stride: strides of a convolution, one per spatial axis.
         pads: padding of a convolution in ONNX's order: the begins of all spatial axes, then the ends.
         dilation: dilations of a convolution, one per spatial axis.
@@ -115,6 +116,8 @@ class LayerSpec:
         gathers: whether the input of a linear layer is indices, which stand for rows with a single one: an embedding of I
             entries with O features.
         groups: number of groups of a convolution; default 1.
+        state_products: for a recurrent weight, how many states a time step multiplies by it: one for each direction, or two in
+            a GRU that resets the state before the product. 0 for any other layer.
 
     """
 
@@ -131,6 +134,7 @@ class LayerSpec:
     output_padding: tuple[int, ...] = ()
     gathers: bool = False
     groups: int = 1
+    state_products: int = 0
 
     @property
     def inputs(self) -> int:
@@ -340,7 +344,7 @@ class Chain:
 
 
 def dense_step(weight: Array, layer: LayerSpec) -> Step:
-    """Return the dense layer as one step with `weight` (O, I, *K) or (O, I); for a recurrent layer its input projection."""
+    """Return the dense layer as one step with `weight` (O, I, *K) or (O, I); for a recurrent layer that product."""
     if layer.op == "conv":
         return as_layer(weight, (), layer, layer.groups)
     return Gather(weight.T, ()) if layer.gathers else MatMul(weight.T, ())
@@ -389,9 +393,10 @@ def runs_in_scan(steps: Sequence[Step], layer: LayerSpec) -> bool:
     """Return whether the loop of a recurrent layer is written as a Scan.
 
     It is if the steps compute the inputs of all gates, which ONNX's own node would multiply by an identity matrix, and if
-    the gates have at least `SCAN_FROM` rows. From that size on the Scan was never slower in results/loops.md.
+    the gates have at least `SCAN_FROM` rows. From that size on the Scan was never slower in results/loops.md. The cores of a
+    recurrent weight run in a Scan always: ONNX's node has no place for them.
     """
-    return layer.scan and layer.shape[0] >= SCAN_FROM and split_at_boundary(steps)[1] is None
+    return layer.scan and (bool(layer.state_products) or (layer.shape[0] >= SCAN_FROM and split_at_boundary(steps)[1] is None))
 
 
 def resolve(shape: tuple[int, ...], current: tuple[int, ...]) -> tuple[int, ...]:
@@ -401,7 +406,7 @@ def resolve(shape: tuple[int, ...], current: tuple[int, ...]) -> tuple[int, ...]
 
 def describe(steps: Sequence[Step], layer: LayerSpec) -> str:
     """Return the steps in one line, such as `conv 64→16, conv 3×3 16→16, conv 16→64`."""
-    loop = ("scan",) if runs_in_scan(steps, layer) else ()
+    loop = (LOOP,) if runs_in_scan(steps, layer) else ()
     return ", ".join(text for text in (*map(describe_step, steps), *loop) if text)
 
 

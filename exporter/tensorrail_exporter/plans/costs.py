@@ -47,7 +47,7 @@ class StepCost:
         busy_flops: `flops` plus those of the idle lanes of a product with few columns.
         activation_bytes: bytes of activations read and written.
         stored_bytes: bytes of the constant.
-        kernels: 1, or 0 for a Reshape, which moves no data.
+        kernels: 1, or 0 for a Reshape, which moves no data; for a recurrent weight those of one time step.
 
     """
 
@@ -144,19 +144,23 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
     """
     shape = (1, *_sample(layer))
     costs = []
-    for step in steps:
+    for index, step in enumerate(steps):
         out = _output(step, shape)
         weight = 0 if isinstance(step, Reshape) else math.prod(step.weight.shape)
-        moved = 0 if isinstance(step, Reshape) else math.prod(shape) + math.prod(out)
+        # Each state that is multiplied takes all steps, but of the last product only the columns that it needs.
+        states = layer.state_products or 1
+        divided = index == len(steps) - 1 and isinstance(step, MatMul) and step.side == "right"
+        times = 1 if divided else states
+        moved = 0 if isinstance(step, Reshape) else states * math.prod(shape) + times * math.prod(out)
         costs.append(
             StepCost(
                 describe_step(step),
                 out[1:],
-                _flops(step, shape, out),
-                _busy_flops(step, shape, out),
+                times * _flops(step, shape, out),
+                times * _busy_flops(step, shape, out),
                 4 * moved,
                 4 * weight,
-                0 if isinstance(step, Reshape) else 1,
+                0 if isinstance(step, Reshape) else states,
             )
         )
         shape = out
@@ -164,7 +168,7 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
 
 
 def dense_cost(layer: LayerSpec) -> ContractionCost:
-    """Return the cost of the dense layer for one sample; for a recurrent layer the cost of its input projection."""
+    """Return the cost of the dense layer for one sample; for a recurrent layer that of the weight's products alone."""
     return contraction_cost((dense_step(np.broadcast_to(np.float32(0), layer.shape), layer),), layer)
 
 
@@ -185,7 +189,7 @@ def cheapest_merge(name: str, modes: tuple[int, ...], core_shapes: tuple[tuple[i
     def seconds(merge: str) -> float:
         steps = form.contraction(cores, layer, modes, merge)
         cost = contraction_cost(steps, layer).seconds
-        if layer.op == "recurrent" and split_at_boundary(steps)[1] is None:
+        if layer.op == "recurrent" and not layer.state_products and split_at_boundary(steps)[1] is None:
             # ONNX's node then reads an identity matrix as its input weight; a Scan takes about as long.
             cost += layer.shape[0] ** 2 * 4 * _SECONDS_A_BYTE
         return cost

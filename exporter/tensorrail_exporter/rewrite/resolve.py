@@ -141,17 +141,18 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
     places = {id(node): place for place, (_, node) in enumerate(walk(graph))}
     before = {id(node): tuple(node.inputs) for _, node in walk(graph)}
     layers: dict[str, ResolvedLayer] = {}
-    owners: dict[int, str] = {}
+    owners: dict[tuple[int, int], str] = {}  # by the node and the place of the weight among its inputs
     for layer_plan in plan.layers:
         rule, sites = named.find(layer_plan.name)
         for site in sites:
-            if (owner := owners.setdefault(id(site.node), layer_plan.name)) != layer_plan.name:
+            place = (id(site.node), rule.weight_input(site.node))
+            if (owner := owners.setdefault(place, layer_plan.name)) != layer_plan.name:
                 raise GraphError(f"layer {layer_plan.name}: is also planned as {owner}; plan it under one of these names")
         specs = tuple(rule.layer(site.node) for site in sites)
         layer_plan.check(specs[0].shape, specs[0].groups)
         constants = tuple(site.node.inputs[rule.weight_input(site.node)] for site in sites)
-        place = min(places[id(site.node)] for site in sites)
-        layers[layer_plan.name] = ResolvedLayer(layer_plan, rule, tuple(sites), specs, constants, place)
+        first = min(places[id(site.node)] for site in sites)
+        layers[layer_plan.name] = ResolvedLayer(layer_plan, rule, tuple(sites), specs, constants, first)
     for layer in layers.values():  # weights stay folded until all layers are found
         original = [before[id(site.node)][layer.rule.weight_input(site.node)] for site in layer.sites]
         _give(layer.rule, layer.sites, original)

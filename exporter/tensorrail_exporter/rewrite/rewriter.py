@@ -23,6 +23,7 @@ from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, res
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
 from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.graphs.files import opset_of
 from tensorrail_runtime.measure.fusions import Fusions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -103,14 +104,15 @@ def factorize(
             layer name (1 for a layer without an entry); default 1.
         fold_batch_norm: whether a batch norm that is the only consumer of a rewritten convolution is folded into its last core;
             default False, which keeps every trained core unchanged.
-        scan: whether a recurrent layer without a rank between input and output may run as a Scan, which is fast on CPUs only;
-            default True.
+        scan: whether a recurrent layer may run as a Scan, which is fast on CPUs only: one without a rank between input and
+            output, or with a factored recurrent weight; default True.
 
     Returns:
         The factored graph, and how each layer was rewritten.
 
     Raises:
-        GraphError: a planned layer is not in the graph, has no cores or cannot be rewritten.
+        GraphError: a planned layer is not in the graph, has no cores or cannot be rewritten, such as a recurrent weight without
+            a Scan.
         PlanError: modes, ranks or cores do not fit the weight.
 
     """
@@ -166,7 +168,9 @@ def rewrite(
 ) -> Factored:
     """Do the same as `factorize` for a resolved plan, which is not changed."""
     work = resolved.copy()
+    _require_scan(work, scan)
     scan = scan and holds_scan(work.model)
+    loops = {id(site.node) for layer in work.layers.values() if layer.spec.state_products for site in layer.sites}
     rewrites = {}
     for layer in _in_order(work):
         layer_plan, spec = layer.plan, layer.spec
@@ -190,7 +194,9 @@ def rewrite(
         for site, node_spec, node_steps in zip(layer.sites, specs, steps, strict=True):
             final_steps = _with_batch_norm(site, node_steps) if fold_batch_norm else node_steps
             folded.append(final_steps is not node_steps)
-            layer.rule.rewrite(replace(site, scan=runs_in_scan(node_steps, node_spec)), final_steps, layer_plan.name)
+            gates = id(site.node) in loops and not node_spec.state_products
+            in_scan = runs_in_scan(node_steps, node_spec)
+            layer.rule.rewrite(replace(site, scan=in_scan, gates=gates), final_steps, layer_plan.name)
         rewrites[layer_plan.name] = _record(
             merged,
             layer.sites,
@@ -208,9 +214,30 @@ def rewrite(
 
 
 def _in_order(work: ResolvedPlan) -> list[ResolvedLayer]:
-    """Return the layers in the order of the plan; last those that read fewer channels, which change the layers before them."""
+    """Return the layers in the order of the plan, but for two kinds that come last.
+
+    Those that read fewer channels change the layers before them. A recurrent weight replaces its node, after the input weight.
+    """
     narrow = [layer for layer in work.in_graph_order if layer.plan.format == WIDTH]
-    return [*(layer for layer in work.layers.values() if layer.plan.format != WIDTH), *narrow]
+    loops = [layer for layer in work.layers.values() if layer.spec.state_products]
+    last = {layer.plan.name for layer in (*narrow, *loops)}
+    return [*(layer for name, layer in work.layers.items() if name not in last), *narrow, *loops]
+
+
+def _require_scan(work: ResolvedPlan, scan: bool) -> None:
+    """Raise `GraphError` if a recurrent weight is planned, and its cores cannot run in a Scan."""
+    for name, layer in work.layers.items():
+        if layer.spec.state_products and not scan:
+            raise GraphError(
+                f"layer {name}: the cores of a recurrent weight run in a Scan, and this export allows none, as for a GPU; "
+                "allow a Scan, or leave the layer out of the plan"
+            )
+        if layer.spec.state_products and not holds_scan(work.model):
+            found = f"opset {opset_of(work.model)} and IR version {work.model.ir_version}"
+            raise GraphError(
+                f"layer {name}: the cores of a recurrent weight run in a Scan: expected opset 9 and IR version 4 or later, got "
+                f"{found}; convert the model, or leave the layer out of the plan"
+            )
 
 
 def _narrow_before(layer: ResolvedLayer, cores: Sequence[np.ndarray]) -> bool:
@@ -341,6 +368,6 @@ def _record(
         activation_bytes=cost.activation_bytes,
         dense_params=weight.size,
         core_params=sum(core.size for core in cores),
-        stored_params=sum(step.weight.size for step in constants),
+        stored_params=cost.stored_bytes // 4,
         weight_error=float(np.linalg.norm(residual) / (np.linalg.norm(dense_weight) or 1.0)),
     )

@@ -10,13 +10,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.graphs.fold import folded, is_constant, is_standard, sources, tensors_above, type_name
-from tensorrail_exporter.rewrite.rules import RULES, STAY_DENSE, Rule, gather
+from tensorrail_exporter.rewrite.rules import RULES, SECOND_RULES, STAY_DENSE, Rule, gather
 from tensorrail_exporter.rewrite.rules.emit import Names, Site
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.operators import DOMAINS, MACS
 
 _Answer = TypeVar("_Answer")
 _RULE_OF = {op: rule for rule in RULES for op in rule.OPS}
+_SECOND_RULE_OF = {op: rule for rule in SECOND_RULES for op in rule.OPS}
 
 
 def walk(graph: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
@@ -40,9 +41,12 @@ class NamedLayers:
         self.graph = graph
         self.names = _names_in(graph)
         self._sites: dict[str, list[Site]] = {}
+        self._second: dict[str, list[Site]] = {}  # by the names of second weights
         for inner, node in walk(graph):
             for name in _all_names(node):
                 self._sites.setdefault(name, []).append(Site(inner, node, self.names))
+            for name in _second_names(node):
+                self._second.setdefault(name, []).append(Site(inner, node, self.names))
 
     def find(self, name: str) -> tuple[Rule, list[Site]]:
         """Return the rule and the nodes of a layer, and fold a computed weight to a constant.
@@ -58,6 +62,8 @@ class NamedLayers:
 
         """
         sites = self._called(name)
+        if second := self._called_second(name, sites):
+            return _second_found(name, second)
         if not sites:
             raise GraphError(f"layer {name}: not in the graph; its layers with weights are {_known(self.graph)}")
         other = next((site.node for site in sites if _rule_of(site.node) is None), None)
@@ -77,9 +83,7 @@ class NamedLayers:
             )
         for site in sites:
             rule = _RULE_OF[_full_name(site.node)]  # the same for all sites, since they are one group
-            _fold(site, rule, name)
-            if why := _why_not(site.node, rule):
-                raise GraphError(f"layer {name}: cannot be rewritten: {why}")
+            _require_rewritable(site, rule, name)
         return rule, sites
 
     def rewritable(self) -> dict[str, gs.Node]:
@@ -89,8 +93,12 @@ class NamedLayers:
         """
         node_by_name: dict[str, gs.Node] = {}
         for inner, node in walk(self.graph):
-            if _on_folded(Site(inner, node, self.names), lambda *_: True) and (name := self._own_name(node)):
+            site = Site(inner, node, self.names)
+            if _on_folded(site, lambda *_: True) and (name := self._own_name(node)):
                 node_by_name.setdefault(name, node)
+            if (rule := _second_rule_of(node)) and _on_folded(site, lambda *_: True, rule):
+                own = [name for name in _second_names(node) if self._called_second(name, self._called(name))]
+                node_by_name |= {name: node for name in own[:1] if name not in node_by_name}
         return node_by_name
 
     def refused(self) -> list[tuple[str, str, int, str]]:
@@ -117,6 +125,12 @@ class NamedLayers:
         matching = [site for site in matching if site.node.op not in gather.OPS] or matching
         return matching or [site for site in sites if _has_weight(site.node)]
 
+    def _called_second(self, name: str, first: list[Site]) -> list[Site]:
+        """Return the nodes whose second weight has a name, unless it is also the name of the first weight of a node."""
+        if any(name in _weight_names(site.node) for site in first):
+            return []
+        return [site for site in self._second.get(name, ()) if name in _second_names(site.node)]
+
     def _own_name(self, node: gs.Node) -> str | None:
         """Return the first name of a node that refers to its weight only."""
         for name in _all_names(node):
@@ -124,6 +138,27 @@ class NamedLayers:
             if any(site.node is node for site in sites) and len(_by_weight(sites)) == 1:
                 return name
         return None
+
+
+def _second_found(name: str, sites: list[Site]) -> tuple[Rule, list[Site]]:
+    """Return the rule and the nodes of a layer that is their second weight. Raises `GraphError` if it cannot be rewritten."""
+    for site in sites:
+        rule = _SECOND_RULE_OF[site.node.op]
+        _require_rewritable(site, rule, name)
+    first, *others = (rule.weight(site.node) for site in sites)
+    if not all(np.array_equal(first, other, equal_nan=True) for other in others):
+        raise GraphError(
+            f"layer {name}: expected nodes that share one weight, got {len(sites)} nodes with different weights of that name; "
+            "give each weight its own name"
+        )
+    return rule, sites
+
+
+def _require_rewritable(site: Site, rule: Rule, name: str) -> None:
+    """Fold the weight of a node; raise `GraphError` if the node cannot be rewritten."""
+    _fold(site, rule, name)
+    if why := _why_not(site.node, rule):
+        raise GraphError(f"layer {name}: cannot be rewritten: {why}")
 
 
 def _refusal(site: Site) -> tuple[str, gs.Tensor | None]:
@@ -165,6 +200,12 @@ def _rule_of(node: gs.Node) -> Rule | None:
     if node.op in gather.OPS and is_standard(node) and not gather.is_table(node):
         return None
     return _RULE_OF.get(_full_name(node))
+
+
+def _second_rule_of(node: gs.Node) -> Rule | None:
+    """Return the rule for the second weight of a node; None if it has none."""
+    rule = _SECOND_RULE_OF.get(node.op) if is_standard(node) else None
+    return rule if rule is not None and len(node.inputs) > rule.weight_input(node) else None
 
 
 def _full_name(node: gs.Node) -> str:
@@ -215,9 +256,12 @@ def _weight(site: Site) -> np.ndarray | None:
     return _on_folded(site, lambda rule, node: rule.weight(node))
 
 
-def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer]) -> _Answer | None:
-    """Call `ask` on a copy of the node with a constant weight; return None if the node cannot be rewritten."""
-    node, rule = site.node, _rule_of(site.node)
+def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer], rule: Rule | None = None) -> _Answer | None:
+    """Call `ask` on a copy of the node with a constant weight; return None if the node cannot be rewritten.
+
+    `rule` is that of the node's first weight by default.
+    """
+    node, rule = site.node, rule or _rule_of(site.node)
     if rule is None:
         return None
     index = rule.weight_input(node)
@@ -240,9 +284,14 @@ def _output_names(node: gs.Node) -> list[str]:
     return [tensor.name for tensor in node.outputs if tensor.name] if _rule_of(node) else []
 
 
-def _weight_names(node: gs.Node) -> list[str]:
+def _second_names(node: gs.Node) -> list[str]:
+    rule = _second_rule_of(node)
+    return list(dict.fromkeys(_weight_names(node, rule))) if rule and node.outputs else []
+
+
+def _weight_names(node: gs.Node, rule: Rule | None = None) -> list[str]:
     names = []
-    if rule := _rule_of(node):
+    if rule := rule or _rule_of(node):
         weight = node.inputs[rule.weight_input(node)]
         origin = (weight.name,) if isinstance(weight, gs.Constant) else sources(weight)[:1]
         names = [name for full in (*origin, weight.name) if full for name in (full.removesuffix(".weight"), full)]

@@ -95,7 +95,8 @@ class DenseLayer:
         stride = f" /{max(self.spec.stride)}" if self.spec.stride and max(self.spec.stride) > 1 else ""
         size = f" on {'×'.join(map(str, self.spec.size))}" if any(self.spec.size) else ""
         groups = f" in {self.spec.groups} groups" if self.spec.groups > 1 else ""
-        return f"{self.op}{kernel} {self.spec.inputs}→{self.spec.shape[0]}{groups}{stride}{size}"
+        loop = " recurrence" if self.spec.state_products else ""
+        return f"{self.op}{loop}{kernel} {self.spec.inputs}→{self.spec.shape[0]}{groups}{stride}{size}"
 
     @property
     def signature(self) -> dict[str, object]:
@@ -103,6 +104,8 @@ class DenseLayer:
         others: dict[str, object] = {"padding": list(self.padding)} if self.padding else {}
         others |= {"side_by_side": True} if self.side_by_side else {}
         others |= {"domain": self.domain} if self.domain else {}
+        # A recurrent weight has other forms than the input weight of the same node.
+        others |= {"recurrence": True} if self.spec.state_products else {}
         return {
             "op": self.op,
             "attrs": {key: _plain(value) for key, value in sorted(self.attrs.items())},
@@ -164,6 +167,8 @@ def survey(
             continue
         layer = dense_layer(name, graph, rule, sites)
         if not (scan and holds_scan(model)):
+            if layer.spec.state_products:
+                continue  # its cores would run in a Scan
             layer = replace(layer, spec=replace(layer.spec, scan=False))
         found.append((layer, sites[0]))
     return _with_makers(found)

@@ -84,7 +84,7 @@ def factored_context(layer: DenseLayer, dense: onnx.ModelProto, option: Option) 
             tensor.dtype = layer.dtype  # shape inference does not set it, but a rule may need it
     named = NamedLayers(graph)
     for node in [node for node in graph.nodes if node.name.startswith("copy")]:
-        plan = option.plan(node.name)
+        plan = option.plan(node.inputs[2].name if layer.spec.state_products else node.name)
         rule, sites = named.find(plan.name)
         spec = replace(rule.layer(sites[0].node), scan=layer.spec.scan)
         cores = [_random(rng, shape, layer.dtype) for shape in plan.core_shapes(spec.shape, spec.groups)]

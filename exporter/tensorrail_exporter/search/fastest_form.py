@@ -35,7 +35,8 @@ class Form:
     fold_batch_norm: bool = False
     """Fold a batch norm after a convolution into its last core; default False."""
     scan: bool = True
-    """Allow a wide LSTM or GRU without a rank between input and output to run as a Scan, but never on a GPU; default True."""
+    """Allow an LSTM or GRU to run as a Scan, but never on a GPU: a wide one without a rank between input and output, or one
+    with a factored recurrent weight, which is an error otherwise; default True."""
     batch: int = 1
     """Batch size for timing; default 1."""
     shapes: Shapes | None = None

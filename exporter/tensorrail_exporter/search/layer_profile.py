@@ -33,7 +33,8 @@ def layer_times(
         conditions: how the models run, their batch size and shapes; default `Conditions()`.
 
     Returns:
-        Dense and factorized milliseconds by the name of the layer: medians over profiles that are taken in turn.
+        Dense and factorized milliseconds by the name of the layer: medians over profiles that are taken in turn. Layers that
+        are weights of the same node have the time of both, which the dense node does not divide.
 
     Raises:
         ModelError: a model cannot be run.
@@ -44,12 +45,13 @@ def layer_times(
         resolved = plan
     else:
         resolved = resolve(onnx.load(dense, load_external_data=False), plan.model_copy(update={"joint": ()}))
-    layers, ends = list(resolved.layers), _outputs(resolved)
+    layers, ends, together = list(resolved.layers), _outputs(resolved), _together(resolved)
     profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):
         times = [_times(path, layers, outputs, conditions) for path, outputs in ((dense, ends), (factored, None))]
         for name in layers:
-            profiles[name].append((times[0][name], times[1][name]))
+            own = together[name]
+            profiles[name].append((sum(times[0][one] for one in own), sum(times[1][one] for one in own)))
     return {
         name: (float(np.median([a for a, _ in pairs])), float(np.median([b for _, b in pairs])))
         for name, pairs in profiles.items()
@@ -71,6 +73,12 @@ def _times(path: Path, layers: Sequence[str], ends: dict[str, str] | None, condi
     placed = placement(path, settings=conditions.settings, batch=timing.batch, shapes=timing.shapes, values=timing.values)
     total = 1e-3 * sum(node.microseconds for node in placed.nodes)
     return {name: share * total for name, share in time_shares(path, placed, layers, ends).items()}
+
+
+def _together(resolved: ResolvedPlan) -> dict[str, list[str]]:
+    """Return, for every layer, the layers that are weights of its first node, itself included."""
+    first = {name: id(layer.sites[0].node) for name, layer in resolved.layers.items()}
+    return {name: [other for other, node in first.items() if node == own] for name, own in first.items()}
 
 
 def _outputs(resolved: ResolvedPlan) -> dict[str, str]:

@@ -167,7 +167,12 @@ def _option(
     steps = form.contraction(cores, spec, modes, merge)
     cost = contraction_cost(steps, spec)
     macs = cost.macs
-    if spec.op == "recurrent" and split_at_boundary(steps)[1] is None and not runs_in_scan(steps, spec):
+    if (
+        spec.op == "recurrent"
+        and not spec.state_products
+        and split_at_boundary(steps)[1] is None
+        and not runs_in_scan(steps, spec)
+    ):
         # ONNX's node multiplies by an identity matrix.
         macs += math.prod(cost.steps[-1].shape) * spec.shape[0]
     params = cost.stored_bytes // 4

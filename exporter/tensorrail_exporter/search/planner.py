@@ -476,7 +476,8 @@ def _check_keep(keep: Sequence[str], names: Sequence[str]) -> None:
 
 def _scale(layers: Mapping[DenseLayer, object], table: LatencyTable, whole: float) -> float:
     """Return the factor for the times of the layers, with which they add up to no more than the whole network takes."""
-    total = sum(layer.nodes * table.milliseconds(layer) for layer in layers)
+    # The time of a recurrent weight is that of its node, which counts as the time of the input weight.
+    total = sum(layer.nodes * table.milliseconds(layer) for layer in layers if not layer.spec.state_products)
     return min(1.0, whole / total) if total else 1.0
 
 

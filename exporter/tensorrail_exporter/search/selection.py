@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tensorrail_exporter.formats.contraction import LOOP
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.survey import DenseLayer
@@ -61,9 +62,10 @@ class Candidates:
 
     @property
     def apart(self) -> list[Apart]:
-        """Options that are not chosen together: a layer that reads fewer channels, and a form of one that makes them.
+        """Options that are not chosen together, since what they save together is not known.
 
-        Such a network could be made, but what the narrower layer saves there is not known.
+        These are a layer that reads fewer channels and a form of one that makes them, and a form of a recurrent weight and one
+        of the same node's input weight that makes a Scan of it as well.
         """
         places = {layer.name: place for place, layer in enumerate(self.faster)}
         found: list[Apart] = []
@@ -74,7 +76,17 @@ class Candidates:
                 forms = () if own is None else tuple(self.faster.values())[own]
                 if own is not None and forms:
                     found.append(([(own, k) for k in range(1, 1 + len(forms))], narrow))
-        return found
+        return [*found, *self._two_scans()]
+
+    def _two_scans(self) -> list[Apart]:
+        """Return the forms of input and recurrent weights that make a Scan of the same node."""
+        inputs: dict[str, list[tuple[int, int]]] = {}
+        loops: dict[str, list[tuple[int, int]]] = {}
+        for place, (layer, options) in enumerate(self.faster.items()):
+            if layer.spec.op == "recurrent" and layer.spec.scan:
+                scans = [(place, k) for k, option in enumerate(options, 1) if option.steps.endswith(LOOP)]
+                (loops if layer.spec.state_products else inputs)[layer.output_name] = scans
+        return [(inputs[name], own) for name, own in loops.items() if own and inputs.get(name)]
 
     def itemsize(self, layer: DenseLayer) -> int:
         """Return the bytes of one value of a weight of the layer."""

@@ -81,22 +81,26 @@ def test_macs_and_params_are_the_runtimes_own(name, batch, rng, tmp_path):
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("op", sorted(GATES))
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-def test_macs_of_a_recurrent_layer_are_those_of_its_input_projection(op, direction, batch, rng, tmp_path):
+def test_macs_of_a_recurrent_layer_are_those_of_its_input_projection_and_of_its_loop(op, direction, batch, rng, tmp_path):
     model = recurrent_model(op, direction, 5, 8, rng)
-    (layer,) = survey(model, batch, {"x": (7, batch, 8)})
+    layer, loop = survey(model, batch, {"x": (7, batch, 8)})
     onnx.save(model, tmp_path / "model.onnx")
     (whole,) = cost(tmp_path / "model.onnx", batch, {"x": (7, batch, 8)}).layers
     rows = layer.spec.shape[0]  # directions · gates · hidden
-    assert layer.macs == whole.macs - 7 * batch * rows * 5
+    assert (layer.macs, loop.macs) == (7 * batch * rows * 8, 7 * batch * rows * 5)
+    assert layer.macs + loop.macs == whole.macs
     assert (layer.spec.op, layer.spec.shape[1], layer.spec.size) == ("recurrent", 8, (7,))
-    assert layer.output == (7, 2 if direction == "bidirectional" else 1, batch, 5)
+    assert (loop.name, loop.op, loop.spec.shape, loop.spec.size) == ("r", op, (rows, 5), (7,))
+    assert layer.output == loop.output == (7, 2 if direction == "bidirectional" else 1, batch, 5)
+    assert loop.describe() == f"{op} recurrence 5→{rows} on 7"
+    assert loop.signature != layer.signature
 
 
 def test_a_recurrent_layer_of_which_only_the_last_state_is_used_has_the_shape_of_its_sequence(rng):
     weights = {"w": weight(rng, 1, 20, 8), "r": weight(rng, 1, 20, 5)}
     node = helper.make_node("LSTM", ["x", "w", "r"], ["", "last"], "rnn", hidden_size=5)
     model = one_node(node, weights, {"x": [7, "n", 8]}, {"last": [1, "n", 5]})
-    (layer,) = survey(model, 3)
+    layer, _ = survey(model, 3)
     assert layer.output == (7, 1, 3, 5)
     assert (layer.input_name, layer.output_name) == ("x", "last")
 
@@ -217,8 +221,8 @@ def test_layers_in_a_body_have_no_known_shapes(rng):
 
 def test_shapes_of_inputs_are_taken_and_wrong_ones_refused(rng):
     model = recurrent_model("GRU", "forward", 5, 8, rng)
-    (layer,) = survey(model, 2, {"x": (11, 2, 8)})
-    assert layer.inputs[0] == (11, 2, 8)
+    for layer in survey(model, 2, {"x": (11, 2, 8)}):
+        assert layer.inputs[0] == (11, 2, 8)
     with pytest.raises(ModelError, match="shapes: unknown input 'z'; the model's inputs are x"):
         survey(model, 2, {"z": (1, 2)})
 

@@ -109,8 +109,7 @@ def run(model):
 
 def layer_of(name, rng, batch=2):
     model, shapes = MODELS[name](rng)
-    (layer,) = survey(model, batch, shapes)
-    return layer
+    return survey(model, batch, shapes)[0]  # of an LSTM or GRU the input weight
 
 
 def weights_of(model, op, index):

@@ -42,7 +42,22 @@ MODELS = {
     "matmul": lambda rng: linear_model(rng, "MatMul", (7,)),
     "lstm": lambda rng: recurrent_model("LSTM", "bidirectional", 16, 96, rng, bias=False),
     "gru": lambda rng: recurrent_model("GRU", "forward", 32, 96, rng, bias=False),
+    "lstm's recurrence": lambda rng: recurrent_model("LSTM", "bidirectional", 32, 24, rng, bias=False),
+    "gru's recurrence": lambda rng: recurrent_model("GRU", "forward", 48, 24, rng, bias=False),
+    "gru's recurrence, reset after": lambda rng: recurrent_model(
+        "GRU", "reverse", 48, 24, rng, bias=False, linear_before_reset=1
+    ),
 }
+STEPS = 7  # of an LSTM or GRU
+
+
+def surveyed(name, model):
+    """Return the layer of a model that is meant, and the shapes of its inputs."""
+    if "lstm" not in name and "gru" not in name:
+        return survey(model)[0], None
+    loop = "recurrence" in name
+    shapes = {"x": (STEPS, 1, 24 if loop else 96)}
+    return survey(model, 1, shapes)[int(loop)], shapes
 
 
 def kinds(name):
@@ -66,7 +81,7 @@ def on_grid(option, grid):
 @pytest.mark.parametrize("grid", [8, 16])
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_are_on_the_grid_and_macs_below_the_cap(name, grid, rng):
-    (layer,) = survey(MODELS[name](rng), 1, {"x": (7, 1, 96)} if name in ("lstm", "gru") else None)
+    layer, _ = surveyed(name, MODELS[name](rng))
     for form in kinds(name):
         options = options_of(layer, [form], grid)
         assert all(option.format == form for option in options)
@@ -83,12 +98,10 @@ def test_ranks_are_on_the_grid_and_macs_below_the_cap(name, grid, rng):
 @pytest.mark.parametrize("name", MODELS)
 def test_macs_and_params_are_those_of_the_rewritten_graph(name, block, rng, tmp_path):
     model = MODELS[name](rng)
-    shapes = {"x": (7, 1, 96)} if name in ("lstm", "gru") else None
-    (layer,) = survey(model, 1, shapes)
-    hidden, kept = 0, 0
-    if name in ("lstm", "gru"):
-        hidden = layer.inputs[2][-1]
-        kept = layer.spec.shape[0] * hidden  # the recurrent weight stays
+    layer, shapes = surveyed(name, model)
+    kept = 0
+    if layer.spec.op == "recurrent":  # the other weight stays
+        kept = layer.spec.shape[0] * layer.inputs[1 if layer.spec.state_products else 2][-1]
     for form in kinds(name):
         options = options_of(layer, [form], 16, most=50.0 if form == "ttm" else 3.0)  # paired modes never cost less here
         assert options, form
@@ -98,7 +111,7 @@ def test_macs_and_params_are_those_of_the_rewritten_graph(name, block, rng, tmp_
             cores = {layer.name: random_cores(plan, layer.spec.shape, rng, groups=layer.spec.groups)}
             onnx.save(factorize(model, Plan(layers=(plan,)), cores, block=block).model, tmp_path / "factored.onnx")
             real = cost(tmp_path / "factored.onnx", 1, shapes)
-            assert padded.macs == real.macs - 7 * layer.spec.shape[0] * hidden, padded
+            assert padded.macs == real.macs - STEPS * kept, padded
             assert padded.params == real.params - kept, padded
 
 
@@ -127,8 +140,8 @@ def test_padded_ranks_cost_what_the_next_block_costs(rng):
 
 def test_auto_is_the_matrix_format_where_there_is_no_kernel_to_slide(rng):
     for model in (linear_model(rng), conv_model(rng, (64, 48, 1, 1)), recurrent_model("LSTM", "forward", 16, 96, rng)):
-        (layer,) = survey(model, 1, {"x": (7, 1, 96)} if model.graph.node[0].op_type in GATES else None)
-        assert {option.format for option in options_of(layer, ["auto"], 8)} == {"svd"}
+        for layer in survey(model, 1, {"x": (7, 1, 96)} if model.graph.node[0].op_type in GATES else None):
+            assert {option.format for option in options_of(layer, ["auto"], 8)} == {"svd"}
     (layer,) = survey(conv_model(rng, pads=[1] * 4))
     assert {option.format for option in options_of(layer, ["auto"], 8)} == set(AUTO)
 

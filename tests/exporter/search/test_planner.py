@@ -9,6 +9,7 @@ import onnx
 import pytest
 from conftest import make_model
 from onnx import helper, numpy_helper
+from recurrent_graphs import recurrent_model
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.calibrate.inputs import Calibration
@@ -30,7 +31,7 @@ from tensorrail_runtime.measure import latency
 from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.measure.latency import Ratio
-from tensorrail_runtime.measure.timing import Conditions
+from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.session import Session
 
 
@@ -249,6 +250,39 @@ def test_times_of_layers_come_from_both_profiles(network, tmp_path):
     assert dense > 0
     assert factored > 0
     assert slower_layers({"a": (1.0, 2.0), "b": (2.0, 1.0)}) == ("a",)
+
+
+def lstm(rng, hidden=64, inputs=64):
+    return recurrent_model("LSTM", "forward", hidden, inputs, rng, bias=False)
+
+
+def test_the_weights_of_one_node_are_planned_together(rng, known_times, tmp_path):
+    conditions = Conditions(Timing(shapes={"x": (8, 1, 64)}), Session())
+    report = plan_network(lstm(rng), {"flops": 3.0}, search(tmp_path), conditions=conditions)
+    assert {layer.name for layer in report.plan.layers} == {"r", "w"}
+    assert report.planned.macs <= report.dense.macs / 3.0
+    assert sum(row.dense_macs for row in report.rows) == report.dense.macs
+    assert {row.layer: row.what for row in report.rows} == {"w": "LSTM 64→256 on 8", "r": "LSTM recurrence 64→256 on 8"}
+
+
+def test_a_recurrent_weight_whose_scan_is_slower_than_the_operator_stays_dense(rng, known_times, tmp_path):
+    known_times["scan"] = 50.0
+    conditions = Conditions(Timing(shapes={"x": (8, 1, 64)}), Session())
+    report = plan_network(lstm(rng), {"flops": 1.5}, search(tmp_path), conditions=conditions)
+    assert {layer.name for layer in report.plan.layers} == {"w"}
+    with pytest.raises(TargetError, match="target flops=3 cannot be met"):
+        plan_network(lstm(rng), {"flops": 3.0}, search(tmp_path), conditions=conditions)
+
+
+def test_two_weights_of_one_node_have_the_time_of_both(rng, tmp_path):
+    model = lstm(rng, 8, 8)
+    plan = Plan(layers=tuple(LayerPlan(name=name, format="svd", modes=(32, 8), ranks=(2,)) for name in "wr"))
+    onnx.save(model, tmp_path / "dense.onnx")
+    onnx.save(factorize(model, plan, random_cores(model, plan)).model, tmp_path / "factored.onnx")
+    conditions = Conditions(Timing(shapes={"x": (8, 1, 8)}), Session())
+    times = layer_times(tmp_path / "dense.onnx", tmp_path / "factored.onnx", plan, conditions=conditions)
+    assert times["w"] == times["r"]
+    assert min(times["w"]) > 0
 
 
 def test_kept_layers_are_kept(network, known_times, tmp_path):

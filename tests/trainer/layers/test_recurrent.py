@@ -10,7 +10,7 @@ from cases import relative
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
+from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_runtime.graphs.cost import cost
@@ -176,7 +176,9 @@ def test_admm_makes_an_lstm_of_low_rank_and_its_cut_loses_little():
         ("rnn", "is a LSTM; name the input weight of one of its layers instead: rnn.weight_ih_l0, rnn.weight_ih_l1"),
         ("rnn.weight_ih_l2", "no such input weight; expected one of weight_ih_l0, weight_ih_l1"),
         ("rnn.weight_ih_l0_reverse", "no such input weight"),
-        ("rnn.weight_hh_l0", "not in the model"),
+        ("rnn.weight_hh_l2", "no such recurrent weight; expected one of weight_hh_l0, weight_hh_l1"),
+        ("rnn.weight_hh_l0_reverse", "no such recurrent weight"),
+        ("rnn.weight_hr_l0", "no such input weight"),
     ],
 )
 def test_a_plan_for_a_recurrent_weight_that_is_not_there_says_so(name, reason):
@@ -184,9 +186,18 @@ def test_a_plan_for_a_recurrent_weight_that_is_not_there_says_so(name, reason):
         dense_layer(Tagger(nn.LSTM, True), name)
 
 
-def test_projections_have_no_onnx_operator_and_are_refused():
-    with pytest.raises(PlanError, match="proj_size=4"):
-        dense_layer(nn.LSTM(INPUT, HIDDEN, proj_size=4), "weight_ih_l0")
+@pytest.mark.parametrize("leaf", ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"])
+def test_projections_have_no_onnx_operator_and_are_refused(leaf):
+    with pytest.raises(PlanError, match="proj_size=4 has no ONNX operator; leave it out of the plan, or use proj_size=0"):
+        dense_layer(nn.LSTM(INPUT, HIDDEN, proj_size=4), leaf)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2}, {"bidirectional": True}])
+def test_projections_are_not_exported_as_a_graph_that_does_not_run(options):
+    """Torch's exporter writes one: it takes the sizes and the states of an LSTM without a projection."""
+    model = nn.Sequential(nn.LSTM(INPUT, HIDDEN, proj_size=4, **options))
+    with pytest.raises(GraphError, match="0 is an LSTM with proj_size=4, and ONNX's LSTM has no projection; use proj_size=0"):
+        to_onnx(model, torch.zeros(2, STEPS, INPUT))
 
 
 @torch.no_grad()

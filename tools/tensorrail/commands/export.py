@@ -37,7 +37,10 @@ def form_options(
     ] = False,
     scan: Annotated[
         bool,
-        typer.Option(help="Let a wide LSTM or GRU without a rank between input and output run as a Scan: for a CPU."),
+        typer.Option(
+            help="Let an LSTM or GRU run as a Scan, for a CPU: a wide one without a rank between input and output, or one "
+            "whose recurrent weight is factored."
+        ),
     ] = True,
     batch: Annotated[int, typer.Option(min=1, help="Batch size that layers are timed with.")] = 1,
     shape: Shape = None,

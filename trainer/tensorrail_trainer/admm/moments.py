@@ -175,8 +175,9 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
             )
         if dense.spec.op == "recurrent" and not layer.name.endswith("weight_ih_l0"):
             raise PlanError(
-                f"layer {layer.name}: `metric: activation` supports only weight_ih_l0: the inputs of deeper layers stay "
-                f"inside the {type(dense.module).__name__}; use `metric: weight`, or put the layer in its own module"
+                f"layer {layer.name}: `metric: activation` supports only weight_ih_l0: states, and the inputs of deeper "
+                f"layers, stay inside the {type(dense.module).__name__}; use `metric: weight`, or put the layer in its own "
+                "module"
             )
 
 

@@ -17,7 +17,7 @@ from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers.attention import PROJECTIONS, FactoredAttention, is_replaceable, projections_of, why_not
 from tensorrail_trainer.layers.factored import FactoredLayer, inputs_first
 from tensorrail_trainer.layers.holders import require_sole_holders
-from tensorrail_trainer.layers.recurrent import FactoredRecurrent, input_weights
+from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS, FactoredRecurrent, spec_of, weights_of
 from tensorrail_trainer.layers.torchs_own import CONVOLUTIONS, require_own_forward, require_own_parameters, require_size
 
 _ALREADY = "layer {}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
@@ -55,10 +55,11 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def dense_layers(model: nn.Module) -> tuple[str, ...]:
+def dense_layers(model: nn.Module, *, loops: bool = False) -> tuple[str, ...]:
     """Return the names of all layers that a plan can name, in the order of the model.
 
     These are convolutions, linear layers and embeddings, the input weights of LSTM and GRU, and the projections of attention.
+    With `loops`, the recurrent weights of LSTM and GRU are among them.
     """
     names: list[str] = []
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -66,7 +67,8 @@ def dense_layers(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, CONVOLUTIONS | nn.Linear):
             names.append(name)
         elif isinstance(module, nn.LSTM | nn.GRU):
-            names += [f"{name}.weight_ih_l{k}".removeprefix(".") for k in range(module.num_layers)]
+            starts = (INPUTS, LOOPS) if loops else (INPUTS,)
+            names += [f"{name}.{start}{k}".removeprefix(".") for k in range(module.num_layers) for start in starts]
         elif isinstance(module, nn.Embedding):
             whole = type(module).forward is nn.Embedding.forward and uses[id(module.weight)] == 1
             names += [name] if whole and not _why_no_table(module) else []
@@ -80,7 +82,7 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
     path, _, leaf = name.rpartition(".")
     modules = dict(model.named_modules())
     owner = modules.get(path)
-    if leaf.startswith("weight_ih_l") and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
+    if leaf.startswith((INPUTS, LOOPS, "weight_hr_l")) and isinstance(owner, nn.LSTM | nn.GRU | FactoredRecurrent):
         return _recurrent(owner, name, leaf)
     if leaf in PROJECTIONS and isinstance(owner, nn.MultiheadAttention | FactoredAttention):
         return _attention(owner, name, leaf)
@@ -130,16 +132,18 @@ def _require_divisible(module: CONVOLUTIONS, name: str) -> None:
 
 
 def _recurrent(module: nn.LSTM | nn.GRU | FactoredRecurrent, name: str, leaf: str) -> DenseModule:
-    """Return the input weights of one layer of an LSTM or GRU, both directions in one matrix."""
+    """Return the input or recurrent weights of one layer of an LSTM or GRU, both directions in one matrix."""
     if isinstance(module, FactoredRecurrent):
         raise PlanError(_ALREADY.format(name))
     if getattr(module, "proj_size", 0):
-        raise PlanError(f"layer {name}: an LSTM with proj_size={module.proj_size} has no ONNX operator; use proj_size=0")
+        raise PlanError(
+            f"layer {name}: an LSTM with proj_size={module.proj_size} has no ONNX operator; leave it out of the plan, or use "
+            "proj_size=0 and factor its recurrent weight"
+        )
     require_own_forward(module, name)
     require_own_parameters(module, name, leaf)
-    weights = input_weights(module, name)
-    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-    return DenseModule(module, LayerSpec("recurrent", shape), weights)
+    weights = weights_of(module, name)
+    return DenseModule(module, spec_of(leaf, weights), weights)
 
 
 def _attention(module: nn.MultiheadAttention | FactoredAttention, name: str, leaf: str) -> DenseModule:

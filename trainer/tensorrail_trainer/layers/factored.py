@@ -1,6 +1,6 @@
 """Convolutions, linear layers and embeddings whose weight is stored as tensor cores.
 
-A plan names them by their module, and one layer of an LSTM or GRU by its input weight, such as
+A plan names them by their module, and one layer of an LSTM or GRU by its input or recurrent weight, such as
 `rnn.weight_ih_l0` (see `tensorrail_trainer.layers.recurrent`).
 """
 

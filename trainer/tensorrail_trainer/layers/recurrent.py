@@ -1,7 +1,8 @@
-"""LSTM and GRU layers whose input weights are stored as tensor cores; the recurrent weights stay dense.
+"""LSTM and GRU layers whose input or recurrent weights are stored as tensor cores.
 
 The input cores project the input of all time steps at once, outside the loop. The recurrence then runs on the rank between
-the input cores and the output cores, as in the exported graph. The input weights of both directions are one matrix.
+the input cores and the output cores, as in the exported graph. A recurrent weight is reconstructed from its cores in every
+call: torch's loop, which takes a dense one, is much faster than one of Python. The weights of both directions are one matrix.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.contraction import LayerSpec, split_at_boundary
 from tensorrail_exporter.plans.plan import LayerPlan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers._compat_torch import is_traced, node_of
-from tensorrail_trainer.layers.steps import CoreList, run_steps
+from tensorrail_trainer.layers.steps import CoreList, compiled_product, run_steps
+
+INPUTS, LOOPS = "weight_ih_l", "weight_hh_l"
+"""What the names of input and of recurrent weights start with; the index of the layer follows."""
 
 
 class FactoredRecurrent(nn.Module):
-    """An `nn.LSTM` or `nn.GRU` in which the input weights of some layers are lists of trainable cores.
+    """An `nn.LSTM` or `nn.GRU` in which input or recurrent weights of some layers are lists of trainable cores.
 
     It has the inputs, outputs and attributes of the dense module. Parameters that stay dense keep their names.
 
     Args:
         dense: the module to take sizes, options and dense weights from; it is not changed.
-        factored: plan and cores of the layers to factor, by the index of the layer.
+        factored: plan and cores of the weights to factor, by their names in the module, such as `weight_ih_l0`.
 
     """
 
-    def __init__(self, dense: nn.LSTM | nn.GRU, factored: Mapping[int, tuple[LayerPlan, Sequence[Tensor]]]) -> None:
+    def __init__(self, dense: nn.LSTM | nn.GRU, factored: Mapping[str, tuple[LayerPlan, Sequence[Tensor]]]) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
             "input_size": dense.input_size,
@@ -50,10 +55,9 @@ class FactoredRecurrent(nn.Module):
         self.plans: dict[str, LayerPlan] = {}
         self.specs: dict[str, LayerSpec] = {}
         self.cores = nn.ModuleDict()
-        for index, (plan, cores) in factored.items():
-            leaf = f"weight_ih_l{index}"
-            weights = input_weights(dense, leaf)
-            spec = LayerSpec("recurrent", (sum(w.shape[0] for w in weights), weights[0].shape[1]))
+        for leaf, (plan, cores) in factored.items():
+            weights = weights_of(dense, leaf)
+            spec = spec_of(leaf, weights)
             self.specs[leaf] = spec
             self.plans[leaf] = plan.model_copy(update={"merge": plan.merge_for(spec)})
             self.cores[leaf] = CoreList(
@@ -103,7 +107,7 @@ class FactoredRecurrent(nn.Module):
         """Do nothing. Models call this method on recurrent modules; the weights here are not one block of memory."""
 
     def to_dense(self) -> nn.Module:
-        """Return the dense module, with input weights that are reconstructed from the cores."""
+        """Return the dense module, with weights that are reconstructed from the cores."""
         dense = self.kind(**self.options).to(next(self.parameters()))
         state = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
         for leaf in self.cores:
@@ -165,16 +169,20 @@ class FactoredRecurrent(nn.Module):
                 raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {list(state.shape)}")
 
     def _layer(self, index: int, x: Tensor, sizes: Tensor | None, states: Any) -> tuple[Tensor, ...]:
-        leaf = f"weight_ih_l{index}"
+        inputs, loops = f"weight_ih_l{index}", f"weight_hh_l{index}"
         suffixes = [f"l{index}", f"l{index}_reverse"][: self.directions]
-        if leaf in self.cores:
-            x, weights = self._project(leaf, x)
+        if inputs in self.cores:
+            x, weights = self._project(inputs, x)
         else:
             weights = [getattr(self, f"weight_ih_{suffix}") for suffix in suffixes]
+        if loops in self.cores:
+            recurrent = list(self._reconstructed(loops).to(x.dtype).chunk(self.directions))
+        else:
+            recurrent = [getattr(self, f"weight_hh_{suffix}") for suffix in suffixes]
         flat: list[Tensor] = []
-        for weight, suffix in zip(weights, suffixes, strict=True):
-            names = (f"weight_hh_{suffix}", *((f"bias_ih_{suffix}", f"bias_hh_{suffix}") if self.options["bias"] else ()))
-            flat += [weight, *(getattr(self, name) for name in names)]
+        for weight, loop, suffix in zip(weights, recurrent, suffixes, strict=True):
+            biases = (f"bias_ih_{suffix}", f"bias_hh_{suffix}") if self.options["bias"] else ()
+            flat += [weight, loop, *(getattr(self, name) for name in biases)]
         common = (states, flat, self.options["bias"], 1, 0.0, self.training, self.directions == 2)
         run: Any = torch.lstm if self.kind is nn.LSTM else torch.gru
         result = run(x, *common, False) if sizes is None else run(x, sizes, *common)
@@ -188,17 +196,35 @@ class FactoredRecurrent(nn.Module):
             matrix = torch.eye(self.specs[leaf].shape[0], dtype=x.dtype, device=x.device)
         return rows.reshape(*x.shape[:-1], rows.shape[-1]), list(cast(Tensor, matrix).contiguous().chunk(self.directions))
 
+    def _reconstructed(self, leaf: str) -> Tensor:
+        """Return the weight of both directions, (directions · G·H, H), reconstructed from the cores and differentiable."""
+        plan, shape, cores = self.plans[leaf], self.specs[leaf].shape, self._cores(leaf)
+        with torch.autocast(cores[0].device.type, enabled=False):
+            if torch.compiler.is_compiling():
+                return compiled_product(format_of(plan.format).equation(shape, plan.modes), cores, shape)
+            return plan.reconstruct(cores, shape)
+
     def _cores(self, leaf: str) -> list[Tensor]:
         return list(cast(CoreList, self.cores[leaf]))
 
 
-def input_weights(module: nn.LSTM | nn.GRU, name: str) -> tuple[nn.Parameter, ...]:
-    """Return the input weights (G·H, I) of one layer, forward and reverse. Raises `PlanError` if the layer does not exist."""
+def spec_of(leaf: str, weights: Sequence[Tensor]) -> LayerSpec:
+    """Return what the weights of one layer compute, by their name `weight_ih_l…` or `weight_hh_l…`."""
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return LayerSpec("recurrent", shape, state_products=len(weights) if leaf.startswith(LOOPS) else 0)
+
+
+def weights_of(module: nn.LSTM | nn.GRU, name: str) -> tuple[nn.Parameter, ...]:
+    """Return the input or recurrent weights (G·H, I) of one layer, forward and reverse.
+
+    Raises `PlanError` if the layer does not exist.
+    """
     leaf = name.rpartition(".")[2]
     known = dict(module.named_parameters())
     if leaf not in known or leaf.endswith("_reverse"):
-        names = ", ".join(f"weight_ih_l{k}" for k in range(module.num_layers))
-        raise PlanError(f"layer {name}: no such input weight; expected one of {names} (each name covers both directions)")
+        kind, start = ("recurrent", LOOPS) if leaf.startswith(LOOPS) else ("input", INPUTS)
+        names = ", ".join(f"{start}{k}" for k in range(module.num_layers))
+        raise PlanError(f"layer {name}: no such {kind} weight; expected one of {names} (each name covers both directions)")
     return tuple(known[key] for key in (leaf, f"{leaf}_reverse") if key in known)
 
 

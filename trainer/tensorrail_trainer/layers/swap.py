@@ -50,13 +50,13 @@ def swap(
     cores = cores or {
         layer.name: _decomposed(layer, layers[layer.name], roots.get(layer.name) if roots else None) for layer in plan.layers
     }
-    recurrent: dict[str, dict[int, tuple[LayerPlan, Sequence[Tensor]]]] = {}
+    recurrent: dict[str, dict[str, tuple[LayerPlan, Sequence[Tensor]]]] = {}
     attention: dict[str, dict[str, FactoredLayer]] = {}
     for layer in plan.layers:
         dense = layers[layer.name]
         path, _, leaf = layer.name.rpartition(".")
         if dense.spec.op == "recurrent":
-            recurrent.setdefault(path, {})[int(leaf.removeprefix("weight_ih_l"))] = (layer, cores[layer.name])
+            recurrent.setdefault(path, {})[leaf] = (layer, cores[layer.name])
         elif isinstance(dense.module, nn.MultiheadAttention):
             attention.setdefault(path, {})[leaf] = _factored(layer, dense, cores[layer.name], None)
         else:
@@ -65,9 +65,9 @@ def swap(
             factored = _factored(layer, dense, cores[layer.name], cast("Tensor | None", getattr(dense.module, "bias", None)))
             _move_hooks(dense.module, factored)
             model = _replace(model, layer.name, factored)
-    for path, factored_by_index in recurrent.items():
+    for path, factored_by_weight in recurrent.items():
         rnn = cast("nn.LSTM | nn.GRU", model.get_submodule(path))
-        model = _replace_kept(model, path, FactoredRecurrent(rnn, factored_by_index))
+        model = _replace_kept(model, path, FactoredRecurrent(rnn, factored_by_weight))
     for path, factored_by_leaf in attention.items():
         attending = cast(nn.MultiheadAttention, model.get_submodule(path))
         model = _replace_kept(model, path, FactoredAttention(attending, factored_by_leaf))
@@ -124,9 +124,9 @@ def cores_of(model: nn.Module) -> dict[str, list[Tensor]]:
         model: a model with layers made of cores, as `ADMM.factorize` returns it.
 
     Returns:
-        Copies of the cores on the CPU, by layer name. An LSTM or GRU layer has the name of its input weight, such as
-        `rnn.weight_ih_l0`, and the projections of query, key and value that of theirs, `attn.in_proj_weight`. Empty if the
-        model has no factored layer.
+        Copies of the cores on the CPU, by layer name. A layer of an LSTM or GRU has the name of its weight, such as
+        `rnn.weight_ih_l0` or `rnn.weight_hh_l0`, and the projections of query, key and value that of theirs,
+        `attn.in_proj_weight`. Empty if the model has no factored layer.
 
     """
     cores_by_layer: dict[str, list[Tensor]] = {}

@@ -87,8 +87,11 @@ def plan_layers(
 
 
 def _matching(model: nn.Module, pattern: str) -> list[str]:
-    """Return the layers that match a pattern. Raises `PlanError` if there is none, with the reason or the known layers."""
-    known = dense_layers(model)
+    """Return the layers that match a pattern; recurrent weights only if the pattern has `weight_hh` in it.
+
+    Raises `PlanError` if there is none, with the reason or the known layers.
+    """
+    known = dense_layers(model, loops="weight_hh" in pattern)
     names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
         if pattern in {**dict(model.named_modules()), **dict(model.named_parameters())}:

@@ -8,7 +8,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_runtime.errors import GraphError
+from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS
 from tensorrail_trainer.run._compat_onnxscript import simplification_rules
 from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, operators_read_once
 
@@ -83,6 +84,7 @@ class Tracing:
         sizes = {axis: torch.export.Dim(axis) for named in axes.values() for axis in named.values()}
         shapes = tuple({k: sizes[axis] for k, axis in axes.get(name, {}).items()} for name in names)
         by_name = isinstance(example, Mapping)
+        _require_operators(module)
         has_lengths = any(set(named) - {0} for named in axes.values())  # or other dynamic axes that are not the batch
         # Weights in channels_last memory format would be written as strided views.
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -210,6 +212,16 @@ def _require_dynamic(axes: Mapping[str, Mapping[int, str]], inputs: Iterable[Any
                 )
 
 
+def _require_operators(module: nn.Module) -> None:
+    """Raise `GraphError` for a layer for which torch's exporter would write a graph that does not run."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.LSTM) and part.proj_size:
+            raise GraphError(
+                f"{type(module).__name__} cannot be exported: {name or 'it'} is an LSTM with proj_size={part.proj_size}, and "
+                "ONNX's LSTM has no projection; use proj_size=0, and factor its recurrent weight for a smaller one"
+            )
+
+
 def _reason(error: BaseException) -> str:
     """Return the first line of the original cause of an error."""
     while error.__cause__ is not None:
@@ -231,38 +243,48 @@ def _forget_lengths(graph: Any) -> bool:
     return bool(affected)
 
 
-def _name_by_weights(graph: Any) -> list[tuple[Any, str]]:
+def _name_by_weights(graph: Any) -> list[tuple[Any, int, str]]:
     """Name nodes after their weights, before constant folding turns a transposed or concatenated weight into a new constant.
 
-    A MatMul gets the name of its layer, an LSTM or GRU the name of its forward input weight. Returns the nodes and the names of
-    their weights.
+    A MatMul gets the name of its layer, an LSTM or GRU the name of its forward input weight. Returns the nodes, the places of
+    their weights among the inputs, and the names of the weights.
     """
     named = []
     for node in graph:
         if node.op_type not in ("MatMul", "LSTM", "GRU"):
             continue
-        pending = [node.inputs[1]]
-        while pending:
-            value = pending.pop()
-            if value is None:
-                continue
-            producer = value.producer()
-            if producer is not None and (producer.op_type == "Transpose" or node.op_type != "MatMul"):
-                pending += list(producer.inputs)
-            elif node.op_type == "MatMul":
+        if node.op_type == "MatMul":
+            for value in _above(node.inputs[1], through=("Transpose",)):
                 if value.name in graph.initializers:
                     node.name = value.name.removesuffix(".weight")
-                    named.append((node, value.name))
-            elif "weight_ih_l" in (value.name or "") and not value.name.endswith("_reverse"):
-                node.name = value.name
-                named.append((node, value.name))
+                    named.append((node, 1, value.name))
+            continue
+        for place, start in ((1, INPUTS), (2, LOOPS)):
+            for value in _above(node.inputs[place]):
+                if start in (value.name or "") and not value.name.endswith("_reverse"):
+                    node.name = value.name if place == 1 else node.name
+                    named.append((node, place, value.name))
     return named
 
 
-def _name_folded(graph: Any, named: list[tuple[Any, str]]) -> None:
+def _above(value: Any, through: Sequence[str] | None = None) -> Iterator[Any]:
+    """Yield the values that a value is computed from by operators of some kinds; default: of any kind."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value is None:
+            continue
+        producer = value.producer()
+        if producer is not None and (through is None or producer.op_type in through):
+            pending += list(producer.inputs)
+        else:
+            yield value
+
+
+def _name_folded(graph: Any, named: list[tuple[Any, int, str]]) -> None:
     """Give a weight that was folded into a new constant the name of its parameter, if the parameter was removed."""
-    for node, name in named:
-        weight = node.inputs[1]
+    for node, place, name in named:
+        weight = node.inputs[place]
         if weight.name in graph.initializers and name not in graph.initializers:
             weight.name = name
 

@@ -11,7 +11,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec, Step
-from tensorrail_exporter.rewrite.rules import attention, conv, conv_transpose, gather, gemm, matmul, recurrent
+from tensorrail_exporter.rewrite.rules import (
+    attention,
+    conv,
+    conv_transpose,
+    gather,
+    gemm,
+    matmul,
+    recurrence,
+    recurrent,
+)
 from tensorrail_exporter.rewrite.rules.emit import Site
 
 
@@ -41,6 +50,9 @@ class Rule(Protocol):
 
 
 RULES: tuple[Rule, ...] = (conv, conv_transpose, gather, gemm, matmul, recurrent, attention)
+
+SECOND_RULES: tuple[Rule, ...] = (recurrence,)
+"""The rules of a node's second weight, which is a layer of its own. It has the names of that weight, not those of the node."""
 
 STAY_DENSE = {
     "QLinearConv": "it is already quantized; factorize the floating-point model, then quantize the result",

@@ -17,12 +17,13 @@ class Names:
 
     Attributes:
         taken: all names in use.
-        constants: the initializers that a rule has added, by the name that it asked for.
+        constants: the initializers that a rule has added, by the name that it asked for; integers also by the graph that they
+            are in.
 
     """
 
     taken: set[str]
-    constants: dict[str, gs.Constant] = field(default_factory=dict)
+    constants: dict[tuple[str, int], gs.Constant] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
         """Return `name`, or the first of `name_2`, `name_3`, … that is free, and mark it as taken."""
@@ -43,6 +44,8 @@ class Site:
         node: the node to rewrite.
         names: the names that are taken in the whole model.
         scan: whether to write the node's loop as a Scan; default False.
+        gates: whether the loop is rewritten afterwards, from the inputs of all gates: then the rule of an input weight computes
+            these in torch's order, in place of the data, and leaves the node without an input weight; default False.
 
     """
 
@@ -50,14 +53,19 @@ class Site:
     node: gs.Node
     names: Names
     scan: bool = False
+    gates: bool = False
 
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
-        """Return an initializer with this name and these values; nodes with the same cores (tied weights) share it."""
-        existing = self.names.constants.get(name)
+        """Return an initializer with this name and these values; nodes with the same cores (tied weights) share it.
+
+        Shapes and sizes are shared within one graph only: onnx infers no shapes in a body from constants of the graph around.
+        """
+        key = (name, id(self.graph) if np.issubdtype(values.dtype, np.integer) else 0)
+        existing = self.names.constants.get(key)
         if existing is not None and existing.dtype == values.dtype and np.array_equal(existing.values, values):
             return existing
         constant = gs.Constant(self.names.unique(name), np.asarray(values, order="C"))
-        self.names.constants.setdefault(name, constant)
+        self.names.constants.setdefault(key, constant)
         return constant
 
     def variable(self, name: str, dtype: np.dtype) -> gs.Variable:

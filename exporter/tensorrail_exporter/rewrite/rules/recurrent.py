@@ -42,9 +42,13 @@ def why_not(node: gs.Node) -> str | None:
 def layer(node: gs.Node) -> LayerSpec:
     """Return the input projection, of shape (directions · gates · hidden, I); X has time and batch before its features."""
     directions, rows, inputs = node.inputs[1].shape
+    return LayerSpec("recurrent", (directions * rows, inputs), lead=2, size=(steps_of(node),), scan=scan.takes(node))
+
+
+def steps_of(node: gs.Node) -> int:
+    """Return the number of time steps, or 0 if it is not known."""
     axes = node.inputs[0].shape
-    time = axes[0] if axes and isinstance(axes[0], int) and axes[0] > 0 and not node.attrs.get("layout", 0) else 0
-    return LayerSpec("recurrent", (directions * rows, inputs), lead=2, size=(time,), scan=scan.takes(node))
+    return axes[0] if axes and isinstance(axes[0], int) and axes[0] > 0 and not node.attrs.get("layout", 0) else 0
 
 
 def weight(node: gs.Node) -> np.ndarray:
@@ -55,15 +59,18 @@ def weight(node: gs.Node) -> np.ndarray:
 
 def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
     """Replace the node's weight by a new constant, given as (directions · gates · hidden, I) in torch's order."""
-    node.inputs[1] = gs.Constant(name, _as_onnx(node, weight))
+    node.inputs[1] = gs.Constant(name, as_onnx(node, weight))
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the input's steps before the node, which gets the output cores as its input weight or becomes a Scan."""
+    """Write the input's steps before the node, which gets the output cores as its input weight or becomes a Scan.
+
+    If the recurrent weight is rewritten afterwards, all steps stand before the node, which is left without an input weight.
+    """
     node = site.node
     dtype = node.inputs[1].dtype
     directions, rows, inputs = node.inputs[1].shape
-    inner, matrix, cores = split_at_boundary(steps)
+    inner, matrix, cores = (steps, None, ()) if site.gates else split_at_boundary(steps)
     width = directions * rows if matrix is None else matrix.shape[1]
     transpose = _own_transpose(site) if width < inputs else None
     projected = site.variable(f"{layer}/projected", dtype)
@@ -74,7 +81,10 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
         projected = turned
     if matrix is not None:
         node.inputs[0] = projected
-        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", _as_onnx(node, np.asarray(matrix).astype(dtype)))
+        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", as_onnx(node, np.asarray(matrix).astype(dtype)))
+    elif site.gates:
+        node.inputs[0] = projected
+        node.inputs[1] = gs.Variable.empty()
     elif site.scan:
         scan.rewrite(site, projected, TORCH_FROM_ONNX[node.op], layer)
     else:
@@ -105,7 +115,7 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
     node = site.node
     directions, rows, _ = node.inputs[1].shape
     if site.graph.opset < 9:
-        return site.constant(name, _as_onnx(node, np.eye(directions * rows, dtype=dtype)))
+        return site.constant(name, as_onnx(node, np.eye(directions * rows, dtype=dtype)))
     order = np.argsort(TORCH_FROM_ONNX[node.op])
     size = directions * rows
     shape, gates, whole = (
@@ -134,7 +144,7 @@ def _identity(site: Site, name: str, dtype: np.dtype) -> gs.Tensor:
     return tensor
 
 
-def _as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
+def as_onnx(node: gs.Node, weight: np.ndarray) -> np.ndarray:
     """Return a weight as (directions, gates · hidden, p), with the gates in ONNX's order."""
     by_direction = weight.reshape(len(scan.directions(node)), -1, weight.shape[1])
     return np.ascontiguousarray(scan.in_order(by_direction, np.argsort(TORCH_FROM_ONNX[node.op])))

@@ -2,13 +2,15 @@
 
 ONNX's own nodes always multiply their input by W. For such steps W would be an identity matrix of the size of all gates: more
 work than the recurrence itself, and read from memory in every call. The Scan has one or two Gemms per time step, by the
-recurrent weight, and element-wise nodes. Every direction has its own Scan.
+recurrent weight, and element-wise nodes; a factored recurrent weight has its steps in their place. Every direction has its
+own Scan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -16,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.graphs.fold import folded, is_constant
 from tensorrail_exporter.rewrite.rules.emit import Site
+from tensorrail_exporter.rewrite.rules.writer import Writer
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
 
@@ -25,7 +28,27 @@ _IR_VERSION = 4  # the first version in which an initializer need not be an inpu
 _KNOWN = {"activations", "direction", "hidden_size", "input_forget", "layout", "linear_before_reset", "output_sequence"}
 _GATES = {"LSTM": 4, "GRU": 3}
 _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"]}
-_R, _B, _LENGTHS, _H, _C, _PEEPHOLES = range(2, 8)  # indices of the node's inputs
+_W, _R, _B, _LENGTHS, _H, _C, _PEEPHOLES = range(1, 8)  # indices of the node's inputs
+
+
+class Product(Protocol):
+    """The product of a state and the recurrent weight of one direction."""
+
+    @property
+    def hidden(self) -> int:
+        """The number of hidden units."""
+
+    def plus(self, body: Writer, state: gs.Tensor, columns: slice, addend: gs.Tensor | None, name: str) -> gs.Tensor:
+        """Write the sum of an addend and some columns of the product.
+
+        Args:
+            body: writes into the body of the Scan.
+            state: the state (B, H).
+            columns: which of the gates · H columns, with start and stop.
+            addend: (B, columns) or (columns); None for none.
+            name: what to call a constant of these columns.
+
+        """
 
 
 def holds_scan(model: onnx.ModelProto) -> bool:
@@ -34,24 +57,38 @@ def holds_scan(model: onnx.ModelProto) -> bool:
 
 
 def takes(node: gs.Node) -> bool:
-    """Return whether a Scan can replace the node.
+    """Return whether a Scan can replace the node."""
+    return what_no_scan_has(node) is None
 
-    It can if time is the first axis, the weights are constant, the activations are the default ones, and the node has no
-    sequence lengths, peepholes or clip.
+
+def what_no_scan_has(node: gs.Node) -> str | None:
+    """Return what keeps a Scan from replacing the node, in words, or None.
+
+    Time must be the first axis, the weights constant, the activations the default ones, and the node must have no sequence
+    lengths, peepholes or clip.
     """
     attrs = node.attrs
+    unknown = sorted(set(attrs) - _KNOWN)
     activations = [_text(name) for name in attrs.get("activations", ())]
-    standard = set(attrs) <= _KNOWN and activations in ([], _ACTIVATIONS[node.op] * len(directions(node)))
     given = [place for place in range(len(node.inputs)) if not node.inputs[place].is_empty()]
+    reasons = {
+        f"the attribute {', '.join(unknown)}": bool(unknown),
+        f"the activations {', '.join(activations)}": activations not in ([], _ACTIVATIONS[node.op] * len(directions(node))),
+        "an unknown direction": _text(attrs.get("direction", "forward")) not in ("forward", "reverse", "bidirectional"),
+        "the batch as first axis (layout 1)": bool(attrs.get("layout", 0)),
+        "input_forget": bool(attrs.get("input_forget", 0)),
+        "sequence lengths": _LENGTHS in given,
+        "peepholes": _PEEPHOLES in given,
+        "no recurrent weight": _R not in given,
+    }
+    reason = next((reason for reason, applies in reasons.items() if applies), None)
+    shapes = {} if reason else _shapes(node)
+    others = (place for place, shape in shapes.items() if place in given and not _is(node.inputs[place], shape))
+    other = next(others, None)
     return (
-        standard
-        and _R in given
-        and _text(attrs.get("direction", "forward")) in ("forward", "reverse", "bidirectional")
-        and not attrs.get("layout", 0)
-        and not attrs.get("input_forget", 0)
-        and _LENGTHS not in given
-        and _PEEPHOLES not in given
-        and all(_is(node.inputs[place], shape) for place, shape in _shapes(node).items() if place in given)
+        reason
+        if other is None
+        else f"an input {node.inputs[other].name!r} that is no constant of shape {_words(shapes[other])}"
     )
 
 
@@ -67,7 +104,7 @@ def directions(node: gs.Node) -> tuple[str, ...]:
     return ("forward", "reverse") if name == "bidirectional" else (name,)
 
 
-def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> None:
+def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str, products: Sequence[Product] | None = None) -> None:
     """Replace the node by one Scan per direction.
 
     Args:
@@ -75,18 +112,19 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
         gates: inputs of the gates (T, B, directions · gates · H), in torch's order.
         order: positions of torch's gates, i, f, g, o of an LSTM or r, z, n of a GRU, among ONNX's.
         layer: name of the layer, which starts the names of new tensors.
+        products: the products of states and recurrent weight, one per direction; default: those of the node's weight.
 
     Raises:
         GraphError: the recurrent weight or the bias is not a constant of the expected shape.
 
     """
     node = site.node
-    writer = _Writer(site, layer, np.dtype(node.inputs[1].dtype))
+    writer = Writer(site, layer, np.dtype(gates.dtype))
     count, rows, hidden = _shapes(node)[_R]
-    recurrent = _values(site, _R, order, layer)
+    products = products or [_Dense(weight.T) for weight in values(site, _R, order, layer)]
     biases = np.zeros((count, 2 * rows))
     if len(node.inputs) > _B and not node.inputs[_B].is_empty():
-        biases = _values(site, _B, [*order, *(len(order) + gate for gate in order)], layer)
+        biases = values(site, _B, [*order, *(len(order) + gate for gate in order)], layer)
     outer, inner = biases[:, :rows].copy(), biases[:, rows:].copy()
     # With linear_before_reset the reset gate multiplies the last bias too, which therefore stays in the loop.
     movable = 2 * hidden if node.op == "GRU" and node.attrs.get("linear_before_reset", 0) else rows
@@ -97,7 +135,7 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
     results = []
     for k, (name, part) in enumerate(zip(directions(node), writer.split(gates, [rows] * count, axis=2), strict=True)):
         states = [writer.state(place, k, gates, hidden) for place in ((_H, _C) if node.op == "LSTM" else (_H,))]
-        results.append(_scan(writer, node, part, states, recurrent[k].T, inner[k], backwards=name == "reverse"))
+        results.append(_scan(writer, node, part, states, products[k], inner[k], backwards=name == "reverse"))
     outputs = list(node.outputs)
     for output, axis, tensors in zip(outputs, (1, 0, 0), zip(*results, strict=True), strict=False):
         if not output.is_empty():  # Y (T, directions, B, H), Y_h and Y_c (directions, B, H)
@@ -106,11 +144,11 @@ def rewrite(site: Site, gates: gs.Tensor, order: Sequence[int], layer: str) -> N
 
 
 def _scan(
-    writer: _Writer,
+    writer: Writer,
     node: gs.Node,
     gates: gs.Tensor,
     states: Sequence[gs.Tensor],
-    weight: np.ndarray,
+    product: Product,
     bias: np.ndarray,
     *,
     backwards: bool,
@@ -125,7 +163,7 @@ def _scan(
     inside = writer.within(body)
     before = [inside.variable("state") for _ in states]
     gate = inside.variable("gate")
-    after = (_lstm if node.op == "LSTM" else _gru)(inside, node, gate, before, weight, bias)
+    after = (_lstm if node.op == "LSTM" else _gru)(inside, node, gate, before, product, bias)
     body.inputs = [*before, gate]
     all_steps = [inside.add("Identity", [after[0]])] if not node.outputs[0].is_empty() else []
     body.outputs = [*after, *all_steps]
@@ -138,11 +176,11 @@ def _scan(
 
 
 def _lstm(
-    body: _Writer, node: gs.Node, gate: gs.Tensor, states: Sequence[gs.Tensor], weight: np.ndarray, _: np.ndarray
+    body: Writer, node: gs.Node, gate: gs.Tensor, states: Sequence[gs.Tensor], product: Product, _: np.ndarray
 ) -> list[gs.Tensor]:
     h, c = states
-    hidden = len(weight)
-    sums = body.add("Gemm", [h, body.constant("recurrent", weight), gate])
+    hidden = product.hidden
+    sums = product.plus(body, h, slice(0, 4 * hidden), gate, "recurrent")
     pair, candidate, out = body.split(sums, [2 * hidden, hidden, hidden], axis=1)
     admit, forget = body.split(body.add("Sigmoid", [pair]), [hidden] * 2, axis=1)
     kept, new = body.add("Mul", [forget, c]), body.add("Mul", [admit, body.add("Tanh", [candidate])])
@@ -151,106 +189,74 @@ def _lstm(
 
 
 def _gru(
-    body: _Writer, node: gs.Node, gate: gs.Tensor, states: Sequence[gs.Tensor], weight: np.ndarray, bias: np.ndarray
+    body: Writer, node: gs.Node, gate: gs.Tensor, states: Sequence[gs.Tensor], product: Product, bias: np.ndarray
 ) -> list[gs.Tensor]:
     (h,) = states
-    hidden = len(weight)
+    hidden = product.hidden
     pair, last = body.split(gate, [2 * hidden, hidden], axis=1)
     if node.attrs.get("linear_before_reset", 0):
-        sums = body.add("Gemm", [h, body.constant("recurrent", weight), body.constant("recurrent_bias", bias)])
+        addend = body.constant("recurrent_bias", bias) if bias.any() else None
+        sums = product.plus(body, h, slice(0, 3 * hidden), addend, "recurrent")
         pair_sums, last_sums = body.split(sums, [2 * hidden, hidden], axis=1)
         reset, update = body.split(body.add("Sigmoid", [body.add("Add", [pair, pair_sums])]), [hidden] * 2, axis=1)
         new = body.add("Tanh", [body.add("Add", [last, body.add("Mul", [reset, last_sums])])])
     else:
-        sums = body.add("Gemm", [h, body.constant("recurrent", weight[:, : 2 * hidden]), pair])
+        sums = product.plus(body, h, slice(0, 2 * hidden), pair, "recurrent")
         reset, update = body.split(body.add("Sigmoid", [sums]), [hidden] * 2, axis=1)
         gated = body.add("Mul", [reset, h])
-        new = body.add("Tanh", [body.add("Gemm", [gated, body.constant("candidate", weight[:, 2 * hidden :]), last])])
+        new = body.add("Tanh", [product.plus(body, gated, slice(2 * hidden, 3 * hidden), last, "candidate")])
     return [body.add("Add", [new, body.add("Mul", [update, body.add("Sub", [h, new])])])]
 
 
-class _Writer:
-    """Writes nodes into a graph or a body; all new names start with that of the layer."""
+@dataclass(frozen=True)
+class _Dense:
+    """The product with a dense recurrent weight (H, gates · H)."""
 
-    def __init__(self, site: Site, layer: str, dtype: np.dtype) -> None:
-        self.site, self.layer, self.dtype = site, layer, dtype
+    weight: np.ndarray
 
-    def within(self, body: gs.Graph) -> _Writer:
-        return _Writer(replace(self.site, graph=body), self.layer, self.dtype)
+    @property
+    def hidden(self) -> int:
+        return len(self.weight)
 
-    def name(self, what: str) -> str:
-        return self.site.names.unique(f"{self.layer}/{what}")
+    def plus(self, body: Writer, state: gs.Tensor, columns: slice, addend: gs.Tensor | None, name: str) -> gs.Tensor:
+        return product_plus(body, state, body.constant(name, self.weight[:, columns]), addend)
 
-    def variable(self, what: str) -> gs.Variable:
-        return self.site.variable(f"{self.layer}/{what}", self.dtype)
 
-    def constant(self, what: str, values: np.ndarray) -> gs.Constant:
-        return self.site.constant(f"{self.layer}/{what}", values.astype(self.dtype))
-
-    def integers(self, what: str, values: Sequence[int] | np.ndarray) -> gs.Constant:
-        return self.site.constant(f"{self.layer}/{what}", np.array(values, np.int64))
-
-    def add_with_outputs(self, op: str, inputs: list[gs.Tensor], count: int, **attrs: object) -> list[gs.Variable]:
-        outputs = [self.variable(op.lower()) for _ in range(count)]
-        self.site.graph.nodes.append(gs.Node(op, self.name(f"{op.lower()}_node"), attrs, inputs, outputs))
-        return outputs
-
-    def add(self, op: str, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
-        return self.add_with_outputs(op, inputs, 1, **attrs)[0]
-
-    def split(self, tensor: gs.Tensor, sizes: Sequence[int], axis: int) -> list[gs.Tensor]:
-        if len(sizes) == 1:
-            return [tensor]
-        if self.site.graph.opset < 13:
-            return [*self.add_with_outputs("Split", [tensor], len(sizes), axis=axis, split=list(sizes))]
-        lengths = self.integers("sizes" + "_".join(map(str, sizes)), sizes)
-        return [*self.add_with_outputs("Split", [tensor, lengths], len(sizes), axis=axis)]
-
-    def state(self, place: int, direction: int, gates: gs.Tensor, hidden: int) -> gs.Tensor:
-        """Return the initial state (B, H) of one direction: from the node's input, or zeros."""
-        inputs = self.site.node.inputs
-        if len(inputs) > place and not inputs[place].is_empty():
-            return self.add("Gather", [inputs[place], self.integers(f"direction{direction}", np.array(direction))], axis=0)
-        of_integers = _Writer(self.site, self.layer, np.dtype(np.int64))
-        batch = of_integers.add("Gather", [of_integers.add("Shape", [gates]), self.integers("second", [1])])
-        shape = of_integers.add("Concat", [batch, self.integers("hidden", [hidden])], axis=0)
-        return self.add("ConstantOfShape", [shape], value=gs.Constant("zero", np.zeros(1, self.dtype)))
-
-    def stack(self, tensors: list[gs.Tensor], axis: int, output: gs.Tensor) -> None:
-        """Stack the tensors of all directions along a new axis of the output."""
-        unsqueezed = [self.unsqueezed(tensor, axis) for tensor in tensors]
-        if len(unsqueezed) == 1:
-            unsqueezed[0].inputs[0].outputs = [output]
-        else:
-            self.site.append("Concat", f"{self.layer}/directions", unsqueezed, output, {"axis": axis})
-
-    def unsqueezed(self, tensor: gs.Tensor, axis: int) -> gs.Tensor:
-        if self.site.graph.opset < 13:
-            return self.add("Unsqueeze", [tensor], axes=[axis])
-        return self.add("Unsqueeze", [tensor, self.integers(f"axis{axis}", [axis])])
+def product_plus(body: Writer, state: gs.Tensor, weight: gs.Constant, addend: gs.Tensor | None) -> gs.Tensor:
+    """Write the product with a matrix, plus an addend if there is one."""
+    return body.add("MatMul", [state, weight]) if addend is None else body.add("Gemm", [state, weight, addend])
 
 
 def _shapes(node: gs.Node) -> dict[int, tuple[int, ...]]:
-    """Return the shapes of R and B that match the node's input weight (directions, gates · H, I)."""
-    count, rows, _ = node.inputs[1].shape
-    return {_R: (count, rows, rows // _GATES[node.op]), _B: (count, 2 * rows)}
+    """Return the shapes of W, R and B that match the first weight that is known; 0 for the number of inputs: any."""
+    known = next(node.inputs[place] for place in (_W, _R) if isinstance(node.inputs[place], gs.Constant))
+    count, rows = known.shape[:2]
+    return {_W: (count, rows, 0), _R: (count, rows, rows // _GATES[node.op]), _B: (count, 2 * rows)}
 
 
 def _is(tensor: gs.Tensor, shape: tuple[int, ...]) -> bool:
     """Return whether a tensor is constant and has this shape, or an unknown one."""
-    return is_constant(tensor) and (tensor.shape is None or tuple(tensor.shape) == shape)
+    return is_constant(tensor) and (tensor.shape is None or _agree(tensor.shape, shape))
 
 
-def _values(site: Site, place: int, order: Sequence[int], layer: str) -> np.ndarray:
-    """Return R or B of the node, (directions, gates · H, …), with the gates in this order; check its shape."""
+def _agree(actual: Sequence[object], shape: tuple[int, ...]) -> bool:
+    return len(actual) == len(shape) and all(size in (0, own) for own, size in zip(actual, shape, strict=True))
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(str(size or 'inputs') for size in shape)}]"
+
+
+def values(site: Site, place: int, order: Sequence[int], layer: str) -> np.ndarray:
+    """Return W, R or B of the node, (directions, gates · H, …), with the gates in this order; check its shape."""
     tensor, shape = site.node.inputs[place], _shapes(site.node)[place]
     try:
         constant = folded(tensor, site.graph.opset, f"{layer}/{tensor.name}")
     except GraphError as error:
         raise GraphError(f"layer {layer}: {error}") from None
-    if constant is None or tuple(constant.shape) != shape:
+    if constant is None or not _agree(constant.shape, shape):
         actual = "computed in the graph" if constant is None else f"of shape {list(constant.shape)}"
-        raise GraphError(f"layer {layer}: {tensor.name!r} is {actual}: expected a constant of shape {list(shape)}")
+        raise GraphError(f"layer {layer}: {tensor.name!r} is {actual}: expected a constant of shape {_words(shape)}")
     return in_order(np.asarray(constant.values), order)
 
 
