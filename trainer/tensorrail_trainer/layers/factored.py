@@ -65,7 +65,7 @@ class FactoredLayer(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight (O, I, *K) or (O, I), reconstructed from the cores and differentiable."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.spec.groups > 1:  # one einsum for all groups
             return compiled_product(self._equation, list(self.cores), self.spec.shape)
         return cast(Tensor, self.plan.reconstruct(list(self.cores), self.spec.shape, self.spec.groups))
 
