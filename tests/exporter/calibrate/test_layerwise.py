@@ -411,7 +411,8 @@ def test_a_bias_is_added_to_what_a_gemm_gives(third, attributes, able, rng):
     assert takes_bias(resolved.layers["w"]) is able
     if not able:
         with pytest.raises(
-            GraphError, match="layer w: has no bias that can be changed; expected one Conv, ConvTranspose or Gemm node, or"
+            GraphError,
+            match="layer w: has no bias that can be changed; expected one Conv, ConvTranspose, Gemm or Attention node, or",
         ):
             add_biases(resolved, {"w": np.ones(8)})
         return
