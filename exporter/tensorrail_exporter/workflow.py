@@ -310,7 +310,10 @@ class _Builder:
 
         with Quantizer(model, parts.fitted.feeds) as quantizer:
             if in_fp32:
-                fixed = quantizer(in_fp32)
+                try:
+                    fixed = quantizer(in_fp32)
+                except GraphError as error:
+                    raise GraphError(f"fp32 of the plan: {error}") from None
                 return [Spared(fixed, tuple(in_fp32), judged(fixed)[1])]
             counted = self._macs(quantizer.model)
             layers = [Layer(name, counted.get(name, 0)) for name in quantizer.layers()]
@@ -325,8 +328,9 @@ class _Builder:
     def _times(self, models: Sequence[onnx.ModelProto]) -> tuple[Ratio, ...]:
         """Return how many times faster each model but the first is than the first one."""
         paths = [_saved(one, self.dense.with_name(f"island{k}.onnx")) for k, one in enumerate(models)]
-        seconds = min(self.conditions.timing.seconds, _EACH) * len(paths)
-        return bench(paths, replace(self.conditions.timing, seconds=seconds, processes=0), self.conditions.settings).ratios
+        timing, settings = self.conditions.timing, self.conditions.settings
+        seconds = min(timing.seconds, _EACH) * len(paths)
+        return bench(paths, replace(timing, seconds=seconds, processes=0, io_binding=settings.on_gpu), settings).ratios
 
     def _macs(self, model: onnx.ModelProto) -> dict[str, int]:
         """Return the multiply-accumulates of the nodes of a model by their names."""

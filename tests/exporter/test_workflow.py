@@ -150,14 +150,19 @@ def test_layers_that_are_faster_in_fp32_make_a_further_model_and_are_in_the_plan
     ]
     names = report.front[2].spared
     assert names == (asked[1][0],)
-    monkeypatch.setattr(compressing, "fastest_islands", None)  # a plan that says which layers stay in fp32 asks nobody
+    monkeypatch.setattr(compressing, "fastest_islands", lambda layers, start, *_: tuple(start))
     given = IN_INT8.model_copy(update={"fp32": names})
-    again = run(network, tmp_path / "again.onnx", [given, Plan(layers=(), precision="int8", fp32=("a",))], calibration=feeds)
-    assert [one.spared for one in again.front] == [("a",), names]
+    again = run(network, tmp_path / "again.onnx", given, calibration=feeds)
+    assert [one.spared for one in again.front] == [(), names]
+    assert again.written == 1
     nodes = {node.name: node for node in onnx.load(tmp_path / "again.onnx").graph.node}
-    if again.written == 1:
-        made_by = {name: node.op_type for node in nodes.values() for name in node.output}
-        assert made_by.get(nodes[names[0]].input[1]) != "DequantizeLinear"
+    made_by = {name: node.op_type for node in nodes.values() for name in node.output}
+    assert made_by.get(nodes[names[0]].input[1]) != "DequantizeLinear"
+    assert "DequantizeLinear" in made_by.values()
+    dense = run(network, tmp_path / "dense.onnx", [given, Plan(layers=(), precision="int8", fp32=("a",))], calibration=feeds)
+    assert [one.spared for one in dense.front] == [("a",), names]
+    with pytest.raises(GraphError, match="fp32 of the plan: layer nobody: "):
+        run(network, tmp_path / "none.onnx", IN_INT8.model_copy(update={"fp32": ("nobody",)}), calibration=feeds)
 
 
 def test_of_several_precisions_the_best_model_is_written(network, tmp_path):

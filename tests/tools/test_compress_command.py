@@ -83,7 +83,8 @@ def test_rank_and_precision_are_one_choice(folder, inside, in_this_process):
     record = json.loads((folder / "auto.json").read_text())
     names = {point["name"] for point in record["front"]}
     assert "dense in int8" in names
-    assert {name.partition(" in ")[2] for name in names} <= {"fp32", "int8"}
+    kinds = {name.partition(" in ")[2].partition(",")[0] for name in names}  # some layers of int8 may be faster in fp32
+    assert kinds <= {"fp32", "int8"}
     assert "(written)" in printed
     assert (folder / "auto.onnx").exists()
 

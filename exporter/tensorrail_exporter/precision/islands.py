@@ -21,6 +21,7 @@ from tensorrail_runtime.progress import Progress, silent
 
 _PARTS = (2, 4, 8, 16)  # of the layers, one round each
 _SECONDS = 60.0  # after which no further network is tried
+_TOGETHER = 4  # networks that are timed in turns with the one before: more would take time as the square of their number
 _WORTH = 1.02  # times faster, at least: a change for less may be one of the machine
 _STAGE = "looking for layers that are faster in fp32"
 
@@ -52,7 +53,7 @@ def fastest_islands(
 
     """
     names, fixed, end = frozenset(start), frozenset(start), time.monotonic() + _SECONDS
-    for number, count in enumerate(_PARTS):
+    for number, count in enumerate(_PARTS if layers else ()):
         progress(_STAGE, number / len(_PARTS), f"{len(names) - len(fixed)} found")
         parts = [frozenset(layer.name for layer in part) - fixed for part in split_evenly(layers, count)]
         changes = [part - names for part in parts] + [part & names for part in parts]  # into fp32, and back into int8
@@ -60,7 +61,7 @@ def fastest_islands(
         winners = sorted((other for other in single if single[other] >= _WORTH), key=lambda other: -single[other])
         # What helps alone may not help together, so the first of them, the first two, and so on, are timed again.
         together = [_all_changes(names, winners[: n + 1]) for n in range(len(winners))]
-        again = _timed(names, together, convert, timer, end)
+        again = _timed(names, together, convert, timer, end) or {other: single[other] for other in winners}
         best = max(again, key=lambda other: again[other], default=names)
         if again.get(best, 0.0) >= _WORTH:
             names = best
@@ -81,15 +82,17 @@ def _timed(
 ) -> dict[frozenset[str], float]:
     """Return how many times faster networks with other nodes in fp32 are than that of `names`; 0 where that is not certain.
 
-    Networks are left out in which nothing is in int8, or that cannot be converted before the end.
+    Networks are left out in which nothing is in int8, or that are not reached before the end.
     """
-    made = {}
-    for other in others:
-        if time.monotonic() > end:
-            break
-        with suppress(GraphError):
-            made[other] = convert(sorted(other))
-    if not made:
-        return {}
-    ratios = timer([convert(sorted(names)), *made.values()])
-    return {other: ratio.value if ratio.low > 1.0 else 0.0 for other, ratio in zip(made, ratios, strict=True)}
+    ratios: dict[frozenset[str], float] = {}
+    for begin in range(0, len(others), _TOGETHER):
+        made = {}
+        for other in others[begin : begin + _TOGETHER]:
+            if time.monotonic() > end:
+                break
+            with suppress(GraphError):
+                made[other] = convert(sorted(other))
+        if made:
+            timed = timer([convert(sorted(names)), *made.values()])
+            ratios |= {other: ratio.value if ratio.low > 1.0 else 0.0 for other, ratio in zip(made, timed, strict=True)}
+    return ratios

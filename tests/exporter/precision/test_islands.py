@@ -82,3 +82,15 @@ def test_no_more_networks_are_tried_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(islands, "_SECONDS", 0.0)
     times = Times([3.0] * 16, [2.0] * 16)
     assert (found(times), times.timed) == ((), 0)
+
+
+def test_what_was_timed_counts_when_the_time_ends_before_it_is_timed_again(monkeypatch):
+    """Time passes with each network: it ends after the first round."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(islands.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(islands, "_SECONDS", 3.5)
+    assert found(Times([3.0] * 8 + [1.0] * 8, [2.0] * 16)) == tuple(f"n{k:02}" for k in range(8))
+
+
+def test_a_network_without_such_layers_stays_as_it_is():
+    assert fastest_islands([], ("n03",), None, None) == ("n03",)

@@ -77,5 +77,6 @@ def export(
             save_model(graph, dense)
         fusions = compared_fusions(dense, out, options.session)
     if read.precision == "int8":
-        options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`")
+        kept = f", and keep these in fp32: {', '.join(read.fp32)}" if read.fp32 else ""
+        options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`{kept}")
     return Rewrites(layers=factored.layers, dense=dense_again.layers, fusions=fusions, model=str(out))
