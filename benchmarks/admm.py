@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +57,8 @@ class Task:
     """The optimizer of all that follows."""
     shared: Settings = field(default_factory=dict)
     """What all phases share."""
+    ratios: tuple[float, ...] = (4.0,)
+    """How many times fewer parameters the networks have."""
     validation: int = 0
     """Training samples that settings are chosen on."""
 
@@ -79,6 +80,7 @@ TASKS: dict[str, Task] = {
         {"lr": 0.1, "warmup": 2.0, **SGD},
         {"lr": 0.03, **SGD},
         IMAGES,
+        ratios=(4.0, 6.0),
         validation=5000,
     ),
     "lstm": Task(
@@ -89,6 +91,7 @@ TASKS: dict[str, Task] = {
         *(32, 21, 40),
         {"lr": 1.0e-3, "warmup": 2.0, **ADAMW},
         {"lr": 1.0e-3, **ADAMW},
+        ratios=(3.3,),  # at most 3.37 with this layer alone
     ),
     "transformer": Task(
         "transformer on spoken digits",
@@ -98,6 +101,7 @@ TASKS: dict[str, Task] = {
         *(32, 21, 40),
         {"lr": 1.0e-3, "warmup": 2.0, **ADAMW},
         {"lr": 3.0e-4, **ADAMW},
+        ratios=(8.0, 16.0),
     ),
 }
 
@@ -144,7 +148,7 @@ WAYS: dict[str, Way] = {
     "control": Way("dense, trained on", lambda task, _, epochs: {"train": {"control": {"epochs": epochs, **task.optimizer}}}),
     "cut": Way("cut by weights", _cut("weight")),
     "cut-activation": Way("cut by activations", _cut("activation")),
-    "published": Way("ADMM as published", _admm("weight", 0.5, rho=0.001)),
+    "published": Way("ADMM, rho 0.001, one update an epoch", _admm("weight", 0.5, rho=0.001)),
     "admm": Way("ADMM, rho rising", _admm("weight")),
     "admm-activation": Way("ADMM, rho rising, ranks and cut by activations", _admm("activation")),
     "admm-metric": Way("ADMM, rho rising, all in the metric of activations", _admm("activation", metric="activation")),
@@ -180,11 +184,10 @@ def one_run(recipe: Recipe, work: Path, test: Dataset, facts: Settings) -> Setti
     """Train a recipe, or go on with it, and return its record, which its folder keeps as `outcome.json`."""
     folder = work / recipe.name
     record = folder / "outcome.json"
+    prepare(recipe, folder, resume=(folder / "recipe.yaml").exists())  # refuses a folder of other settings
     if record.exists():
         kept: Settings = json.loads(record.read_text())
         return kept
-    start = time.perf_counter()
-    prepare(recipe, folder, resume=(folder / "recipe.yaml").exists())
     accelerator = make_accelerator(recipe)
 
     def progress(stage: str, share: float, detail: str = "") -> None:
@@ -196,14 +199,19 @@ def one_run(recipe: Recipe, work: Path, test: Dataset, facts: Settings) -> Setti
     outcome = facts | {
         "params_ratio": _size(recipe.make_model(trained=False)) / _size(network),
         "cut": None if dense else trained.cut_accuracy,
-        "validation": _accuracy(network, data, accelerator),
+        "validation": _accuracy(network, data, accelerator) if "validation" in recipe.data.args else None,
         "test": _accuracy(network, test, accelerator),
-        "seconds": time.perf_counter() - start,
+        "seconds": sum(row.seconds for row in trained.rows if row.phase in _counted(facts["way"])),
         "machine": machine().processor,
     }
     write_text(record, json.dumps(outcome, indent=1) + "\n")
     print(json.dumps(outcome), flush=True)
     return outcome
+
+
+def _counted(way: str) -> tuple[str, ...]:
+    """Return the phases whose time counts: those of the network in the table."""
+    return {"dense": ("dense",), "control": ("control",)}.get(way, ("admm", "finetune"))
 
 
 def _size(model: nn.Module) -> int:
@@ -226,7 +234,7 @@ def train(options: argparse.Namespace) -> None:
         facts: Settings = {"task": options.task, "seed": first, "way": "dense", "ratio": 1.0, "epochs": 0}
         one_run(start, options.work, test, facts)
         weights = options.work / start.name / "dense.safetensors"
-        for ratio in options.ratios:
+        for ratio in options.ratios or task.ratios:
             for way in options.ways:
                 facts = {"task": options.task, "seed": seed, "way": way, "epochs": options.epochs}
                 facts["ratio"] = 1.0 if way == "control" else ratio
@@ -246,38 +254,41 @@ def table(outcomes: Sequence[Settings], task: str) -> list[str]:
     """Return the table of a task: mean and standard deviation over seeds of all finished runs."""
     groups: dict[tuple[int, float, int], list[Settings]] = {}
     order = ["dense", *WAYS]
-    for one in outcomes:
-        if one["task"] == task:
-            groups.setdefault((one["epochs"], one["ratio"], order.index(one["way"])), []).append(one)
-    head = ["epochs", "parameters reduction", "way", "seeds", "right after the cut, %", "test, %"]
+    for outcome in outcomes:
+        if outcome["task"] == task:
+            groups.setdefault((outcome["epochs"], outcome["ratio"], order.index(outcome["way"])), []).append(outcome)
+    split = "validation" if TASKS[task].validation else "test"
+    head = ["epochs", "parameters reduction", "way", "seeds", f"right after the cut, {split}, %", "test, %", "minutes"]
     keys = ["cut", "test"]
     if TASKS[task].validation:
         head.insert(5, "validation, %")
         keys.insert(1, "validation")
     lines = [f"## {TASKS[task].title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (epochs, _, place), found in sorted(groups.items()):
+    for (epochs, _, place), runs in sorted(groups.items()):
         way = order[place]
         title = "dense" if way == "dense" else WAYS[way].title
-        ratio = _spread([statistics.mean(one["params_ratio"] for one in found)])
-        cells = (_spread([one[key] for one in found]) for key in keys)
-        lines.append(f"| {epochs} | {ratio} | {title} | {len(found)} | {' | '.join(cells)} |")
+        ratio = _spread([statistics.mean(outcome["params_ratio"] for outcome in runs)])
+        cells = [_spread([outcome[key] for outcome in runs]) for key in keys]
+        minutes = statistics.mean(outcome["seconds"] for outcome in runs) / 60
+        lines.append(f"| {epochs} | {ratio} | {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |")
     return lines
 
 
 def report(options: argparse.Namespace) -> None:
     """Write the tables of all finished runs."""
     outcomes = [json.loads(path.read_text()) for path in sorted(options.work.glob("*/outcome.json"))]
-    tasks = [task for task in TASKS if any(one["task"] == task for one in outcomes)]
-    processors = ", ".join(sorted({one["machine"] for one in outcomes}))
+    tasks = [task for task in TASKS if any(outcome["task"] == task for outcome in outcomes)]
+    processors = ", ".join(sorted({outcome["machine"] for outcome in outcomes}))
     lines = [
         "# When ADMM pays",
         "",
         "Each row: `python benchmarks/admm.py train TASK --data FOLDER --epochs E --ratios R --seeds …`; then",
         f"`python benchmarks/admm.py report`. {processors}. Accuracies are of the last epoch, with the standard deviation",
-        "over seeds. Epochs are those after the dense network; every way has the same.",
+        "over seeds. Epochs are those after the dense network; every way has the same. Minutes are those of these epochs.",
     ]
     for task in tasks:
-        lines += ["", *table(outcomes, task)]
+        shared = "All seeds start from the same dense network." if TASKS[task].validation else ""
+        lines += ["", *table(outcomes, task), *(["", shared] if shared else [])]
     print("\n".join(lines))
     if options.out:
         write_text(options.out, "\n".join(lines) + "\n")
@@ -285,6 +296,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Train or report, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train")
@@ -293,7 +305,7 @@ def main() -> None:
     training.add_argument("--data", required=True)
     training.add_argument("--epochs", type=int, default=10)
     training.add_argument("--dense-epochs", type=int)
-    training.add_argument("--ratios", type=float, nargs="+", default=[4.0])
+    training.add_argument("--ratios", type=float, nargs="+", help="Default: those of the task.")
     training.add_argument("--seeds", type=int, nargs="+", default=[0])
     training.add_argument("--ways", nargs="+", choices=list(WAYS), default=USUAL)
     reporting = commands.add_parser("report")

@@ -118,7 +118,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
 
 
 def half(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """Return a network whose products and convolutions have half the multiply-accumulates, with random cores of rank r."""
+    """Return a network whose products and convolutions have half the multiply-accumulates, with random cores of rank r.
+
+    Layers of fewer than 32 inputs or outputs stay dense.
+    """
     layers = []
     for layer in survey(model, batch, {}):
         outputs, inputs, *kernel = layer.spec.shape
@@ -140,6 +143,7 @@ def half(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 
 
 def in_int8(model: onnx.ModelProto, x: torch.Tensor) -> onnx.ModelProto:
+    """Return a network in int8, with ranges from a few random inputs."""
     return to_int8(model, [{"x": x.numpy()}], gauge=False, rounding="nearest")
 
 
@@ -201,8 +205,8 @@ def main() -> None:
         "# Transformers: exact changes, separate and joint factors, int8",
         "",
         f"Command: `python benchmarks/transformers_time.py {_asked(options)}`. {here.processor}, one thread, ONNX "
-        f"Runtime {here.onnxruntime}. Random weights, {TOKENS} tokens or images of 224 × 224; all variants of a network in "
-        "turns, in three fresh processes; 95 % intervals.",
+        f"Runtime {here.onnxruntime}. Random weights; {TOKENS} tokens, images of 224 × 224 (U-Net: 128 × 128), or 3,000 frames "
+        "of sound; all variants of a network in turns, in three fresh processes; 95 % intervals.",
         "",
         "| network | batch | variant | MACs ÷ | p50 (ms) | speed-up over dense | fused operators |",
         "|---|--:|---|--:|--:|---|---|",
