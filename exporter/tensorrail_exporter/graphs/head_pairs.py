@@ -15,6 +15,7 @@ from onnx import helper
 from tensorrail_exporter.graphs.head_paths import ATTENTIONS, Layout, Path, Shapes, constant_value
 from tensorrail_exporter.graphs.io import inferred_shapes
 from tensorrail_exporter.graphs.parts import Network
+from tensorrail_exporter.graphs.unpacked import unpacked
 
 PairNames = tuple[str, str]
 """The names of the two layers of a pair: those of their weights, without `.weight`."""
@@ -99,9 +100,10 @@ def find_pairs(model: onnx.ModelProto) -> Pairs:
         model: the model; it is not changed.
 
     Returns:
-        The pairs, and why layers that also give heads are in none.
+        The pairs, in the graph of `unpacked`, and why layers that also give heads are in none.
 
     """
+    model = unpacked(model)
     network = Network(model)
     shapes = inferred_shapes(model, data_prop=True)
     known = {value.name: value for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)}

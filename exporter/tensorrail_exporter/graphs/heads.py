@@ -19,6 +19,7 @@ from tensorrail_exporter.graphs.head_pairs import Columns, Pair, PairNames, Prod
 from tensorrail_exporter.graphs.head_paths import Edit, Path, constant_value, pieces_of
 from tensorrail_exporter.graphs.io import inferred_shapes
 from tensorrail_exporter.graphs.parts import Network
+from tensorrail_exporter.graphs.unpacked import unpacked
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
 
@@ -27,6 +28,7 @@ _SIZES_AS_INPUT = 13  # the opset from which Split takes the sizes as an input
 
 def head_inputs(model: onnx.ModelProto, names: Sequence[PairNames]) -> tuple[str, ...]:
     """Return the tensors whose second moments `with_heads` uses for some pairs, each once."""
+    model = unpacked(model)
     network = Network(model)
     pairs = _asked(model, names)
     products = [columns.product for pair in pairs for columns in (pair.first, pair.second) if isinstance(columns, Columns)]
@@ -50,6 +52,7 @@ def with_heads(
     """
     if not sizes:
         return model
+    model = unpacked(model)
     pairs = _asked(model, tuple(sizes))
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -59,7 +62,7 @@ def with_heads(
         size = sizes[pair.names]
         if not 1 <= size <= pair.size:
             raise GraphError(
-                f"layers {' and '.join(pair.names)}: expected heads of 1 to {pair.size} values, got {size}; plan this model anew"
+                f"layers {' and '.join(pair.names)}: expected heads of 1 to {pair.size} values, got {size}; plan anew"
             )
         _narrow(surgery, pair, size, metric)
     surgery.finish()

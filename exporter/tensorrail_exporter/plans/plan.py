@@ -132,6 +132,11 @@ class Plan(BaseModel):
         return {pair.weights: pair.size for pair in self.heads}
 
     @property
+    def without_heads(self) -> Plan:
+        """The plan for a graph in which heads have their sizes already."""
+        return self.model_copy(update={"heads": ()})
+
+    @property
     def of_layers(self) -> Plan:
         """The plan for a graph in which heads have their sizes and layers are joined already."""
         return self.model_copy(update={"joint": (), "heads": ()})
@@ -145,7 +150,9 @@ class Plan(BaseModel):
         pairs = [pair.weights for pair in self.heads]
         again = sorted({pair for pair in pairs if pairs.count(pair) > 1})
         if again:
-            raise ValueError(f"each pair may have one head size, but {' and '.join(again[0])} appear {pairs.count(again[0])} times")
+            raise ValueError(
+                f"each pair may have one head size, but {' and '.join(again[0])} appear {pairs.count(again[0])} times"
+            )
         parts = [part for group in self.joint for part in group]
         twice = sorted({part for part in parts if parts.count(part) > 1})
         if twice:

@@ -15,8 +15,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.graphs.heads import with_heads
+from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.graphs.joint import with_joint
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.rules import Rule

@@ -40,10 +40,9 @@ def layer_times(
 
     """
     conditions = conditions or Conditions()
-    if isinstance(plan, ResolvedPlan):
-        resolved = plan
-    else:
-        resolved = resolve(onnx.load(dense, load_external_data=False), plan.of_layers)
+    if isinstance(plan, Plan):
+        plan = resolve(onnx.load(dense, load_external_data=False), plan.of_layers)
+    resolved = plan
     layers, ends = list(resolved.layers), _outputs(resolved)
     profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):

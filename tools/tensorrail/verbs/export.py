@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.narrowed_heads import narrowed_heads
     from tensorrail_exporter.rewrite.rewriter import Rewrites
     from tensorrail_exporter.search.fastest_form import Form
 
@@ -76,4 +77,5 @@ def export(
         fusions = compared_fusions(dense, out, options.session)
     if read.precision == "int8":
         options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`")
-    return Rewrites(layers=factored.layers, dense=dense_again.layers, fusions=fusions, model=str(out))
+    heads = narrowed_heads(graph, read.heads)
+    return Rewrites(layers=factored.layers, dense=dense_again.layers, heads=heads, fusions=fusions, model=str(out))
