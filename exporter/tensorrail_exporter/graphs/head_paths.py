@@ -73,14 +73,17 @@ class Path:
         self.frozen: dict[int, int] = {}
         self.reshapes: set[int] = set()
         self.sized: set[int] = set()  # Reshapes whose numbers are computed from the shape of a tensor on the way
-        self.computed: set[int] = set()  # Reshapes whose number for the size is computed
+        self.computed: list[tuple[int, int, bool]] = []  # numbers of Reshapes that are computed from elsewhere
         self.end, self.reason = -1, ""
         while self.end < 0 and not self.reason:
             self._step()
         if not self.reason and not self.sized <= self.reshapes:
             self.reason = f"the shape of {start.tensor!r}, with the size of heads in it, is used elsewhere"
-        if not self.reason and not self.computed <= self.sized:
-            self.reason = "the size of heads is computed in the graph from another shape"
+        for place, position, apart in self.computed:  # inference knows their values
+            pieces = pieces_of(network, shapes, network.nodes[place].input[1])
+            if (position, position + 1) not in [(begin, end) for _, begin, end in pieces]:
+                self.reason = self.reason or "the size of heads is computed in the graph from another shape"
+            self.edits.append(Edit(place, position, apart))
 
     def _step(self) -> None:
         name = self.layout.tensor
@@ -164,7 +167,8 @@ class Path:
         self.reshapes.add(place)
         number = self._number(node, moved.axis)
         if number is None:
-            self.computed.add(place)
+            if place not in self.sized:
+                self.computed.append((place, moved.axis, moved.head_axis >= 0))
         elif number == moved.size:
             self.edits.append(Edit(place, moved.axis, moved.head_axis >= 0))
         elif number != -1 and not (number == 0 and self.layout.axis == moved.axis):

@@ -7,7 +7,7 @@ approximate the same numbers. With r = d, or at least the rank of the product, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ from tensorrail_exporter.graphs.unpacked import unpacked
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
 
+_OF_SHAPES = ("Constant", "Concat", "Shape", "Gather", "Slice", "Unsqueeze", "Cast")
 _SIZES_AS_INPUT = 13  # the opset from which Split takes the sizes as an input
 
 
@@ -194,9 +195,7 @@ class _Surgery:
             piece for piece in pieces_of(self.network, self.shapes, node.input[1]) if piece[1] <= edit.position < piece[2]
         )
         values = constant_value(self.network, name)
-        if values is None:
-            raise AssertionError(f"{name!r} was a constant when the pair was found")
-        changed = np.array(values, np.int64)
+        changed = np.zeros(1, np.int64) if values is None else np.array(values, np.int64)
         changed.reshape(-1)[edit.position - begin] = number
         stored = f"{node.output[0]}/heads"
         self._store(stored, changed)
@@ -204,10 +203,13 @@ class _Surgery:
             node.input[1] = stored
             return
         place = self.network.makers[node.input[1]]
+        at = [one[1] for one in pieces_of(self.network, self.shapes, node.input[1])].index(begin)
+        if len(self.network.readers[node.input[1]]) == 1:
+            self.network.nodes[place].input[at] = stored
+            return
         joined = onnx.NodeProto()
         joined.CopyFrom(self.network.nodes[place])
         joined.name = joined.output[0] = f"{node.output[0]}/shape"
-        at = [begin for _, begin, _ in pieces_of(self.network, self.shapes, node.input[1])].index(begin)
         joined.input[at] = stored
         node.input[1] = joined.output[0]
         self.added.setdefault(place, []).append(joined)
@@ -233,7 +235,7 @@ class _Surgery:
             if value.name in self.sizes and len(dims):
                 axis, size = self.sizes[value.name]
                 dims[axis].dim_value = size
-        _drop_unused(graph)
+        _drop_unused(graph, self.network.readers)
 
     def _rewrite(self, product: Product, parts: Sequence[tuple[Columns, np.ndarray]]) -> None:
         """Write the weight and the bias of a product, and the sizes of the Split behind it."""
@@ -283,14 +285,18 @@ class _Surgery:
         node.input.append(name)
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove constants that nothing reads any more, and nodes that put shapes together."""
+def _drop_unused(graph: onnx.GraphProto, before: Collection[str]) -> None:
+    """Remove what nothing reads any more: tensors that something read before, and nodes that put shapes together."""
     outputs = {value.name for value in graph.output}
     while True:
         model = onnx.ModelProto()
         model.graph.CopyFrom(graph)
         read = {*Network(model).readers, *outputs}
-        unused = [n for n in graph.node if n.op_type in ("Constant", "Concat", "Shape") and not read.intersection(n.output)]
+        stored = [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in before]
+        if len(stored) < len(graph.initializer):
+            del graph.initializer[:]
+            graph.initializer.extend(stored)
+        unused = [n for n in graph.node if n.op_type in _OF_SHAPES and not read.intersection(n.output)]
         if not unused:
             return
         for node in unused:

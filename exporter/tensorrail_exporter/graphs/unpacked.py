@@ -86,8 +86,8 @@ class _Chain:
         outputs = {value.name for value in network.graph.output}
         while self.axes and self.name not in outputs:
             readers = network.readers.get(self.name, [])
-            if len(readers) != 1:
-                self._gather(readers)
+            if len(readers) != 1 or network.nodes[readers[0]].op_type == "Split":
+                self._take(readers)
                 return
             if not self._move(readers[0]):
                 return
@@ -113,20 +113,48 @@ class _Chain:
         self.name = str(node.output[0])
         return True
 
-    def _gather(self, readers: Sequence[int]) -> None:
+    def _take(self, readers: Sequence[int]) -> None:
         """Find the nodes that take one part each."""
+        parts = [part for place in readers for part in self._parts_of(place)]
         found: dict[int, int] = {}
-        for place in readers:
-            node = self.network.nodes[place]
-            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-            index = constant_value(self.network, node.input[1]) if node.op_type == "Gather" else None
-            if index is None or index.ndim or node.input[0] != self.name or self.axes[axis] != _PART:
+        for index, place, tensor in parts:
+            last = place if tensor is None else self._squeezed(tensor)
+            if last is None or not 0 <= index < self.parts:
                 return
-            found[int(index) % self.parts] = place
+            found[index] = last
+            self.places += {place, last}
         rest = [name for name in self.axes if name != _PART]
-        if len(found) == len(readers) == self.parts and _ONE not in rest:
+        if len(found) == len(parts) == self.parts and _ONE not in rest:
             self.axes, self.gathers = rest, found
-            self.places += found.values()
+
+    def _parts_of(self, place: int) -> list[tuple[int, int, str | None]]:
+        """Return the parts that a node takes: which, the node, and its output if that still has the axis of the parts."""
+        node = self.network.nodes[place]
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        values = [constant_value(self.network, name) for name in node.input[1:]]
+        numbers = [int(value.reshape(-1)[0]) if value is not None and value.size == 1 else None for value in values]
+        own, rank = self.axes.index(_PART), len(self.axes)
+        if node.input[0] == self.name and node.op_type == "Gather" and numbers[0] is not None and values[0] is not None:
+            taken = attributes.get("axis", 0) % rank == own and values[0].ndim == 0
+            return [(numbers[0] % self.parts, place, None)] if taken else []
+        if node.op_type == "Slice" and len(numbers) in (3, 4):
+            begin, end, axis = numbers[:3]
+            if begin is None or axis is None or end != begin + 1 or axis % rank != own or numbers[3:] not in ([], [1]):
+                return []
+            return [(begin, place, node.output[0])]
+        if node.op_type == "Split" and attributes.get("axis", 0) % rank == own and len(node.output) == self.parts:
+            return [(k, place, out) for k, out in enumerate(node.output)]
+        return []
+
+    def _squeezed(self, tensor: str) -> int | None:
+        """Return the node that removes the axis of the parts from one part."""
+        readers = self.network.readers.get(tensor, [])
+        node = self.network.nodes[readers[0]] if len(readers) == 1 else None
+        if node is None or node.op_type != "Squeeze" or len(node.input) < 2:
+            return None
+        axes = constant_value(self.network, node.input[1])
+        own = axes is not None and axes.size == 1 and int(axes.reshape(-1)[0]) % len(self.axes) == self.axes.index(_PART)
+        return readers[0] if own else None
 
 
 def _split(network: Network, chain: _Chain) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tensorrail_exporter.plans.plan import Plan
-    from tensorrail_exporter.rewrite.narrowed_heads import narrowed_heads
     from tensorrail_exporter.rewrite.rewriter import Rewrites
     from tensorrail_exporter.search.fastest_form import Form
 
@@ -51,6 +50,7 @@ def export(
     from tensorrail_exporter.graphs.joint import without_inner_shapes
     from tensorrail_exporter.plans.cores import load_cores
     from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.narrowed_heads import narrowed_heads
     from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
     from tensorrail_exporter.rewrite.survey import with_known_axes
     from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
