@@ -4,8 +4,8 @@
 
 Networks of the `transformers` package with random weights: times do not depend on their values. Every variant of a network is
 timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors in its file;
-query, key and value as one layer; and all products at half the multiply-accumulates, with separate factors and with one joint
-factor for query, key and value.
+attention heads of three quarters of their size; query, key and value as one layer; and all products at half the
+multiply-accumulates, with separate factors and with one joint factor for query, key and value.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import transformers
 from torch import nn
 
 import tensorrail as tr
+from tensorrail_exporter.graphs.head_pairs import find_pairs
+from tensorrail_exporter.graphs.heads import with_heads
 from tensorrail_exporter.graphs.joint import joint_groups, with_joint, without_inner_shapes
 from tensorrail_exporter.rewrite.rewriter import factorize
 from tensorrail_exporter.rewrite.survey import survey
@@ -89,6 +91,11 @@ def half(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     return factorize(model, plan, random_cores(model, plan)).model
 
 
+def three_quarters(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a network in which every attention head has three quarters of its values."""
+    return with_heads(model, {pair.names: 3 * pair.size // 4 for pair in find_pairs(model).found})
+
+
 def rows_of(name: str, batch: int, seconds: float, folder: Path) -> list[str]:
     """Return the rows of a network at a batch size."""
     make, inputs = NETWORKS[name]
@@ -98,6 +105,7 @@ def rows_of(name: str, batch: int, seconds: float, folder: Path) -> list[str]:
     variants = {
         "dense": dense,
         "dense, no inner shapes": without_inner_shapes(dense),
+        "heads of three quarters": three_quarters(dense),
         "dense, joint Q/K/V": joint,
         "dense, joint Q/K/V, no inner shapes": without_inner_shapes(joint),
         "half, separate factors": half(dense, batch),
@@ -149,7 +157,7 @@ def main() -> None:
         for batch in options.batch:
             with tempfile.TemporaryDirectory() as folder:
                 lines += rows_of(name, batch, options.seconds, Path(folder))
-            print("\n".join(lines[-8:]), flush=True)
+            print("\n".join(lines[-9:]), flush=True)
     if options.out:
         write_text(options.out, "\n".join(lines) + "\n")
 

@@ -19,9 +19,9 @@ PUBLIC = {
     "tensorrail": """
         ADMM FORMATS Calibration CacheError CheckpointError DataError Fit Form GraphError Guard HeadPlan InputRules Labelled
         LayerPlan Layers Limits MissingExtraError ModelError Options Plan PlanError Quantization Recipe RecipeError Repository
-        Search ServeOptions Serving Session TargetError TensorrailError Timing Tolerances TrainingError UsageError accuracy bench
-        check compress cores_of decompose_graph dense_layers export export_trained factorize inspect load_calibration load_cores
-        load_model package plan plan_layers plan_to_size quantize reconstruct regress run save_cores save_model serve to_dense
+        Search ServeOptions Serving Session TargetError TensorrailError Timing Tolerances TrainingError UsageError accuracy
+        bench check compress cores_of decompose_graph dense_layers export export_trained factorize inspect load_calibration
+        load_cores load_model package plan plan_layers plan_to_size quantize reconstruct regress run save_cores save_model serve to_dense
         to_onnx train
     """,
     "tensorrail_trainer": "ADMM FactoredLayer Recipe Residual cores_of plan_layers to_dense to_onnx",

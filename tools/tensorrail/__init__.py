@@ -83,7 +83,6 @@ __all__ = [
     "GraphError",
     "Guard",
     "HeadPlan",
-    "HeadPlan",
     "InputRules",
     "Labelled",
     "LayerPlan",

@@ -163,7 +163,8 @@ class _Search:
             return
         columns, path = next(iter(ends.values()))
         layout = path.layout
-        if 1 in ends and layout.axis == len(self.shapes.get(layout.tensor, ())) - 1 and layout.head_axis < layout.axis - 1:
+        ranks = [len(self.shapes.get(name, ())) for name in (layout.tensor, node.output[0])]
+        if 1 in ends and ranks == [layout.axis + 1] * 2 and layout.head_axis < layout.axis - 1:
             self._with_output(columns, path, Layout(node.output[0], *_where(layout)), layout.size)
         else:
             self.refused[columns.product.name] = "it is multiplied with something other than a layer with the same heads"

@@ -18,7 +18,7 @@ from tensorrail_exporter.graphs.head_factors import narrowed, root
 from tensorrail_exporter.graphs.head_pairs import Columns, Pair, PairNames, Product, find_pairs
 from tensorrail_exporter.graphs.head_paths import Edit, Path, constant_value, pieces_of
 from tensorrail_exporter.graphs.io import inferred_shapes
-from tensorrail_exporter.graphs.parts import Network
+from tensorrail_exporter.graphs.parts import Network, reads_of
 from tensorrail_exporter.graphs.unpacked import unpacked
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
@@ -289,9 +289,7 @@ def _drop_unused(graph: onnx.GraphProto, before: Collection[str]) -> None:
     """Remove what nothing reads any more: tensors that something read before, and nodes that put shapes together."""
     outputs = {value.name for value in graph.output}
     while True:
-        model = onnx.ModelProto()
-        model.graph.CopyFrom(graph)
-        read = {*Network(model).readers, *outputs}
+        read = outputs.union(*(reads_of(node) for node in graph.node))
         stored = [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in before]
         if len(stored) < len(graph.initializer):
             del graph.initializer[:]

@@ -186,7 +186,7 @@ def plan_networks(
     rows = [PlannedLayer.dense(layer, 0.0, _why_not_timed(layer)) for layer in layers if layer not in options]
     rows += [PlannedLayer.left_out(row) for row in refused]
     exact = {"joint": verification.joint, "inner_shapes": verification.inner_shapes, "heads": start.heads}
-    update = {"heads": start.rows}
+    update = {"heads": start.rows, "heads_left": start.left}
     return [
         one.model_copy(update={**update, "rows": (*one.rows, *rows), "plan": one.plan.model_copy(update=exact)}) for one in best
     ]

@@ -173,6 +173,7 @@ class PlanReport(PrintedRecord):
     machine: Machine
     plan: Plan
     heads: tuple[NarrowedHeads, ...] = ()  # attention heads of a smaller size
+    heads_left: tuple[str, ...] = ()  # layers whose heads keep their size, with the reason
 
     @property
     def predicted(self) -> float:
@@ -234,6 +235,7 @@ class PlanReport(PrintedRecord):
             lines.append(f"{count} group{'s' * (count > 1)} of layers that read the same input run as one layer each")
         if not self.plan.inner_shapes:
             lines.append("the file does not state the shapes of inner tensors: it is faster so")
+        lines += [f"heads keep their size: {reason}" for reason in self.heads_left]
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()

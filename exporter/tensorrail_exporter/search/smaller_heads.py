@@ -8,7 +8,7 @@ import onnx
 
 from tensorrail_exporter.calibrate.head_inputs import with_heads_for
 from tensorrail_exporter.calibrate.split import Split
-from tensorrail_exporter.graphs.head_pairs import find_pairs
+from tensorrail_exporter.graphs.head_pairs import Pairs, find_pairs
 from tensorrail_exporter.plans.plan import HeadPlan
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, narrowed_heads
 from tensorrail_exporter.search.targets import Search
@@ -27,6 +27,8 @@ class SmallerHeads:
     """The pairs with their sizes."""
     rows: tuple[NarrowedHeads, ...] = ()
     """The same for people."""
+    left: tuple[str, ...] = ()
+    """Layers whose heads cannot become smaller, with the reason."""
 
 
 def smaller_heads(
@@ -48,16 +50,17 @@ def smaller_heads(
     """
     if search.heads is None:
         return SmallerHeads(model)
-    plans = _plans(model, search)
+    pairs = find_pairs(model)
+    plans = _plans(pairs, search)
     progress("narrowing attention heads", 0.0)
     sizes = {plan.weights: plan.size for plan in plans}
     narrowed = with_heads_for(model, sizes, None if parts is None else parts.fitted, settings)
     progress("narrowing attention heads", 1.0, f"{len(plans)} pairs of layers")
-    return SmallerHeads(narrowed, plans, narrowed_heads(model, plans))
+    left = tuple(f"{name}: {reason}" for name, reason in pairs.refused.items())
+    return SmallerHeads(narrowed, plans, narrowed_heads(model, plans), left)
 
 
-def _plans(model: onnx.ModelProto, search: Search) -> tuple[HeadPlan, ...]:
-    pairs = find_pairs(model)
+def _plans(pairs: Pairs, search: Search) -> tuple[HeadPlan, ...]:
     scores, outputs = search.heads if isinstance(search.heads, tuple) else (search.heads, search.heads)
     plans = []
     for pair in pairs.found:
