@@ -21,8 +21,8 @@ PUBLIC = {
         LayerPlan Layers Limits MissingExtraError ModelError Options Plan PlanError Quantization Recipe RecipeError Repository
         Search ServeOptions Serving Session TargetError TensorrailError Timing Tolerances TrainingError UsageError accuracy
         bench check compress cores_of decompose_graph dense_layers export export_trained factorize inspect load_calibration
-        load_cores load_model package plan plan_layers plan_to_size quantize reconstruct regress run save_cores save_model serve to_dense
-        to_onnx train
+        load_cores load_model package plan plan_layers plan_to_size quantize reconstruct regress run save_cores save_model serve
+        to_dense to_onnx train
     """,
     "tensorrail_trainer": "ADMM FactoredLayer Recipe Residual cores_of plan_layers to_dense to_onnx",
     "tensorrail_exporter": """
