@@ -60,6 +60,8 @@ class Columns:
     """The Split that separates them from others; -1: they are all outputs of the product."""
     place: int
     """Which output of the Split they are."""
+    lead: Path
+    """The way of the outputs to the Split."""
 
 
 @dataclass(frozen=True)
@@ -279,13 +281,17 @@ def _product(
 
 def _columns(network: Network, shapes: Shapes, product: Product) -> list[tuple[Columns, str]]:
     """Return the parts of the outputs of a product that a Split gives, or all of them, each with its tensor."""
-    readers = network.readers.get(product.out, [])
+    rank = len(shapes.get(product.out, ()))
+    lead = Path(network, shapes, Layout(product.out, rank - 1 if rank else -1, product.outputs))
+    whole = [(Columns(product, 0, product.outputs, -1, 0, lead), product.out)]
+    tensor = lead.layout.tensor
+    readers = network.readers.get(tensor, [])
     node = network.nodes[readers[0]] if len(readers) == 1 else None
-    whole = [(Columns(product, 0, product.outputs, -1, 0), product.out)]
-    if node is None or node.op_type != "Split" or product.out in {value.name for value in network.graph.output}:
+    visible = tensor in {value.name for value in network.graph.output}
+    if node is None or node.op_type != "Split" or lead.layout.head_axis >= 0 or lead.sized or not lead.known or visible:
         return whole
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if attributes.get("axis", 0) not in (-1, len(shapes.get(product.out, ())) - 1):
+    if attributes.get("axis", 0) not in (-1, len(shapes.get(tensor, ())) - 1):
         return []
     if len(node.input) > 1 and node.input[1]:
         values = constant_value(network, node.input[1])
@@ -297,6 +303,6 @@ def _columns(network: Network, shapes: Shapes, product: Product) -> list[tuple[C
         return []
     begins = [sum(sizes[:k]) for k in range(len(sizes))]
     return [
-        (Columns(product, begin, begin + size, readers[0], k), str(node.output[k]))
+        (Columns(product, begin, begin + size, readers[0], k, lead), str(node.output[k]))
         for k, (begin, size) in enumerate(zip(begins, sizes, strict=True))
     ]

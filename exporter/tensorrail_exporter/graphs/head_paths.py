@@ -62,6 +62,7 @@ class Path:
             size of the dense network; with that size.
         end: the node that uses the heads; -1 if there is none.
         reason: why there is none.
+        known: whether all numbers that change with the size are known.
 
     """
 
@@ -74,7 +75,7 @@ class Path:
         self.reshapes: set[int] = set()
         self.sized: set[int] = set()  # Reshapes whose numbers are computed from the shape of a tensor on the way
         self.computed: list[tuple[int, int, bool]] = []  # numbers of Reshapes that are computed from elsewhere
-        self.end, self.reason = -1, ""
+        self.end, self.reason, self.known = -1, "", True
         while self.end < 0 and not self.reason:
             self._step()
         if not self.reason and not self.sized <= self.reshapes:
@@ -83,6 +84,8 @@ class Path:
             pieces = pieces_of(network, shapes, network.nodes[place].input[1])
             if (position, position + 1) not in [(begin, end) for _, begin, end in pieces]:
                 self.reason = self.reason or "the size of heads is computed in the graph from another shape"
+                self.known = False
+                continue
             self.edits.append(Edit(place, position, apart))
 
     def _step(self) -> None:

@@ -259,6 +259,7 @@ class _Surgery:
         if product.bias:
             self._give_bias(product, rows[-1].astype(dtype))
         if parts[0][0].split >= 0:
+            self.resize(parts[0][0].lead, 0, rows.shape[1])
             self._split(parts[0][0].split, parts)
 
     def _give_bias(self, product: Product, bias: np.ndarray) -> None:

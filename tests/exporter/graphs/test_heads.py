@@ -70,6 +70,22 @@ class Packed(nn.Module):
         return self.o(mixed.transpose(1, 2).reshape(x.shape))
 
 
+class Flat(nn.Module):
+    """Attention as in GPT-2: products of matrices, with tokens and samples on one axis, and a Split behind the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        """Return the attended tokens."""
+        flat = torch.addmm(self.qkv.bias, x.reshape(-1, WIDTH), self.qkv.weight.T)
+        q, k, v = (Attention.apart(part) for part in flat.view(*x.shape[:2], 3 * WIDTH).split(WIDTH, 2))
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / SIZE**0.5, -1) @ v
+        mixed = mixed.transpose(1, 2).reshape(-1, WIDTH)
+        return torch.addmm(self.o.bias, mixed, self.o.weight.T).view(x.shape)
+
+
 def legacy(module, x):
     """Return the graph of the exporter that traces, with any batch size and length."""
     file = io.BytesIO()
@@ -85,10 +101,11 @@ NETWORKS = {
     "mask": lambda: Attention("mask"),
     "fused": lambda: Attention("fused"),
     "packed": Packed,
+    "flat": Flat,
     "encoder layer": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True),
     "vit": lambda: vit_tiny(size=32, depth=2, dim=48, classes=5),
 }
-CASES = [(name, "dynamo") for name in NETWORKS] + [(name, "legacy") for name in ("plain", "no bias", "fused", "packed")]
+CASES = [(name, "dynamo") for name in NETWORKS] + [(name, "legacy") for name in ("plain", "no bias", "fused", "packed", "flat")]
 
 
 def inputs_of(name):
