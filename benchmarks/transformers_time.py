@@ -4,8 +4,8 @@
 
 Networks of the `transformers` package, and a U-Net, with random weights: times do not depend on their values. Every variant of
 a network is timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors
-in its file; query, key and value as one layer; all products and convolutions at half the multiply-accumulates, with separate
-factors and with one joint factor for query, key and value; and in int8.
+in its file; attention heads of three quarters of their size; query, key and value as one layer; all products and convolutions
+at half the multiply-accumulates, with separate factors and with one joint factor for query, key and value; and in int8.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import transformers
 from torch import nn
 
 import tensorrail as tr
+from tensorrail_exporter.graphs.head_pairs import find_pairs
+from tensorrail_exporter.graphs.heads import with_heads
 from tensorrail_exporter.graphs.joint import joint_groups, with_joint, without_inner_shapes
 from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.rewriter import factorize
@@ -147,6 +149,11 @@ def in_int8(model: onnx.ModelProto, x: torch.Tensor) -> onnx.ModelProto:
     return to_int8(model, [{"x": x.numpy()}], gauge=False, rounding="nearest")
 
 
+def three_quarters(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a network in which every attention head has three quarters of its values."""
+    return with_heads(model, {pair.names: 3 * pair.size // 4 for pair in find_pairs(model).found})
+
+
 def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str, onnx.ModelProto]:
     """Return what is timed, the dense network first."""
     plain = without_inner_shapes
@@ -155,6 +162,8 @@ def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str
         "half, separate factors": half(dense, batch),
         "half, separate factors, no inner shapes": plain(half(dense, batch)),
     }
+    if find_pairs(dense).found:
+        variants["heads of three quarters, no inner shapes"] = plain(three_quarters(dense))
     if groups := joint_groups(dense):
         joint = with_joint(dense, groups)
         variants["dense, joint Q/K/V, no inner shapes"] = plain(joint)

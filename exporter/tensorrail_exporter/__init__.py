@@ -5,7 +5,7 @@ from tensorrail_exporter.formats.contraction import Conv, LayerSpec, MatMul, Res
 from tensorrail_exporter.plans.cores import load_cores, save_cores
 from tensorrail_exporter.plans.costs import ContractionCost, contraction_cost
 from tensorrail_exporter.plans.padding import pad_ranks
-from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.plans.plan import HeadPlan, LayerPlan, Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, LayerRewrite, decompose_graph, factorize, reconstruct
 from tensorrail_runtime.errors import GraphError, PlanError
 
@@ -16,6 +16,7 @@ __all__ = [
     "Factored",
     "Format",
     "GraphError",
+    "HeadPlan",
     "LayerPlan",
     "LayerRewrite",
     "LayerSpec",

@@ -7,6 +7,7 @@ from typing import Literal
 from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.plans.plan import Precision
 from tensorrail_exporter.precision.reduce import PrecisionReport
+from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_table
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
@@ -81,9 +82,10 @@ class CompressReport(PrintedRecord):
     written: int = 0  # its place in `front`
     front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns
     numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
-    exact: str = ""  # the changes that lose nothing, such as `joint layers`; empty: none
+    exact: str = ""  # changes besides low rank, such as `joint layers` or `smaller heads`; empty: none
     accuracy: Comparison | None
     layers: tuple[LayerRewrite, ...]
+    heads: tuple[NarrowedHeads, ...] = ()  # attention heads of a smaller size
     planned: tuple[PlannedLayer, ...]
     fits: tuple[LayerFit, ...]
     latency: LatencyReport
@@ -116,6 +118,8 @@ class CompressReport(PrintedRecord):
         parts: list[Part] = list(self.planning.shown()) if self.planning else []
         written = "factored" if self.layers else self.exact or f"in {self.precision}"
         parts.append(Table(self.model, ("quantity", "dense", written, f"dense against {written}"), rows))
+        if self.heads and self.planning is None:  # otherwise the plan shows them
+            parts.append(heads_table(self.heads))
         if len(self.front) > 1:
             parts.append(self._front())
         if self.layers or self.exact:

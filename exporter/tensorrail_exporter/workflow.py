@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from tensorrail_exporter.calibrate.head_inputs import with_heads_for
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.calibrate.split import Split, split
@@ -27,6 +28,7 @@ from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.precision.int8 import Quantizer
 from tensorrail_exporter.precision.islands import fastest_islands
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
+from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, narrowed_heads
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
 from tensorrail_exporter.search.guard import Guard
@@ -173,6 +175,7 @@ def _report(
         exact=written.exact,
         accuracy=accuracy,
         layers=written.layers,
+        heads=written.heads,
         planned=planning.rows if planning else (),
         fits=written.fits,
         latency=times.model_copy(
@@ -195,7 +198,8 @@ class _Built:
     fits: tuple[LayerFit, ...] = ()
     numerical: float = 0.0
     spared: tuple[str, ...] = ()  # nodes that stay in fp32 in the model in int8
-    exact: str = ""  # the changes that lose nothing
+    exact: str = ""  # changes besides low rank
+    heads: tuple[NarrowedHeads, ...] = ()  # attention heads of a smaller size
     asked: str = ""  # the targets of the plan, where plans have different ones
 
     @property
@@ -240,7 +244,7 @@ class _Builder:
         if dense_too and self.parts is None:
             raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
         # Raises for a layer that is not there, before the work begins.
-        resolved = [resolve(self.model, _plan(planned)) for planned in factored]
+        resolved = [resolve(self._with_heads(_plan(planned)), _plan(planned).without_heads) for planned in factored]
         different = {_words(planned.targets) for planned in factored if isinstance(planned, PlanReport)}
         jobs: list[tuple[str, Callable[[], Sequence[_Built]]]] = []
         if dense_too:
@@ -260,6 +264,11 @@ class _Builder:
                 planning = one.planning if len(different) > 1 else None
                 yield one if planning is None else replace(one, asked=f", for {_words(planning.targets)}")
 
+    def _with_heads(self, plan: Plan) -> onnx.ModelProto:
+        """Return the dense network with the sizes of heads of a plan."""
+        inputs = None if self.parts is None else self.parts.fitted
+        return with_heads_for(self.model, plan.head_sizes, inputs, self.conditions.settings.exact)
+
     def _dense_in_int8(self, in_fp32: Sequence[str]) -> list[_Built]:
         """Return the dense network in int8 and, if that is faster, the same with layers in fp32."""
         return [
@@ -277,7 +286,8 @@ class _Builder:
         error = 0.0
         if plan.joint:
             joined = _saved(resolved.model, self.dense.with_name("joined.onnx"))
-            error = rounding_error(self.dense, joined, feeds[:1], settings)
+            apart = _saved(self._with_heads(plan), self.dense.with_name("apart.onnx")) if plan.heads else self.dense
+            error = rounding_error(apart, joined, feeds[:1], settings)
         if resolved.layers:
             network = fitted(resolved, self.parts, self.how)
             save_model(network.factored.model, path)
@@ -290,9 +300,14 @@ class _Builder:
         if plan.precision == "int8":
             small = self._in_int8(model, plan.fp32)[-1]
             path, spared = _saved(_shaped(small.model, plan), self.dense.with_name(f"int8-{number}.onnx")), small.spared
-        changes = {"joint layers": bool(plan.joint), "no inner shapes": not plan.inner_shapes}
+        changes = {
+            "smaller heads": bool(plan.heads),
+            "joint layers": bool(plan.joint),
+            "no inner shapes": not plan.inner_shapes,
+        }
         exact = ", ".join(change for change, made in changes.items() if made)
-        return [_Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact)]
+        heads = narrowed_heads(self.model, plan.heads)
+        return [_Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact, heads)]
 
     def _in_int8(self, model: onnx.ModelProto, in_fp32: Sequence[str] = ()) -> list[Spared]:
         """Return a model in int8 and, if that is faster, the same with more layers in fp32.

@@ -17,17 +17,17 @@ import tensorrail
 PACKAGES = ("tensorrail", "tensorrail_trainer", "tensorrail_exporter", "tensorrail_runtime")
 PUBLIC = {
     "tensorrail": """
-        ADMM FORMATS Calibration CacheError CheckpointError DataError Fit Form GraphError Guard InputRules Labelled LayerPlan
-        Layers Limits MissingExtraError ModelError Options Plan PlanError Quantization Recipe RecipeError Repository Search
-        ServeOptions Serving Session TargetError TensorrailError Timing Tolerances TrainingError UsageError accuracy bench
-        check compress cores_of decompose_graph dense_layers export export_trained factorize inspect load_calibration load_cores
-        load_model package plan plan_layers plan_to_size quantize reconstruct regress run save_cores save_model serve to_dense
-        to_onnx train
+        ADMM FORMATS Calibration CacheError CheckpointError DataError Fit Form GraphError Guard HeadPlan InputRules Labelled
+        LayerPlan Layers Limits MissingExtraError ModelError Options Plan PlanError Quantization Recipe RecipeError Repository
+        Search ServeOptions Serving Session TargetError TensorrailError Timing Tolerances TrainingError UsageError accuracy
+        bench check compress cores_of decompose_graph dense_layers export export_trained factorize inspect load_calibration
+        load_cores load_model package plan plan_layers plan_to_size quantize reconstruct regress run save_cores save_model serve
+        to_dense to_onnx train
     """,
     "tensorrail_trainer": "ADMM FactoredLayer Recipe Residual cores_of plan_layers to_dense to_onnx",
     "tensorrail_exporter": """
-        FORMATS ContractionCost Conv Factored Format GraphError LayerPlan LayerRewrite LayerSpec MatMul Plan PlanError Reshape
-        Step contraction_cost decompose_graph factorize load_cores pad_ranks project reconstruct save_cores
+        FORMATS ContractionCost Conv Factored Format GraphError HeadPlan LayerPlan LayerRewrite LayerSpec MatMul Plan PlanError
+        Reshape Step contraction_cost decompose_graph factorize load_cores pad_ranks project reconstruct save_cores
     """,
     "tensorrail_runtime": """
         Accuracy Comparison Evaluation Footprint GraphCost LatencyReport ModelError Parity Placement Session Tolerances accuracy

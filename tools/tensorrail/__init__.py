@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tensorrail_exporter.formats import FORMATS
     from tensorrail_exporter.graphs.io import load_model, save_model
     from tensorrail_exporter.plans.cores import load_cores, save_cores
-    from tensorrail_exporter.plans.plan import LayerPlan, Plan
+    from tensorrail_exporter.plans.plan import HeadPlan, LayerPlan, Plan
     from tensorrail_exporter.precision.reduce import Quantization
     from tensorrail_exporter.rewrite.rewriter import decompose_graph, factorize, reconstruct
     from tensorrail_exporter.search.fastest_form import Form
@@ -82,6 +82,7 @@ __all__ = [
     "Form",
     "GraphError",
     "Guard",
+    "HeadPlan",
     "InputRules",
     "Labelled",
     "LayerPlan",
@@ -175,6 +176,7 @@ _MODULES = {
         "save_cores",
     ),
     "tensorrail_exporter.plans.plan": (
+        "HeadPlan",
         "LayerPlan",
         "Plan",
     ),

@@ -77,6 +77,22 @@ class LayerPlan(BaseModel):
         return format_of(self.format, spec.groups).contraction(cores, spec, self.modes, self.merge_for(spec))
 
 
+class HeadPlan(BaseModel):
+    """How many values the heads of an attention have between two of its layers.
+
+    Attributes:
+        weights: the names of query and key, or of value and output: those of their weights, without `.weight`. Where one
+            product gives queries, keys and values, its name stands for each of them.
+        size: the number of values of each head.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    weights: Annotated[tuple[str, str], Field(strict=False)]
+    size: int = Field(ge=1)
+
+
 class Plan(BaseModel):
     """The layers to factorize; every other layer stays dense.
 
@@ -87,6 +103,8 @@ class Plan(BaseModel):
             versions. What is not factorized is int8 as well.
         joint: layers of an ONNX graph that read the same input and become one layer, which has the name `joint_name` and may
             be planned in turn; by the names of their weights. None in files of older versions.
+        heads: pairs of layers of an ONNX graph between which the heads of an attention get fewer values, before layers are
+            joined or factorized. None in files of older versions.
         inner_shapes: whether the file of an ONNX graph states the shapes of inner tensors; `False` where the graph was measured
             to be faster without them.
         fp32: layers, weights or nodes of the network with its cores that stay in fp32 where `precision` is `int8`: those that
@@ -100,13 +118,29 @@ class Plan(BaseModel):
     layers: tuple[LayerPlan, ...] = Field(strict=False)
     precision: Precision = "fp32"
     joint: tuple[Annotated[tuple[str, ...], Field(min_length=2, strict=False)], ...] = Field(default=(), strict=False)
+    heads: tuple[HeadPlan, ...] = Field(default=(), strict=False)
     inner_shapes: bool = True
     fp32: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
 
     @property
     def changes(self) -> bool:
         """Whether the plan changes a graph in fp32."""
-        return bool(self.layers or self.joint or not self.inner_shapes)
+        return bool(self.layers or self.joint or self.heads or not self.inner_shapes)
+
+    @property
+    def head_sizes(self) -> dict[tuple[str, str], int]:
+        """The number of values of each head, by the names of the pair."""
+        return {pair.weights: pair.size for pair in self.heads}
+
+    @property
+    def without_heads(self) -> Plan:
+        """The plan for a graph in which heads have their sizes already."""
+        return self.model_copy(update={"heads": ()})
+
+    @property
+    def of_layers(self) -> Plan:
+        """The plan for a graph in which heads have their sizes and layers are joined already."""
+        return self.model_copy(update={"joint": (), "heads": ()})
 
     @model_validator(mode="after")
     def _names_once(self) -> Plan:
@@ -114,6 +148,12 @@ class Plan(BaseModel):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"each layer may be planned once, but {repeated[0]!r} appears {names.count(repeated[0])} times")
+        pairs = [pair.weights for pair in self.heads]
+        again = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+        if again:
+            raise ValueError(
+                f"each pair may have one head size, but {' and '.join(again[0])} appear {pairs.count(again[0])} times"
+            )
         parts = [part for group in self.joint for part in group]
         twice = sorted({part for part in parts if parts.count(part) > 1})
         if twice:
@@ -146,6 +186,6 @@ class Plan(BaseModel):
     def save(self, path: Path | str) -> None:
         """Write the plan to a JSON file."""
         # What older versions do not know is written only where it says something.
-        newer = ("precision", "joint", "inner_shapes", "fp32")
+        newer = ("precision", "joint", "heads", "inner_shapes", "fp32")
         unsaid = {name for name in newer if getattr(self, name) == type(self).model_fields[name].default}
         write_text(path, self.model_dump_json(indent=1, exclude=unsaid) + "\n")

@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
+from tensorrail_exporter.graphs.heads import with_heads
 from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.graphs.joint import with_joint
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
@@ -80,7 +81,7 @@ class ResolvedPlan:
     """A plan whose layers were found in a model. The graph is never changed; `copy` returns one that may be changed.
 
     Attributes:
-        model: the model, in which the layers that the plan joins are one.
+        model: the model, in which heads have the sizes of the plan, and the layers that it joins are one.
         graph: its graph, in which computed weights are not folded.
         plan: the plan.
         layers: the planned layers by name, in the plan's order.
@@ -120,12 +121,22 @@ class ResolvedPlan:
         return replace(self, graph=graph, layers=layers)
 
 
+def prepared(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """Return the graph that layers are factorized in: with the plan's sizes of heads, and with its joint layers.
+
+    Raises:
+        GraphError: a pair or a layer is not in the graph, or does not fit the plan.
+
+    """
+    return with_joint(with_heads(model, plan.head_sizes), plan.joint)
+
+
 def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
     """Find every layer of a plan in a model.
 
     Args:
         model: the dense model; it is not changed.
-        plan: names, formats, modes and ranks of the layers. Layers that it joins are joined first.
+        plan: names, formats, modes and ranks of the layers. Heads get their sizes and layers are joined first.
 
     Returns:
         The nodes of each layer, what they compute, and the weights.
@@ -135,7 +146,7 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
         PlanError: modes, ranks or merge do not fit the weight's shape.
 
     """
-    model = with_joint(model, plan.joint)
+    model = prepared(model, plan)
     graph = import_graph(model)
     named = NamedLayers(graph)
     places = {id(node): place for place, (_, node) in enumerate(walk(graph))}

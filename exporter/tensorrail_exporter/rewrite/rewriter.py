@@ -19,6 +19,7 @@ from tensorrail_exporter.plans.costs import contraction_cost
 from tensorrail_exporter.plans.padding import pad_ranks
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.channels import channels_of
+from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_table
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan
@@ -62,6 +63,7 @@ class Rewrites(PrintedRecord):
 
     layers: tuple[LayerRewrite, ...]
     dense: tuple[LayerPlan, ...] = ()
+    heads: tuple[NarrowedHeads, ...] = ()  # attention heads of a smaller size
     fusions: Fusions | None = None  # the operators that ONNX Runtime fuses in the dense and in the factored model
     model: str = ""  # the file that was written
 
@@ -73,8 +75,9 @@ class Rewrites(PrintedRecord):
         ]
         rows += [(layer.name, "", layer.format, "dense weight, faster here", "", "", "") for layer in self.dense]
         head = ("layer", "op", "format", "runs as", "dense parameters", "stored parameters", "weight error")
+        heads = (heads_table(self.heads),) if self.heads else ()
         line = "" if self.fusions is None else self.fusions.described()
-        return (Table(self.model, head, rows), line) if line else (Table(self.model, head, rows),)
+        return (Table(self.model, head, rows), *heads, *((line,) if line else ()))
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def fastest_exact(verification: Verification, search: Search, folder: Path, prog
         try:
             if number:
                 save_model(variant.of(verification.model), plain)
-                rounding_error(verification.dense, plain, verification.feeds, settings.exact)
+                rounding_error(verification.unchanged, plain, verification.feeds, settings.exact)
             verification.write(with_joint(verification.model, variant.joint), path, inner_shapes=variant.inner_shapes)
             if number:
                 open_session(path, settings=settings)

@@ -8,9 +8,9 @@ from typing import Literal
 
 import onnx
 
-from tensorrail_exporter.graphs.joint import with_joint
 from tensorrail_exporter.plans.cores import Cores
 from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.rewrite.resolve import prepared
 from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search.latency_table import LatencyTable
@@ -80,9 +80,8 @@ def factorize_fastest(
 
     """
     form = form or Form()
-    model = with_joint(model, plan.joint)
+    model, plan = prepared(model, plan), plan.of_layers
     scan = form.scan and not (settings is not None and settings.on_gpu)
-    plan = plan.model_copy(update={"joint": ()})  # done
     widths = {layer.name: 1 if form.block == "auto" else form.block for layer in plan.layers}
     if form.block == "auto" or form.dense_if_slower:
         widths |= fastest_blocks(model, plan, form, settings=settings, progress=progress)

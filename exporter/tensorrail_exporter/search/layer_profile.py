@@ -28,8 +28,8 @@ def layer_times(
     Args:
         dense: the dense model.
         factored: the factorized model.
-        plan: the plan that the factorized model was made by; where it is at hand, as resolved in the dense model. Layers that
-            it joins are one in the dense model already.
+        plan: the plan that the factorized model was made by; where it is at hand, as resolved in the dense model. Heads
+            have its sizes, and layers that it joins are one, in the dense model already.
         conditions: how the models run, their batch size and shapes; default `Conditions()`.
 
     Returns:
@@ -44,7 +44,7 @@ def layer_times(
     if isinstance(plan, ResolvedPlan):
         resolved = plan
     else:
-        resolved = resolve(onnx.load(dense, load_external_data=False), plan.model_copy(update={"joint": ()}))
+        resolved = resolve(onnx.load(dense, load_external_data=False), plan.of_layers)
     layers, ends, together = list(resolved.layers), _outputs(resolved), _together(resolved)
     profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):

@@ -88,6 +88,7 @@ class Probe:
         metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
         parts: inputs to fit cores to and to compare fitted networks on; default: none, so no network is fitted.
         precision: the precision of networks with fitted cores; default fp32.
+        reference: the network that outputs must agree with; default: the one that layers are replaced in.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
@@ -106,8 +107,10 @@ class Probe:
         metric: str | None = None,
         parts: Split | None = None,
         precision: Precision = "fp32",
+        reference: onnx.ModelProto | None = None,
     ) -> None:
-        self.parts, self.precision = parts, precision
+        self.parts, self.precision, self.reference = parts, precision, reference
+        self._of_reference: Outputs | None = None  # on all inputs
         self.gain: object = None  # what a fit gains, for whoever asks for several
         self.resolved, self.approximations, self.settings = resolved, approximations, settings
         self.inputs, self.metric = inputs, metric
@@ -182,13 +185,17 @@ class Probe:
         if self.precision == "int8":
             model = to_int8(model, self.parts.fitted.feeds)
         if self._dense is None:
-            self._dense = outputs_of(self.resolved.model, names, others, self.settings)
+            self._dense = outputs_of(self.reference or self.resolved.model, names, others, self.settings)
         outputs = outputs_of(model, names, others, self.settings)
         return agreement_between(self._dense, outputs, others)
 
     def agreement(self, outputs: Outputs) -> Agreement:
         """Return how far outputs for all inputs agree with the dense network's."""
-        return agreement_between(self.divergence.dense, outputs, self.inputs)
+        if self.reference is None:
+            return agreement_between(self.divergence.dense, outputs, self.inputs)
+        if self._of_reference is None:
+            self._of_reference = outputs_of(self.reference, self.network.outputs, self.inputs, self.settings)
+        return agreement_between(self._of_reference, outputs, self.inputs)
 
     def outputs(self, choice: Mapping[str, Option], batches: int | None = None) -> Outputs:
         """Return the outputs of the network with an option for each of some layers; `batches` as for `loss`."""

@@ -43,6 +43,7 @@ from tensorrail_exporter.search.losses import (
 from tensorrail_exporter.search.options import Option, families, options_of, thinned
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.selection import Candidates, require_reachable
+from tensorrail_exporter.search.smaller_heads import SmallerHeads, smaller_heads
 from tensorrail_exporter.search.targets import Search, nearness
 from tensorrail_exporter.search.verification import Verification
 from tensorrail_exporter.search.verified_choice import choose_verified, with_inputs_set_aside
@@ -131,7 +132,7 @@ def plan_networks(
         ModelError: the model does not run in these conditions, or the metric fails.
 
     """
-    search, conditions = search or Search(), conditions or Conditions()
+    dense, search, conditions = model, search or Search(), conditions or Conditions()
     settings, progress = conditions.settings, conditions.progress
     for one in targets:
         search.check(one)
@@ -146,8 +147,9 @@ def plan_networks(
     search = replace(search, keep=(*search.keep, *parts_kept))
     layers, refused, options, resolved = _to_plan(model, search, asked, conditions, groups)
     parts = calibration_parts(calibration, model, search, settings)
+    start = smaller_heads(model, search, parts, settings.exact, progress)
     with scratch() as folder:
-        verification = _verification(model, targets, search, parts, conditions, Path(folder))
+        verification = _verification(model, start, targets, search, parts, conditions, Path(folder))
         if verification.model is not model:  # layers are replaced in this one
             model = verification.model
             layers, refused, options, resolved = _to_plan(model, search, asked, conditions, groups)
@@ -160,8 +162,10 @@ def plan_networks(
         else:
             each = seconds_of_a_sample(model, ranking.chosen, settings.exact)
             few = ranking.chosen.first(samples_for(each * sum(map(bool, timed.faster.values()))))
-            kept = _inside(folder, "kept")
-            probe = Probe(resolved, approximations, few, settings.exact, kept, search.metric, parts, search.precision)
+            kept, reference = _inside(folder, "kept"), dense if start.heads else None
+            probe = Probe(
+                resolved, approximations, few, settings.exact, kept, search.metric, parts, search.precision, reference
+            )
             losses = measured_losses(timed.faster, probe, progress)
         candidates = replace(timed, losses=losses)
         best: list[PlanReport] = []
@@ -181,8 +185,11 @@ def plan_networks(
             ]
     rows = [PlannedLayer.dense(layer, 0.0, _why_not_timed(layer)) for layer in layers if layer not in options]
     rows += [PlannedLayer.left_out(row) for row in refused]
-    exact = {"joint": verification.joint, "inner_shapes": verification.inner_shapes}
-    return [one.model_copy(update={"rows": (*one.rows, *rows), "plan": one.plan.model_copy(update=exact)}) for one in best]
+    exact = {"joint": verification.joint, "inner_shapes": verification.inner_shapes, "heads": start.heads}
+    update = {"heads": start.rows, "heads_left": start.left}
+    return [
+        one.model_copy(update={**update, "rows": (*one.rows, *rows), "plan": one.plan.model_copy(update=exact)}) for one in best
+    ]
 
 
 def _to_plan(
@@ -220,6 +227,7 @@ def _inside(folder: str, name: str) -> Path:
 
 def _verification(
     model: onnx.ModelProto,
+    start: SmallerHeads,
     targets: Sequence[Mapping[str, float]],
     search: Search,
     parts: Split | None,
@@ -227,6 +235,8 @@ def _verification(
     folder: Path,
 ) -> Verification:
     """Return what times whole networks in `folder`, with the network in which layers are replaced: joint where that is faster.
+
+    `start` is that network as it is without changes that lose nothing.
 
     Raises:
         ModelError: the model does not run.
@@ -239,7 +249,14 @@ def _verification(
     processes = min(max(int(seconds), 1), _PROCESSES)
     timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
     ranges = [] if parts is None else parts.fitted.feeds[:1]
-    verification = Verification(model, dense, timing, settings, search.precision, ranges)
+    reference = None
+    if start.heads:
+        reference = folder / "heads.onnx"
+        save_model(start.model, reference)
+    model = start.model
+    verification = Verification(
+        model, dense, timing, settings, search.precision, ranges, heads=start.heads, reference=reference
+    )
     exact = fastest_exact(verification, search, folder, conditions.progress)
     # The shapes stay in the graph while it is planned for; they are left out where it is written.
     return replace(verification, model=with_joint(model, exact.joint), joint=exact.joint, inner_shapes=exact.inner_shapes)

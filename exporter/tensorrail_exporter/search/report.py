@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tensorrail_exporter.plans.plan import Plan, Precision
+from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_table
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut
 from tensorrail_exporter.search.targets import TARGETS, is_met
 from tensorrail_runtime.measure.agreement import Agreement
@@ -171,6 +172,8 @@ class PlanReport(PrintedRecord):
     warnings: tuple[str, ...] = ()  # what makes the times less reliable than they seem
     machine: Machine
     plan: Plan
+    heads: tuple[NarrowedHeads, ...] = ()  # attention heads of a smaller size
+    heads_left: tuple[str, ...] = ()  # layers whose heads keep their size, with the reason
 
     @property
     def predicted(self) -> float:
@@ -232,6 +235,7 @@ class PlanReport(PrintedRecord):
             lines.append(f"{count} group{'s' * (count > 1)} of layers that read the same input run as one layer each")
         if not self.plan.inner_shapes:
             lines.append("the file does not state the shapes of inner tensors: it is faster so")
+        lines += [f"heads keep their size: {reason}" for reason in self.heads_left]
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()
@@ -239,11 +243,18 @@ class PlanReport(PrintedRecord):
                 lines.append("the loss of the planned network does not include what rounding to int8 loses")
         elif self.plan.layers:
             lines.append("nothing is known about the accuracy of this plan: no calibration inputs were given")
-        return (Table(title, head, rows), *lines, *self._measured_lines())
+        elif self.plan.heads and self.loss_from != "weights":
+            lines.append("what smaller heads alone lose was not measured: compress with this plan, or export it and check")
+        heads = [heads_table(self.heads)] if self.heads else []
+        return (Table(title, head, rows), *heads, *lines, *self._measured_lines())
 
     @property
     def _start(self) -> str:
-        changes = {"with joint layers": self.plan.joint, "without the shapes of inner tensors": not self.plan.inner_shapes}
+        changes = {
+            "with smaller heads": self.plan.heads,
+            "with joint layers": self.plan.joint,
+            "without the shapes of inner tensors": not self.plan.inner_shapes,
+        }
         words = [word for word, done in changes.items() if done]
         return " ".join(["the dense network", *([" and ".join(words)] if words else []), f"in {self.precision}"])
 

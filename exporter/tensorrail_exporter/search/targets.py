@@ -59,6 +59,9 @@ class Search:
     joint: bool | None = None
     """Whether layers that read the same input become one, such as query, key and value of attention; default None: where the
     network is measured to be faster for it."""
+    heads: int | tuple[int, int] | None = None
+    """The number of values that each attention head gets, or two: between query and key, and between value and output. All
+    pairs of layers that allow it get it before layers are replaced; default None: heads stay as they are."""
     allow_slower: bool = False
     """Also rewrite layers that are not 5 % faster than the dense layer, for targets on size; default False."""
     seconds: float = 60.0
@@ -102,6 +105,8 @@ class Search:
         """
         if self.max_loss is not None and not self.max_loss > 0:
             raise PlanError(f"max_loss: expected a positive number, got {self.max_loss:g}")
+        if self.heads is not None and min(self.heads if isinstance(self.heads, tuple) else (self.heads,)) < 1:
+            raise PlanError(f"heads: expected a positive number of values, or two, got {self.heads}")
         if self.precision not in get_args(Precision):
             raise PlanError(f"precision: a plan is for {' or '.join(get_args(Precision))}, got {self.precision!r}")
         if self.guard is not None:

@@ -13,7 +13,7 @@ import onnx
 from tensorrail_exporter.formats import WIDTH
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.joint import Joint, without_inner_shapes
-from tensorrail_exporter.plans.plan import Plan, Precision
+from tensorrail_exporter.plans.plan import HeadPlan, Plan, Precision
 from tensorrail_exporter.precision.int8 import to_int8
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import rewrite
@@ -45,10 +45,15 @@ class Verification:
     """A few inputs, for int8: ranges of activations are taken from them. Default: random ones."""
     joint: tuple[Joint, ...] = ()
     """The layers that are one in `model`, and not in the file of the dense model; default: none."""
+    heads: tuple[HeadPlan, ...] = ()
+    """The attention heads that are smaller in `model`, and not in the file of the dense model; default: none."""
+    reference: Path | None = None
+    """The file of the network that changes without loss start from; default: that of the dense model."""
     inner_shapes: bool = True
     """Whether networks are timed with the shapes of inner tensors in their files; default True."""
     start: list[Ratio] = field(default_factory=list)
-    """The speed-up of the dense network that layers are replaced in, once it was measured: joint, or in another precision."""
+    """The speed-up of the dense network that layers are replaced in, once it was measured: joint, with smaller heads, or in
+    another precision."""
 
     def timing_for(self, share: float) -> Timing:
         """Return the timing for a share of the seconds, in as many fresh processes as there are seconds, at least one."""
@@ -75,7 +80,11 @@ class Verification:
         path = self._start
         self.write(self.model, path)
         self.start[:] = bench([self.dense, path], self.timing, self.settings).ratios
-        return dense.model_copy(update={"bytes": bytes_of(path), "milliseconds": dense.milliseconds / self.start[0].value})
+        size = dense.model_copy(update={"bytes": bytes_of(path), "milliseconds": dense.milliseconds / self.start[0].value})
+        if not self.heads:
+            return size
+        counted = cost(self.unchanged, self.timing.batch, self.timing.shapes, self.timing.values)
+        return size.model_copy(update={"params": counted.params, "macs": counted.macs, "flops": counted.flops})
 
     def measured(self, report: PlanReport) -> PlanReport:
         """Time and profile the network of a plan against the dense network.
@@ -124,7 +133,12 @@ class Verification:
 
     @property
     def _changed(self) -> bool:
-        return bool(self.joint) or not self.inner_shapes
+        return bool(self.joint or self.heads) or not self.inner_shapes
+
+    @property
+    def unchanged(self) -> Path:
+        """The file of the network that changes without loss start from."""
+        return self.reference or self.dense
 
     def write(self, model: onnx.ModelProto, path: Path, *, inner_shapes: bool | None = None) -> None:
         """Write a network in the precision of the plan; `inner_shapes` in place of the property of that name, if given."""

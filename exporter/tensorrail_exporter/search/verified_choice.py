@@ -102,6 +102,6 @@ def with_inputs_set_aside(
         return report
     if inputs is None:
         return report.model_copy(update={"verified": verified.model_copy(update={"too_few": True})})
-    aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder, probe.metric)
+    aside = Probe(probe.resolved, probe.approximations, inputs, probe.settings, folder, probe.metric, reference=probe.reference)
     agreement = aside.agreement(aside.outputs(choice))
     return report.model_copy(update={"verified": verified.model_copy(update={"aside": agreement})})

@@ -173,6 +173,15 @@ def search_options(
             "network is faster for it.",
         ),
     ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads",
+            metavar="SIZE[,SIZE]",
+            help="Attention heads get this many values before layers are replaced; two numbers: between query and key, and "
+            "between value and output.",
+        ),
+    ] = None,
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="For a target on size: also rewrite layers that are not 5 % faster.")
     ] = False,
@@ -209,6 +218,7 @@ def search_options(
         keep=tuple(keep or ()),
         max_loss=max_loss,
         joint=joint,
+        heads=read_heads(heads),
         allow_slower=allow_slower,
         seconds=seconds,
         improve_seconds=search_seconds,
@@ -216,6 +226,21 @@ def search_options(
         metric=metric,
         cache=cache,
     )
+
+
+def read_heads(text: str | None) -> int | tuple[int, int] | None:
+    """Return the sizes of heads of a text such as `48` or `32,48`; `UsageError` says how they are written."""
+    from tensorrail_runtime.errors import UsageError
+
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise UsageError(f"--heads: expected one or two positive numbers, such as 48 or 32,48, got {text!r}")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def require_apart(json: Path | None, recipe: Path) -> None:

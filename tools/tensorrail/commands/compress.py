@@ -25,7 +25,7 @@ from tensorrail.commands.arguments import (
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
-_OF_THE_SEARCH = ("format", "grid", "keep", "joint", "allow_slower", "seconds", "search_seconds", "cache")
+_OF_THE_SEARCH = ("format", "grid", "keep", "joint", "heads", "allow_slower", "seconds", "search_seconds", "cache")
 """Options that say how a plan is searched for: without effect where one is given."""
 
 

@@ -51,6 +51,7 @@ def export(
     from tensorrail_exporter.graphs.joint import without_inner_shapes
     from tensorrail_exporter.plans.cores import load_cores
     from tensorrail_exporter.plans.plan import Plan
+    from tensorrail_exporter.rewrite.narrowed_heads import narrowed_heads
     from tensorrail_exporter.rewrite.rewriter import Rewrites, decompose_graph
     from tensorrail_exporter.rewrite.survey import with_known_axes
     from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
@@ -79,4 +80,5 @@ def export(
     if read.precision == "int8":
         kept = f", and keep these in fp32: {', '.join(read.fp32)}" if read.fp32 else ""
         options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`{kept}")
-    return Rewrites(layers=factored.layers, dense=dense_again.layers, fusions=fusions, model=str(out))
+    heads = narrowed_heads(graph, read.heads)
+    return Rewrites(layers=factored.layers, dense=dense_again.layers, heads=heads, fusions=fusions, model=str(out))

@@ -192,6 +192,11 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
             f"the plan joins {', '.join(plan.joint[0])}, which a PyTorch module keeps apart; plan without joint layers, or use "
             "the plan for the ONNX model"
         )
+    if plan.heads:
+        raise PlanError(
+            f"the plan narrows the heads between {' and '.join(plan.heads[0].weights)}, which a PyTorch module keeps as they "
+            "are; plan without smaller heads, or use the plan for the ONNX model"
+        )
     layers_by_name = {}
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
