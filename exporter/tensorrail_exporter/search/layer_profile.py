@@ -41,10 +41,7 @@ def layer_times(
 
     """
     conditions = conditions or Conditions()
-    if isinstance(plan, ResolvedPlan):
-        resolved = plan
-    else:
-        resolved = resolve(onnx.load(dense, load_external_data=False), plan.of_layers)
+    resolved = plan if isinstance(plan, ResolvedPlan) else resolve(onnx.load(dense, load_external_data=False), plan.of_layers)
     layers, ends, together = list(resolved.layers), _outputs(resolved), _together(resolved)
     profiles: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     for _ in range(_PROFILES):
