@@ -86,8 +86,18 @@ class DenseLayer:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weight."""
-        return self.spec.params * self.dtype.itemsize
+        """Bytes of all inputs of one node but the data, such as both weights of an LSTM."""
+        others = (shape for place, shape in enumerate(self.inputs) if place != self.data and shape is not None)
+        return self.dtype.itemsize * sum(map(math.prod, others))
+
+    @property
+    def node_macs(self) -> int:
+        """MACs of one node, of an LSTM or GRU with those of its other weight."""
+        macs = self.macs // max(1, self.nodes)
+        if self.spec.op != "recurrent":
+            return macs
+        weights = sum(math.prod(shape) for shape in self.inputs[1:3] if shape is not None)
+        return macs * weights // max(1, self.spec.params)
 
     def describe(self) -> str:
         """Return a short description, such as `Conv 3×3 64→128 /2 on 56×56`."""
