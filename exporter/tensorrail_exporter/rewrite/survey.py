@@ -43,7 +43,7 @@ class DenseLayer:
     first: bool  # whether it reads an input of the graph, whose memory layout the caller chooses
     macs: int  # of all its nodes, at the batch size of the survey
     input_name: str
-    output_name: str
+    output_names: tuple[str, ...]  # the first one of each node
     padding: tuple[int, ...] = ()  # pads of a Pad node before a convolution, which ONNX Runtime computes within it; () for none
     makers: tuple[DenseLayer, ...] = ()  # the layers before that make its channels, where nothing else reads these
     side_by_side: bool = False  # whether copies are timed side by side even where they could form a chain
@@ -333,7 +333,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         first=any(source is tensor for tensor in graph.inputs),
         macs=sum(_macs(site.node, rule.layer(site.node)) for site in sites),
         input_name=node.inputs[data].name,
-        output_name=next(tensor.name for tensor in node.outputs if not tensor.is_empty()),
+        output_names=tuple(next(t.name for t in site.node.outputs if not t.is_empty()) for site in sites),
         padding=padding,
         domain="" if is_standard(node) else node.domain,
     )

@@ -105,7 +105,7 @@ def test_a_recurrent_layer_of_which_only_the_last_state_is_used_has_the_shape_of
     model = one_node(node, weights, {"x": [7, "n", 8]}, {"last": [1, "n", 5]})
     layer, _ = survey(model, 3)
     assert layer.output == (7, 1, 3, 5)
-    assert (layer.input_name, layer.output_name) == ("x", "last")
+    assert (layer.input_name, layer.output_names) == ("x", ("last",))
 
 
 def test_a_network_is_listed_in_its_order_with_its_dynamic_batch(small_model):
