@@ -36,6 +36,10 @@ def test_a_recurrent_weight_is_not_fitted_and_a_further_fit_is_left_out(rng):
     how = Fitting(refine=refine, judge=object(), progress=listener(note=notes.append))
     network = fitted(resolved, split(calibration, model), how)
     assert notes == ["cores are not fitted further: those of r run in a Scan, which no fit in torch runs"]
+    assert {row.layer: row.why for row in network.layers} == {
+        "r": "a recurrent weight, of which the states are not known outside of its node",
+        "w": "",
+    }
     plain = decompose(resolved)
     assert all(np.array_equal(a, b) for a, b in zip(network.cores["r"], plain["r"], strict=True))
     assert not np.array_equal(network.cores["w"][0], plain["w"][0])
