@@ -33,6 +33,7 @@ class PlannedLayer(Record):
     params: int
     loss: float
     reason: str = ""
+    whole_node: bool = False  # whether its times are those of a node whose other weight has them in its row as well
 
     @classmethod
     def dense(cls, layer: DenseLayer, milliseconds: float, reason: str) -> PlannedLayer:
@@ -58,6 +59,7 @@ class PlannedLayer(Record):
             params=layer.params,
             loss=0.0,
             reason=reason,
+            whole_node=bool(layer.spec.state_products),
         )
 
     @classmethod
@@ -232,6 +234,8 @@ class PlanReport(PrintedRecord):
             lines.append(f"{count} group{'s' * (count > 1)} of layers that read the same input run as one layer each")
         if not self.plan.inner_shapes:
             lines.append("the file does not state the shapes of inner tensors: it is faster so")
+        if any(row.whole_node and row.dense_ms for row in self.rows):
+            lines.append("the rows of both weights of an LSTM or GRU show the time of the whole node, which counts once")
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()

@@ -270,6 +270,7 @@ def _row(layer: DenseLayer, option: Option, candidates: Candidates, loss: float)
         dense_params=layer.params,
         params=option.params,
         loss=loss,
+        whole_node=bool(layer.spec.state_products),
     )
 
 
