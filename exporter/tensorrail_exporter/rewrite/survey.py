@@ -17,7 +17,7 @@ from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown
 from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.rules import Rule
 from tensorrail_exporter.rewrite.rules.emit import Site
-from tensorrail_exporter.rewrite.rules.scan import holds_scan
+from tensorrail_exporter.rewrite.rules.scan import holds_scan, why_no_scan
 from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import bind_shapes, seen_shapes, seen_tensors
@@ -222,30 +222,46 @@ class LeftOut:
     reason: str
 
 
-def left_out(model: onnx.ModelProto, layers: Sequence[DenseLayer]) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
+def left_out(
+    model: onnx.ModelProto, layers: Sequence[DenseLayer], *, scan: bool = True
+) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
     """Return the layers that can be rewritten in a graph as it is, and what has weights and cannot.
 
     Args:
         model: the graph that a plan will be carried out in; it is not changed.
         layers: the layers of `survey`, whose shapes at one batch size say more than the graph itself.
+        scan: as for `survey`.
 
     """
     named = NamedLayers(import_graph(model))
-    others = [LeftOut(*row) for row in named.refused()]
-    others += [
-        LeftOut(name, node.op, 0, "the shape of its data is not known: give the shapes of the inputs")
-        for name, node in named.rewritable().items()
-    ]
+    known = {layer.name for layer in layers}
+    others = [row for row in (LeftOut(*row) for row in named.refused()) if row.name not in known]
+    listed = known | {row.name for row in others}
+    unlisted = {name: node.op for name, node in named.rewritable().items() if name not in listed}
     kept, refused = [], []
     for layer in layers:  # last, since `find` folds weights in the graph
         try:
             named.find(layer.name)
             kept.append(layer)
         except GraphError as error:
-            reason = str(error).removeprefix(f"layer {layer.name}: ").removeprefix("cannot be rewritten: ")
-            refused.append(LeftOut(layer.name, layer.op, layer.params, reason))
-    known = {layer.name for layer in layers}
-    return tuple(kept), (*refused, *(row for row in others if row.name not in known))
+            refused.append(LeftOut(layer.name, layer.op, layer.params, _reason(layer.name, error)))
+    others += [_left_out(name, op, named, why_no_scan(model, scan)) for name, op in unlisted.items()]
+    return tuple(kept), (*refused, *others)
+
+
+def _left_out(name: str, op: str, named: NamedLayers, no_scan: str) -> LeftOut:
+    """Return the row of a layer that could be rewritten, but that `survey` does not list; `no_scan` is why there is no Scan."""
+    try:
+        rule, sites = named.find(name)
+    except GraphError as error:  # such as one whose name is that of two weights
+        return LeftOut(name, op, 0, _reason(name, error))
+    spec = rule.layer(sites[0].node)
+    unknown = "the shape of its data is not known: give the shapes of the inputs"
+    return LeftOut(name, op, spec.params, no_scan if spec.state_products and no_scan else unknown)
+
+
+def _reason(name: str, error: GraphError) -> str:
+    return str(error).removeprefix(f"layer {name}: ").removeprefix("cannot be rewritten: ")
 
 
 def with_known_axes(
