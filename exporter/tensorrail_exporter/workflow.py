@@ -30,7 +30,7 @@ from tensorrail_exporter.precision.islands import fastest_islands
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, narrowed_heads
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
-from tensorrail_exporter.rewrite.rewriter import LayerRewrite
+from tensorrail_exporter.rewrite.rewriter import LayerRewrite, require_scan
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.judge import Judge
 from tensorrail_exporter.search.losses import check_metric
@@ -243,8 +243,10 @@ class _Builder:
             raise PlanError("the plan changes nothing: it names no layer; add one to it")
         if dense_too and self.parts is None:
             raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
-        # Raises for a layer that is not there, before the work begins.
+        # Raises for a layer that is not there or cannot run here, before the work begins.
         resolved = [resolve(self._with_heads(_plan(planned)), _plan(planned).without_heads) for planned in factored]
+        for in_graph in resolved:
+            require_scan(in_graph, scan=not self.conditions.settings.on_gpu)
         different = {_words(planned.targets) for planned in factored if isinstance(planned, PlanReport)}
         jobs: list[tuple[str, Callable[[], Sequence[_Built]]]] = []
         if dense_too:

@@ -84,9 +84,9 @@ def fit_layers(
 ) -> Fitted:
     """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
 
-    A layer whose patches are too wide for a full second moment, a transposed convolution, an embedding, and a layer in the body
-    of a node are decomposed from their weights alone; their rows give the reason. Of a convolution in groups, each group is
-    fitted as a layer of its own.
+    A layer whose patches are too wide for a full second moment, a transposed convolution, an embedding, a recurrent weight, and
+    a layer in the body of a node are decomposed from their weights alone; their rows give the reason. Of a convolution in
+    groups, each group is fitted as a layer of its own.
 
     Args:
         model: the dense graph; it is not changed.
@@ -203,6 +203,8 @@ def _why_unfitted(nodes: Sequence[DenseLayer]) -> str:
         return "in the body of a node"
     if nodes[0].spec.gathers:
         return "an embedding, of which the inputs show few entries"
+    if nodes[0].spec.state_products:
+        return "a recurrent weight, of which the states are not known outside of its node"
     return "a transposed convolution" if nodes[0].spec.transposed else "its patches are too wide for a full second moment"
 
 

@@ -144,7 +144,7 @@ def _layers(
         return []
     shapes = {name: tuple(array.shape) for name, array in feeds[0].items()}
     known = {
-        layer.output_name: layer
+        layer.output_names[0]: layer
         for layer in survey(model, shapes=shapes)
         if layer.nodes == 1 and layer.spec.groups == 1 and fits(layer.spec)
     }

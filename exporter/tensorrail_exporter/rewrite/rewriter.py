@@ -22,9 +22,8 @@ from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_table
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
-from tensorrail_exporter.rewrite.rules.scan import holds_scan
+from tensorrail_exporter.rewrite.rules.scan import holds_scan, why_no_scan
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.graphs.files import opset_of
 from tensorrail_runtime.measure.fusions import Fusions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -171,7 +170,7 @@ def rewrite(
 ) -> Factored:
     """Do the same as `factorize` for a resolved plan, which is not changed."""
     work = resolved.copy()
-    _require_scan(work, scan)
+    require_scan(work, scan)
     scan = scan and holds_scan(work.model)
     loops = {id(site.node) for layer in work.layers.values() if layer.spec.state_products for site in layer.sites}
     rewrites = {}
@@ -227,20 +226,18 @@ def _in_order(work: ResolvedPlan) -> list[ResolvedLayer]:
     return [*(layer for name, layer in work.layers.items() if name not in last), *narrow, *loops]
 
 
-def _require_scan(work: ResolvedPlan, scan: bool) -> None:
-    """Raise `GraphError` if a recurrent weight is planned, and its cores cannot run in a Scan."""
-    for name, layer in work.layers.items():
-        if layer.spec.state_products and not scan:
-            raise GraphError(
-                f"layer {name}: the cores of a recurrent weight run in a Scan, and this export allows none, as for a GPU; "
-                "allow a Scan, or leave the layer out of the plan"
-            )
-        if layer.spec.state_products and not holds_scan(work.model):
-            found = f"opset {opset_of(work.model)} and IR version {work.model.ir_version}"
-            raise GraphError(
-                f"layer {name}: the cores of a recurrent weight run in a Scan: expected opset 9 and IR version 4 or later, got "
-                f"{found}; convert the model, or leave the layer out of the plan"
-            )
+def require_scan(resolved: ResolvedPlan, scan: bool) -> None:
+    """Raise `GraphError` if a recurrent weight is planned, and its cores cannot run in a Scan.
+
+    Args:
+        resolved: the plan in the dense graph.
+        scan: whether a Scan may be written; it is not for a GPU.
+
+    """
+    why = why_no_scan(resolved.model, scan)
+    for name, layer in resolved.layers.items():
+        if layer.spec.state_products and why:
+            raise GraphError(f"layer {name}: {why}, or leave the layer out of the plan")
 
 
 def _narrow_before(layer: ResolvedLayer, cores: Sequence[np.ndarray]) -> bool:

@@ -96,21 +96,24 @@ class NamedLayers:
             site = Site(inner, node, self.names)
             if _on_folded(site, lambda *_: True) and (name := self._own_name(node)):
                 node_by_name.setdefault(name, node)
-            if (rule := _second_rule_of(node)) and _on_folded(site, lambda *_: True, rule):
-                own = [name for name in _second_names(node) if self._called_second(name, self._called(name))]
-                node_by_name |= {name: node for name in own[:1] if name not in node_by_name}
+            second = _second_rule_of(node)
+            if second and _on_folded(site, lambda *_: True, second) and (name := self._own_second_name(node)):
+                node_by_name.setdefault(name, node)
         return node_by_name
 
     def refused(self) -> list[tuple[str, str, int, str]]:
-        """Return the nodes with weights that cannot be rewritten: name, operator, number of values in the weight, reason."""
-        rows = []
+        """Return the weights that cannot be rewritten: name, operator, number of values in the weight, reason."""
+        rows, seconds = [], {}
         for inner, node in walk(self.graph):
             site = Site(inner, node, self.names)
             reason, weight = _refusal(site)
             if reason:
                 name = next(iter(_all_names(node)), "") or node.name or next((t.name for t in node.outputs if t.name), node.op)
-                rows.append((name, _full_name(node), math.prod(weight.shape) if isinstance(weight, gs.Constant) else 0, reason))
-        return rows
+                rows.append((name, _full_name(node), _size(weight), reason))
+            reason, weight = _second_refusal(site)
+            if reason and (second := self._own_second_name(node)):
+                seconds[second] = second, node.op, _size(weight), reason
+        return [*rows, *seconds.values()]
 
     def _called(self, name: str) -> list[Site]:
         """Return the nodes that a name refers to: by the name of the weight, else of the node, else of the output."""
@@ -130,6 +133,10 @@ class NamedLayers:
         if any(name in _weight_names(site.node) for site in first):
             return []
         return [site for site in self._second.get(name, ()) if name in _second_names(site.node)]
+
+    def _own_second_name(self, node: gs.Node) -> str | None:
+        """Return the first name of a node's second weight, unless the first weight of a node has it."""
+        return next((name for name in _second_names(node) if self._called_second(name, self._called(name))), None)
 
     def _own_name(self, node: gs.Node) -> str | None:
         """Return the first name of a node that refers to its weight only."""
@@ -180,6 +187,23 @@ def _refusal(site: Site) -> tuple[str, gs.Tensor | None]:
     if isinstance(weight, gs.Constant):
         return _why_not(node, rule) or "", weight
     return f"its weight {weight.name!r} is computed in the graph, not a constant", weight
+
+
+def _second_refusal(site: Site) -> tuple[str, gs.Tensor | None]:
+    """Return why the second weight of a node cannot be rewritten, and the weight; an empty reason if it can or is none."""
+    rule = _second_rule_of(site.node)
+    if rule is None:
+        return "", None
+    place = rule.weight_input(site.node)
+    on_trial = _on_trial(site, lambda rule, node: (_why_not(node, rule) or "", node.inputs[place]), rule)
+    if on_trial is not None:
+        return on_trial
+    weight = site.node.inputs[place]
+    return (_why_not(site.node, rule) or "", weight) if _is_stored(weight) else ("", None)
+
+
+def _size(weight: gs.Tensor | None) -> int:
+    return math.prod(weight.shape) if isinstance(weight, gs.Constant) else 0
 
 
 def _is_stored(tensor: gs.Tensor) -> bool:
@@ -261,10 +285,13 @@ def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer], rule: Rule |
 
     `rule` is that of the node's first weight by default.
     """
-    node, rule = site.node, rule or _rule_of(site.node)
-    if rule is None:
-        return None
-    index = rule.weight_input(node)
+    rule = rule or _rule_of(site.node)
+    return None if rule is None else _on_trial(site, lambda own, node: None if _why_not(node, own) else ask(own, node), rule)
+
+
+def _on_trial(site: Site, ask: Callable[[Rule, gs.Node], _Answer | None], rule: Rule) -> _Answer | None:
+    """Call `ask` on a copy of the node with a constant weight, which may be refused; return None if the weight is computed."""
+    node, index = site.node, rule.weight_input(site.node)
     try:
         constant = folded(node.inputs[index], site.graph.opset, "weight")
     except GraphError:
@@ -275,7 +302,7 @@ def _on_folded(site: Site, ask: Callable[[Rule, gs.Node], _Answer], rule: Rule |
     outputs = [gs.Variable(f"{tensor.name}/trial" if tensor.name else "") for tensor in node.outputs]
     trial = gs.Node(node.op, attrs=node.attrs, inputs=list(node.inputs), outputs=outputs)
     trial.inputs[index] = constant
-    answer = None if _why_not(trial, rule) else ask(rule, trial)
+    answer = ask(rule, trial)
     trial.inputs.clear()
     return answer
 
@@ -300,6 +327,10 @@ def _weight_names(node: gs.Node, rule: Rule | None = None) -> list[str]:
 
 def _known(graph: gs.Graph) -> str:
     named = [names_of(node)[0] for _, node in walk(graph) if _has_weight(node)]
+    for _, node in walk(graph):
+        rule = _second_rule_of(node)
+        if rule is not None and is_constant(node.inputs[rule.weight_input(node)]):
+            named += _second_names(node)[:1]
     return ", ".join(sorted(set(named))) or "none"
 
 

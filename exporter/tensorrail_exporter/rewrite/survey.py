@@ -17,7 +17,7 @@ from tensorrail_exporter.graphs.io import import_graph, inferred_shapes, unknown
 from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.rules import Rule
 from tensorrail_exporter.rewrite.rules.emit import Site
-from tensorrail_exporter.rewrite.rules.scan import holds_scan
+from tensorrail_exporter.rewrite.rules.scan import holds_scan, why_no_scan
 from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import bind_shapes, seen_shapes, seen_tensors
@@ -43,7 +43,7 @@ class DenseLayer:
     first: bool  # whether it reads an input of the graph, whose memory layout the caller chooses
     macs: int  # of all its nodes, at the batch size of the survey
     input_name: str
-    output_name: str
+    output_names: tuple[str, ...]  # the first one of each node
     padding: tuple[int, ...] = ()  # pads of a Pad node before a convolution, which ONNX Runtime computes within it; () for none
     makers: tuple[DenseLayer, ...] = ()  # the layers before that make its channels, where nothing else reads these
     side_by_side: bool = False  # whether copies are timed side by side even where they could form a chain
@@ -86,8 +86,18 @@ class DenseLayer:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weight."""
-        return self.spec.params * self.dtype.itemsize
+        """Bytes of all inputs of one node but the data, such as both weights of an LSTM."""
+        others = (shape for place, shape in enumerate(self.inputs) if place != self.data and shape is not None)
+        return self.dtype.itemsize * sum(map(math.prod, others))
+
+    @property
+    def node_macs(self) -> int:
+        """MACs of one node, of an LSTM or GRU with those of its other weight."""
+        macs = self.macs // max(1, self.nodes)
+        if self.spec.op != "recurrent":
+            return macs
+        weights = sum(math.prod(shape) for shape in self.inputs[1:3] if shape is not None)
+        return macs * weights // max(1, self.spec.params)
 
     def describe(self) -> str:
         """Return a short description, such as `Conv 3×3 64→128 /2 on 56×56`."""
@@ -212,30 +222,46 @@ class LeftOut:
     reason: str
 
 
-def left_out(model: onnx.ModelProto, layers: Sequence[DenseLayer]) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
+def left_out(
+    model: onnx.ModelProto, layers: Sequence[DenseLayer], *, scan: bool = True
+) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
     """Return the layers that can be rewritten in a graph as it is, and what has weights and cannot.
 
     Args:
         model: the graph that a plan will be carried out in; it is not changed.
         layers: the layers of `survey`, whose shapes at one batch size say more than the graph itself.
+        scan: as for `survey`.
 
     """
     named = NamedLayers(import_graph(model))
-    others = [LeftOut(*row) for row in named.refused()]
-    others += [
-        LeftOut(name, node.op, 0, "the shape of its data is not known: give the shapes of the inputs")
-        for name, node in named.rewritable().items()
-    ]
+    known = {layer.name for layer in layers}
+    others = [row for row in (LeftOut(*row) for row in named.refused()) if row.name not in known]
+    listed = known | {row.name for row in others}
+    unlisted = {name: node.op for name, node in named.rewritable().items() if name not in listed}
     kept, refused = [], []
     for layer in layers:  # last, since `find` folds weights in the graph
         try:
             named.find(layer.name)
             kept.append(layer)
         except GraphError as error:
-            reason = str(error).removeprefix(f"layer {layer.name}: ").removeprefix("cannot be rewritten: ")
-            refused.append(LeftOut(layer.name, layer.op, layer.params, reason))
-    known = {layer.name for layer in layers}
-    return tuple(kept), (*refused, *(row for row in others if row.name not in known))
+            refused.append(LeftOut(layer.name, layer.op, layer.params, _reason(layer.name, error)))
+    others += [_left_out(name, op, named, why_no_scan(model, scan)) for name, op in unlisted.items()]
+    return tuple(kept), (*refused, *others)
+
+
+def _left_out(name: str, op: str, named: NamedLayers, no_scan: str) -> LeftOut:
+    """Return the row of a layer that could be rewritten, but that `survey` does not list; `no_scan` is why there is no Scan."""
+    try:
+        rule, sites = named.find(name)
+    except GraphError as error:  # such as one whose name is that of two weights
+        return LeftOut(name, op, 0, _reason(name, error))
+    spec = rule.layer(sites[0].node)
+    unknown = "the shape of its data is not known: give the shapes of the inputs"
+    return LeftOut(name, op, spec.params, no_scan if spec.state_products and no_scan else unknown)
+
+
+def _reason(name: str, error: GraphError) -> str:
+    return str(error).removeprefix(f"layer {name}: ").removeprefix("cannot be rewritten: ")
 
 
 def with_known_axes(
@@ -323,7 +349,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         first=any(source is tensor for tensor in graph.inputs),
         macs=sum(_macs(site.node, rule.layer(site.node)) for site in sites),
         input_name=node.inputs[data].name,
-        output_name=next(tensor.name for tensor in node.outputs if not tensor.is_empty()),
+        output_names=tuple(next(t.name for t in site.node.outputs if not t.is_empty()) for site in sites),
         padding=padding,
         domain="" if is_standard(node) else node.domain,
     )

@@ -30,12 +30,12 @@ _COPIES = 4
 _LENGTHS = 4  # index of the input of LSTM and GRU with the lengths of the sequences
 _MASK = 3  # index of the input of Attention with the mask
 _HEAVY = 200_000_000  # MACs of one copy, beside which the ends and the call cost little
-_MEMORY = 384 * 2**20  # bytes of the dense weights of all copies together, at most
+_MEMORY = 384 * 2**20  # bytes of the weights of all copies together, at most
 
 
 def copies_of(layer: DenseLayer) -> int:
     """Return the number of copies to time: 4, or fewer if the weights are very large; 2 if one alone takes long."""
-    copies = _COPIES if layer.macs <= _HEAVY * layer.nodes else 2
+    copies = _COPIES if layer.node_macs <= _HEAVY else 2
     return max(1, min(copies, _MEMORY // max(1, layer.bytes)))
 
 

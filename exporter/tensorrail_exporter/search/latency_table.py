@@ -403,7 +403,8 @@ class LatencyTable:
         missing: dict[str, tuple[DenseLayer, tuple[Option, ...]]] = {}
         for layer, options in _as_layers(wanted):
             if _key(layer, None) not in self.times or self.missing(layer, options):
-                missing[_digest((layer.signature, [_form(option) for option in options]))] = layer, tuple(options)
+                for together in _loaded_together(layer, options, _SKETCHED):
+                    missing[_digest((layer.signature, [_form(option) for option in together]))] = layer, tuple(together)
         if sum(_sketch_seconds(*job) for job in missing.values()) > seconds:
             return None
         times = dict(self.times)
@@ -544,8 +545,7 @@ def _layer_times(layer: DenseLayer, options: Sequence[Option], how: _How) -> tup
         dense, single = Path(folder) / "dense.onnx", Path(folder) / "single.onnx"
         _write(dense_model, dense, how.precision)
         _write(dense_context(layer, 1), single, how.precision)
-        together = _ON_GPU if how.settings.on_gpu else _TOGETHER
-        groups = [options[k : k + together] for k in range(0, len(options), together)] or [()]
+        groups = _loaded_together(layer, options, _ON_GPU if how.settings.on_gpu else _TOGETHER)
         ratios: list[float] = []
         base: list[float] = []
         waits: list[float] = []
@@ -585,6 +585,16 @@ def _sketched(group: Sequence[tuple[DenseLayer, Sequence[Option]]], settings: Se
     return timed
 
 
+def _loaded_together(layer: DenseLayer, options: Sequence[Option], most: int) -> list[Sequence[Option]]:
+    """Return the options in groups of at most `most`, smaller ones where each form holds much beside its cores.
+
+    Every form of a recurrent weight holds the input weight of its node, which may be hundreds of times larger.
+    """
+    beside = copies_of(layer) * max(0, layer.bytes - layer.params * layer.dtype.itemsize)
+    count = max(1, min(most, _LOADED // max(1, beside)))
+    return [options[k : k + count] for k in range(0, len(options), count)] or [()]
+
+
 def _write(context: onnx.ModelProto, path: Path, precision: Precision) -> None:
     """Write a small model of copies of a layer in the precision that it is timed in."""
     save_model(with_assumed_ranges(context) if precision == "int8" else context, path)
@@ -593,8 +603,9 @@ def _write(context: onnx.ModelProto, path: Path, precision: Precision) -> None:
 def _sketch_seconds(layer: DenseLayer, options: Sequence[Option]) -> float:
     """Return about how long the models of a layer run in a sketch, by their MACs."""
     copies, macs = copies_of(layer), dense_cost(layer.spec).macs
-    share = copies + 1 + copies * sum(option.macs for option in options) / max(1, macs)
-    return _BURSTS * share * layer.macs / max(1, layer.nodes) / _RATE
+    own, whole = layer.macs / max(1, layer.nodes), layer.node_macs
+    factored = sum(whole - own + own * option.macs / max(1, macs) for option in options)
+    return _BURSTS * ((copies + 1) * whole + copies * factored) / _RATE
 
 
 def _times_of(

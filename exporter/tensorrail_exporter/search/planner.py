@@ -215,8 +215,9 @@ def _to_plan(
 def _surveyed(model: onnx.ModelProto, conditions: Conditions) -> tuple[tuple[DenseLayer, ...], tuple[LeftOut, ...]]:
     """Return the layers that can be factored, and the rows of those that cannot."""
     timing = conditions.timing
-    layers = survey(model, timing.batch, timing.shapes, scan=not conditions.settings.on_gpu, values=timing.values)
-    return left_out(model, layers)
+    scan = not conditions.settings.on_gpu
+    layers = survey(model, timing.batch, timing.shapes, scan=scan, values=timing.values)
+    return left_out(model, layers, scan=scan)
 
 
 def _inside(folder: str, name: str) -> Path:

@@ -34,6 +34,7 @@ class PlannedLayer(Record):
     params: int
     loss: float
     reason: str = ""
+    whole_node: bool = False  # whether its times are those of a node whose other weight has them in its row as well
 
     @classmethod
     def dense(cls, layer: DenseLayer, milliseconds: float, reason: str) -> PlannedLayer:
@@ -59,6 +60,7 @@ class PlannedLayer(Record):
             params=layer.params,
             loss=0.0,
             reason=reason,
+            whole_node=bool(layer.spec.state_products),
         )
 
     @classmethod
@@ -236,6 +238,8 @@ class PlanReport(PrintedRecord):
         if not self.plan.inner_shapes:
             lines.append("the file does not state the shapes of inner tensors: it is faster so")
         lines += [f"heads keep their size: {reason}" for reason in self.heads_left]
+        if any(row.whole_node and row.dense_ms for row in self.rows):
+            lines.append("the rows of both weights of an LSTM or GRU show the time of the whole node, which counts once")
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()

@@ -80,13 +80,18 @@ class Candidates:
 
     def _two_scans(self) -> list[Apart]:
         """Return the forms of input and recurrent weights that make a Scan of the same node."""
-        inputs: dict[str, list[tuple[int, int]]] = {}
-        loops: dict[str, list[tuple[int, int]]] = {}
+        inputs: list[tuple[DenseLayer, list[tuple[int, int]]]] = []
+        loops: list[tuple[DenseLayer, list[tuple[int, int]]]] = []
         for place, (layer, options) in enumerate(self.faster.items()):
-            if layer.spec.op == "recurrent" and layer.spec.scan:
-                scans = [(place, k) for k, option in enumerate(options, 1) if option.steps.endswith(LOOP)]
-                (loops if layer.spec.state_products else inputs)[layer.output_name] = scans
-        return [(inputs[name], own) for name, own in loops.items() if own and inputs.get(name)]
+            scans = [(place, k) for k, option in enumerate(options, 1) if option.steps.endswith(LOOP)]
+            if scans and layer.spec.op == "recurrent" and layer.spec.scan:
+                (loops if layer.spec.state_products else inputs).append((layer, scans))
+        return [
+            (scans, own)
+            for loop, own in loops
+            for layer, scans in inputs
+            if set(loop.output_names) & set(layer.output_names)  # one of the nodes has both weights
+        ]
 
     def itemsize(self, layer: DenseLayer) -> int:
         """Return the bytes of one value of a weight of the layer."""
@@ -265,6 +270,7 @@ def _row(layer: DenseLayer, option: Option, candidates: Candidates, loss: float)
         dense_params=layer.params,
         params=option.params,
         loss=loss,
+        whole_node=bool(layer.spec.state_products),
     )
 
 

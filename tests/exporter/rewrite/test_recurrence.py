@@ -1,19 +1,21 @@
 """Recurrent weights of LSTM and GRU nodes as layers of their own: their cores run in the body of a Scan."""
 
+import re
+
 import numpy as np
 import onnxruntime as ort
 import pytest
-from cases import cases, draw_ranks, random_cores
+from cases import cases, draw_ranks, random_cores, relative
 from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from recurrent_graphs import GATES, recurrent_model
 
 from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.precision.fp16 import to_fp16
 from tensorrail_exporter.precision.int8 import to_int8
-from tensorrail_exporter.rewrite.survey import survey
+from tensorrail_exporter.rewrite.survey import left_out, survey
 from tensorrail_runtime.graphs.cost import cost
 
 HIDDEN, INPUTS, STEPS, BATCH = 4, 6, 5, 3
@@ -151,10 +153,14 @@ def test_nodes_without_a_scan_keep_their_recurrent_weight_with_the_reason(op, op
     model = recurrent_model(op, "forward", HIDDEN, INPUTS, rng, **options, **attrs)
     plan = Plan(layers=(low_rank("r", (GATES[op] * HIDDEN, HIDDEN)),))
     with pytest.raises(
-        GraphError, match=f"layer r: cannot be rewritten: its cores run in a Scan, and none is written for {reason}"
+        GraphError, match=f"layer r: cannot be rewritten: its cores run in a Scan, and none is written for {reason}; leave it"
     ):
         decompose_graph(model, plan)
-    assert [layer.name for layer in survey(model, 2, {"x": (STEPS, 2, INPUTS)})] == ["w"]
+    layers = survey(model, 2, {"x": (STEPS, 2, INPUTS)})
+    assert [layer.name for layer in layers] == ["w"]
+    _, (row,) = left_out(model, layers)
+    assert (row.name, row.op, row.params) == ("r", op, GATES[op] * HIDDEN**2)
+    assert re.match(f"its cores run in a Scan, and none is written for {reason}; leave it dense", row.reason)
 
 
 def test_peepholes_keep_the_recurrent_weight(rng):
@@ -170,13 +176,41 @@ def test_without_a_scan_a_planned_recurrent_weight_is_an_error(rng):
     model = recurrent_model("GRU", "forward", HIDDEN, INPUTS, rng)
     plan = Plan(layers=(low_rank("r", (12, 4)),))
     cores = decompose_graph(model, plan)
-    with pytest.raises(GraphError, match="layer r: the cores of a recurrent weight run in a Scan, and this export allows none"):
+    with pytest.raises(GraphError, match="layer r: the cores of a recurrent weight run in a Scan, which is ruled out here"):
         factorize(model, plan, cores, scan=False)
-    assert [layer.name for layer in survey(model, 2, {"x": (5, 2, 6)}, scan=False)] == ["w"]
+    layers = survey(model, 2, {"x": (5, 2, 6)}, scan=False)
+    assert [layer.name for layer in layers] == ["w"]
+    _, (row,) = left_out(model, layers, scan=False)
+    assert (row.name, row.params) == ("r", 48)
+    assert row.reason.startswith("the cores of a recurrent weight run in a Scan, which is ruled out here")
     old = with_opset(model, 8)
     with pytest.raises(GraphError, match="expected opset 9 and IR version 4 or later, got opset 8 and IR version"):
         factorize(old, plan, cores)
-    assert [layer.name for layer in survey(old, 2, {"x": (5, 2, 6)})] == ["w"]
+    layers = survey(old, 2, {"x": (5, 2, 6)})
+    assert [layer.name for layer in layers] == ["w"]
+    _, (row,) = left_out(old, layers)
+    assert "expected opset 9 and IR version 4 or later, got opset 8" in row.reason
+
+
+def test_every_recurrent_weight_has_one_row_and_its_own_reason(rng):
+    model = two_nodes(rng, "r")
+    layers = survey(model, 1, {"x": (5, 1, 4)})
+    assert [layer.name for layer in layers] == ["w", "r", "v"]
+    assert left_out(model, layers) == (layers, ())
+    for node in model.graph.node:
+        if node.op_type == "GRU":
+            node.attribute.append(helper.make_attribute("clip", 1.0))
+    model.graph.node[0].input[2] = "made"  # a constant that the graph computes
+    model.graph.node.insert(0, helper.make_node("Identity", ["r"], ["made"]))
+    _, rows = left_out(model, survey(model, 1, {"x": (5, 1, 4)}))
+    assert [(row.name, row.params) for row in rows] == [("r", 48)]
+    assert "a node with the attribute clip" in rows[0].reason
+
+
+def test_recurrent_weights_are_among_the_layers_that_a_message_lists(rng):
+    model = two_nodes(rng, "q")
+    with pytest.raises(GraphError, match=r"layer nowhere: not in the graph; its layers with weights are q, r, v, w$"):
+        decompose_graph(model, Plan(layers=(low_rank("nowhere", (12, 4)),)))
 
 
 @pytest.mark.parametrize("shape", [(1, 15, 4), (1, 16, 3), (16, 4)])
@@ -185,7 +219,7 @@ def test_a_recurrent_weight_of_another_shape_is_refused(shape, rng):
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == "r"]
     tensor.CopyFrom(numpy_helper.from_array(np.ones(shape, np.float32), "r"))
     with pytest.raises(
-        GraphError, match=r"(expected a recurrent weight of shape \(1, 4 · hidden, hidden\), got|does not pass)"
+        GraphError, match=r"(recurrent weight of shape \(1, 4 · hidden, hidden\), got .*; export .* again|does not pass)"
     ):
         decompose_graph(model, Plan(layers=(low_rank("r", (16, 4)),)))
 
@@ -247,16 +281,35 @@ def test_a_computed_recurrent_weight_is_folded_and_one_from_an_input_refused(rng
     weights = {"w": np.ones((1, 16, 6), np.float32)}
     node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "n", hidden_size=4)
     given_one = make_model([node], weights, {"x": ["t", "n", 6], "r": [1, 16, 4]}, {"y": ["t", 1, "n", 4]})
-    with pytest.raises(GraphError, match="layer r: cannot be rewritten: its recurrent weight 'r' is computed in the graph"):
+    with pytest.raises(
+        GraphError, match="its recurrent weight 'r' is computed in the graph, not a constant; store it in the model"
+    ):
         decompose_graph(given_one, plan)
 
 
-@pytest.mark.parametrize("smaller", [to_fp16, lambda model: to_int8(model, [{"x": np.ones((5, 3, 24), np.float32)}])])
-def test_cores_in_a_scan_survive_narrower_types(smaller, rng):
+def stored_types(model):
+    """Return the types of the constants of more than one axis, in the graph and in the bodies of its nodes, by name."""
+    bodies = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.name == "body"]
+    tensors = [tensor for graph in (model.graph, *bodies) for tensor in graph.initializer if len(tensor.dims) > 1]
+    return {tensor.name: TensorProto.DataType.Name(tensor.data_type) for tensor in tensors}
+
+
+@pytest.mark.parametrize(
+    ("smaller", "types", "error"),
+    [
+        (to_fp16, {"r/input_weight": "FLOAT16", "r/1": "FLOAT16", "r/0": "FLOAT16", "r/0_2": "FLOAT16"}, 2e-3),
+        # Nothing in the body of a node becomes int8, nor what bodies read.
+        (to_int8, {"r/input_weight_quantized": "INT8", "r/1": "FLOAT", "r/0": "FLOAT", "r/0_2": "FLOAT"}, 0.03),
+    ],
+)
+def test_cores_in_a_scan_survive_narrower_types(smaller, types, error, rng):
     model = recurrent_model("LSTM", "bidirectional", 8, 24, rng)
     plan = Plan(layers=(low_rank("r", (64, 8), 4),))
     factored = factorize(model, plan, decompose_graph(model, plan)).model
-    feeds = {"x": np.ones((5, 3, 24), np.float32)}
-    (made,), (exact,) = run(smaller(factored), feeds), run(factored, feeds)
-    assert made.shape == exact.shape
-    assert np.linalg.norm(made - exact) < 0.1 * np.linalg.norm(exact)
+    assert set(stored_types(factored).values()) == {"FLOAT"}
+    feeds = feeds_for(model, rng)
+    narrow = to_int8(factored, [feeds]) if smaller is to_int8 else smaller(factored)
+    assert stored_types(narrow) == types
+    (got,), (exact,) = run(narrow, feeds), run(factored, feeds)
+    assert got.shape == exact.shape
+    assert 1e-6 < relative(got, exact) < error

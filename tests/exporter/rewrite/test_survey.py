@@ -1,5 +1,7 @@
 """Every layer that a plan may name: its shapes and MACs at a batch size, and what makes two layers equal."""
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -13,7 +15,7 @@ from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.rewrite import sites
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.sites import NamedLayers
-from tensorrail_exporter.rewrite.survey import survey, with_known_axes
+from tensorrail_exporter.rewrite.survey import left_out, survey, with_known_axes
 from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_trainer import to_onnx
@@ -75,7 +77,8 @@ def test_macs_and_params_are_the_runtimes_own(name, batch, rng, tmp_path):
     (expected,) = measured(model, tmp_path, batch).layers
     assert (layer.macs, layer.params) == (expected.macs, expected.params)
     assert layer.output == expected.output
-    assert (layer.first, layer.nodes, layer.bytes) == (True, 1, 4 * layer.params)
+    stored = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)  # with a bias
+    assert (layer.first, layer.nodes, layer.bytes) == (True, 1, 4 * stored)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -102,7 +105,7 @@ def test_a_recurrent_layer_of_which_only_the_last_state_is_used_has_the_shape_of
     model = one_node(node, weights, {"x": [7, "n", 8]}, {"last": [1, "n", 5]})
     layer, _ = survey(model, 3)
     assert layer.output == (7, 1, 3, 5)
-    assert (layer.input_name, layer.output_name) == ("x", "last")
+    assert (layer.input_name, layer.output_names) == ("x", ("last",))
 
 
 def test_a_network_is_listed_in_its_order_with_its_dynamic_batch(small_model):
@@ -141,7 +144,9 @@ def test_a_layer_that_cannot_be_rewritten_is_left_out_and_the_others_are_listed(
     ]
     weights["channels"] = np.array([1], np.int64)
     model = make_model(nodes, weights, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, 4, 4]})
-    assert [layer.name for layer in survey(model)] == ["v"]
+    layers = survey(model)
+    assert [layer.name for layer in layers] == ["v"]
+    assert [(row.name, "depthwise" in row.reason) for row in left_out(model, layers)[1]] == [("w", True)]
 
 
 def test_a_convolution_in_groups_has_the_macs_of_its_groups(rng):
@@ -181,7 +186,7 @@ def test_layers_behind_computed_initial_states_have_their_shapes():
 
     model = to_onnx(Net(), torch.randn(2, 7, 12))
     found = survey(model, 3, {model.graph.input[0].name: (3, 7, 12)})
-    assert len(found) == 3
+    assert [layer.op for layer in found] == ["LSTM"] * 4 + ["MatMul"]  # input and recurrent weights
     assert all(layer.output is not None and layer.macs for layer in found)
 
 

@@ -216,13 +216,26 @@ def test_fewer_copies_of_very_large_weights(rng):
     layer = layer_of("gemm", rng)
     assert copies_of(layer) == 4
     wide = LayerSpec("linear", (4096, 25088))
-    assert copies_of(replace(layer, spec=wide)) == 1
+    assert copies_of(replace(layer, spec=wide, inputs=(layer.inputs[0], (25088, 4096)))) == 1
+
+
+def test_copies_of_a_recurrent_weight_count_both_weights_of_its_node(rng):
+    model = recurrent_model("LSTM", "forward", 16, 48, rng)
+    shapes = {"x": (5, 2, 48)}
+    for layer in survey(model, 2, shapes):
+        assert layer.bytes == 4 * (64 * 48 + 64 * 16 + 2 * 64)
+        assert layer.node_macs == 5 * 2 * 64 * (48 + 16)
+        x, _, *others = layer.inputs
+        assert copies_of(layer) == 4
+        assert copies_of(replace(layer, inputs=(x, (1, 64, 10**6), *others))) == 1  # 256 MB
+        assert copies_of(replace(layer, macs=2000 * layer.macs)) == 4  # 82 million of the node
+        assert copies_of(replace(layer, macs=6000 * layer.macs)) == 2
 
 
 def test_fewer_copies_of_a_layer_that_takes_long(rng):
     (layer,) = survey(conv(rng, pads=[1] * 4))
     assert copies_of(layer) == copies_of(replace(layer, macs=400_000_000, nodes=2)) == 4
-    assert copies_of(replace(layer, macs=400_000_001, nodes=2)) == 2
+    assert copies_of(replace(layer, macs=400_000_002, nodes=2)) == 2
 
 
 def test_the_same_context_is_made_twice(rng):

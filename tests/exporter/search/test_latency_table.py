@@ -12,6 +12,7 @@ import onnx
 import pytest
 from conftest import make_model
 from onnx import helper
+from recurrent_graphs import recurrent_model
 
 from tensorrail_exporter.rewrite.survey import survey
 from tensorrail_exporter.search import latency_table
@@ -427,6 +428,40 @@ def test_layers_that_run_long_are_not_sketched(rng, monkeypatch):
     monkeypatch.setattr(latency_table, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
     layer = conv_layer(rng)
     assert LatencyTable(Target.here(CPU)).sketch({layer: options_of(layer, ["auto"], 8)}, CPU, 1e-6) is None
+
+
+def recurrence(rng, inputs):
+    """Return the recurrent weight of an LSTM, 64 → 16, whose input weight has 64 · inputs values."""
+    return survey(recurrent_model("LSTM", "forward", 16, inputs, rng, bias=False), 1, {"x": (5, 1, inputs)})[1]
+
+
+def test_a_sketch_of_a_recurrent_weight_runs_the_products_of_both_weights(rng, monkeypatch):
+    monkeypatch.setattr(latency_table, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
+    layer = recurrence(rng, 2000)
+    options = {layer: options_of(layer, ["svd"], 8)[:1]}
+    seconds = 20 * (4 + 1 + 4) * 5 * 64 * 2000 / 1e10  # of 9 nodes, by the products of their input weights alone
+    assert LatencyTable(Target.here(CPU)).sketch(options, CPU, seconds) is None
+
+
+@pytest.mark.parametrize(("loaded", "models"), [(2**29, [5]), (2 * 4 * 4 * 64 * 2000, [4, 2]), (1, [3, 2, 2])])
+def test_fewer_forms_are_loaded_together_where_each_holds_another_weight(loaded, models, rng, monkeypatch):
+    """Every form of a recurrent weight has the input weight beside it, 0.5 MB here, once in each of four copies."""
+    loads = []
+
+    def bursts(paths, *_):
+        loads.append(len(paths))
+        return np.array([[1.0 + k] * 3 for k in range(len(paths))]), 0.0
+
+    monkeypatch.setattr(latency_table, "_LOADED", loaded)
+    monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
+    layer = recurrence(rng, 2000)
+    options = options_of(layer, ["svd", "ttm"], 2, most=50.0)[:3]
+    table = LatencyTable(Target.here(CPU))
+    table.measure({layer: options}, CPU)
+    assert loads == models  # with the dense copies in each, and the single one in the first
+    loads.clear()
+    LatencyTable(Target.here(CPU)).sketch({layer: options}, CPU, 60.0)
+    assert loads == [count + (k > 0) for k, count in enumerate(models)]  # with both in each
 
 
 def test_layers_for_int8_are_timed_in_int8_and_kept_apart(rng, monkeypatch, tmp_path):

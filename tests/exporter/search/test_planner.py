@@ -263,6 +263,19 @@ def test_the_weights_of_one_node_are_planned_together(rng, known_times, tmp_path
     assert report.planned.macs <= report.dense.macs / 3.0
     assert sum(row.dense_macs for row in report.rows) == report.dense.macs
     assert {row.layer: row.what for row in report.rows} == {"w": "LSTM 64→256 on 8", "r": "LSTM recurrence 64→256 on 8"}
+    assert "show the time of the whole node, which counts once" in str(report)
+    without = report.model_copy(update={"rows": tuple(row for row in report.rows if row.layer == "w")})
+    assert "whole node" not in str(without)
+
+
+def test_a_recurrent_weight_that_stays_dense_has_the_reason_in_its_row(rng, known_times, tmp_path):
+    model = recurrent_model("LSTM", "forward", 64, 64, rng, bias=False, clip=1.0)
+    conditions = Conditions(Timing(shapes={"x": (8, 1, 64)}), Session())
+    report = plan_network(model, {"flops": 1.5}, search(tmp_path), conditions=conditions)
+    (row,) = (row for row in report.rows if row.layer == "r")
+    assert row.reason.startswith(
+        "cannot be rewritten: its cores run in a Scan, and none is written for a node with the attribute"
+    )
 
 
 def test_a_recurrent_weight_whose_scan_is_slower_than_the_operator_stays_dense(rng, known_times, tmp_path):

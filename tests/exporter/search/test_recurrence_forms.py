@@ -3,6 +3,8 @@
 import numpy as np
 import onnxruntime as ort
 import pytest
+from conftest import make_model
+from onnx import helper
 from recurrent_graphs import recurrent_model
 
 from tensorrail_exporter.rewrite.survey import survey
@@ -34,6 +36,22 @@ def test_a_scan_is_timed_against_the_operator(op, direction, form, copies, rng):
     (out,) = session.run(None, {"x": rng.standard_normal((5, 2, 24)).astype(np.float32)})
     assert out.shape == loop.output
     assert np.isfinite(out).all()
+
+
+def test_forms_of_a_recurrent_weight_of_two_nodes_are_kept_apart_from_those_of_either_input_weight(rng):
+    weights = {name: rng.standard_normal((1, 1024, 256)).astype(np.float32) for name in ("w", "v", "r")}
+    nodes = [
+        helper.make_node("LSTM", ["x", "w", "r"], ["h"], "first", hidden_size=256),
+        helper.make_node("Squeeze", ["h", "axis"], ["s"], "squeeze"),
+        helper.make_node("LSTM", ["s", "v", "r"], ["y"], "second", hidden_size=256),
+    ]
+    model = make_model(nodes, {**weights, "axis": np.array([1])}, {"x": ["t", "n", 256]}, {"y": ["t", 1, "n", 256]})
+    layers = survey(model, 1, {"x": (5, 1, 256)})
+    assert [layer.name for layer in layers] == ["w", "r", "v"]
+    options = {layer: options_of(layer, ["ttm"], 16, most=20.0)[:1] for layer in layers}
+    size = Size(params=0, macs=0, flops=0, bytes=0, milliseconds=0.0)
+    candidates = Candidates(options, options, Losses("", {}), LatencyTable(Target.here(Session())), size, size)
+    assert candidates.apart == [([(0, 1)], [(1, 1)]), ([(2, 1)], [(1, 1)])]
 
 
 def test_two_forms_that_make_a_scan_of_one_node_are_not_chosen_together(rng):

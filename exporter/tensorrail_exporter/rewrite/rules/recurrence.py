@@ -30,13 +30,17 @@ def why_not(node: gs.Node) -> str | None:
     """Return the reason why this recurrent weight stays dense, or None."""
     weight = node.inputs[2]
     if not isinstance(weight, gs.Constant):
-        return f"its recurrent weight {weight.name!r} is computed in the graph, not a constant"
+        found = f"its recurrent weight {weight.name!r} is computed in the graph, not a constant"
+        return f"{found}; store it in the model, or leave it dense"
     directions, gates = len(scan.directions(node)), len(TORCH_FROM_ONNX[node.op])
     shape = tuple(weight.shape)
     if len(shape) != 3 or shape[:2] != (directions, gates * shape[2]):
-        return f"expected a recurrent weight of shape ({directions}, {gates} · hidden, hidden), got {list(shape)}"
+        expected = f"expected a recurrent weight of shape ({directions}, {gates} · hidden, hidden)"
+        return f"{expected}, got {list(shape)}; export the model again, or leave the weight dense"
     other = scan.what_no_scan_has(node)
-    return None if other is None else f"its cores run in a Scan, and none is written for a node with {other}"
+    if other is None:
+        return None
+    return f"its cores run in a Scan, and none is written for a node with {other}; leave it dense, or plan the input weight"
 
 
 def layer(node: gs.Node) -> LayerSpec:

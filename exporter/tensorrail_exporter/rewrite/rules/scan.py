@@ -56,6 +56,25 @@ def holds_scan(model: onnx.ModelProto) -> bool:
     return opset_of(model) >= _OPSET and model.ir_version >= _IR_VERSION
 
 
+def why_no_scan(model: onnx.ModelProto, scan: bool) -> str:
+    """Return why the cores of a recurrent weight cannot run in a model, and what to do; an empty string where they can.
+
+    Args:
+        model: the model.
+        scan: whether a Scan may be written; it is not for a GPU.
+
+    """
+    if not scan:
+        return "the cores of a recurrent weight run in a Scan, which is ruled out here, as on every GPU; allow a Scan on a CPU"
+    if holds_scan(model):
+        return ""
+    found = f"opset {opset_of(model)} and IR version {model.ir_version}"
+    return (
+        f"the cores of a recurrent weight run in a Scan: expected opset {_OPSET} and IR version {_IR_VERSION} or later, got "
+        f"{found}; convert the model"
+    )
+
+
 def takes(node: gs.Node) -> bool:
     """Return whether a Scan can replace the node."""
     return what_no_scan_has(node) is None
