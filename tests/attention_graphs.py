@@ -58,6 +58,23 @@ def attention_model(rng, *, sizes=None, bias=True, mask=None, scores=None, opset
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
+def behind_an_embedding(rng, model):
+    """Return such a model with a mask of lengths behind an EmbedLayerNormalization, which counts them, and random inputs."""
+    tables = {"words": (20, FEATURES), "places": (TOKENS, FEATURES), "gamma": (FEATURES,), "beta": (FEATURES,)}
+    model.graph.initializer.extend(
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in tables.items()
+    )
+    names = ["ids", "", "words", "places", "", "gamma", "beta", "counts"]
+    model.graph.node.insert(
+        0, helper.make_node("EmbedLayerNormalization", names, ["x", "mask"], "embed", domain="com.microsoft")
+    )
+    del model.graph.input[:]
+    model.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.INT32, ["batch", "tokens"]) for name in ("ids", "counts")
+    )
+    return model, {"ids": rng.integers(0, 20, (BATCH, TOKENS)).astype(np.int32), "counts": PADDED}
+
+
 def feed_of(rng, mask=None, scores=None, batch=BATCH, tokens=TOKENS):
     """Return random inputs of such a model."""
     feed = {"x": rng.standard_normal((batch, tokens, FEATURES)).astype(np.float32)}

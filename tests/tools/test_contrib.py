@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from attention_graphs import FEATURES, PADDED, TOKENS, attention_model, feed_of
+from attention_graphs import FEATURES, MASKS, PADDED, TOKENS, attention_model, behind_an_embedding, feed_of
 from cases import relative
+from onnx import numpy_helper
 
 import tensorrail as tr
 
@@ -34,6 +35,32 @@ def test_export_without_contrib_operators(rng, tmp_path):
     assert not [note for note in notes if "com.microsoft" in note[2]]
     feed = feed_of(rng, PADDED)
     assert relative(run(factored, feed), run(model, feed)) < ROUNDING
+
+
+def test_export_of_the_default_fusion_of_bert(rng, tmp_path):
+    """onnx does not infer how many axes the mask has, which EmbedLayerNormalization makes."""
+    model, feed = behind_an_embedding(rng, attention_model(rng, mask=MASKS["lengths"]))
+    report = tr.export(model, tmp_path / "o.onnx", FULL, options=tr.Options(contrib=False))
+    factored, _ = written(tmp_path / "o.onnx")
+    assert [node.op_type for node in factored.graph.node if node.domain] == ["EmbedLayerNormalization"]
+    assert report.layers[0].op == "MatMul"
+    assert relative(run(factored, feed), run(model, feed)) < ROUNDING
+
+
+@pytest.mark.parametrize("cores", ["decomposed", "given"])
+@pytest.mark.parametrize("inputs", ["random", "given"])
+def test_check_of_layers_behind_the_default_fusion_of_bert(inputs, cores, rng, tmp_path):
+    model, feed = behind_an_embedding(rng, attention_model(rng, mask=MASKS["lengths"]))
+    tr.export(model, tmp_path / "o.onnx", FULL)
+    weight = numpy_helper.to_array(next(tensor for tensor in model.graph.initializer if tensor.name == "qkv.weight"))
+    layers = tr.Layers(FULL, {"qkv": FULL.layers[0].decompose(weight.T)} if cores == "given" else None)
+    timing = tr.Timing(shapes={name: array.shape for name, array in feed.items()})
+    given = feed if inputs == "given" else None
+    report = tr.check(model, tmp_path / "o.onnx", inputs=given, layers=layers, options=tr.Options(timing=timing))
+    (row,) = report.layers
+    assert row.layer == "qkv"
+    assert row.approximation < ROUNDING
+    assert row.numerical < ROUNDING
 
 
 def test_export_names_the_other_contrib_operators(rng, tmp_path):

@@ -7,10 +7,13 @@ import tempfile
 import numpy as np
 import onnx
 import pytest
+from attention_graphs import attention_model
 from onnx import TensorProto, helper, numpy_helper
 
 import tensorrail as tr
+from tensorrail_runtime.graphs.cost import weight_fault
 from tensorrail_runtime.scratch import scratch
+from tensorrail_runtime.sessions.session import open_session
 
 RNG = np.random.default_rng(0)
 X = {"x": RNG.standard_normal((16, 48)).astype(np.float32)}
@@ -109,6 +112,39 @@ def test_a_weight_that_is_not_finite_is_named(bad, what, tmp_path):
         assert f"weight 'b.weight' holds {what} at [3, 4]" in str(caught.value), name
     assert f"warning: weight 'b.weight' holds {what} at [3, 4]" in str(tr.inspect(path))
     assert not (tmp_path / "triton").exists()
+
+
+def test_an_infinite_weight_of_an_attention_is_named_and_what_is_added_to_its_scores_may_be_infinite():
+    model = attention_model(RNG, scores=np.zeros((1, 1, 6, 6)))
+    del model.graph.input[1]
+    model.graph.initializer.append(numpy_helper.from_array(np.triu(np.full((1, 1, 6, 6), -np.inf, np.float32), 1), "scores"))
+    assert weight_fault(model) == ""
+    weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight[3, 4] = np.inf
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "qkv.weight"))
+    assert weight_fault(model).startswith("weight 'qkv.weight' holds an infinite value at [3, 4]")
+
+
+def test_an_attention_without_a_bias_is_refused_before_it_ends_the_process(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(attention_model(RNG, bias=False), path)
+    with pytest.raises(tr.ModelError, match="without a bias"):  # first, so that a fault here does not end the tests
+        open_session(path)
+    timing = tr.Timing(seconds=0.05, processes=2, shapes={"x": (2, 6, 16)})
+    data = {"x": RNG.standard_normal((4, 6, 16)).astype(np.float32)}
+    options = tr.Options(timing=timing)
+    calls = {
+        "check": lambda: tr.check(path, path, options=options),
+        "bench": lambda: tr.bench([path], options=options),
+        "compress": lambda: tr.compress(path, tmp_path / "s.onnx", {"params": 1.2}, options=options),
+        "quantize": lambda: tr.quantize(path, tmp_path / "s.onnx", "int8", calibration=data, options=options),
+        "accuracy": lambda: tr.accuracy(path, path, data=data | {"labels": np.zeros(4, int)}, options=options),
+    }
+    for name, call in calls.items():
+        with pytest.raises(tr.TensorrailError) as caught:
+            call()
+        assert "node 'attention' is a com.microsoft.Attention without a bias" in str(caught.value), name
+        assert str(caught.value).endswith("add a bias of zeros as its third input"), name
 
 
 def test_infinite_values_in_a_mask_are_no_fault(tmp_path):

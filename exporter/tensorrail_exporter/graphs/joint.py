@@ -18,9 +18,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from tensorrail_exporter.graphs.parts import Network
+from tensorrail_exporter.graphs.rounding import Rewritten, require_rounding
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
-from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.sessions.session import Session
 
 Joint = tuple[str, ...]
@@ -28,7 +28,7 @@ Joint = tuple[str, ...]
 
 _FROM_THE_END = 11  # the opset from which Split counts axes from the end
 _SIZES_AS_INPUT = 13  # the opset from which it takes the sizes as an input
-_ROUNDING, _ROUNDING_OF_HALVES = 1e-4, 1e-2  # relative L2 that another order of sums may cause
+_JOINT = Rewritten("joint layers to differ from the dense ones", "plan without joint layers", 1e-4)
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _STANDARD = ("", "ai.onnx")
 _SUFFIX = ".weight"
@@ -86,15 +86,7 @@ def rounding_error(
         ModelError: a model does not run, or the outputs cannot be compared.
 
     """
-    error = parity(dense, changed, inputs=feeds, tolerance=None, settings=settings).worst
-    stored = onnx.load(changed, load_external_data=False).graph.initializer
-    limit = _ROUNDING_OF_HALVES if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in stored) else _ROUNDING
-    if not error <= limit:
-        raise GraphError(
-            f"expected joint layers to differ from the dense ones by at most {limit:.1g} (relative L2), got {error:.1e}; plan "
-            "without joint layers, and please report the model"
-        )
-    return error
+    return require_rounding(dense, changed, feeds, _JOINT, settings)
 
 
 def with_joint(model: onnx.ModelProto, groups: Collection[Joint]) -> onnx.ModelProto:

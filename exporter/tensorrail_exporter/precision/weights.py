@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import constants_of, weight_fault
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.graphs.operators import CONTRIB
 
 _WEIGHTS = {
     "Conv": (1,),
@@ -24,6 +25,9 @@ _WEIGHTS = {
     "RNN": (1, 2),
 }
 """The inputs that may be the weight of an operator; the first of them that is constant is the weight."""
+
+_CONTRIB_WEIGHTS = {"Attention": (1,)}
+"""The same of operators of com.microsoft whose names mean something else in ONNX."""
 
 _CORE = re.compile(r"(.+)/(?:\d+(?:\+\d+)*|identity|dense)(?:_\d+)?")
 """The exporter's names of constants: `<layer>/<cores>`, followed by `_2` if the name was taken."""
@@ -58,7 +62,8 @@ def weighted(model: onnx.ModelProto) -> tuple[Weighted, ...]:
     constants = constants_of(model.graph)
     layers = []
     for node in model.graph.node:
-        place = next((p for p in _WEIGHTS.get(node.op_type, ()) if p < len(node.input) and node.input[p] in constants), None)
+        places = (_CONTRIB_WEIGHTS if node.domain == CONTRIB else _WEIGHTS).get(node.op_type, ())
+        place = next((p for p in places if p < len(node.input) and node.input[p] in constants), None)
         if place is not None:
             name = node.input[place]
             values = numpy_helper.to_array(constants[name])
@@ -148,7 +153,7 @@ def _axis(node: onnx.NodeProto, place: int, rank: int) -> int:
             return int(flag) if place == 0 else 1 - int(flag)
         case "MatMul":
             return rank - (1 if place else 2) if rank > 1 else 0
-    return 1  # ConvTranspose (I, O / groups, *K); W of recurrent layers (directions, gates · hidden, I)
+    return 1  # ConvTranspose (I, O / groups, *K); Attention (I, O); W of recurrent layers (directions, gates · hidden, I)
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -54,7 +54,7 @@ class Approximations:
         white = self.weight if self.moments is None else on_inputs(self.weight, self.moments.root)
         self._white = np.ascontiguousarray(white, np.float32)
 
-    @property
+    @cached_property
     def energy(self) -> float:
         """‖W‖² in the metric of the inputs."""
         return float(np.square(self._white, dtype=np.float64).sum())
@@ -147,7 +147,7 @@ class Approximations:
         return np.transpose(matrix.reshape([tensor.shape[axis] for axis in order]), np.argsort(order))
 
 
-class GroupedApproximations(Approximations):
+class GroupedApproximations:
     """The weight of a convolution in groups, of which each group is approximated as a layer of its own.
 
     Args:
@@ -158,15 +158,17 @@ class GroupedApproximations(Approximations):
     """
 
     def __init__(self, weight: np.ndarray, groups: int, moments: Sequence[InputMoments] | None = None) -> None:
-        super().__init__(weight)
         own = [None] * groups if moments is None else moments
         self.parts = [Approximations(part, one) for part, one in zip(np.split(weight, groups), own, strict=True)]
 
+    @property
+    def energy(self) -> float:
+        """‖W‖² in the metric of the inputs of each group."""
+        return sum(part.energy for part in self.parts)
+
     def share(self, option: Option) -> float:
         """Return the share of ‖W‖² that an option loses, in the metric of the inputs of each group."""
-        energies = [part.energy for part in self.parts]
-        shares = [part.share(option) for part in self.parts]
-        return float(np.dot(energies, shares)) / (sum(energies) or 1.0)
+        return sum(part.energy * part.share(option) for part in self.parts) / (self.energy or 1.0)
 
     def approximated(self, option: Option) -> np.ndarray:
         """Return the approximated weight (O, I, *K)."""

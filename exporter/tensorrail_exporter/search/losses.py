@@ -100,7 +100,7 @@ class Probe:
     def __init__(
         self,
         resolved: ResolvedPlan,
-        approximations: Mapping[str, Approximations],
+        approximations: Mapping[str, Approximations | GroupedApproximations],
         inputs: Calibration,
         settings: Session,
         folder: Path,
@@ -275,7 +275,9 @@ def losses_of(
 
 
 def weight_losses(
-    wanted: Mapping[DenseLayer, Sequence[Option]], approximations: Mapping[str, Approximations], progress: Progress = silent
+    wanted: Mapping[DenseLayer, Sequence[Option]],
+    approximations: Mapping[str, Approximations | GroupedApproximations],
+    progress: Progress = silent,
 ) -> Losses:
     """Return the share of its weight that each option loses."""
     values = {}
@@ -353,12 +355,12 @@ def interpolated(shares: Sequence[float], effects: Mapping[float, float]) -> tup
 
 def approximations_of(
     resolved: ResolvedPlan, wanted: Mapping[DenseLayer, Sequence[Option]], split: Split | None, settings: Session
-) -> dict[str, Approximations]:
+) -> dict[str, Approximations | GroupedApproximations]:
     """Return the approximations of every layer that has options, in the metric of the inputs that cores are fitted to."""
     layers = [layer for layer, options in wanted.items() if options]
     weights = dense_weights(resolved, [layer.name for layer in layers])
     moments = {} if split is None else _input_moments(resolved, layers, split.fitted, settings)
-    approximations = {}
+    approximations: dict[str, Approximations | GroupedApproximations] = {}
     for layer in layers:
         weight, own = weights[layer.name], moments.get(layer.name)
         approximations[layer.name] = (

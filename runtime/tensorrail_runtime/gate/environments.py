@@ -35,8 +35,8 @@ from tensorrail_runtime.measure.parity import is_exact, relative_l2, require_com
 from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.scratch import scratch
-from tensorrail_runtime.sessions.float16 import holds_fp16
 from tensorrail_runtime.sessions.inputs import random_inputs
+from tensorrail_runtime.sessions.kernels import contents_of
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session
 from tensorrail_runtime.tables import Part, Table
@@ -206,7 +206,7 @@ class _Side:
             "optimized": None if optimized is None else str(optimized),
             "profile": None if profile is None else str(profile),
             # ONNX Runtime 1.31 fuses Transpose(1, 0, 2) → MatMul in fp16 in a way that crashes the process.
-            "disabled": ["MatmulTransposeFusion"] if not settings.on_gpu and holds_fp16(self.model) else [],
+            "disabled": ["MatmulTransposeFusion"] if not settings.on_gpu and contents_of(self.model).fp16 else [],
         }
         with _started(self.python) as worker:
             arguments = str(self.model.absolute()), PROVIDERS[settings.provider], str(self.inputs.path), options

@@ -9,6 +9,7 @@ number of times.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.sessions.inputs import Shapes, batch_of, open_axes, random_inputs
+from tensorrail_runtime.sessions.kernels import ends_the_process
 from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
@@ -43,7 +45,6 @@ _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
 
 _FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 _MATRIX = 2  # axes of a weight
-_BIAS = 2  # index of the input of Attention with the bias
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
@@ -232,7 +233,7 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
             elif node.op_type == "Scan" and (body := _body(node, scope, opset)) is not None:
                 scopes.append(body)  # which this loop reaches later
                 continue
-            elif node.op_type not in (CONTRIB_NO_MACS if node.domain == "com.microsoft" else NO_MACS):
+            elif node.op_type not in (CONTRIB_NO_MACS if node.domain == CONTRIB else NO_MACS):
                 uncounted.add(node.op_type)
             if node.op_type not in _NO_KERNEL:
                 kernels += scope.times
@@ -334,7 +335,7 @@ def weight_fault(model: onnx.ModelProto, folder: Path | str | None = None) -> st
 
     """
     graphs = (model.graph, *descendants(model.graph))
-    multiplied = {name for graph in graphs for node in graph.node if node.op_type in _PRODUCTS for name in node.input}
+    multiplied = {name for graph in graphs for node in graph.node for name in _multiplied(node)}
     for graph in graphs:
         for name, tensor in constants_of(graph).items():
             external = tensor.data_location == onnx.TensorProto.EXTERNAL
@@ -348,6 +349,13 @@ def weight_fault(model: onnx.ModelProto, folder: Path | str | None = None) -> st
                 what = "NaN" if np.isnan(values[tuple(place)]) else "an infinite value"
                 return f"weight {name!r} holds {what} at {place}, one of {int(wrong.sum()):,} such values: repair the model"
     return ""
+
+
+def _multiplied(node: onnx.NodeProto) -> Sequence[str]:
+    """Return the inputs of a node that may be matrices of a product; what an Attention adds to its scores may be infinite."""
+    if node.op_type == "Attention":
+        return node.input[1:2] if node.domain == CONTRIB else ()
+    return node.input if node.op_type in _PRODUCTS else ()
 
 
 @dataclass(frozen=True)
@@ -531,7 +539,7 @@ def seen_tensors(
         large to be passed in memory.
 
     """
-    if any(_ends_the_process(node) for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
+    if any(ends_the_process(node) for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
         return {}
     exposed = with_outputs(bound, (name for node in bound.graph.node for name in node.output if name))
     options = ort.SessionOptions()
@@ -547,11 +555,6 @@ def seen_tensors(
         for entry, array in zip(session.get_outputs(), arrays, strict=True)
         if entry.type.startswith("tensor(")
     }
-
-
-def _ends_the_process(node: onnx.NodeProto) -> bool:
-    """Return whether ONNX Runtime's CPU kernel of a node crashes: in 1.31 that of an Attention without a bias does."""
-    return node.op_type == "Attention" and node.domain == CONTRIB and not (len(node.input) > _BIAS and node.input[_BIAS])
 
 
 def _element_type(name: str) -> int:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
+from tensorrail_runtime.sessions.kernels import CONTRIB as CONTRIB
+
 Shape = tuple[int, ...]
 CountMacs = Callable[[onnx.NodeProto, list[Shape], Shape], int]
 """Counts the MACs of a node from the shapes of its operands and of its output."""
 
-CONTRIB = "com.microsoft"
 DOMAINS = ("", "ai.onnx", CONTRIB)  # other domains use the same names for other operators
 
 # fmt: off

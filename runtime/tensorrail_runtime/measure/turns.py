@@ -22,9 +22,9 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.scratch import scratch
-from tensorrail_runtime.sessions.float16 import holds_fp16, remember
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import batch_of, random_inputs
+from tensorrail_runtime.sessions.kernels import Contents, contents_of, remember
 from tensorrail_runtime.sessions.session import Session, naming, open_session, run
 from tensorrail_runtime.sessions.values import load_values, save_values
 
@@ -188,9 +188,9 @@ def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE, o
 
 
 def _request(paths: Sequence[Path | str], settings: Session) -> dict[str, Any]:
-    """Return what a fresh process needs to open the models; it need not read which of them hold float16."""
+    """Return what a fresh process needs to open the models; it need not read what they hold."""
     files = [str(Path(path).resolve()) for path in paths]
-    return {"paths": files, "fp16": [holds_fp16(file) for file in files], "settings": asdict(settings)}
+    return {"paths": files, "contents": [asdict(contents_of(file)) for file in files], "settings": asdict(settings)}
 
 
 def _waited_ns() -> int:
@@ -206,8 +206,8 @@ def _waited_ns() -> int:
 
 
 def _settings(request: dict[str, Any]) -> Session:
-    for path, holds in zip(request["paths"], request["fp16"], strict=True):
-        remember(path, holds=holds)
+    for path, contents in zip(request["paths"], request["contents"], strict=True):
+        remember(path, Contents(**contents))
     return Session(**request["settings"])
 
 
@@ -227,7 +227,7 @@ def runner(path: Path | str, settings: Session, timing: Timing | None = None) ->
     Of `timing` the batch size, shapes, values, seed and IO binding count.
     """
     timing = timing or Timing()
-    holds_fp16(path)  # read once, and no part of the time that opening takes
+    contents_of(path)  # read once, and no part of the time that opening takes
     begin = time.perf_counter()
     session = open_session(path, settings=settings)
     load = 1e3 * (time.perf_counter() - begin)

@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.records import require_utf8
-from tensorrail_runtime.sessions.float16 import holds_fp16
+from tensorrail_runtime.sessions.kernels import Contents, contents_of
 from tensorrail_runtime.sessions.values import Drawn, native
 
 PROVIDERS = {
@@ -118,8 +118,8 @@ def open_session(
         The session, which runs on the provider that was asked for.
 
     Raises:
-        ModelError: the file is not a model that ONNX Runtime can load, the options do not fit together, or ONNX Runtime would
-            run the model on another provider; the message has its reason.
+        ModelError: the file is not a model that ONNX Runtime can load, the options do not fit together, ONNX Runtime would run
+            the model on another provider, or would end the process when it runs; the message has the reason.
 
     """
     settings = settings or Session(provider=provider, threads=threads)
@@ -144,8 +144,14 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    contents = Contents() if settings.on_gpu else contents_of(path)
+    if contents.crashing is not None:
+        raise ModelError(
+            f"{path}: node {contents.crashing!r} is a com.microsoft.Attention without a bias, on which ONNX Runtime's CPU "
+            "kernel ends the process: add a bias of zeros as its third input"
+        )
     # On the CPU, ONNX Runtime 1.31 fuses Transpose(1, 0, 2) → MatMul in fp16 in a way that crashes the process.
-    disabled = ["MatmulTransposeFusion"] if not settings.on_gpu and holds_fp16(path) else []
+    disabled = ["MatmulTransposeFusion"] if contents.fp16 else []
     with _native_errors(quiet=not settings.on_gpu) as first_error:
         if settings.on_gpu:
             _preload()

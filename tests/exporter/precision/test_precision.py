@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+from attention_graphs import attention_model, feed_of
 from cases import relative
 from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
@@ -18,7 +19,7 @@ from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.sessions.float16 import holds_fp16
+from tensorrail_runtime.sessions.kernels import contents_of
 from tensorrail_runtime.sessions.machine import Processor, processor
 from tensorrail_runtime.sessions.session import Session, open_session, run
 
@@ -208,13 +209,29 @@ def test_fp16_behind_a_turned_sequence_runs(rng, tmp_path):
     model = make_model(nodes, weights, {"x": ["n", "t", 8]}, {"y": ["t", "n", 6]})
     feeds = [{"x": rng.standard_normal((2, 5, 8)).astype(np.float32)}]
     onnx.save(to_fp16(model), tmp_path / "half.onnx")
-    assert holds_fp16(tmp_path / "half.onnx")
+    assert contents_of(tmp_path / "half.onnx").fp16
     script = "import sys; from tensorrail_runtime import open_session; open_session(sys.argv[1])"  # it would take pytest along
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "half.onnx")], check=False)
     assert done.returncode == 0
     assert difference(model, to_fp16(model), feeds, tmp_path) < FP16
     onnx.save(model, tmp_path / "single.onnx")
-    assert not holds_fp16(tmp_path / "single.onnx")
+    assert not contents_of(tmp_path / "single.onnx").fp16
+
+
+@pytest.mark.parametrize("keep", [(), ("qkv",)])
+def test_an_attention_that_stays_fp32_is_named(keep, rng, tmp_path):
+    """int8 has no kernel for it here, and `keep` accepts its name."""
+    onnx.save(attention_model(rng, tail=True), tmp_path / "m.onnx")
+    report = reduced(
+        tmp_path / "m.onnx",
+        tmp_path / "small.onnx",
+        Quantization("int8", keep=keep),
+        calibration=[feed_of(rng) for _ in range(4)],
+        conditions=Conditions(Timing(seconds=0.1)),
+    )
+    assert [(layer.layer, layer.op, layer.kept) for layer in report.fp32] == [("qkv", "Attention", bool(keep))]
+    half = initializers(to_fp16(onnx.load(tmp_path / "m.onnx"), keep=keep))
+    assert half["qkv.weight"].dtype == (np.float32 if keep else np.float16)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])

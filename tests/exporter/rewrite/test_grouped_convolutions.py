@@ -105,6 +105,15 @@ def test_what_cannot_be_factored_says_why(shape, groups, reason, rng):
         decompose_graph(model, plan)
 
 
+def test_outputs_that_are_no_multiple_of_the_groups_are_refused_with_what_to_do(rng):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "n", group=4)
+    weights = {"w": rng.standard_normal((18, 2, 3, 3)).astype(np.float32)}
+    model = make_model([node], weights, {"x": ["n", 8, 6, 6]}, {"y": ["n", 18, 4, 4]})
+    plan = Plan(layers=(LayerPlan(name="w", format="svd", modes=(18, 18), ranks=(1,)),))
+    with pytest.raises(GraphError, match="got 18 outputs with group=4; leave it out of the plan"):
+        decompose_graph(model, plan)
+
+
 def test_nodes_that_share_a_weight_in_different_groups_are_planned_by_their_own_names(rng):
     weights = {"w": rng.standard_normal((8, 4, 1, 1)).astype(np.float32)}
     nodes = [

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize
+from tensorrail_exporter.precision.reduce import to_fp16
 from tensorrail_exporter.rewrite.plain_attention import contrib_operators, plain_attention, require_equal
 from tensorrail_exporter.rewrite.survey import survey, with_known_axes
 from tensorrail_runtime.sessions.session import Session
@@ -24,6 +25,17 @@ FULL = Plan(layers=(LayerPlan(name="qkv", format="svd", modes=(3 * FEATURES, FEA
 def run(model, feed):
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, feed)[0]
+
+
+def chain(model, count):
+    """Return the model with so many attentions, each of which reads the one before, with the same weight."""
+    for number in range(1, count):
+        again = onnx.NodeProto()
+        again.CopyFrom(model.graph.node[0])
+        again.name, again.input[0], again.output[0] = "", model.graph.node[-1].output[0], f"attended{number}"
+        model.graph.node.append(again)
+    model.graph.output[0].name = model.graph.node[-1].output[0]
+    return model
 
 
 @pytest.mark.parametrize("opset", [11, 13, 20])
@@ -90,6 +102,33 @@ def test_a_plan_may_call_it_by_the_name_of_its_node(rng):
         assert relative(run(factorize(one, plan, decompose_graph(one, plan)).model, feed), run(model, feed)) < ROUNDING
 
 
+@pytest.mark.parametrize("unidirectional", [0, 1])
+@pytest.mark.filterwarnings("error")
+def test_a_sample_without_tokens_in_float16(unidirectional, rng):
+    """Scores near -40 are added to the lowest number: neither they nor the mask become infinite, which softmax makes NaN."""
+    mask = MASKS["a sample without tokens"]
+    low = np.full((1, 1, TOKENS, TOKENS), -40.0)
+    attributes = {"mask_filter_value": -3.4028234663852886e38, "unidirectional": unidirectional}
+    plain = plain_attention(to_fp16(attention_model(rng, mask=mask, scores=low, **attributes)))
+    assert contrib_operators(plain) == {}
+    assert np.isfinite(run(plain, feed_of(rng, mask, low))).all()
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 8, 4)])
+@pytest.mark.parametrize("mask", ["none", "padding"])
+def test_an_empty_batch(mask, sizes, rng):
+    given = None if MASKS[mask] is None else MASKS[mask][:0]
+    plain = plain_attention(attention_model(rng, mask=MASKS[mask], sizes=sizes))
+    assert run(plain, feed_of(rng, given, batch=0)).shape == (0, TOKENS, sizes[2] if sizes else FEATURES)
+
+
+def test_the_limit_of_rounding_grows_as_the_root_of_the_number_of_attentions(rng, tmp_path):
+    onnx.save(chain(attention_model(rng), 9), tmp_path / "m.onnx")
+    other = plain_attention(chain(attention_model(rng), 9))
+    with pytest.raises(GraphError, match=r"to differ by at most 0\.003 \(relative L2\), got"):
+        require_equal(tmp_path / "m.onnx", other, feed_of(rng), Session())
+
+
 def test_another_function_is_found(rng, tmp_path):
     model = attention_model(rng)
     path = tmp_path / "m.onnx"
@@ -111,11 +150,6 @@ def test_what_cannot_be_written_so_stays(rng):
 
 
 def test_several_nodes_in_one_graph(rng):
-    model = attention_model(rng, mask=PADDED)
-    again = onnx.NodeProto()
-    again.CopyFrom(model.graph.node[0])
-    again.name, again.input[0], again.output[0] = "", "attended", "twice"
-    model.graph.node.append(again)
-    model.graph.output[0].name = "twice"
+    model = chain(attention_model(rng, mask=PADDED), 2)
     feed = feed_of(rng, PADDED)
     assert relative(run(plain_attention(model), feed), run(model, feed)) < ROUNDING

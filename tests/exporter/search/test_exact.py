@@ -9,7 +9,7 @@ from conftest import make_model
 from onnx import helper
 
 import tensorrail as tr
-from tensorrail_exporter.graphs import joint
+from tensorrail_exporter.graphs import rounding
 from tensorrail_exporter.search import exact
 from tensorrail_exporter.search.exact import Exact, fastest_exact
 from tensorrail_exporter.search.targets import Search
@@ -86,7 +86,7 @@ def test_variants_of_an_int8_plan_are_timed_in_int8(choose):
 
 
 def test_a_variant_that_computes_something_else_is_left_out(choose, monkeypatch):
-    real = joint.parity
+    real = rounding.parity
     seen = []
 
     def parity(*arguments, **options):
@@ -94,7 +94,7 @@ def test_a_variant_that_computes_something_else_is_left_out(choose, monkeypatch)
         result = real(*arguments, **options)
         return SimpleNamespace(worst=1.0) if len(seen) == 2 else result
 
-    monkeypatch.setattr(joint, "parity", parity)
+    monkeypatch.setattr(rounding, "parity", parity)
     chosen, models = choose(1.0, 1.5)
     assert len(models) == 3
     assert chosen == Exact((GROUP,), inner_shapes=False)

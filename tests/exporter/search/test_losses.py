@@ -91,6 +91,8 @@ def test_groups_are_approximated_in_the_metric_of_their_own_inputs(rng):
     approximations = GroupedApproximations(weight, 2, moments)
     option = next(option for option in options_of(layer, ["svd"], 1) if option.ranks == (2,))
     assert approximations.share(option) < 1e-4
+    on_inputs = [weight[8 * g : 8 * g + 8, :, 0, 0] @ moments[g].root for g in range(2)]
+    assert approximations.energy == pytest.approx(sum(float(np.square(part).sum()) for part in on_inputs), rel=1e-5)
     approximated = approximations.approximated(option)
     for group, channels in enumerate(occurring):
         rows = slice(8 * group, 8 * group + 8)

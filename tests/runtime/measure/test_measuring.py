@@ -453,7 +453,7 @@ def test_models_whose_times_are_known_run_no_more(monkeypatch):
 
     monkeypatch.setattr("tensorrail_runtime.measure.turns.runner", prepared)
     monkeypatch.setattr("tensorrail_runtime.measure.turns.time.perf_counter", lambda: now[0])
-    request = {"paths": ["0", "1", "2"], "fp16": [False] * 3, "settings": {}, "seconds": 1e9, "rounds": 5, "most": 60}
+    request = {"paths": ["0", "1", "2"], "contents": [{}] * 3, "settings": {}, "seconds": 1e9, "rounds": 5, "most": 60}
     times = np.array(json.loads(answer_bursts(request | {"precision": 0.005, "of_all": 0.0}))["times"])
     assert times.shape == (3, 59)
     assert np.isfinite(times).sum(1).tolist() == [59, 7, 59]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tensorrail.inputs import Arrays, as_batches, timed_on
 from tensorrail.models import as_file
 from tensorrail.options import Options
@@ -17,8 +19,6 @@ from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from tensorrail_exporter.plans.plan import Plan
 
 
@@ -98,8 +98,13 @@ def _layer_errors(
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.rewrite.layer_errors import layer_errors
     from tensorrail_exporter.rewrite.rewriter import decompose_graph
+    from tensorrail_exporter.rewrite.survey import with_known_axes
 
     model = load_model(reference)
+    first = feeds[0] if feeds else {}
+    of_known_axes = {value.name for value in model.graph.input if value.type.tensor_type.HasField("shape")}
+    shapes = {name: np.shape(array) for name, array in first.items() if name in of_known_axes}
+    model = with_known_axes(model, shapes=shapes, values=first)
     plan = layers.plan if isinstance(layers.plan, Plan) else Plan.load(layers.plan)
     cores = layers.cores
     if cores is None:

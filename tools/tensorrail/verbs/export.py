@@ -61,8 +61,9 @@ def export(
     options = options or Options()
     require_writable(out, model, plan, cores)
     form = form or Form(block=1)
-    graph = as_graph(model) if options.contrib else without_contrib(as_graph(model), options.progress)
-    graph = with_known_axes(graph, form.batch, form.shapes)
+    graph = with_known_axes(as_graph(model), form.batch, form.shapes)  # an attention is written only if its mask's are known
+    if not options.contrib:
+        graph = with_known_axes(without_contrib(graph, options.progress), form.batch, form.shapes)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if not read.changes:
         raise PlanError(f"{'the plan' if plan is read else plan}: changes nothing: it names no layer")

@@ -14,12 +14,14 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec, Step
 from tensorrail_exporter.rewrite.rules.emit import Site
+from tensorrail_runtime.graphs.operators import CONTRIB
 
-OPS: tuple[str, ...] = ("com.microsoft:Attention",)
+OPS: tuple[str, ...] = (f"{CONTRIB}:Attention",)
 
 BIAS, MASK, PAST, ADDED, PAST_LENGTH = range(2, 7)  # indices of the node's inputs
 _SAME = ("mask_filter_value", "num_heads", "scale", "unidirectional")  # attributes that both operators have
 _IGNORED = ("qkv_hidden_sizes", "rotary_embedding_dim")  # which parts to split; of no effect without do_rotary
+_LEAVE = "leave it out of the plan"
 _OTHERS = {"do_rotary": "it rotates queries and keys (do_rotary)", "past_present_share_buffer": "it keeps past keys and values"}
 
 
@@ -34,16 +36,17 @@ def why_not(node: gs.Node) -> str | None:
     if not isinstance(weight, gs.Constant):
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) != 2:
-        return f"expected a matrix as its weight, got shape {list(weight.shape)}"
+        return f"expected a matrix as its weight, got shape {list(weight.shape)}; {_LEAVE}"
     sizes = sizes_of(node)
     if len(sizes) != 3 or sum(sizes) != weight.shape[1] or sizes[0] != sizes[1]:
-        return f"expected a weight (inputs, query + key + value), got shape {list(weight.shape)} for hidden sizes {sizes}"
+        expected = f"expected a weight (inputs, query + key + value), got shape {list(weight.shape)}"
+        return f"{expected} for hidden sizes {sizes}; {_LEAVE}"
     present = len(node.outputs) > 1 and not node.outputs[1].is_empty()
     if present or given(node, PAST) is not None or given(node, PAST_LENGTH) is not None:
-        return "it keeps past keys and values, which MultiHeadAttention takes in another form"
+        return f"it keeps past keys and values, which MultiHeadAttention takes in another form; {_LEAVE}"
     for name, value in node.attrs.items():
         if name not in (*_SAME, *_IGNORED) and value:
-            return f"{_OTHERS.get(name, f'it has the attribute {name}')}, which MultiHeadAttention does not"
+            return f"{_OTHERS.get(name, f'it has the attribute {name}')}, which MultiHeadAttention does not; {_LEAVE}"
     return _why_not_mask(node)
 
 
@@ -71,14 +74,14 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
     node.outputs.clear()
     product = site.variable(f"{layer}/product", dtype)
     site.chain(node.inputs[0], product, steps, layer, dtype)
-    parts = site.split(product, sizes_of(node), f"{layer}/qkv", dtype)
+    parts = site.split(product, sizes_of(node), 2, f"{layer}/qkv", dtype)
     others = [given(node, place) for place in (BIAS, MASK, ADDED)]
     while others and others[-1] is None:
         others.pop()
     inputs = [*parts, *(gs.Variable.empty() if tensor is None else tensor for tensor in others)]
     attrs = {name: node.attrs[name] for name in _SAME if name in node.attrs}
     name = site.names.unique(f"{layer}/attention")
-    site.graph.nodes.append(gs.Node("MultiHeadAttention", name, attrs, inputs, [target], domain="com.microsoft"))
+    site.graph.nodes.append(gs.Node("MultiHeadAttention", name, attrs, inputs, [target], domain=CONTRIB))
 
 
 def given(node: gs.Node, place: int) -> gs.Tensor | None:
@@ -101,13 +104,22 @@ def _why_not_mask(node: gs.Node) -> str | None:
     match list(mask.shape):
         case [count]:
             if not (_same(count, data[0]) or _holds_lengths(mask)):
-                return f"its mask {mask.name!r} of shape {[count]} is not known to hold one length for each sample"
+                return (
+                    f"its mask {mask.name!r} of shape {[count]} is not known to hold one length for each sample: name the "
+                    f"mask's axis like the batch of {node.inputs[0].name!r}, or {_LEAVE}"
+                )
         case [_, 1] if data[1] != 1:
-            return f"its mask {mask.name!r} has one value for each sample, which MultiHeadAttention does not take"
+            return (
+                f"its mask {mask.name!r} has one value for each sample, which MultiHeadAttention does not take: give it the "
+                f"shape (batch, tokens), or {_LEAVE}"
+            )
         case [_, _] | [_, _, _]:
             pass
         case axes:
-            return f"its mask {mask.name!r} has {len(axes)} axes, and MultiHeadAttention takes 1 to 3"
+            return (
+                f"its mask {mask.name!r} has {len(axes)} axes, and MultiHeadAttention takes 1 to 3: give it the shape (batch, "
+                f"tokens), or {_LEAVE}"
+            )
     return None
 
 

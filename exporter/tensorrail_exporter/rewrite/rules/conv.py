@@ -30,7 +30,8 @@ def why_not(node: gs.Node) -> str | None:
     if group != 1 and weight.shape[1] == 1:
         return f"it is a depthwise convolution (group={group}), of one input channel per group; leave it out of the plan"
     if group < 1 or weight.shape[0] % group:
-        return f"expected outputs that are a multiple of its groups, got {weight.shape[0]} outputs with group={group}"
+        got = f"got {weight.shape[0]} outputs with group={group}"
+        return f"expected outputs that are a multiple of its groups, {got}; leave it out of the plan"
     return None
 
 

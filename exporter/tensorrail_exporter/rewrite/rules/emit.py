@@ -10,6 +10,8 @@ import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import Conv, Gather, MatMul, Reshape, Step
 
+_AS_INPUT = 13  # the opset from which sizes of Split and axes of Unsqueeze are inputs
+
 
 @dataclass(frozen=True)
 class Names:
@@ -82,17 +84,27 @@ class Site:
         self.graph.nodes.append(node)
         return node
 
-    def split(self, source: gs.Tensor, sizes: Sequence[int], name: str, dtype: np.dtype) -> list[gs.Variable]:
-        """Split the last axis of a tensor (B, S, O) into parts of these sizes."""
+    def split(self, source: gs.Tensor, sizes: Sequence[int], axis: int, name: str, dtype: np.dtype) -> list[gs.Variable]:
+        """Split an axis of a tensor into parts of these sizes."""
         parts = [self.variable(f"{name}{k}", dtype) for k in range(len(sizes))]
-        attrs: dict[str, object] = {"axis": 2}
+        attrs: dict[str, object] = {"axis": axis}
         inputs = [source]
-        if self.graph.opset < 13:
+        if self.graph.opset < _AS_INPUT:
             attrs["split"] = list(sizes)
         else:
             inputs.append(self.constant(f"{name}_sizes", np.array(sizes, np.int64)))
         self.graph.nodes.append(gs.Node("Split", self.names.unique(f"{name}_split"), attrs, inputs, parts))
         return parts
+
+    def unsqueezed(self, tensor: gs.Tensor, axes: Sequence[int], name: str, dtype: np.dtype) -> gs.Variable:
+        """Return a tensor with new axes of size 1."""
+        out = self.variable(name, dtype)
+        if self.graph.opset < _AS_INPUT:
+            self.append("Unsqueeze", f"{name}_node", [tensor], out, {"axes": list(axes)})
+        else:
+            places = self.constant(f"{name}_axes{'_'.join(map(str, axes))}", np.array(axes, np.int64))
+            self.append("Unsqueeze", f"{name}_node", [tensor, places], out)
+        return out
 
     def chain(
         self, source: gs.Tensor, target: gs.Tensor, steps: tuple[Step, ...], layer: str, dtype: np.dtype

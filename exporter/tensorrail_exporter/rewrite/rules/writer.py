@@ -51,10 +51,7 @@ class Writer:
         """Return the parts of a tensor, of these sizes along an axis."""
         if len(sizes) == 1:
             return [tensor]
-        if self.site.graph.opset < 13:
-            return [*self.add_with_outputs("Split", [tensor], len(sizes), axis=axis, split=list(sizes))]
-        lengths = self.integers("sizes" + "_".join(map(str, sizes)), sizes)
-        return [*self.add_with_outputs("Split", [tensor, lengths], len(sizes), axis=axis)]
+        return [*self.site.split(tensor, sizes, axis, f"{self.layer}/split", self.dtype)]
 
     def state(self, place: int, direction: int, gates: gs.Tensor, hidden: int) -> gs.Tensor:
         """Return the initial state (B, H) of one direction: from the node's input, or zeros."""
@@ -68,14 +65,8 @@ class Writer:
 
     def stack(self, tensors: list[gs.Tensor], axis: int, output: gs.Tensor) -> None:
         """Stack the tensors of all directions along a new axis of the output."""
-        unsqueezed = [self.unsqueezed(tensor, axis) for tensor in tensors]
+        unsqueezed = [self.site.unsqueezed(tensor, [axis], f"{self.layer}/unsqueeze", self.dtype) for tensor in tensors]
         if len(unsqueezed) == 1:
             unsqueezed[0].inputs[0].outputs = [output]
         else:
             self.site.append("Concat", f"{self.layer}/directions", unsqueezed, output, {"axis": axis})
-
-    def unsqueezed(self, tensor: gs.Tensor, axis: int) -> gs.Tensor:
-        """Return a tensor with a new axis of size 1."""
-        if self.site.graph.opset < 13:
-            return self.add("Unsqueeze", [tensor], axes=[axis])
-        return self.add("Unsqueeze", [tensor, self.integers(f"axis{axis}", [axis])])
