@@ -164,3 +164,15 @@ def test_torch_exports_cores_of_a_recurrence():
     model = swap(model, plan_of(model, "rnn.weight_hh_l?", form="tt")).eval()
     x = torch.randn(2, STEPS, INPUT)
     close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_torchs_loop_gets_weights_that_are_contiguous(form, monkeypatch):
+    """As cuDNN needs them: a weight of Tucker cores comes out transposed."""
+    model = nn.ModuleDict({"rnn": nn.LSTM(6, 8, bidirectional=True)})
+    cut = swap(model, plan_of(model, "*weight_ih*", "*weight_hh*", form=form))
+    own, given = torch.lstm, []
+    monkeypatch.setattr(torch, "lstm", lambda x, states, flat, *rest: given.extend(flat) or own(x, states, flat, *rest))
+    cut["rnn"](torch.randn(4, 2, 6))
+    assert len(given) == 8
+    assert all(weight.is_contiguous() for weight in given)
