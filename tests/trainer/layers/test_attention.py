@@ -397,6 +397,9 @@ def test_weights_that_are_made_of_cores_already_are_refused():
     cut = cut_of(Attending())
     with pytest.raises(PlanError, match=r"layer attn.in_proj_weight: .* it is already made of cores"):
         dense_layer(cut, "attn.in_proj_weight")
+    cut = cut_of(Attending(), pattern="*out_proj")
+    with pytest.raises(PlanError, match=r"attn.in_proj_weight: other weights of this MultiheadAttention are made of cores alr"):
+        dense_layer(cut, "attn.in_proj_weight")
 
 
 @pytest.mark.parametrize(

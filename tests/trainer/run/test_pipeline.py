@@ -645,6 +645,11 @@ def test_convolutions_of_two_and_three_axes_and_cores_of_five_train_together(tmp
     cut = swap(dense, Plan(layers=cores))
     place(cut, torch.device("cpu"), channels_last=True)
     assert cut(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)).shape == (2, 8, 4, 4)
+    dense = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=2))
+    cut = swap(dense, Plan(layers=plan_layers(dense, "1", ranks=3)))
+    place(cut, torch.device("cpu"), channels_last=True)
+    assert [core.dim() for core in cut[1].cores] == [4, 4, 4]
+    assert all(core.is_contiguous() for core in cut[1].cores)
 
 
 def test_a_number_without_a_point_is_a_number(tmp_path):

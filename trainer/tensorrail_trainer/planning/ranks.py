@@ -91,7 +91,7 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
 
     Raises `PlanError` if there is none, with the reason or the known layers.
     """
-    known = dense_layers(model, loops="weight_hh" in pattern)
+    known = dense_layers(model, recurrent="weight_hh" in pattern)
     names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
         if pattern in {**dict(model.named_modules()), **dict(model.named_parameters())}:

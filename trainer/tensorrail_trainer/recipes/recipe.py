@@ -390,9 +390,7 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _planned(
-    model: nn.Module, rule: AnyRule, trained: bool, inputs: Callable[[], Iterable[Tensor]]
-) -> tuple[LayerPlan, ...]:
+def _planned(model: nn.Module, rule: AnyRule, trained: bool, inputs: Callable[[], Iterable[Tensor]]) -> tuple[LayerPlan, ...]:
     """Return the layers of a rule with their ranks: any ranks of the right size if the model is not trained."""
     if not isinstance(rule, PlanRule) or rule.params is None:
         return _plannable(model, rule)
