@@ -18,7 +18,7 @@ from tensorrail_trainer import ADMM
 from tensorrail_trainer.admm.moments import InputMoments, input_roots
 from tensorrail_trainer.layers.dense import dense_layer
 from tensorrail_trainer.layers.metric import Root
-from tensorrail_trainer.layers.swap import cores_of
+from tensorrail_trainer.layers.swap import cores_of, swap
 from tensorrail_trainer.planning.ranks import plan_layers
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run.pipeline import prepare, train_all
@@ -395,6 +395,12 @@ def test_admm_runs_on_an_attentions_output_and_says_where_it_cannot():
     admm.update()
     assert set(admm.roots) == {"attn.in_proj_weight", "attn.out_proj"}
     assert model["attn"].out_proj.training
+    admm.close()
+    cut = swap(model.train(), Plan(layers=plan_layers(model, "*in_proj*", format="svd", ranks=8)))
+    again = ADMM(cut, Plan(layers=plan_layers(cut, "attn.out_proj", format="svd", ranks=2)), metric="activation")
+    cut["attn"](x, x, x)
+    again.update()
+    torch.testing.assert_close(again.roots["attn.out_proj"].root, admm.roots["attn.out_proj"].root, atol=1e-4, rtol=1e-3)
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_zero_attn=True)})
     with pytest.raises(PlanError, match=r"layer attn.out_proj: `metric: activation` supports no out_proj of .*add_zero_attn"):
         ADMM(model, Plan(layers=plan_layers(model, "*", format="svd", ranks=2)), metric="activation")

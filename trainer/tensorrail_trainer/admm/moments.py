@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.layers.attention import heads_of, is_replaceable
+from tensorrail_trainer.layers.attention import FactoredAttention, heads_of, is_replaceable
 from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers
 from tensorrail_trainer.layers.fused import attention_in_parts
 from tensorrail_trainer.layers.metric import Root
@@ -196,7 +196,7 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.M
     for layer in plan.layers:
         dense = layers[layer.name]
         attention = _attention_of(layer.name, model)
-        if attention is not None and not is_replaceable(attention):
+        if isinstance(attention, nn.MultiheadAttention) and not is_replaceable(attention):
             raise PlanError(
                 f"layer {layer.name}: `metric: activation` supports no out_proj of attention with add_bias_kv, "
                 "add_zero_attn or weights that are computed from others: attention reads its weight without calling it; use "
@@ -234,7 +234,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.moments is not None and module.training == self.moments.training:
-            if isinstance(module, nn.MultiheadAttention):
+            if isinstance(module, nn.MultiheadAttention | FactoredAttention):
                 x = _attended(self.name, module, *args, **kwargs)
             else:
                 x = args[0] if args else kwargs["input"]
@@ -244,19 +244,21 @@ class _Hook:
         return _Hook, ()
 
 
-def _attention_of(name: str, model: nn.Module | None) -> nn.MultiheadAttention | None:
-    """Return the attention whose `out_proj` a layer is, or None: torch's attention reads its weight without calling it."""
+def _attention_of(name: str, model: nn.Module | None) -> nn.MultiheadAttention | FactoredAttention | None:
+    """Return the attention whose `out_proj` a layer is, or None: attention reads a dense weight without calling the layer."""
     path, _, leaf = name.rpartition(".")
     if model is None or leaf != "out_proj":
         return None
     attention = model.get_submodule(path)
+    if isinstance(attention, FactoredAttention):
+        return attention
     torchs = isinstance(attention, nn.MultiheadAttention) and type(attention).forward is nn.MultiheadAttention.forward
     return cast(nn.MultiheadAttention, attention) if torchs else None
 
 
 def _attended(
     name: str,
-    attention: nn.MultiheadAttention,
+    attention: nn.MultiheadAttention | FactoredAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,

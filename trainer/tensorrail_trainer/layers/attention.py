@@ -8,6 +8,7 @@ rows of the last core that belong to it. Attention with inputs of several widths
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import TypeGuard, cast
@@ -251,7 +252,7 @@ def is_replaceable(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
 @torch.compiler.disable  # type: ignore[untyped-decorator] # torch gives it no types
 @torch.no_grad()
 def heads_of(
-    attention: nn.MultiheadAttention,
+    attention: nn.MultiheadAttention | FactoredAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -263,8 +264,8 @@ def heads_of(
 
     Raises `RuntimeError` for a nested tensor.
     """
-    parts = FactoredAttention(attention, {})
-    parts.training = False
+    parts = copy.copy(attention) if isinstance(attention, FactoredAttention) else FactoredAttention(attention, {})
+    parts.training = False  # of this object alone: the layers in it are shared
     mixed, _ = parts._mixed(query, key, value, key_padding_mask, False, attn_mask, is_causal)
     return mixed
 
