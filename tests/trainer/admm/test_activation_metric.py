@@ -15,10 +15,11 @@ from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError
 from tensorrail_exporter.formats import project
 from tensorrail_runtime.errors import RecipeError
 from tensorrail_trainer import ADMM
-from tensorrail_trainer.admm.moments import InputMoments
+from tensorrail_trainer.admm.moments import InputMoments, input_roots
 from tensorrail_trainer.layers.dense import dense_layer
 from tensorrail_trainer.layers.metric import Root
-from tensorrail_trainer.layers.swap import cores_of
+from tensorrail_trainer.layers.swap import cores_of, swap
+from tensorrail_trainer.planning.ranks import plan_layers
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run.pipeline import prepare, train_all
 
@@ -319,6 +320,117 @@ def test_inputs_that_are_always_zero_leave_a_regular_metric():
     torch.testing.assert_close(root.inverse, torch.eye(5))
     flat = Root.of(torch.ones(5, 5), torch.zeros(1))  # one direction alone
     torch.testing.assert_close(flat.root @ flat.inverse, torch.eye(5), atol=1e-4, rtol=0.0)
+
+
+class Padded(nn.Module):
+    """A transformer encoder over sequences whose last positions are padding in every second sample."""
+
+    def __init__(self, as_numbers=False):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder, self.as_numbers = nn.TransformerEncoder(layer, 1), as_numbers
+
+    def mask(self, x):
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        mask[::2, -3:] = True
+        return mask
+
+    def forward(self, x):
+        mask = self.mask(x)
+        mask = torch.zeros(mask.shape).masked_fill(mask, -torch.inf) if self.as_numbers else mask
+        return self.encoder(x, src_key_padding_mask=mask)
+
+
+def scaled(rows):
+    second = rows.T @ rows
+    return second * (len(second) / second.trace())
+
+
+@pytest.mark.parametrize("as_numbers", [False, True])
+def test_padded_positions_are_no_inputs_and_no_kernel_passes_the_hooks(as_numbers):
+    torch.manual_seed(0)
+    model, x = Padded(as_numbers).eval(), torch.randn(4, 7, 8) * torch.linspace(0.1, 2, 8)
+    x[::2, -3:] = 50.0
+    names = [f"encoder.layers.0.{leaf}" for leaf in ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1")]
+    roots = input_roots(model, Plan(layers=tuple(plan_of(model, "svd", name) for name in names)), [x])
+    root = roots[names[0]].root
+    torch.testing.assert_close(root @ root, scaled(x[~model.mask(x)]), atol=1e-3, rtol=1e-3)
+    assert set(roots) == set(names)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {}, {"kdim": 5, "vdim": 6, "bias": False}])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_inputs_of_an_attentions_output_are_its_mixed_heads(training, options):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, dropout=0.5, **options)}).train(training)
+    attention, plan = model["attn"], Plan(layers=(plan_of(model, "svd", "attn.out_proj"),))
+    query = torch.randn(6, 6, 8)
+    key, value = (query, query) if "kdim" not in options else (torch.randn(4, 6, 5), torch.randn(4, 6, 6))
+    moments = InputMoments(plan, {"attn.out_proj": dense_layer(model, "attn.out_proj")}, training=training, model=model)
+    with torch.no_grad():
+        attention(query, key, value)
+        moments.close()
+        model.eval()
+        attention.out_proj.weight.copy_(torch.eye(8))
+        if attention.out_proj.bias is not None:
+            attention.out_proj.bias.zero_()
+        rows = attention(query, key, value)[0].flatten(0, 1)
+    torch.testing.assert_close(moments.second["attn.out_proj"], rows.T @ rows / len(rows), atol=1e-5, rtol=1e-4)
+    assert attention.out_proj.training is False
+    sequence = (query[0], key[:, 0], value[:, 0]) if "kdim" in options else (query[0],) * 3
+    padding = torch.zeros(len(sequence[1]), dtype=torch.bool)
+    padding[-1] = True
+    moments = InputMoments(plan, {"attn.out_proj": dense_layer(model, "attn.out_proj")}, training=False, model=model)
+    attention(*sequence, key_padding_mask=padding)
+    assert moments._positions["attn.out_proj"] == (6 if "kdim" in options else 5)
+
+
+def test_admm_runs_on_an_attentions_output_and_says_where_it_cannot():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    admm = ADMM(model, Plan(layers=plan_layers(model, "*", format="svd", ranks=2)), metric="activation")
+    x = torch.randn(6, 3, 8)
+    model["attn"](x, x, x)
+    admm.update()
+    assert set(admm.roots) == {"attn.in_proj_weight", "attn.out_proj"}
+    assert model["attn"].out_proj.training
+    admm.close()
+    cut = swap(model.train(), Plan(layers=plan_layers(model, "*in_proj*", format="svd", ranks=8)))
+    again = ADMM(cut, Plan(layers=plan_layers(cut, "attn.out_proj", format="svd", ranks=2)), metric="activation")
+    cut["attn"](x, x, x)
+    again.update()
+    torch.testing.assert_close(again.roots["attn.out_proj"].root, admm.roots["attn.out_proj"].root, atol=1e-4, rtol=1e-3)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_zero_attn=True)})
+    with pytest.raises(PlanError, match=r"layer attn.out_proj: `metric: activation` supports no out_proj of .*add_zero_attn"):
+        ADMM(model, Plan(layers=plan_layers(model, "*", format="svd", ranks=2)), metric="activation")
+
+
+def test_given_inputs_count_by_their_positions_without_a_window():
+    model = nn.Sequential(nn.Linear(4, 4))
+    plan = Plan(layers=(plan_of(model, "svd", "0"),))
+    rows = torch.randn(611, 4, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, 4)
+    rows[-1] *= 100  # a last batch of one
+    root = input_roots(model, plan, rows.split(5))["0"].root
+    torch.testing.assert_close(root @ root, scaled(rows), atol=1e-3, rtol=1e-3)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_given_inputs_pass_the_hooks_of_a_compiled_model():
+    model, x = Nested().eval(), torch.randn(5, 4)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert set(input_roots(model, Plan(layers=(plan_of(model, "svd", "layer"),)), [x])) == {"layer"}
+    torch._dynamo.reset()
 
 
 SMALL = {

@@ -106,6 +106,18 @@ def test_a_layer_of_a_weight_of_zeros_can_be_trained(model):
     assert cut[2].cores[0].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_group_of_zeros_can_be_trained(model, form):
+    with torch.no_grad():
+        model[2].weight[8:16] = 0.0  # the second group of four
+    plan = Plan(layers=plan_layers(model, "2", format=form, ranks=3))
+    expected = project(form, model[2].weight.detach().contiguous(), plan.layers[0].modes, plan.layers[0].ranks, 4)
+    cut = swap(model.eval(), plan)
+    torch.testing.assert_close(cut[2].dense_weight().detach(), expected, atol=1e-4, rtol=1e-3)
+    cut[2](torch.randn(2, 32, 8, 8)).sum().backward()
+    assert all(cut[2].cores[0].grad.flatten(1).abs().sum(1) > 0)
+
+
 def test_ranks_are_chosen_for_a_size(model):
     whole = sum(parameter.numel() for parameter in model.parameters())
     plan = plan_to_size(model, "2", 1.3, format="svd")

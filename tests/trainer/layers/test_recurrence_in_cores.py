@@ -164,3 +164,34 @@ def test_torch_exports_cores_of_a_recurrence():
     model = swap(model, plan_of(model, "rnn.weight_hh_l?", form="tt")).eval()
     x = torch.randn(2, STEPS, INPUT)
     close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_torchs_loop_gets_weights_that_are_contiguous(form, monkeypatch):
+    """As cuDNN needs them: a weight of Tucker cores comes out transposed."""
+    model = nn.ModuleDict({"rnn": nn.LSTM(6, 8, bidirectional=True)})
+    cut = swap(model, plan_of(model, "*weight_ih*", "*weight_hh*", form=form))
+    own, given = torch.lstm, []
+    monkeypatch.setattr(torch, "lstm", lambda x, states, flat, *rest: given.extend(flat) or own(x, states, flat, *rest))
+    cut["rnn"](torch.randn(4, 2, 6))
+    assert len(given) == 8
+    assert all(weight.is_contiguous() for weight in given)
+
+
+def test_a_graph_gives_no_other_weight_the_name_of_a_core():
+    torch.manual_seed(0)
+    model = Tagger(nn.GRU, False)
+    cut = swap(model, plan_of(model, "*weight_hh*"))
+    graph = to_onnx(cut, torch.randn(2, STEPS, INPUT))
+    shapes = {name: sorted(parameter.shape) for name, parameter in cut.named_parameters() if ".cores." in name}
+    named = {tensor.name: sorted(tensor.dims) for tensor in graph.graph.initializer if ".cores." in tensor.name}
+    assert named == {name: shapes[name] for name in named}
+
+
+def test_weights_beside_those_of_cores_are_refused_with_the_reason():
+    model = Tagger(nn.LSTM, False)
+    cut = swap(model, plan_of(model, "rnn.weight_ih_l0"))
+    with pytest.raises(PlanError, match=r"rnn.weight_ih_l0: .* it is already made of cores"):
+        dense_layer(cut, "rnn.weight_ih_l0")
+    with pytest.raises(PlanError, match=r"rnn.weight_hh_l0: other weights of this LSTM are made of cores already; plan all"):
+        dense_layer(cut, "rnn.weight_hh_l0")

@@ -151,7 +151,7 @@ def test_the_graph_computes_what_the_network_does_at_any_batch(key):
 @pytest.mark.parametrize("key", KEYS)
 def test_every_layer_is_found_in_the_graph(key):
     model, graph = exported(key)
-    assert set(NamedLayers(import_graph(graph)).rewritable()) == set(dense_layers(model, loops=True))
+    assert set(NamedLayers(import_graph(graph)).rewritable()) == set(dense_layers(model, recurrent=True))
 
 
 @pytest.mark.parametrize("key", ["gru", pytest.param("vgg16_bn, small", marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ from tensorrail_trainer import to_onnx
 from tensorrail_trainer.layers.dense import planned_layers
 from tensorrail_trainer.networks.registry import MODELS
 from tensorrail_trainer.planning.published import PUBLISHED, published_plan
-from tensorrail_trainer.recipes.recipe import PublishedRule, _planned
+from tensorrail_trainer.recipes.recipe import PublishedRule, _plannable
 
 DENSE_MACS = {"resnet18": 1_814_073_344, "resnet50": 4_089_184_256}
 
@@ -105,7 +105,7 @@ def test_graphs_of_whole_networks_cost_as_published(name, weights, macs, network
 def test_whole_networks_with_3x3_convolutions_alone(name, weights, macs, whole, kernels, networks):
     """`kernels`: how many times fewer weights and MACs the 3×3 convolutions have, all else left out."""
     model, layers = networks[name]
-    plan = _planned(model, PublishedRule(published=name, only_3x3=True), trained=False)
+    plan = _plannable(model, PublishedRule(published=name, only_3x3=True))
     names = [layer for layer, (shape, _, _) in layers.items() if shape[2:] == (3, 3)]
     assert {layer.name for layer in plan} == set(names)
     table = {layer: PUBLISHED[name, 3][layer] for layer in names}

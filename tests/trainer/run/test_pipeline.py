@@ -16,6 +16,7 @@ from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.layers.swap import swap
 from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.planning.ranks import plan_layers
+from tensorrail_trainer.recipes import recipe as recipes
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run import pipeline
 from tensorrail_trainer.run.pipeline import prepare, run, train_all
@@ -644,6 +645,11 @@ def test_convolutions_of_two_and_three_axes_and_cores_of_five_train_together(tmp
     cut = swap(dense, Plan(layers=cores))
     place(cut, torch.device("cpu"), channels_last=True)
     assert cut(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)).shape == (2, 8, 4, 4)
+    dense = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=2))
+    cut = swap(dense, Plan(layers=plan_layers(dense, "1", ranks=3)))
+    place(cut, torch.device("cpu"), channels_last=True)
+    assert [core.dim() for core in cut[1].cores] == [4, 4, 4]
+    assert all(core.is_contiguous() for core in cut[1].cores)
 
 
 def test_a_number_without_a_point_is_a_number(tmp_path):
@@ -703,3 +709,84 @@ def test_ranks_and_cut_by_activations(tmp_path):
 def test_a_metric_that_cannot_be_is_refused(plan, train, reason, tmp_path):
     with pytest.raises(RecipeError, match=reason):
         small(tmp_path, plan=[{"layers": "hidden"} | plan], train=SMALL["train"] | train)
+
+
+def rows_of_images(kind, **_):
+    """A network over the rows of images, with layers that not every metric and not every graph has a place for."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+            self.lstm = torch.nn.LSTM(16, 8, num_layers=2, batch_first=True) if kind == "deep" else None
+            self.places = torch.nn.Embedding(16, 16) if kind == "places" else None
+            self.conv = torch.nn.Conv1d(16, 16, 3, padding=1, groups=4) if kind == "groups" else None
+            self.out = torch.nn.Linear(8 if kind == "deep" else 16, 10)
+            self.register_buffer("positions", torch.arange(16))
+
+        def forward(self, x):
+            x = x.squeeze(1)
+            x = x if self.conv is None else self.conv(x)
+            x = x if self.places is None else x + self.places(self.positions)
+            x = self.attn(x[:, :3] if kind == "memory" else x, x, x)[0]
+            return self.out((x if self.lstm is None else self.lstm(x)[0]).mean(1))
+
+    return Net()
+
+
+def over_rows(kind):
+    return {"name": f"{__name__}:rows_of_images", "args": {"kind": kind}}
+
+
+@pytest.mark.parametrize("kind", ["deep", "places", "groups"])
+@pytest.mark.parametrize("metric", ["rule", "cut", "admm"])
+def test_every_layer_of_a_pattern_is_checked_for_the_metric_when_a_recipe_is_read(metric, kind, tmp_path):
+    """Not only the layers of some plan of the right size: the plan of the trained network may have others."""
+    rule = {"layers": "*", "params": 1.01} | ({"metric": "activation"} if metric == "rule" else {})
+    train = SMALL["train"] | ({"cut": "activation"} if metric == "cut" else {})
+    if metric == "admm":
+        train["admm"] = SMALL["train"]["admm"] | {"metric": "activation"}
+    where = {"rule": "plan.0", "cut": "train.cut", "admm": "train.admm.metric"}[metric]
+    layer = {"deep": "lstm.weight_ih_l1", "places": "places", "groups": "conv"}[kind]
+    with pytest.raises(RecipeError, match=f"{where}: layer {layer}: `metric: activation` "):
+        small(tmp_path, model=over_rows(kind), plan=[rule], train=train)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "reason"),
+    [
+        ("memory", {"cut": "activation"}, "plan: layer attn.in_proj_weight: `metric: activation` expects self-attention"),
+        ("memory", {}, "plan: layer attn.in_proj_weight: expected attention .* got different ones; .*: leave the layer out of"),
+        ("places", {}, "plan: layer places: expected an embedding of indices that a run gives, .*: leave the layer out of"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [{"params": 1.01}, {"ranks": 2, "format": "svd"}])
+def test_a_layer_that_cannot_be_measured_or_exported_is_found_before_anything_is_trained(ranks, kind, train, reason, tmp_path):
+    recipe = small(tmp_path, model=over_rows(kind), plan=[{"layers": "*"} | ranks], train=SMALL["train"] | train)
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=reason):
+        train_all(recipe, tmp_path / "run", listener(epoch=lambda *_: pytest.fail("it trained")))
+
+
+def test_attention_to_oneself_is_cut_by_activations_and_exported(tmp_path):
+    settings = {phase: SHORT[phase] for phase in ("dense", "finetune")} | {"batch": 32, "cut": "activation", "control": "none"}
+    plan = [{"layers": "attn*", "ranks": 4, "format": "svd"}]
+    recipe = small(tmp_path, model=over_rows("self"), plan=plan, train=settings)
+    prepare(recipe, tmp_path / "run")
+    trained, _ = train_all(recipe, tmp_path / "run")
+    assert set(trained.roots) == {"attn.in_proj_weight", "attn.out_proj"}
+
+
+def test_samples_to_measure_on_are_where_the_model_is_and_shared_out(tmp_path, monkeypatch):
+    recipe = small(tmp_path, data=SMALL["data"] | {"args": {"test_fraction": 0.85, "size": 16}})
+    whole = list(recipe.measured_inputs())
+    assert len(whole) > 1
+    assert {x.device.type for x in recipe.measured_inputs(device=torch.device("meta"))} == {"meta"}
+    monkeypatch.setattr(recipes, "world", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(recipes, "rank", lambda rank=rank: rank)
+        shares.append(list(recipe.measured_inputs()))
+    for x, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(x[0::2], parts[0])
+        assert torch.equal(x[1::2], parts[1])

@@ -17,7 +17,6 @@ from tensorrail_runtime.sessions.session import Session, open_session, run
 from tensorrail_runtime.tables import Part, PrintedRecord
 
 if TYPE_CHECKING:
-    import onnx
     from torch import nn
 
     from tensorrail_exporter.plans.plan import Plan
@@ -93,8 +92,9 @@ def export_trained(
     from tensorrail_exporter.graphs.io import save_model
     from tensorrail_exporter.plans.cores import save_cores
     from tensorrail_exporter.rewrite.rewriter import factorize
+    from tensorrail_trainer.layers.factored import FactoredLayer
     from tensorrail_trainer.layers.swap import cores_of, to_dense
-    from tensorrail_trainer.run.export import to_onnx
+    from tensorrail_trainer.run.export import require_in_graph, to_onnx
 
     options = options or Options()
     plan = _plan_of(model)
@@ -102,7 +102,8 @@ def export_trained(
     named: dict[str, Any] = {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
     dense = to_onnx(to_dense(model), example, **named)
     feed, expected = _run_in_torch(model, example, [value.name for value in dense.graph.input])
-    _require_in_graph(dense, model, plan)
+    specs = {name: module.spec for name, module in model.named_modules() if isinstance(module, FactoredLayer)}
+    require_in_graph(dense, specs, "write the network of cores itself, with to_onnx(model, example)")
     factored = factorize(dense, plan, cores)
     with scratch() as place:
         paths = [Path(place) / name for name in FILES[:2]]
@@ -145,28 +146,6 @@ def _plan_of(model: nn.Module) -> Plan:
     if not layers:
         raise PlanError(f"{type(model).__name__} has no layer made of cores: factorize it first, as with ADMM.factorize")
     return Plan(layers=tuple(layers))
-
-
-def _require_in_graph(dense: onnx.ModelProto, model: nn.Module, plan: Plan) -> None:
-    """Raise `GraphError` for a layer whose weight the dense graph does not hold as a whole: it has no place for the cores."""
-    from tensorrail_trainer.layers.factored import FactoredLayer
-
-    split = {node.input[0] for node in dense.graph.node if node.op_type == "Split"}
-    tables = {node.input[0] for node in dense.graph.node if node.op_type == "Gather"}
-    instead = "write the network of cores itself, with to_onnx(model, example)"
-    modules = dict(model.named_modules())
-    for layer in plan.layers:
-        module = modules.get(layer.name)
-        if layer.name in split:
-            raise GraphError(
-                f"layer {layer.name}: expected attention whose query, key and value are one tensor, got different ones; a "
-                f"dense graph multiplies them by parts of this weight, which have no cores of their own: {instead}"
-            )
-        if isinstance(module, FactoredLayer) and module.spec.gathers and f"{layer.name}.weight" not in tables:
-            raise GraphError(
-                f"layer {layer.name}: expected an embedding of indices that a run gives, got indices that the module stores, "
-                f"such as positions; a dense graph holds their rows instead of the table: {instead}"
-            )
 
 
 def _run_in_torch(model: nn.Module, example: Example, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:

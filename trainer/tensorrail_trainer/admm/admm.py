@@ -138,7 +138,7 @@ class ADMM:
         self._norms: dict[str, tuple[float, ...]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖, ‖Z‖
         self.Z = {layer.name: self._project(layer, self._weight(layer.name)) for layer in plan.layers}
         self.U = {name: torch.zeros_like(z) for name, z in self.Z.items()}
-        self._moments = InputMoments(plan, self._layers, group) if metric == "activation" else None
+        self._moments = InputMoments(plan, self._layers, group, model=model) if metric == "activation" else None
         self._place()
 
     def penalty(self) -> Tensor:

@@ -6,8 +6,9 @@ They define the metric of `ADMM(metric="activation")`, which `tensorrail_trainer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
+from tensorrail_trainer.layers.attention import FactoredAttention, heads_of, is_replaceable
 from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers
+from tensorrail_trainer.layers.fused import attention_in_parts
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.processes import Group, summed, world
 
@@ -24,16 +27,19 @@ _WINDOW = 100  # batches of the running mean: earlier layers keep training, so o
 
 
 class InputMoments:
-    """Running second moments of the inputs of planned layers, over the batches that the model runs on.
+    """Second moments of the inputs of planned layers, over the batches that the model runs on.
 
-    A hook on each layer samples up to 1024 positions of each batch. `close` removes the hooks; the hooks of a copy of the
-    model do nothing.
+    A hook on each layer samples up to 1024 positions of each batch; that of an `out_proj` is on its attention, which does not
+    call it. In training mode the mean is a running one, over the last batches. `close` removes the hooks; the hooks of a copy
+    of the model do nothing.
 
     Args:
         plan: the plan.
         layers: the planned layers by name, as `planned_layers` returns them.
         group: the processes that train the model together; default: all.
-        training: whether the batches of training mode count (default), or those of evaluation mode.
+        training: whether the batches of training mode count (default), or those of evaluation mode, each of them by the
+            number of its positions.
+        model: the model that has the layers, needed if an `out_proj` is among them.
 
     Raises:
         PlanError: the plan does not meet `require_one_input`.
@@ -41,28 +47,36 @@ class InputMoments:
     """
 
     def __init__(
-        self, plan: Plan, layers: Mapping[str, DenseModule], group: Group | None = None, training: bool = True
+        self,
+        plan: Plan,
+        layers: Mapping[str, DenseModule],
+        group: Group | None = None,
+        training: bool = True,
+        model: nn.Module | None = None,
     ) -> None:
-        require_one_input(plan, layers)
+        require_one_input(plan, layers, model)
         self._group, self.training = group, training
         self._layers = dict(layers)
         self.second: dict[str, Tensor] = {}  # (I, I)
         self.batches = dict.fromkeys(layers, 0)
+        self._positions = dict.fromkeys(layers, 0)
         self._hooks = [
-            dense.module.register_forward_pre_hook(_Hook(self, name), with_kwargs=True) for name, dense in layers.items()
+            (_attention_of(name, model) or dense.module).register_forward_pre_hook(_Hook(self, name), with_kwargs=True)
+            for name, dense in layers.items()
         ]
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor) -> None:
-        """Add a batch of a layer's inputs to the running mean: (B, I, *S) for a convolution, (…, I) for other layers."""
-        rows = _rows(x, self._layers[name].spec.spatial)
+        """Add a batch of a layer's inputs to the mean: (B, I, *S) for a convolution, (…, I) for other layers."""
+        rows, positions = _rows(x, self._layers[name].spec.spatial)
         if not len(rows):
             return
         with torch.autocast(x.device.type, enabled=False):
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             second = rows.T @ rows / len(rows)
         self.batches[name] += 1
-        share = max(1 / self.batches[name], 1 / _WINDOW)
+        self._positions[name] += positions
+        share = max(1 / self.batches[name], 1 / _WINDOW) if self.training else positions / self._positions[name]
         self.second[name] = torch.lerp(self.second[name], second, share) if name in self.second else second
 
     def roots(self) -> dict[str, Root]:
@@ -71,6 +85,7 @@ class InputMoments:
         Raises `PlanError` for a layer that has seen no batch, or whose inputs were not finite.
         """
         self.synchronize()
+        self.require_batches()
         return {
             name: Root.of(self._finite_moment(name), at_least_single(dense.parameters[0].detach()))
             for name, dense in self._layers.items()
@@ -82,18 +97,15 @@ class InputMoments:
         if world(self._group) == 1:
             return
         for name, dense in self._layers.items():
-            weight = dense.parameters[0]
-            second = self.second.get(name)
-            if second is None:
-                inputs = dense.spec.shape[1]
-                second = torch.zeros(
-                    inputs, inputs, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
-                )
-            batches = second.new_tensor([self.batches[name], float(self.batches[name] > 0)], dtype=torch.float64)
-            total, count = summed(second, self._group), summed(batches, self._group)
-            if count[1]:  # a process may have seen no batch yet
-                self.second[name] = total / float(count[1])
-                self.batches[name] = round(float(count[0] / count[1]))
+            like, inputs = at_least_single(dense.parameters[0].detach()), dense.spec.shape[1]
+            second = self.second.get(name, like.new_zeros(inputs, inputs))
+            counts = (self.batches[name], self._positions[name], float(self.batches[name] > 0))
+            own = second.new_tensor(counts, dtype=torch.float64)
+            weight = float(own[2] if self.training else own[1])
+            total, numbers = summed(second * weight, self._group), summed(own, self._group)
+            if numbers[2]:  # a process may have seen no batch yet
+                self.second[name] = total / float(numbers[2] if self.training else numbers[1])
+                self.batches[name], self._positions[name] = (round(float(n / numbers[2])) for n in numbers[:2])
 
     def close(self) -> None:
         """Remove the hooks from the model; the moments stay."""
@@ -110,17 +122,21 @@ class InputMoments:
         self.batches = dict(state["batches"])
         self.second = {name: t.to(self._layers[name].parameters[0].device) for name, t in state["second"].items()}
 
+    def require_batches(self) -> None:
+        """Raise `PlanError` for a layer that has seen no batch."""
+        for name in self._layers:
+            if name not in self.second:
+                mode, advice = (" in training mode", "train before the update") if self.training else ("", "give inputs")
+                raise PlanError(
+                    f"layer {name}: expected at least one batch through its module{mode}, got none; {advice}, or use "
+                    "metric='weight' if the model reads the weight without calling the module"
+                )
+
     def _finite_moment(self, name: str) -> Tensor:
-        if name not in self.second:
-            raise PlanError(
-                f"layer {name}: expected at least one batch through its module{' in training mode' if self.training else ''}, "
-                f"got none; {'train before the update' if self.training else 'give inputs'}, or use metric='weight' if the "
-                "model reads the weight without calling the module"
-            )
         second = self.second[name]
         if not torch.isfinite(second).all():
-            advice = "in training; lower the learning rate or rho" if self.training else "; check the inputs and the weights"
-            raise PlanError(f"layer {name}: its inputs held infinity or NaN {advice}".replace(" ;", ";"))
+            advice = " in training; lower the learning rate or rho" if self.training else "; check the inputs and the weights"
+            raise PlanError(f"layer {name}: its inputs held infinity or NaN{advice}")
         return second
 
 
@@ -129,7 +145,8 @@ def input_roots(model: nn.Module, plan: Plan, inputs: Iterable[Tensor]) -> dict[
     """Return the metric of every planned layer of a dense model, from the inputs of its layers on given inputs of the model.
 
     Args:
-        model: the dense model, in the mode it is in afterwards; it runs in evaluation mode, without gradients.
+        model: the dense model, in the mode it is in afterwards; it runs in evaluation mode, without gradients, and neither
+            compiled nor in torch's fused kernels of transformer layers, which call no hooks.
         plan: the planned layers; their ranks are not used.
         inputs: batches of inputs of the model, on its device; with several processes, each of them gives its own.
 
@@ -140,23 +157,51 @@ def input_roots(model: nn.Module, plan: Plan, inputs: Iterable[Tensor]) -> dict[
         PlanError: a layer has several input modes, saw no batch, or its inputs were not finite.
 
     """
-    moments = InputMoments(plan, planned_layers(model, plan), training=False)
+    return _measured(model, plan, inputs).roots()
+
+
+def require_seen_inputs(model: nn.Module, plan: Plan, x: Tensor) -> None:
+    """Raise `PlanError` for a planned layer whose inputs cannot be measured while a dense model runs on a batch x."""
+    _measured(model, plan, [x]).require_batches()
+
+
+def _measured(model: nn.Module, plan: Plan, inputs: Iterable[Tensor]) -> InputMoments:
+    moments = InputMoments(plan, planned_layers(model, plan), training=False, model=model)
+    try:
+        with _evaluated(model), attention_in_parts(), torch.compiler.set_stance("force_eager"):
+            for x in inputs:
+                model(x)
+    finally:
+        moments.close()
+    return moments
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each of its modules back in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        for x in inputs:
-            model(x)
+        yield
     finally:
-        moments.close()
         for module, training in modes.items():
             module.training = training
-    return moments.roots()
 
 
-def require_one_input(plan: Plan, layers: Mapping[str, DenseModule]) -> None:
-    """Raise `PlanError` unless the inputs of every planned layer are one mode, without groups, and visible to a hook."""
+def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.Module | None = None) -> None:
+    """Raise `PlanError` unless the inputs of every planned layer are one mode, without groups, and visible to a hook.
+
+    `model` is the model that has the layers, needed if the `out_proj` of attention is among them.
+    """
     for layer in plan.layers:
         dense = layers[layer.name]
+        attention = _attention_of(layer.name, model)
+        if isinstance(attention, nn.MultiheadAttention) and not is_replaceable(attention):
+            raise PlanError(
+                f"layer {layer.name}: `metric: activation` supports no out_proj of attention with add_bias_kv, "
+                "add_zero_attn or weights that are computed from others: attention reads its weight without calling it; use "
+                "`metric: weight`"
+            )
         if dense.spec.groups > 1:
             raise PlanError(
                 f"layer {layer.name}: `metric: activation` supports no convolution in groups, got {dense.spec.groups} groups; "
@@ -189,8 +234,8 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.moments is not None and module.training == self.moments.training:
-            if isinstance(module, nn.MultiheadAttention):
-                x = _attended(self.name, *args, **kwargs)
+            if isinstance(module, nn.MultiheadAttention | FactoredAttention):
+                x = _attended(self.name, module, *args, **kwargs)
             else:
                 x = args[0] if args else kwargs["input"]
             self.moments.add(self.name, x if isinstance(x, Tensor) else x.data)  # the rows of a PackedSequence
@@ -199,30 +244,62 @@ class _Hook:
         return _Hook, ()
 
 
-def _attended(name: str, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return which of the inputs of attention a planned weight multiplies."""
+def _attention_of(name: str, model: nn.Module | None) -> nn.MultiheadAttention | FactoredAttention | None:
+    """Return the attention whose `out_proj` a layer is, or None: attention reads a dense weight without calling the layer."""
+    path, _, leaf = name.rpartition(".")
+    if model is None or leaf != "out_proj":
+        return None
+    attention = model.get_submodule(path)
+    if isinstance(attention, FactoredAttention):
+        return attention
+    torchs = isinstance(attention, nn.MultiheadAttention) and type(attention).forward is nn.MultiheadAttention.forward
+    return cast(nn.MultiheadAttention, attention) if torchs else None
+
+
+def _attended(
+    name: str,
+    attention: nn.MultiheadAttention | FactoredAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Tensor:
+    """Return which of the inputs of attention a planned weight multiplies, without the positions that are padding."""
     leaf = name.rpartition(".")[2]
     if leaf == "in_proj_weight" and not query is key is value:
         raise PlanError(
             f"layer {name}: `metric: activation` expects self-attention, where query, key and value are one tensor, got "
             "different ones, which different rows of the weight multiply; use `metric: weight`"
         )
-    return {"k_proj_weight": key, "v_proj_weight": value}.get(leaf, query)
+    x: Tensor
+    if leaf == "out_proj":
+        x = heads_of(attention, query, key, value, key_padding_mask, attn_mask, is_causal)
+    else:
+        x = {"k_proj_weight": key, "v_proj_weight": value}.get(leaf, query)
+    of_keys = query is key or leaf in ("k_proj_weight", "v_proj_weight")
+    if key_padding_mask is None or not of_keys:  # the mask says nothing of other queries
+        return x
+    kept = key_padding_mask.logical_not() if key_padding_mask.dtype == torch.bool else key_padding_mask != -math.inf
+    return x[kept if attention.batch_first or kept.dim() == 1 else kept.T]
 
 
-def _rows(x: Tensor, spatial: int) -> Tensor:
-    """Return up to `_ROWS` positions of a batch, (N, I), spread over the batch by steps of the golden section.
+def _rows(x: Tensor, spatial: int) -> tuple[Tensor, int]:
+    """Return up to `_ROWS` positions of a batch, (N, I), and how many it has.
 
-    The choice depends only on the number of positions. The step and that number have no common divisor: otherwise the sample
-    would hold the same columns of every image.
+    They are spread over the batch by steps of the golden section, and depend only on the number of positions. The step and
+    that number have no common divisor: otherwise the sample would hold the same columns of every image.
     """
     x = x.movedim(-1 - spatial, -1)
     leading = x.shape[:-1]
     count = math.prod(leading)
     if count <= _ROWS:
-        return x.reshape(count, x.shape[-1])
+        return x.reshape(count, x.shape[-1]), count
     step = round(count * (math.sqrt(5) - 1) / 2)
     while math.gcd(step, count) != 1:
         step += 1
     positions = torch.arange(_ROWS, device=x.device) * step % count
-    return x[torch.unravel_index(positions, leading)]
+    return x[torch.unravel_index(positions, leading)], count

@@ -31,8 +31,9 @@ def cifar10(
 
     Args:
         root: the folder with five training files and a test file; default `data/cifar-10-batches-py`.
-        mean: three numbers to standardize the channels with, for pixel values from 0 to 1; default: those of the training
-            split. Pretrained weights need the constants that they were trained with.
+        mean: three numbers to standardize the channels with, for pixel values from 0 to 1; default: those of all
+            training images, with those that `validation` leaves out. Pretrained weights need the constants that they were
+            trained with.
         std: three standard deviations, given together with `mean`.
         validation: the number of training images, equally many of each class and always the same ones, that are left out of
             training and take the place of the test split. Choose settings with them, and use the test images once, at the

@@ -8,6 +8,7 @@ rows of the last core that belong to it. Attention with inputs of several widths
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import TypeGuard, cast
@@ -92,31 +93,14 @@ class FactoredAttention(nn.Module):
         if is_traced(query):
             options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return cast("tuple[Tensor, Tensor | None]", node_of(self, query, key, value, *options))
-        if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint that attn_mask is the causal mask: expected attn_mask as well, got None")
-        self._require_sizes(query, key, value)
-        batched = query.dim() == 3
-        q, k, v = (self._heads(features, batched) for features in self._projected(query, key, value))
-        _require_masks(q, k, attn_mask, key_padding_mask, batched=batched)
-        only_causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if only_causal else self._mask(attn_mask, key_padding_mask, q.dtype)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = (q * math.sqrt(1 / self.head_dim)) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            mixed = weights @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=only_causal)
-        mixed = mixed.transpose(1, 2)
-        if batched and not self.batch_first:
-            mixed = mixed.transpose(0, 1)
-        out = self.out_proj(mixed.flatten(-2))
+        mixed, weights = self._mixed(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        if isinstance(self.out_proj, FactoredLayer):
+            out = self.out_proj(mixed)
+        else:  # as torch's attention, which reads its weight and calls neither a subclass's forward nor hooks
+            out = F.linear(mixed, self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        if batched:
-            return out, weights
-        return out.squeeze(0), None if weights is None else weights.squeeze(0)
+            weights = weights.mean(-3)
+        return out, weights
 
     def to_dense(self) -> nn.MultiheadAttention:
         """Return the dense module, with weights that are reconstructed from the cores."""
@@ -143,6 +127,41 @@ class FactoredAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes, for the printed module; the layers below show their plans."""
         return f"{self.embed_dim}, heads={self.num_heads}, batch_first={self.batch_first}"
+
+    def _mixed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mixed values of all heads side by side, shaped as query, and the weights ([B, ]heads, L, S) if needed."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint that attn_mask is the causal mask: expected attn_mask as well, got None")
+        self._require_sizes(query, key, value)
+        batched = query.dim() == 3
+        q, k, v = (self._heads(features, batched) for features in self._projected(query, key, value))
+        _require_masks(q, k, attn_mask, key_padding_mask, batched=batched)
+        only_causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if only_causal else self._mask(attn_mask, key_padding_mask, q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * math.sqrt(1 / self.head_dim)) @ k.transpose(-2, -1)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            mixed = weights @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=only_causal)
+        mixed = mixed.transpose(1, 2)
+        if batched and not self.batch_first:
+            mixed = mixed.transpose(0, 1)
+        mixed = mixed.flatten(-2)
+        if batched:
+            return mixed, weights
+        return mixed.squeeze(0), None if weights is None else weights.squeeze(0)
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Return query, key and value projected to E features each; the same tensor is projected once."""
@@ -230,6 +249,27 @@ def is_replaceable(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     return why_not(module) is None and {*projections_of(module), *biases} <= own
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # torch gives it no types
+@torch.no_grad()
+def heads_of(
+    attention: nn.MultiheadAttention | FactoredAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Return the mixed values of all heads, which `out_proj` multiplies, without dropout; the arguments are attention's.
+
+    Raises `RuntimeError` for a nested tensor.
+    """
+    parts = copy.copy(attention) if isinstance(attention, FactoredAttention) else FactoredAttention(attention, {})
+    parts.training = False  # of this object alone: the layers in it are shared
+    mixed, _ = parts._mixed(query, key, value, key_padding_mask, False, attn_mask, is_causal)
+    return mixed
+
+
 def _require_masks(q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None, *, batched: bool) -> None:
     """Raise `RuntimeError` for masks that the dense module would refuse for these heads: some of them would broadcast."""
     (batch, heads, length, _), keys = q.shape, k.shape[2]
@@ -262,5 +302,5 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return mask.to(dtype)
     if mask.dtype != torch.bool:
-        raise RuntimeError(f"expected masks of truth values or of floating-point numbers, got {mask.dtype}")
+        raise RuntimeError(f"expected boolean masks or masks of floating-point numbers, got {mask.dtype}")
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

@@ -21,6 +21,10 @@ from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS, FactoredRecurrent
 from tensorrail_trainer.layers.torchs_own import CONVOLUTIONS, require_own_forward, require_own_parameters, require_size
 
 _ALREADY = "layer {}: expected a dense layer, but it is already made of cores; apply the plan to the dense network"
+_OTHERS = (
+    "layer {}: other weights of this {} are made of cores already; plan all of them at once, and apply the plan to the dense "
+    "network"
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def dense_layers(model: nn.Module, *, loops: bool = False) -> tuple[str, ...]:
-    """Return the names of all layers that a plan can name, in the order of the model.
+def dense_layers(model: nn.Module, *, recurrent: bool = False) -> tuple[str, ...]:
+    """Return the names that the pattern `*` of a plan stands for, in the order of the model.
 
     These are convolutions, linear layers and embeddings, the input weights of LSTM and GRU, and the projections of attention.
-    With `loops`, the recurrent weights of LSTM and GRU are among them.
+    With `recurrent`, the recurrent weights of LSTM and GRU are among them. Embeddings and attention that cannot be factored are
+    left out. Convolutions, linear layers, LSTMs and GRUs that cannot be factored are not, and a pattern that matches one raises
+    `PlanError` with the reason.
     """
     names: list[str] = []
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -67,7 +73,7 @@ def dense_layers(model: nn.Module, *, loops: bool = False) -> tuple[str, ...]:
         if isinstance(module, CONVOLUTIONS | nn.Linear):
             names.append(name)
         elif isinstance(module, nn.LSTM | nn.GRU):
-            starts = (INPUTS, LOOPS) if loops else (INPUTS,)
+            starts = (INPUTS, LOOPS) if recurrent else (INPUTS,)
             names += [f"{name}.{start}{k}".removeprefix(".") for k in range(module.num_layers) for start in starts]
         elif isinstance(module, nn.Embedding):
             whole = type(module).forward is nn.Embedding.forward and uses[id(module.weight)] == 1
@@ -134,7 +140,7 @@ def _require_divisible(module: CONVOLUTIONS, name: str) -> None:
 def _recurrent(module: nn.LSTM | nn.GRU | FactoredRecurrent, name: str, leaf: str) -> DenseModule:
     """Return the input or recurrent weights of one layer of an LSTM or GRU, both directions in one matrix."""
     if isinstance(module, FactoredRecurrent):
-        raise PlanError(_ALREADY.format(name))
+        raise PlanError((_ALREADY if leaf in module.cores else _OTHERS).format(name, module.kind.__name__))
     if getattr(module, "proj_size", 0):
         raise PlanError(
             f"layer {name}: an LSTM with proj_size={module.proj_size} has no ONNX operator; leave it out of the plan, or use "
@@ -149,7 +155,8 @@ def _recurrent(module: nn.LSTM | nn.GRU | FactoredRecurrent, name: str, leaf: st
 def _attention(module: nn.MultiheadAttention | FactoredAttention, name: str, leaf: str) -> DenseModule:
     """Return the packed projections of query, key and value, or one of them."""
     if isinstance(module, FactoredAttention):
-        raise PlanError(_ALREADY.format(name))
+        planned = isinstance(getattr(module, leaf), FactoredLayer)
+        raise PlanError((_ALREADY if planned else _OTHERS).format(name, "MultiheadAttention"))
     require_own_forward(module, name)
     require_own_parameters(module, name, leaf)
     if leaf not in projections_of(module):
@@ -219,7 +226,7 @@ def require_trainable(form: str) -> None:
 
 
 def require_one_mode_of_entries(layer: LayerPlan, spec: LayerSpec) -> None:
-    """Raise `PlanError` for an embedding whose entries are several modes: its first core could not give their rows."""
+    """Raise `PlanError` for an embedding whose entries are several modes: no single core holds rows for them."""
     if spec.gathers and len(format_of(layer.format).equation(spec.shape, layer.modes).inputs) > 1:
         raise PlanError(
             f"layer {layer.name}: expected the {spec.shape[1]} entries of an embedding as a single mode, got modes "

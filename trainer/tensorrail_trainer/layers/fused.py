@@ -6,8 +6,11 @@ turns padded inputs into nested tensors for such layers. Each has an attribute o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from tensorrail_trainer.layers.attention import FactoredAttention
@@ -35,6 +38,17 @@ def allow_fused_kernels(model: nn.Module) -> None:
             if isinstance(module, kind) and hasattr(module, _kept(attribute)):
                 setattr(module, attribute, getattr(module, _kept(attribute)))
                 delattr(module, _kept(attribute))
+
+
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Disable torch's fused kernels of attention for inference: they call no layer, and have no ONNX counterpart."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _holds_cores(module: nn.Module) -> bool:

@@ -176,7 +176,8 @@ class FactoredRecurrent(nn.Module):
         else:
             weights = [getattr(self, f"weight_ih_{suffix}") for suffix in suffixes]
         if loops in self.cores:
-            recurrent = list(self._reconstructed(loops).to(x.dtype).chunk(self.directions))
+            weight = self._reconstructed(loops).to(x.dtype).contiguous()  # cuDNN copies it by `view_as`
+            recurrent = list(weight.chunk(self.directions))
         else:
             recurrent = [getattr(self, f"weight_hh_{suffix}") for suffix in suffixes]
         flat: list[Tensor] = []

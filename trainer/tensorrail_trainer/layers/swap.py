@@ -88,19 +88,28 @@ def _decomposed(layer: LayerPlan, dense: DenseModule, root: Root | None) -> Sequ
     """Return the cores of a dense weight, decomposed in single precision or wider."""
     require_values(layer.name, dense)
     weight = dense.weight().detach().contiguous()
-    if not weight.any():
-        return _cores_of_zero(layer, weight, dense.spec.groups)
+    groups = dense.spec.groups
+    zero = [not part.any() for part in weight.chunk(groups)]
+    if all(zero):
+        return _cores_of_zero(layer, weight, groups)
     wide = at_least_single(weight)
     try:
-        return root.decompose(layer, wide) if root else layer.decompose(wide, dense.spec.groups)
+        cores = root.decompose(layer, wide) if root else layer.decompose(wide, groups)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
         raise PlanError(f"layer {layer.name}: its weight cannot be decomposed ({error}); check where it comes from") from None
+    if any(zero):  # their own cores would all be zero, and none of them would have a gradient
+        chosen = torch.tensor(zero, device=wide.device)
+        for core, trainable in zip(cores, _cores_of_zero(layer, wide, groups), strict=True):
+            core[chosen] = trainable[chosen]
+    return cores
 
 
 def _cores_of_zero(layer: LayerPlan, weight: Tensor, groups: int) -> list[Tensor]:
+    """Return cores of a weight of zeros: the first core is zero in every group, and the others are random."""
     generator = torch.Generator().manual_seed(0)
     first, *others = layer.core_shapes(tuple(weight.shape), groups)
-    random = [torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[:-1])) for shape in others]
+    own = slice(1 if groups > 1 else 0, -1)  # the axes of one group that are summed over
+    random = [torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[own])) for shape in others]
     return [weight.new_zeros(first), *(core.to(weight) for core in random)]
 
 

@@ -91,7 +91,7 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
 
     Raises `PlanError` if there is none, with the reason or the known layers.
     """
-    known = dense_layers(model, loops="weight_hh" in pattern)
+    known = dense_layers(model, recurrent="weight_hh" in pattern)
     names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
         if pattern in {**dict(model.named_modules()), **dict(model.named_parameters())}:
@@ -145,7 +145,7 @@ def plan_to_size(
             `inputs`.
 
     """
-    layers = _unranked(model, pattern, format, modes, merge)
+    layers = unranked(model, pattern, format, modes, merge)
     roots = {} if inputs is None else input_roots(model, Plan(layers=tuple(layers)), inputs)
 
     def lost(weight: Tensor, plan: LayerPlan, groups: int) -> float:
@@ -169,9 +169,30 @@ def any_plan_to_size(
 
     It decomposes no weight: it shows what an untrained network will be planned to.
     """
-    layers = _unranked(model, pattern, format, modes, merge)
+    layers = unranked(model, pattern, format, modes, merge)
     options = [_options(layer, dense_layer(model, layer.name), lambda *_: 0.0) for layer in layers]
     return _within(options, model, pattern, times)
+
+
+def unranked(
+    model: nn.Module,
+    pattern: str,
+    format: str = "tt",  # noqa: A002 - the name of the plan's field
+    modes: Sequence[int] | None = None,
+    merge: str = "auto",
+) -> list[LayerPlan]:
+    """Return the plans at rank 1 of all layers of a pattern, any of which `plan_to_size` may choose; arguments as there."""
+    require_trainable(format)
+    format_of(format)
+    layers = []
+    for name in _matching(model, pattern):
+        spec = dense_layer(model, name).spec
+        form = format_of(format, spec.groups)
+        chosen = tuple(modes) if modes is not None else form.default_modes(spec.shape)
+        ranks = form.uniform(spec.shape, chosen, 1)
+        layers.append(LayerPlan(name=name, format=format, modes=chosen, ranks=ranks, merge=merge))
+        require_one_mode_of_entries(layers[-1], spec)
+    return layers
 
 
 @dataclass(frozen=True)
@@ -184,27 +205,6 @@ class _Options:
     """The number of stored parameters of each option."""
     losses: tuple[float, ...]
     """The loss of each option."""
-
-
-def _unranked(
-    model: nn.Module,
-    pattern: str,
-    format: str,  # noqa: A002
-    modes: Sequence[int] | None,
-    merge: str,
-) -> list[LayerPlan]:
-    """Return the plans of the matching layers at rank 1, whose ranks are still to be chosen."""
-    require_trainable(format)
-    format_of(format)
-    layers = []
-    for name in _matching(model, pattern):
-        spec = dense_layer(model, name).spec
-        form = format_of(format, spec.groups)
-        chosen = tuple(modes) if modes is not None else form.default_modes(spec.shape)
-        ranks = form.uniform(spec.shape, chosen, 1)
-        layers.append(LayerPlan(name=name, format=format, modes=chosen, ranks=ranks, merge=merge))
-        require_one_mode_of_entries(layers[-1], spec)
-    return layers
 
 
 def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan, int], float]) -> _Options:

@@ -6,8 +6,9 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 import yaml
@@ -20,12 +21,13 @@ from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_trainer.admm.admm import Metric
 from tensorrail_trainer.admm.moments import require_one_input
 from tensorrail_trainer.data import Dataset, Source, source_of
-from tensorrail_trainer.data.splits import EVALUATED
-from tensorrail_trainer.layers.dense import planned_layers
+from tensorrail_trainer.data.splits import EVALUATED, Share
+from tensorrail_trainer.layers.dense import dense_layer, planned_layers
 from tensorrail_trainer.networks.registry import model_of
 from tensorrail_trainer.networks.weights import load_weights
 from tensorrail_trainer.planning.published import published_plan
-from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_layers, plan_to_size
+from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_layers, plan_to_size, unranked
+from tensorrail_trainer.processes import rank, world
 from tensorrail_trainer.recipes.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Schedule, Training
 
 _MEASURED = 4096  # training samples on which the second moments of the layers' inputs are measured
@@ -110,6 +112,8 @@ def _kind(rule: Any) -> str:
         return "published"
     return "file" if isinstance(rule, FileRule) or (isinstance(rule, dict) and "file" in rule) else "rule"
 
+
+AnyRule: TypeAlias = PlanRule | PublishedRule | FileRule
 
 # Distinguished by their keys, so that a mistake in one kind of rule is not reported as a missing key of another kind.
 Rule = Annotated[
@@ -311,35 +315,59 @@ class Recipe(Part):
             RecipeError: a rule does not fit the model; the message names the rule and the layer.
 
         """
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        measured = inputs or partial(self.measured_inputs, device=device)
+        plan = self._joined(lambda rule: _planned(model, rule, trained, measured))
+        if not plan.layers:
+            raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
+        self._require_measurable(model, plan if trained else self.plannable(model))
+        return plan
+
+    def plannable(self, model: nn.Module) -> Plan:
+        """Return a plan of every layer that the plan of the trained model may have, its ranks 1 where they are chosen later."""
+        return self._joined(lambda rule: _plannable(model, rule))
+
+    def measures_inputs(self) -> bool:
+        """Return whether any metric of the recipe is that of the layers' inputs."""
+        admm = self.train.admm
+        metrics = (rule.metric for rule in self.plan if isinstance(rule, PlanRule))
+        return "activation" in (self.train.cut, None if admm is None else admm.metric, *metrics)
+
+    def _joined(self, planned: Callable[[AnyRule], tuple[LayerPlan, ...]]) -> Plan:
+        """Return the joined plan of all rules; raises `RecipeError` with the number of the rule that does not fit."""
         plans = []
         for index, rule in enumerate(self.plan):
             try:
-                plans.append(_planned(model, rule, trained, inputs or self.measured_inputs))
+                plans.append(planned(rule))
             except PlanError as error:
                 raise RecipeError(f"plan.{index}: {error}") from None
-        plan = join(plans)
-        if not plan.layers:
-            raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
+        return join(plans)
+
+    def _require_measurable(self, model: nn.Module, plan: Plan) -> None:
+        """Raise `RecipeError` for a layer whose inputs the metric of a phase cannot measure."""
         admm = self.train.admm
         for key, metric in (("admm.metric", admm and admm.metric), ("cut", self.train.cut)):
             if metric == "activation":
                 try:
-                    require_one_input(plan, planned_layers(model, plan))
+                    require_one_input(plan, {layer.name: dense_layer(model, layer.name) for layer in plan.layers}, model)
                 except PlanError as error:
                     raise RecipeError(f"train.{key}: {error}") from None
-        return plan
 
-    def measured_inputs(self, data: Dataset | None = None) -> Iterator[Tensor]:
+    def measured_inputs(self, data: Dataset | None = None, device: torch.device | None = None) -> Iterator[Tensor]:
         """Yield batches of training samples, without augmentation, on which the metric of the layers' inputs is measured.
 
+        With several processes, each of them gets its share of every batch.
+
         Args:
-            data: the data set, on the device of the model; default: the recipe's, read now.
+            data: the data set; default: the recipe's, read now.
+            device: where the batches are; default: where the data set puts them.
 
         """
         split = (data or self.make_data()).train
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(self.seed))[:_MEASURED]
-        for x, _ in split.batches(list(order.split(EVALUATED))):
-            yield x
+        for x, _ in split.batches(list(order.split(EVALUATED)), Share(rank(), world())):
+            if len(x):  # the last batch may have fewer samples than there are processes
+                yield x if device is None else x.to(device)
 
     def files(self) -> list[tuple[str, str]]:
         """Return (key, path) of the files that the recipe names: weights and plans."""
@@ -362,12 +390,23 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _planned(
-    model: nn.Module,
-    rule: PlanRule | PublishedRule | FileRule,
-    trained: bool,
-    inputs: Callable[[], Iterable[Tensor]] = tuple,
-) -> tuple[LayerPlan, ...]:
+def _planned(model: nn.Module, rule: AnyRule, trained: bool, inputs: Callable[[], Iterable[Tensor]]) -> tuple[LayerPlan, ...]:
+    """Return the layers of a rule with their ranks: any ranks of the right size if the model is not trained."""
+    if not isinstance(rule, PlanRule) or rule.params is None:
+        return _plannable(model, rule)
+    if not trained:
+        if rule.metric == "activation":
+            plan = Plan(layers=_plannable(model, rule))
+            require_one_input(plan, planned_layers(model, plan), model)
+        return any_plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
+    measured = inputs() if rule.metric == "activation" else None
+    return plan_to_size(
+        model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, inputs=measured
+    )
+
+
+def _plannable(model: nn.Module, rule: AnyRule) -> tuple[LayerPlan, ...]:
+    """Return the layers that a rule may factor, with its ranks, or 1 where they are chosen from trained weights."""
     if isinstance(rule, FileRule):
         plan = Plan.load(rule.file)
         planned_layers(model, plan)
@@ -378,15 +417,7 @@ def _planned(
         planned_layers(model, Plan(layers=selected))
         return selected
     if rule.params is not None:
-        if not trained:
-            layers = any_plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
-            if rule.metric == "activation":
-                require_one_input(Plan(layers=layers), planned_layers(model, Plan(layers=layers)))
-            return layers
-        measured = inputs() if rule.metric == "activation" else None
-        return plan_to_size(
-            model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, inputs=measured
-        )
+        return tuple(unranked(model, rule.layers, rule.format, rule.modes, rule.merge))
     ranks = rule.ranks if rule.ranks is not None else ()
     return plan_layers(model, rule.layers, format=rule.format, ranks=ranks, modes=rule.modes, merge=rule.merge)
 

@@ -15,7 +15,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_runtime.errors import GraphError
+from tensorrail_trainer.layers.fused import attention_in_parts
 from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS
 from tensorrail_trainer.run._compat_onnxscript import simplification_rules
 from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, operators_read_once
@@ -59,6 +61,30 @@ def to_onnx(
     return Tracing(module, example, input_names=input_names, output_names=output_names, dynamic_axes=dynamic_axes).graph()
 
 
+def require_in_graph(dense: onnx.ModelProto, specs: Mapping[str, LayerSpec], instead: str) -> None:
+    """Raise `GraphError` for a layer whose weight a dense graph does not hold as a whole: it has no place for the cores.
+
+    Args:
+        dense: the graph of a dense module, from `to_onnx`.
+        specs: what the layers that are made of cores compute, by name.
+        instead: what to do instead, as the end of the message.
+
+    """
+    split = {node.input[0] for node in dense.graph.node if node.op_type == "Split"}
+    tables = {node.input[0] for node in dense.graph.node if node.op_type == "Gather"}
+    for name, spec in specs.items():
+        if name in split:
+            raise GraphError(
+                f"layer {name}: expected attention whose query, key and value are one tensor, got different ones; a dense "
+                f"graph multiplies them by parts of this weight, which have no cores of their own: {instead}"
+            )
+        if spec.gathers and f"{name}.weight" not in tables:
+            raise GraphError(
+                f"layer {name}: expected an embedding of indices that a run gives, got indices that the module stores, such as "
+                f"positions; a dense graph holds their rows instead of the table: {instead}"
+            )
+
+
 class Tracing:
     """A module that is traced once, to export it and modules that differ only in their weights.
 
@@ -88,7 +114,7 @@ class Tracing:
         has_lengths = any(set(named) - {0} for named in axes.values())  # or other dynamic axes that are not the batch
         # Weights in channels_last memory format would be written as strided views.
         plain = copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        with _quiet(), _attention_in_parts(), operators_read_once():
+        with _quiet(), attention_in_parts(), operators_read_once():
             if has_lengths and any(isinstance(part, nn.RNNBase) for part in plain.modules()):
                 forget_recurrent_kernels()
             try:
@@ -261,7 +287,8 @@ def _name_by_weights(graph: Any) -> list[tuple[Any, int, str]]:
             continue
         for place, start in ((1, INPUTS), (2, LOOPS)):
             for value in _above(node.inputs[place]):
-                if start in (value.name or "") and not value.name.endswith("_reverse"):
+                leaf = (value.name or "").rpartition(".")[2]  # cores have names such as `cores.weight_hh_l0.1`
+                if leaf.startswith(start) and not leaf.endswith("_reverse"):
                     node.name = value.name if place == 1 else node.name
                     named.append((node, place, value.name))
     return named
@@ -306,17 +333,6 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
         del record.metadata_props[:]
         record.doc_string = ""
     return model
-
-
-@contextlib.contextmanager
-def _attention_in_parts():  # type: ignore[no-untyped-def] # a generator that yields nothing of use
-    """Disable torch's fused attention operator for inference, which has no ONNX counterpart."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tensorrail_exporter.plans.cores import save_cores
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
 from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
-from tensorrail_runtime.errors import OWN_CODE, DataError, PlanError, RecipeError, in_words
+from tensorrail_runtime.errors import OWN_CODE, DataError, GraphError, PlanError, RecipeError, in_words
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.accuracy import accuracy_of
 from tensorrail_runtime.measure.latency import LatencyReport, bench
@@ -38,16 +38,16 @@ from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_trainer._compat_accelerate import forget_other_precision
 from tensorrail_trainer.admm.admm import ADMM
-from tensorrail_trainer.admm.moments import input_roots
+from tensorrail_trainer.admm.moments import input_roots, require_seen_inputs
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.data.splits import InMemory, arrays
-from tensorrail_trainer.layers.dense import planned_layers
+from tensorrail_trainer.layers.dense import dense_layer, planned_layers
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import cores_of, swap, to_dense
 from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.processes import world
 from tensorrail_trainer.recipes.recipe import Bench, Export, Recipe
-from tensorrail_trainer.run.export import Tracing
+from tensorrail_trainer.run.export import Tracing, require_in_graph, to_onnx
 from tensorrail_trainer.run.render import html, markdown
 from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
 from tensorrail_trainer.run.tracking import LOGGED, Tracking, check_trackers, folder_of
@@ -233,7 +233,8 @@ def train_all(
 def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: torch.device) -> bool:
     """Run two samples (one if a step has one) through every network. Raises `RecipeError` for what would fail in training.
 
-    Returns whether all networks accept images in channels_last memory format.
+    The dense network also runs with hooks on its layers if a metric is that of their inputs, and is exported if a planned layer
+    may have no place in its graph. Returns whether all networks accept images in channels_last memory format.
     """
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
@@ -267,7 +268,36 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
                 raise RecipeError(
                     f"train.distill.teacher: expected {width} scores per sample, as the model returns, got {taught}"
                 )
+        if recipe.measures_inputs():
+            _require_seen_inputs(dense, recipe.plannable(dense), x)
+        _require_places(dense, recipe.plannable(dense), data)
     return channels_last
+
+
+def _require_seen_inputs(network: nn.Module, plan: Plan, x: torch.Tensor) -> None:
+    """Raise `RecipeError` for a layer whose inputs `metric: activation` or `cut: activation` could not measure."""
+    try:
+        require_seen_inputs(network, plan, x)
+    except PlanError as error:
+        raise RecipeError(f"plan: {error}") from None
+
+
+def _require_places(network: nn.Module, plan: Plan, data: Dataset) -> None:
+    """Raise `RecipeError` for a layer that the graph of the dense network, which the run exports at its end, does not hold.
+
+    Only embeddings and attention can be such layers; without them nothing is exported here.
+    """
+    layers = {layer.name: dense_layer(network, layer.name) for layer in plan.layers}
+    if not any(dense.spec.gathers or isinstance(dense.module, nn.MultiheadAttention) for dense in layers.values()):
+        return
+    try:
+        graph = to_onnx(network, data.example())
+    except GraphError as error:
+        raise RecipeError(f"model: {error}") from None
+    try:
+        require_in_graph(graph, {name: dense.spec for name, dense in layers.items()}, "leave the layer out of the plan")
+    except GraphError as error:
+        raise RecipeError(f"plan: {error}") from None
 
 
 def _takes_channels_last(network: nn.Module, x: torch.Tensor, device: torch.device, trains: bool = True) -> bool:
@@ -381,7 +411,7 @@ class _Training:
         if cut == "weight":
             return model, {}
         if cut == "activation" and not roots:
-            roots = input_roots(model, plan, self.inputs())
+            roots = input_roots(self.copy_of(model), plan, self.inputs())
         return model, roots
 
     def copy_of(self, model: nn.Module) -> nn.Module:

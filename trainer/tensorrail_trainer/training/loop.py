@@ -26,6 +26,7 @@ from tensorrail_trainer.data import Dataset, Share, Split
 from tensorrail_trainer.data.splits import EVALUATED, InMemory, in_order, shuffled
 from tensorrail_trainer.layers.factored import FactoredLayer
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent
+from tensorrail_trainer.layers.steps import CoreList
 from tensorrail_trainer.processes import alike, rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Training, penalty_weight, rate
@@ -394,8 +395,9 @@ def place(model: nn.Module, device: torch.device, channels_last: bool = True) ->
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    cores = _parameter_ids(module for module in model.modules() if isinstance(module, CoreList))
     for parameter in model.parameters():  # `model.to(memory_format=…)` fails for parameters with five axes
-        if parameter.dim() == 4:
+        if parameter.dim() == 4 and id(parameter) not in cores:  # a core in groups has four axes as well, and is no image
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
