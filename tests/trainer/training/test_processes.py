@@ -24,6 +24,7 @@ import tensorrail.cli
 from tensorrail_exporter import Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer import ADMM, plan_layers
+from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.processes import shared_out, sync_batch_norm, unsync_batch_norm
 
 DEADLINE = 120  # seconds until processes that do not meet, or do not end, are a failure
@@ -200,6 +201,24 @@ def test_the_metric_of_two_processes_is_resumed_exactly(of_two):
         assert torch.equal(other["root"], found[0]["root"])
 
 
+def unequal_shares():
+    """Return the inputs of each of two processes: batches of 5 and 2 rows, and one of 20."""
+    rows = torch.randn(27, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)
+    return rows[:7].split(5), rows[7:].split(20)
+
+
+def given_to_two(rank):
+    model = nn.Sequential(nn.Linear(6, 4))
+    return input_roots(model, Plan(layers=plan_layers(model, "0", ranks=2)), unequal_shares()[rank])["0"].root
+
+
+def test_inputs_given_to_two_processes_count_by_their_positions(of_two):
+    rows = torch.cat([x for share in unequal_shares() for x in share])
+    second = rows.T @ rows
+    for root in of_two("given_to_two"):
+        torch.testing.assert_close(root @ root, second * (6 / second.trace()), atol=1e-3, rtol=1e-3)
+
+
 def test_work_is_shared_out_by_its_cost(monkeypatch):
     monkeypatch.setattr("tensorrail_trainer.processes.world", lambda _: 2)
     assert shared_out({"a": 10, "b": 9, "c": 2, "d": 1}) == {"a": 0, "b": 1, "c": 1, "d": 0}
@@ -269,7 +288,7 @@ def trained_by(count, rank, folder, port):
     )
 
 
-JOBS = (step_of_one, uneven, normalised, metric_of_two, folds)
+JOBS = (step_of_one, uneven, normalised, metric_of_two, given_to_two, folds)
 
 
 def do_all(rank, folder, ports):
