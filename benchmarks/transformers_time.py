@@ -1,6 +1,6 @@
 """What exact changes, low rank and int8 do to the time of transformers, with the operators that ONNX Runtime fuses.
 
-    python benchmarks/transformers_time.py [--only NAME …] [--batch 1 8] [--seconds 4] [-o results/transformers.md]
+    python benchmarks/transformers_time.py [--only NAME …] [--batch 1 8] [--seconds 4] [--few] [-o FILE.md]
 
 Networks of the `transformers` package, and a U-Net, with random weights: times do not depend on their values. Every variant of
 a network is timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors
@@ -38,6 +38,13 @@ from tensorrail_runtime.sessions.machine import machine
 TOKENS = 128
 GRID = 16
 SAMPLES = 4  # inputs that ranges in int8 are taken from
+FEW = (
+    "dense",
+    "dense, no inner shapes",
+    "half, separate factors, no inner shapes",
+    "dense, int8, no inner shapes",
+    "half, separate factors, int8, no inner shapes",
+)
 
 
 class Only(nn.Module):
@@ -173,13 +180,15 @@ def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str
     return variants
 
 
-def rows_of(name: str, batch: int, seconds: float, folder: Path) -> list[str]:
-    """Return the rows of a network at a batch size."""
+def rows_of(name: str, batch: int, seconds: float, folder: Path, *, few: bool = False) -> list[str]:
+    """Return the rows of a network at a batch size; with `few`, of the variants that `FEW` names."""
     make, inputs = NETWORKS[name]
     torch.manual_seed(0)
     model = make().eval()
     dense = tr.to_onnx(model if isinstance(model, UNet) else Only(model), inputs(2), input_names=["x"])
     variants = variants_of(dense, inputs(SAMPLES), batch)
+    if few:
+        variants = {what: variant for what, variant in variants.items() if what in FEW}
     paths = []
     for number, variant in enumerate(variants.values()):
         paths.append(folder / f"{number}.onnx")
@@ -198,7 +207,8 @@ def rows_of(name: str, batch: int, seconds: float, folder: Path) -> list[str]:
 
 def _asked(options: argparse.Namespace) -> str:
     only = "" if options.only == list(NETWORKS) else "--only " + " ".join(repr(name) for name in options.only) + " "
-    return f"{only}--batch {' '.join(map(str, options.batch))} --seconds {options.seconds:g}"
+    few = " --few" if options.few else ""
+    return f"{only}--batch {' '.join(map(str, options.batch))} --seconds {options.seconds:g}{few}"
 
 
 def main() -> None:
@@ -207,6 +217,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seconds", type=float, default=4.0, help="Of each variant.")
+    parser.add_argument("--few", action="store_true", help="Five variants alone, for networks that take long.")
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     here = machine()
@@ -223,7 +234,7 @@ def main() -> None:
     for name in options.only:
         for batch in options.batch:
             with tempfile.TemporaryDirectory() as folder:
-                rows = rows_of(name, batch, options.seconds, Path(folder))
+                rows = rows_of(name, batch, options.seconds, Path(folder), few=options.few)
             lines += rows
             print("\n".join(rows), flush=True)
             if options.out:
