@@ -24,11 +24,11 @@ from tensorrail_exporter.fitted import Fitting, fitted, numerical_error
 from tensorrail_exporter.fitted import Refine as Refine
 from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.graphs.joint import rounding_error, without_inner_shapes
-from tensorrail_exporter.plans.plan import Plan, Precision
+from tensorrail_exporter.plans.plan import HeadPlan, Plan, Precision
 from tensorrail_exporter.precision.int8 import Quantizer
 from tensorrail_exporter.precision.islands import fastest_islands
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
-from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, narrowed_heads
+from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_error, narrowed_heads
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite, require_scan
 from tensorrail_exporter.search.guard import Guard
@@ -231,6 +231,7 @@ class _Builder:
         self.how = Fitting(options.refine, judge, settings, progress, refit=not several)
         self.feeds = _feeds(dense, parts, options)
         self.fault: GraphError | None = None
+        self._narrowed: dict[tuple[HeadPlan, ...], onnx.ModelProto] = {}
 
     def models(self, plans: Sequence[Planned]) -> Iterator[_Built]:
         """Write the model of each plan that has layers; with a plan for int8, the dense network in int8 comes first.
@@ -250,8 +251,8 @@ class _Builder:
         different = {_words(planned.targets) for planned in factored if isinstance(planned, PlanReport)}
         jobs: list[tuple[str, Callable[[], Sequence[_Built]]]] = []
         if dense_too:
-            in_fp32 = next((_plan(planned).fp32 for planned in plans if not _plan(planned).changes), ())
-            jobs.append(("the dense network in int8", partial(self._dense_in_int8, in_fp32)))
+            empty = next((_plan(planned) for planned in plans if not _plan(planned).changes), Plan(layers=()))
+            jobs.append(("the dense network in int8", partial(self._dense_in_int8, empty)))
         for number, (planned, layers) in enumerate(zip(factored, resolved, strict=True)):
             jobs.append((f"a plan for {planned.precision}", partial(self._of, planned, layers, number)))
         for what, make in jobs:
@@ -267,15 +268,17 @@ class _Builder:
                 yield one if planning is None else replace(one, asked=f", for {_words(planning.targets)}")
 
     def _with_heads(self, plan: Plan) -> onnx.ModelProto:
-        """Return the dense network with the sizes of heads of a plan."""
-        inputs = None if self.parts is None else self.parts.fitted
-        return with_heads_for(self.model, plan.head_sizes, inputs, self.conditions.settings.exact)
+        """Return the dense network with the sizes of heads of a plan; the same one for the same sizes."""
+        if plan.heads not in self._narrowed:
+            inputs = None if self.parts is None else self.parts.fitted
+            self._narrowed[plan.heads] = with_heads_for(self.model, plan.head_sizes, inputs, self.conditions.settings.exact)
+        return self._narrowed[plan.heads]
 
-    def _dense_in_int8(self, in_fp32: Sequence[str]) -> list[_Built]:
+    def _dense_in_int8(self, plan: Plan) -> list[_Built]:
         """Return the dense network in int8 and, if that is faster, the same with layers in fp32."""
         return [
             _Built("int8", _saved(one.model, self.dense.with_name(f"dense-int8-{k}.onnx")), self.dense, spared=one.spared)
-            for k, one in enumerate(self._in_int8(self.model, in_fp32))
+            for k, one in enumerate(self._in_int8(self.model, plan))
         ]
 
     def _of(self, planned: Planned, resolved: ResolvedPlan, number: int) -> list[_Built]:
@@ -286,6 +289,8 @@ class _Builder:
         rewrites: tuple[LayerRewrite, ...] = ()
         fits: tuple[LayerFit, ...] = ()
         error = 0.0
+        if plan.heads:
+            error = heads_error(self.dense, self.model, plan.heads, feeds[:1], settings)
         if plan.joint:
             joined = _saved(resolved.model, self.dense.with_name("joined.onnx"))
             apart = _saved(self._with_heads(plan), self.dense.with_name("apart.onnx")) if plan.heads else self.dense
@@ -300,7 +305,7 @@ class _Builder:
         save_model(_shaped(model, plan), path)
         spared: tuple[str, ...] = ()
         if plan.precision == "int8":
-            small = self._in_int8(model, plan.fp32)[-1]
+            small = self._in_int8(model, plan)[-1]
             path, spared = _saved(_shaped(small.model, plan), self.dense.with_name(f"int8-{number}.onnx")), small.spared
         changes = {
             "smaller heads": bool(plan.heads),
@@ -311,11 +316,11 @@ class _Builder:
         heads = narrowed_heads(self.model, plan.heads)
         return [_Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact, heads)]
 
-    def _in_int8(self, model: onnx.ModelProto, in_fp32: Sequence[str] = ()) -> list[Spared]:
+    def _in_int8(self, model: onnx.ModelProto, plan: Plan) -> list[Spared]:
         """Return a model in int8 and, if that is faster, the same with more layers in fp32.
 
         Layers stay in fp32 where the model would not keep the limits without them, but would in fp32; or just those that are
-        given.
+        given. They are timed as the plan says that the file is written.
         """
         parts, judge, progress = self.parts, self.judge, self.conditions.progress
         if parts is None or judge is None:
@@ -326,25 +331,25 @@ class _Builder:
             return loss, self.wanted.accepts(loss, agreement)
 
         with Quantizer(model, parts.fitted.feeds) as quantizer:
-            if in_fp32:
+            if plan.fp32:
                 try:
-                    fixed = quantizer(in_fp32)
+                    fixed = quantizer(plan.fp32)
                 except GraphError as error:
                     raise GraphError(f"fp32 of the plan: {error}") from None
-                return [Spared(fixed, tuple(in_fp32), judged(fixed)[1])]
+                return [Spared(fixed, plan.fp32, judged(fixed)[1])]
             counted = self._macs(quantizer.model)
             layers = [Layer(name, counted.get(name, 0)) for name in quantizer.layers()]
             first = with_spared_layers(layers, quantizer, judged, model, progress)
-            names = fastest_islands(layers, first.spared, quantizer, self._times, progress)
+            names = fastest_islands(layers, first.spared, quantizer, partial(self._times, plan), progress)
             if names == first.spared:
                 return [first]
             faster = quantizer(names)
             good = judged(faster)[1]
             return [first, Spared(faster, names, good)] if good or not first.good else [first]
 
-    def _times(self, models: Sequence[onnx.ModelProto]) -> tuple[Ratio, ...]:
+    def _times(self, plan: Plan, models: Sequence[onnx.ModelProto]) -> tuple[Ratio, ...]:
         """Return how many times faster each model but the first is than the first one."""
-        paths = [_saved(one, self.dense.with_name(f"island{k}.onnx")) for k, one in enumerate(models)]
+        paths = [_saved(_shaped(one, plan), self.dense.with_name(f"island{k}.onnx")) for k, one in enumerate(models)]
         timing, settings = self.conditions.timing, self.conditions.settings
         seconds = min(timing.seconds, _EACH) * len(paths)
         return bench(paths, replace(timing, seconds=seconds, processes=0, io_binding=settings.on_gpu), settings).ratios

@@ -142,7 +142,9 @@ class _Search:
 
     def _follow(self, columns: Columns, tensor: str) -> None:
         shape = self.shapes.get(tensor)
-        path = Path(self.network, self.shapes, Layout(tensor, len(shape) - 1 if shape else -1, columns.end - columns.begin))
+        if not shape:
+            return  # without the number of its axes, nothing is known of what follows
+        path = Path(self.network, self.shapes, Layout(tensor, len(shape) - 1, columns.end - columns.begin))
         if path.end >= 0:
             node = self.network.nodes[path.end]
             if path.layout.head_axis >= 0 or node.op_type in ATTENTIONS:

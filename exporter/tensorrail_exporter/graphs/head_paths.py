@@ -128,7 +128,7 @@ class Path:
         """Return the nodes that take the size of heads alone from a shape; None if something else reads the shape."""
         layout, network = self.layout, self.network
         rank, takers = len(self.shapes.get(layout.tensor, ())), network.readers.get(network.nodes[place].output[0], [])
-        if layout.head_axis < 0 or layout.axis != rank - 1:
+        if layout.head_axis < 0 or layout.axis != rank - 1 or network.nodes[place].attribute:  # Shape with start or end
             return None
         for taker in takers:
             node = network.nodes[taker]
@@ -187,6 +187,11 @@ class Path:
         return None
 
 
+def same_axes(one: Sequence[int | str], other: Sequence[int | str]) -> bool:
+    """Return whether axes are known to have the same sizes: by their numbers or names, which an empty text is not."""
+    return list(one) == list(other) and "" not in one
+
+
 ATTENTIONS = ("MultiHeadAttention", "Attention")
 """Operators that take query, key and value with the values of all heads side by side."""
 
@@ -233,7 +238,7 @@ def _regrouped(layout: Layout, before: Sequence[int | str], after: Sequence[int 
         if layout.heads not in (0, heads):
             return None
         merged = after[-2] != heads  # the rows of the batch lie before the heads in the same axis
-        if merged and (len(before) != len(after) or list(before[:-2]) != list(after[:-2])):
+        if merged and not same_axes(before[:-2], after[:-2]):
             return None
         return Layout(name, last, size, heads, last - 1, merged)
     behind = len(before) - 1 - layout.head_axis  # axes behind that of the heads

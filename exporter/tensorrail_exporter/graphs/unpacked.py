@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tensorrail_exporter.graphs.head_paths import Shapes, constant_value
+from tensorrail_exporter.graphs.head_paths import Shapes, constant_value, same_axes
 from tensorrail_exporter.graphs.io import inferred_shapes
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_runtime.graphs.files import opset_of
@@ -73,7 +73,7 @@ class _Chain:
         before, after = shapes.get(self.source), shapes.get(node.output[0])
         self.axes: list[str] = []
         self.sizes: list[int] = []  # of the axes behind that of the parts
-        if before is None or after is None or list(after[: len(before) - 1]) != list(before[:-1]):
+        if before is None or after is None or not same_axes(before[:-1], after[: len(before) - 1]):
             return
         behind = after[len(before) :]
         parts = after[len(before) - 1]
@@ -115,7 +115,11 @@ class _Chain:
 
     def _take(self, readers: Sequence[int]) -> None:
         """Find the nodes that take one part each."""
-        parts = [part for place in readers for part in self._parts_of(place)]
+        by_reader = [self._parts_of(place) for place in readers]
+        parts = [part for own in by_reader for part in own]
+        outputs = {value.name for value in self.network.graph.output}
+        if not all(by_reader) or any(tensor in outputs for _, _, tensor in parts):
+            return  # something else reads the product, or a part is an output of the graph
         found: dict[int, int] = {}
         for index, place, tensor in parts:
             last = place if tensor is None else self._squeezed(tensor)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import onnx
 
 from tensorrail_exporter.graphs.head_pairs import find_pairs
+from tensorrail_exporter.graphs.heads import with_heads
+from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.rounding import Rewritten, require_rounding
 from tensorrail_exporter.plans.plan import HeadPlan
 from tensorrail_runtime.records import Record
+from tensorrail_runtime.scratch import scratch
+from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.tables import Table
+
+_REWRITTEN = Rewritten("heads of the same size to differ from the dense ones", "leave heads as they are", 1e-3)
 
 
 class NarrowedHeads(Record):
@@ -36,6 +45,36 @@ def narrowed_heads(model: onnx.ModelProto, plans: Sequence[HeadPlan]) -> tuple[N
         for plan in plans
         if (pair := found.get(plan.weights)) is not None
     )
+
+
+def heads_error(
+    dense: Path,
+    model: onnx.ModelProto,
+    plans: Sequence[HeadPlan],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    settings: Session | None = None,
+) -> float:
+    """Return how far the outputs are from the dense ones when the heads of a plan are written anew at their full size.
+
+    That is rounding alone, unless the graph computes something else from the heads than was understood.
+
+    Args:
+        dense: the file of the dense model.
+        model: the same model.
+        plans: the pairs whose heads get another size.
+        feeds: batches of inputs by name.
+        settings: how both run; default: the CPU provider.
+
+    Raises:
+        GraphError: the outputs differ by more than rounding.
+        ModelError: a model does not run, or the outputs cannot be compared.
+
+    """
+    sizes = {row.layers: row.before for row in narrowed_heads(model, plans)}
+    with scratch() as folder:
+        path = Path(folder) / "full.onnx"
+        save_model(with_heads(model, sizes), path)
+        return require_rounding(dense, path, feeds, _REWRITTEN, settings)
 
 
 def heads_table(rows: Sequence[NarrowedHeads]) -> Table:

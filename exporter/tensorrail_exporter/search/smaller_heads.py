@@ -50,6 +50,11 @@ def smaller_heads(
     """
     if search.heads is None:
         return SmallerHeads(model)
+    if search.max_loss is not None:
+        raise PlanError(
+            "heads: expected no max_loss with it, got both: losses count from the network with smaller heads; limit how far "
+            "outputs may differ instead, which counts from the dense network"
+        )
     pairs = find_pairs(model)
     plans = _plans(pairs, search)
     progress("narrowing attention heads", 0.0)

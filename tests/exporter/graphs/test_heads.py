@@ -19,6 +19,7 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.graphs.head_pairs import find_pairs
 from tensorrail_exporter.graphs.heads import head_inputs, with_heads
 from tensorrail_exporter.plans.plan import HeadPlan, LayerPlan, Plan
+from tensorrail_exporter.rewrite.narrowed_heads import heads_error
 from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.sessions.session import Session
@@ -182,6 +183,59 @@ def test_biases_count():
     x = np.zeros((2, 6, WIDTH), np.float32)  # only biases are left of the values
     assert difference(model, narrow, x) < 0.5
     assert outputs_of(narrow, x).std(1).max() < 1e-6  # the same for all tokens
+
+
+def read_by_shape(model):
+    """Let the packed product be read by a node that takes no part of it."""
+    moved = next(node for node in model.graph.node if node.op_type == "Transpose" and len(node.attribute[0].ints) == 5)
+    model.graph.node.append(helper.make_node("Shape", [moved.output[0]], ["sizes"]))
+    model.graph.output.append(helper.make_tensor_value_info("sizes", onnx.TensorProto.INT64, None))
+
+
+def unnamed(model):
+    """Take the names of dynamic axes away."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.ClearField("dim_param")
+
+
+@pytest.mark.parametrize("change", [read_by_shape, unnamed])
+def test_a_packed_product_that_is_not_fully_understood_stays(change):
+    model, x = exported("packed", "legacy"), inputs_of("packed")
+    change(model)
+    before = outputs_of(model, x)
+    found = find_pairs(model).found
+    sizes = {pair.names: pair.size for pair in found}
+    if sizes:  # what is found stays exact
+        np.testing.assert_allclose(outputs_of(with_heads(model, sizes), x), before, rtol=0, atol=EXACT * np.abs(before).max())
+
+
+def test_a_part_of_a_shape_is_not_taken_for_the_size_of_heads():
+    """Shape with `end` gives the tokens as its last number, and the size of heads for the whole."""
+    model = legacy(Attention("fused"), torch.randn(2, 5, WIDTH))
+    found = 0
+    for node in model.graph.node:
+        if node.op_type == "Shape":
+            node.attribute.append(helper.make_attribute("start", 0))
+            found += 1
+    pairs = find_pairs(model)
+    assert found
+    assert not any(pair.scores for pair in pairs.found)
+
+
+def test_heads_at_full_size_are_compared_with_the_dense_model(tmp_path):
+    model, x = exported("plain"), inputs_of("plain")
+    plans = [HeadPlan(weights=pair.names, size=2) for pair in find_pairs(model).found]
+    dense = tmp_path / "dense.onnx"
+    onnx.save(model, dense)
+    feeds = [{"x": x.numpy()}]
+    assert heads_error(dense, model, plans, feeds) < EXACT
+    other = onnx.ModelProto.FromString(model.SerializeToString())
+    weight = next(tensor for tensor in other.graph.initializer if len(tensor.dims) == 2)
+    weight.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(weight), weight.name))
+    with pytest.raises(GraphError, match="expected heads of the same size to differ from the dense ones by at most"):
+        heads_error(dense, other, plans, feeds)
 
 
 def test_rotary_embeddings_leave_values_and_outputs():

@@ -111,6 +111,7 @@ def test_layers_to_keep_keep_their_heads(dense, tmp_path):
         ({"heads": 16}, r"expected a size below that of the model's heads \(16\), got 16"),
         ({"heads": 0}, "expected a positive number of values, or two, got 0"),
         ({"heads": (4, -1)}, r"got \(4, -1\)"),
+        ({"heads": 8, "max_loss": 0.1}, "heads: expected no max_loss with it, got both"),
     ],
 )
 def test_sizes_that_change_nothing_are_refused(dense, search, reason, tmp_path):

@@ -14,6 +14,7 @@ from tensorrail_runtime.errors import PlanError
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
 
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.rewrite.rewriter import Rewrites
@@ -67,6 +68,8 @@ def export(
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
     if not read.changes:
         raise PlanError(f"{'the plan' if plan is read else plan}: changes nothing: it names no layer")
+    if read.heads:
+        _require_same_heads(graph, read, form, options)
     if cores is None:
         cores = decompose_graph(graph, read)
     elif isinstance(cores, Path | str):
@@ -83,3 +86,19 @@ def export(
         options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`{kept}")
     heads = narrowed_heads(graph, read.heads)
     return Rewrites(layers=factored.layers, dense=dense_again.layers, heads=heads, fusions=fusions, model=str(out))
+
+
+def _require_same_heads(graph: onnx.ModelProto, plan: Plan, form: Form, options: Options) -> None:
+    """Raise `GraphError` if the outputs differ when the heads of a plan are written anew at their full size."""
+    from tensorrail_exporter.graphs.io import save_model
+    from tensorrail_exporter.rewrite.narrowed_heads import heads_error
+    from tensorrail_runtime.scratch import scratch
+    from tensorrail_runtime.sessions.inputs import random_inputs
+    from tensorrail_runtime.sessions.session import open_session
+
+    exact = options.session.exact
+    with scratch() as folder:
+        dense = Path(folder) / "dense.onnx"
+        save_model(graph, dense)
+        feed = random_inputs(open_session(dense, settings=exact), form.batch, shapes=form.shapes)
+        heads_error(dense, graph, plan.heads, [feed], exact)
