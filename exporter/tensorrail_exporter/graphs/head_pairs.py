@@ -14,15 +14,12 @@ from onnx import helper
 
 from tensorrail_exporter.graphs.head_paths import ATTENTIONS, Layout, Path, Shapes, constant_value
 from tensorrail_exporter.graphs.io import inferred_shapes
+from tensorrail_exporter.graphs.own_products import STANDARD, OwnProduct, own_products, visible_tensors
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.graphs.unpacked import unpacked
 
 PairNames = tuple[str, str]
 """The names of the two layers of a pair: those of their weights, without `.weight`."""
-
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-_STANDARD = ("", "ai.onnx")
-_SUFFIX = ".weight"
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ def _heads_of(node: onnx.NodeProto) -> int:
         return 0
     if node.domain == "com.microsoft" and node.op_type == "MultiHeadAttention":
         return 0 if any((inputs[3], *inputs[6:8])) else int(attributes.get("num_heads", 0))
-    if node.domain in _STANDARD and node.op_type == "Attention" and not any(inputs[4:6]):
+    if node.domain in STANDARD and node.op_type == "Attention" and not any(inputs[4:6]):
         heads = int(attributes.get("q_num_heads", 0))
         return heads if attributes.get("kv_num_heads", 0) == heads else 0
     return 0
@@ -234,34 +231,14 @@ def _heads_of(node: onnx.NodeProto) -> int:
 
 def _products(network: Network) -> dict[str, Product]:
     """Return the products with a weight of their own, by the name of the layer."""
-    visible = {value.name for value in (*network.graph.input, *network.graph.output)}
-    found = {}
-    for place, node in enumerate(network.nodes):
-        if node.domain not in _STANDARD or node.op_type not in ("MatMul", "Gemm") or node.input[0] == node.input[1]:
-            continue
-        weight = network.constants.get(node.input[1])
-        if weight is None or weight.name in visible or len(network.readers[weight.name]) > 1:
-            continue
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        plain = not attributes.get("transA", 0) and attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
-        if len(weight.dims) == 2 and 0 not in weight.dims and weight.data_type in _FLOATS and plain:
-            name = weight.name.removesuffix(_SUFFIX)
-            product = _product(network, place, node, weight, name, bool(attributes.get("transB", 0)), visible)
-            if product is not None:
-                found[name] = product
-    return found
+    visible = visible_tensors(network)
+    products = {own.name: _product(network, own, visible) for own in own_products(network)}
+    return {name: product for name, product in products.items() if product is not None}
 
 
-def _product(
-    network: Network,
-    place: int,
-    node: onnx.NodeProto,
-    weight: onnx.TensorProto,
-    name: str,
-    transposed: bool,
-    visible: Collection[str],
-) -> Product | None:
-    rows, columns = (int(axis) for axis in weight.dims)
+def _product(network: Network, own: OwnProduct, visible: Collection[str]) -> Product | None:
+    name, place, node, transposed = own.name, own.place, own.node, own.transposed
+    rows, columns = (int(axis) for axis in own.weight.dims)
     inputs, outputs = (columns, rows) if transposed else (rows, columns)
 
     def is_bias(tensor: str) -> bool:
@@ -274,7 +251,7 @@ def _product(
         return Product(name, place, transposed, node.input[2], place, out, outputs, inputs) if known else None
     readers = network.readers.get(out, [])
     add = network.nodes[readers[0]] if len(readers) == 1 and out not in visible else None
-    if add is not None and add.op_type == "Add" and add.domain in _STANDARD and list(add.input).count(out) == 1:
+    if add is not None and add.op_type == "Add" and add.domain in STANDARD and list(add.input).count(out) == 1:
         other = next(operand for operand in add.input if operand != out)
         if is_bias(other):
             return Product(name, place, transposed, other, readers[0], str(add.output[0]), outputs, inputs)

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tensorrail_exporter.graphs.own_products import STANDARD
 from tensorrail_exporter.graphs.parts import Network
 
 Shapes = dict[str, list[int | str]]
 
 _OF_SHAPES = ("Shape", "Slice", "Gather", "Concat", "Unsqueeze", "Squeeze", "Cast", "Identity")
-_STANDARD = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Path:
             self.end = place
             return
         steps = {"Reshape": self._reshaped, "Transpose": self._transposed, "Mul": self._scaled, "Div": self._scaled}
-        step = steps.get(node.op_type if node.domain in _STANDARD else "")
+        step = steps.get(node.op_type if node.domain in STANDARD else "")
         moved = step(place, node) if step is not None else None
         if moved is None:
             self.reason = self.reason or f"{name!r} is read by {node.op_type}, with which heads of another size may not agree"
@@ -201,7 +201,7 @@ def constant_value(network: Network, name: str) -> np.ndarray | None:
     tensor = network.constants.get(name)
     if tensor is None and name in network.makers:
         node = network.nodes[network.makers[name]]
-        if node.op_type == "Constant" and node.domain in _STANDARD:
+        if node.op_type == "Constant" and node.domain in STANDARD:
             value = helper.get_attribute_value(node.attribute[0])
             if not isinstance(value, onnx.TensorProto):
                 return np.asarray(value) if isinstance(value, int | float | list) else None

@@ -18,13 +18,13 @@ from tensorrail_exporter.graphs.head_factors import narrowed, root
 from tensorrail_exporter.graphs.head_pairs import Columns, Pair, PairNames, Product, find_pairs
 from tensorrail_exporter.graphs.head_paths import Edit, Path, constant_value, pieces_of
 from tensorrail_exporter.graphs.io import inferred_shapes
+from tensorrail_exporter.graphs.own_products import SIZES_AS_INPUT
 from tensorrail_exporter.graphs.parts import Network, reads_of
 from tensorrail_exporter.graphs.unpacked import unpacked
 from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import opset_of
 
 _OF_SHAPES = ("Constant", "Concat", "Shape", "Gather", "Slice", "Unsqueeze", "Cast")
-_SIZES_AS_INPUT = 13  # the opset from which Split takes the sizes as an input
 
 
 def head_inputs(model: onnx.ModelProto, names: Sequence[PairNames]) -> tuple[str, ...]:
@@ -277,7 +277,7 @@ class _Surgery:
             sizes[columns.place] = matrix.shape[1]
         for attribute in [one for one in node.attribute if one.name in ("split", "num_outputs")]:
             node.attribute.remove(attribute)
-        if self.opset < _SIZES_AS_INPUT:
+        if self.opset < SIZES_AS_INPUT:
             node.attribute.append(helper.make_attribute("split", sizes))
             return
         name = f"{node.output[0]}/sizes"

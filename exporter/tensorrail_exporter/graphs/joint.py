@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tensorrail_exporter.graphs.own_products import SIZES_AS_INPUT, STANDARD, OwnProduct, own_products, visible_tensors
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_exporter.graphs.rounding import Rewritten, require_rounding
 from tensorrail_runtime.errors import GraphError
@@ -27,11 +28,7 @@ Joint = tuple[str, ...]
 """The names of layers that become one: those of their weights, without `.weight`."""
 
 _FROM_THE_END = 11  # the opset from which Split counts axes from the end
-_SIZES_AS_INPUT = 13  # the opset from which it takes the sizes as an input
 _JOINT = Rewritten("joint layers to differ from the dense ones", "plan without joint layers", 1e-4)
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-_STANDARD = ("", "ai.onnx")
-_SUFFIX = ".weight"
 
 
 def joint_name(parts: Joint) -> str:
@@ -164,36 +161,21 @@ class _Product:
 
 def _products(network: Network) -> dict[str, _Product]:
     """Return the products that could become one with others, by the name of the layer."""
-    visible = {value.name for value in (*network.graph.input, *network.graph.output)}  # a user may set or read these
-    found = {}
-    for place, node in enumerate(network.nodes):
-        if node.domain not in _STANDARD or node.op_type not in ("MatMul", "Gemm") or node.input[0] == node.input[1]:
-            continue
-        weight = network.constants.get(node.input[1])
-        if weight is None or weight.name in visible or len(network.readers[weight.name]) > 1:
-            continue
-        if len(weight.dims) == 2 and 0 not in weight.dims and weight.data_type in _FLOATS:
-            kind = _kind(network, node, weight, visible)
-            if kind is not None:
-                found[weight.name.removesuffix(_SUFFIX)] = _Product(place, node, kind)
+    visible, found = visible_tensors(network), {}
+    for own in own_products(network):
+        adds = len(own.node.input) > 2 and own.node.input[2] != ""
+        if not adds or _is_own_bias(network, own, visible):
+            kind = (own.node.input[0], own.node.op_type, own.transposed, own.weight.data_type, adds)
+            found[own.name] = _Product(own.place, own.node, kind)
     return found
 
 
-def _kind(
-    network: Network, node: onnx.NodeProto, weight: onnx.TensorProto, visible: Collection[str]
-) -> tuple[object, ...] | None:
-    """Return what products that can become one have in common; None for a product that cannot."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
-        return None
-    transposed = bool(attributes.get("transB", 0))
-    adds = len(node.input) > 2 and node.input[2] != ""
-    if adds:
-        bias = network.constants.get(node.input[2])
-        same = bias is not None and bias.data_type == weight.data_type and bias.name not in visible
-        if bias is None or not same or list(bias.dims) != [weight.dims[0 if transposed else 1]]:
-            return None
-    return node.input[0], node.op_type, transposed, weight.data_type, adds
+def _is_own_bias(network: Network, own: OwnProduct, visible: Collection[str]) -> bool:
+    """Return whether the bias of a Gemm is stored, of the type of its weight, has a value per output and no user may set it."""
+    bias = network.constants.get(own.node.input[2])
+    if bias is None or bias.data_type != own.weight.data_type or bias.name in visible:
+        return False
+    return list(bias.dims) == [own.weight.dims[0 if own.transposed else 1]]
 
 
 def _found(products: dict[str, _Product], part: str, parts: Joint) -> _Product:
@@ -218,7 +200,7 @@ def _biases(network: Network, products: Sequence[_Product]) -> list[tuple[int, o
         out = product.node.output[0]
         readers = network.readers.get(out, [])
         add = network.nodes[readers[0]] if len(readers) == 1 and out not in outputs else None
-        if add is None or add.op_type != "Add" or add.domain not in _STANDARD or list(add.input).count(out) != 1:
+        if add is None or add.op_type != "Add" or add.domain not in STANDARD or list(add.input).count(out) != 1:
             return []
         bias = network.constants.get(_other(add, out))
         width = _width(network, product)
@@ -265,7 +247,7 @@ def _as_one(
         outputs = [add.output[0] for _, add in biases]
     sizes = [_width(network, product) for product in products]
     split = helper.make_node("Split", [nodes[-1].output[0]], outputs, name=f"{name}/Split", axis=-1)
-    if opset >= _SIZES_AS_INPUT:
+    if opset >= SIZES_AS_INPUT:
         tensors.append(numpy_helper.from_array(np.array(sizes, np.int64), f"{name}/sizes"))
         split.input.append(f"{name}/sizes")
     else:

@@ -15,11 +15,11 @@ from onnx import helper, numpy_helper
 
 from tensorrail_exporter.graphs.head_paths import Shapes, constant_value, same_axes
 from tensorrail_exporter.graphs.io import inferred_shapes
+from tensorrail_exporter.graphs.own_products import SIZES_AS_INPUT
 from tensorrail_exporter.graphs.parts import Network
 from tensorrail_runtime.graphs.files import opset_of
 
 _PART, _ONE = "part", "1"
-_SIZES_AS_INPUT = 13  # the opset from which Split takes the sizes as an input
 
 
 def unpacked(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -29,7 +29,7 @@ def unpacked(model: onnx.ModelProto) -> onnx.ModelProto:
         model: the model; it is not changed.
 
     """
-    if opset_of(model) < _SIZES_AS_INPUT:
+    if opset_of(model) < SIZES_AS_INPUT:
         return model
     network, shapes = Network(model), Shapes()
     places = [place for place, node in enumerate(network.nodes) if node.op_type == "Reshape" and not node.domain]
