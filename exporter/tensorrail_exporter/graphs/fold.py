@@ -19,25 +19,13 @@ from tensorrail_runtime.errors import GraphError, first_line
 
 _LARGEST = 2**29  # values that a single node may compute: 2 GiB in float32
 
-_FOLDABLE = frozenset(
-    {
-        "Cast",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Mul",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
+# fmt: off
+_FOLDABLE = frozenset((  # of shapes, of weight normalization, and of a change that is added to a weight
+    "Abs", "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Expand", "Flatten", "Gather", "Identity", "MatMul",
+    "Mul", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Reshape",
+    "Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+))
+# fmt: on
 
 
 def is_standard(node: gs.Node) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
+from tensorrail_exporter.graphs.einsum import products_of_einsums
 from tensorrail_exporter.graphs.preserve import presentable, restore
 from tensorrail_runtime.errors import GraphError, ModelError, first_line
 from tensorrail_runtime.graphs.files import bodies, data_file, descendants
@@ -38,7 +39,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
         path: the file, with any extension.
 
     Returns:
-        The model with all its weights.
+        The model with all its weights. An Einsum of an activation and a stored tensor is a MatMul in it.
 
     Raises:
         GraphError: the file cannot be read, is not a valid ONNX model, or has no nodes.
@@ -59,7 +60,7 @@ def load_model(path: Path | str) -> onnx.ModelProto:
             )
     if not model.graph.node:
         raise GraphError(f"{path}: the ONNX model has no nodes: there is nothing to run or rewrite")
-    return model
+    return products_of_einsums(model)
 
 
 def save_model(model: onnx.ModelProto, path: Path | str) -> None:

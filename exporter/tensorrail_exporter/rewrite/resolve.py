@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats.contraction import LayerSpec
+from tensorrail_exporter.graphs.einsum import products_of_einsums
 from tensorrail_exporter.graphs.heads import with_heads
 from tensorrail_exporter.graphs.io import import_graph
 from tensorrail_exporter.graphs.joint import with_joint
@@ -122,13 +123,13 @@ class ResolvedPlan:
 
 
 def prepared(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
-    """Return the graph that layers are factorized in: with the plan's sizes of heads, and with its joint layers.
+    """Return the graph that layers are factorized in: Einsums as products, the plan's sizes of heads, and its joint layers.
 
     Raises:
         GraphError: a pair or a layer is not in the graph, or does not fit the plan.
 
     """
-    return with_joint(with_heads(model, plan.head_sizes), plan.joint)
+    return with_joint(with_heads(products_of_einsums(model), plan.head_sizes), plan.joint)
 
 
 def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:

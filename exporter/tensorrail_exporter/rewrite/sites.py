@@ -178,8 +178,8 @@ def _refusal(site: Site) -> tuple[str, gs.Tensor | None]:
         stays = STAY_DENSE.get(node.op, "") if is_standard(node) else ""
         return stays or f"no rule rewrites {_full_name(node)}; expected one of {', '.join(_RULE_OF)}", weight
     weight = node.inputs[rule.weight_input(node)]
-    if _on_folded(site, lambda *_: True):
-        return "", None
+    if _on_folded(site, lambda *_: True) or all(map(is_constant, node.inputs)):
+        return "", None  # what constants alone make is part of a weight
     if not _is_stored(weight):
         if not (node.op == "MatMul" and _is_stored(node.inputs[0])):
             return "", None

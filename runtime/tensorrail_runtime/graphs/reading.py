@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from tensorrail_runtime.errors import ModelError, first_line
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.graphs.operators import constant_tensor
 from tensorrail_runtime.records import require_utf8
 
 _LARGEST = 2**31  # bytes of a sparse tensor in dense form
+_FREE_INITIALIZERS = 4  # the IR version from which initializers need not be inputs
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _SMALL = 1024  # bytes up to which a constant keeps its values: shape inference may need them
 
 
@@ -55,8 +58,8 @@ def read_model(path: Path | str) -> tuple[onnx.ModelProto, bool]:
 def standardized(model: onnx.ModelProto) -> bool:
     """Bring a model into one form, in place.
 
-    The domain `ai.onnx` is written as the empty name, sparse initializers become dense ones, and declared shapes that
-    contradict what onnx infers are dropped.
+    The domain `ai.onnx` is written as the empty name, sparse initializers become dense ones, weights in Constant nodes become
+    initializers, and declared shapes that contradict what onnx infers are dropped.
 
     Args:
         model: the model.
@@ -72,6 +75,8 @@ def standardized(model: onnx.ModelProto) -> bool:
     for graph in graphs:
         _require_unique_names(graph)
     changed = [_with_short_domain(model), *(_densified(graph) for graph in graphs)]
+    if model.ir_version >= _FREE_INITIALIZERS:
+        changed += [_with_initializers(graph) for graph in graphs]
     return any([*changed, _without_stale_shapes(model)])
 
 
@@ -122,6 +127,21 @@ def _densified(graph: onnx.GraphProto) -> bool:
     del graph.sparse_initializer[:]
     graph.initializer.extend(dense)
     return bool(dense)
+
+
+def _with_initializers(graph: onnx.GraphProto) -> bool:
+    """Store the floats of Constant nodes with an axis as initializers, as ONNX Runtime does when it loads a model."""
+    outputs = {value.name for value in graph.output}
+    places = []
+    for place, node in enumerate(graph.node):
+        tensor = constant_tensor(node)
+        if tensor is not None and tensor.dims and tensor.data_type in _FLOATS and node.output[0] not in outputs:
+            places.append(place)
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
+    for place in reversed(places):
+        del graph.node[place]
+    return bool(places)
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:

@@ -405,3 +405,15 @@ def test_torch_keeps_its_heads():
     plan = Plan(layers=layers, heads=(HeadPlan(weights=("q", "k"), size=4),))
     with pytest.raises(PlanError, match="narrows the heads between q and k, which a PyTorch module keeps as they are"):
         tr.ADMM(Attention(), plan)
+
+
+def test_weights_in_constant_nodes(tmp_path):
+    """Paddle2ONNX writes weights and biases as Constant nodes."""
+    model = exported("plain")
+    for tensor in list(model.graph.initializer):
+        model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    names = [pair.names for pair in find_pairs(model).found]
+    del model.graph.initializer[:]
+    onnx.save(model, tmp_path / "constants.onnx")
+    assert not find_pairs(model).found
+    assert [pair.names for pair in find_pairs(tr.load_model(tmp_path / "constants.onnx")).found] == names != []

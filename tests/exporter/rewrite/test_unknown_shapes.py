@@ -110,17 +110,54 @@ def test_every_layer_is_rewritten_or_has_a_reason(name, tmp_path):
     assert len([layer for layer in tr.inspect(path).layers if layer.weight]) >= len(rewritten) - 2  # those in branches apart
 
 
+WAYS = {
+    "change": [helper.make_node("Add", ["w", "delta"], ["sum"])],
+    "weight normalization": [
+        helper.make_node("ReduceL2", ["w"], ["norm"], axes=[0]),
+        helper.make_node("Div", ["w", "norm"], ["direction"]),
+        helper.make_node("Mul", ["delta", "direction"], ["sum"]),
+    ],
+    "low-rank change": [
+        helper.make_node("Transpose", ["delta"], ["up"], perm=[1, 0]),
+        helper.make_node("MatMul", ["delta", "up"], ["update"]),
+        helper.make_node("Add", ["w", "update"], ["sum"]),
+    ],
+    "shape": [
+        helper.make_node("Shape", ["w"], ["shape"]),
+        helper.make_node("ReduceProd", ["shape"], ["count"]),
+        helper.make_node("Constant", [], ["row"], value_ints=[D]),
+        helper.make_node("Div", ["count", "row"], ["rows"]),
+        helper.make_node("Concat", ["rows", "row"], ["sizes"], axis=0),
+        helper.make_node("Reshape", ["delta", "sizes"], ["sum"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_is_computed_from_constants_is_a_layer(way, tmp_path):
+    nodes = [*WAYS[way], helper.make_node("MatMul", ["x", "sum"], ["y"], "adapted")]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model_of(nodes, [weight("w", D, D), weight("delta", D, D)]).SerializeToString())
+    kept, others = left_out(tr.load_model(path), survey(tr.load_model(path)))
+    assert ([layer.nodes for layer in kept], others) == ([1], ())
+    plan = tr.Plan(layers=(tr.LayerPlan(name=kept[0].name, format="svd", modes=(D, D), ranks=(D,)),))
+    tr.export(path, tmp_path / "o.onnx", plan)
+    expected = run(open_session(path), {"x": X})["y"]
+    np.testing.assert_allclose(run(open_session(tmp_path / "o.onnx"), {"x": X})["y"], expected, rtol=1e-4, atol=1e-5)
+    assert [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node] == ["MatMul", "MatMul"]
+
+
 def test_a_plan_names_what_it_cannot_rewrite(tmp_path):
     nodes = [
         product("x", "w1", "a"),
-        helper.make_node("Add", ["w", "delta"], ["sum"], "sum"),
+        helper.make_node("Sinh", ["w"], ["sum"], "sum"),
         helper.make_node("MatMul", ["a", "sum"], ["b"], "adapted"),
         helper.make_node("Einsum", ["b", "e"], ["c"], "einsum", equation="bnd,de->bne"),
         helper.make_node("MatMul", ["c", "c2"], ["y"], "attention"),
         helper.make_node("Transpose", ["c"], ["c2"], "transpose", perm=[0, 2, 1]),
     ]
     nodes[4], nodes[5] = nodes[5], nodes[4]
-    model = model_of(nodes, [weight("w1", D, D), weight("w", D, D), weight("delta", D, D), weight("e", D, D)], ["b", 4, 4])
+    model = model_of(nodes, [weight("w1", D, D), weight("w", D, D), weight("e", D, D)], ["b", 4, 4])
     onnx.checker.check_model(model, full_check=True)
     kept, others = left_out(model, survey(model))
     assert [layer.name for layer in kept] == ["w1"]

@@ -1,0 +1,231 @@
+"""Einsums of an activation and a stored tensor, written as matrix products.
+
+torch's older exporter writes `torch.einsum` so. As a MatMul it is a layer like any other, and ONNX Runtime's quantizer takes
+it. The axes that are summed are moved to the end of the activation by a Transpose, unless they are there already; several are
+joined by a Reshape, and outputs divided by another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from tensorrail_exporter.graphs.own_products import STANDARD
+from tensorrail_runtime.graphs.files import bodies, descendants
+
+_Holder = onnx.TensorProto | onnx.NodeProto  # of a stored tensor: an initializer or a Constant
+_ELLIPSIS = "…"  # one label for the axes of `...`
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The labels of an Einsum that is a matrix product."""
+
+    data: str
+    weight: str
+    output: str
+    summed: str  # in the order of the weight
+    made: str  # those that only weight and output have, in the order of the weight
+    kept: str  # those that only data and output have, in the order of the output
+    place: int  # of the data among the inputs
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of the weight in the order of the matrix (summed, made)."""
+        return tuple(self.weight.index(label) for label in self.summed + self.made)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the MatMul needs neither Transpose nor Reshape, so that the data may have any number of axes."""
+        in_order = self.data == self.kept + self.summed and self.output == self.kept + self.made
+        return in_order and len(self.summed) == len(self.made) == 1
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An Einsum to rewrite."""
+
+    node: onnx.NodeProto
+    product: _Product
+    holder: _Holder
+
+    @property
+    def weight(self) -> str:
+        return str(self.node.input[1 - self.product.place])
+
+    @property
+    def tensor(self) -> onnx.TensorProto:
+        return self.holder.attribute[0].t if isinstance(self.holder, onnx.NodeProto) else self.holder
+
+    @property
+    def matrix(self) -> np.ndarray:
+        values = numpy_helper.to_array(self.tensor).transpose(self.product.order)
+        rows = math.prod(values.shape[: len(self.product.summed)])
+        return np.ascontiguousarray(values.reshape(rows, -1))
+
+
+def products_of_einsums(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which every Einsum of an activation and a stored tensor is a MatMul; the model itself without one.
+
+    The MatMul has the name of the Einsum, and its matrix that of the stored tensor if nothing reads that in another way. Left
+    as they are: equations that are not those of a layer (with an axis that both operands and the output have, a trace, or a sum
+    over one operand alone), `...` where axes would be moved, and tensors that an input of the model may replace.
+
+    Args:
+        model: the model; it is not changed.
+
+    """
+    if not any(node.op_type == "Einsum" for graph in (model.graph, *descendants(model.graph)) for node in graph.node):
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    found = list(_einsums(changed.graph, {}))
+    if not found:
+        return model
+    writer = _Writer(changed)
+    sizes = [dict(zip(one.product.weight, map(int, one.tensor.dims), strict=True)) for one in found]
+    named = zip(found, writer.stored(found), sizes, strict=True)
+    written = {id(one.node): writer.nodes(one, name, own) for one, name, own in named}
+    _replace(changed.graph, written, {one.weight for one in found})
+    return changed
+
+
+def _einsums(graph: onnx.GraphProto, outer: Mapping[str, _Holder]) -> Iterator[_Found]:
+    """Yield the Einsums to rewrite in a graph and in the bodies of its nodes."""
+    inputs = {value.name for value in graph.input}
+    stored: dict[str, _Holder] = {name: holder for name, holder in outer.items() if name not in inputs}
+    stored |= {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
+    stored |= {node.output[0]: node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"}
+    for node in graph.node:
+        places = [place for place, name in enumerate(node.input) if name in stored]
+        if node.op_type == "Einsum" and node.domain in STANDARD and len(node.input) == 2 and len(places) == 1:
+            product = _product(node, places[0])
+            one = None if product is None else _Found(node, product, stored[node.input[places[0]]])
+            if one is not None and len(one.tensor.dims) == len(one.product.weight) and 0 not in one.tensor.dims:
+                yield one
+    for body in bodies(graph):
+        yield from _einsums(body, stored)
+
+
+def _product(node: onnx.NodeProto, place: int) -> _Product | None:
+    """Return the labels of an Einsum whose input at `place` is stored; None if it is not a matrix product."""
+    text = next((attribute.s.decode() for attribute in node.attribute if attribute.name == "equation"), "")
+    left, arrow, output = text.replace(" ", "").replace("...", _ELLIPSIS).partition("->")
+    terms = left.split(",")
+    if len(terms) != 2:
+        return None
+    if not arrow:  # the labels that occur once, in alphabetical order, behind the axes of `...`
+        once = sorted(label for label in left.replace(",", "") if left.count(label) == 1 and label != _ELLIPSIS)
+        output = "".join([_ELLIPSIS] if _ELLIPSIS in left else []) + "".join(once)
+    weight, data = terms[place], terms[1 - place]
+    summed = "".join(label for label in weight if label in data and label not in output)
+    made = "".join(label for label in weight if label in output and label not in data)
+    kept = "".join(label for label in output if label in data and label not in weight)
+    product = _Product(data, weight, output, summed, made, kept, 1 - place)
+    each_once = all(sorted(a) == sorted(b) for a, b in ((data, kept + summed), (weight, summed + made), (output, kept + made)))
+    moved = _ELLIPSIS in data and not product.is_plain
+    return product if each_once and summed and _ELLIPSIS not in weight and not moved else None
+
+
+class _Writer:
+    """Writes products into a model."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.taken: set[str] = set()
+        self.reads: dict[str, int] = {}
+        for graph in (model.graph, *descendants(model.graph)):
+            self.taken.update(value.name for value in (*graph.input, *graph.output, *graph.initializer))
+            self.taken.update(name for node in graph.node for name in (node.name, *node.output))
+            for name in (*(name for node in graph.node for name in node.input), *(value.name for value in graph.output)):
+                self.reads[name] = self.reads.get(name, 0) + 1
+
+    def stored(self, found: list[_Found]) -> list[str]:
+        """Store the matrix of each product, equal ones once, and return their names."""
+        values = [one.matrix for one in found]
+        orders: dict[int, list[tuple[int, ...]]] = {}  # by the stored tensor: two branches may use one name
+        for one in found:
+            orders.setdefault(id(one.holder), []).append((len(one.product.summed), *one.product.order))
+        names: dict[tuple[int, tuple[int, ...]], str] = {}
+        result = []
+        for one, matrix in zip(found, values, strict=True):
+            own, key = orders[id(one.holder)], (id(one.holder), (len(one.product.summed), *one.product.order))
+            if key not in names and len(set(own)) == 1 and len(own) == self.reads[one.weight]:
+                names[key] = one.weight
+                one.tensor.CopyFrom(numpy_helper.from_array(matrix, one.tensor.name))
+            elif key not in names:
+                names[key] = self._store(f"{one.weight}/matrix", matrix)
+            result.append(names[key])
+        return result
+
+    def nodes(self, one: _Found, matrix: str, sizes: Mapping[str, int]) -> list[onnx.NodeProto]:
+        """Return the nodes of a product.
+
+        Args:
+            one: the Einsum.
+            matrix: the name of its matrix.
+            sizes: the sizes of the axes of the stored tensor.
+
+        """
+        product, node = one.product, one.node
+        before, after = product.kept + product.summed, product.kept + product.made
+        joined = math.prod(sizes[label] for label in product.summed)
+        steps: list[tuple[str, list[str], dict[str, list[int]]]] = []
+        if product.data != before:
+            steps.append(("Transpose", [], {"perm": [product.data.index(label) for label in before]}))
+        if len(product.summed) > 1:
+            steps.append(("Reshape", [self._shape(one, joined)], {}))
+        steps.append(("MatMul", [matrix], {}))
+        if len(product.made) != 1:
+            steps.append(("Reshape", [self._shape(one, *(sizes[label] for label in product.made))], {}))
+        if product.output != after:
+            steps.append(("Transpose", [], {"perm": [after.index(label) for label in product.output]}))
+        source, nodes = str(node.input[product.place]), []
+        for number, (op, others, attributes) in enumerate(steps):
+            target = node.output[0] if number == len(steps) - 1 else self._new(f"{_stem(node)}/step{number}")
+            name = node.name if op == "MatMul" else self._new(f"{_stem(node)}/{op.lower()}{number}")
+            nodes.append(helper.make_node(op, [source, *others], [target], name, **attributes))
+            source = target
+        return nodes
+
+    def _shape(self, one: _Found, *behind: int) -> str:
+        """Store a shape whose first sizes are those of the data, and return its name."""
+        return self._store(f"{_stem(one.node)}/shape", np.array([0] * len(one.product.kept) + list(behind), np.int64))
+
+    def _store(self, name: str, values: np.ndarray) -> str:
+        free = self._new(name)
+        self.graph.initializer.append(numpy_helper.from_array(values, free))
+        return free
+
+    def _new(self, name: str) -> str:
+        free, count = name, 1
+        while free in self.taken:
+            count += 1
+            free = f"{name}_{count}"
+        self.taken.add(free)
+        return free
+
+
+def _stem(node: onnx.NodeProto) -> str:
+    return node.name or str(node.output[0])
+
+
+def _replace(graph: onnx.GraphProto, written: Mapping[int, list[onnx.NodeProto]], reshaped: Collection[str]) -> None:
+    """Put the nodes of products in the place of their Einsums, in a graph and in the bodies of its nodes."""
+    for body in bodies(graph):
+        _replace(body, written, reshaped)
+    nodes = [new for node in graph.node for new in written.get(id(node), [node])]
+    if len(nodes) != len(graph.node) or any(new is not old for new, old in zip(nodes, graph.node, strict=True)):
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(kept)
+    known = [
+        onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in graph.value_info if value.name not in reshaped
+    ]
+    del graph.value_info[:]
+    graph.value_info.extend(known)
