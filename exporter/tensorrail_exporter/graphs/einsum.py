@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -175,7 +176,7 @@ class _Writer:
         product, node = one.product, one.node
         before, after = product.kept + product.summed, product.kept + product.made
         joined = math.prod(sizes[label] for label in product.summed)
-        steps: list[tuple[str, list[str], dict[str, list[int]]]] = []
+        steps: list[tuple[str, list[str], dict[str, Any]]] = []  # Any: of attributes, as make_node has it
         if product.data != before:
             steps.append(("Transpose", [], {"perm": [product.data.index(label) for label in before]}))
         if len(product.summed) > 1:
