@@ -142,7 +142,7 @@ class _Search:
         if not shape:
             return  # without the number of its axes, nothing is known of what follows
         path = Path(self.network, self.shapes, Layout(tensor, len(shape) - 1, columns.end - columns.begin))
-        if path.end >= 0:
+        if path.end >= 0 and not path.reason:
             node = self.network.nodes[path.end]
             if path.layout.head_axis >= 0 or node.op_type in ATTENTIONS:
                 index = list(node.input).index(path.layout.tensor)
@@ -189,7 +189,7 @@ class _Search:
         behind = Path(self.network, self.shapes, start)
         last = behind.layout
         reader = next((one for one in self.products.values() if one.place == behind.end), None)
-        if behind.end < 0 or reader is None or last.head_axis >= 0 or reader.inputs != start.heads * size:
+        if behind.reason or reader is None or last.head_axis >= 0 or reader.inputs != start.heads * size:
             self.refused[columns.product.name] = behind.reason or "no layer takes all values of the heads"
             return
         if self.network.nodes[reader.place].input[0] != last.tensor:

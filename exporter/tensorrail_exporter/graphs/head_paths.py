@@ -170,13 +170,24 @@ class Path:
         self.reshapes.add(place)
         number = self._number(node, moved.axis)
         if number is None:
-            if place not in self.sized:
+            if place not in self.sized or not self._is_of_shape(node, moved.axis):
                 self.computed.append((place, moved.axis, moved.head_axis >= 0))
         elif number == moved.size:
             self.edits.append(Edit(place, moved.axis, moved.head_axis >= 0))
         elif number != -1 and not (number == 0 and self.layout.axis == moved.axis):
             return None
         return moved
+
+    def _is_of_shape(self, node: onnx.NodeProto, position: int) -> bool:
+        """Return whether a number of the shape of a Reshape comes from the shape of a tensor alone, and so grows with it."""
+        pieces = pieces_of(self.network, self.shapes, node.input[1])
+        name = next((one for one, begin, end in pieces if begin <= position < end), "")
+        while (place := self.network.makers.get(name)) is not None:
+            maker = self.network.nodes[place]
+            if maker.op_type == "Shape" or maker.op_type not in _OF_SHAPES or maker.op_type == "Concat":
+                return maker.op_type == "Shape"
+            name = maker.input[0]
+        return False
 
     def _number(self, node: onnx.NodeProto, position: int) -> int | None:
         """Return a number of the shape of a Reshape; None for one that is computed."""

@@ -417,3 +417,22 @@ def test_weights_in_constant_nodes(tmp_path):
     onnx.save(model, tmp_path / "constants.onnx")
     assert not find_pairs(model).found
     assert [pair.names for pair in find_pairs(tr.load_model(tmp_path / "constants.onnx")).found] == names != []
+
+
+def test_sizes_behind_a_cast_are_refused():
+    """tf2onnx casts the shapes of Reshapes; heads of another size would then fail when the network runs."""
+    model = exported("plain", "legacy")
+    joined = {node.output[0] for node in model.graph.node if node.op_type == "Concat"}
+    nodes, cast = [], 0
+    for node in model.graph.node:
+        if node.op_type == "Reshape" and node.input[1] in joined:
+            nodes.append(helper.make_node("Cast", [node.input[1]], [f"cast{cast}"], to=onnx.TensorProto.INT64))
+            node.input[1], cast = f"cast{cast}", cast + 1
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    assert cast
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model, full_check=True)
+    pairs = find_pairs(model)
+    assert not pairs.found
+    assert set(pairs.refused.values()) == {"the size of heads is computed in the graph from another shape"}
