@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import TensorProto
 
 from tensorrail_exporter.formats.contraction import Conv, Gather, GatherMatMul, MatMul, Reshape, SplitIndex, Step
 from tensorrail_runtime.errors import GraphError
@@ -152,18 +151,16 @@ class Site:
                 f"layer {layer}: the index of each mode takes the operator Mod, of opset {_MOD}, got opset {self.graph.opset}; "
                 "convert the model to a newer opset, or use another format than ttm"
             )
-        kind = np.dtype(indices.dtype if indices.dtype in (np.int32, np.int64) else np.int64)
+        kind = np.dtype(indices.dtype)
 
         def apply(op: str, name: str, inputs: list[gs.Tensor], dtype: type | np.dtype = kind) -> gs.Variable:
             out = self.variable(f"{layer}/{name}", np.dtype(dtype))
-            self.append(op, f"{layer}/{name}_node", inputs, out, {"to": TensorProto.INT64} if op == "Cast" else None)
+            self.append(op, f"{layer}/{name}_node", inputs, out)
             return out
 
         def number(value: int) -> gs.Constant:
             return self.constant(f"{layer}/number{value}", np.array(value, kind))
 
-        if indices.dtype != kind:
-            indices = apply("Cast", "index", [indices])
         if step.padding:
             negative = apply("Less", "negative", [indices, number(0)], np.bool_)
             behind = apply("Add", "behind_padding", [indices, number(step.padding)])
