@@ -21,10 +21,11 @@ def cases(slice_: int, full: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def draw_plan(data, name, form_name, kernel=(), op="conv", largest=4, groups=1):
+def draw_plan(data, name, form_name, kernel=(), op="conv", largest=4, groups=1, gathers=False):
     """Draw the shape of a weight and a plan for it, ranks that exist included; returns (shape, plan).
 
-    With several groups, each has two inputs or more: with one the convolution is depthwise.
+    With several groups, each has two inputs or more: with one the convolution is depthwise. A table in `ttm` (`gathers`) may
+    need padding.
     """
     form = format_of(form_name, groups)
     size = st.integers(1, largest)
@@ -34,7 +35,11 @@ def draw_plan(data, name, form_name, kernel=(), op="conv", largest=4, groups=1):
         outs, ins = (side + [1] * (count - len(side)) for side in (outs, ins))
     if groups > 1 and math.prod(ins) == 1:
         ins[0] = 2
-    shape = (math.prod(outs), math.prod(ins), *kernel)  # of one group
+    entries = math.prod(ins)
+    if gathers and form_name == "ttm":
+        first = next((mode for mode in ins if mode > 1), 1)
+        entries = data.draw(st.integers(entries - entries // first + 1, entries), "entries")
+    shape = (math.prod(outs), entries, *kernel)  # of one group
     if form_name == "svd":
         at = data.draw(st.integers(0, len(kernel)), "kernel axes with the inputs")
         modes = (shape[0] * math.prod(kernel[at:]), shape[1] * math.prod(kernel[:at]))

@@ -284,3 +284,9 @@ def test_answers_travel_as_json(real, tmp_path, monkeypatch):
         "message": "compress",
         "share": [0.0],
     }
+
+
+def test_tables_of_words_are_compared_at_equal_size(real):
+    embeddings = importlib.import_module("embeddings")  # `real` makes it importable
+    for times, plan in embeddings.plans("words", (384, 30522)):
+        assert 0.91 <= plan.params((384, 30522)) * times / (384 * 30522) <= 1

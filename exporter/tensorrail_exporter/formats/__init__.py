@@ -114,6 +114,22 @@ def format_of(name: str, groups: int = 1) -> Format:
     return Grouped(name, known[name], groups)
 
 
+def default_modes_of(name: str, layer: LayerSpec) -> tuple[int, ...]:
+    """Return the modes of a plan that names none, for a layer; the entries of an embedding may need padding.
+
+    Args:
+        name: key of `FORMATS`, or `WIDTH`.
+        layer: the dense layer.
+
+    Raises:
+        PlanError: the format is unknown, or does not divide into groups.
+
+    """
+    if name == "ttm" and layer.gathers:
+        return ttm.table_modes(layer.shape)
+    return format_of(name, layer.groups).default_modes(layer.shape)
+
+
 def project(name: str, weight: ArrayT, modes: Sequence[int], ranks: Sequence[int], groups: int = 1) -> ArrayT:
     """Return the approximation of a weight that a format keeps at these ranks: the Z-step of ADMM.
 

@@ -216,12 +216,40 @@ class MatMul:
 
 
 @dataclass(frozen=True)
+class SplitIndex:
+    """Indices as one index per mode, for the steps behind it that gather: each takes that of its mode, the last mode first.
+
+    Attributes:
+        modes: sizes of the modes (n₁, …, n_d), of which the last one counts fastest.
+        padding: how many rows the product of the modes has before the first entry. Negative indices count from the last entry.
+
+    """
+
+    modes: tuple[int, ...]
+    padding: int
+
+
+@dataclass(frozen=True)
 class Gather:
     """Rows of a constant table, by indices: the product of a row with a single one and the table.
 
     Attributes:
-        weight: table (entries, features).
+        weight: table (entries, features), or a matrix for each entry (entries, p, q).
         cores: indices of the cores that were merged into the table.
+
+    """
+
+    weight: Array
+    cores: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GatherMatMul:
+    """A product with matrices that indices choose from a constant stack, matrix @ x.
+
+    Attributes:
+        weight: stack (entries, q, p), a matrix for each entry.
+        cores: indices of the cores that were merged into the stack.
 
     """
 
@@ -241,8 +269,8 @@ class Reshape:
     shape: tuple[int, ...]
 
 
-Step = Conv | MatMul | Gather | Reshape
-"""One step of a contraction; it becomes one ONNX node."""
+Step = Conv | MatMul | SplitIndex | Gather | GatherMatMul | Reshape
+"""One step of a contraction; it becomes one ONNX node, but for indices of several modes, which take a few."""
 
 
 class Chain:
@@ -317,8 +345,8 @@ class Chain:
         if self.layer.gathers and not self._steps:
             if groups * before * after > 1:
                 raise PlanError(
-                    f"an embedding of {self.layer.shape[1]} entries has these as a single mode of its first core, got several: "
-                    "give the modes of the features, then the number of entries"
+                    f"expected the {self.layer.shape[1]} entries of an embedding as a single mode of the first core, got "
+                    "several: give the modes of the features, then the number of entries, or use format ttm"
                 )
             self._steps.append(Gather(stack[0].T, cores))
             return
@@ -423,7 +451,11 @@ def describe_step(step: Step) -> str:
         case MatMul(weight=weight):
             stack = f" ·{weight.shape[0]}" if len(weight.shape) == 3 else ""
             return f"matmul {weight.shape[-1]}→{weight.shape[-2]}{stack}"
+        case SplitIndex(modes=modes, padding=padding):
+            return f"index {'×'.join(map(str, modes))}" + (f" (padding {padding})" if padding else "")
         case Gather(weight=weight):
-            return f"gather {weight.shape[0]}→{weight.shape[1]}"
+            return f"gather {weight.shape[0]}→{'×'.join(map(str, weight.shape[1:]))}"
+        case GatherMatMul(weight=weight):
+            return f"gathered matmul {weight.shape[2]}→{weight.shape[1]} of {weight.shape[0]}"
         case Reshape():
             return ""

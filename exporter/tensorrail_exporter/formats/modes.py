@@ -34,7 +34,8 @@ class Equation:
     Attributes:
         cores: subscripts of every core.
         weight: subscripts of the weight.
-        axes: sizes of the letters of the weight; their product is that of (O, I, *K), in this order.
+        axes: sizes of the letters of the weight; their product is that of (O, I, *K), in this order. A table may have padding
+            before its I entries.
         inputs: the letters that belong to I.
 
     """

@@ -23,6 +23,7 @@ from tensorrail_exporter.formats.contraction import (
     MatMul,
     Op,
     Reshape,
+    SplitIndex,
     Step,
     as_layer,
     describe_step,
@@ -128,7 +129,7 @@ def with_inputs(layer: LayerSpec, count: int) -> LayerSpec:
 def describe_narrow(steps: Sequence[Step], layer: LayerSpec) -> str:
     """Return the step of a layer that reads few channels in words, such as `40 of 64 channels: conv 3×3 40→64`."""
     (step,) = steps
-    inputs = 0 if isinstance(step, Reshape) else step.weight.shape[0 if isinstance(step, MatMul) else 1]
+    inputs = 0 if isinstance(step, Reshape | SplitIndex) else step.weight.shape[0 if isinstance(step, MatMul) else 1]
     return f"{inputs} of {layer.shape[1]} channels: {describe_step(step)}"
 
 

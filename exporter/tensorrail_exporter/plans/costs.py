@@ -17,9 +17,11 @@ from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.formats.contraction import (
     Conv,
     Gather,
+    GatherMatMul,
     LayerSpec,
     MatMul,
     Reshape,
+    SplitIndex,
     Step,
     dense_step,
     describe_step,
@@ -47,7 +49,7 @@ class StepCost:
         busy_flops: `flops` plus those of the idle lanes of a product with few columns.
         activation_bytes: bytes of activations read and written.
         stored_bytes: bytes of the constant.
-        kernels: 1, or 0 for a Reshape, which moves no data; for a recurrent weight those of one time step.
+        kernels: number of nodes that run, 0 for a Reshape, which moves no data; for a recurrent weight those of one time step.
 
     """
 
@@ -146,12 +148,14 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
     costs = []
     for index, step in enumerate(steps):
         out = _output(step, shape)
-        weight = 0 if isinstance(step, Reshape) else math.prod(step.weight.shape)
+        weight = 0 if isinstance(step, Reshape | SplitIndex) else math.prod(step.weight.shape)
         # Each state that is multiplied takes all steps, but of the last product only the columns that it needs.
         states = layer.state_products or 1
         divided = index == len(steps) - 1 and isinstance(step, MatMul) and step.side == "right"
         times = 1 if divided else states
-        moved = 0 if isinstance(step, Reshape) else states * math.prod(shape) + times * math.prod(out)
+        moved = 0 if isinstance(step, Reshape | SplitIndex) else states * math.prod(shape) + times * math.prod(out)
+        if isinstance(step, GatherMatMul):  # its matrices are activations, written and read again
+            moved += 2 * math.prod(shape[:-2]) * math.prod(step.weight.shape[1:])
         costs.append(
             StepCost(
                 describe_step(step),
@@ -160,7 +164,7 @@ def contraction_cost(steps: Sequence[Step], layer: LayerSpec) -> ContractionCost
                 times * _busy_flops(step, shape, out),
                 4 * moved,
                 4 * weight,
-                0 if isinstance(step, Reshape) else states,
+                states * _kernels(step),
             )
         )
         shape = out
@@ -220,8 +224,12 @@ def _output(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
         case Conv():
             spatial = tuple(_axis(step, axis, size) for axis, size in enumerate(shape[2:]))
             return (shape[0], step.weight.shape[0], *spatial)
+        case SplitIndex():
+            return shape
         case Gather(weight=weight):
-            return (*shape, weight.shape[1])
+            return (*shape, *weight.shape[1:])
+        case GatherMatMul(weight=weight):
+            return (*shape[:-2], weight.shape[1], shape[-1])
         case MatMul(weight=weight, side="right"):
             return (*shape[:-1], weight.shape[1])
         case MatMul(weight=weight):
@@ -244,7 +252,7 @@ def _axis(step: Conv, axis: int, size: int) -> int:
 
 def _flops(step: Step, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
     match step:
-        case Reshape() | Gather():
+        case Reshape() | SplitIndex() | Gather():
             return 0
         case Conv(weight=weight, transposed=True):  # each value of the input meets every tap
             return int(2 * math.prod(shape[2:]) * shape[0] * math.prod(weight.shape))
@@ -252,12 +260,24 @@ def _flops(step: Step, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
             return int(2 * math.prod(out) * math.prod(weight.shape[1:]))
         case MatMul(weight=weight, side="right"):
             return 2 * math.prod(out) * int(weight.shape[0])
-        case MatMul(weight=weight):
+        case MatMul(weight=weight) | GatherMatMul(weight=weight):
             return 2 * math.prod(out) * int(weight.shape[-1])
+
+
+def _kernels(step: Step) -> int:
+    match step:
+        case Reshape():
+            return 0
+        case SplitIndex(modes=modes, padding=padding):
+            return 3 * (len(modes) - 1) + (3 if padding else 0)
+        case GatherMatMul():
+            return 2
+        case _:
+            return 1
 
 
 def _busy_flops(step: Step, shape: tuple[int, ...], out: tuple[int, ...]) -> int:
     flops = _flops(step, shape, out)
-    if not isinstance(step, MatMul):
+    if not isinstance(step, MatMul | GatherMatMul):
         return flops
     return flops * (-(-out[-1] // _LANES) * _LANES) // max(1, out[-1])

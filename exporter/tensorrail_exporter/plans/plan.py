@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tensorrail_exporter.formats import format_of
@@ -49,6 +50,16 @@ class LayerPlan(BaseModel):
             require_merge(self.merge, ("auto", *form.merges("conv" if len(shape) > 2 else "linear")), what)
         except PlanError as error:
             raise PlanError(f"layer {self.name}: {error}") from None
+
+    def check_layer(self, spec: LayerSpec) -> None:
+        """Raise `PlanError`, with the name of the layer, if the plan does not fit this layer or its cores cannot run it."""
+        self.check(spec.shape, spec.groups)
+        if spec.op != "conv":
+            cores = [np.broadcast_to(np.float32(0), size) for size in self.core_shapes(spec.shape)]
+            try:
+                self.contraction(cores, spec)
+            except PlanError as error:
+                raise PlanError(f"layer {self.name}: {error}") from None
 
     def core_shapes(self, shape: tuple[int, ...], groups: int = 1) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of the cores of a weight of this shape; with several groups they begin with their number."""

@@ -161,7 +161,7 @@ def resolve(model: onnx.ModelProto, plan: Plan) -> ResolvedPlan:
             if (owner := owners.setdefault(place, layer_plan.name)) != layer_plan.name:
                 raise GraphError(f"layer {layer_plan.name}: is also planned as {owner}; plan it under one of these names")
         specs = tuple(rule.layer(site.node) for site in sites)
-        layer_plan.check(specs[0].shape, specs[0].groups)
+        layer_plan.check_layer(specs[0])
         constants = tuple(site.node.inputs[rule.weight_input(site.node)] for site in sites)
         first = min(places[id(site.node)] for site in sites)
         layers[layer_plan.name] = ResolvedLayer(layer_plan, rule, tuple(sites), specs, constants, first)

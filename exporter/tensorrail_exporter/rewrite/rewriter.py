@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.formats import WIDTH, format_of
-from tensorrail_exporter.formats.contraction import Conv, Gather, LayerSpec, MatMul, Step, describe, runs_in_scan
+from tensorrail_exporter.formats.contraction import Conv, LayerSpec, Reshape, SplitIndex, Step, describe, runs_in_scan
 from tensorrail_exporter.formats.width import describe_narrow, selected, with_inputs
 from tensorrail_exporter.graphs.fold import is_standard
 from tensorrail_exporter.graphs.io import check_model, export_graph
@@ -345,7 +345,7 @@ def _record(
     batch_norm: bool,
     narrow: bool,
 ) -> LayerRewrite:
-    constants = [step for step in steps if isinstance(step, Conv | MatMul | Gather)]
+    constants = [step for step in steps if not isinstance(step, Reshape | SplitIndex)]
     cost = contraction_cost(steps, with_inputs(spec, cores[1].shape[0]) if narrow else spec)
     dense_weight = weight.astype(np.float64)
     residual = dense_weight - layer.reconstruct([core.astype(np.float64) for core in cores], spec.shape, spec.groups)

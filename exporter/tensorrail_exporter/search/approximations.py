@@ -16,6 +16,7 @@ import numpy as np
 
 from tensorrail_exporter.calibrate.channels import Removal, refitted, removal
 from tensorrail_exporter.formats import WIDTH, format_of
+from tensorrail_exporter.formats.ttm import paired, unpaired
 from tensorrail_exporter.search.options import Option
 
 
@@ -48,7 +49,9 @@ class Approximations:
     weight: np.ndarray
     moments: InputMoments | None = None
     _white: np.ndarray = field(init=False, repr=False)
-    _bases: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, bool]] = field(init=False, repr=False, default_factory=dict)
+    _bases: dict[tuple[tuple[int, ...], ...], tuple[np.ndarray, np.ndarray, bool]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         white = self.weight if self.moments is None else on_inputs(self.weight, self.moments.root)
@@ -62,8 +65,9 @@ class Approximations:
     def share(self, option: Option) -> float:
         """Return the share of ‖W‖² that an option loses, in the metric of the inputs.
 
-        For `svd` the share follows exactly from the singular values. For `tt` and `tucker` with one mode per side it is the sum
-        over both unfoldings, an upper bound (Oseledets 2011, Theorem 2.2). For other formats the weight is decomposed.
+        For `svd` the share follows exactly from the singular values. For `ttm`, and for `tt` and `tucker` with one mode per
+        side, it is the sum over all unfoldings, an upper bound (Oseledets 2011, Theorem 2.2). For other formats the weight is
+        decomposed.
         """
         if option.format == WIDTH:
             return float(self._removal.lost[self.weight.shape[1] - option.ranks[0]])
@@ -72,7 +76,8 @@ class Approximations:
         if cuts is None:
             lost = float(np.square(self._white - self._decomposed(option), dtype=np.float64).sum())
         else:
-            lost = min(total, sum(self._lost(split, rank) for split, rank in cuts))
+            tensor = self._tensor(option)
+            lost = min(total, sum(self._lost(tensor, split, rank) for split, rank in cuts))
         return lost / total
 
     def approximated(self, option: Option) -> np.ndarray:
@@ -83,9 +88,14 @@ class Approximations:
             narrow[:, kept] = refitted(self.weight, self._moment, kept)
             return narrow
         cuts = self._cuts(option)
-        white = self._decomposed(option) if cuts is None else self._white
-        for split, rank in cuts or ():
-            white = self._projected(white, split, rank)
+        if cuts is None:
+            white = self._decomposed(option)
+        else:
+            white = tensor = self._tensor(option)
+            for split, rank in cuts:
+                white = self._projected(white, tensor, split, rank)
+            if option.format == "ttm":
+                white = unpaired(white, self.weight.shape, option.modes)
         return white if self.moments is None else on_inputs(white, self.moments.inverse)
 
     def bias(self, approximated: np.ndarray) -> np.ndarray:
@@ -115,31 +125,38 @@ class Approximations:
         if option.format in ("tt", "tucker") and len(option.modes) == (3 if kernel else 2):
             ranks = option.ranks[1:-1] if option.format == "tt" else option.ranks
             return (((0,), ranks[0]), ((1,), ranks[-1])) if kernel else (((0,), ranks[0]),)
+        if option.format == "ttm":
+            return tuple((tuple(range(k)), rank) for k, rank in enumerate(option.ranks[1:-1], start=1))
         return None
+
+    def _tensor(self, option: Option) -> np.ndarray:
+        """Return the tensor whose unfoldings an option truncates."""
+        return paired(self._white, option.modes) if option.format == "ttm" else self._white
 
     def _decomposed(self, option: Option) -> np.ndarray:
         form = format_of(option.format)
         cores = form.decompose(self._white, option.modes, option.ranks)
         return np.asarray(form.reconstruct(cores, self.weight.shape, option.modes), np.float32)
 
-    def _basis(self, split: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _basis(self, tensor: np.ndarray, split: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, bool]:
         """Return the singular vectors (n, n) of the smaller side, the energy beyond each rank, and if it is the rows'."""
-        if split not in self._bases:
-            matrix = _unfolded(self._white, split)
+        key = (tensor.shape, split)
+        if key not in self._bases:
+            matrix = _unfolded(tensor, split)
             of_rows = matrix.shape[0] <= matrix.shape[1]
             gram = matrix @ matrix.T if of_rows else matrix.T @ matrix
             values, vectors = np.linalg.eigh(gram.astype(np.float64))
             beyond = np.append(np.cumsum(np.maximum(values, 0.0))[::-1], 0.0)
-            self._bases[split] = (np.ascontiguousarray(vectors[:, ::-1], np.float32), beyond, of_rows)
-        return self._bases[split]
+            self._bases[key] = (np.ascontiguousarray(vectors[:, ::-1], np.float32), beyond, of_rows)
+        return self._bases[key]
 
-    def _lost(self, split: tuple[int, ...], rank: int) -> float:
-        beyond = self._basis(split)[1]
+    def _lost(self, tensor: np.ndarray, split: tuple[int, ...], rank: int) -> float:
+        beyond = self._basis(tensor, split)[1]
         return float(beyond[min(rank, len(beyond) - 1)])
 
-    def _projected(self, tensor: np.ndarray, split: tuple[int, ...], rank: int) -> np.ndarray:
+    def _projected(self, tensor: np.ndarray, weight: np.ndarray, split: tuple[int, ...], rank: int) -> np.ndarray:
         """Return a tensor whose unfolding is projected onto the first singular vectors of that of the weight."""
-        vectors, _, of_rows = self._basis(split)
+        vectors, _, of_rows = self._basis(weight, split)
         kept = vectors[:, :rank]
         matrix = _unfolded(tensor, split)
         matrix = kept @ (kept.T @ matrix) if of_rows else (matrix @ kept) @ kept.T

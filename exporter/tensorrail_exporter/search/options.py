@@ -15,6 +15,7 @@ import numpy as np
 
 from tensorrail_exporter.formats import FORMATS, WIDTH, format_of
 from tensorrail_exporter.formats.contraction import LayerSpec, dense_step, describe, runs_in_scan, split_at_boundary
+from tensorrail_exporter.formats.ttm import table_modes
 from tensorrail_exporter.formats.width import describe_narrow, with_inputs
 from tensorrail_exporter.plans.costs import contraction_cost, dense_cost
 from tensorrail_exporter.plans.plan import LayerPlan
@@ -97,8 +98,9 @@ def options_of(layer: DenseLayer, formats: Sequence[str], grid: int, *, most: fl
         if name == WIDTH or (layer.spec.groups > 1 and not format_of(name, layer.spec.groups).merges("conv")):
             continue
         for modes in _modes(name, one):
+            merge = "none" if name == "ttm" and gathers else "auto"  # merged cores of a table would be larger
             # In the order of their ranks, so that the search can end at the first that is far too expensive.
-            candidates = (_option(name, modes, ranks, layer.spec) for ranks in _ranks(name, modes, one, grid))
+            candidates = (_option(name, modes, ranks, layer.spec, merge) for ranks in _ranks(name, modes, one, grid))
             affordable = takewhile(lambda option: _size(option, gathers) <= max(most, _BEYOND) * dense, candidates)
             options += _spread([option for option in affordable if _size(option, gathers) <= most * dense])
     distinct = {option.steps: option for option in reversed(options)}  # equal steps take equal time in every format
@@ -180,9 +182,15 @@ def _option(
 
 
 def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:
-    """Yield the modes to try: for `svd` every split of the kernel's axes, else the default modes."""
+    """Yield the modes to try.
+
+    For `svd` these are every split of the kernel's axes, for an embedding in `ttm` two and three modes, else the default modes.
+    """
     o, i, kernel = spec.shape[0], spec.shape[1], spec.kernel
     if name == "ttm" and kernel:
+        return
+    if name == "ttm" and spec.gathers:
+        yield from (table_modes(spec.shape, count) for count in (2, 3))
         return
     if name != "svd" or math.prod(kernel) == 1:
         yield format_of(name).default_modes(spec.shape)

@@ -14,6 +14,7 @@ from tensorrail_exporter import FORMATS, LayerPlan, LayerSpec, PlanError, pad_ra
 from tensorrail_exporter.formats import cp, tr
 from tensorrail_exporter.formats.modes import unfold
 from tensorrail_exporter.formats.truncation import backend_of, truncated_svd
+from tensorrail_exporter.formats.ttm import padding, table_modes
 
 SHAPES = [(32, 16, 3, 3), (16, 32, 1, 1), (12, 20, 5), (6, 4, 3, 3, 3), (24, 40)]
 EVERY = pytest.mark.parametrize(
@@ -79,6 +80,42 @@ def test_more_rank_is_not_worse(name, shape, rng):
     errors = [relative(project(name, weight, *uniform(name, shape, rank)), weight) for rank in (1, 2, 4)]
     assert errors[1] <= errors[0] * 1.02
     assert errors[2] <= errors[1] * 1.02
+
+
+TABLES = [((12, 37), (3, 4, 8, 5)), ((12, 37), (3, 2, 2, 3, 3, 5)), ((6, 33), (1, 2, 3, 1, 5, 7)), ((16, 91), (4, 4, 10, 10))]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(("shape", "modes"), TABLES, ids=str)
+def test_the_padding_of_a_table_takes_nothing_from_its_rank(shape, modes, library, rng):
+    form, d = FORMATS["ttm"], len(modes) // 2
+    for rank in (1, 2, 3, 99):
+        layer = LayerPlan(name="w", format="ttm", modes=modes, ranks=form.clamp(shape, modes, (1, *[rank] * (d - 1), 1)))
+        weight = form.reconstruct(random_cores(layer, shape, rng, np.float64), shape, modes)
+        assert weight.shape == shape
+        given = torch.from_numpy(weight) if library == "torch" else weight
+        assert relative(np.asarray(form.reconstruct(layer.decompose(given), shape, modes)), weight) < 1e-9
+        once = project("ttm", rng.standard_normal(shape), modes, layer.ranks)
+        assert relative(project("ttm", once, modes, layer.ranks), once) < 1e-9
+
+
+@given(data=st.data())
+@cases(60, 600)
+def test_modes_of_a_table_hold_all_entries_with_little_padding(data):
+    shape, count = tuple(data.draw(st.integers(1, 5000)) for _ in range(2)), data.draw(st.sampled_from([2, 3]))
+    modes = table_modes(shape, count)
+    FORMATS["ttm"].validate(shape, modes, (1,) * (count + 1))
+    assert math.prod(modes[:count]) == shape[0]
+    assert 0 <= padding(shape, modes) <= shape[1] / 11 + 3
+    assert max(modes[count:]) <= 5 * min(modes[count:]) + 2
+
+
+def test_padding_is_for_the_entries_of_an_embedding_alone():
+    plan = LayerPlan(name="w", format="ttm", modes=(4, 8, 4, 5), ranks=(1, 2, 1))
+    plan.check_layer(LayerSpec("linear", (32, 17), gathers=True))
+    for op in ("linear", "recurrent"):
+        with pytest.raises(PlanError, match=r"layer w: modes .* give more than 17 inputs, which only .* try \[8, 4, 17, 1\]"):
+            plan.check_layer(LayerSpec(op, (32, 17)))
 
 
 @given(data=st.data())
@@ -239,7 +276,8 @@ def test_clamp_lowers_to_what_exists_and_leaves_the_callers_list(name):
         ("svd", (32, 16, 3, 3), (32, 16), (4,), r"expected \[288, 16\] or \[96, 48\] or \[32, 144\]"),
         ("svd", (32, 16), (32, 16), (0,), "1 or larger"),
         ("ttm", (32, 16, 3, 3), (32, 16), (1, 1), "for a convolution use tt or tr"),
-        ("ttm", (32, 16), (8, 4, 4, 5), (1, 2, 1), "input modes, with products 32 and 16"),
+        ("ttm", (32, 16), (8, 4, 4, 3), (1, 2, 1), "input modes, with products 32 and 16"),
+        ("ttm", (32, 16), (8, 4, 5, 4), (1, 2, 1), r"or for an embedding \[4, 8, 4, 4\]"),
         ("ttm", (32, 16), (8, 4, 16), (1, 2, 1), "equally many output and input modes"),
         ("ttm", (32, 16), (8, 4, 4, 4), (2, 2, 1), "start and end with 1"),
     ],

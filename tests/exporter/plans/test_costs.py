@@ -43,6 +43,16 @@ def test_the_cost_of_a_train_is_counted_by_hand():
     assert "conv 3×3 8→16" in table[2]
 
 
+def test_the_cost_of_a_row_of_a_table_is_counted_by_hand():
+    table = LayerSpec("linear", (24, 58), lead=2, size=(3,), gathers=True)
+    layer = LayerPlan(name="t", format="ttm", modes=(2, 3, 4, 3, 4, 5), ranks=(1, 6, 7, 1), merge="none")
+    cost = contraction_cost(steps_of(layer, table), table)
+    assert cost.macs == 3 * (1 * 2 * 6 * 12 + 6 * 3 * 7 * 4)  # of three indices
+    assert cost.stored_bytes == 4 * (1 * 2 * 3 * 6 + 6 * 3 * 4 * 7 + 7 * 4 * 5 * 1)
+    assert cost.steps[-1].shape == (3, 24)
+    assert cost.kernels == 6 + 3 + 5  # the index of each mode, the padding, and three Gathers with two products
+
+
 @pytest.mark.parametrize(
     ("name", "modes", "ranks"),
     [

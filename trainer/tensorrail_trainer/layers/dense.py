@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tensorrail_exporter.formats import FORMATS, WIDTH, format_of
+from tensorrail_exporter.formats import FORMATS, WIDTH
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_exporter.plans.plan import LayerPlan, Plan
+from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.layers.attention import PROJECTIONS, FactoredAttention, is_replaceable, projections_of, why_not
 from tensorrail_trainer.layers.factored import FactoredLayer, inputs_first
@@ -207,8 +207,7 @@ def planned_layers(model: nn.Module, plan: Plan) -> dict[str, DenseModule]:
     layers_by_name = {}
     for layer in plan.layers:
         dense = dense_layer(model, layer.name)
-        layer.check(dense.spec.shape, dense.spec.groups)
-        require_one_mode_of_entries(layer, dense.spec)
+        layer.check_layer(dense.spec)
         require_trainable(layer.format)
         layers_by_name[layer.name] = dense
     _require_own_weights(model, layers_by_name)
@@ -222,16 +221,6 @@ def require_trainable(form: str) -> None:
         raise PlanError(
             f"format {WIDTH} is for ONNX graphs: compress chooses and fits it without training; expected one of "
             f"{', '.join(FORMATS)}"
-        )
-
-
-def require_one_mode_of_entries(layer: LayerPlan, spec: LayerSpec) -> None:
-    """Raise `PlanError` for an embedding whose entries are several modes: no single core holds rows for them."""
-    if spec.gathers and len(format_of(layer.format).equation(spec.shape, layer.modes).inputs) > 1:
-        raise PlanError(
-            f"layer {layer.name}: expected the {spec.shape[1]} entries of an embedding as a single mode, got modes "
-            f"{list(layer.modes)} of format {layer.format}; give the modes of the features, then the number of entries, in "
-            "another format than ttm"
         )
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensorrail_exporter.formats.contraction import Conv, Gather, MatMul, Reshape, Step, resolve
+from tensorrail_exporter.formats.contraction import (
+    Array,
+    Conv,
+    Gather,
+    GatherMatMul,
+    MatMul,
+    Reshape,
+    SplitIndex,
+    Step,
+    resolve,
+)
 from tensorrail_exporter.formats.modes import Equation
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -40,17 +50,46 @@ def compiled_product(equation: Equation, cores: Sequence[Tensor], shape: Sequenc
         core if core.dim() == len(letters) else core.reshape([sizes.get(letter, -1) for letter in letters])
         for core, letters in zip(cores, equation.cores, strict=True)
     ]
-    return torch.einsum(f"{','.join(equation.cores)}->{equation.weight}", *views).reshape(tuple(shape))
+    product = torch.einsum(f"{','.join(equation.cores)}->{equation.weight}", *views)
+    return product.reshape(shape[0], -1, *shape[2:])[:, -shape[1] :]  # without the padding of a table
 
 
 def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """Apply the steps of a contraction to the input of a convolution (B, I, *S), or to rows (N, I)."""
+    """Apply the steps of a contraction to the input of a convolution (B, I, *S), to rows (N, I), or to indices (N)."""
+    of_modes: Iterator[Tensor] = iter(())
     for step in steps:
-        x = _run(step, x)
+        if isinstance(step, SplitIndex):
+            of_modes = iter(_split_index(step, x))
+        elif isinstance(step, GatherMatMul):
+            x = _gathered(step.weight, next(of_modes)) @ x
+        elif isinstance(step, Gather):
+            x = _gathered(step.weight, next(of_modes, x))
+        else:
+            x = _run(step, x)
     return x
 
 
-def _run(step: Step, x: Tensor) -> Tensor:
+def _split_index(step: SplitIndex, indices: Tensor) -> list[Tensor]:
+    """Return the index of each mode, the last mode first; below 0 for an index that the table does not have."""
+    if step.padding:
+        indices = torch.where(indices < 0, indices, indices + step.padding)
+    of_modes = []
+    for size in reversed(step.modes[1:]):
+        of_modes.append(indices % size)
+        indices = indices // size
+    return [*of_modes, indices]
+
+
+def _gathered(weight: Array, indices: Tensor) -> Tensor:
+    """Return the rows (N, features) or matrices (N, p, q) of a constant (entries, …) for indices (N)."""
+    table = cast(Tensor, weight)
+    if table.dim() == 2:
+        return F.embedding(indices, table)
+    rows: Tensor = F.embedding(indices, table.flatten(1)).unflatten(1, table.shape[1:])
+    return rows
+
+
+def _run(step: Conv | MatMul | Reshape, x: Tensor) -> Tensor:
     match step:
         case Conv():
             nd = x.dim() - 2
@@ -62,8 +101,6 @@ def _run(step: Step, x: Tensor) -> Tensor:
                 x = F.pad(x, [amount for axis in reversed(range(nd)) for amount in (begins[axis], ends[axis])])
                 begins = (0,) * nd
             return _CONVOLUTIONS[nd](x, cast(Tensor, step.weight), None, step.stride, begins, step.dilation, step.groups)
-        case Gather(weight=weight):
-            return F.embedding(x, cast(Tensor, weight))
         case MatMul(weight=weight, side="right"):
             return x @ cast(Tensor, weight)
         case MatMul(weight=weight):

@@ -10,20 +10,14 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import Tensor, nn
 
-from tensorrail_exporter.formats import format_of, project
+from tensorrail_exporter.formats import default_modes_of, format_of, project
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.search.knapsack import Limit, choose
 from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import input_roots
-from tensorrail_trainer.layers.dense import (
-    DenseModule,
-    dense_layer,
-    dense_layers,
-    require_one_mode_of_entries,
-    require_trainable,
-)
+from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
 
 _RUNGS = 32
 
@@ -48,7 +42,8 @@ def plan_layers(
         ranks: an integer is an upper bound for every rank, lowered where the shape allows less; a list holds the ranks in the
             format's order.
         modes: the modes in the format's order; default: the format's default modes for the shape of the layer. Those of a
-            convolution in groups are the modes of one group's weight.
+            convolution in groups are the modes of one group's weight. In `ttm` the product of an embedding's modes of entries
+            may be larger than their number, with the first of these modes as small as it can be.
         merge: which neighbouring cores are merged for execution; default `auto`: the cheapest.
 
     Returns:
@@ -71,11 +66,10 @@ def plan_layers(
     for name in names:
         spec = dense_layer(model, name).spec
         shape, form = spec.shape, format_of(format, spec.groups)
-        layer_modes = tuple(modes) if modes is not None else form.default_modes(shape)
+        layer_modes = tuple(modes) if modes is not None else default_modes_of(format, spec)
         requested = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
         layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=requested, merge=merge)
-        layer.check(shape, spec.groups)
-        require_one_mode_of_entries(layer, spec)
+        layer.check_layer(spec)
         clamped = form.clamp(shape, layer_modes, requested)
         if not isinstance(ranks, int) and clamped != requested:
             raise PlanError(
@@ -188,10 +182,10 @@ def unranked(
     for name in _matching(model, pattern):
         spec = dense_layer(model, name).spec
         form = format_of(format, spec.groups)
-        chosen = tuple(modes) if modes is not None else form.default_modes(spec.shape)
+        chosen = tuple(modes) if modes is not None else default_modes_of(format, spec)
         ranks = form.uniform(spec.shape, chosen, 1)
         layers.append(LayerPlan(name=name, format=format, modes=chosen, ranks=ranks, merge=merge))
-        require_one_mode_of_entries(layers[-1], spec)
+        layers[-1].check_layer(spec)
     return layers
 
 

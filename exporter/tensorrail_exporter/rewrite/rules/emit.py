@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tensorrail_exporter.formats.contraction import Conv, Gather, MatMul, Reshape, Step
+from tensorrail_exporter.formats.contraction import Conv, Gather, GatherMatMul, MatMul, Reshape, SplitIndex, Step
+from tensorrail_runtime.errors import GraphError
 
+_MOD = 10  # the opset from which there is Mod
 _AS_INPUT = 13  # the opset from which sizes of Split and axes of Unsqueeze are inputs
 
 
@@ -109,7 +111,7 @@ class Site:
     def chain(
         self, source: gs.Tensor, target: gs.Tensor, steps: tuple[Step, ...], layer: str, dtype: np.dtype
     ) -> list[gs.Node]:
-        """Append one node per step between `source` and `target`.
+        """Append one node per step between `source` and `target`, and those of indices of several modes.
 
         Initializers are named `<layer>/<cores>`, as in the cores file, such as `conv1/0+1` for two merged cores.
 
@@ -118,17 +120,61 @@ class Site:
 
         """
         nodes: list[gs.Node] = []
+        of_modes: Iterator[gs.Tensor] = iter(())
         for index, step in enumerate(steps):
+            if isinstance(step, SplitIndex):
+                of_modes = iter(self._split_index(source, step, layer))
+                continue
             out = target if index == len(steps) - 1 else self.variable(f"{layer}/step{index}", dtype)
-            op, attrs, weight = self._node_of(step, layer, dtype)
-            left = isinstance(step, Gather) or (isinstance(step, MatMul) and step.side == "left")
+            op, attrs, operand = self._node_of(step, layer, dtype)
+            if isinstance(step, Gather):
+                source = next(of_modes, source)
+            elif isinstance(step, GatherMatMul):
+                matrices = self.variable(f"{layer}/matrices{index}", dtype)
+                self.append("Gather", f"{layer}/gather{index}", [operand, next(of_modes)], matrices)
+                operand = matrices
+            left = isinstance(step, Gather | GatherMatMul) or (isinstance(step, MatMul) and step.side == "left")
             nodes.append(
-                self.append(op, f"{layer}/{op.lower()}{index}", [weight, source] if left else [source, weight], out, attrs)
+                self.append(op, f"{layer}/{op.lower()}{index}", [operand, source] if left else [source, operand], out, attrs)
             )
             source = out
         return nodes
 
-    def _node_of(self, step: Step, layer: str, dtype: np.dtype) -> tuple[str, dict[str, object], gs.Constant]:
+    def _split_index(self, indices: gs.Tensor, step: SplitIndex, layer: str) -> list[gs.Tensor]:
+        """Return the index of each mode, the last mode first: i mod n, and ⌊i / n⌋ of the modes before it.
+
+        Indices that the table does not have are refused by the Gather of the first mode, but for those before the first entry,
+        which read the padding.
+        """
+        if self.graph.opset < _MOD:
+            raise GraphError(
+                f"layer {layer}: the index of each mode takes the operator Mod, of opset {_MOD}, got opset {self.graph.opset}; "
+                "convert the model to a newer opset, or use another format than ttm"
+            )
+        kind = np.dtype(indices.dtype)
+
+        def apply(op: str, name: str, inputs: list[gs.Tensor], dtype: type | np.dtype = kind) -> gs.Variable:
+            out = self.variable(f"{layer}/{name}", np.dtype(dtype))
+            self.append(op, f"{layer}/{name}_node", inputs, out)
+            return out
+
+        def number(value: int) -> gs.Constant:
+            return self.constant(f"{layer}/number{value}", np.array(value, kind))
+
+        if step.padding:
+            negative = apply("Less", "negative", [indices, number(0)], np.bool_)
+            behind = apply("Add", "behind_padding", [indices, number(step.padding)])
+            indices = apply("Where", "padded_index", [negative, indices, behind])
+        of_modes: list[gs.Tensor] = []
+        for size in reversed(step.modes[1:]):
+            of_modes.append(apply("Mod", "index_of_mode", [indices, number(size)]))
+            multiple = apply("Sub", "index_of_first", [indices, of_modes[-1]])
+            indices = apply("Div", "index_of_modes", [multiple, number(size)])
+        return [*of_modes, indices]
+
+    def _node_of(
+        self, step: Conv | MatMul | Gather | GatherMatMul | Reshape, layer: str, dtype: np.dtype
+    ) -> tuple[str, dict[str, object], gs.Tensor]:
         match step:
             case Conv():
                 attrs: dict[str, object] = {
@@ -142,7 +188,7 @@ class Site:
                 kernel = step.spread() if step.transposed else step.weight
                 op = "ConvTranspose" if step.transposed else "Conv"
                 return op, attrs, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(kernel).astype(dtype))
-            case MatMul():
+            case MatMul() | GatherMatMul():
                 return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
             case Gather():
                 return "Gather", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))

@@ -1,4 +1,7 @@
-"""Gather(W, I) -> MatMul(… Gather(W₁, I) …, Wₙ): an embedding, whose rows are read by indices that a run gives."""
+"""Gather(W, I) -> MatMul(… Gather(W₁, I) …, Wₙ): an embedding, whose rows are read by indices that a run gives.
+
+In `ttm`, with an index for each mode of the entries: -> MatMul(Gather(G₁, I₁), … MatMul(Gather(Gₙ₋₁, Iₙ₋₁), Gather(Gₙ, Iₙ))).
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def replace_weight(node: gs.Node, weight: np.ndarray, name: str) -> None:
 
 
 def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
-    """Write the steps, of which the first one reads rows of the first core."""
+    """Write the steps: rows of the first core and products, or the product of a matrix of each core."""
     node = site.node
     indices, target, dtype = node.inputs[1], node.outputs[0], node.inputs[0].dtype
     node.outputs.clear()
