@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.ranges import LARGEST
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
+from tensorrail_exporter.precision.weights import Weighted, check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
 from tensorrail_runtime.scratch import scratch
 
@@ -68,15 +68,21 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
     return result
 
 
+def too_large(model: onnx.ModelProto) -> tuple[Weighted, ...]:
+    """Return the nodes with a float32 weight that has values outside the range of fp16."""
+    return tuple(
+        layer
+        for layer in weighted(model)
+        if layer.values.dtype == np.float32 and not float(np.abs(layer.values).max(initial=0.0)) <= LARGEST
+    )
+
+
 def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:
-    for layer in weighted(model):
-        if layer.node.name in kept or layer.values.dtype != np.float32:
-            continue
-        largest = float(np.abs(layer.values).max(initial=0.0))
-        if not largest <= LARGEST:
+    for layer in too_large(model):
+        if layer.node.name not in kept:
             raise GraphError(
-                f"layer {layer.layer}: its weight {layer.weight} contains {largest:.3g}, outside the fp16 range of "
-                f"±{LARGEST:.0f}; keep layer {layer.layer} in fp32, or scale it down"
+                f"layer {layer.layer}: its weight {layer.weight} contains {float(np.abs(layer.values).max()):.3g}, outside the "
+                f"fp16 range of ±{LARGEST:.0f}; keep layer {layer.layer} in fp32, or scale it down"
             )
 
 
