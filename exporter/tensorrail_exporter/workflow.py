@@ -26,7 +26,7 @@ from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.graphs.joint import rounding_error, without_inner_shapes
 from tensorrail_exporter.plans.plan import HeadPlan, Plan, Precision
 from tensorrail_exporter.precision.islands import fastest_islands
-from tensorrail_exporter.precision.planned import PRECISIONS, Converter, Require
+from tensorrail_exporter.precision.planned import PRECISIONS, Converter, PlannedPrecision, Require
 from tensorrail_exporter.precision.spared import Judge as SparedJudge
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_error, narrowed_heads
@@ -51,6 +51,7 @@ from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
 _EACH = 0.3  # seconds of timing for each network that is tried with other layers in fp32
+_LOOKED_AT = 64  # inputs on which overflow is looked for, and as many of those set aside: every tensor is read
 
 Planned = Plan | PlanReport
 Feeds = list[Mapping[str, np.ndarray]]
@@ -342,7 +343,7 @@ class _Builder:
             loss, agreement = (0.0, None) if judge is None else judge(one)
             return loss, self.wanted.accepts(loss, agreement)
 
-        with own.converter(model, self.feeds if parts is None else parts.fitted.feeds) as convert:
+        with own.converter(model, self._feeds_of(own)) as convert:
             if plan.fp32:
                 try:
                     fixed = convert(plan.fp32)
@@ -355,10 +356,16 @@ class _Builder:
                 made = [with_spared_layers(layers, convert, judged, model, self.conditions.progress)]
                 if own.islands:
                     made += self._with_islands(made[0], layers, convert, judged, plan)
-            if own.require is not None and parts is not None:
+            if own.require is not None and parts is not None and parts.judged is not None:
                 for one in made:
-                    _require_on_others(own.require, convert.model, one.model, parts)
+                    _require_on_others(own.require, convert.model, one.model, parts.judged)
             return [replace(one, spared=tuple(dict.fromkeys((*convert.kept, *one.spared)))) for one in made]
+
+    def _feeds_of(self, precision: PlannedPrecision) -> Feeds:
+        """Return the inputs to convert with: all that cores are fitted to, or a few where nothing is measured but overflow."""
+        if self.parts is None:
+            return self.feeds
+        return list((self.parts.fitted if precision.needs_inputs else self.parts.fitted.first(_LOOKED_AT)).feeds)
 
     def _with_islands(
         self, first: Spared, layers: Sequence[Layer], convert: Converter, judged: SparedJudge, plan: Plan
@@ -385,11 +392,10 @@ class _Builder:
         return {node.name: node.macs for node in cost(path, timing.batch, timing.shapes, timing.values).layers}
 
 
-def _require_on_others(require: Require, model: onnx.ModelProto, converted: onnx.ModelProto, parts: Split) -> None:
-    """Raise `GraphError` if a converted model does not hold on the inputs that it was not made with."""
-    others = [*(() if parts.chosen is parts.fitted else parts.chosen.feeds), *(parts.judged.feeds if parts.judged else ())]
+def _require_on_others(require: Require, model: onnx.ModelProto, converted: onnx.ModelProto, aside: Calibration) -> None:
+    """Raise `GraphError` if a converted model does not hold on the inputs that are set aside."""
     try:
-        require(model, converted, others)
+        require(model, converted, aside.first(_LOOKED_AT).feeds)
     except GraphError as error:
         raise GraphError(
             f"{error}. Only inputs that were set aside show it: give more calibration inputs, or name these layers in "

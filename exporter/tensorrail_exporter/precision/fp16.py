@@ -17,6 +17,7 @@ from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.ranges import LARGEST
 from tensorrail_exporter.precision.weights import Weighted, check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
+from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.scratch import scratch
 
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
@@ -58,6 +59,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
         except Exception as error:  # noqa: BLE001 - the library raises assertions and errors of protobuf
             reason = prepared.text(first_line(error)) or type(error).__name__
             raise GraphError(f"the graph cannot be converted to fp16 ({reason}); {_KEEP}") from None
+    _remove_repeated_casts(converted)
     graph = import_graph(converted)
     _remove_double_casts(graph)
     result = prepared.restored(export_graph(graph, converted))
@@ -94,6 +96,16 @@ def _constants_of_kept(model: onnx.ModelProto, kept: frozenset[str]) -> frozense
             readers.setdefault(name, set()).add(node.name)
     constants = [node for node in model.graph.node if node.op_type == "Constant"]
     return frozenset(node.name for node in constants if readers.get(node.output[0]) and readers[node.output[0]] <= kept)
+
+
+def _remove_repeated_casts(model: onnx.ModelProto) -> None:
+    """Leave one of the casts of each tensor: the converter adds one of the same name for every kept node that reads it."""
+    written: set[str] = set()
+    for graph in (model.graph, *descendants(model.graph)):
+        for node in [node for node in graph.node if node.op_type == "Cast"]:
+            if node.output[0] in written:
+                graph.node.remove(node)
+            written.add(node.output[0])
 
 
 def _remove_double_casts(graph: gs.Graph) -> None:

@@ -36,6 +36,8 @@ class Converter(Protocol):
         """Return the names of the nodes with a weight that is converted, in their order."""
 
 
+_FEW = 4  # batches on which overflow is looked for in networks that are compared, and not written
+
 Require = Callable[[onnx.ModelProto, onnx.ModelProto, Feeds], None]
 """Raises `GraphError` where a network, the first model, and its conversion, the second one, do not agree on inputs."""
 
@@ -72,7 +74,7 @@ PRECISIONS: dict[Precision, PlannedPrecision] = {
     "fp16": PlannedPrecision(
         for_layer=lambda model: to_fp16(model) if _has_floats(model) else model,
         for_times=lambda model, _: to_finite_fp16(model),
-        for_outputs=to_finite_fp16,
+        for_outputs=lambda model, feeds: to_finite_fp16(model, feeds[:_FEW]),
         converter=Float16Converter,
         require=require_finite,
         itemsize=2,

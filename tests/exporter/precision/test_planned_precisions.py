@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import GraphError, PlanError
 from tensorrail_exporter.plans.plan import Precision
 from tensorrail_exporter.precision.finite import Float16Converter, to_finite_fp16
+from tensorrail_exporter.precision.fp16 import to_fp16
 from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.precision.ranges import RangeError, require_finite
 from tensorrail_exporter.search import targets
@@ -90,3 +91,18 @@ def test_auto_includes_fp16_only_where_it_is_computed_in(monkeypatch):
     assert precisions_of(("auto",), Session(provider="cuda")) == ("fp32", "fp16", "int8")
     with pytest.raises(PlanError, match="precision: expected fp32, fp16, int8, auto, got 'bf16'"):
         precisions_of(("fp32", "bf16"), Session())
+
+
+def test_two_nodes_in_fp32_may_read_the_same_tensor(rng):
+    """The converter of ONNX Runtime adds a cast of the same name for each."""
+    weights = {name: rng.standard_normal((4, 4)).astype(np.float32) for name in ("a", "b", "c")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "first"),
+        helper.make_node("MatMul", ["h", "b"], ["p"], "left"),
+        helper.make_node("MatMul", ["h", "c"], ["q"], "right"),
+        helper.make_node("Mul", ["p", "q"], ["y"], "product"),
+    ]
+    model = make_model(nodes, weights, {"x": ["batch", 4]}, {"y": ["batch", 4]})
+    narrow = to_fp16(model, keep=("left", "right"))
+    assert types_of(narrow) == {"a": TensorProto.FLOAT16, "b": TensorProto.FLOAT, "c": TensorProto.FLOAT}
+    require_finite(model, narrow, [{"x": rng.standard_normal((3, 4)).astype(np.float32)}])
