@@ -21,6 +21,7 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SHARES = ("top1", "top5")
 _COSTLY = 3  # layers that are named where a model is not accepted
+_NAMED = 8  # layers in fp32 that are named
 
 
 class Ratios(Record):
@@ -123,6 +124,9 @@ class CompressReport(PrintedRecord):
             parts.append(heads_table(self.heads))
         if len(self.front) > 1:
             parts.append(self._front())
+        if self.front and (names := self.front[self.written].spared):
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"layers that stay in fp32: {', '.join(names[:_NAMED])}{more}")
         if self.layers or self.exact:
             parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())

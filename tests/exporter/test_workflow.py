@@ -585,6 +585,7 @@ def test_layers_that_overflow_stay_in_fp32_and_are_in_the_plan(network, tmp_path
     assert "b" in dense.spared
     assert dense.approximation < FP16
     assert dense.name.startswith("dense in fp16, ")
+    assert f"layers that stay in fp32: {', '.join(low_rank.spared)}" in " ".join(str(report).split())
     types = stored(tmp_path / "out.onnx")
     assert set(types.values()) == {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
     assert types["a/0"] == onnx.TensorProto.FLOAT16

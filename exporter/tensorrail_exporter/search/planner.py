@@ -411,7 +411,7 @@ def _casts(precision: Precision, settings: Session) -> tuple[str, ...]:
     """Return the warning that times in fp16 are those of fp32 with casts, where they are."""
     if precision != "fp16" or computes_in_fp16(settings):
         return ()
-    return ("this provider computes fp16 in fp32, with casts around: a GPU would choose other ranks, so plan on one for it",)
+    return ("this provider computes fp16 as fp32 with casts: plan for a GPU on that GPU, where other ranks are fast",)
 
 
 def _best(reports: Sequence[PlanReport], *, fastest: bool) -> PlanReport:

@@ -142,7 +142,7 @@ def test_a_plan_in_fp16_counts_from_the_dense_network_in_fp32(network, known_tim
     assert report.planned.bytes < report.dense.bytes / 2
     assert sum(row.dense_ms for row in report.rows) == pytest.approx(report.dense.milliseconds)  # of the table
     (warning,) = report.warnings
-    assert "computes fp16 in fp32, with casts around" in warning
+    assert "computes fp16 as fp32 with casts" in warning
     report = plan_network(network, {"bytes": 1.9}, asked)
     assert report.plan == Plan(layers=(), precision="fp16")  # the dense network is small enough in fp16
     assert (report.meets, report.measured.value) == (True, 0.8)
