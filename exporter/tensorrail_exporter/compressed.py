@@ -6,7 +6,7 @@ from typing import Literal
 
 from tensorrail_exporter.calibrate.layerwise import LayerFit
 from tensorrail_exporter.plans.plan import Precision
-from tensorrail_exporter.precision.reduce import PrecisionReport
+from tensorrail_exporter.precision.reduce import WITH_CASTS, PrecisionReport
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_table
 from tensorrail_exporter.rewrite.rewriter import LayerRewrite
 from tensorrail_exporter.search.guard import Guard
@@ -21,6 +21,7 @@ from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SHARES = ("top1", "top5")
 _COSTLY = 3  # layers that are named where a model is not accepted
+_NAMED = 8  # layers in fp32 that are named
 
 
 class Ratios(Record):
@@ -41,7 +42,7 @@ class Point(Record):
     name: str
     precision: Precision
     layers: int  # layers that are factored; 0 for the dense network
-    spared: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in int8
+    spared: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in another precision
     size: Size
     ratios: Ratios  # against the dense network in fp32
     unstable: bool = False  # its times, or the dense network's, vary so much that the lower end of the interval counts
@@ -79,6 +80,7 @@ class CompressReport(PrintedRecord):
     max_loss: float | None = None  # the limit on the loss, if there was one
     loss: float | None = None  # of the model that was written, on inputs that models are chosen by; None for a single model
     precision: Precision = "fp32"  # of the model that was written
+    with_casts: bool = False  # whether the model is in fp16, which the provider computes in fp32 with casts around
     written: int = 0  # its place in `front`
     front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns
     numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
@@ -122,6 +124,9 @@ class CompressReport(PrintedRecord):
             parts.append(heads_table(self.heads))
         if len(self.front) > 1:
             parts.append(self._front())
+        if self.front and (names := self.front[self.written].spared):
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"layers that stay in fp32: {', '.join(names[:_NAMED])}{more}")
         if self.layers or self.exact:
             parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
         parts.append(self._accuracy_line())
@@ -129,7 +134,7 @@ class CompressReport(PrintedRecord):
             parts.append(line)
         parts += [f"warning: {warning}" for warning in self.latency.warnings]
         if not self.faster:
-            parts.append("NOT measured to be faster than the dense model")
+            parts.append(f"NOT measured to be faster than the dense model{WITH_CASTS * self.with_casts}")
         if not self.meets:
             targets = ", ".join(f"{name}={value:g}" for name, value in self.targets.items())
             parts.append(f"target {targets} was NOT reached")
@@ -173,7 +178,7 @@ class CompressReport(PrintedRecord):
     def _accuracy_line(self) -> str:
         if self.aside is not None:
             return self.aside.described()
-        given = self.fits or self.precision == "int8"
+        given = self.fits or self.loss is not None
         why = "there were too few calibration inputs to set some aside" if given else "no calibration inputs were given"
         return f"nothing is known about the accuracy of this model: {why}"
 

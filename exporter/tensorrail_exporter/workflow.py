@@ -1,7 +1,7 @@
 """Makes a faster model from an ONNX file alone: decompose, rewrite, check, time and report.
 
-Several models may be made: of plans for several targets, in fp32 and in int8, beside the dense network in int8. They are
-measured in turns, and the best one is written.
+Several models may be made: of plans for several targets, in fp32, fp16 and int8, beside the dense network in the last two. They
+are measured in turns, and the best one is written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from tensorrail_exporter.fitted import Refine as Refine
 from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.graphs.joint import rounding_error, without_inner_shapes
 from tensorrail_exporter.plans.plan import HeadPlan, Plan, Precision
-from tensorrail_exporter.precision.int8 import Quantizer
 from tensorrail_exporter.precision.islands import fastest_islands
+from tensorrail_exporter.precision.planned import PRECISIONS, Converter, PlannedPrecision, Require
+from tensorrail_exporter.precision.spared import Judge as SparedJudge
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_error, narrowed_heads
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
@@ -45,10 +46,12 @@ from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import parity_of, run_both
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.scratch import scratch
+from tensorrail_runtime.sessions.halves import computes_in_fp16
 from tensorrail_runtime.sessions.inputs import random_inputs
-from tensorrail_runtime.sessions.session import open_session
+from tensorrail_runtime.sessions.session import Session, open_session
 
 _EACH = 0.3  # seconds of timing for each network that is tried with other layers in fp32
+_LOOKED_AT = 64  # inputs on which overflow is looked for, and as many of those set aside: every tensor is read
 
 Planned = Plan | PlanReport
 Feeds = list[Mapping[str, np.ndarray]]
@@ -90,8 +93,8 @@ def compress(
     Args:
         model: the dense graph.
         plan: the layers to rewrite; the report of a search also provides targets and predictions. Or several, of whose models
-            the best one is written. With one for int8, the dense network in int8 is measured beside them; it may be written
-            if a plan was searched for, or has no layers.
+            the best one is written. With one for fp16 or int8, the dense network in that precision is measured beside them; it
+            may be written if a plan was searched for, or has no layers.
         out: the file to write.
         options: the inputs to fit and test with, and how the models are measured; default `Compression()`.
 
@@ -117,7 +120,7 @@ def compress(
     with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
-        several = len(plans) > 1 or any(planned.precision == "int8" for planned in plans)
+        several = len(plans) > 1 or any(planned.precision != "fp32" for planned in plans)
         judge = None
         if parts is not None and (several or options.refine):
             judge = Judge(model, parts.chosen, options.metric, options.conditions.settings.exact)
@@ -137,7 +140,7 @@ def compress(
         points, accuracy = _scored(dense, points, built, k, options)
         save_model(load_model(built[k].path), out)
         fusions = compared_fusions(dense, out, options.conditions.settings)
-    report = _report(points, k, built[k], dense_size, times, accuracy, wanted, out)
+    report = _report(points, k, built[k], dense_size, times, accuracy, wanted, options.conditions.settings, out)
     return report.model_copy(update={"fusions": fusions})
 
 
@@ -149,6 +152,7 @@ def _report(
     times: LatencyReport,
     accuracy: Comparison | None,
     wanted: Wanted,
+    settings: Session,
     out: Path,
 ) -> CompressReport:
     """Return the report of the model that was written, the k-th one."""
@@ -169,6 +173,7 @@ def _report(
         max_loss=wanted.max_loss,
         loss=point.loss,
         precision=written.precision,
+        with_casts=written.precision == "fp16" and not computes_in_fp16(settings),
         written=k,
         front=tuple(points),
         numerical=written.numerical,
@@ -197,7 +202,7 @@ class _Built:
     layers: tuple[LayerRewrite, ...] = ()  # none: the dense network
     fits: tuple[LayerFit, ...] = ()
     numerical: float = 0.0
-    spared: tuple[str, ...] = ()  # nodes that stay in fp32 in the model in int8
+    spared: tuple[str, ...] = ()  # nodes that stay in fp32 in a model in another precision
     exact: str = ""  # changes besides low rank
     heads: tuple[NarrowedHeads, ...] = ()  # attention heads of a smaller size
     asked: str = ""  # the targets of the plan, where plans have different ones
@@ -234,25 +239,29 @@ class _Builder:
         self._narrowed: dict[tuple[HeadPlan, ...], onnx.ModelProto] = {}
 
     def models(self, plans: Sequence[Planned]) -> Iterator[_Built]:
-        """Write the model of each plan that has layers; with a plan for int8, the dense network in int8 comes first.
+        """Write the model of each plan that has layers; the dense network in the precisions of the plans comes first.
 
         Of several models, one that cannot be made is left out with a note.
         """
         factored = [planned for planned in plans if _plan(planned).changes]
-        dense_too = any(planned.precision == "int8" for planned in plans)
-        if not factored and not dense_too:
+        reduced = [name for name in PRECISIONS if name != "fp32" and any(planned.precision == name for planned in plans)]
+        if not factored and not reduced:
             raise PlanError("the plan changes nothing: it names no layer; add one to it")
-        if dense_too and self.parts is None:
-            raise PlanError("int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more")
+        needing = [name for name in reduced if PRECISIONS[name].needs_inputs]
+        if needing and self.parts is None:
+            raise PlanError(
+                f"{needing[0]} needs typical inputs for the ranges of activations: give calibration inputs, 100 or more"
+            )
         # Raises for a layer that is not there or cannot run here, before the work begins.
         resolved = [resolve(self._with_heads(_plan(planned)), _plan(planned).without_heads) for planned in factored]
         for in_graph in resolved:
             require_scan(in_graph, scan=not self.conditions.settings.on_gpu)
         different = {_words(planned.targets) for planned in factored if isinstance(planned, PlanReport)}
         jobs: list[tuple[str, Callable[[], Sequence[_Built]]]] = []
-        if dense_too:
-            empty = next((_plan(planned) for planned in plans if not _plan(planned).changes), Plan(layers=()))
-            jobs.append(("the dense network in int8", partial(self._dense_in_int8, empty)))
+        empty = {planned.precision: _plan(planned) for planned in plans if not _plan(planned).changes}
+        for name in reduced:
+            plan = empty.get(name, Plan(layers=(), precision=name))
+            jobs.append((f"the dense network in {name}", partial(self._dense_in, plan)))
         for number, (planned, layers) in enumerate(zip(factored, resolved, strict=True)):
             jobs.append((f"a plan for {planned.precision}", partial(self._of, planned, layers, number)))
         for what, make in jobs:
@@ -260,7 +269,7 @@ class _Builder:
                 made = make()
             except GraphError as error:
                 self.fault = error
-                if dense_too or len(factored) > 1:
+                if len(jobs) > 1:
                     self.conditions.progress("note", 1.0, f"{what} is left out: {error}")
                 continue
             for one in made:
@@ -274,11 +283,14 @@ class _Builder:
             self._narrowed[plan.heads] = with_heads_for(self.model, plan.head_sizes, inputs, self.conditions.settings.exact)
         return self._narrowed[plan.heads]
 
-    def _dense_in_int8(self, plan: Plan) -> list[_Built]:
-        """Return the dense network in int8 and, if that is faster, the same with layers in fp32."""
+    def _dense_in(self, plan: Plan) -> list[_Built]:
+        """Return the dense network in the precision of a plan and, if that is faster, the same with layers in fp32."""
+        precision = plan.precision
         return [
-            _Built("int8", _saved(one.model, self.dense.with_name(f"dense-int8-{k}.onnx")), self.dense, spared=one.spared)
-            for k, one in enumerate(self._in_int8(self.model, plan))
+            _Built(
+                precision, _saved(one.model, self.dense.with_name(f"dense-{precision}-{k}.onnx")), self.dense, spared=one.spared
+            )
+            for k, one in enumerate(self._in_precision(self.model, plan))
         ]
 
     def _of(self, planned: Planned, resolved: ResolvedPlan, number: int) -> list[_Built]:
@@ -304,9 +316,10 @@ class _Builder:
             model = resolved.model
         save_model(_shaped(model, plan), path)
         spared: tuple[str, ...] = ()
-        if plan.precision == "int8":
-            small = self._in_int8(model, plan)[-1]
-            path, spared = _saved(_shaped(small.model, plan), self.dense.with_name(f"int8-{number}.onnx")), small.spared
+        if plan.precision != "fp32":
+            small = self._in_precision(model, plan)[-1]
+            path = _saved(_shaped(small.model, plan), self.dense.with_name(f"{plan.precision}-{number}.onnx"))
+            spared = small.spared
         changes = {
             "smaller heads": bool(plan.heads),
             "joint layers": bool(plan.joint),
@@ -316,36 +329,54 @@ class _Builder:
         heads = narrowed_heads(self.model, plan.heads)
         return [_Built(plan.precision, path, plain, planning, rewrites, fits, error, spared, exact, heads)]
 
-    def _in_int8(self, model: onnx.ModelProto, plan: Plan) -> list[Spared]:
-        """Return a model in int8 and, if that is faster, the same with more layers in fp32.
+    def _in_precision(self, model: onnx.ModelProto, plan: Plan) -> list[Spared]:
+        """Return a model in the precision of a plan and, if that is faster, the same with more layers in fp32.
 
-        Layers stay in fp32 where the model would not keep the limits without them, but would in fp32; or just those that are
-        given. They are timed as the plan says that the file is written.
+        Layers stay in fp32 that overflow, and where the model would not keep the limits without them, but would in fp32; or
+        just those that are given beside the ones that overflow. They are timed as the plan says that the file is written.
         """
-        parts, judge, progress = self.parts, self.judge, self.conditions.progress
-        if parts is None or judge is None:
-            raise ValueError("int8 needs calibration inputs")
+        own, parts, judge = PRECISIONS[plan.precision], self.parts, self.judge
+        if own.converter is None:
+            return [Spared(model, (), good=True)]
 
         def judged(one: onnx.ModelProto) -> tuple[float, bool]:
-            loss, agreement = judge(one)
+            loss, agreement = (0.0, None) if judge is None else judge(one)
             return loss, self.wanted.accepts(loss, agreement)
 
-        with Quantizer(model, parts.fitted.feeds) as quantizer:
+        with own.converter(model, self._feeds_of(own)) as convert:
             if plan.fp32:
                 try:
-                    fixed = quantizer(plan.fp32)
+                    fixed = convert(plan.fp32)
                 except GraphError as error:
                     raise GraphError(f"fp32 of the plan: {error}") from None
-                return [Spared(fixed, plan.fp32, judged(fixed)[1])]
-            counted = self._macs(quantizer.model)
-            layers = [Layer(name, counted.get(name, 0)) for name in quantizer.layers()]
-            first = with_spared_layers(layers, quantizer, judged, model, progress)
-            names = fastest_islands(layers, first.spared, quantizer, partial(self._times, plan), progress)
-            if names == first.spared:
-                return [first]
-            faster = quantizer(names)
-            good = judged(faster)[1]
-            return [first, Spared(faster, names, good)] if good or not first.good else [first]
+                made = [Spared(fixed, plan.fp32, judged(fixed)[1])]
+            else:
+                counted = self._macs(convert.model)
+                layers = [Layer(name, counted.get(name, 0)) for name in convert.layers()]
+                made = [with_spared_layers(layers, convert, judged, model, self.conditions.progress)]
+                if own.islands:
+                    made += self._with_islands(made[0], layers, convert, judged, plan)
+            if own.require is not None and parts is not None and parts.judged is not None:
+                for one in made:
+                    _require_on_others(own.require, convert.model, one.model, parts.judged)
+            return [replace(one, spared=tuple(dict.fromkeys((*convert.kept, *one.spared)))) for one in made]
+
+    def _feeds_of(self, precision: PlannedPrecision) -> Feeds:
+        """Return the inputs to convert with: all that cores are fitted to, or a few where nothing is measured but overflow."""
+        if self.parts is None:
+            return self.feeds
+        return list((self.parts.fitted if precision.needs_inputs else self.parts.fitted.first(_LOOKED_AT)).feeds)
+
+    def _with_islands(
+        self, first: Spared, layers: Sequence[Layer], convert: Converter, judged: SparedJudge, plan: Plan
+    ) -> list[Spared]:
+        """Return the network with the layers in fp32 that are faster so; empty if none are, or it would not keep the limits."""
+        names = fastest_islands(layers, first.spared, convert, partial(self._times, plan), self.conditions.progress)
+        if names == first.spared:
+            return []
+        faster = convert(names)
+        good = judged(faster)[1]
+        return [Spared(faster, names, good)] if good or not first.good else []
 
     def _times(self, plan: Plan, models: Sequence[onnx.ModelProto]) -> tuple[Ratio, ...]:
         """Return how many times faster each model but the first is than the first one."""
@@ -359,6 +390,17 @@ class _Builder:
         timing = self.conditions.timing
         path = _saved(model, self.dense.with_name("named.onnx"))
         return {node.name: node.macs for node in cost(path, timing.batch, timing.shapes, timing.values).layers}
+
+
+def _require_on_others(require: Require, model: onnx.ModelProto, converted: onnx.ModelProto, aside: Calibration) -> None:
+    """Raise `GraphError` if a converted model does not hold on the inputs that are set aside."""
+    try:
+        require(model, converted, aside.first(_LOOKED_AT).feeds)
+    except GraphError as error:
+        raise GraphError(
+            f"{error}. Only inputs that were set aside show it: give more calibration inputs, or name these layers in "
+            "`fp32` of the plan"
+        ) from None
 
 
 def _measured(

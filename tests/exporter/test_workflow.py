@@ -19,6 +19,7 @@ from tensorrail_exporter.choice import Wanted
 from tensorrail_exporter.choice import best as best_of
 from tensorrail_exporter.compressed import CompressReport, Point, Ratios
 from tensorrail_exporter.formats import contraction
+from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.report import PlanReport, Size
 from tensorrail_exporter.workflow import Compression, compress
@@ -205,7 +206,7 @@ def test_a_model_that_cannot_be_made_is_left_out(network, tmp_path, monkeypatch)
     def fails(*_, **__):
         raise GraphError("no int8 today")
 
-    monkeypatch.setattr(compressing, "Quantizer", fails)
+    monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], converter=fails))
     report = run(network, tmp_path / "o.onnx", [PLAN, IN_INT8], calibration=Calibration(feeds), conditions=told)
     assert [one.name for one in report.front] == ["low rank in fp32"]
     assert notes[:2] == ["the dense network in int8 is left out: no int8 today", "a plan for int8 is left out: no int8 today"]
@@ -526,3 +527,92 @@ def test_layers_stay_in_fp32_where_int8_alone_would_not_agree(network, tmp_path)
     )
     assert alone.front[0].spared == ()
     assert alone.front[0].aside.difference > 0.1
+
+
+IN_FP16 = PLAN.model_copy(update={"precision": "fp16"})
+FP16 = 5e-3  # relative L2: eleven bits a value, a few layers
+
+
+def scaled(network, factor):
+    """Return the network with larger values between its first two layers, and the same outputs."""
+    changed = onnx.ModelProto.FromString(network.SerializeToString())
+    for tensor in changed.graph.initializer:
+        if tensor.name in ("scale", "shift", "b.weight"):
+            by = 1 / factor if tensor.name == "b.weight" else factor
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(by), tensor.name))
+    return changed
+
+
+def stored(path):
+    return {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
+
+
+def test_a_plan_for_fp16_is_measured_and_written_in_fp16(network, tmp_path, monkeypatch):
+    feeds = Calibration(tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24)))
+    monkeypatch.setattr(compressing, "computes_in_fp16", lambda settings: settings.on_gpu)
+    report = run(network, tmp_path / "half.onnx", IN_FP16, calibration=feeds)
+    single = run(network, tmp_path / "single.onnx", PLAN, calibration=feeds)
+    assert [point.name for point in report.front] == ["dense in fp16", "low rank in fp16"]
+    assert (report.written, report.precision, len(report.layers)) == (1, "fp16", 2)
+    dense, low_rank = report.front
+    assert dense.approximation < FP16  # nothing but rounding
+    assert all(point.aside.samples == 32 and point.loss > 0 for point in report.front)
+    assert dense.size.bytes < 0.6 * report.dense.bytes
+    assert low_rank.size.bytes < 0.7 * single.factored.bytes
+    assert low_rank.size.params == single.factored.params
+    types = set(stored(tmp_path / "half.onnx").values())
+    assert onnx.TensorProto.FLOAT16 in types
+    assert onnx.TensorProto.FLOAT not in types
+    graph = onnx.load(tmp_path / "half.onnx").graph
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    assert report.with_casts
+    slow = report.model_copy(update={"ratios": report.ratios.model_copy(update={"latency_low": 0.9})})
+    assert "NOT measured to be faster than the dense model: the CPU provider computes in fp32" in " ".join(str(slow).split())
+    assert CompressReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_fp16_needs_no_inputs(network, tmp_path):
+    report = run(network, tmp_path / "out.onnx", IN_FP16)
+    assert [point.name for point in report.front] == ["dense in fp16", "low rank in fp16"]
+    assert "no calibration inputs were given" in str(report)
+    assert onnx.TensorProto.FLOAT16 in stored(tmp_path / "out.onnx").values()
+
+
+def test_layers_that_overflow_stay_in_fp32_and_are_in_the_plan(network, tmp_path):
+    feeds = Calibration(tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24)))
+    report = run(scaled(network, 1e5), tmp_path / "out.onnx", IN_FP16, calibration=feeds)
+    dense, low_rank = report.front
+    assert "b" in dense.spared
+    assert dense.approximation < FP16
+    assert dense.name.startswith("dense in fp16, ")
+    assert f"layers that stay in fp32: {', '.join(low_rank.spared)}" in " ".join(str(report).split())
+    types = stored(tmp_path / "out.onnx")
+    assert set(types.values()) == {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+    assert types["a/0"] == onnx.TensorProto.FLOAT16
+    given = IN_FP16.model_copy(update={"fp32": (*low_rank.spared, "fc")})
+    again = run(scaled(network, 1e5), tmp_path / "again.onnx", given, calibration=feeds)
+    assert again.front[1].spared == given.fp32
+    assert {name: kind for name, kind in stored(tmp_path / "again.onnx").items() if name != "fc.weight"} == {
+        name: kind for name, kind in types.items() if name != "fc.weight"
+    }
+    assert stored(tmp_path / "again.onnx")["fc.weight"] == onnx.TensorProto.FLOAT
+
+
+def test_a_model_that_overflows_on_inputs_set_aside_is_left_out(network, tmp_path):
+    """Its values stay in the range on all inputs that it was made with, and leave it on another one."""
+    x = images(1)
+    calibration = Calibration(tuple({"x": x[k : k + 24]} for k in range(0, 96, 24)))
+    judged = split(calibration, network).judged
+    place = int(np.flatnonzero((x == judged.feeds[0]["x"][0]).all((1, 2, 3)))[0])
+    x[place] *= 1e3
+    notes = []
+    told = replace(QUICK, progress=lambda stage, share, detail="": notes.append(detail) if stage == "note" else None)
+    loud = scaled(network, 1e2)
+    report = run(loud, tmp_path / "out.onnx", [PLAN, IN_FP16], calibration=calibration, conditions=told)
+    assert [point.name for point in report.front] == ["low rank in fp32"]
+    assert "overflows in fp16" in notes[0]
+    assert notes[0].startswith("the dense network in fp16 is left out: layer ")
+    assert "give more calibration inputs" in notes[0]
+    with pytest.raises(GraphError, match="Only inputs that were set aside show it"):
+        run(loud, tmp_path / "none.onnx", IN_FP16, calibration=calibration)
+    assert not (tmp_path / "none.onnx").exists()

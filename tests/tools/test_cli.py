@@ -18,6 +18,7 @@ from tensorrail_exporter.search import fastest_form
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan(layers=(LayerPlan(name="conv", format="tt", modes=(32, 9, 16), ranks=(1, 6, 6, 1)),))
+FP16 = 5e-3  # relative L2: eleven bits a value, a few layers
 
 
 @pytest.fixture
@@ -62,6 +63,37 @@ def test_export_check_inspect_and_bench_work_on_files(cli, small_path, plan_path
     assert code == 0
     assert "in 2 fresh processes" in " ".join(printed.split())
     assert json.loads((tmp_path / "b.json").read_text())["processes"] == 2
+
+
+def test_a_plan_in_fp16_is_exported_checked_and_inspected(cli, small_path, tmp_path):
+    plan, out = tmp_path / "plan.json", tmp_path / "half.onnx"
+    PLAN.model_copy(update={"precision": "fp16"}).save(plan)
+    assert json.loads(plan.read_text())["precision"] == "fp16"
+    code, told, _ = cli("export", small_path, "--plan", plan, "-o", out)
+    assert code == 0
+    assert "half.onnx is in fp16 as the plan says; overflow was looked for with random inputs" in " ".join(told.split())
+    graph = onnx.load(out).graph
+    assert {tensor.data_type for tensor in graph.initializer} == {onnx.TensorProto.FLOAT16}
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    code, printed, _ = cli(
+        "check", small_path, out, "--layers", "--plan", plan, "--json", tmp_path / "c.json", "--tolerance", 1
+    )
+    assert (code, "conv" in printed) == (0, True)
+    (layer,) = json.loads((tmp_path / "c.json").read_text())["layers"]
+    assert 0 < layer["numerical"] < FP16 < layer["approximation"]
+    code, printed, _ = cli("inspect", out)
+    assert code == 0
+    assert cli("inspect", out, "--placement")[0] == 0
+    PLAN.model_copy(update={"precision": "fp16", "fp32": ("conv",)}).save(plan)
+    code, told, _ = cli("export", small_path, "--plan", plan, "-o", out)
+    assert (code, "as the plan says, but for conv;" in " ".join(told.split())) == (0, True)
+    types = {tensor.name: tensor.data_type for tensor in onnx.load(out).graph.initializer}
+    assert types["conv/0"] == onnx.TensorProto.FLOAT
+    assert onnx.TensorProto.FLOAT16 in types.values()
+    PLAN.model_copy(update={"precision": "fp16", "fp32": ("nobody",)}).save(plan)
+    code, _, told = cli("export", small_path, "--plan", plan, "-o", tmp_path / "none.onnx")
+    assert (code, "fp32 of the plan: layer nobody: " in told) == (2, True)
+    assert not (tmp_path / "none.onnx").exists()
 
 
 def test_export_gives_slower_layers_the_dense_weight_of_their_cores(cli, small_path, tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ from tensorrail_exporter.compressed import Front, Point, Ratios
 from tensorrail_exporter.search import planner
 from tensorrail_exporter.search.report import Size
 from tensorrail_runtime.measure.agreement import Agreement
+from tensorrail_runtime.sessions.halves import computes_in_fp16
+from tensorrail_runtime.sessions.session import Session
 from tensorrail_trainer.networks.registry import SmallResNet
 from tensorrail_trainer.run.export import to_onnx
 
@@ -31,6 +33,7 @@ def folder(tmp_path_factory):
     x = rng.standard_normal((40, 3, 32, 32)).astype(np.float32)
     np.savez(made / "x.npz", image=x)
     np.savez(made / "test.npz", image=x, labels=rng.integers(0, 10, 40))
+    (made / "bf16.json").write_text(json.dumps({"layers": [], "precision": "bf16"}))
     return made
 
 
@@ -84,7 +87,7 @@ def test_rank_and_precision_are_one_choice(folder, inside, in_this_process):
     names = {point["name"] for point in record["front"]}
     assert "dense in int8" in names
     kinds = {name.partition(" in ")[2].partition(",")[0] for name in names}  # some layers of int8 may be faster in fp32
-    assert kinds <= {"fp32", "int8"}
+    assert kinds <= {"fp32", "int8"} | ({"fp16"} if computes_in_fp16(Session()) else set())
     assert "(written)" in printed
     assert (folder / "auto.onnx").exists()
 
@@ -101,14 +104,15 @@ def test_a_front_is_written_with_its_picture(folder, inside, in_this_process, mo
 
     monkeypatch.setattr(planner, "plan_networks", watched)
     code, _, errors = inside(
-        "compress", "dense.onnx", "-o", "best.onnx", "--front", "front.json", "--precision", "auto", "--calibration", "x.npz",
+        "compress", "dense.onnx", "-o", "best.onnx", "--front", "front.json", "--calibration", "x.npz",
+        "--precision", "auto", "--precision", "fp16",
         "--fit", "0", "--min-agreement", "0", "--search-seconds", "0", "--duration", "0.5", "--format", "svd", *FAST,
     )  # fmt: skip
     assert code in (0, 1), errors
-    assert walked == [[1.01, 1.02, 50.0]] * 2  # for fp32 and for int8; the last one cannot be reached
+    assert walked == [[1.01, 1.02, 50.0]] * 3  # for fp32, fp16 and int8; the last one cannot be reached
     front = Front.model_validate_json((folder / "front.json").read_text())
     assert front.model == "best.onnx"
-    assert "dense in int8" in {point.name for point in front.points}
+    assert {"dense in fp16", "dense in int8"} <= {point.name for point in front.points}
     assert all("latency=50" not in point.name for point in front.points)
     assert "<svg" in (folder / "front.svg").read_text()
     for name in ("front.json", "front.svg"):
@@ -123,13 +127,13 @@ def test_a_front_is_drawn_by_agreement_or_difference(agreement):
     aside = Agreement(samples=9, agreement=agreement, difference=0.1, **ends)
     points = [
         Point(name="a", precision=precision, layers=layers, size=size, ratios=ratios, approximation=0.1, aside=aside)
-        for precision in ("fp32", "int8")
+        for precision in ("fp32", "fp16", "int8")
         for layers in (0, 3)
     ]
     picture = drawn(tuple(points))
     assert ("best class agrees (%)" in picture) == (agreement is not None)
     assert ("outputs differ by (%)" in picture) == (agreement is None)
-    for label in ("dense, int8", "low rank, fp32"):
+    for label in ("dense, int8", "low rank, fp32", "dense, fp16", "low rank, fp16"):
         assert label in picture
     nothing = [point.model_copy(update={"aside": None}) for point in points]
     assert "<svg" in drawn(tuple(nothing))
@@ -199,7 +203,7 @@ def test_a_torch_module_can_be_planned(folder):
         ),
         (
             ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--precision", "int4"),
-            "precision: expected fp32, int8, auto, got 'int4'",
+            "precision: expected fp32, fp16, int8, auto, got 'int4'",
         ),
         (
             (
@@ -218,8 +222,13 @@ def test_a_torch_module_can_be_planned(folder):
         ),
         (
             ("plan", "dense.onnx", "--target", "flops=2", "--precision", "auto"),
-            "precision: a plan is for fp32 or int8, got 'auto'",
+            "precision: a plan is for one of fp32, fp16, int8, got 'auto'",
         ),
+        (
+            ("plan", "dense.onnx", "--target", "flops=2", "--precision", "fp16", "--precision", "int8"),
+            "precision: a plan is for one precision, got fp16, int8",
+        ),
+        (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "bf16.json"), "bf16.json: precision: "),
         (("compress", "dense.onnx", "-o", "o.onnx", "--plan", "none.json"), "none.json: cannot be read"),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "latency=2", "--calibration", "none.npz"), "none.npz"),
         (

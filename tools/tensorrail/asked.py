@@ -31,7 +31,7 @@ class Asked:
     guard: Guard
     """How closely the outputs must agree with the dense model's."""
     precisions: tuple[Precision, ...]
-    """The precisions to choose from, with int8 last."""
+    """The precisions to choose from, fp32 first."""
     plan: Plan | None
     """The plan that was given; None for targets."""
     targets: Mapping[str, float]
@@ -56,7 +56,7 @@ class Asked:
         from tensorrail_exporter.plans.plan import Plan
 
         if self.plan is not None:
-            return Plans([self.plan.model_copy(update={"precision": precision}) for precision in self.precisions])
+            return Plans([self._plan_in(self.plan, precision) for precision in self.precisions])
         found: dict[Plan, PlanReport] = {}
         refusal: TargetError | GraphError | None = None
         for precision in self.precisions:
@@ -72,15 +72,24 @@ class Asked:
             for report in reports:  # targets that are near to each other may have the same plan
                 found.setdefault(report.plan, report)
         low_rank: list[PlanReport | Plan] = [one for one in found.values() if one.plan.changes]
-        if "int8" in self.precisions:  # the dense network in int8 is measured in any case, and may be all that is fast enough
-            if not any(one.precision == "int8" for one in low_rank):
-                low_rank.append(Plan(layers=(), precision="int8"))
+        reduced = [precision for precision in self.precisions if precision != "fp32"]
+        for precision in reduced:  # the dense network in it is measured in any case, and may be all that is fast enough
+            if not any(one.precision == precision for one in low_rank):
+                low_rank.append(Plan(layers=(), precision=precision))
+        if reduced:
             return Plans(low_rank, refusal if isinstance(refusal, TargetError) and not found else None)
         if refusal is not None:
             raise refusal
         if not low_rank:
             raise TargetError("every layer stays dense: no form is faster here, and no model was written")
         return Plans(low_rank)
+
+    @staticmethod
+    def _plan_in(plan: Plan, precision: Precision) -> Plan:
+        """Return a plan in a precision; the layers in fp32 that it names are those of its own."""
+        if precision == plan.precision:
+            return plan
+        return plan.model_copy(update={"precision": precision, "fp32": ()})
 
     def _walked(
         self, search: Callable[[Search, Sequence[Mapping[str, float]]], list[PlanReport]], how: Search
@@ -98,9 +107,9 @@ class Plans:
     """The plans to choose from."""
 
     plans: Sequence[PlanReport | Plan]
-    """The plans; one without layers stands for the dense network in int8."""
+    """The plans; one without layers stands for the dense network in the plan's precision."""
     refusal: TargetError | None = None
-    """Why no plan meets the targets: raised unless the dense network in int8 does."""
+    """Why no plan meets the targets: raised unless the dense network in another precision does."""
 
 
 def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration: object, options: Options) -> Asked:
@@ -109,7 +118,7 @@ def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration
     Args:
         target: targets, a plan or the file of one, or None.
         calibration: the calibration inputs, or None.
-        options: `search`, `guard`, `precision` and `front`.
+        options: `search`, `guard`, `precision`, `session` and `front`.
 
     Raises:
         PlanError: there is neither a target, a plan nor calibration inputs; a target or plan is not valid; int8 or a front is
@@ -126,7 +135,7 @@ def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration
     if isinstance(given, Plan):
         if options.front:
             raise PlanError("a front is searched for, and does not follow from a plan: leave the plan out, or the front")
-        precisions = _precisions(options.precision or given.precision, search, calibration)
+        precisions = _precisions(given.precision, search, calibration, options)
         return Asked(search, guard, precisions, given, {}, (), fastest=False)
     targets = dict(given or {})
     if not targets and search.max_loss is None:
@@ -136,7 +145,7 @@ def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration
             )
         search, targets = replace(search, guard=guard), {"latency": _FASTER}
     search.check(targets)
-    precisions = _precisions(options.precision or search.precision, search, calibration)
+    precisions = _precisions(search.precision, search, calibration, options)
     fastest = search.guard is not None or search.max_loss is not None
     walk: tuple[Mapping[str, float], ...] = (targets,)
     if options.front:
@@ -155,16 +164,18 @@ def _walk(search: Search, targets: Mapping[str, float], calibration: object) -> 
     return tuple({**targets, "latency": step} for step in steps)
 
 
-def _precisions(asked: str, search: Search, calibration: object) -> tuple[Precision, ...]:
-    """Return the precisions to choose from, with int8 last."""
-    from tensorrail_exporter.search.targets import CHOICES
+def _precisions(default: Precision, search: Search, calibration: object, options: Options) -> tuple[Precision, ...]:
+    """Return the precisions to choose from, fp32 first: those that the options name, or the default."""
+    from tensorrail_exporter.precision.planned import PRECISIONS
+    from tensorrail_exporter.search.targets import precisions_of
 
-    if asked not in CHOICES:
-        raise PlanError(f"precision: expected {', '.join(CHOICES)}, got {asked!r}")
-    if CHOICES[asked] != ("fp32",) and calibration is None:
+    asked = options.precisions or (default,)
+    precisions = precisions_of(asked, options.session)
+    if calibration is None and any(PRECISIONS[precision].needs_inputs for precision in precisions):
         raise PlanError(
-            f"precision {asked} needs typical inputs for the ranges of activations: give calibration inputs, 100 or more"
+            f"precision {', '.join(asked)} needs typical inputs for the ranges of activations: give calibration inputs, 100 or "
+            "more"
         )
-    if search.also and CHOICES[asked] != ("fp32",):
+    if search.also and precisions != ("fp32",):
         raise PlanError(f"also: {search.also[0]} is made from a model in fp32: leave it out, or do not ask for a precision")
-    return CHOICES[asked]
+    return precisions

@@ -12,7 +12,14 @@ from tensorrail_runtime.records import write_text
 if TYPE_CHECKING:
     from tensorrail_exporter.compressed import CompressReport, Point
 
-_MARKS = {("fp32", True): "o", ("fp32", False): "s", ("int8", True): "^", ("int8", False): "D"}
+_MARKS = {
+    ("fp32", True): "o",
+    ("fp32", False): "s",
+    ("fp16", True): "v",
+    ("fp16", False): "P",
+    ("int8", True): "^",
+    ("int8", False): "D",
+}
 
 
 def front_files(path: Path) -> tuple[Path, Path]:

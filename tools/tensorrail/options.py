@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,15 +45,21 @@ class Options:
     """Told how far the work is: `progress(stage, share, detail)`."""
     inputs: InputRules = field(default_factory=InputRules)
     """Which inputs are constants or states, or have their samples along another axis than the first."""
-    precision: str | None = None
-    """Precision of a planned or compressed model: `fp32`, `int8`, or for `compress` also `auto`, the one that meets the target
-    with the least loss; default: that of the plan, if one is given, else `fp32`."""
+    precision: str | Sequence[str] | None = None
+    """Precision of a planned or compressed model: `fp32`, `fp16` or `int8`. For `compress` also several, or `auto`, for fp32,
+    int8, and fp16 where the provider computes in it: the one that meets the target with the least loss. Default: that of the
+    plan, if one is given, else `fp32`."""
     front: bool = False
     """Whether `compress` walks targets from 1.2 times less latency to what can be reached, and measures all of these models in
     turns; default False."""
     contrib: bool = True
     """Whether `export` and `compress` may write operators of com.microsoft, which ONNX Runtime alone has. With False, fused
     attention becomes operators of ONNX, also in the dense model that `compress` compares with; default True."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The names of the precisions that are asked for; empty: none."""
+        return (self.precision,) if isinstance(self.precision, str) else tuple(self.precision or ())
 
     def conditions(self, timing: Timing) -> Conditions:
         """Return what models are measured under, with this timing where none was given."""

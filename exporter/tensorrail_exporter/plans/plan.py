@@ -17,7 +17,7 @@ from tensorrail_exporter.plans.costs import cheapest_merge
 from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.records import first_problem, write_text
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 """The precision that a network is planned in."""
 
 
@@ -111,15 +111,16 @@ class Plan(BaseModel):
         version: version of the file format.
         layers: one plan per layer; no name may appear twice.
         precision: the precision in which the network was timed, and in which `compress` writes it; `fp32` in files of older
-            versions. What is not factorized is int8 as well.
+            versions. What is not factorized is in it as well; inputs and outputs of the network stay fp32.
         joint: layers of an ONNX graph that read the same input and become one layer, which has the name `joint_name` and may
             be planned in turn; by the names of their weights. None in files of older versions.
         heads: pairs of layers of an ONNX graph between which the heads of an attention get fewer values, before layers are
             joined or factorized. None in files of older versions.
         inner_shapes: whether the file of an ONNX graph states the shapes of inner tensors; `False` where the graph was measured
             to be faster without them.
-        fp32: layers, weights or nodes of the network with its cores that stay in fp32 where `precision` is `int8`: those that
-            `compress` found to lose too much in int8, or to be faster in fp32. Empty: `compress` looks for them.
+        fp32: layers, weights or nodes of the network with its cores that stay in fp32 where `precision` is another one: those
+            that `compress` found to lose too much or to overflow in it, or to be faster in fp32. Empty: `compress` looks for
+            them.
 
     """
 

@@ -15,8 +15,9 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.ranges import LARGEST
-from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
+from tensorrail_exporter.precision.weights import Weighted, check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
+from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.scratch import scratch
 
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
@@ -58,6 +59,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
         except Exception as error:  # noqa: BLE001 - the library raises assertions and errors of protobuf
             reason = prepared.text(first_line(error)) or type(error).__name__
             raise GraphError(f"the graph cannot be converted to fp16 ({reason}); {_KEEP}") from None
+    _remove_repeated_casts(converted)
     graph = import_graph(converted)
     _remove_double_casts(graph)
     result = prepared.restored(export_graph(graph, converted))
@@ -68,15 +70,21 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
     return result
 
 
+def too_large(model: onnx.ModelProto) -> tuple[Weighted, ...]:
+    """Return the nodes with a float32 weight that has values outside the range of fp16."""
+    return tuple(
+        layer
+        for layer in weighted(model)
+        if layer.values.dtype == np.float32 and not float(np.abs(layer.values).max(initial=0.0)) <= LARGEST
+    )
+
+
 def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:
-    for layer in weighted(model):
-        if layer.node.name in kept or layer.values.dtype != np.float32:
-            continue
-        largest = float(np.abs(layer.values).max(initial=0.0))
-        if not largest <= LARGEST:
+    for layer in too_large(model):
+        if layer.node.name not in kept:
             raise GraphError(
-                f"layer {layer.layer}: its weight {layer.weight} contains {largest:.3g}, outside the fp16 range of "
-                f"±{LARGEST:.0f}; keep layer {layer.layer} in fp32, or scale it down"
+                f"layer {layer.layer}: its weight {layer.weight} contains {float(np.abs(layer.values).max()):.3g}, outside the "
+                f"fp16 range of ±{LARGEST:.0f}; keep layer {layer.layer} in fp32, or scale it down"
             )
 
 
@@ -88,6 +96,16 @@ def _constants_of_kept(model: onnx.ModelProto, kept: frozenset[str]) -> frozense
             readers.setdefault(name, set()).add(node.name)
     constants = [node for node in model.graph.node if node.op_type == "Constant"]
     return frozenset(node.name for node in constants if readers.get(node.output[0]) and readers[node.output[0]] <= kept)
+
+
+def _remove_repeated_casts(model: onnx.ModelProto) -> None:
+    """Leave one of the casts of each tensor: the converter adds one of the same name for every kept node that reads it."""
+    written: set[str] = set()
+    for graph in (model.graph, *descendants(model.graph)):
+        for node in [node for node in graph.node if node.op_type == "Cast"]:
+            if node.output[0] in written:
+                graph.node.remove(node)
+            written.add(node.output[0])
 
 
 def _remove_double_casts(graph: gs.Graph) -> None:

@@ -118,6 +118,7 @@ class Quantizer:
 
     Attributes:
         model: the model in fp32, with a name for each node.
+        kept: the nodes that stay in fp32 in any case: none.
 
     """
 
@@ -141,6 +142,7 @@ class Quantizer:
         self.model = with_names(plain_constants(model))
         check_fp32(self.model, "int8")
         require_weights(self.model)
+        self.kept: tuple[str, ...] = ()
         self._prepared = Prepared(self.model)
         self._per_channel = per_channel
         self._narrow = processor().saturates if reduce_range is None else reduce_range

@@ -30,6 +30,26 @@ LARGEST = float(np.finfo(np.float16).max)  # 65504
 _SHOWN = 8  # names in the message, and layers in the table
 NORMAL = float(np.finfo(np.float16).tiny)  # 2⁻¹⁴: smaller values are subnormal
 
+_EXPONENT = np.uint16(0x7C00)  # the bits of the exponent of a float16
+_MOVES = (
+    *(
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "MaxPool",
+        "Relu",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+    ),
+    "Unsqueeze",
+)
+"""Operators whose results are among their inputs: what overflows is found before them."""
+
 
 class LayerRange(Record):
     """One core and its output over all inputs, computed in fp32. Ranges do not include infinite and NaN values.
@@ -147,23 +167,17 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
             name
             for node in reduced.graph.node
             for name in node.output
-            if name and not (readers[name] and all(node.op_type in ("Softmax", "LogSoftmax") for node in readers[name]))
+            if name
+            and node.op_type not in _MOVES
+            and not (readers[name] and all(node.op_type in ("Softmax", "LogSoftmax") for node in readers[name]))
         )
     )
-    origins = _origins(model, reduced)
-    overflowing: set[str] = set()
-    for outputs, exact in zip(
-        _exposed(reduced, names, feeds), _exposed(model, tuple(dict.fromkeys(origins.values())), feeds), strict=True
-    ):
-        for name, values in outputs.items():
-            if values.dtype != np.float16:
-                continue
-            known = exact.get(origins.get(name, ""))
-            fine = np.isfinite(values)
-            if known is not None and known.shape == values.shape:
-                fine |= ~np.isfinite(known)
-            if not fine.all():
-                overflowing.add(name)
+    suspects: list[tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]] = []  # inputs, and where tensors are not finite
+    for feed, outputs in zip(feeds, _exposed(reduced, names, feeds), strict=True):
+        infinite = {name: ~np.isfinite(values) for name, values in outputs.items() if _overflows(values)}
+        if infinite:
+            suspects.append((feed, infinite))
+    overflowing = _not_in_fp32(model, suspects, _origins(model, reduced))
     if not overflowing:
         return
     first = next(node for node in reduced.graph.node if overflowing & set(node.output))
@@ -179,6 +193,32 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
         ranges,
         keep,
     )
+
+
+def _overflows(values: np.ndarray) -> bool:
+    """Return whether an array is float16 and has a value that is infinite or NaN: all bits of its exponent are set."""
+    return values.dtype == np.float16 and bool(((values.view(np.uint16) & _EXPONENT) == _EXPONENT).any())
+
+
+def _not_in_fp32(
+    model: onnx.ModelProto,
+    suspects: Sequence[tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]],
+    origins: Mapping[str, str],
+) -> set[str]:
+    """Return the tensors with values that are finite in fp32; `origins` are their names there."""
+    overflowing: set[str] = set()
+    if not suspects:
+        return overflowing
+    names = {origins[name] for _, infinite in suspects for name in infinite if name in origins}
+    exact = _exposed(model, tuple(sorted(names)), [feed for feed, _ in suspects])
+    for (_, infinite), known in zip(suspects, exact, strict=True):
+        for name, places in infinite.items():
+            values = known.get(origins.get(name, ""))
+            if values is not None and values.shape == places.shape:
+                places = places & np.isfinite(values)  # noqa: PLW2901
+            if places.any():
+                overflowing.add(name)
+    return overflowing
 
 
 def _with_large_values(model: onnx.ModelProto, feeds: Feeds) -> tuple[str, ...]:

@@ -38,6 +38,8 @@ Precision = Literal["fp16", "int8"]
 TOLERANCES: dict[Precision, float] = {"fp16": 1e-2, "int8": 1e-1}
 """The default tolerance of the relative L2 difference of an output. What counts in the end is the accuracy."""
 
+WITH_CASTS = ": the CPU provider computes in fp32 and casts around it; fp16 is for GPUs, or for half the file"
+
 _RANDOM_BATCHES = (1, 7)  # batch sizes of the random inputs that are compared if none are given
 
 
@@ -120,7 +122,7 @@ class PrecisionReport(PrintedRecord):
 
     def _why(self) -> str:
         if self.to == "fp16" and self.latency.provider == "cpu" and self.verdict != "faster":
-            return ": the CPU provider computes in fp32 and casts around it; fp16 is for GPUs, or for half the file"
+            return WITH_CASTS
         return ""
 
 

@@ -24,7 +24,7 @@ from tensorrail_exporter.formats import WIDTH
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.plans.plan import Precision
-from tensorrail_exporter.precision.int8 import with_assumed_ranges
+from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.context import copies_of, dense_context, factored_context
 from tensorrail_exporter.search.options import Option, families
@@ -597,7 +597,7 @@ def _loaded_together(layer: DenseLayer, options: Sequence[Option], most: int) ->
 
 def _write(context: onnx.ModelProto, path: Path, precision: Precision) -> None:
     """Write a small model of copies of a layer in the precision that it is timed in."""
-    save_model(with_assumed_ranges(context) if precision == "int8" else context, path)
+    save_model(PRECISIONS[precision].for_layer(context), path)
 
 
 def _sketch_seconds(layer: DenseLayer, options: Sequence[Option]) -> float:

@@ -27,7 +27,7 @@ from tensorrail_exporter.calibrate.metric import Moments, roots
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.plans.plan import Plan, Precision
-from tensorrail_exporter.precision.int8 import to_int8
+from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.rewrite.biases import takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import rewrite, with_cores, with_weights
@@ -182,8 +182,7 @@ class Probe:
             fitted = fit(resolve(model, plan), self.parts.fitted, self.settings, progress=progress)
             in_one_step = self.precision == "fp32"  # reconstructed weights give the same outputs
             model = with_cores(fitted.resolved, fitted.cores) if in_one_step else rewrite(fitted.resolved, fitted.cores).model
-        if self.precision == "int8":
-            model = to_int8(model, self.parts.fitted.feeds)
+        model = PRECISIONS[self.precision].for_outputs(model, self.parts.fitted.feeds)
         if self._dense is None:
             self._dense = outputs_of(self.reference or self.resolved.model, names, others, self.settings)
         outputs = outputs_of(model, names, others, self.settings)

@@ -24,7 +24,7 @@ from tensorrail_exporter.calibrate.layerwise import dense_weights
 from tensorrail_exporter.calibrate.split import Split, split
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.joint import joint_groups, joint_name, with_joint
-from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut, left_out, survey
 from tensorrail_exporter.search.exact import fastest_exact
@@ -52,6 +52,7 @@ from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, part_of
 from tensorrail_runtime.scratch import scratch
+from tensorrail_runtime.sessions.halves import computes_in_fp16
 from tensorrail_runtime.sessions.machine import machine, processor
 from tensorrail_runtime.sessions.session import Session
 
@@ -370,7 +371,7 @@ def _search(
         rows=(),
         measured=None,
         machine=machine(gpu=verification.settings.on_gpu),
-        warnings=candidates.warnings,
+        warnings=(*candidates.warnings, *_casts(search.precision, verification.settings)),
         plan=Plan(layers=(), precision=search.precision),
     )
     reports: list[PlanReport] = []
@@ -404,6 +405,13 @@ def _search(
             break
     progress("timing the chosen network", 1.0)
     return reports
+
+
+def _casts(precision: Precision, settings: Session) -> tuple[str, ...]:
+    """Return the warning that times in fp16 are those of fp32 with casts, where they are."""
+    if precision != "fp16" or computes_in_fp16(settings):
+        return ()
+    return ("this provider computes fp16 as fp32 with casts: plan for a GPU on that GPU, where other ranks are fast",)
 
 
 def _best(reports: Sequence[PlanReport], *, fastest: bool) -> PlanReport:

@@ -154,8 +154,8 @@ class PlanReport(PrintedRecord):
 
     `dense` is measured. `planned` is counted in the graph of the chosen network, with the predicted time. `measured` is the
     speed-up of the chosen network over the dense one. `slower` lists rewritten layers that are slower than dense in its
-    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU and in int8 nothing is
-    profiled: the latency table alone decides which layers are faster.
+    profile; it is empty unless slower layers were allowed or no other choice meets the targets. On a GPU, and in fp16 and int8,
+    nothing is profiled: the latency table alone decides which layers are faster.
     """
 
     version: Literal[1] = 1
@@ -243,8 +243,8 @@ class PlanReport(PrintedRecord):
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
             lines += self.verified.described()
-            if self.precision == "int8":
-                lines.append("the loss of the planned network does not include what rounding to int8 loses")
+            if self.precision != "fp32":
+                lines.append(f"the loss of the planned network does not include what rounding to {self.precision} loses")
         elif self.plan.layers:
             lines.append("nothing is known about the accuracy of this plan: no calibration inputs were given")
         elif self.plan.heads and self.loss_from != "weights":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tensorrail_exporter.formats.contraction import LOOP
 from tensorrail_exporter.plans.costs import dense_cost
 from tensorrail_exporter.plans.plan import Plan
+from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.knapsack import Apart, Limit, choose
 from tensorrail_exporter.search.latency_table import LatencyTable, makers_of
@@ -95,7 +96,7 @@ class Candidates:
 
     def itemsize(self, layer: DenseLayer) -> int:
         """Return the bytes of one value of a weight of the layer."""
-        return 1 if self.table.target.precision == "int8" else layer.dtype.itemsize
+        return PRECISIONS[self.table.target.precision].itemsize or layer.dtype.itemsize
 
     def without(self, report: PlanReport, slower: Sequence[str]) -> Candidates:
         """Return the candidates without some of the chosen forms.

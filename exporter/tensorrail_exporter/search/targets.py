@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -12,9 +12,10 @@ from typing import get_args
 from tensorrail_exporter.plans.plan import Precision
 from tensorrail_exporter.search.guard import Guard
 from tensorrail_runtime.errors import PlanError
+from tensorrail_runtime.sessions.halves import computes_in_fp16
+from tensorrail_runtime.sessions.session import Session
 
-CHOICES: dict[str, tuple[Precision, ...]] = {"fp32": ("fp32",), "int8": ("int8",), "auto": ("fp32", "int8")}
-"""What may be asked for, and the precisions that are planned for it."""
+AUTO = "auto"  # fp32, int8, and fp16 where the provider computes in it
 
 TARGETS = ("latency", "flops", "params", "bytes")
 
@@ -39,6 +40,27 @@ def is_met(reached: float, target: float) -> bool:
 def nearness(reached: Mapping[str, float], targets: Mapping[str, float]) -> float:
     """Return the share of a target that is reached, for the target with the smallest share; 1 without targets."""
     return min((reached[name] / target for name, target in targets.items()), default=1.0)
+
+
+def precisions_of(asked: Sequence[str], settings: Session) -> tuple[Precision, ...]:
+    """Return the precisions that are planned for what was asked, fp32 first.
+
+    Args:
+        asked: names of precisions, or `auto`: fp32, int8, and fp16 where the provider computes in it.
+        settings: how the networks will run.
+
+    Raises:
+        PlanError: a name is unknown, or there is none.
+
+    """
+    known = get_args(Precision)
+    for name in asked or [""]:
+        if name not in (*known, AUTO):
+            raise PlanError(f"precision: expected {', '.join((*known, AUTO))}, got {name!r}")
+    chosen = {*asked}
+    if AUTO in chosen:
+        chosen |= {"fp32", "int8"} | ({"fp16"} if computes_in_fp16(settings) else set())
+    return tuple(precision for precision in known if precision in chosen)
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ class Search:
         if self.heads is not None and min(self.heads if isinstance(self.heads, tuple) else (self.heads,)) < 1:
             raise PlanError(f"heads: expected a positive number of values, or two, got {self.heads}")
         if self.precision not in get_args(Precision):
-            raise PlanError(f"precision: a plan is for {' or '.join(get_args(Precision))}, got {self.precision!r}")
+            raise PlanError(f"precision: a plan is for one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         if self.guard is not None:
             self.guard.check()
             if self.max_loss is not None:

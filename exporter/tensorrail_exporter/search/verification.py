@@ -14,7 +14,7 @@ from tensorrail_exporter.formats import WIDTH
 from tensorrail_exporter.graphs.io import save_model
 from tensorrail_exporter.graphs.joint import Joint, without_inner_shapes
 from tensorrail_exporter.plans.plan import HeadPlan, Plan, Precision
-from tensorrail_exporter.precision.int8 import to_int8
+from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rewriter import rewrite
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
@@ -42,7 +42,7 @@ class Verification:
     precision: Precision = "fp32"
     """The precision of the networks that are timed against the dense one; default fp32."""
     ranges: Sequence[Mapping[str, np.ndarray]] = ()
-    """A few inputs, for int8: ranges of activations are taken from them. Default: random ones."""
+    """A few inputs, which ranges of activations are taken from; default: random ones."""
     joint: tuple[Joint, ...] = ()
     """The layers that are one in `model`, and not in the file of the dense model; default: none."""
     heads: tuple[HeadPlan, ...] = ()
@@ -72,7 +72,7 @@ class Verification:
             dense: size and time of the dense network in fp32.
 
         Raises:
-            GraphError: nothing in the graph can be quantized.
+            GraphError: nothing in the graph can be converted.
 
         """
         if self.precision == "fp32" and not self._changed:
@@ -142,8 +142,8 @@ class Verification:
 
     def write(self, model: onnx.ModelProto, path: Path, *, inner_shapes: bool | None = None) -> None:
         """Write a network in the precision of the plan; `inner_shapes` in place of the property of that name, if given."""
-        if self.precision == "int8":
-            model = to_int8(model, self.feeds, gauge=False, rounding="nearest")
+        own = PRECISIONS[self.precision]
+        model = own.for_times(model, self.feeds if own.needs_inputs else ())
         keep = self.inner_shapes if inner_shapes is None else inner_shapes
         save_model(model if keep else without_inner_shapes(model), path)
 

@@ -193,7 +193,7 @@ def test_the_survey_counts_the_product(rng):
     assert ([layer.name for layer in kept], others) == (["qkv", "out"], ())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_it_is_planned_by_measured_times(precision, rng, tmp_path):
     model = attention_model(rng, mask=PADDED, tail=True)
     timing = Timing(shapes=SHAPES | {"mask": PADDED.shape})

@@ -464,24 +464,27 @@ def test_fewer_forms_are_loaded_together_where_each_holds_another_weight(loaded,
     assert loads == [count + (k > 0) for k, count in enumerate(models)]  # with both in each
 
 
-def test_layers_for_int8_are_timed_in_int8_and_kept_apart(rng, monkeypatch, tmp_path):
+def test_layers_are_timed_in_the_precision_of_the_plan_and_kept_apart(rng, monkeypatch, tmp_path):
     timed = []
 
     def bursts(paths, settings, seconds, rounds=0, precision=0.0, most=0, of_all=0.0):
-        timed.append([{node.op_type for node in onnx.load(path).graph.node} for path in paths])
+        timed.append([onnx.load(path).graph for path in paths])
         return [np.full(3, 1.0 + k) for k in range(len(paths))], 0.0
 
     monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
     layer = conv_layer(rng)
-    tables = {precision: LatencyTable.open(CPU, tmp_path, precision=precision) for precision in ("fp32", "int8")}
-    assert tables["fp32"].path != tables["int8"].path
+    tables = {precision: LatencyTable.open(CPU, tmp_path, precision=precision) for precision in ("fp32", "fp16", "int8")}
+    assert len({table.path for table in tables.values()}) == 3
     for precision, table in tables.items():
         table.measure({layer: options_of(layer, ["svd"], 16)}, CPU)
-        kinds = [ops for group in timed for ops in group]
-        assert len(kinds) > 2
-        for ops in kinds:
+        graphs = [graph for group in timed for graph in group]
+        assert len(graphs) > 2
+        for graph in graphs:
+            ops = {node.op_type for node in graph.node}
             assert ("DequantizeLinear" in ops) == (precision == "int8")
             assert "Conv" in ops
+            halves = {tensor.data_type for tensor in graph.initializer} == {onnx.TensorProto.FLOAT16}
+            assert halves == (precision == "fp16")
         timed.clear()
         assert LatencyTable.open(CPU, tmp_path, precision=precision).times == table.times
     assert LatencyTable.open(CPU, tmp_path).path == tables["fp32"].path

@@ -133,6 +133,22 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
     assert report.planned.params <= report.dense.params / 2.0
 
 
+def test_a_plan_in_fp16_counts_from_the_dense_network_in_fp32(network, known_times, tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "computes_in_fp16", lambda settings: settings.on_gpu)
+    known_times |= {"measured start.onnx": 0.8, "measured chosen.onnx": 2.01}
+    asked = replace(search(tmp_path), precision="fp16")
+    report = plan_network(network, {"latency": 2.0}, asked)
+    assert (report.precision, report.plan.precision, report.meets) == ("fp16", "fp16", True)
+    assert report.planned.bytes < report.dense.bytes / 2
+    assert sum(row.dense_ms for row in report.rows) == pytest.approx(report.dense.milliseconds)  # of the table
+    (warning,) = report.warnings
+    assert "computes fp16 as fp32 with casts" in warning
+    report = plan_network(network, {"bytes": 1.9}, asked)
+    assert report.plan == Plan(layers=(), precision="fp16")  # the dense network is small enough in fp16
+    assert (report.meets, report.measured.value) == (True, 0.8)
+    assert "the planned network is not faster" in str(report)
+
+
 def test_a_plan_in_int8_counts_from_the_dense_network_in_fp32(network, known_times, tmp_path):
     known_times |= {"measured start.onnx": 2.0, "measured chosen.onnx": 4.02}
     asked = replace(search(tmp_path), precision="int8")

@@ -75,12 +75,13 @@ Target = Annotated[
     ),
 ]
 Precision = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--precision",
-        metavar="fp32|int8|auto",
-        help="Precision that ranks are chosen and times are measured in. auto, for compress: the one of all models, in fp32 or "
-        "int8, dense or low rank, that meets the target with the least loss.  [default: fp32]",
+        metavar="fp32|fp16|int8|auto",
+        help="Precision that ranks are chosen and times are measured in. For compress it may be repeated, and auto is fp32, "
+        "int8, and fp16 where the provider computes in it: of all models, dense or low rank, the one that meets the target "
+        "with the least loss is written.  [default: fp32]",
         show_default=False,
     ),
 ]

@@ -46,7 +46,7 @@ _ENTRY = {
     "module_path": f"{__name__}.TensorrailCompress",
     "supported_providers": list(_PROVIDERS),
     "supported_accelerators": ["cpu", "gpu"],
-    "supported_precisions": ["fp32", "int8"],
+    "supported_precisions": ["fp32", "fp16", "int8"],
     "supported_algorithms": [],
     "supported_quantization_encodings": ["qdq"],
     "dataset": "dataset_optional",
@@ -90,7 +90,9 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
                 type_=int, default_value=512, description="Samples of data_config that are used at most."
             ),
             "precision": PassConfigParam(
-                type_=str, default_value="fp32", description="fp32, int8, or auto: the one that loses less at the target."
+                type_=str,
+                default_value="fp32",
+                description="fp32, fp16, int8, or auto: the one that loses least at the target; fp16 is in it on GPUs.",
             ),
             "format": PassConfigParam(
                 type_=list[str], default_value=None, description="Formats of the cores, such as svd; default: all."

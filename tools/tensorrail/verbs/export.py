@@ -10,7 +10,7 @@ from tensorrail.contrib import without_contrib
 from tensorrail.inputs import require_writable
 from tensorrail.models import as_graph
 from tensorrail.options import Options
-from tensorrail_runtime.errors import PlanError
+from tensorrail_runtime.errors import GraphError, PlanError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,8 @@ def export(
 ) -> Rewrites:
     """Rewrite every planned layer of a dense model to the contraction of its cores, and write the factored model to `out`.
 
+    A plan for fp16 gives a model in fp16; one for int8, whose ranges need typical inputs, gives a model in fp32.
+
     Args:
         model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         out: the file to write.
@@ -45,7 +47,7 @@ def export(
 
     Raises:
         PlanError: the plan names no layer, or modes, ranks or cores do not fit.
-        GraphError: a planned layer is not in the model, or cannot be rewritten.
+        GraphError: a planned layer is not in the model, or cannot be rewritten; or the model cannot be converted to fp16.
 
     """
     from tensorrail_exporter.graphs.io import save_model
@@ -75,15 +77,13 @@ def export(
     elif isinstance(cores, Path | str):
         cores = load_cores(cores, read)
     factored, dense_again = factorize_fastest(graph, read, cores, form, settings=options.session, progress=options.progress)
-    save_model(factored.model if read.inner_shapes else without_inner_shapes(factored.model), Path(out))
+    written = _in_precision(factored.model, read, out, form, options)
+    save_model(written if read.inner_shapes else without_inner_shapes(written), Path(out))
     with scratch() as folder:
         dense = Path(model) if isinstance(model, Path | str) else Path(folder) / "dense.onnx"
         if not isinstance(model, Path | str):
             save_model(graph, dense)
         fusions = compared_fusions(dense, out, options.session)
-    if read.precision == "int8":
-        kept = f", and keep these in fp32: {', '.join(read.fp32)}" if read.fp32 else ""
-        options.progress("note", 1.0, f"the plan is for int8, and {out} is fp32: convert it with `tensorrail quantize`{kept}")
     heads = narrowed_heads(graph, read.heads)
     return Rewrites(layers=factored.layers, dense=dense_again.layers, heads=heads, fusions=fusions, model=str(out))
 
@@ -93,12 +93,50 @@ def _require_same_heads(graph: onnx.ModelProto, plan: Plan, form: Form, options:
     from tensorrail_exporter.graphs.io import save_model
     from tensorrail_exporter.rewrite.narrowed_heads import heads_error
     from tensorrail_runtime.scratch import scratch
-    from tensorrail_runtime.sessions.inputs import random_inputs
-    from tensorrail_runtime.sessions.session import open_session
 
     exact = options.session.exact
     with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(graph, dense)
-        feed = random_inputs(open_session(dense, settings=exact), form.batch, shapes=form.shapes)
-        heads_error(dense, graph, plan.heads, [feed], exact)
+        heads_error(dense, graph, plan.heads, [_random_feed(graph, form, options)], exact)
+
+
+def _in_precision(model: onnx.ModelProto, plan: Plan, out: Path | str, form: Form, options: Options) -> onnx.ModelProto:
+    """Return a factored model in the precision of its plan, or in fp32 where that needs typical inputs; a note says what it is.
+
+    Values that leave the range of fp16 are looked for with random inputs.
+    """
+    from tensorrail_exporter.precision.planned import PRECISIONS
+
+    own = PRECISIONS[plan.precision]
+    if own.converter is None:
+        return model
+    named = ", ".join(plan.fp32)
+    if own.needs_inputs:
+        kept = f", and keep these in fp32: {named}" if named else ""
+        options.progress(
+            "note", 1.0, f"the plan is for {plan.precision}, and {out} is fp32: convert it with `tensorrail quantize`{kept}"
+        )
+        return model
+    with own.converter(model, [_random_feed(model, form, options)]) as convert:
+        try:
+            converted = convert(plan.fp32)
+        except GraphError as error:
+            raise GraphError(f"fp32 of the plan: {error}") from None
+        kept = f", but for {names}" if (names := ", ".join(dict.fromkeys((*plan.fp32, *convert.kept)))) else ""
+    options.progress(
+        "note", 1.0, f"{out} is in {plan.precision} as the plan says{kept}; overflow was looked for with random inputs alone"
+    )
+    return converted
+
+
+def _random_feed(model: onnx.ModelProto, form: Form, options: Options) -> Mapping[str, np.ndarray]:
+    from tensorrail_exporter.graphs.io import save_model
+    from tensorrail_runtime.scratch import scratch
+    from tensorrail_runtime.sessions.inputs import random_inputs
+    from tensorrail_runtime.sessions.session import open_session
+
+    with scratch() as folder:
+        path = Path(folder) / "model.onnx"
+        save_model(model, path)
+        return random_inputs(open_session(path, settings=options.session.exact), form.batch, shapes=form.shapes)

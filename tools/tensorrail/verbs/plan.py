@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tensorrail.inputs import as_calibration, feed_of, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
+from tensorrail_runtime.errors import PlanError
 from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Timing
 
@@ -34,7 +35,7 @@ def plan(
             where `options.search` has a `max_loss` or a `guard`.
         calibration: inputs that losses are measured on: an npz file, a folder, or arrays by input name. Labels, an array
             `labels`, are needed for `options.search.metric` alone.
-        options: `session`, `timing` (batch size and shapes), `search`, `precision` (`fp32` or `int8`), `fit.samples`
+        options: `session`, `timing` (batch size and shapes), `search`, `precision` (`fp32`, `fp16` or `int8`), `fit.samples`
             (default 128), `inputs` and `progress`. Of a torch module, layers are joined only if `search.joint` is True.
 
     Returns:
@@ -51,7 +52,7 @@ def plan(
     from tensorrail_exporter.search.targets import Search
 
     options = options or Options()
-    search = _in_precision(options.search or Search(), options.precision)
+    search = _in_precision(options.search or Search(), options.precisions)
     if isinstance(model, tuple) and search.joint is None:
         search = replace(search, joint=False)  # a module keeps such layers apart, and is trained toward the plan
     search.check(target or {})
@@ -67,5 +68,8 @@ def plan(
         return plan_network(graph, target or {}, search, calibration=inputs, conditions=conditions)
 
 
-def _in_precision(search: Search, asked: str | None) -> Search:
-    return search if asked is None else replace(search, precision=asked)  # type: ignore[arg-type] # checked with the search
+def _in_precision(search: Search, asked: Sequence[str]) -> Search:
+    """Return the search in the precision that is asked for, which is checked with the search."""
+    if len(asked) > 1:
+        raise PlanError(f"precision: a plan is for one precision, got {', '.join(asked)}; compress chooses among several")
+    return replace(search, precision=asked[0]) if asked else search  # type: ignore[arg-type] # checked with the search

@@ -1,0 +1,108 @@
+"""The precisions that a network is planned in: fp16 without overflow, and what is asked for."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from conftest import make_model
+from onnx import TensorProto, helper, numpy_helper
+
+from tensorrail_exporter import GraphError, PlanError
+from tensorrail_exporter.plans.plan import Precision
+from tensorrail_exporter.precision.finite import Float16Converter, to_finite_fp16
+from tensorrail_exporter.precision.fp16 import to_fp16
+from tensorrail_exporter.precision.planned import PRECISIONS
+from tensorrail_exporter.precision.ranges import RangeError, require_finite
+from tensorrail_exporter.search import targets
+from tensorrail_exporter.search.targets import precisions_of
+from tensorrail_runtime.sessions.session import Session
+
+
+def loud(rng, scale=1e5, shrink=1e-5):
+    """Return three products, the first of which gives values of about `scale`, and the second takes them back."""
+    weights = {
+        "up.weight": (scale / 4 * rng.standard_normal((16, 16))).astype(np.float32),
+        "down.weight": (shrink / 4 * rng.standard_normal((16, 16))).astype(np.float32),
+        "last.weight": (rng.standard_normal((16, 16)) / 4).astype(np.float32),
+    }
+    names = [name.removesuffix(".weight") for name in weights]
+    sources = ["x", *names[:-1]]
+    outputs = [*names[:-1], "y"]
+    nodes = [
+        helper.make_node("Gemm", [source, weight], [out], name, transB=1)
+        for source, weight, out, name in zip(sources, weights, outputs, names, strict=True)
+    ]
+    return make_model(nodes, weights, {"x": ["batch", 16]}, {"y": ["batch", 16]})
+
+
+def types_of(model):
+    return {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+
+
+def test_every_precision_of_a_plan_is_known():
+    assert tuple(PRECISIONS) == get_args(Precision)
+    assert PRECISIONS["fp32"].converter is None
+
+
+def test_layers_whose_values_leave_the_range_stay_in_fp32(rng):
+    model = loud(rng, scale=4e4)
+    feeds = [{"x": 4 * rng.standard_normal((8, 16)).astype(np.float32)}]
+    with Float16Converter(model, feeds) as convert:
+        assert convert.kept == ("down", "up")  # what produces the values, and what reads them
+        assert convert.layers() == ["last"]
+        narrow, none = convert(), convert(("last",))
+    assert types_of(narrow)["last.weight"] == TensorProto.FLOAT16
+    assert {types_of(narrow)[name] for name in ("up.weight", "down.weight")} == {TensorProto.FLOAT}
+    assert set(types_of(none).values()) == {TensorProto.FLOAT}
+    require_finite(model, narrow, feeds)
+    with pytest.raises(RangeError, match="overflows in fp16"):
+        require_finite(model, PRECISIONS["fp16"].for_layer(model), feeds)
+
+
+def test_a_weight_outside_the_range_stays_in_fp32_without_inputs(rng):
+    model = loud(rng, scale=3e6)
+    assert Float16Converter(model, ()).kept == ("up",)
+    assert types_of(to_finite_fp16(model))["up.weight"] == TensorProto.FLOAT
+    with pytest.raises(GraphError, match=r"layer up: its weight up.weight contains .*, outside the fp16 range"):
+        PRECISIONS["fp16"].for_layer(model)
+
+
+def test_nothing_is_kept_where_nothing_overflows(rng):
+    model = loud(rng, scale=1.0, shrink=1.0)
+    feeds = [{"x": rng.standard_normal((8, 16)).astype(np.float32)}]
+    assert Float16Converter(model, feeds).kept == ()
+    assert set(types_of(to_finite_fp16(model, feeds)).values()) == {TensorProto.FLOAT16}
+
+
+def test_a_layer_in_another_type_is_timed_as_it_is(rng):
+    doubles = helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["batch", 4])
+    weight = numpy_helper.from_array(rng.standard_normal((4, 4)), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [doubles], [], [weight])
+    model = helper.make_model(graph)
+    assert PRECISIONS["fp16"].for_layer(model) is model
+    assert set(types_of(PRECISIONS["fp16"].for_layer(loud(rng, 1.0, 1.0))).values()) == {TensorProto.FLOAT16}
+
+
+def test_auto_includes_fp16_only_where_it_is_computed_in(monkeypatch):
+    asked = {"auto": ("auto",), "both": ("int8", "fp32"), "all": ("fp16", "auto")}
+    monkeypatch.setattr(targets, "computes_in_fp16", lambda settings: settings.on_gpu)
+    here = {name: precisions_of(names, Session()) for name, names in asked.items()}
+    assert here == {"auto": ("fp32", "int8"), "both": ("fp32", "int8"), "all": ("fp32", "fp16", "int8")}
+    assert precisions_of(("auto",), Session(provider="cuda")) == ("fp32", "fp16", "int8")
+    with pytest.raises(PlanError, match="precision: expected fp32, fp16, int8, auto, got 'bf16'"):
+        precisions_of(("fp32", "bf16"), Session())
+
+
+def test_two_nodes_in_fp32_may_read_the_same_tensor(rng):
+    """The converter of ONNX Runtime adds a cast of the same name for each."""
+    weights = {name: rng.standard_normal((4, 4)).astype(np.float32) for name in ("a", "b", "c")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "first"),
+        helper.make_node("MatMul", ["h", "b"], ["p"], "left"),
+        helper.make_node("MatMul", ["h", "c"], ["q"], "right"),
+        helper.make_node("Mul", ["p", "q"], ["y"], "product"),
+    ]
+    model = make_model(nodes, weights, {"x": ["batch", 4]}, {"y": ["batch", 4]})
+    narrow = to_fp16(model, keep=("left", "right"))
+    assert types_of(narrow) == {"a": TensorProto.FLOAT16, "b": TensorProto.FLOAT, "c": TensorProto.FLOAT}
+    require_finite(model, narrow, [{"x": rng.standard_normal((3, 4)).astype(np.float32)}])
