@@ -173,8 +173,8 @@ def _precisions(default: Precision, search: Search, calibration: object, options
     precisions = precisions_of(asked, options.session)
     if calibration is None and any(PRECISIONS[precision].needs_inputs for precision in precisions):
         raise PlanError(
-            f"precision {', '.join(asked)} needs typical inputs for the ranges of activations: give calibration inputs, 100 or "
-            "more"
+            "int8 needs typical inputs for the ranges of activations: give calibration inputs, 100 or more, or leave int8 out "
+            "of the precisions (auto includes it)"
         )
     if search.also and precisions != ("fp32",):
         raise PlanError(f"also: {search.also[0]} is made from a model in fp32: leave it out, or do not ask for a precision")

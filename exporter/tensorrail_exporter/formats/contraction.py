@@ -270,7 +270,7 @@ class Reshape:
 
 
 Step = Conv | MatMul | SplitIndex | Gather | GatherMatMul | Reshape
-"""One step of a contraction; it becomes one ONNX node, but for indices of several modes, which take a few."""
+"""One step of a contraction: one ONNX node, but several for `SplitIndex`, and a Gather and a MatMul for `GatherMatMul`."""
 
 
 class Chain:

@@ -75,7 +75,7 @@ def products_of_einsums(model: onnx.ModelProto) -> onnx.ModelProto:
 
     The MatMul has the name of the Einsum, and its matrix that of the stored tensor if nothing reads that in another way. Left
     as they are: equations that are not those of a layer (with an axis that both operands and the output have, a trace, or a sum
-    over one operand alone), `...` where axes would be moved, and tensors that an input of the model may replace.
+    over one operand alone), `...` where axes would be moved or joined, and tensors that an input of the model may replace.
 
     Args:
         model: the model; it is not changed.

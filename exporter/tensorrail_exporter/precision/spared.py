@@ -1,4 +1,4 @@
-"""Finds the layers that must stay in fp32 so that a network in int8 is accurate enough, and no more than these.
+"""Finds the layers that must stay in fp32 so that a network in fp16 or int8 is accurate enough, and no more than these.
 
 Most of what int8 loses is often lost in a few layers: the first, the last, one with outliers. Consecutive layers are spared
 together, because every border between int8 and fp32 costs a conversion. Each group is tried alone first; then groups are spared

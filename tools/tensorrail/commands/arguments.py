@@ -79,9 +79,9 @@ Precision = Annotated[
     typer.Option(
         "--precision",
         metavar="fp32|fp16|int8|auto",
-        help="Precision that ranks are chosen and times are measured in. For compress it may be repeated, and auto is fp32, "
-        "int8, and fp16 where the provider computes in it: of all models, dense or low rank, the one that meets the target "
-        "with the least loss is written.  [default: fp32]",
+        help="Precision that times are measured and ranks are chosen in. compress takes several (repeat the option), or auto: "
+        "fp32, int8, and fp16 where the provider computes in it. It then writes the model, dense or low rank, that meets the "
+        "target with the least loss.  [default: that of the plan, if one is given, else fp32]",
         show_default=False,
     ),
 ]

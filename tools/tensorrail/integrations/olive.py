@@ -92,7 +92,7 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
             "precision": PassConfigParam(
                 type_=str,
                 default_value="fp32",
-                description="fp32, fp16, int8, or auto: the one that loses least at the target; fp16 is in it on GPUs.",
+                description="fp32, fp16, int8, or auto: of these, fp16 where the provider computes in it, the one that loses least.",
             ),
             "format": PassConfigParam(
                 type_=list[str], default_value=None, description="Formats of the cores, such as svd; default: all."

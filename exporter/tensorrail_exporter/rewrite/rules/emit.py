@@ -148,8 +148,8 @@ class Site:
         """
         if self.graph.opset < _MOD:
             raise GraphError(
-                f"layer {layer}: the index of each mode takes the operator Mod, of opset {_MOD}, got opset {self.graph.opset}; "
-                "convert the model to a newer opset, or use another format than ttm"
+                f"layer {layer}: expected opset {_MOD} or newer, since an embedding in format ttm needs the operator Mod, got "
+                f"opset {self.graph.opset}; convert the model to a newer opset, or use another format"
             )
         kind = np.dtype(indices.dtype)
 
