@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -180,15 +180,17 @@ def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str
     return variants
 
 
-def rows_of(name: str, batch: int, seconds: float, folder: Path, *, few: bool = False) -> list[str]:
-    """Return the rows of a network at a batch size; with `few`, of the variants that `FEW` names."""
+def rows_of(
+    name: str, batch: int, seconds: float, folder: Path, *, few: bool = False, without: Sequence[str] = ()
+) -> list[str]:
+    """Return the rows of a network at a batch size; with `few`, of the variants that `FEW` names; without some of them."""
     make, inputs = NETWORKS[name]
     torch.manual_seed(0)
     model = make().eval()
     dense = tr.to_onnx(model if isinstance(model, UNet) else Only(model), inputs(2), input_names=["x"])
     variants = variants_of(dense, inputs(SAMPLES), batch)
-    if few:
-        variants = {what: variant for what, variant in variants.items() if what in FEW}
+    kept = [what for what in variants if what not in without and (what in FEW or not few)]
+    variants = {what: variants[what] for what in kept}
     paths = []
     for number, variant in enumerate(variants.values()):
         paths.append(folder / f"{number}.onnx")
@@ -208,6 +210,7 @@ def rows_of(name: str, batch: int, seconds: float, folder: Path, *, few: bool = 
 def _asked(options: argparse.Namespace) -> str:
     only = "" if options.only == list(NETWORKS) else "--only " + " ".join(repr(name) for name in options.only) + " "
     few = " --few" if options.few else ""
+    few += f" --without {' '.join(map(repr, options.without))}" if options.without else ""
     return f"{only}--batch {' '.join(map(str, options.batch))} --seconds {options.seconds:g}{few}"
 
 
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seconds", type=float, default=4.0, help="Of each variant.")
     parser.add_argument("--few", action="store_true", help="Five variants alone, for networks that take long.")
+    parser.add_argument("--without", nargs="+", default=[], metavar="VARIANT", help="Leave variants out.")
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     here = machine()
@@ -234,7 +238,7 @@ def main() -> None:
     for name in options.only:
         for batch in options.batch:
             with tempfile.TemporaryDirectory() as folder:
-                rows = rows_of(name, batch, options.seconds, Path(folder), few=options.few)
+                rows = rows_of(name, batch, options.seconds, Path(folder), few=options.few, without=options.without)
             lines += rows
             print("\n".join(rows), flush=True)
             if options.out:

@@ -26,7 +26,7 @@ from tensorrail_exporter.graphs.io import load_model, save_model
 from tensorrail_exporter.graphs.joint import rounding_error, without_inner_shapes
 from tensorrail_exporter.plans.plan import HeadPlan, Plan, Precision
 from tensorrail_exporter.precision.islands import fastest_islands
-from tensorrail_exporter.precision.planned import PRECISIONS, Converter, PlannedPrecision, Require
+from tensorrail_exporter.precision.planned import PRECISIONS, Converter, PlannedPrecision, Require, require_kept
 from tensorrail_exporter.precision.spared import Judge as SparedJudge
 from tensorrail_exporter.precision.spared import Layer, Spared, with_spared_layers
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_error, narrowed_heads
@@ -345,10 +345,8 @@ class _Builder:
 
         with own.converter(model, self._feeds_of(own)) as convert:
             if plan.fp32:
-                try:
-                    fixed = convert(plan.fp32)
-                except GraphError as error:
-                    raise GraphError(f"fp32 of the plan: {error}") from None
+                require_kept(convert.model, plan.fp32)
+                fixed = convert(plan.fp32)
                 made = [Spared(fixed, plan.fp32, judged(fixed)[1])]
             else:
                 counted = self._macs(convert.model)

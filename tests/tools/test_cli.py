@@ -94,6 +94,10 @@ def test_a_plan_in_fp16_is_exported_checked_and_inspected(cli, small_path, tmp_p
     code, _, told = cli("export", small_path, "--plan", plan, "-o", tmp_path / "none.onnx")
     assert (code, "fp32 of the plan: layer nobody: " in told) == (2, True)
     assert not (tmp_path / "none.onnx").exists()
+    Plan(layers=(), precision="fp16").save(plan)  # as `compress` finds it where the dense network in fp16 is best
+    assert cli("export", small_path, "--plan", plan, "-o", tmp_path / "all.onnx")[0] == 0
+    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "all.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT not in kinds
 
 
 def test_export_gives_slower_layers_the_dense_weight_of_their_cores(cli, small_path, tmp_path, monkeypatch):
@@ -464,6 +468,12 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(cli, monkeypatch, tmp_path):
     assert code == 130
     assert err.count("\n") == 1
     assert "--resume" in err
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("train", True), ("plan", False), ("compress", False)])
+def test_only_commands_that_train_can_go_on(monkeypatch, command, resumes):
+    monkeypatch.setattr(sys, "argv", ["tensorrail", command, "model.onnx"])
+    assert (f"tensorrail {command} … --resume" in tensorrail.cli._interrupted()) is resumes
 
 
 @pytest.mark.parametrize("command", ["bench", "plan", "compress"])

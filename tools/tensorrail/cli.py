@@ -70,7 +70,7 @@ def _root(
 
 
 _PACKAGES = ("tensorrail", "tensorrail_runtime", "tensorrail_exporter", "tensorrail_trainer")
-_INTERRUPTED = "interrupted; `tensorrail run … --resume` continues from the last finished epoch"
+_RESUMABLE = ("run", "train")  # commands that continue from the last finished epoch
 
 
 class _Terminated(BaseException):
@@ -94,14 +94,14 @@ def main() -> None:
     except (Exception, SystemExit, _Terminated) as error:  # noqa: BLE001 - it must not look like a measurement that falls short
         _end(error)
     if code == 130:
-        _fail(_INTERRUPTED, 130)
+        _fail(_interrupted(), 130)
     sys.exit(code)
 
 
 def _end(error: BaseException) -> NoReturn:
     """End the program as an error asks for."""
     if isinstance(error, _Terminated):
-        _fail(_INTERRUPTED, 143)
+        _fail(_interrupted(), 143)
     if isinstance(error, ModuleNotFoundError):
         if missing_extra(error) is None:
             _crash()
@@ -111,7 +111,7 @@ def _end(error: BaseException) -> NoReturn:
     if hasattr(error, "format_message"):  # typer's own, of a class that it does not export
         _fail_usage(error)
     if type(error).__name__ == "Abort":  # Ctrl-C, of older versions of typer
-        _fail(_INTERRUPTED, 130)
+        _fail(_interrupted(), 130)
     if _is_expected(error):
         _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
     place = _own_code(error)
@@ -122,6 +122,12 @@ def _end(error: BaseException) -> NoReturn:
     if place:
         _fail(f"{place} failed ({type(error).__name__}: {' '.join(str(error).split())})", 2)
     _crash()
+
+
+def _interrupted() -> str:
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    how = f"; `tensorrail {command} … --resume` continues from the last finished epoch" if command in _RESUMABLE else ""
+    return f"interrupted{how}"
 
 
 @functools.cache

@@ -8,7 +8,7 @@ joined by a Reshape, and outputs divided by another.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from onnx import helper, numpy_helper
 from tensorrail_exporter.graphs.own_products import STANDARD
 from tensorrail_runtime.graphs.files import bodies, descendants
 
-_Holder = onnx.TensorProto | onnx.NodeProto  # of a stored tensor: an initializer or a Constant
 _ELLIPSIS = "…"  # one label for the axes of `...`
 
 
@@ -49,33 +48,20 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Found:
-    """An Einsum to rewrite."""
+    """An Einsum that is a matrix product of an activation and an initializer."""
 
     node: onnx.NodeProto
     product: _Product
-    holder: _Holder
-
-    @property
-    def weight(self) -> str:
-        return str(self.node.input[1 - self.product.place])
-
-    @property
-    def tensor(self) -> onnx.TensorProto:
-        return self.holder.attribute[0].t if isinstance(self.holder, onnx.NodeProto) else self.holder
-
-    @property
-    def matrix(self) -> np.ndarray:
-        values = numpy_helper.to_array(self.tensor).transpose(self.product.order)
-        rows = math.prod(values.shape[: len(self.product.summed)])
-        return np.ascontiguousarray(values.reshape(rows, -1))
+    tensor: onnx.TensorProto
 
 
 def products_of_einsums(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which every Einsum of an activation and a stored tensor is a MatMul; the model itself without one.
 
-    The MatMul has the name of the Einsum, and its matrix that of the stored tensor if nothing reads that in another way. Left
-    as they are: equations that are not those of a layer (with an axis that both operands and the output have, a trace, or a sum
-    over one operand alone), `...` where axes would be moved or joined, and tensors that an input of the model may replace.
+    The MatMul has the name of the Einsum, and its matrix that of the initializer. Left as they are: equations that are not
+    those of a layer (with an axis that both operands and the output have, a trace, or a sum over one operand alone), `...`
+    where axes would be moved or joined, tensors that an input of the model may replace, and those that something else reads,
+    which would have to be stored twice.
 
     Args:
         model: the model; it is not changed.
@@ -85,37 +71,35 @@ def products_of_einsums(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    found = list(_einsums(changed.graph, {}))
+    writer = _Writer(changed)
+    found = writer.alone(list(_einsums(changed.graph, {})))
     if not found:
         return model
-    writer = _Writer(changed)
-    sizes = [dict(zip(one.product.weight, map(int, one.tensor.dims), strict=True)) for one in found]
-    named = zip(found, writer.stored(found), sizes, strict=True)
-    written = {id(one.node): writer.nodes(one, name, own) for one, name, own in named}
-    _replace(changed.graph, written, {one.weight for one in found})
+    written = {id(one.node): writer.nodes(one) for one in found}
+    for one in {id(one.tensor): one for one in found}.values():
+        one.tensor.CopyFrom(_matrix(one))
+    _replace(changed.graph, written, {one.tensor.name for one in found})
     return changed
 
 
-def _einsums(graph: onnx.GraphProto, outer: Mapping[str, _Holder]) -> Iterator[_Found]:
-    """Yield the Einsums to rewrite in a graph and in the bodies of its nodes."""
+def _einsums(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> Iterator[_Found]:
+    """Yield the Einsums that are products in a graph and in the bodies of its nodes."""
     inputs = {value.name for value in graph.input}
-    stored: dict[str, _Holder] = {name: holder for name, holder in outer.items() if name not in inputs}
+    stored = {name: tensor for name, tensor in outer.items() if name not in inputs}
     stored |= {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
-    stored |= {node.output[0]: node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"}
     for node in graph.node:
         places = [place for place, name in enumerate(node.input) if name in stored]
         if node.op_type == "Einsum" and node.domain in STANDARD and len(node.input) == 2 and len(places) == 1:
-            product = _product(node, places[0])
-            one = None if product is None else _Found(node, product, stored[node.input[places[0]]])
-            if one is not None and len(one.tensor.dims) == len(one.product.weight) and 0 not in one.tensor.dims:
-                yield one
+            product, tensor = _product(node, places[0]), stored[node.input[places[0]]]
+            if product is not None and len(tensor.dims) == len(product.weight) and _fits(product, tensor.dims):
+                yield _Found(node, product, tensor)
     for body in bodies(graph):
         yield from _einsums(body, stored)
 
 
 def _product(node: onnx.NodeProto, place: int) -> _Product | None:
     """Return the labels of an Einsum whose input at `place` is stored; None if it is not a matrix product."""
-    text = next((attribute.s.decode() for attribute in node.attribute if attribute.name == "equation"), "")
+    text = next((attribute.s.decode(errors="replace") for attribute in node.attribute if attribute.name == "equation"), "")
     left, arrow, output = text.replace(" ", "").replace("...", _ELLIPSIS).partition("->")
     terms = left.split(",")
     if len(terms) != 2:
@@ -124,13 +108,27 @@ def _product(node: onnx.NodeProto, place: int) -> _Product | None:
         once = sorted(label for label in left.replace(",", "") if left.count(label) == 1 and label != _ELLIPSIS)
         output = "".join([_ELLIPSIS] if _ELLIPSIS in left else []) + "".join(once)
     weight, data = terms[place], terms[1 - place]
+    if any(len(set(labels)) < len(labels) for labels in (weight, data, output)):
+        return None
     summed = "".join(label for label in weight if label in data and label not in output)
     made = "".join(label for label in weight if label in output and label not in data)
     kept = "".join(label for label in output if label in data and label not in weight)
     product = _Product(data, weight, output, summed, made, kept, 1 - place)
-    each_once = all(sorted(a) == sorted(b) for a, b in ((data, kept + summed), (weight, summed + made), (output, kept + made)))
+    whole = all(sorted(a) == sorted(b) for a, b in ((data, kept + summed), (weight, summed + made), (output, kept + made)))
     moved = _ELLIPSIS in data and not product.is_plain
-    return product if each_once and summed and _ELLIPSIS not in weight and not moved else None
+    return product if whole and summed and _ELLIPSIS not in weight and not moved else None
+
+
+def _fits(product: _Product, sizes: Sequence[int]) -> bool:
+    """Return whether a MatMul takes axes of these sizes; in an Einsum one value may stand for as many as the data have."""
+    return 0 not in sizes and all(sizes[product.weight.index(label)] > 1 for label in product.summed)
+
+
+def _matrix(one: _Found) -> onnx.TensorProto:
+    """Return the stored tensor as a matrix (summed, made)."""
+    values = numpy_helper.to_array(one.tensor).transpose(one.product.order)
+    rows = math.prod(values.shape[: len(one.product.summed)])
+    return numpy_helper.from_array(np.ascontiguousarray(values.reshape(rows, -1)), one.tensor.name)
 
 
 class _Writer:
@@ -146,34 +144,18 @@ class _Writer:
             for name in (*(name for node in graph.node for name in node.input), *(value.name for value in graph.output)):
                 self.reads[name] = self.reads.get(name, 0) + 1
 
-    def stored(self, found: list[_Found]) -> list[str]:
-        """Store the matrix of each product, equal ones once, and return their names."""
-        values = [one.matrix for one in found]
-        orders: dict[int, list[tuple[int, ...]]] = {}  # by the stored tensor: two branches may use one name
+    def alone(self, found: list[_Found]) -> list[_Found]:
+        """Return the products whose tensor is read by such products alone, all with the same axes in the same order."""
+        orders: dict[int, list[tuple[int, ...]]] = {}  # by the tensor: two branches may use one name
         for one in found:
-            orders.setdefault(id(one.holder), []).append((len(one.product.summed), *one.product.order))
-        names: dict[tuple[int, tuple[int, ...]], str] = {}
-        result = []
-        for one, matrix in zip(found, values, strict=True):
-            own, key = orders[id(one.holder)], (id(one.holder), (len(one.product.summed), *one.product.order))
-            if key not in names and len(set(own)) == 1 and len(own) == self.reads[one.weight]:
-                names[key] = one.weight
-                one.tensor.CopyFrom(numpy_helper.from_array(matrix, one.tensor.name))
-            elif key not in names:
-                names[key] = self._store(f"{one.weight}/matrix", matrix)
-            result.append(names[key])
-        return result
+            orders.setdefault(id(one.tensor), []).append((len(one.product.summed), *one.product.order))
+        own = {key for key, uses in orders.items() if len(set(uses)) == 1}
+        return [one for one in found if id(one.tensor) in own and self.reads[one.tensor.name] == len(orders[id(one.tensor)])]
 
-    def nodes(self, one: _Found, matrix: str, sizes: Mapping[str, int]) -> list[onnx.NodeProto]:
-        """Return the nodes of a product.
-
-        Args:
-            one: the Einsum.
-            matrix: the name of its matrix.
-            sizes: the sizes of the axes of the stored tensor.
-
-        """
+    def nodes(self, one: _Found) -> list[onnx.NodeProto]:
+        """Return the nodes of a product."""
         product, node = one.product, one.node
+        sizes = dict(zip(product.weight, map(int, one.tensor.dims), strict=True))
         before, after = product.kept + product.summed, product.kept + product.made
         joined = math.prod(sizes[label] for label in product.summed)
         steps: list[tuple[str, list[str], dict[str, Any]]] = []  # Any: of attributes, as make_node has it
@@ -181,7 +163,7 @@ class _Writer:
             steps.append(("Transpose", [], {"perm": [product.data.index(label) for label in before]}))
         if len(product.summed) > 1:
             steps.append(("Reshape", [self._shape(one, joined)], {}))
-        steps.append(("MatMul", [matrix], {}))
+        steps.append(("MatMul", [one.tensor.name], {}))
         if len(product.made) != 1:
             steps.append(("Reshape", [self._shape(one, *(sizes[label] for label in product.made))], {}))
         if product.output != after:

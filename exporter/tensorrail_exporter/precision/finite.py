@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from tensorrail_exporter.precision.fp16 import to_fp16, too_large
 from tensorrail_exporter.precision.prepared import plain_constants
-from tensorrail_exporter.precision.ranges import Feeds, RangeError, require_finite
+from tensorrail_exporter.precision.ranges import LARGEST, Feeds, RangeError, require_finite
 from tensorrail_exporter.precision.weights import kept_nodes, weighted, with_names
+from tensorrail_runtime.graphs.cost import constants_of
 
 
 class Float16Converter:
@@ -38,7 +41,7 @@ class Float16Converter:
 
     def __init__(self, model: onnx.ModelProto, feeds: Feeds) -> None:
         self.model = with_names(plain_constants(model))
-        self.kept = tuple(sorted(layer.node.name for layer in too_large(self.model)))
+        self.kept = _readers_of_large(self.model)
         while feeds:
             try:
                 require_finite(self.model, self(), feeds)
@@ -62,6 +65,21 @@ class Float16Converter:
     def layers(self) -> list[str]:
         """Return the names of the nodes with a weight that become fp16, in their order."""
         return [w.node.name for w in weighted(self.model) if w.node.name not in self.kept]
+
+
+def _readers_of_large(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the nodes that read a weight or a table with values outside the range of fp16, which would be clamped."""
+    stored = constants_of(model.graph)
+    large = {layer.weight for layer in too_large(model)}
+    tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in stored}
+    large |= {name for name in tables if _is_large(stored[name])}
+    return tuple(sorted(node.name for node in model.graph.node if large.intersection(node.input)))
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
+        return False
+    return not float(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0)) <= LARGEST
 
 
 def to_finite_fp16(model: onnx.ModelProto, feeds: Feeds = ()) -> onnx.ModelProto:

@@ -18,6 +18,8 @@ from tensorrail_exporter.precision.finite import Float16Converter, to_finite_fp1
 from tensorrail_exporter.precision.fp16 import to_fp16
 from tensorrail_exporter.precision.int8 import Quantizer, to_int8, with_assumed_ranges
 from tensorrail_exporter.precision.ranges import Feeds, require_finite
+from tensorrail_exporter.precision.weights import kept_nodes
+from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.cost import constants_of
 
 
@@ -73,7 +75,7 @@ PRECISIONS: dict[Precision, PlannedPrecision] = {
     "fp32": PlannedPrecision(),
     "fp16": PlannedPrecision(
         for_layer=lambda model: to_fp16(model) if _has_floats(model) else model,
-        for_times=lambda model, _: to_finite_fp16(model),
+        for_times=lambda model, feeds: to_finite_fp16(model, feeds[:1]),
         for_outputs=lambda model, feeds: to_finite_fp16(model, feeds[:_FEW]),
         converter=Float16Converter,
         require=require_finite,
@@ -91,6 +93,20 @@ PRECISIONS: dict[Precision, PlannedPrecision] = {
 }
 """The precisions that a plan may have, in the order in which they are shown. Layers that are faster in fp32 are looked for in
 int8 alone: where a provider computes in fp16, a layer is hardly slower in it, and casts at both ends cost time."""
+
+
+def require_kept(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Raise `GraphError` for a name that a plan keeps in fp32 and the network does not have.
+
+    Args:
+        model: the network with its cores, in fp32, with a name for each node.
+        names: layers, weights or nodes, as `Plan.fp32` has them.
+
+    """
+    try:
+        kept_nodes(model, names)
+    except GraphError as error:
+        raise GraphError(f"fp32 of the plan: {error}") from None
 
 
 def _has_floats(model: onnx.ModelProto) -> bool:

@@ -29,6 +29,7 @@ from tensorrail_runtime.measure.parity import Parity, parity, require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.scratch import scratch
+from tensorrail_runtime.sessions.halves import computes_in_fp16
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -38,7 +39,7 @@ Precision = Literal["fp16", "int8"]
 TOLERANCES: dict[Precision, float] = {"fp16": 1e-2, "int8": 1e-1}
 """The default tolerance of the relative L2 difference of an output. What counts in the end is the accuracy."""
 
-WITH_CASTS = ": the CPU provider computes in fp32 and casts around it; fp16 is for GPUs, or for half the file"
+WITH_CASTS = ": this processor computes in fp32, with casts around operators; fp16 is for GPUs, or to halve the file"
 
 _RANDOM_BATCHES = (1, 7)  # batch sizes of the random inputs that are compared if none are given
 
@@ -69,6 +70,7 @@ class PrecisionReport(PrintedRecord):
     accuracy: Comparison | None  # None without labelled data
     latency: LatencyReport
     ranges: tuple[LayerRange, ...] = ()  # the most suspicious layer first; only if the tolerance is exceeded
+    with_casts: bool = False  # whether the model is in fp16, which the provider computes in fp32 with casts around
 
     @property
     def holds(self) -> bool:
@@ -121,9 +123,7 @@ class PrecisionReport(PrintedRecord):
         return (*parts, *((ranges_table(self.ranges),) if self.ranges else ()))
 
     def _why(self) -> str:
-        if self.to == "fp16" and self.latency.provider == "cpu" and self.verdict != "faster":
-            return WITH_CASTS
-        return ""
+        return WITH_CASTS if self.with_casts and self.verdict != "faster" else ""
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,7 @@ def reduced(
             accuracy=accuracy,
             latency=latency,
             ranges=() if same.holds else layer_ranges(single, feeds, to=to),
+            with_casts=to == "fp16" and not computes_in_fp16(settings),
         )
     save_model(small, out)
     return report

@@ -1,9 +1,9 @@
 """Finds the layers that must stay in fp32 so that a network in fp16 or int8 is accurate enough, and no more than these.
 
-Most of what int8 loses is often lost in a few layers: the first, the last, one with outliers. Consecutive layers are spared
-together, because every border between int8 and fp32 costs a conversion. Each group is tried alone first; then groups are spared
-in the order of what they win for the multiply-accumulates that they take out of int8, until the network is good enough; at last
-each half of a spared group is put into int8 again if the network stays good enough without it.
+Most of what a lower precision loses is often lost in a few layers: the first, the last, one with outliers. Consecutive layers
+are spared together, because every border between precisions costs a conversion. Each group is tried alone first; then groups
+are spared in the order of what they win for the multiply-accumulates that then run in fp32, until the network is good enough;
+at last each half of a spared group is converted again if the network stays good enough without it.
 
 Source for leaving the most sensitive layers in a higher precision, layer by layer: Nagel et al., *A White Paper on Neural
 Network Quantization*, arXiv:2106.08295, section 3.6.
@@ -31,7 +31,7 @@ Judge = Callable[[onnx.ModelProto], tuple[float, bool]]
 
 @dataclass(frozen=True)
 class Spared:
-    """A network in int8 with some layers in fp32."""
+    """A converted network with some layers in fp32."""
 
     model: onnx.ModelProto
     """The network."""
@@ -58,17 +58,17 @@ def with_spared_layers(
     in_fp32: onnx.ModelProto,
     progress: Progress = silent,
 ) -> Spared:
-    """Return the network in int8, with as few layers in fp32 as make it accurate enough.
+    """Return the converted network, with as few layers in fp32 as make it accurate enough.
 
     Args:
         layers: the nodes that may stay in fp32, in the order of the graph.
-        convert: returns the network in int8 but for these nodes.
+        convert: returns the network converted but for these nodes.
         judge: measures it, on inputs that ranges were not taken from.
         in_fp32: the network in fp32; if it is not accurate enough either, no layers are spared.
         progress: told how many networks were tried.
 
     Returns:
-        The network; all of it in int8 where no layers help.
+        The network; all of it converted where no layers help.
 
     """
     plain = convert(())

@@ -58,9 +58,34 @@ def doubled(times):
     return graph_of([*nodes, helper.make_node("MatMul", ["x", names[-1]], ["y"])], {"c.weight": np.ones((8, 8), np.float32)})
 
 
+def test_products_of_constants_that_take_too_long_are_not_folded(monkeypatch):
+    monkeypatch.setattr("tensorrail_exporter.graphs.fold._MACS", 100)
+    nodes = [helper.make_node("MatMul", ["a", "b"], ["c.weight"]), helper.make_node("MatMul", ["x", "c.weight"], ["y"])]
+    model = graph_of(nodes, dict.fromkeys(("a", "b"), np.ones((8, 8), np.float32)))
+    with pytest.raises(GraphError, match=r"its weight 'c\.weight' is not folded: the product 'c\.weight' would take too long"):
+        decompose_graph(model, PLAN)
+
+
+def test_nodes_that_compute_too_much_together_are_not_folded(monkeypatch):
+    monkeypatch.setattr("tensorrail_exporter.graphs.fold._TOGETHER", 8 * 8 * 2 + 8 * 8 * 4 - 1)
+    with pytest.raises(GraphError, match="its nodes compute more than 383 values"):
+        decompose_graph(doubled(2), PLAN)
+
+
+def hidden():
+    """W, spread to 2 to the power of 40 values by a size that inference does not compute."""
+    nodes = [
+        helper.make_node("Pow", ["base", "power"], ["size"]),
+        helper.make_node("Expand", ["c.weight", "size"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    return graph_of(nodes, {"c.weight": np.ones((8, 1), np.float32), "base": np.array([8, 2]), "power": np.array([1, 37])})
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (hidden(), "its weight 'w' is too large to fold: 'w' would hold 1,099,511,627,776 values"),
         (computed("Reshape", [7, 8], (8, 8)), "its weight 'w' cannot be computed from constants"),
         (computed("Expand", [10**7, 10**7], (1, 1)), "its weight 'w' is too large to fold: 'w' would hold 100,0"),
         (doubled(40), r"its weight 'w39' is too large to fold: 'w39' would hold [\d,]+ values"),

@@ -95,6 +95,7 @@ def test_an_einsum_is_a_product(equation, place, rng, tmp_path):
         ("ab,bcd->ac", "ab", "bcd"),  # a sum over an axis of the weight alone
         ("ab,cd->abcd", "ab", "cd"),  # nothing is summed
         ("...c,cde->...de", "abc", "cde"),  # the number of axes is not in the equation
+        ("aa,aa->", "aa", "aa"),  # traces of both
     ],
 )
 def test_others_stay(equation, data, weight, rng):
@@ -128,24 +129,33 @@ def test_random_equations(tmp_path_factory, data):
     np.testing.assert_allclose(outputs(folder, changed, feed)["y"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shared_weights(rng, tmp_path):
-    again = helper.make_node("Einsum", ["y", "w"], ["z"], "back", equation="abd,cd->abc")
-    last = helper.make_node("Einsum", ["z", "w"], ["out"], "again", equation="abc,cd->abd")
-    model = einsum_model("abc,cd->abd", weight_of(rng, "cd"), nodes=[again, last], output="out")
+def test_a_weight_that_two_products_share(rng, tmp_path):
+    relu = helper.make_node("Relu", ["y"], ["z"])
+    again = helper.make_node("Einsum", ["z", "w"], ["out"], "again", equation="xyd,de->xye")
+    weight = numpy_helper.from_array(rng.standard_normal((4, 4)).astype(np.float32), "w")
+    model = einsum_model("abc,cd->abd", weight, nodes=[relu, again], output="out")
     changed = products_of_einsums(model)
-    assert [node.input[1] for node in changed.graph.node] == ["w/matrix", "w/matrix_2", "w/matrix"]
+    assert [node.op_type for node in changed.graph.node] == ["MatMul", "Relu", "MatMul"]
+    assert [tensor.name for tensor in changed.graph.initializer] == ["w"]
     feed = fed(rng, "abc")
     expected = outputs(tmp_path, model, feed)["out"]
-    np.testing.assert_allclose(outputs(tmp_path, changed, feed)["out"], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(outputs(tmp_path, changed, feed)["out"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["abd,cd->abc", "abd,ce->abde"])
+def test_a_weight_that_is_read_in_another_way_is_not_stored_twice(equation, rng):
+    other = helper.make_node("Einsum", ["y", "w"], ["z"], "other", equation=equation)
+    model = einsum_model("abc,cd->abd", weight_of(rng, "cd"), nodes=[other], output="z", axes=len(equation.partition("->")[2]))
+    assert products_of_einsums(model) is model
 
 
 def test_in_branches(rng, tmp_path):
-    """Branches may use one name for different weights; a Constant is a stored tensor as well."""
+    """A Constant is a stored tensor as well when a file is read."""
     branches = {}
     for key in ("then_branch", "else_branch"):
-        node = helper.make_node("Einsum", ["x", "w"], [f"{key}/y"], key, equation="abc,cde->abde")
+        node = helper.make_node("Einsum", ["x", key], [f"{key}/y"], key, equation="abc,cde->abde")
         info = helper.make_tensor_value_info(f"{key}/y", TensorProto.FLOAT, [None] * 4)
-        branches[key] = helper.make_graph([node], key, [], [info], [weight_of(rng, "cde")])
+        branches[key] = helper.make_graph([node], key, [], [info], [weight_of(rng, "cde", key)])
     constant = helper.make_node("Constant", [], ["u"], "stored", value=weight_of(rng, "ed", "u"))
     choice = helper.make_node("If", ["yes"], ["chosen"], "choice", **branches)
     last = helper.make_node("Einsum", ["chosen", "u"], ["y"], "last", equation="abde,ed->ab")
@@ -159,7 +169,8 @@ def test_in_branches(rng, tmp_path):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    changed = products_of_einsums(model)
+    onnx.save(model, tmp_path / "branches.onnx")
+    changed = tr.load_model(tmp_path / "branches.onnx")
     onnx.checker.check_model(changed, full_check=True)
     for yes in (True, False):
         feed = {**fed(rng, "abc"), "yes": np.array(yes)}
@@ -174,6 +185,22 @@ def test_in_branches(rng, tmp_path):
 def test_a_weight_that_users_may_set_stays(rng):
     model = einsum_model("abc,cd->abd", weight_of(rng, "cd"))
     model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 5]))
+    assert products_of_einsums(model) is model
+
+
+def test_branches_with_one_name_for_two_weights_stay(rng):
+    def branch(key):
+        node = helper.make_node("Einsum", ["x", "w"], [f"{key}/y"], key, equation="abc,cde->abde")
+        info = helper.make_tensor_value_info(f"{key}/y", TensorProto.FLOAT, [None] * 4)
+        return helper.make_graph([node], key, [], [info], [weight_of(rng, "cde")])
+
+    choice = helper.make_node("If", ["yes"], ["y"], "choice", then_branch=branch("a"), else_branch=branch("b"))
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 4]),
+        helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
+    ]
+    graph = helper.make_graph([choice], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     assert products_of_einsums(model) is model
 
 

@@ -3,6 +3,7 @@
 from typing import get_args
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
@@ -106,3 +107,25 @@ def test_two_nodes_in_fp32_may_read_the_same_tensor(rng):
     narrow = to_fp16(model, keep=("left", "right"))
     assert types_of(narrow) == {"a": TensorProto.FLOAT16, "b": TensorProto.FLOAT, "c": TensorProto.FLOAT}
     require_finite(model, narrow, [{"x": rng.standard_normal((3, 4)).astype(np.float32)}])
+
+
+def test_a_table_outside_the_range_stays_in_fp32(rng):
+    """The converter would clamp its values, of which no infinite one is then left to be found."""
+    table = np.zeros((5, 4), np.float32)
+    table[3] = 1e5
+    weights = {"table": table, "scale.weight": (1e-5 * np.eye(4)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"], "embed"),
+        helper.make_node("MatMul", ["rows", "scale.weight"], ["y"], "scale"),
+    ]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])]
+    stored = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    feeds = [{"ids": np.arange(5)}]
+    assert "embed" in Float16Converter(model, ()).kept
+    converted = to_finite_fp16(model, feeds)
+    assert types_of(converted)["table"] == TensorProto.FLOAT
+    session = onnxruntime.InferenceSession(converted.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, feeds[0])[0][3], 1.0, rtol=1e-2)

@@ -132,7 +132,7 @@ def test_modes_of_entries_take_an_operator_of_opset_10(rng):
     table = rng.standard_normal((37, 12)).astype(np.float32)
     plan = table_plan(table)
     old = only_table(table, opset=9)
-    with pytest.raises(GraphError, match=r"layer table: .* the operator Mod, of opset 10, got opset 9"):
+    with pytest.raises(GraphError, match=r"layer table: expected opset 10 or newer, .* the operator Mod, got opset 9"):
         factorize(old, plan, decompose_graph(old, plan))
     new = only_table(table, opset=13)
     factored = factorize(new, plan, decompose_graph(new, plan)).model
@@ -210,3 +210,14 @@ def test_a_table_of_another_type_is_left_out_with_the_reason(rng):
     assert survey(model) == ()
     _, (row,) = left_out(model, ())
     assert (row.name, row.reason) == ("table", "its weight is of type bfloat16; expected float16, float32 or float64")
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_indices_of_a_type_that_the_graph_does_not_state(rng, kind):
+    table = rng.standard_normal((13, 8)).astype(np.float32)
+    model = only_table(table, kind)
+    model.graph.node.insert(0, helper.make_node("Neg", ["ids"], ["others"]))
+    model.graph.node[1].input[1] = "others"
+    factored = factorize(model, table_plan(table), decompose_graph(model, table_plan(table))).model
+    ids = np.arange(-12, 13, dtype=kind)
+    np.testing.assert_allclose(run(factored, ids), table[-ids], atol=1e-5)

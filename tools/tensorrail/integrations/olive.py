@@ -92,7 +92,7 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
             "precision": PassConfigParam(
                 type_=str,
                 default_value="fp32",
-                description="fp32, fp16, int8, or auto: of these, fp16 where the provider computes in it, the one that loses least.",
+                description="fp32, fp16, int8, or auto: the one of these that loses least, fp16 only where it is computed in.",
             ),
             "format": PassConfigParam(
                 type_=list[str], default_value=None, description="Formats of the cores, such as svd; default: all."

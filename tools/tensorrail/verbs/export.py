@@ -10,7 +10,7 @@ from tensorrail.contrib import without_contrib
 from tensorrail.inputs import require_writable
 from tensorrail.models import as_graph
 from tensorrail.options import Options
-from tensorrail_runtime.errors import GraphError, PlanError
+from tensorrail_runtime.errors import PlanError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ def export(
     if not options.contrib:
         graph = with_known_axes(without_contrib(graph, options.progress), form.batch, form.shapes)
     read = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if not read.changes:
+    if not read.changes and read.precision != "fp16":
         raise PlanError(f"{'the plan' if plan is read else plan}: changes nothing: it names no layer")
     if read.heads:
         _require_same_heads(graph, read, form, options)
@@ -106,7 +106,7 @@ def _in_precision(model: onnx.ModelProto, plan: Plan, out: Path | str, form: For
 
     Values that leave the range of fp16 are looked for with random inputs.
     """
-    from tensorrail_exporter.precision.planned import PRECISIONS
+    from tensorrail_exporter.precision.planned import PRECISIONS, require_kept
 
     own = PRECISIONS[plan.precision]
     if own.converter is None:
@@ -119,10 +119,8 @@ def _in_precision(model: onnx.ModelProto, plan: Plan, out: Path | str, form: For
         )
         return model
     with own.converter(model, [_random_feed(model, form, options)]) as convert:
-        try:
-            converted = convert(plan.fp32)
-        except GraphError as error:
-            raise GraphError(f"fp32 of the plan: {error}") from None
+        require_kept(convert.model, plan.fp32)
+        converted = convert(plan.fp32)
         kept = f", but for {names}" if (names := ", ".join(dict.fromkeys((*plan.fp32, *convert.kept)))) else ""
     options.progress(
         "note", 1.0, f"{out} is in {plan.precision} as the plan says{kept}; overflow was looked for with random inputs alone"

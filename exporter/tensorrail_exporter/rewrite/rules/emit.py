@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from tensorrail_exporter.formats.contraction import Conv, Gather, GatherMatMul, MatMul, Reshape, SplitIndex, Step
 from tensorrail_runtime.errors import GraphError
@@ -151,16 +152,19 @@ class Site:
                 f"layer {layer}: expected opset {_MOD} or newer, since an embedding in format ttm needs the operator Mod, got "
                 f"opset {self.graph.opset}; convert the model to a newer opset, or use another format"
             )
-        kind = np.dtype(indices.dtype)
+        is_known = indices.dtype in (np.int32, np.int64)
+        kind = np.dtype(indices.dtype if is_known else np.int64)
 
         def apply(op: str, name: str, inputs: list[gs.Tensor], dtype: type | np.dtype = kind) -> gs.Variable:
             out = self.variable(f"{layer}/{name}", np.dtype(dtype))
-            self.append(op, f"{layer}/{name}_node", inputs, out)
+            self.append(op, f"{layer}/{name}_node", inputs, out, {"to": TensorProto.INT64} if op == "Cast" else None)
             return out
 
         def number(value: int) -> gs.Constant:
             return self.constant(f"{layer}/number{value}", np.array(value, kind))
 
+        if not is_known:  # graphs need not state the types of inner tensors
+            indices = apply("Cast", "index", [indices])
         if step.padding:
             negative = apply("Less", "negative", [indices, number(0)], np.bool_)
             behind = apply("Add", "behind_padding", [indices, number(step.padding)])

@@ -29,7 +29,7 @@ def why_not(node: gs.Node) -> str | None:
     weight, other = node.inputs[side], node.inputs[1 - side]
     if not isinstance(weight, gs.Constant):
         return f"neither operand is a constant: {node.inputs[0].name!r} and {weight.name!r} are computed in the graph"
-    if isinstance(other, gs.Constant):
+    if is_constant(other):
         return "both operands are constants: a product of constants is not a layer"
     if len(weight.shape) < 2 or math.prod(weight.shape[:-2]) != 1:
         return f"expected a single matrix as its constant, got shape {list(weight.shape)}"
