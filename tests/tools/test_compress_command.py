@@ -199,7 +199,7 @@ def test_a_torch_module_can_be_planned(folder):
         ),
         (
             ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--precision", "auto"),
-            "precision auto needs typical inputs for the ranges of activations",
+            "int8 needs typical inputs for the ranges of activations",
         ),
         (
             ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--precision", "int4"),
