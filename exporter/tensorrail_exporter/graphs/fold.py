@@ -123,7 +123,7 @@ def _computed(model: onnx.ModelProto, weight: str) -> np.ndarray:
         except Exception as error:  # noqa: BLE001 - NumPy raises many classes for nodes that do not fit their constants
             reason = first_line(error) or type(error).__name__
             raise GraphError(f"its weight {weight!r} cannot be computed from constants ({reason})") from None
-        values |= zip((name for name in node.output if name), results, strict=True)
+        values |= zip((name for name in node.output if name), map(np.asarray, results), strict=True)
         for name in given:
             if last[name] == place:
                 del values[name]
