@@ -75,7 +75,7 @@ PRECISIONS: dict[Precision, PlannedPrecision] = {
     "fp32": PlannedPrecision(),
     "fp16": PlannedPrecision(
         for_layer=lambda model: to_fp16(model) if _has_floats(model) else model,
-        for_times=lambda model, feeds: to_finite_fp16(model, feeds[:1]),
+        for_times=lambda model, _: to_finite_fp16(model),
         for_outputs=lambda model, feeds: to_finite_fp16(model, feeds[:_FEW]),
         converter=Float16Converter,
         require=require_finite,
