@@ -79,11 +79,11 @@ def least_cut(model: onnx.ModelProto, report: PlanReport, batch: int, cache: Pat
 
     Of all the forms that were offered, losses aside: speed-up over MACs is at most the speed-up over this.
     """
-    table = LatencyTable.open(Session(), cache)
     layers = [layer for layer in survey(model, batch) if layer.output is not None and layer.inputs[layer.data] is not None]
+    offered = {layer: options_of(layer, ("auto",), report.grid) for layer in layers}
+    table = LatencyTable.open(Session(), cache).with_estimates(offered)  # not every form is timed
     times, cuts = [], []
-    for layer in layers:
-        options = options_of(layer, ("auto",), report.grid)
+    for layer, options in offered.items():
         times.append([layer.nodes * table.milliseconds(layer, option) for option in (None, *options)])
         dense = max(1, dense_cost(layer.spec).macs)
         cuts.append([0.0, *(max(0.0, layer.macs * (1 - option.macs / dense)) for option in options)])
