@@ -161,6 +161,15 @@ def three_quarters(model: onnx.ModelProto) -> onnx.ModelProto:
     return with_heads(model, {pair.names: 3 * pair.size // 4 for pair in find_pairs(model).found})
 
 
+def half_as_wide(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """Return a network in which half of the channels are left between two layers, wherever nothing else reads them."""
+    wide = [layer for layer in survey(model, batch, {}) if layer.makers]
+    inputs = {layer.name: layer.spec.shape[1] for layer in wide}
+    layers = [tr.LayerPlan(name=name, format="width", modes=(n,), ranks=(n // 2,)) for name, n in inputs.items()]
+    plan = tr.Plan(layers=tuple(layers))
+    return factorize(model, plan, random_cores(model, plan)).model
+
+
 def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str, onnx.ModelProto]:
     """Return what is timed, the dense network first."""
     plain = without_inner_shapes
@@ -171,6 +180,7 @@ def variants_of(dense: onnx.ModelProto, x: torch.Tensor, batch: int) -> dict[str
     }
     if find_pairs(dense).found:
         variants["heads of three quarters, no inner shapes"] = plain(three_quarters(dense))
+    variants["half the channels between two layers, no inner shapes"] = plain(half_as_wide(dense, batch))
     if groups := joint_groups(dense):
         joint = with_joint(dense, groups)
         variants["dense, joint Q/K/V, no inner shapes"] = plain(joint)
