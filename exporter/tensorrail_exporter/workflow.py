@@ -46,7 +46,7 @@ from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import parity_of, run_both
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.scratch import scratch
-from tensorrail_runtime.sessions.halves import computes_in_fp16
+from tensorrail_runtime.sessions.halves import runs_with_casts
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
@@ -173,7 +173,7 @@ def _report(
         max_loss=wanted.max_loss,
         loss=point.loss,
         precision=written.precision,
-        with_casts=written.precision == "fp16" and not computes_in_fp16(settings),
+        with_casts=runs_with_casts(written.precision, settings),
         written=k,
         front=tuple(points),
         numerical=written.numerical,

@@ -27,6 +27,7 @@ from tensorrail_runtime.errors import TargetError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.sessions import halves
 from tensorrail_runtime.sessions.machine import machine
 
 pytestmark = pytest.mark.usefixtures("in_this_process")  # no time is looked at
@@ -549,7 +550,7 @@ def stored(path):
 
 def test_a_plan_for_fp16_is_measured_and_written_in_fp16(network, tmp_path, monkeypatch):
     feeds = Calibration(tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24)))
-    monkeypatch.setattr(compressing, "computes_in_fp16", lambda settings: settings.on_gpu)
+    monkeypatch.setattr(halves, "computes_in_fp16", lambda settings: settings.on_gpu)
     report = run(network, tmp_path / "half.onnx", IN_FP16, calibration=feeds)
     single = run(network, tmp_path / "single.onnx", PLAN, calibration=feeds)
     assert [point.name for point in report.front] == ["dense in fp16", "low rank in fp16"]

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tensorrail_exporter.graphs.names import defined_names, free_name
 from tensorrail_exporter.graphs.own_products import STANDARD
 from tensorrail_runtime.graphs.files import bodies, descendants
 
@@ -139,8 +140,8 @@ class _Writer:
         self.taken: set[str] = set()
         self.reads: dict[str, int] = {}
         for graph in (model.graph, *descendants(model.graph)):
-            self.taken.update(value.name for value in (*graph.input, *graph.output, *graph.initializer))
-            self.taken.update(name for node in graph.node for name in (node.name, *node.output))
+            self.taken.update(defined_names(graph))
+            self.taken.update(node.name for node in graph.node)
             for name in (*(name for node in graph.node for name in node.input), *(value.name for value in graph.output)):
                 self.reads[name] = self.reads.get(name, 0) + 1
 
@@ -170,8 +171,8 @@ class _Writer:
             steps.append(("Transpose", [], {"perm": [after.index(label) for label in product.output]}))
         source, nodes = str(node.input[product.place]), []
         for number, (op, others, attributes) in enumerate(steps):
-            target = node.output[0] if number == len(steps) - 1 else self._new(f"{_stem(node)}/step{number}")
-            name = node.name if op == "MatMul" else self._new(f"{_stem(node)}/{op.lower()}{number}")
+            target = node.output[0] if number == len(steps) - 1 else free_name(f"{_stem(node)}/step{number}", self.taken)
+            name = node.name if op == "MatMul" else free_name(f"{_stem(node)}/{op.lower()}{number}", self.taken)
             nodes.append(helper.make_node(op, [source, *others], [target], name, **attributes))
             source = target
         return nodes
@@ -181,16 +182,8 @@ class _Writer:
         return self._store(f"{_stem(one.node)}/shape", np.array([0] * len(one.product.kept) + list(behind), np.int64))
 
     def _store(self, name: str, values: np.ndarray) -> str:
-        free = self._new(name)
+        free = free_name(name, self.taken)
         self.graph.initializer.append(numpy_helper.from_array(values, free))
-        return free
-
-    def _new(self, name: str) -> str:
-        free, count = name, 1
-        while free in self.taken:
-            count += 1
-            free = f"{name}_{count}"
-        self.taken.add(free)
         return free
 
 

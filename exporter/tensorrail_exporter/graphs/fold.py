@@ -108,7 +108,10 @@ def _require_size(count: int, output: str, weight: str) -> None:
 
 
 def _computed(model: onnx.ModelProto, weight: str) -> np.ndarray:
-    """Return what a model without inputs computes, node by node; results that no later node reads are dropped."""
+    """Return what a model without inputs computes, node by node: sizes are known before a node is computed.
+
+    Results that no later node reads are dropped.
+    """
     values: dict[str, np.ndarray] = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     last = {name: place for place, node in enumerate(model.graph.node) for name in node.input}
     computed = 0

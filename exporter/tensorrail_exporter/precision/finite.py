@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from tensorrail_exporter.precision.fp16 import to_fp16, too_large
+from tensorrail_exporter.precision.fp16 import leaves_range, to_fp16, too_large
 from tensorrail_exporter.precision.prepared import plain_constants
-from tensorrail_exporter.precision.ranges import LARGEST, Feeds, RangeError, require_finite
+from tensorrail_exporter.precision.ranges import Feeds, RangeError, require_finite
 from tensorrail_exporter.precision.weights import kept_nodes, weighted, with_names
 from tensorrail_runtime.graphs.cost import constants_of
 
@@ -70,16 +69,17 @@ class Float16Converter:
 def _readers_of_large(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the nodes that read a weight or a table with values outside the range of fp16, which would be clamped."""
     stored = constants_of(model.graph)
-    large = {layer.weight for layer in too_large(model)}
+    layers = too_large(model)
+    large = {layer.weight for layer in layers}
     tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in stored}
     large |= {name for name in tables if _is_large(stored[name])}
-    return tuple(sorted(node.name for node in model.graph.node if large.intersection(node.input)))
+    readers = {node.name for node in model.graph.node if large.intersection(node.input)}
+    return tuple(sorted(readers.union(layer.node.name for layer in layers)))  # layers may be in bodies
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
-        return False
-    return not float(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0)) <= LARGEST
+    matrix = tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1
+    return matrix and leaves_range(numpy_helper.to_array(tensor))
 
 
 def to_finite_fp16(model: onnx.ModelProto, feeds: Feeds = ()) -> onnx.ModelProto:

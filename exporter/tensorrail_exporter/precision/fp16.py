@@ -72,11 +72,12 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
 
 def too_large(model: onnx.ModelProto) -> tuple[Weighted, ...]:
     """Return the nodes with a float32 weight that has values outside the range of fp16."""
-    return tuple(
-        layer
-        for layer in weighted(model)
-        if layer.values.dtype == np.float32 and not float(np.abs(layer.values).max(initial=0.0)) <= LARGEST
-    )
+    return tuple(layer for layer in weighted(model) if layer.values.dtype == np.float32 and leaves_range(layer.values))
+
+
+def leaves_range(values: np.ndarray) -> bool:
+    """Return whether values are outside the range of fp16, or not numbers."""
+    return not float(np.abs(values).max(initial=0.0)) <= LARGEST
 
 
 def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:

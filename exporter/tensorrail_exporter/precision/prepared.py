@@ -12,12 +12,13 @@ outputs that no node computes. So constants become tensors, functions are inline
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from tensorrail_exporter.graphs.names import defined_names, free_name
 from tensorrail_runtime.graphs.cost import without_functions
 from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.graphs.operators import constant_tensor
@@ -76,15 +77,15 @@ class Prepared:
         """
         taken = set(self._names)
         own = set(self._codes.values())
-        moved = [name for name in _defined(converted.graph) if _CODE.fullmatch(name) and name not in own]  # out of a body
-        renamed = {name: _free(self.text(name), taken) for name in moved}
+        moved = [name for name in defined_names(converted.graph) if _CODE.fullmatch(name) and name not in own]  # out of a body
+        renamed = {name: free_name(self.text(name), taken) for name in moved}
 
         def name_of(name: str) -> str:
             if not name:
                 return name
             if name not in renamed:
                 code = _CODE.fullmatch(name)
-                renamed[name] = self._name(code) if code else _free(self.text(name), taken)
+                renamed[name] = self._name(code) if code else free_name(self.text(name), taken)
             return renamed[name]
 
         for graph in (converted.graph, *descendants(converted.graph)):
@@ -103,7 +104,7 @@ class Prepared:
     def _coded(self, graph: onnx.GraphProto, outer: Mapping[str, str]) -> dict[str, str]:
         """Give all that a graph and its bodies name a code, and return the codes of the graph's own tensors."""
         own: dict[str, str] = {}
-        for name in _defined(graph):
+        for name in defined_names(graph):
             own.setdefault(name, self._new(name))
         known = {**outer, **own, "": ""}
         for node in graph.node:
@@ -123,7 +124,7 @@ class Prepared:
             if tensor.name in inputs:  # a weight with a default: the output follows the input
                 continue
             if tensor.name in stored and not _equal(stored[tensor.name], tensor):
-                others = {tensor.name: _free(tensor.name, taken)}
+                others = {tensor.name: free_name(tensor.name, taken)}
                 for inner in (graph, *descendants(graph)):
                     _rename(inner, lambda name, others=others: others.get(name, name))  # type: ignore[misc]
                 del stored[tensor.name]
@@ -148,24 +149,6 @@ def plain_constants(model: onnx.ModelProto) -> onnx.ModelProto:
                 del node.attribute[:]
                 node.attribute.append(onnx.helper.make_attribute("value", tensor))
     return plain
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """Return the name, or the first of `name_2`, `name_3`, … that is free, and mark it as taken."""
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
-
-
-def _defined(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yield the names of the tensors that a graph itself defines."""
-    yield from (value.name for value in graph.input if value.name)
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (tensor.values.name for tensor in graph.sparse_initializer)
-    yield from (name for node in graph.node for name in node.output if name)
 
 
 def _equal(first: onnx.TensorProto, second: onnx.TensorProto) -> bool:

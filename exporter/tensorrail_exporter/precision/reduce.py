@@ -29,7 +29,7 @@ from tensorrail_runtime.measure.parity import Parity, parity, require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.scratch import scratch
-from tensorrail_runtime.sessions.halves import computes_in_fp16
+from tensorrail_runtime.sessions.halves import runs_with_casts
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -222,7 +222,7 @@ def reduced(
             accuracy=accuracy,
             latency=latency,
             ranges=() if same.holds else layer_ranges(single, feeds, to=to),
-            with_casts=to == "fp16" and not computes_in_fp16(settings),
+            with_casts=runs_with_casts(to, settings),
         )
     save_model(small, out)
     return report

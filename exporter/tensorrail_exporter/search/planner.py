@@ -52,7 +52,7 @@ from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.progress import Progress, part_of
 from tensorrail_runtime.scratch import scratch
-from tensorrail_runtime.sessions.halves import computes_in_fp16
+from tensorrail_runtime.sessions.halves import runs_with_casts
 from tensorrail_runtime.sessions.machine import machine, processor
 from tensorrail_runtime.sessions.session import Session
 
@@ -409,7 +409,7 @@ def _search(
 
 def _casts(precision: Precision, settings: Session) -> tuple[str, ...]:
     """Return the warning that times in fp16 are those of fp32 with casts, where they are."""
-    if precision != "fp16" or computes_in_fp16(settings):
+    if not runs_with_casts(precision, settings):
         return ()
     return ("this provider computes fp16 as fp32 with casts: plan for a GPU on that GPU, where other ranks are fast",)
 

@@ -26,6 +26,11 @@ def computes_in_fp16(settings: Session) -> bool:
     return settings.on_gpu or _without_casts(settings.provider)
 
 
+def runs_with_casts(precision: str, settings: Session) -> bool:
+    """Return whether a model is in fp16 and the provider computes it in fp32, with casts around operators."""
+    return precision == "fp16" and not computes_in_fp16(settings)
+
+
 @lru_cache
 def _without_casts(provider: str) -> bool:
     import onnx

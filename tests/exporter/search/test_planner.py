@@ -32,6 +32,7 @@ from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.measure.latency import Ratio
 from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.sessions import halves
 from tensorrail_runtime.sessions.session import Session
 
 
@@ -134,7 +135,7 @@ def test_a_layer_that_is_not_faster_stays_dense(network, known_times, tmp_path):
 
 
 def test_a_plan_in_fp16_counts_from_the_dense_network_in_fp32(network, known_times, tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "computes_in_fp16", lambda settings: settings.on_gpu)
+    monkeypatch.setattr(halves, "computes_in_fp16", lambda settings: settings.on_gpu)
     known_times |= {"measured start.onnx": 0.8, "measured chosen.onnx": 2.01}
     asked = replace(search(tmp_path), precision="fp16")
     report = plan_network(network, {"latency": 2.0}, asked)

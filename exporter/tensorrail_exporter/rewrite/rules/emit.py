@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from tensorrail_exporter.formats.contraction import Conv, Gather, GatherMatMul, MatMul, Reshape, SplitIndex, Step
+from tensorrail_exporter.graphs.names import free_name
 from tensorrail_runtime.errors import GraphError
 
 _MOD = 10  # the opset from which there is Mod
@@ -32,12 +33,7 @@ class Names:
 
     def unique(self, name: str) -> str:
         """Return `name`, or the first of `name_2`, `name_3`, … that is free, and mark it as taken."""
-        candidate, count = name, 1
-        while candidate in self.taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.taken.add(candidate)
-        return candidate
+        return free_name(name, self.taken)
 
 
 @dataclass(frozen=True)
