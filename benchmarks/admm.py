@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,8 @@ def _accuracy(model: nn.Module, data: Dataset, accelerator: Accelerator) -> floa
 def train(options: argparse.Namespace) -> None:
     """Train the dense networks and every run that was asked for."""
     task = TASKS[options.task]
+    if options.precision:
+        task = replace(task, shared=task.shared | {"precision": options.precision})
     phase = {"epochs": options.dense_epochs or task.dense_epochs, **task.dense}
     for seed in options.seeds:
         first = 0 if task.validation else seed  # a long dense phase is shared by all seeds
@@ -308,6 +310,7 @@ def main() -> None:
     training.add_argument("--ratios", type=float, nargs="+", help="Default: those of the task.")
     training.add_argument("--seeds", type=int, nargs="+", default=[0])
     training.add_argument("--ways", nargs="+", choices=list(WAYS), default=USUAL)
+    training.add_argument("--precision", choices=["fp32", "bf16"], help="Default: that of the task.")
     reporting = commands.add_parser("report")
     reporting.set_defaults(call=report)
     reporting.add_argument("-o", "--out", type=Path)
