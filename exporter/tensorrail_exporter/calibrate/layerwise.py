@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tensorrail_exporter.calibrate import metric
+from tensorrail_exporter.calibrate import metric, tables
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits
 from tensorrail_exporter.calibrate.metric import Moments
 from tensorrail_exporter.calibrate.progressive import ProgressiveNetwork
@@ -84,9 +84,10 @@ def fit_layers(
 ) -> Fitted:
     """Fit the cores of every planned layer, in the order of the graph, to the outputs of the dense network.
 
-    A layer whose patches are too wide for a full second moment, a transposed convolution, an embedding, a recurrent weight, and
-    a layer in the body of a node are decomposed from their weights alone; their rows give the reason. Of a convolution in
-    groups, each group is fitted as a layer of its own.
+    A layer whose patches are too wide for a full second moment, a transposed convolution, a recurrent weight, an embedding in
+    `ttm`, and a layer in the body of a node are decomposed from their weights alone; their rows give the reason. Of a
+    convolution in groups, each group is fitted as a layer of its own. Of an embedding, rows that are read often weigh more
+    (`tables`).
 
     Args:
         model: the dense graph; it is not changed.
@@ -138,6 +139,7 @@ def fit(
     cores = decompose(resolved)  # for the layers that cannot be fitted
     uses = _uses(resolved.copy())
     fittable = {name: nodes for name, nodes in uses.items() if nodes and fits(nodes[0].spec)}
+    read = {name for name, nodes in uses.items() if nodes and tables.weighs_rows(nodes[0].spec, resolved.layers[name].plan)}
     weights = dense_weights(resolved, fittable)
     feeds = (*calibration.feeds, *(() if held_out is None else held_out.feeds))
     samples = [*calibration.samples, *(() if held_out is None else held_out.samples)]
@@ -146,7 +148,7 @@ def fit(
     biases: dict[str, np.ndarray] = {}
     rows = []
     with scratch() as folder:
-        inputs = {name: [use.input_name for use in nodes] for name, nodes in fittable.items()}
+        inputs = {name: [use.input_name for use in uses[name]] for name in uses if name in fittable or name in read}
         network = ProgressiveNetwork(resolved, inputs, feeds, settings, Path(folder))
         dense_outputs = _outputs(
             network, {name: _of_groups(resolved.layers[name], weights[name]) for name in weights}, samplers
@@ -166,6 +168,8 @@ def fit(
                 cores[name], bias, row = _fit(problems[0], how) if len(problems) == 1 else _fit_groups(problems, how)
                 if bias is not None:
                     biases[name] = bias
+            elif name in read:
+                cores[name], row = _fit_table(network, layer, cores[name], how)
             else:
                 why = _why_unfitted(nodes)
                 row = LayerFit(layer=name, rows=0, plain=None, fitted=None, bias=False, why=why)
@@ -197,12 +201,47 @@ def dense_weights(resolved: ResolvedPlan, names: Iterable[str] | None = None) ->
     return weights
 
 
+def _fit_table(
+    network: ProgressiveNetwork, layer: ResolvedLayer, plain: list[np.ndarray], how: _Shrinking
+) -> tuple[list[np.ndarray], LayerFit]:
+    """Return the cores of an embedding, fitted by how often its rows are read, and its row.
+
+    Its indices do not depend on the cores of other layers, or only as those of the network do.
+    """
+    name, plan, weight = layer.plan.name, layer.plan, np.array(layer.weight, np.float32)
+    check_finite(name, weight)
+    batches = [list(values.values()) for values in network.inputs_of(name)]
+    fitted, held_out = (
+        tables.reads((indices for batch in part for indices in batch), weight.shape[1])
+        for part in (batches[: how.fitted], batches[how.fitted :])
+    )
+
+    def lost(cores: list[np.ndarray], counts: np.ndarray) -> float:
+        return tables.lost(weight, np.asarray(plan.reconstruct(cores, weight.shape)), counts)
+
+    shrinkage = how.known(name)
+    if shrinkage is None:
+        tried = {share: tables.decompose(plan, weight, fitted, share) for share in _SHRINKAGES} if held_out.any() else {}
+        shrinkage = min(tried, key=lambda share: lost(tried[share], held_out), default=tables.DEFAULT)
+    counts = fitted + held_out if how.refit else fitted
+    cores = tables.decompose(plan, weight, counts, shrinkage)
+    row = LayerFit(
+        layer=name,
+        rows=int(counts.sum()),
+        plain=lost(plain, counts),
+        fitted=lost(cores, counts),
+        bias=False,
+        shrinkage=shrinkage,
+    )
+    return cores, row
+
+
 def _why_unfitted(nodes: Sequence[DenseLayer]) -> str:
     """Return why a layer is decomposed from its weight alone."""
     if not nodes:
         return "in the body of a node"
     if nodes[0].spec.gathers:
-        return "an embedding, of which the inputs show few entries"
+        return "an embedding whose entries are several modes, so that rows have no weights of their own"
     if nodes[0].spec.state_products:
         return "a recurrent weight, of which the states are not known outside of its node"
     return "a transposed convolution" if nodes[0].spec.transposed else "its patches are too wide for a full second moment"

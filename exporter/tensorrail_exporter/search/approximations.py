@@ -25,8 +25,9 @@ class InputMoments:
     """What is known about the input of a layer.
 
     Attributes:
-        root: square root (I, I) of the second moment of the input channels; about the mean, if a bias follows the weight.
-        inverse: the inverse of `root`.
+        root: square root (I, I) of the second moment of the input channels; about the mean, if a bias follows the weight. Of
+            an embedding, whose inputs are one-hot, its diagonal (I,).
+        inverse: the inverse of `root`, of the same shape.
         mean: mean (I, *K) of the inputs of each tap.
 
     """
@@ -54,8 +55,12 @@ class Approximations:
     )
 
     def __post_init__(self) -> None:
-        white = self.weight if self.moments is None else on_inputs(self.weight, self.moments.root)
-        self._white = np.ascontiguousarray(white, np.float32)
+        self._white = self._in_metric(self.weight)
+
+    def _in_metric(self, weight: np.ndarray) -> np.ndarray:
+        """Return a weight (O, I, *K) whose norm is that of its outputs."""
+        white = weight if self.moments is None else on_inputs(weight, self.moments.root)
+        return np.ascontiguousarray(white, np.float32)
 
     @cached_property
     def energy(self) -> float:
@@ -73,7 +78,10 @@ class Approximations:
             return float(self._removal.lost[self.weight.shape[1] - option.ranks[0]])
         total = self.energy or 1.0
         cuts = self._cuts(option)
-        if cuts is None:
+        if self._rows_count_alike(option):
+            error = self._white - self._in_metric(self.approximated(option))
+            lost = float(np.square(error, dtype=np.float64).sum())
+        elif cuts is None:
             lost = float(np.square(self._white - self._decomposed(option), dtype=np.float64).sum())
         else:
             tensor = self._tensor(option)
@@ -87,6 +95,8 @@ class Approximations:
             narrow = np.zeros_like(self.weight)
             narrow[:, kept] = refitted(self.weight, self._moment, kept)
             return narrow
+        if self._rows_count_alike(option):
+            return self._alone.approximated(option)
         cuts = self._cuts(option)
         if cuts is None:
             white = self._decomposed(option)
@@ -104,6 +114,17 @@ class Approximations:
             return np.zeros(len(self.weight))
         rows = (self.weight - approximated).reshape(len(self.weight), -1).astype(np.float64)
         return np.asarray(rows @ self.moments.mean.reshape(-1))
+
+    def _rows_count_alike(self, option: Option) -> bool:
+        """Return whether rows of a table have weights that an option cannot use, since its entries are several modes."""
+        if self.moments is None or self.moments.root.ndim > 1:
+            return False
+        return len(format_of(option.format).equation(self.weight.shape, option.modes).inputs) > 1
+
+    @cached_property
+    def _alone(self) -> Approximations:
+        """The weight without the moments."""
+        return Approximations(self.weight)
 
     @cached_property
     def _moment(self) -> np.ndarray:
@@ -198,7 +219,9 @@ class GroupedApproximations:
 
 
 def on_inputs(weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Return a weight (O, I, *K) with its input channels multiplied by a symmetric matrix (I, I)."""
+    """Return a weight (O, I, *K) with its input channels multiplied by a symmetric matrix (I, I), or by its diagonal (I,)."""
+    if matrix.ndim == 1:
+        return np.ascontiguousarray(weight * matrix, np.float32)
     product = np.moveaxis(np.tensordot(weight, matrix.astype(np.float32), (1, 0)), -1, 1)
     return np.ascontiguousarray(product, np.float32)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from tensorrail_exporter.calibrate import tables
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, fits, run_to
 from tensorrail_exporter.calibrate.layerwise import dense_weights, fit
 from tensorrail_exporter.calibrate.metric import Moments, roots
@@ -449,6 +450,31 @@ def _input_moments(
     model = resolved.model
     top = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
     measurable = [layer for layer in layers if layer.input_name in top and fits(layer.spec)]
+    embeddings = [layer for layer in layers if layer.input_name in top and layer.spec.gathers]
+    return _moments_of_rows(model, embeddings, calibration, settings) | _moments_of_channels(
+        resolved, measurable, calibration, settings
+    )
+
+
+def _moments_of_rows(
+    model: onnx.ModelProto, layers: Sequence[DenseLayer], calibration: Calibration, settings: Session
+) -> dict[str, list[InputMoments]]:
+    """Return the moments of embeddings, whose inputs are one-hot: how often each row is read."""
+    if not layers:
+        return {}
+    indices = outputs_of(model, [layer.input_name for layer in layers], calibration, settings)
+    found = {}
+    for layer, batches in zip(layers, indices, strict=True):
+        root = np.sqrt(tables.row_weights(tables.reads(batches, layer.spec.shape[1]), tables.DEFAULT))
+        found[layer.name] = [InputMoments(root, 1 / root, np.zeros(len(root)))]
+    return found
+
+
+def _moments_of_channels(
+    resolved: ResolvedPlan, measurable: Sequence[DenseLayer], calibration: Calibration, settings: Session
+) -> dict[str, list[InputMoments]]:
+    """Return the moments of the inputs of layers whose patches have a full second moment, for each group of a convolution."""
+    model = resolved.model
     if not measurable:
         return {}
     samplers = {layer.name: Sampler(layer, calibration.samples) for layer in measurable}

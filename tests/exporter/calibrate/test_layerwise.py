@@ -60,7 +60,7 @@ def test_each_group_of_a_convolution_is_fitted_to_its_inputs(rng):
     assert np.linalg.norm(calibrated - dense) < 0.8 * np.linalg.norm(alone - dense)
 
 
-def test_transposed_convolutions_and_embeddings_are_decomposed_by_their_weights(rng):
+def test_transposed_convolutions_are_decomposed_by_their_weights_and_embeddings_by_the_rows_that_are_read(rng):
     weights = {
         "table": weight(rng, 20, 16),
         "up": weight(rng, 16, 12, 2, 2),
@@ -85,9 +85,9 @@ def test_transposed_convolutions_and_embeddings_are_decomposed_by_their_weights(
     )
     data = Calibration(({"ids": rng.integers(0, 20, 32)},))
     fitted = fit_layers(model, plan, data, CPU)
-    assert {row.layer: row.why.split(",")[0] for row in fitted.layers} == {
-        "table": "an embedding",
-        "up": "a transposed convolution",
+    assert {row.layer: (row.rows, row.why) for row in fitted.layers} == {
+        "table": (32, ""),
+        "up": (0, "a transposed convolution"),
     }
     resolved = resolve(model, plan)
     assert takes_bias(resolved.layers["up"])
