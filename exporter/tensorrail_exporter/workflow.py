@@ -380,7 +380,7 @@ class _Builder:
         """Return how many times faster each model but the first is than the first one."""
         paths = [_saved(_shaped(one, plan), self.dense.with_name(f"island{k}.onnx")) for k, one in enumerate(models)]
         timing, settings = self.conditions.timing, self.conditions.settings
-        seconds = min(timing.seconds, _EACH) * len(paths)
+        seconds = min(timing.duration, _EACH) * len(paths)
         return bench(paths, replace(timing, seconds=seconds, processes=0, io_binding=settings.on_gpu), settings).ratios
 
     def _macs(self, model: onnx.ModelProto) -> dict[str, int]:

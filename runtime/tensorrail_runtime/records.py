@@ -48,7 +48,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
     """
     path = Path(path)
-    if _STREAM.fullmatch(str(path)) or (path.exists() and not path.is_file() and not path.is_dir()):
+    if is_stream(path):
         with path.open("ab") as stream:  # renaming would replace the pipe or device by a file
             stream.write(data)
         return
@@ -65,6 +65,11 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether a path is a pipe or a device, such as /dev/stdout, also where that is a file at present."""
+    return bool(_STREAM.fullmatch(str(path))) or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def write_text(path: Path | str, text: str) -> None:

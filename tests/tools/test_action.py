@@ -211,7 +211,8 @@ def test_the_first_model_has_no_baseline(gate, small_path):
     done, outputs, summary = gate(model=small_path, baseline="base/none.onnx", missing_baseline="pass")
     assert (done.returncode, summary) == (0, "")
     assert "holds" not in outputs
-    assert obeyed(done.stdout)[0].startswith("::notice title=tensorrail regress::no baseline at base/none.onnx yet")
+    assert obeyed(done.stdout)[0].startswith("::notice title=tensorrail regress::no baseline at base/none.onnx yet: ")
+    assert obeyed(done.stdout)[0].endswith("dense.onnx was not compared")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,24 @@ def test_accuracy_inspect_and_bench_options(cli, small_path, tmp_path, rng):
     code, printed, _ = cli("bench", small_path, "--duration", 0.1, "--io-binding", "--memory", "--shape", "x=2,16,8,8")
     assert code == 0
     assert "peak host (MiB)" in printed
+    assert re.search(r"on the device .* with transfers ", " ".join(printed.split()))
+
+
+def test_a_drop_of_just_the_limit_holds(cli, tmp_path):
+    """99 and 98 of 100 samples are right; the second model moves one score up, past that of one sample."""
+    x, labels = np.eye(4, dtype=np.float32)[np.arange(100) % 4], np.arange(100) % 4
+    x[0] = np.roll(x[0], 1)
+    x[1] += np.array([0, 0, 0.9, 0], np.float32)
+    np.savez(tmp_path / "x.npz", x=x, labels=labels)
+    for name, more in (("a", 0.0), ("b", 0.2)):
+        nodes = [helper.make_node("Add", ["x", "bias"], ["y"], "add")]
+        bias = {"bias": np.array([0, 0, more, 0], np.float32)}
+        onnx.save(make_model(nodes, bias, {"x": ["n", 4]}, {"y": ["n", 4]}), tmp_path / f"{name}.onnx")
+    words = ("accuracy", tmp_path / "a.onnx", tmp_path / "b.onnx", "--data", tmp_path / "x.npz", "--json", tmp_path / "r.json")
+    assert cli(*words, "--max-drop", 0.01)[0] == 0
+    assert json.loads((tmp_path / "r.json").read_text())["difference"] == pytest.approx(-0.01)
+    code, printed, _ = cli(*words, "--max-drop", 0.009)
+    assert (code, "lower by more than 0.009" in printed) == (1, True)
 
 
 def test_regress_against_another_interpreter(cli, small_path):
@@ -162,21 +180,27 @@ def test_regress_against_another_interpreter(cli, small_path):
         ((small_path,), "give MODEL.onnx, or --against-python PYTHON"),
         (("base.json", small_path, "--against-python", sys.executable), "expected a model (.onnx)"),
         ((small_path, "--against-python", sys.executable, "--metric", "top1"), "scores nothing"),
+        ((small_path, small_path, "--max-drop", 0.005), "--max-drop limits the accuracy on labelled data"),
     ]
     for arguments, reason in cases:
         code, _, err = cli("regress", "check", *arguments)
         assert (code, reason in err) == (2, True), err
 
 
-def test_regress_keeps_a_history(cli, in_this_process, small_path, tmp_path):
+def test_regress_keeps_a_history(cli, in_this_process, small_path, tmp_path, monkeypatch):
     kept, picture, baseline = tmp_path / "times.jsonl", tmp_path / "times.svg", tmp_path / "base.json"
     record = ("regress", "record", small_path, "--processes", 2, "--seconds", 0.05, "-o")
+    monkeypatch.chdir(tmp_path.parent)
     for commit in ("one", "two"):
         assert cli(*record, baseline, "--history", kept, "--commit", commit)[0] == 0
+    assert {json.loads(line)["model"] for line in kept.read_text().splitlines()} == {f"{tmp_path.name}/{small_path.name}"}
     code, printed, _ = cli("regress", "history", kept, "-o", picture)
     assert (code, small_path.name in printed) == (0, True)
     assert picture.read_text().startswith("<?xml")
     before = kept.read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    code, _, err = cli("regress", "history", kept, "-o", picture)
+    assert (code, err) == (2, "tensorrail: this command needs matplotlib: pip install 'tensorrail[history]'\n")
     cases = [
         ((*record, baseline, "--history", baseline), "would be lost"),
         ((*record, tmp_path / "other.json", "--history", baseline), "not a history"),

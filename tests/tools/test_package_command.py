@@ -82,5 +82,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, small_path, tmp_path):
         assert err.count("\n") == 1, err
         assert reason in err
     code, _, err = cli("package", small_path, "--triton", tmp_path / "no" / "where")
-    assert (code, err.count("\n")) == (2, 1)
+    assert (code, err.count("\n"), f"the folder {tmp_path / 'no'} does not exist" in err) == (2, 1, True), err
     assert sorted(tmp_path.iterdir()) == before

@@ -40,6 +40,15 @@ def test_help_says_where_it_listens_and_who_may_ask():
         assert option in result.output
 
 
+def test_ctrl_c_before_it_is_ready_is_no_success(cli, small_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tensorrail.verbs.serve.serve", interrupted)
+    code, out, err = cli("serve", small_path, "--port", 0)
+    assert (code, out, err) == (130, "", "tensorrail: interrupted\n")
+
+
 @pytest.mark.parametrize("missing", ["ray", "uvicorn"])
 def test_without_the_extra_it_says_what_to_install(small_path, missing):
     code = (

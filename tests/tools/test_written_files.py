@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
 import tensorrail as tr
+from tensorrail.inputs import require_writable
 from tensorrail_exporter.graphs import io
 
 
@@ -73,6 +76,35 @@ def test_other_files_that_are_read_are_not_written_over(stored, cli, tmp_path, m
         code, _, err = cli(*command.split())
         assert (code, reason in err) == (2, True), err
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_any_work(stored, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (closed / "times.jsonl").write_text("")
+    (tmp_path / "link.onnx").symlink_to(closed / "o.onnx")
+    closed.chmod(0o500)
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == closed and mode & os.W_OK) and access(path, mode))
+    try:
+        for command in (
+            "quantize m.onnx --to fp16 -o closed/o.onnx",
+            "quantize m.onnx --to fp16 -o link.onnx",
+            "inspect m.onnx --json closed/o.json",
+            "regress record m.onnx -o base.json --history closed/new.jsonl",
+        ):
+            code, _, err = cli(*command.split())
+            assert (code, f"cannot be written: no permission to write to {closed}; expected" in err) == (2, True), err
+        (tmp_path / "lost.onnx").symlink_to(tmp_path / "none" / "o.onnx")
+        with pytest.raises(tr.ModelError, match=r"lost.onnx: cannot be written: the folder .*none does not exist"):
+            tr.quantize(stored, "lost.onnx", "fp16")
+        require_writable(closed / "times.jsonl", append=True)  # nothing new comes into its folder
+        assert cli("inspect", "m.onnx", "--json", "/dev/null")[0] == 0
+    finally:
+        closed.chmod(0o700)
+    assert [file.name for file in closed.iterdir()] == ["times.jsonl"]
+    assert not (tmp_path / "base.json").exists()
 
 
 def test_functions_protect_external_data_as_commands_do(stored, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _EXTRAS = {
-    "history": ("ruptures",),
+    "history": ("matplotlib", "ruptures"),
     "lightning": ("lightning",),
     "olive": ("olive",),
     "transformers": ("transformers",),

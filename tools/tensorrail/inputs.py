@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tensorrail_runtime.feeds.sources import files_of
 from tensorrail_runtime.graphs.files import files_read
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
+from tensorrail_runtime.records import is_stream
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
@@ -154,22 +156,35 @@ def _source(arrays: Any, what: str) -> Any:  # Any: whatever was given
     return arrays
 
 
-def require_writable(out: Path | str, *inputs: Any) -> Path:  # Any: models and data, of which paths count
+def require_writable(out: Path | str, *inputs: Any, append: bool = False) -> Path:  # Any: models and data, of which paths count
     """Return a file that is to be written; `ModelError`, before any work, where it cannot be, or is one that is read.
 
     Args:
         out: the file.
         inputs: what is read. Of a path, all files count: those of a folder, and a model's external data.
+        append: whether lines are added to the file, if there is one, so that its folder need not be writable.
 
     """
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():
         problem = "is a folder" if out.is_dir() else f"the folder {out.parent} does not exist"
         raise ModelError(f"{out}: cannot be written: {problem}; expected the name of a file in an existing folder")
+    _require_permission(out, append)
     for source in inputs:
         if isinstance(source, Path | str) and Path(source).exists():
             _require_unread(out, Path(source))
     return out
+
+
+def _require_permission(out: Path, append: bool) -> None:
+    """Raise `ModelError` if this process may not write a file as `write_bytes` does, or add to it."""
+    folder = out.resolve().parent  # of the file that a link leads to
+    if is_stream(out) or (append and out.exists()):
+        if not os.access(out, os.W_OK):
+            raise ModelError(f"{out}: cannot be written: no permission; expected a file that you may write")
+    elif not os.access(folder, os.W_OK | os.X_OK):  # even of a file that is there, which is replaced by a new one
+        problem = f"no permission to write to {folder}" if folder.is_dir() else f"the folder {folder} does not exist"
+        raise ModelError(f"{out}: cannot be written: {problem}; expected the name of a file in another folder")
 
 
 def _require_unread(out: Path, source: Path) -> None:

@@ -57,12 +57,12 @@ class Verification:
 
     def timing_for(self, share: float) -> Timing:
         """Return the timing for a share of the seconds, in as many fresh processes as there are seconds, at least one."""
-        seconds = self.timing.seconds * share
+        seconds = self.timing.duration * share
         return replace(self.timing, seconds=seconds, processes=max(1, min(self.timing.processes, int(seconds))))
 
     def dense_ms(self) -> float:
         """Return the minimum of three timings of the dense network in milliseconds, since other load only adds time."""
-        timing = replace(self.timing, seconds=self.timing.seconds / 9, processes=1, io_binding=self.settings.on_gpu)
+        timing = replace(self.timing, seconds=self.timing.duration / 9, processes=1, io_binding=self.settings.on_gpu)
         return min(bench([self.dense], timing, self.settings).latencies[0].p50 for _ in range(3))
 
     def start_size(self, dense: Size) -> Size:

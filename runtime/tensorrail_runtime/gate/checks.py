@@ -14,7 +14,7 @@ from pydantic import Field
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.graphs.files import sha256_of
-from tensorrail_runtime.measure.accuracy import Labelled, evaluate
+from tensorrail_runtime.measure.accuracy import Labelled, evaluate, within_drop
 from tensorrail_runtime.measure.parity import is_exact, relative_l2
 from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.records import Record
@@ -357,5 +357,5 @@ def _score(old: float, after: Facts, drop: float) -> Finding:
         baseline=f"{old:.4f}",
         measured=f"{new:.4f}",
         limit=f"−{drop:g}",
-        holds=new >= old - drop,
+        holds=within_drop(old, new, drop),
     )

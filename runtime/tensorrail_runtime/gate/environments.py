@@ -254,7 +254,7 @@ def timed_in_turns(before: _Side, after: _Side, precision: float | None) -> tupl
     timing, progress = after.conditions.timing, after.conditions.progress
     runs: list[tuple[list[float], list[float]]] = []
     while needs_more(runs, timing.processes, precision):
-        runs.append(_one_process_each(before, after, timing.seconds, swapped=bool(len(runs) % 2)))
+        runs.append(_one_process_each(before, after, timing.duration, swapped=bool(len(runs) % 2)))
         progress("measuring latency", min(1.0, len(runs) / timing.processes))
     return [run[0] for run in runs], [run[1] for run in runs]
 

@@ -101,13 +101,15 @@ class History(PrintedRecord):
         return tuple(parts)
 
 
-def entry_of(measured: Baseline, commit: str | None = None) -> Entry:
+def entry_of(measured: Baseline, commit: str | None = None, model: Path | str | None = None) -> Entry:
     """Return the entry of a baseline that was recorded now.
 
     Args:
         measured: the baseline.
         commit: what was measured; default: the commit that a CI system names in its environment, or that git has checked out,
             or else nothing.
+        model: the model's file, which is named by its path from the current folder, or by its name if it is elsewhere; default:
+            by its name.
 
     """
     host = measured.machine
@@ -116,7 +118,7 @@ def entry_of(measured: Baseline, commit: str | None = None) -> Entry:
     return Entry(
         commit=_commit() if commit is None else commit,
         when=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=Path(measured.model).name,
+        model=Path(measured.model).name if model is None else _name(Path(model)),
         machine=f"{host.processor if host.gpu is None else host.gpu.name}, {host.cores} cores",
         how=f"{measured.provider}, {threads}, batch {measured.batch}{shapes}",
         onnxruntime=host.onnxruntime,
@@ -249,6 +251,12 @@ def drawn(history: History) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+def _name(model: Path) -> str:
+    """Return the path of a model from the current folder, or its name if it is elsewhere."""
+    own, here = model.parent.resolve() / model.name, Path.cwd()  # a link has a name of its own
+    return own.relative_to(here).as_posix() if own.is_relative_to(here) else model.name
 
 
 def _commit() -> str:

@@ -207,6 +207,8 @@ class Verdict(PrintedRecord):
     @property
     def how(self) -> str:
         """With which times the measured ones were compared, as text."""
+        if self.timing is None:
+            return "not timed"
         return "against recorded times" if self.recorded_on else "interleaved with the baseline's model"
 
     @property
@@ -241,8 +243,8 @@ def record(
     Args:
         path: the ONNX file.
         out: the JSON file to write, in an existing folder.
-        conditions: how the model runs and is timed: batch size, shapes, fresh processes (6 by default; up to four times as many
-            on a busy machine) and seconds in each (1 by default). Only provider and threads of the session are recorded.
+        conditions: how the model runs and is timed: batch size, shapes, fresh processes (6 by default) and seconds in each (1
+            by default). Only provider and threads of the session are recorded.
         data: labelled inputs for a score.
         rules: which inputs are constants or states, or have their samples along another axis than the first; default: none.
             They are recorded; constants must be numbers.
@@ -300,8 +302,9 @@ def check(
         reference: a baseline, its file, or another model (a file that ends in .onnx), which is then measured as well.
         path: the ONNX file of the model to check.
         limits: the limits for the differences.
-        conditions: how the models run and are timed, as for `record`. A baseline has its own provider, threads, batch size and
-            shapes: they are left at their defaults here, or are the recorded ones.
+        conditions: how the models run and are timed, as for `record`, but with up to four times as many processes on a busy
+            machine. A baseline has its own provider, threads, batch size and shapes: they are left at their defaults here, or
+            are the recorded ones.
         data: labelled inputs for a score; with a baseline, the data that it was recorded with.
         rules: what the inputs are, as for `record`; a baseline has its own.
 
@@ -336,13 +339,15 @@ def check(
 
 
 def checked(conditions: Conditions | None) -> Conditions:
-    """Return the conditions with the default number of processes where none is given; raises `UsageError` for too few."""
+    """Return the conditions with the gate's defaults where nothing is given; raises `UsageError` for too few processes."""
     conditions = conditions or Conditions(TIMING)
-    timing = replace(conditions.timing, processes=conditions.timing.processes or TIMING.processes)
-    if timing.processes < _LEAST_PROCESSES or not timing.seconds > 0:
+    timing = conditions.timing
+    seconds = TIMING.seconds if timing.seconds is None else timing.seconds
+    timing = replace(timing, seconds=seconds, processes=timing.processes or TIMING.processes)
+    if timing.processes < _LEAST_PROCESSES or not timing.duration > 0:
         raise UsageError(
             f"expected at least {_LEAST_PROCESSES} fresh processes and more than 0 seconds in each, got "
-            f"processes={timing.processes}, seconds={timing.seconds:g}"
+            f"processes={timing.processes}, seconds={timing.duration:g}"
         )
     return replace(conditions, timing=timing)
 
@@ -464,7 +469,7 @@ def _time_change(before: _Reference, runs: Sequence[LatencyReport]) -> TimeChang
 def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: float | None = None) -> list[LatencyReport]:
     """Time the models in fresh processes; with a precision, until the standard error of the estimate is at most that."""
     timing = conditions.timing
-    each = Timing(timing.batch, timing.shapes, timing.seconds, _WARMUP, values=timing.values)
+    each = Timing(timing.batch, timing.shapes, timing.duration, _WARMUP, values=timing.values)
     reports: list[LatencyReport] = []
     while needs_more([[one.samples for one in report.latencies] for report in reports], timing.processes, precision):
         first = len(reports) % len(paths)

@@ -16,10 +16,14 @@ PRECISION = 10  # max_slowdown divided by the standard error that is small enoug
 
 _ALPHA = 0.01  # significance level
 _MOST = 4  # times the requested processes, on a busy machine
+_OF_MEDIAN = 1.2533  # √(π / 2): the standard error of a median over that of a mean, of many normal values; of few it is less
 
 
 class TimeChange(Record):
-    """The slow-down of a model as a share (0.05 is 5 % more time), with its 95 % interval over processes and its p-value."""
+    """The slow-down of a model as a share (0.05 is 5 % more time), with its 95 % interval over processes and its p-value.
+
+    The slow-down is the median over processes, and the interval is that of this median, see `compare_times`.
+    """
 
     slowdown: float
     low: float
@@ -71,7 +75,8 @@ def compare_times(
     If both models ran in turns in each process, the ratio of each process is one estimate, and its block medians are divided
     by its old median, which removes what both models have in common. The times of the two runs of a cycle are then summed: a
     model runs after itself in one of them and after the other model in the next. The slow-down is the median over processes,
-    and its interval is Student's for the logarithms over processes (Welch's if the models ran in separate processes).
+    which a disturbed process hardly moves. Its interval lies around it: Student's for the logarithms over processes (Welch's if
+    the models ran in separate processes), wider by the ratio of the standard errors of a median and a mean.
 
     Args:
         old: the times of the baseline's model, one list per process.
@@ -98,12 +103,13 @@ def compare_times(
         # Where clocks are coarse, processes may have equal medians. The interval is then of no width, which scipy warns of.
         warnings.simplefilter("ignore", RuntimeWarning)
         if paired:
-            value = float(np.exp(np.median(logs[1] - logs[0]))) - 1
+            middle = float(np.median(logs[1] - logs[0]))
             interval = stats.ttest_rel(logs[1], logs[0]).confidence_interval()
         else:
-            value = float(np.exp(np.median(logs[1]) - np.median(logs[0]))) - 1
+            middle = float(np.median(logs[1]) - np.median(logs[0]))
             interval = stats.ttest_ind(logs[1], logs[0], equal_var=False).confidence_interval()
-    low, high = (float(np.exp(bound)) - 1 if np.isfinite(bound) else value for bound in (interval.low, interval.high))
+    half = _OF_MEDIAN * (interval.high - interval.low) / 2 if np.isfinite(interval.high) else 0.0
+    value, low, high = (float(np.exp(middle + shift)) - 1 for shift in (0.0, -half, half))
     return value, low, high, p
 
 
@@ -129,10 +135,9 @@ def _standard_error(runs: Sequence[Sequence[Sequence[float]]]) -> float:
     models = len(runs[0])
     times = np.array([[np.median(cycles(samples, models)) for samples in run] for run in runs])
     values = times[:, -1] / (times[:, 0] if times.shape[1] > 1 else np.median(times))
-    # 1.4826: the standard deviation of a normal distribution over its median absolute deviation. 1.2533 = √(π / 2): the
-    # standard error of a median over that of a mean.
+    # 1.4826: the standard deviation of a normal distribution over its median absolute deviation.
     deviation = 1.4826 * np.median(np.abs(values - np.median(values)))
-    return float(1.2533 * deviation / np.sqrt(len(values)))
+    return float(_OF_MEDIAN * deviation / np.sqrt(len(values)))
 
 
 def _paired_p(differences: np.ndarray) -> float:

@@ -33,6 +33,7 @@ Metric = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]
 """Takes the outputs of a batch by name and its labels, and returns one score per sample: 0 or 1, or any number."""
 
 _Z = NormalDist().inv_cdf(0.975)
+_ROUNDING = 1e-9  # of a score or a limit: far more than the rounding of a mean, far less than anybody measures
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,20 @@ def compare_scores(reference: Evaluation, candidate: Evaluation) -> Comparison:
         test=test,
         p_value=p,
     )
+
+
+def within_drop(before: float, after: float, limit: float) -> bool:
+    """Return whether a mean score is lower than another by a limit at most.
+
+    A drop of just the limit is within it, whatever its floating-point rounding: 0.99 - 0.98 is greater than 0.01.
+
+    Args:
+        before: the mean score of the reference.
+        after: the mean score of the other model.
+        limit: the largest drop.
+
+    """
+    return after >= before - limit - _ROUNDING * max(abs(before), limit)
 
 
 def metric_of(name: str) -> Metric:

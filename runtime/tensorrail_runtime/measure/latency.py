@@ -34,16 +34,17 @@ class Latency(Record):
 
     model: str
     samples: tuple[float, ...]
+    batch: int = 1  # samples of inputs in each run
     p50: float
     p90: float | None
     p99: float | None = None
     variation: float = 0.0  # standard deviation / mean, without the slowest 1 % of the samples
-    throughput: float = 0.0  # samples of the batch per second, at p50
+    throughput: float = 0.0  # samples of inputs per second, at p50
     load_ms: float = 0.0  # from the file to a session that is ready to run
 
     @classmethod
     def of(cls, model: str, samples: Sequence[float], batch: int = 1, load_ms: float = 0.0) -> Latency:
-        """Return the record of these times, in milliseconds."""
+        """Return the record of these times, in milliseconds, of runs with `batch` samples each."""
         times = np.asarray(samples)
         percentiles = {p: float(np.percentile(times, p)) if len(times) >= enough else None for p, enough in _ENOUGH.items()}
         trimmed = times[times <= np.percentile(times, 99)]
@@ -51,6 +52,7 @@ class Latency(Record):
         return cls(
             model=model,
             samples=tuple(float(t) for t in samples),
+            batch=batch,
             p50=median,
             p90=percentiles[90],
             p99=percentiles[99],
@@ -74,7 +76,7 @@ class LatencyReport(PrintedRecord):
     """The latency of one or more models, measured in turns.
 
     Attributes:
-        batch: the number of samples in each run.
+        batch: the number of samples in each run of the first model.
         provider: the name of the provider: "cpu", "cuda" or "tensorrt".
         threads: the number of intra-op threads, 0 for ONNX Runtime's choice.
         rounds: how often each model ran.
@@ -109,8 +111,12 @@ class LatencyReport(PrintedRecord):
 
     def shown(self) -> tuple[Part, ...]:
         """Return the table of latencies, the warnings, and what was measured beside them."""
+        return self._shown(self.provider != "cpu" or not self.transfers)
+
+    def _shown(self, transfers: bool) -> tuple[Part, ...]:
+        """Return the parts; `transfers`: whether the title says if the times contain transfers."""
         where = self.machine.gpu.name if self.machine.gpu else self.machine.processor
-        how = "" if self.provider == "cpu" else ", with transfers" if self.transfers else ", on the device"
+        how = (", with transfers" if self.transfers else ", on the device") if transfers else ""
         speedups = ["1", *(f"{r.value:.2f}× [{r.low:.2f}, {r.high:.2f}]" for r in self.ratios)]
         rows = [
             (
@@ -126,7 +132,7 @@ class LatencyReport(PrintedRecord):
         table = Table(f"batch {self.batch}, {self.rounds} rounds{self.fresh}, {where}{how}", head, rows)
         parts: list[Part] = [table, *(f"warning: {warning}" for warning in self.warnings)]
         if self.with_transfers is not None:
-            parts += self.with_transfers.shown()
+            parts += self.with_transfers._shown(transfers=True)
         if self.footprints:
             memory = [
                 (f.model, f"{f.load_ms:.0f}", or_dash(f.host_peak_mib, ".0f"), or_dash(f.gpu_mib, "d")) for f in self.footprints
@@ -234,7 +240,7 @@ def fresh_report(
 def _in_fresh_processes(
     paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
-    each = replace(timing, seconds=timing.seconds / timing.processes, processes=0)
+    each = replace(timing, seconds=timing.duration / timing.processes, processes=0)
     runs = []
     for number in range(timing.processes):
         progress("measuring latency", number / timing.processes)
@@ -245,7 +251,7 @@ def _in_fresh_processes(
         Latency.of(
             model_runs[0].model,
             [sample for latency in model_runs for sample in latency.samples],
-            runs[0].batch,
+            model_runs[0].batch,
             float(np.median([latency.load_ms for latency in model_runs])),
         )
         for model_runs in zip(*(run.latencies for run in runs), strict=True)

@@ -10,6 +10,8 @@ from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.sessions.values import Values
 
+_SECONDS = 10.0  # of measuring, where no other time is asked for
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -19,8 +21,8 @@ class Timing:
     """Size of the dynamic axes that `shapes` does not give."""
     shapes: Shapes = field(default_factory=dict)
     """Shapes of inputs by name; default: those in the graph."""
-    seconds: float = 10.0
-    """Seconds of measuring, all models together."""
+    seconds: float | None = None
+    """Seconds of measuring, all models together; default: 10, or for the regression gate 1 in each process."""
     warmup: float = 0.2
     """Seconds of running the models before the measurement."""
     processes: int = 0
@@ -36,6 +38,11 @@ class Timing:
         """Raise `UsageError` for a batch without samples."""
         if self.batch < 1:
             raise UsageError(f"batch: expected 1 or more samples, got {self.batch}")
+
+    @property
+    def duration(self) -> float:
+        """Seconds of measuring: `seconds`, or 10 if there are none."""
+        return _SECONDS if self.seconds is None else self.seconds
 
 
 @dataclass(frozen=True)

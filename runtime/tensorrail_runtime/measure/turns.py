@@ -82,7 +82,7 @@ def time_models(
     runners = [runner(path, settings, timing) for path in paths]
     runs = [prepared.run for prepared in runners]
     turns(runs, timing.warmup, 3)
-    times = turns(runs, timing.seconds, max(MIN_ROUNDS, MIN_CYCLES * len(runs)), on_round)
+    times = turns(runs, timing.duration, max(MIN_ROUNDS, MIN_CYCLES * len(runs)), on_round)
     shapes = [{name: list(shape) for name, shape in prepared.shapes.items()} for prepared in runners]
     return Turns(times, [prepared.load_ms for prepared in runners], [prepared.samples for prepared in runners], shapes)
 

@@ -104,7 +104,7 @@ def package(
 
     Args:
         model: the ONNX file.
-        repository: the folder of the repository, which may be new.
+        repository: the folder of the repository, which may be new, in an existing folder.
         contents: the name, the versions and the dense model beside it.
         serving: how Triton serves the model.
 
@@ -230,6 +230,8 @@ def _workshop(repository: Path) -> Iterator[Path]:
     if repository.exists() and not repository.is_dir():
         raise ModelError(f"{repository}: not a folder: expected a Triton model repository, or a path for a new one")
     target = repository.resolve()
+    if not target.parent.is_dir():
+        raise ModelError(f"{repository}: the folder {target.parent} does not exist: create it, or choose another repository")
     beside = not target.exists() or target.parent.stat().st_dev == target.stat().st_dev
     folder = (target.parent if beside else target) / f".{target.name}.{secrets.token_hex(4)}.part"
     try:

@@ -125,6 +125,20 @@ def test_a_baseline_has_an_entry(tmp_path, monkeypatch):
     assert entry_of(baseline, "other").commit == "other"
 
 
+def test_models_of_one_name_in_two_folders_are_told_apart(tmp_path, monkeypatch, in_this_process):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    weights = {"w": np.eye(4, dtype=np.float32)}
+    model = make_model([helper.make_node("MatMul", ["x", "w"], ["y"], "m")], weights, {"x": ["n", 4]}, {"y": ["n", 4]})
+    onnx.save(model, "a/m.onnx")
+    baseline = record("a/m.onnx", "a/base.json", conditions=QUICK)
+    (tmp_path / "a" / "link.onnx").symlink_to(tmp_path / "a" / "m.onnx")
+    names = {path: entry_of(baseline, "one", path).model for path in ("a/m.onnx", "b/../b/m.onnx", "a/link.onnx", "../m.onnx")}
+    assert list(names.values()) == ["a/m.onnx", "b/m.onnx", "a/link.onnx", "m.onnx"]
+    assert entry_of(baseline, "one", tmp_path / "b" / "m.onnx").model == "b/m.onnx"
+
+
 def test_the_picture_names_the_steps(rng):
     history = history_of(entries(noisy(rng, (1.0, 10), (1.2, 10)), model="$m$.onnx"))
     text = drawn(history)

@@ -17,7 +17,7 @@ from tensorrail_runtime import ModelError, Session, bench, open_session, parity,
 from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
-from tensorrail_runtime.gate.regress import Baseline, Limits, check, record
+from tensorrail_runtime.gate.regress import Baseline, Limits, check, checked, record
 from tensorrail_runtime.gate.times import compare_times
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -55,6 +55,17 @@ def test_an_estimate_covers_the_injected_slowdown(paired, rng):
     assert value == pytest.approx(0.05, abs=0.015)
     assert low <= value <= high
     assert p < 0.01
+
+
+def test_an_interval_lies_around_the_slowdown_of_most_processes(rng):
+    """Eight of twelve processes differ by nothing, and four by a tenth: the mean is no median."""
+    old = [np.exp(0.001 * rng.standard_normal(100)) for _ in range(12)]
+    new = [np.exp(0.001 * rng.standard_normal(100) + (0.1 if k < 4 else 0.0)) for k in range(12)]
+    for paired in (True, False):
+        value, low, high, _ = compare_times(old, new, paired=paired)
+        assert value == pytest.approx(0.0, abs=0.001)
+        assert low < value < high
+        assert high == pytest.approx(0.04, abs=0.01)  # 1.2533 · 2.2 · 0.049 / √12
 
 
 def test_equal_times_raise_no_alarm(rng):
@@ -186,6 +197,13 @@ def test_accuracy_is_a_hard_limit(untimed, small_path, tmp_path, rng):
     assert "accuracy (top1)" in verdict.reason
 
 
+def test_a_score_may_drop_by_just_its_limit(untimed, small_path, tmp_path):
+    facts = untimed(small_path, tmp_path / "b.json").facts
+    before, after, lower = (facts.model_copy(update={"score": score, "metric": "top1"}) for score in (0.8, 0.7, 0.699))
+    assert found(before, after, limits=Limits(score=0.1))["accuracy (top1)"].holds  # 0.8 - 0.1 > 0.7
+    assert not found(before, lower, limits=Limits(score=0.1))["accuracy (top1)"].holds
+
+
 def test_a_score_that_cannot_be_compared_is_refused(baseline, small_path, tmp_path, rng):
     x = rng.standard_normal((12, 16, 8, 8)).astype(np.float32)
     labels = open_session(small_path).run(None, {"x": x})[0].argmax(1)
@@ -217,6 +235,18 @@ def test_a_baseline_is_checked_as_it_was_recorded(baseline, small_path):
         with pytest.raises(ModelError, match=reason):
             check(baseline, small_path, limits=LENIENT, conditions=asked)
     assert check(baseline, small_path, limits=LENIENT, conditions=QUICK).holds
+
+
+def test_what_a_timing_leaves_out_has_the_gates_defaults():
+    for asked, seconds, processes in (
+        (None, 1.0, 6),
+        (Timing(batch=8), 1.0, 6),
+        (Timing(seconds=10.0), 10.0, 6),
+        (Timing(processes=2), 1.0, 2),
+    ):
+        timing = checked(None if asked is None else Conditions(asked)).timing
+        assert (timing.seconds, timing.processes) == (seconds, processes)
+    assert Timing(batch=8).duration == 10.0  # of all other measurements
 
 
 def test_too_few_processes_and_no_time_are_refused(baseline, small_path):
@@ -412,6 +442,7 @@ def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(untimed, tmp
         assert re.search(reason, verdict.reason)
         assert json.loads(smaller_is_better(verdict)) == []
         assert "Not timed" in markdown(verdict)
+        assert f"{path.name}, not timed" in str(verdict)
         assert 'failures="1"' in junit(verdict)
 
 

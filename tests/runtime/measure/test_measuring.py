@@ -9,11 +9,12 @@ from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, Tolerances, accuracy, bench, compare_scores, evaluate, open_session, parity
-from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of
+from tensorrail_runtime.measure.accuracy import Labelled, accuracy_of, metric_of, within_drop
 from tensorrail_runtime.measure.latency import Latency, _unstable, ratio
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.measure.turns import MIN_CYCLES, MIN_ROUNDS, Runner, Turns, answer_bursts, are_precise, turns
 from tensorrail_runtime.sessions.inputs import batch_of
+from tensorrail_runtime.tables import Table
 
 
 def changed(path, name, change):
@@ -218,6 +219,17 @@ def test_a_batch_that_no_axis_takes_is_refused(small_path, tmp_path, rng):
     assert (wide.batch, wide.latencies[0].throughput) == (6, pytest.approx(6e3 / wide.latencies[0].p50))
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_samples_per_second_are_those_of_each_model(processes, tmp_path, in_this_process):
+    node, weights = helper.make_node("MatMul", ["x", "w"], ["y"], "n"), {"w": np.ones((4, 5), np.float32)}
+    for size in (1, 3):
+        onnx.save(make_model([node], weights, {"x": [size, 4]}, {"y": [size, 5]}), tmp_path / f"{size}.onnx")
+    report = bench([tmp_path / "1.onnx", tmp_path / "3.onnx"], Timing(seconds=0.01, processes=processes))
+    assert (report.batch, [latency.batch for latency in report.latencies]) == (1, [1, 3])
+    for latency in report.latencies:
+        assert latency.throughput == pytest.approx(1e3 * latency.batch / latency.p50)
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int64, np.float32])
 def test_the_five_largest_of_any_type_count(kind):
     scores = np.array([[0, 1, 2, 3, 4, 5, 100]]).astype(kind)
@@ -231,6 +243,11 @@ def test_bound_inputs_and_outputs_are_timed_alike(small_path):
     result = bench([small_path, small_path], Timing(2, seconds=0.1, io_binding=True))
     assert not result.transfers
     assert [latency.model for latency in result.latencies] == [str(small_path)] * 2
+    copied = bench([small_path], Timing(2, seconds=0.1))
+    both = result.model_copy(update={"with_transfers": copied})
+    titles, (alone,) = ([part.title for part in report.shown() if isinstance(part, Table)] for report in (both, copied))
+    assert [title.rpartition(", ")[2] for title in titles] == ["on the device", "with transfers"]
+    assert "transfers" not in alone
     with pytest.raises(ModelError, match="needs IO binding"):
         bench([small_path], settings=Session(provider="cuda", cuda_graph=True))
 
@@ -291,6 +308,14 @@ def test_two_models_are_compared_on_the_same_samples(small_path, rng):
     assert paired.p_value == pytest.approx(2 * 0.5**paired.only_reference)  # McNemar, exact, all on one side
     assert compare_scores(a, a).p_value == 1
     assert evaluate(other, Labelled({"x": x}, labels, "top5")).mean >= b.mean
+
+
+def test_a_drop_of_just_the_limit_is_within_it():
+    for before, after, limit in ((0.99, 0.98, 0.01), (0.8, 0.7, 0.1), (0.0, 0.0, 0.0), (0.5, 0.5, 0.0), (3e8, 2e8, 1e8)):
+        assert within_drop(before, after, limit)
+        assert within_drop(before, after + 1e-3, limit)
+    for before, after, limit in ((0.99, 0.98, 0.0099), (0.5, 0.499999, 0.0), (3e-12, 1e-12, 1e-12), (0.5, float("nan"), 0.1)):
+        assert not within_drop(before, after, limit)
 
 
 def test_an_own_metric_is_a_function_of_a_module(small_path, rng, tmp_path, monkeypatch):

@@ -410,6 +410,8 @@ def test_a_folder_that_is_no_triton_model_is_never_removed(small_path, tmp_path,
             package(small_path, repository, contents=Repository(name=name, overwrite=True))
     with pytest.raises(ModelError, match="not a folder: expected a Triton model repository"):
         package(small_path, repository / "file")
+    with pytest.raises(ModelError, match=r"repository: the folder .*missing does not exist: create it"):
+        package(small_path, tmp_path / "missing" / "repository")
     (repository / "empty").mkdir()
     package(small_path, repository, contents=Repository(name="empty"))
     assert (repository / "home" / "letter.txt").read_text() == "dear"

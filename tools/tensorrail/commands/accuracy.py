@@ -31,7 +31,7 @@ def command(
     from tensorrail.options import Options
     from tensorrail.verbs.accuracy import accuracy
     from tensorrail_runtime.errors import UsageError
-    from tensorrail_runtime.measure.accuracy import Comparison
+    from tensorrail_runtime.measure.accuracy import Comparison, within_drop
     from tensorrail_runtime.measure.timing import Timing
 
     if max_drop is not None and candidate is None:
@@ -39,5 +39,9 @@ def command(
     with progress_bar() as progress:
         options = Options(session, Timing(batch), progress=progress, inputs=inputs)
         report = accuracy(reference, candidate, data=data, metric=metric, options=options)
-    holds = max_drop is None or not isinstance(report, Comparison) or -report.difference <= max_drop
+    holds = (
+        max_drop is None
+        or not isinstance(report, Comparison)
+        or within_drop(report.reference.mean, report.candidate.mean, max_drop)
+    )
     finish(report, json, holds, "" if holds else f"too low: the mean score is lower by more than {max_drop:g}")

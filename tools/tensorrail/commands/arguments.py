@@ -71,7 +71,8 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="latency=2.0",
-        help="How many times less: latency, flops, params or bytes. May be repeated: all must hold.",
+        help="Reduction factor: latency=2.0 asks for half the latency; also flops, params, bytes. May be repeated: all must "
+        "hold.",
     ),
 ]
 Precision = Annotated[
@@ -101,7 +102,11 @@ Constants = Annotated[
 ]
 BatchAxes = Annotated[
     list[str] | None,
-    typer.Option("--batch-axis", metavar="NAME=AXIS", help="The axis of an input's samples, if not the first; none: shared."),
+    typer.Option(
+        "--batch-axis",
+        metavar="NAME=AXIS",
+        help="The axis of an input's samples, if not the first; `none` if all samples share this input.",
+    ),
 ]
 States = Annotated[
     list[str] | None,

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from tensorrail.verbs.check import Layers
     from tensorrail_runtime.measure.parity import Tolerances
 
-Limit = Annotated[list[str] | None, typer.Option(metavar="[OUTPUT=]VALUE", help="May be repeated, for each output.")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[OUTPUT=]VALUE",
+        help="Element-wise tolerance as in NumPy: |b − a| ≤ atol + rtol·|a|. OUTPUT= sets it for one output; may be repeated.",
+    ),
+]
 
 
 def tolerance_options(

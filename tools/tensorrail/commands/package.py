@@ -65,7 +65,9 @@ def serving_options(
     instances: Annotated[int, typer.Option(min=1, help="Instances that run at the same time, on each GPU or on the CPU.")] = 1,
     gpu: Annotated[list[int] | None, typer.Option(min=0, help="Number of a GPU; default: all. May be repeated.")] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Warm-up requests of each batch size before the model is ready.")] = 1,
-    warmup_data: Annotated[str, typer.Option(metavar="zero|random", help="What they hold; random: random bytes.")] = "zero",
+    warmup_data: Annotated[
+        str, typer.Option(metavar="zero|random", help="Values of warm-up requests: zeros, or random bytes (integers stay 0).")
+    ] = "zero",
 ) -> Serving:
     """Return how Triton batches and runs the model."""
     from tensorrail_runtime.triton.package import Serving

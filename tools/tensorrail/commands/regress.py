@@ -133,17 +133,17 @@ class Kept:
         from tensorrail_runtime.gate.history import read_entries
 
         if self.path is not None:
-            require_writable(self.path)
+            require_writable(self.path, append=True)
             _require_another(out, self.path)
             if self.path.exists():
                 read_entries(self.path)
 
-    def add(self, baseline: Baseline) -> None:
-        """Add the time of a baseline to the history, if there is one."""
+    def add(self, baseline: Baseline, model: Path) -> None:
+        """Add the time of a model's baseline to the history, if there is one."""
         from tensorrail.verbs import regress
 
         if self.path is not None:
-            regress.add_to_history(self.path, baseline, commit=self.commit)
+            regress.add_to_history(self.path, baseline, commit=self.commit, model=model)
 
 
 def history_options(
@@ -184,7 +184,7 @@ def record(
     with progress_bar() as progress:
         options = replace(options, progress=progress, inputs=inputs)
         baseline = regress.record(model, out, data=as_labelled(data, metric), options=options)
-    kept.add(baseline)
+    kept.add(baseline, model)
     finish(baseline, None, last=f"written to {out}")
 
 
@@ -220,15 +220,16 @@ def check(
     from tensorrail.inputs import as_labelled
     from tensorrail.verbs import regress
     from tensorrail_runtime.errors import UsageError
-    from tensorrail_runtime.gate.regress import Baseline, Limits
+    from tensorrail_runtime.gate.regress import Baseline
 
     options, asked = how
-    if limits.score != Limits().score and data is None:
+    has_drop = "score" in limits.model_fields_set  # also if it is the default value
+    if has_drop and data is None:
         raise UsageError("--max-drop limits the accuracy on labelled data: give --data FILE.npz as well")
     pythons = against_python or []
     if baseline.suffix != ".onnx" and not pythons:
         Baseline.load(baseline).require(**asked, rules=inputs)
-    if pythons and (limits.score != Limits().score or metric is not None):
+    if pythons and (has_drop or metric is not None):
         raise UsageError("--against-python compares times and outputs, and scores nothing: leave out --max-drop and --metric")
     if model is None and not pythons:
         raise UsageError(f"expected a model to check against {baseline}: give MODEL.onnx, or --against-python PYTHON")

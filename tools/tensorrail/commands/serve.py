@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,9 @@ def serving_options(
     ] = 0,
     provider: Provider = "cpu",
     cpus: Annotated[float, typer.Option(min=0.01, help="CPUs that Ray reserves for a replica.")] = 1.0,
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs likewise; default 1 on a GPU's provider.")] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that Ray reserves for a replica; default 1 with cuda or tensorrt, else 0.")
+    ] = None,
     max_mib: Annotated[float, typer.Option("--max-mib", min=0.001, max=2**20, help="Largest request, in MiB.")] = 64.0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request must be answered.")] = 30.0,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests accepted at a time; further ones get 503.")] = 256,
@@ -78,8 +79,7 @@ def command(served: Any = Group(serving_options)) -> None:
     from tensorrail.verbs.serve import serve
 
     model, options = served
-    with contextlib.suppress(KeyboardInterrupt):  # before it is ready; afterwards signals are the server's
-        serve(model, options, on_start=lambda started: _show(started, options))
+    serve(model, options, on_start=lambda started: _show(started, options))
     say(f"{options.name}: stopped")
 
 

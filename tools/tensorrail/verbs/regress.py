@@ -128,19 +128,21 @@ def check_environments(
         )
 
 
-def add_to_history(path: Path | str, baseline: Baseline, *, commit: str | None = None) -> None:
+def add_to_history(path: Path | str, baseline: Baseline, *, commit: str | None = None, model: Path | str | None = None) -> None:
     """Add the time of a baseline to a history.
 
     Args:
         path: a file of JSON lines, which is made if it is not there.
         baseline: what `record` returned.
         commit: what was measured; default: the commit that a CI system names in its environment, or that git has checked out.
+        model: the model's file. In the history it is named by its path from the current folder, so that files of one name in
+            several folders are told apart, or by its name if it is elsewhere; default: by its name.
 
     Raises:
         ModelError: the file is no history, or cannot be written.
 
     """
-    histories.add_entry(path, histories.entry_of(baseline, commit))
+    histories.add_entry(path, histories.entry_of(baseline, commit, model))
 
 
 def history(path: Path | str) -> histories.History:

@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """RequestLimits of requests.
+    """Limits on each request.
 
     Attributes:
         body: the largest body of a request, in bytes.
