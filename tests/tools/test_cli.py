@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model
-from onnx import helper
+from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 import tensorrail.cli
@@ -154,9 +154,11 @@ def test_accuracy_inspect_and_bench_options(cli, small_path, tmp_path, rng):
     assert "peak host (MiB)" in printed
 
 
-def test_regress_against_another_interpreter(cli, small_path):
+def test_regress_against_another_interpreter(cli, small_path, tmp_path):
     quick = ("--processes", 2, "--seconds", 0.05, "--max-slowdown", "900%")
-    code, printed, _ = cli("regress", "check", small_path, "--against-python", sys.executable, *quick)
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 16, 8, 8), np.float32))  # without labels: nothing is scored
+    inputs = ("--data", tmp_path / "x.npz")
+    code, printed, _ = cli("regress", "check", small_path, "--against-python", sys.executable, *inputs, *quick)
     assert (code, "no regression" in printed) == (0, True)
     cases = [
         ((small_path,), "give MODEL.onnx, or --against-python PYTHON"),
@@ -208,6 +210,15 @@ def test_regress_records_checks_and_says_why(cli, in_this_process, small_path, t
     code, printed, _ = cli("regress", "check", baseline, tmp_path / "larger.onnx", "--max-slowdown", "900%", *quick)
     assert code == 1
     assert "larger.onnx: nodes 6 (baseline 5" in printed
+    for tensor in larger.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32("nan"), tensor.name))
+    onnx.save(larger, tmp_path / "nan.onnx")
+    record = tmp_path / "v.json"
+    code, printed, _ = cli("regress", "check", baseline, tmp_path / "nan.onnx", *quick, "--junit", junit, "--json", record)
+    assert code == 1
+    assert "nan.onnx: run weight 'conv.weight' holds NaN at [0, 0, 0, 0]" in printed
+    assert 'failures="1"' in junit.read_text()
+    assert [finding["name"] for finding in json.loads(record.read_text())["findings"]] == ["run"]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(cli, in_this_process, small_path, plan_path, tmp_path):
