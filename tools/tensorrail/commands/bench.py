@@ -14,6 +14,7 @@ from tensorrail.terminal import finish, progress_bar
 if TYPE_CHECKING:
     from tensorrail_runtime.measure.timing import Timing
 
+
 _PROCESSES = 6  # each of two or three models is loaded first in as many of them
 
 
@@ -22,6 +23,25 @@ def bench_options(
     shape: Shape = None,
     duration: Duration = 10.0,
     warmup: Annotated[float, typer.Option(min=0.0, help="Seconds of running the models before the measurement.")] = 0.2,
+    io_binding: Annotated[
+        bool, typer.Option("--io-binding", help="Keep inputs and outputs on the device; latency with transfers is also shown.")
+    ] = False,
+) -> Timing:
+    """Return how latency is measured."""
+    from tensorrail_runtime.measure.timing import Timing
+    from tensorrail_runtime.sessions.inputs import parse_shapes
+
+    return Timing(batch, parse_shapes(shape or []), duration, warmup, io_binding=io_binding)
+
+
+@grouped
+def command(
+    models: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx …]", help="The first one is the reference.")],
+    timing: Any = Group(bench_options),
+    inputs: Any = Group(input_options),
+    session: Any = Group(session_options),
+    data: Data = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")] = False,
     processes: Annotated[
         int | None,
         typer.Option(
@@ -31,40 +51,23 @@ def bench_options(
             show_default=False,
         ),
     ] = None,
-    io_binding: Annotated[
-        bool, typer.Option("--io-binding", help="Keep inputs and outputs on the device; latency with transfers is also shown.")
-    ] = False,
     min_speedup: Annotated[
         float | None, typer.Option(help="Exit code 1 unless the interval of every other model lies above this.")
     ] = None,
-) -> tuple[Timing, float | None]:
-    """Return how latency is measured, and the speed-up that is asked for."""
-    from tensorrail_runtime.measure.timing import Timing
-    from tensorrail_runtime.sessions.inputs import parse_shapes
-
-    if processes is None:
-        processes = 0 if min_speedup is None else _PROCESSES
-    return Timing(batch, parse_shapes(shape or []), duration, warmup, processes, io_binding), min_speedup
-
-
-@grouped
-def command(
-    models: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx …]", help="The first one is the reference.")],
-    how: Any = Group(bench_options),
-    inputs: Any = Group(input_options),
-    session: Any = Group(session_options),
-    data: Data = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")] = False,
     json: Json = None,
 ) -> None:
     """Time models in turns, A B B A, and print the speed-up over the first with a 95 % interval."""
+    from dataclasses import replace
+
     from tensorrail.options import Options
     from tensorrail.verbs.bench import bench
     from tensorrail_runtime.errors import UsageError
 
-    timing, min_speedup = how
     if min_speedup is not None and len(models) < 2:
         raise UsageError("--min-speedup compares other models with the first: expected two models or more, got one")
+    if processes is None:
+        processes = 0 if min_speedup is None else _PROCESSES
+    timing = replace(timing, processes=processes)
     with progress_bar() as progress:
         report = bench(models, data=data, memory=memory, options=Options(session, timing, progress=progress, inputs=inputs))
     fast_enough = min_speedup is None or all(ratio.low >= min_speedup for ratio in report.ratios)
