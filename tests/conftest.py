@@ -112,7 +112,7 @@ def idle(monkeypatch):
 def in_this_process(monkeypatch):
     """Time models in this process: fresh ones make times that hold, which few tests need, and each imports everything."""
 
-    def call(function, request):
+    def call(function, request, models=()):
         module, _, name = function.partition(":")
         if "timing" in request:
             request["timing"] |= {"warmup": 0.0, "seconds": 0.01}

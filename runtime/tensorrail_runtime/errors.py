@@ -22,6 +22,10 @@ class ModelError(TensorrailError, ValueError):
     """A model cannot be loaded, or cannot run with the given options or inputs."""
 
 
+class MetricError(ModelError):
+    """A metric of the user fails, or gives other than one finite number per sample."""
+
+
 class DataError(TensorrailError, ValueError):
     """Data cannot be read or do not fit the model."""
 

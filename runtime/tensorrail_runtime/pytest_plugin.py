@@ -3,7 +3,8 @@
     def test_the_detector_is_as_fast_as_before(latency_gate):
         latency_gate("detector.onnx", "baselines/detector.json")
 
-`pytest --latency-record` records the baselines again instead of checking against them.
+`pytest --latency-record` records the baselines again instead of checking against them: at the same batch sizes and shapes, with
+the same inputs, threads and provider.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tensorrail_runtime.feeds.rules import InputRules
     from tensorrail_runtime.gate.regress import Limits, Verdict
     from tensorrail_runtime.measure.accuracy import Labelled
     from tensorrail_runtime.measure.timing import Conditions
@@ -38,15 +40,16 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
         limits: Limits | None = None,
         conditions: Conditions | None = None,
         data: Labelled | None = None,
+        rules: InputRules | None = None,
     ) -> Verdict | None:
         from tensorrail_runtime.errors import ModelError
         from tensorrail_runtime.gate import regress
 
         try:
             if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":
-                regress.record(model, baseline, conditions=conditions, data=data)
+                regress.record_again(model, baseline, conditions=conditions, data=data, rules=rules)
                 return None
-            verdict = regress.check(baseline, model, limits=limits, conditions=conditions, data=data)
+            verdict = regress.check(baseline, model, limits=limits, conditions=conditions, data=data, rules=rules)
         except ModelError as error:
             pytest.fail(str(error), pytrace=False)
         if not verdict.holds:

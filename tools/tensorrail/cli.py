@@ -1,7 +1,7 @@
 """`tensorrail`: the commands, and how an error ends.
 
 Exit codes: 0 what was asked for holds, 1 it was measured and does not hold, 2 bad input, 3 internal error (with its traceback),
-130 interrupted by Ctrl-C, 143 by SIGTERM.
+130 interrupted by Ctrl-C, 141 the reader of its output has gone before there was a result, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tensorrail.commands import (
     train,
 )
 from tensorrail.extras import MissingExtraError, missing_extra
-from tensorrail.terminal import plain
+from tensorrail.terminal import plain, print_nowhere
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +55,7 @@ def _show_versions(asked: bool) -> None:
     for name in ("tensorrail", "onnxruntime-gpu", "onnxruntime", "onnx", "torch"):
         with suppress(PackageNotFoundError):
             versions.append(f"{name} {version(name)}")
-    print(", ".join(versions))
+    print(", ".join(versions), flush=True)
     raise typer.Exit
 
 
@@ -114,6 +114,8 @@ def _end(error: BaseException) -> NoReturn:
         _fail(_interrupted(), 130)
     if _is_expected(error):
         _fail(" ".join(str(error).split()), getattr(error, "exit_code", 2))
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # how typer answers it
+        sys.exit(141)
     place = _own_code(error)
     if isinstance(error, SystemExit):
         if place:
@@ -156,17 +158,25 @@ def _own_code(error: BaseException) -> str:
 def _fail_usage(error: Any) -> NoReturn:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
-        print(context.get_help(), file=sys.stderr)
+        _tell(context.get_help())
         sys.exit(2)
     where = context.command_path if context is not None else "tensorrail"
     _fail(f"{' '.join(error.format_message().split()).removesuffix('.')}; see `{where} --help`", 2)
 
 
 def _crash() -> NoReturn:
-    traceback.print_exc()
+    _tell(traceback.format_exc().rstrip())
     _fail("internal error, not caused by your input; please report it with the lines above", 3)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"tensorrail: {plain(message)}", file=sys.stderr)
+    _tell(f"tensorrail: {plain(message)}")
     sys.exit(code)
+
+
+def _tell(text: str) -> None:
+    """Print to stderr; where its reader has gone, the exit code stays what it is."""
+    try:
+        print(text, file=sys.stderr)
+    except BrokenPipeError:
+        print_nowhere(sys.stderr)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,9 +29,22 @@ def console() -> Console:
 
     from tensorrail_runtime.tables import WIDTH
 
+    class Continuing(Console):
+        """A console whose command goes on, and ends with its own exit code, if the reader of a pipe has gone."""
+
+        def on_broken_pipe(self) -> None:
+            print_nowhere(sys.stdout)
+
     # Names come from files, which may be a stranger's: no mark-up is read in them.
-    terminal = Console(markup=False, emoji=False)
-    return terminal if terminal.is_terminal else Console(markup=False, emoji=False, width=WIDTH)
+    terminal = Continuing(markup=False, emoji=False)
+    return terminal if terminal.is_terminal else Continuing(markup=False, emoji=False, width=WIDTH)
+
+
+def print_nowhere(stream: TextIO) -> None:
+    """Drop what is still printed to a stream whose reader has gone, such as `head` in `tensorrail … | head`."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def plain(text: str) -> str:
@@ -54,14 +69,16 @@ def show(parts: Sequence[Part]) -> None:
 
 
 def finish(report: PrintedRecord, json: Path | None, holds: bool = True, last: str = "") -> NoReturn:
-    """Print a report and a last line, write it as JSON where asked, and end with exit code 0, or 1 where it does not hold."""
+    """Write a report as JSON where asked, print it and a last line, and end with exit code 0, or 1 where it does not hold."""
     import typer
 
-    show(report.shown())
-    if last:
-        say(last)
-    if json is not None:
-        report.save(json)
+    try:
+        if json is not None:
+            report.save(json)
+    finally:
+        show(report.shown())
+        if last:
+            say(last)
     raise typer.Exit(0 if holds else 1)
 
 
@@ -134,5 +151,8 @@ class _Log:
                     self._print(self.text)
 
     def _print(self, text: str) -> None:
-        print(plain(text), flush=True)
+        try:
+            print(plain(text), flush=True)
+        except BrokenPipeError:
+            print_nowhere(sys.stdout)
         self.printed = time.monotonic()

@@ -24,12 +24,10 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError, UsageError, first_line
-from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Finding, Limits
-from tensorrail_runtime.gate.regress import Verdict, checked, with_values
+from tensorrail_runtime.gate.regress import Verdict, checked
 from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, latency_finding, needs_more, time_change
 from tensorrail_runtime.gate.worker import ANSWER
-from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.fusions import operators_made
 from tensorrail_runtime.measure.parity import is_exact, relative_l2, require_comparable
 from tensorrail_runtime.measure.timing import Conditions
@@ -100,8 +98,6 @@ def check_environments(
     there: Path | str | None = None,
     limits: Limits | None = None,
     conditions: Conditions | None = None,
-    data: Labelled | None = None,
-    rules: InputRules | None = None,
 ) -> EnvironmentsVerdict:
     """Compare a model under this environment's ONNX Runtime with the same one under others'.
 
@@ -111,10 +107,9 @@ def check_environments(
             one that you trust.
         there: the model that runs in the other environments; default: the same file.
         limits: the slow-down to detect, and how far outputs may differ; sizes are those of the file and not compared.
-        conditions: how the model runs and is timed: batch size, shapes, fresh processes of each interpreter (6 by default; up
-            to four times as many on a busy machine) and seconds of both in each (1 by default).
-        data: inputs to run on, the first of them; labels are not used. Default: random ones.
-        rules: which inputs are constants or states, or have their samples along another axis than the first; default: none.
+        conditions: how the model runs and is timed: batch size, shapes, values of inputs (random ones by default), fresh
+            processes of each interpreter (6 by default; up to four times as many on a busy machine) and seconds of both in
+            each (1 by default).
 
     Returns:
         For each other environment whether the model is slower here and whether outputs are the same, and what runs differently.
@@ -131,7 +126,7 @@ def check_environments(
         raise UsageError("expected at least one other Python interpreter, got none")
     if replace(settings, linger=True) != Session(provider=settings.provider, threads=settings.threads):
         raise UsageError("in another environment, a session has a provider and a number of threads, and no other settings")
-    timing = with_values(conditions.timing, path, settings, rules or InputRules(), data)
+    timing = conditions.timing
     session = open_session(path, settings=settings.exact)
     feed = random_inputs(session, timing.batch, shapes=timing.shapes, values=timing.values)
     del session  # its weights would take memory beside those that are timed

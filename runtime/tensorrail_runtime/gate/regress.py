@@ -23,13 +23,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.errors import MetricError, ModelError, UsageError
 from tensorrail_runtime.feeds.loading import known_values, load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, latency_finding, needs_more, time_change
+from tensorrail_runtime.graphs.cost import file_fault
 from tensorrail_runtime.graphs.files import sha256_of
-from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.accuracy import Labelled, metric_of
 from tensorrail_runtime.measure.latency import LatencyReport, fresh_report
 from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -39,7 +40,7 @@ from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
-__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "record"]
+__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "record", "record_again"]
 
 TIMING = Timing(seconds=1.0, processes=6)
 """How long models are timed by default. Even numbers of processes are best: each model is loaded first in half of them."""
@@ -284,6 +285,43 @@ def record(
     return baseline
 
 
+def record_again(
+    path: Path | str,
+    out: Path | str,
+    *,
+    conditions: Conditions | None = None,
+    data: Labelled | None = None,
+    rules: InputRules | None = None,
+) -> Baseline:
+    """Measure a model and replace its baseline by one that was measured in the same way.
+
+    Args:
+        path: the ONNX file.
+        out: the baseline; where there is none yet, this does the same as `record`.
+        conditions: as for `record`. Provider, threads, batch size and shapes are those of the older baseline, unless others
+            than the defaults are given.
+        data: labelled inputs for a score.
+        rules: what the inputs are, as for `record`; default: as in the older baseline.
+
+    Returns:
+        The new baseline.
+
+    Raises:
+        ModelError: the older file is not a baseline, or as for `record`.
+        UsageError: as for `record`.
+
+    """
+    conditions, rules = conditions or Conditions(TIMING), rules or InputRules()
+    if Path(out).is_file():
+        try:
+            older = Baseline.load(out)
+        except ModelError as error:
+            raise ModelError(f"{error}; remove the file to record one under the given conditions") from None
+        conditions = _as_recorded(older, conditions)
+        rules = older.rules if rules == InputRules() else rules
+    return record(path, out, conditions=conditions, data=data, rules=rules)
+
+
 def check(
     reference: Baseline | Path | str,
     path: Path | str,
@@ -296,7 +334,7 @@ def check(
     """Compare a model with a baseline, or with another model.
 
     Both models run on inputs of the same shapes, those of the baseline's model. A model that takes other inputs, does not run
-    on them or gives NaN fails without being timed.
+    on them, has a weight with NaN or gives NaN fails without being timed.
 
     Args:
         reference: a baseline, its file, or another model (a file that ends in .onnx), which is then measured as well.
@@ -313,11 +351,13 @@ def check(
 
     Raises:
         ModelError: a file is neither a baseline nor a model, the options differ from the recorded ones, or a score cannot be
-            compared since one side has none or it is of another metric or other data.
+            compared: one side has none, it is of another metric or other data, or the metric cannot be imported or fails.
         UsageError: fewer than two processes or no seconds to time in.
 
     """
     limits = limits or Limits()
+    if data is not None:
+        metric_of(data.metric)  # raises, before anything runs, if it cannot be imported
     before = _reference(reference, checked(conditions), data, rules)
     settings = before.conditions.settings
     after: Facts | Finding | None = interface_of(path, settings, before.facts)
@@ -406,6 +446,23 @@ def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRu
     )
 
 
+def _as_recorded(recorded: Baseline, conditions: Conditions) -> Conditions:
+    """Return the conditions with the recorded values where they have the defaults; the shapes hold for the recorded batch."""
+    timing, settings = conditions.timing, conditions.settings
+    same_batch = timing.batch in (Timing.batch, recorded.batch)
+    timing = replace(
+        timing,
+        batch=recorded.batch if same_batch else timing.batch,
+        shapes=timing.shapes or (recorded.shapes if same_batch else {}),
+    )
+    settings = replace(
+        settings,
+        provider=recorded.provider if settings.provider == Session.provider else settings.provider,
+        threads=recorded.threads if settings.threads == Session.threads else settings.threads,
+    )
+    return replace(conditions, timing=timing, settings=settings)
+
+
 def _recordable(rules: InputRules) -> dict[str, Any]:  # Any: the fields of a baseline
     """Return rules as a baseline holds them. Raises `ModelError` for a constant that is no number or row of numbers."""
     constants = {}
@@ -451,10 +508,25 @@ def _ruled(data: Labelled | None, rules: InputRules) -> Labelled | None:
 def _facts_like(before: _Reference, path: Path | str, data: Labelled | None) -> Facts | Finding:
     """Return the properties of a model on the inputs of the baseline's model, or a finding if it does not run on them."""
     settings, timing = before.conditions.settings, before.conditions.timing
+    measured_on = timing.shapes, timing.values
+    if fault := file_fault(path):
+        return _does_not_run(fault)
     try:
-        return facts_of(path, settings, timing.batch, data, timing.shapes, timing.values)
+        return facts_of(path, settings, timing.batch, data, *measured_on)
+    except MetricError as error:
+        unscored = held(before.facts, facts_of(path, settings, timing.batch, None, *measured_on), Limits(), settings.provider)
+        interface = next(finding for finding in unscored if finding.name == "interface")
+        if not interface.holds:  # the metric may read an output by its name
+            return interface
+        if before.recorded is not None:  # today's metric may be at fault: it has not scored another model yet
+            raise
+        return _does_not_run(str(error))
     except ModelError as error:
-        return Finding(name="run", baseline="runs", measured=str(error), limit="runs", holds=False)
+        return _does_not_run(str(error))
+
+
+def _does_not_run(reason: str) -> Finding:
+    return Finding(name="run", baseline="runs", measured=reason, limit="runs", holds=False)
 
 
 def _time_change(before: _Reference, runs: Sequence[LatencyReport]) -> TimeChange:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tensorrail_runtime.errors import OWN_CODE, ModelError, TensorrailError, first_line, in_words
+from tensorrail_runtime.errors import OWN_CODE, MetricError, ModelError, TensorrailError, first_line, in_words
 from tensorrail_runtime.feeds.batches import class_column
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules
@@ -263,7 +263,8 @@ def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.nda
         The scores, of shape (N,) and type float64.
 
     Raises:
-        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
+        ModelError: the metric is unknown, or the outputs or labels are of another form than `top1` and `top5` take.
+        MetricError: the metric fails, or gives other than one finite number per sample.
 
     """
     scorer, size = metric_of(metric), len(labels)
@@ -272,12 +273,12 @@ def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.nda
     except TensorrailError:
         raise
     except OWN_CODE as error:
-        raise ModelError(f"metric {metric}: failed on {size} samples {in_words(error)}") from error
+        raise MetricError(f"metric {metric}: failed on {size} samples {in_words(error)}") from error
     if scores.shape != (size,):
-        raise ModelError(f"metric {metric}: expected one score for each of {size} samples, got shape {scores.shape}")
+        raise MetricError(f"metric {metric}: expected one score for each of {size} samples, got shape {scores.shape}")
     if not np.isfinite(scores).all():
         found = "NaN" if np.isnan(scores).any() else "an infinite value"
-        raise ModelError(f"metric {metric}: expected a finite number for each sample, got {found}")
+        raise MetricError(f"metric {metric}: expected a finite number for each sample, got {found}")
     return scores
 
 

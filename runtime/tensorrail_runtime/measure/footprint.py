@@ -11,6 +11,7 @@ from tensorrail_runtime.records import Record
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
+from tensorrail_runtime.sessions.kernels import Contents, contents_of, remember
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.sessions.values import Values, load_values, save_values
 
@@ -52,6 +53,7 @@ def footprint(
     """
     request: dict[str, object] = {
         "path": str(path),
+        "contents": asdict(contents_of(path)),  # or the process would import onnx, whose memory would count as the model's
         "batch": batch,
         "settings": asdict(settings or Session()),
         "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
@@ -59,7 +61,7 @@ def footprint(
     with scratch() as folder:
         if values:
             request["values"] = save_values(values, Path(folder))
-        return Footprint.model_validate_json(fresh("tensorrail_runtime.measure.footprint:measure", request))
+        return Footprint.model_validate_json(fresh("tensorrail_runtime.measure.footprint:measure", request, [path]))
 
 
 def measure(request: dict[str, object]) -> str:
@@ -69,6 +71,7 @@ def measure(request: dict[str, object]) -> str:
 
     settings = Session(**request["settings"])  # type: ignore[arg-type] # made by `asdict` above
     on_gpu = settings.on_gpu
+    remember(str(request["path"]), Contents(**request["contents"]))  # type: ignore[arg-type] # likewise
     before, gpu_before = _peak_mib(), gpu_memory_used() if on_gpu else None
     start = time.perf_counter()
     session = open_session(str(request["path"]), settings=settings)

@@ -93,7 +93,7 @@ def time_in_fresh_process(paths: Sequence[Path | str], settings: Session, timing
     with scratch() as folder:
         if timing.values:
             request["values"] = save_values(timing.values, Path(folder))
-        return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request)))
+        return Turns(**json.loads(fresh(f"{__name__}:answer_turns", request, paths)))
 
 
 def fresh_bursts(
@@ -126,7 +126,7 @@ def fresh_bursts(
     """
     request = _request(paths, settings) | {"seconds": seconds, "rounds": rounds, "most": most}
     request |= {"precision": precision, "of_all": of_all}
-    answer = json.loads(fresh(f"{__name__}:answer_bursts", request))
+    answer = json.loads(fresh(f"{__name__}:answer_bursts", request, paths))
     return np.array(answer["times"]), float(answer["waited"])
 
 

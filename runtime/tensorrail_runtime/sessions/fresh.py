@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from tensorrail_runtime.errors import ModelError
+
+_KILLED = 9  # the signal by which Linux ends a process when memory runs out; Windows has no name for it
+_NAMED = 3  # models in an error message
 
 _START = (
     "import sys, json, importlib\n"
@@ -19,7 +25,7 @@ _START = (
 )
 
 
-def fresh(function: str, request: object) -> str:
+def fresh(function: str, request: object, models: Sequence[Path | str] = ()) -> str:
     """Run a function of this package in a fresh process and return its result.
 
     Nothing is imported from the current folder, which may contain untrusted files.
@@ -27,6 +33,7 @@ def fresh(function: str, request: object) -> str:
     Args:
         function: `module:function`; the function takes the request and returns a string.
         request: the argument, a JSON value.
+        models: the models that the process runs, for error messages.
 
     Returns:
         The string that the function returned.
@@ -38,6 +45,33 @@ def fresh(function: str, request: object) -> str:
     command = [sys.executable, "-P", "-c", _START, function]
     completed = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     if completed.returncode:
-        last_line = (completed.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(last_line.removeprefix("ModelError: "))
+        lines = completed.stderr.strip().splitlines()
+        if completed.returncode < 0 or not lines:
+            raise ModelError(f"the fresh process{_running(models)} {_ending(completed.returncode, lines)}")
+        raise ModelError(lines[-1].removeprefix("ModelError: "))
     return completed.stdout
+
+
+def _running(models: Sequence[Path | str]) -> str:
+    """Return which models a process ran, as text that follows a noun; empty where it is not known."""
+    others = f" and {len(models) - _NAMED} others" if len(models) > _NAMED else ""
+    return f" that ran {', '.join(map(str, models[:_NAMED]))}{others}" if models else ""
+
+
+def _ending(code: int, lines: Sequence[str]) -> str:
+    """Return how a process ended, in words, and what may help.
+
+    Args:
+        code: the exit code as `subprocess` gives it, negative for a signal.
+        lines: what it wrote to stderr.
+
+    """
+    if code >= 0:
+        return f"ended with exit code {code} and no message"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = "unknown"
+    if -code == _KILLED:
+        return f"was ended by signal {-code} ({name}), out of memory? Use a smaller batch, or close other programs"
+    return f"was ended by signal {-code} ({name}){f': {lines[-1]}' if lines else ''}"

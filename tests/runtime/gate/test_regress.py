@@ -15,9 +15,10 @@ from onnx import numpy_helper
 
 from tensorrail_runtime import ModelError, Session, bench, open_session, parity, random_inputs
 from tensorrail_runtime.errors import UsageError
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
-from tensorrail_runtime.gate.regress import Baseline, Limits, check, checked, record
+from tensorrail_runtime.gate.regress import Baseline, Limits, check, checked, record, record_again
 from tensorrail_runtime.gate.times import compare_times
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -434,8 +435,14 @@ def test_a_model_that_does_not_run_as_the_baselines_did_falls_short(untimed, tmp
     untimed(four, tmp_path / "b.json", batch=4)
     one = one_node(tmp_path / "one.onnx", "MatMul", (1, 4), ("float", 1, 4), weight)
     renamed = one_node(tmp_path / "z.onnx", "MatMul", ("n", 4), ("float", "n", 4), weight, inputs=("z",))
+    nothing = one_node(tmp_path / "0.onnx", "Pow", ("n", 4), ("float", "n", 4), {"half": np.full(4, 0.5, np.float32)})
     bad = one_node(tmp_path / "nan.onnx", "MatMul", ("n", 4), ("float", "n", 4), {"w": np.full((4, 4), np.nan, np.float32)})
-    for path, reason in ((one, r"interface x \(float\) 1×4"), (renamed, r"interface z"), (bad, "run .*output 'y' holds NaN")):
+    for path, reason in (
+        (one, r"interface x \(float\) 1×4"),
+        (renamed, r"interface z"),
+        (nothing, "run .*output 'y' holds NaN"),
+        (bad, r"run weight 'w' holds NaN at \[0, 0\]"),
+    ):
         verdict = check(tmp_path / "b.json", path, limits=LENIENT, conditions=QUICK)
         assert not verdict.holds
         assert verdict.timing is None
@@ -591,3 +598,80 @@ def test_the_pytest_fixture_fails_a_test_with_the_reason(pytester, recorded):
     result = pytester.runpytest("-p", "no:cacheprovider", "-p", "no:randomly")  # its lines are looked for in order
     result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines(["*changed.onnx: parity*", "*none.onnx*cannot be read*"])
+
+
+def test_recording_again_keeps_what_is_measured(pytester, tmp_path):
+    node = onnx.helper.make_node("Mul", ["x", "s"], ["y"])
+    onnx.save(make_model([node], {}, {"x": ["n", "t"], "s": []}, {"y": ["n", "t"]}), tmp_path / "m.onnx")
+    model, out = tmp_path / "m.onnx", tmp_path / "b.json"
+    own = Timing(batch=3, shapes={"x": (3, 7)}, seconds=0.05, processes=2)
+    before = record(model, out, conditions=Conditions(own, Session(threads=1)), rules=InputRules({"s": 2.0}))
+    pytester.makepyfile(
+        f"""
+        from tensorrail_runtime.measure.timing import Conditions, Timing
+        def test_same(latency_gate):
+            latency_gate({str(model)!r}, {str(out)!r}, conditions=Conditions(Timing(seconds=0.05, processes=2)))
+        """
+    )
+    recorded = ("batch", "shapes", "threads", "provider", "constants", "batch_axes", "states", "facts")
+    pytester.runpytest("-p", "no:cacheprovider", "--latency-record").assert_outcomes(passed=1)
+    again = Baseline.load(out)
+    assert again.processes != before.processes
+    assert {name: getattr(again, name) for name in recorded} == {name: getattr(before, name) for name in recorded}
+    other = record_again(model, out, conditions=timed(batch=5, shapes={"x": (5, 2)}), rules=InputRules({"s": 3.0}))
+    assert (other.batch, other.shapes, other.threads, other.constants) == (5, {"x": (5, 2)}, 1, {"s": 3.0})
+    out.write_text("{}")
+    with pytest.raises(ModelError, match=r"b\.json: not a baseline: .*; remove the file to record one under the given"):
+        record_again(model, out, conditions=QUICK)
+    out.unlink()
+    assert record_again(model, out, conditions=QUICK, rules=InputRules({"s": 2.0})).batch == 1
+
+
+METRICS = """
+def named(outputs, labels):
+    return (outputs["y"].argmax(1) == labels) * 1.0
+
+def positive(outputs, labels):
+    if (outputs["y"] < -1000).any():
+        raise ValueError("a score below -1000")
+    return named(outputs, labels)
+
+def broken(outputs, labels):
+    return 1 / 0
+"""
+
+
+def test_a_metric_that_fails_is_no_fault_of_the_model(untimed, small_path, tmp_path, rng, monkeypatch):
+    (tmp_path / "gate_metrics.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(tmp_path)
+    x = rng.standard_normal((12, 16, 8, 8)).astype(np.float32)
+    labels, baseline = np.zeros(12, np.int64), tmp_path / "b.json"
+    data = Labelled({"x": x}, labels, "gate_metrics:named")
+    made = untimed(small_path, baseline, data=data)
+    for metric, reason in (
+        ("gate_metrics:gone", r"metric 'gate_metrics:gone' cannot be imported"),
+        ("no_module:f", r"metric 'no_module:f' cannot be imported"),
+        ("gate_metrics:broken", r"metric gate_metrics:broken: failed on 12 samples \(ZeroDivisionError"),
+    ):
+        facts = made.facts.model_copy(update={"metric": metric})
+        made.model_copy(update={"facts": facts}).save(baseline)
+        for reference in (baseline, small_path):
+            with pytest.raises(ModelError, match=reason):
+                check(reference, small_path, limits=LENIENT, conditions=QUICK, data=replace(data, metric=metric))
+
+
+def test_a_metric_that_fails_for_one_model_alone_is_a_finding(untimed, small_path, tmp_path, rng, monkeypatch):
+    (tmp_path / "gate_metrics.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = Labelled({"x": rng.standard_normal((12, 16, 8, 8)).astype(np.float32)}, np.zeros(12, np.int64))
+    named, positive = (replace(data, metric=f"gate_metrics:{name}") for name in ("named", "positive"))
+    untimed(small_path, tmp_path / "b.json", data=named)
+    model = onnx.load(small_path)
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "z"
+    onnx.save(model, tmp_path / "renamed.onnx")
+    for reference in (tmp_path / "b.json", small_path):
+        verdict = check(reference, tmp_path / "renamed.onnx", limits=LENIENT, conditions=QUICK, data=named)
+        assert [(finding.name, finding.holds) for finding in verdict.findings] == [("interface", False)]
+    low = changed(small_path, "fc.bias", lambda bias: bias - np.float32(5000))
+    verdict = check(small_path, low, limits=LENIENT, conditions=QUICK, data=positive)
+    assert re.search(r"run metric gate_metrics:positive: failed .*a score below -1000", verdict.reason)

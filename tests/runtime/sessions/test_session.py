@@ -17,6 +17,7 @@ from tensorrail_runtime import ModelError, Session, bench, footprint, open_sessi
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import write_text
+from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import load_arrays, parse_shapes
 from tensorrail_runtime.sessions.machine import processors
 
@@ -240,6 +241,28 @@ def test_a_fresh_process_imports_nothing_of_the_current_folder(small_path, tmp_p
     path = small_path.resolve()
     monkeypatch.chdir(tmp_path)
     assert footprint(path).load_ms > 0
+
+
+def test_a_footprint_does_not_count_what_this_package_reads_of_the_model(small_path, tmp_path, monkeypatch):
+    """Importing onnx takes about as much memory as a small model."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "onnx.py").write_text("raise ImportError('imported while the model was measured')\n")
+    paths = [str(tmp_path / "first"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    assert footprint(small_path).load_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "request_", "reason"),
+    [
+        ("signal:raise_signal", 9, r"that ran a\.onnx, b\.onnx was ended by signal 9 \(SIGKILL\), out of memory\?"),
+        ("signal:raise_signal", 11, r"that ran a\.onnx, b\.onnx was ended by signal 11 \(SIGSEGV\)$"),
+        ("os:_exit", 3, r"that ran a\.onnx, b\.onnx ended with exit code 3 and no message"),
+    ],
+)
+def test_how_a_fresh_process_ended_is_told(function, request_, reason):
+    with pytest.raises(ModelError, match=f"the fresh process {reason}"):
+        fresh(function, request_, ["a.onnx", "b.onnx"])
 
 
 def test_a_footprint_is_not_that_of_the_process_that_asks(small_path):

@@ -234,15 +234,14 @@ def check(
     if model is None and not pythons:
         raise UsageError(f"expected a model to check against {baseline}: give MODEL.onnx, or --against-python PYTHON")
     with progress_bar() as progress:
-        labelled = as_labelled(data, metric)
         options = replace(options, progress=progress, inputs=inputs)
         verdict: Verdict
         if pythons:
             verdict = regress.check_environments(
-                model or baseline, pythons, there=baseline, limits=limits, data=labelled, options=options
+                model or baseline, pythons, there=baseline, limits=limits, data=data, options=options
             )
         else:
-            verdict = regress.check(baseline, model, limits=limits, data=labelled, options=options)
+            verdict = regress.check(baseline, model, limits=limits, data=as_labelled(data, metric), options=options)
     written.save(verdict)
     finish(verdict, json, verdict.holds)
 

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tensorrail.inputs import as_labelled, require_writable
+from tensorrail.inputs import as_batches, as_labelled, require_writable, timed_on
 from tensorrail.models import as_file, require_finite_weights
 from tensorrail.options import Options
 from tensorrail_runtime.errors import UsageError
+from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate import environments, regress
 from tensorrail_runtime.gate import history as histories
 from tensorrail_runtime.gate.environments import EnvironmentsVerdict
 from tensorrail_runtime.gate.regress import TIMING, Baseline, Limits, Verdict
+from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions
 from tensorrail_runtime.sessions.session import Session
 
@@ -60,6 +62,8 @@ def check(
 ) -> Verdict:
     """Hold a model against a baseline, or against another model that is measured beside it.
 
+    A model that takes other inputs, does not run on them, has a weight with NaN or gives NaN fails without being timed.
+
     Args:
         baseline: the file of a baseline, or a model (`.onnx`).
         model: the model to check: a path, an `onnx.ModelProto`, or (torch module, example inputs).
@@ -72,7 +76,7 @@ def check(
         The findings; `print(verdict)` shows the table, `verdict.holds` says whether all are within their limits.
 
     Raises:
-        ModelError: the baseline or the model cannot be read or measured.
+        ModelError: a file is neither a baseline nor a model, or the accuracies cannot be compared.
 
     """
     options = options or Options()
@@ -80,7 +84,7 @@ def check(
     baseline = Path(baseline)
     if baseline.suffix != ".onnx":
         conditions = Conditions(replace(conditions.timing, batch=1), Session(), conditions.progress)
-    with as_file(model) as path:
+    with as_file(model, any_weights=True) as path:
         return regress.check(baseline, path, limits=limits, conditions=conditions, data=as_labelled(data), rules=options.inputs)
 
 
@@ -90,7 +94,7 @@ def check_environments(
     *,
     there: Path | str | None = None,
     limits: Limits | None = None,
-    data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
+    data: Any = None,  # a path, arrays by input name, or a Calibration
     options: Options | None = None,
 ) -> EnvironmentsVerdict:
     """Hold a model under this environment's ONNX Runtime against the same model under the ONNX Runtime of other environments.
@@ -101,7 +105,8 @@ def check_environments(
             are started: give those that you trust.
         there: the model's file that runs in the other environments; default: the same model.
         limits: the slow-down to detect (default 5 %), and how far outputs may differ.
-        data: inputs to run on, the first of them; default: random ones.
+        data: typical inputs, of which the first ones are run on, an npz file, a folder, or arrays by input name; default:
+            random ones. Labels are not needed.
         options: `session`, `progress`, `inputs`, and `timing` as for `record`.
 
     Returns:
@@ -116,15 +121,16 @@ def check_environments(
     options = options or Options()
     if there is not None and Path(there).suffix != ".onnx":
         raise UsageError(f"{there}: expected a model (.onnx) to run under the other interpreters, not a baseline")
+    conditions = options.conditions(TIMING)
+    rules = options.inputs
+    if isinstance(data, Labelled):
+        data, rules = data.inputs, data.rules if rules == InputRules() else rules
     with as_file(model) as path:
+        settings = conditions.settings.exact
+        typical = as_batches(data, path, conditions.timing.batch, settings, rules)
+        timing = timed_on(conditions.timing, path, settings, rules, typical)
         return environments.check_environments(
-            path,
-            pythons,
-            there=there,
-            limits=limits,
-            conditions=options.conditions(TIMING),
-            data=as_labelled(data),
-            rules=options.inputs,
+            path, pythons, there=there, limits=limits, conditions=replace(conditions, timing=timing)
         )
 
 
