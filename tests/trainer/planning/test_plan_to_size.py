@@ -94,7 +94,7 @@ def test_the_size_of_a_single_layer_is_met_closely(times):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(400, 300, bias=False))
     (layer,) = plan_to_size(net, "0", times, format="svd")
-    assert times <= 120_000 / layer.params((300, 400)) < 1.06 * times or layer.ranks == (int(120_000 / times / 700),)
+    assert times <= 120_000 / layer.params((300, 400)) < 1.06 * times
 
 
 def test_every_layer_can_be_cut_to_rank_one():
