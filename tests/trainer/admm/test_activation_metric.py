@@ -132,6 +132,26 @@ def test_inputs_without_direction_make_it_the_plain_admm(form_name):
         assert torch.equal(one[0].weight, other[0].weight)
 
 
+def test_a_hard_projection_takes_the_metric_of_the_batches_so_far():
+    model = net()
+    plan = plan_of(model, "svd", "3")
+    admm = ADMM(model, Plan(layers=(plan,)), metric="activation")
+    with pytest.raises(PlanError, match="layer 3: expected at least one batch"):
+        admm.project_weights()
+    first = None
+    for seed in (1, 2):
+        with torch.no_grad():
+            model[3].weight.copy_(torch.randn(model[3].weight.shape, generator=torch.Generator().manual_seed(seed)))
+        before = model[3].weight.detach().clone()
+        model(images(seed=seed))
+        admm.project_weights()
+        root = admm.roots["3"]
+        expected = root.undo(project("svd", root.apply(before), plan.modes, plan.ranks))
+        torch.testing.assert_close(model[3].weight.detach(), expected, atol=1e-5, rtol=1e-4)
+        assert first is None or not torch.allclose(root.root, first)
+        first = root.root
+
+
 def test_the_update_penalty_and_residuals_are_the_equations():
     model = net()
     plan = plan_of(model, "tt", "0")

@@ -89,6 +89,22 @@ def test_the_ladder_is_spread_over_ranks_that_are_smaller_than_dense():
     assert 2.0 <= 4096 / layer.params((64, 64)) < 4.0
 
 
+@pytest.mark.parametrize("times", [1.7, 4.1, 9.3, 33.0])
+def test_the_size_of_a_single_layer_is_met_closely(times):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(400, 300, bias=False))
+    (layer,) = plan_to_size(net, "0", times, format="svd")
+    assert times <= 120_000 / layer.params((300, 400)) < 1.06 * times
+
+
+def test_every_layer_can_be_cut_to_rank_one():
+    net = nn.Sequential(nn.Linear(512, 512, bias=False))
+    assert any_plan_to_size(net, "0", 64.0)
+    assert [layer.ranks for layer in any_plan_to_size(net, "0", 256.0)] == [(1, 1, 1)]
+    with pytest.raises(PlanError, match=r"at most 256\.00× is reachable, with all layers of '0' at rank 1"):
+        any_plan_to_size(net, "0", 257.0)
+
+
 def test_numbers_of_numpy_are_ranks_and_others_are_none(model):
     assert plan_layers(model, "0", ranks=np.int64(4))[0].ranks == (1, 4, 4, 1)
     for ranks in (1.5, "16", []):

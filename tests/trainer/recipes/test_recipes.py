@@ -61,7 +61,9 @@ def shortened(recipe):
     for phase in ("dense", "admm", "finetune", "control"):
         schedule = getattr(recipe.train, phase)
         if isinstance(schedule, Schedule):
-            short = {"epochs": 1, "warmup": 0.0} | ({"every_steps": None} if phase == "admm" else {})
+            short = {"epochs": 1, "warmup": 0.0}
+            if phase == "admm":
+                short["every_steps"] = 1 if schedule.rho_end else None
             changes[phase] = schedule.model_copy(update=short)
     training = recipe.train.model_copy(update=changes)
     return recipe.model_copy(update={"train": training, "model": recipe.model.model_copy(update={"weights": None})})

@@ -24,9 +24,13 @@ def test_steps_multiply_the_rate_after_so_many_epochs():
 
 
 def test_rho_is_constant_or_geometric():
-    assert penalty_weight(AdmmSchedule(epochs=5, lr=0.1, rho=0.5), 3) == 0.5
+    assert penalty_weight(AdmmSchedule(epochs=5, lr=0.1, rho=0.5), 3, 7) == 0.5
     rising = AdmmSchedule(epochs=5, lr=0.1, rho=0.01, rho_end=1.0)
-    assert [penalty_weight(rising, k) for k in range(5)] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5, 1.0])
+    expected = [0.01, 10**-1.5, 0.1, 10**-0.5, 1.0]
+    assert [penalty_weight(rising, 7 * k + 6, 7) for k in range(5)] == pytest.approx(expected)
+    steps = AdmmSchedule(epochs=2, lr=0.1, rho=0.01, rho_end=1.0, every_steps=3)
+    assert [penalty_weight(steps, 3 * k + step, 8) for step in (0, 2) for k in range(5)] == pytest.approx(2 * expected)
+    assert penalty_weight(steps, 15, 8) == pytest.approx(1.0)  # after the last update
 
 
 @pytest.mark.parametrize(
@@ -38,12 +42,21 @@ def test_rho_is_constant_or_geometric():
         (AdmmSchedule, {"rho_end": 1.0, "balance": True}, "either rho_end or balance"),
         (AdmmSchedule, {"every": 2, "every_steps": 10}, "got both"),
         (AdmmSchedule, {"every": 99}, "got 99: ADMM would never update"),
+        (AdmmSchedule, {"every": 5, "hard": True}, "hard: expected an update before the end of the phase's 5 epochs"),
+        (AdmmSchedule, {"epochs": 1, "hard": True}, "ADMM would never update"),
+        (AdmmSchedule, {"epochs": 1, "rho_end": 1.0}, "rho_end: expected at least two updates in the phase, got one"),
+        (AdmmSchedule, {"every": 3, "rho_end": 1.0}, "rho_end: expected at least two updates"),
         (Schedule, {"decay_on": ("everything",)}, "decay_on"),
     ],
 )
 def test_schedules_that_contradict_themselves(kind, change, reason):
     with pytest.raises(ValidationError, match=reason):
         kind(**{"epochs": 5, "lr": 0.1} | change)
+
+
+def test_hard_leaves_the_updates_before_it():
+    for settings in ({"epochs": 2}, {"epochs": 5, "every": 4}, {"epochs": 1, "every_steps": 10}):
+        assert AdmmSchedule(**{"lr": 0.1, "hard": True} | settings).hard
 
 
 def test_the_control_trains_as_long_as_admm_and_fine_tuning():

@@ -423,6 +423,10 @@ def test_what_ones_own_code_raises_is_said_with_its_place(change, reason, tmp_pa
             {"data": {"name": f"{__name__}:wrong_labels", "args": {"kind": "type"}}, "model": KNOWN},
             r"data: expected training labels of type torch.int64, got torch.int32",
         ),
+        (
+            {"train": SMALL["train"] | {"admm": {"epochs": 1, "lr": 0.05, "every_steps": 10000}}},
+            r"train.admm.every_steps: expected at most \d+ \(1 epochs of \d+ steps\), got 10000: ADMM would never update",
+        ),
     ],
 )
 def test_what_cannot_work_is_found_before_anything_is_trained(change, reason, tmp_path):
@@ -487,6 +491,18 @@ def test_a_recipe_survives_being_saved_whatever_its_texts_look_like(tmp_path):
     recipe = small(tmp_path).model_copy(update={"name": "2e4"})
     recipe.save(tmp_path / "saved.yaml")
     assert Recipe.load(tmp_path / "saved.yaml") == recipe
+
+
+@pytest.mark.parametrize(("control", "epochs"), [("same", 2), ({"epochs": 3, "lr": 0.02}, 3)])
+def test_the_control_has_the_epochs_that_admm_took(control, epochs, tmp_path):
+    admm = {"epochs": 4, "lr": 0.05, "rho": 0.1, "stop": 10.0}  # after the first epoch: no residual is as large
+    recipe = small(tmp_path, train=SMALL["train"] | SHORT | {"admm": admm, "control": control})
+    prepare(recipe, tmp_path / "run")
+    trained, _ = train_all(recipe, tmp_path / "run")
+    counts = {phase: sum(row.phase == phase for row in trained.rows) for phase in ("admm", "finetune", "control")}
+    assert counts == {"admm": 1, "finetune": 1, "control": epochs}
+    again, _ = train_all(recipe, tmp_path / "run", listener(epoch=lambda *_: pytest.fail("it trained again")))
+    assert again.rows == trained.rows
 
 
 def test_a_control_without_a_dense_network_is_refused(tmp_path):

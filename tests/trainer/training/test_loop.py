@@ -13,6 +13,7 @@ from cases import relative
 from onnx import TensorProto
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tensorrail_exporter import Plan
 from tensorrail_runtime.errors import TrainingError
@@ -100,7 +101,7 @@ def test_an_interrupted_phase_ends_as_an_uninterrupted_one(tmp_path, data, train
         train(phase(), recipe(**training), data, Accelerator(), Checkpoints(tmp_path / "broken"), stop)
     broken, rest = fit(tmp_path / "broken", data, phase(), **training)
     assert [row.epoch for row in rest] == [2, 3]
-    assert [row.rho for row in rows] == pytest.approx([0.01, 0.1**1.5, 0.1])
+    assert [row.rho for row in rows] == pytest.approx([10**-1.8, 10**-1.4, 0.1])  # six updates, two an epoch
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, broken.state_dict()[name]), name
 
@@ -227,6 +228,20 @@ def test_the_average_is_what_is_evaluated_and_handed_on(tmp_path, data):
     assert evaluate(model, data.test, Accelerator()) == rows[-1].test_accuracy
 
 
+def test_the_average_soon_leaves_the_weights_of_the_start(tmp_path, data):
+    model, weights = network(), []
+    hook = register_optimizer_step_post_hook(lambda *_: weights.append(model[0].weight.detach().clone()))
+    try:
+        averaged, _ = fit(tmp_path, data, Phase("dense", model, Schedule(epochs=2, lr=0.05)), ema=0.4)
+    finally:
+        hook.remove()
+    assert len(weights) == 8
+    expected, *others = weights
+    for n, weight in enumerate(others, start=1):
+        expected = torch.lerp(expected, weight, 1 - min(0.4, (1 + n) / (10 + n)))
+    torch.testing.assert_close(averaged[0].weight.detach(), expected)
+
+
 def test_distillation_pulls_toward_the_teacher(tmp_path, data):
     teacher, _ = fit(tmp_path, data, Phase("dense", network(), Schedule(epochs=4, lr=0.05)))
     wrong = Dataset("made", 2, InMemory(data.train.x, 1 - data.train.y), data.test)  # labels say the opposite
@@ -332,6 +347,21 @@ def test_steps_between_updates_are_counted_over_epochs(tmp_path, data, monkeypat
     other = network()
     phase = Phase("never", other, AdmmSchedule(epochs=2, lr=0.01, every_steps=9), admm_of(other))
     with pytest.raises(TrainingError, match=r"at most 8 \(2 epochs of 4 steps\), got 9: ADMM would never update"):
+        fit(tmp_path, data, phase)
+
+
+def test_rho_changes_with_every_update(tmp_path, data, monkeypatch):
+    model = network()
+    admm = admm_of(model)
+    used = []
+    update = admm.update
+    monkeypatch.setattr(admm, "update", lambda: used.append(admm.rho) or update())
+    schedule = AdmmSchedule(epochs=2, lr=0.01, rho=0.01, rho_end=0.1, every_steps=2)
+    fit(tmp_path, data, Phase("admm", model, schedule, admm))
+    assert used == pytest.approx([10**-2, 10 ** (-5 / 3), 10 ** (-4 / 3), 0.1])
+    other = network()
+    phase = Phase("once", other, schedule.model_copy(update={"every_steps": 5}), admm_of(other))
+    with pytest.raises(TrainingError, match=r"phase once: train\.admm\.rho_end: expected at least two updates in the phase"):
         fit(tmp_path, data, phase)
 
 

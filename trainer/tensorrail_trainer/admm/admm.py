@@ -196,8 +196,7 @@ class ADMM:
 
         """
         self._require_own()
-        if self._moments is not None:
-            self.roots = self._moments.roots()
+        self._measure()
         weights = {name: self._weight(name) for name in self._layers}
         points = {name: w + self.U[name] for name, w in weights.items()}
         residuals = []
@@ -211,11 +210,17 @@ class ADMM:
     def project_weights(self) -> tuple[Residual, ...]:
         """Replace every planned weight by its projection, in place, with Z = W and U = 0 (hard projection).
 
+        With `metric="activation"` S is computed first, as by `update`.
+
         Returns:
             The residuals; `primal` is the distance of the weights from their projections before the call.
 
+        Raises:
+            PlanError: as for `update`.
+
         """
         self._require_own()
+        self._measure()
         weights = {name: self._weight(name).clone() for name in self._layers}
         residuals = []
         for name, z in self._projected(weights).items():
@@ -232,6 +237,11 @@ class ADMM:
         weights = {name: at_least_single(dense.weight().detach()) for name, dense in layers.items()}
         for name, z in self._projected(weights).items():
             layers[name].put(z)
+
+    def _measure(self) -> None:
+        """Take the metric from the moments of the batches so far; raises `PlanError` if a layer has seen none."""
+        if self._moments is not None:
+            self.roots = self._moments.roots()
 
     def _require_own(self) -> None:
         """Raise `PlanError` if the model no longer holds ADMM's parameters: the penalty would have no effect on it."""
@@ -366,8 +376,8 @@ class ADMM:
 
         Raises `PlanError` if a layer has seen no batch.
         """
-        if self._moments is not None and not self.roots:
-            self.roots = self._moments.roots()
+        if not self.roots:
+            self._measure()
         self.close()
         return self.roots
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
 
-_RUNGS = 32
+_RUNGS = 32  # bounds on the ranks of a layer that are tried first
+_BETWEEN = 7  # bounds that are then tried between the chosen one and each of its neighbours
+
+_Loss = Callable[[Tensor, LayerPlan, int], float]
+"""Returns the loss of a plan, from the dense weight and its number of groups."""
 
 
 def plan_layers(
@@ -115,7 +120,8 @@ def plan_to_size(
 ) -> tuple[LayerPlan, ...]:
     """Plan the layers of a pattern so that the whole network has `times` fewer parameters.
 
-    The options of a layer are its dense form and a series of uniform rank bounds, counted at the size at which the layer runs.
+    The options of a layer are its dense form and a series of uniform rank bounds from rank 1, counted at the size at which the
+    layer runs. Of many bounds, a few are tried first, then others near the chosen one: the size is met closely.
     The loss of an option is the share of the weight's squared norm that it truncates, or with `inputs` the share of the
     layer's outputs: ‖(W − Z) S‖² / ‖W S‖², where S² is the second moment of the layer's inputs
     (`tensorrail_trainer.layers.metric`). One choice over all layers minimizes the sum of the losses within the budget; a layer
@@ -146,8 +152,12 @@ def plan_to_size(
         root = roots.get(plan.name)
         return _truncated_share(weight if root is None else root.apply(weight.to(root.root)).cpu().contiguous(), plan, groups)
 
-    options = [_options(layer, dense_layer(model, layer.name), lost) for layer in layers]
-    return _within(options, model, pattern, times)
+    modules = [dense_layer(model, layer.name) for layer in layers]
+    options = [_first_options(layer, dense, lost) for layer, dense in zip(layers, modules, strict=True)]
+    first = _within(options, model, pattern, times)
+    for layer, dense, tried, chosen in zip(layers, modules, options, first, strict=True):
+        tried.extend(_options(layer, dense, _around(tried, chosen), lost))
+    return _plans(_within(options, model, pattern, times))
 
 
 def any_plan_to_size(
@@ -164,8 +174,8 @@ def any_plan_to_size(
     It decomposes no weight: it shows what an untrained network will be planned to.
     """
     layers = unranked(model, pattern, format, modes, merge)
-    options = [_options(layer, dense_layer(model, layer.name), lambda *_: 0.0) for layer in layers]
-    return _within(options, model, pattern, times)
+    options = [_first_options(layer, dense_layer(model, layer.name), lambda *_: 0.0) for layer in layers]
+    return _plans(_within(options, model, pattern, times))
 
 
 def unranked(
@@ -190,40 +200,58 @@ def unranked(
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What a layer can become, its dense form first."""
+class _Option:
+    """One form that a layer can have."""
 
-    plans: tuple[LayerPlan | None, ...]
-    """The plans, with increasing ranks; None for the dense form."""
-    params: tuple[float, ...]
-    """The number of stored parameters of each option."""
-    losses: tuple[float, ...]
-    """The loss of each option."""
+    bound: int
+    """The bound on its ranks; 0 for the dense form."""
+    plan: LayerPlan | None
+    """Its plan; None for the dense form."""
+    params: float
+    """The number of stored parameters of the layer as it runs: neighbouring cores may be merged."""
+    loss: float
 
 
-def _options(layer: LayerPlan, dense: DenseModule, loss: Callable[[Tensor, LayerPlan, int], float]) -> _Options:
+def _first_options(layer: LayerPlan, dense: DenseModule, loss: _Loss) -> list[_Option]:
+    """Return the dense form of a layer and its plans at the bounds of `_ladder`."""
+    whole = _Option(0, None, float(dense.weight().numel()), 0.0)
+    return [whole, *_options(layer, dense, _ladder(layer, dense.spec), loss)]
+
+
+def _options(layer: LayerPlan, dense: DenseModule, bounds: Iterable[int], loss: _Loss) -> list[_Option]:
     weight = dense.weight().detach().float().cpu().contiguous()
-    rungs = _ladder(layer, dense.spec)
-    return _Options(
-        plans=(None, *(plan for plan, _ in rungs)),
-        params=(float(weight.numel()), *(float(size) for _, size in rungs)),
-        losses=(0.0, *(loss(weight, plan, dense.spec.groups) for plan, _ in rungs)),
-    )
+    options = []
+    for bound in bounds:
+        plan, params = _at(layer, dense.spec, bound)
+        options.append(_Option(bound, plan, float(params), loss(weight, plan, dense.spec.groups)))
+    return options
 
 
-def _within(options: Sequence[_Options], model: nn.Module, pattern: str, times: float) -> tuple[LayerPlan, ...]:
+def _at(layer: LayerPlan, spec: LayerSpec, bound: int) -> tuple[LayerPlan, int]:
+    """Return the plan of a layer with a bound on its ranks, and its number of stored parameters."""
+    form = format_of(layer.format, spec.groups)
+    ranks = form.clamp(spec.shape, layer.modes, form.uniform(spec.shape, layer.modes, bound))
+    plan = layer.model_copy(update={"ranks": ranks})
+    return plan, option_for(plan, spec).params
+
+
+def _within(options: Sequence[Sequence[_Option]], model: nn.Module, pattern: str, times: float) -> list[_Option]:
     """Choose an option for each layer, with the least sum of losses within the budget; raises `PlanError` if none fits."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    rest = total - sum(layer.params[0] for layer in options)
-    smallest = rest + sum(min(layer.params) for layer in options)
+    rest = total - sum(layer[0].params for layer in options)
+    smallest = rest + sum(min(option.params for option in layer) for layer in options)
     if smallest * times > total:
         raise PlanError(
             f"parameters cannot be reduced {times:g}×: at most {total / smallest:.2f}× is reachable, with all layers of "
             f"{pattern!r} at rank 1; lower params, or match more layers"
         )
-    budget = Limit("params", [layer.params for layer in options], total / times - rest)
-    picks = choose([layer.losses for layer in options], [budget])
-    return tuple(plan for layer, pick in zip(options, picks, strict=True) if (plan := layer.plans[pick]) is not None)
+    budget = Limit("params", [[option.params for option in layer] for layer in options], total / times - rest)
+    picks = choose([[option.loss for option in layer] for layer in options], [budget])
+    return [layer[pick] for layer, pick in zip(options, picks, strict=True)]
+
+
+def _plans(options: Iterable[_Option]) -> tuple[LayerPlan, ...]:
+    return tuple(option.plan for option in options if option.plan is not None)
 
 
 def _truncated_share(weight: Tensor, plan: LayerPlan, groups: int) -> float:
@@ -232,22 +260,28 @@ def _truncated_share(weight: Tensor, plan: LayerPlan, groups: int) -> float:
     return float(lost / weight.square().sum().clamp_min(1e-30))
 
 
-def _ladder(layer: LayerPlan, spec: LayerSpec) -> list[tuple[LayerPlan, int]]:
-    """Return plans of a layer with increasing ranks, at most `_RUNGS`, each smaller than the dense layer, with their sizes.
+def _ladder(layer: LayerPlan, spec: LayerSpec) -> list[int]:
+    """Return rising bounds on the ranks of a layer, from 1 to the largest with which it is smaller than the dense layer.
 
-    The size is the number of stored parameters of the layer as it runs: neighbouring cores may be merged.
+    These are all bounds if there are at most `_RUNGS`, else so many with about equal ratios; none if even rank 1 is too large.
     """
     form = format_of(layer.format, spec.groups)
-
-    def at(bound: int) -> tuple[LayerPlan, int]:
-        ranks = form.clamp(spec.shape, layer.modes, form.uniform(spec.shape, layer.modes, bound))
-        plan = layer.model_copy(update={"ranks": ranks})
-        return plan, option_for(plan, spec).params
-
     dense, low = math.prod(spec.shape), 0
     high = max(form.clamp(spec.shape, layer.modes, form.uniform(spec.shape, layer.modes, dense))) + 1
-    while high - low > 1:  # the largest bound below dense
+    while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if at(middle)[1] < dense else (low, middle)
-    bounds = sorted({max(1, round(low * k / _RUNGS)) for k in range(1, _RUNGS + 1)}) if low else []
-    return list({plan.ranks: (plan, size) for plan, size in map(at, bounds)}.values())
+        low, high = (middle, high) if _at(layer, spec, middle)[1] < dense else (low, middle)
+    if low <= _RUNGS:
+        return list(range(1, low + 1))
+    return sorted({round(bound) for bound in np.geomspace(1, low, _RUNGS).tolist()})
+
+
+def _around(options: Sequence[_Option], chosen: _Option) -> list[int]:
+    """Return at most `_BETWEEN` bounds between a chosen option and each of its neighbours; none around the dense form."""
+    bounds = sorted(option.bound for option in options if option.plan is not None)
+    if chosen.plan is None:
+        return []
+    place = bounds.index(chosen.bound)
+    ends = pairwise(bounds[max(0, place - 1) : place + 2])
+    spread = {round(bound) for low, high in ends for bound in np.linspace(low, high, _BETWEEN + 2).tolist()}
+    return sorted(spread.difference(bounds))

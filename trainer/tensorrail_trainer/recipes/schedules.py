@@ -80,11 +80,12 @@ class Schedule(Part):
 class AdmmSchedule(Schedule):
     """The ADMM phase. Z and U are updated every `every` epochs, or every `every_steps` steps.
 
-    `rho` is the weight of the penalty: constant; changing geometrically to `rho_end` over the phase; or, with `balance`,
+    `rho` is the weight of the penalty: constant; changing geometrically with every update, to `rho_end`; or, with `balance`,
     doubled or halved when the primal and the dual residual differ by a factor of 10 (Boyd et al. 2011, section 3.4.1).
     `metric` measures the distance to low rank by the weight itself (`weight`) or by the change of the layer's outputs
     (`activation`, which needs formats with one input mode). `stop` ends the phase when both relative residuals of every layer
-    are below it. `hard` projects the weights at the end of the phase, so that its last accuracy is that of low-rank weights.
+    are below it. `hard` projects the weights at the end of the phase, so that its last accuracy is that of low-rank weights. It
+    replaces the update after the last epoch.
     """
 
     rho: Positive = 1e-3
@@ -100,12 +101,10 @@ class AdmmSchedule(Schedule):
     def _one_rule(self) -> AdmmSchedule:
         if self.balance and self.rho_end is not None:
             raise ValueError("expected either rho_end or balance, got both")
-        if self.every > self.epochs:
-            raise ValueError(
-                f"every: expected at most the phase's {self.epochs} epochs, got {self.every}: ADMM would never update"
-            )
         if self.every_steps is not None and self.every != 1:
             raise ValueError("expected either every (in epochs) or every_steps (in steps), got both")
+        if self.every_steps is None and (reason := why_not(self, 1)):
+            raise ValueError(reason)
         return self
 
 
@@ -140,10 +139,10 @@ class Training(Part):
     network as it is. `control` trains the dense network for as many further epochs as ADMM and fine-tuning take, to compare
     with: `same` uses the schedule of the ADMM phase (a constant learning rate falls by cosine instead, since no fine-tuning
     follows), `none` skips it, and any other schedule can be given. The control uses the teacher of `distill`, too. `ema`
-    averages the weights with this decay per step; the average is evaluated and passed to the next phase. `cut` is the metric
-    in which the trained weights are decomposed into cores: `weight`, or `activation` for the least change of the layers'
-    outputs; default: that of the ADMM phase, or `weight` without one. `cuda_graph` needs one process and identical steps: no
-    mixup, no fp16, no `metric: activation` in the ADMM phase.
+    averages the weights with this decay per step, less at first (`average_decay`); the average is evaluated and passed to the
+    next phase. `cut` is the metric in which the trained weights are decomposed into cores: `weight`, or `activation` for the
+    least change of the layers' outputs; default: that of the ADMM phase, or `weight` without one. `cuda_graph` needs one
+    process and identical steps: no mixup, no fp16, no `metric: activation` in the ADMM phase.
     """
 
     batch: Count = 128
@@ -202,8 +201,54 @@ def rate(schedule: Schedule, progress: float) -> float:
     return schedule.lr * (1 + math.cos(math.pi * (progress - schedule.warmup) / (schedule.epochs - schedule.warmup))) / 2
 
 
-def penalty_weight(schedule: AdmmSchedule, progress: float) -> float:
-    """Return rho after `progress` epochs: constant, or changing geometrically to `rho_end` in the last epoch."""
+def updates_due(schedule: AdmmSchedule, steps: int, per_epoch: int) -> int:
+    """Return how many updates of ADMM are due in the first steps of its phase, with so many steps per epoch.
+
+    The projection by which `hard` replaces the last one counts as well.
+    """
+    return steps // (schedule.every_steps or schedule.every * per_epoch)
+
+
+def why_not(schedule: AdmmSchedule, per_epoch: int) -> str | None:
+    """Return why ADMM would never update Z and U, or never reach `rho_end`, with so many steps per epoch; None if it does.
+
+    Without `every_steps` the answer does not depend on the number of steps.
+    """
+    epochs, every = schedule.epochs, schedule.every_steps
+    count = updates_due(schedule, epochs * per_epoch, per_epoch)
+    if not count and every is None:
+        return f"every: expected at most the phase's {epochs} epochs, got {schedule.every}: ADMM would never update"
+    if not count:
+        steps = epochs * per_epoch
+        return (
+            f"every_steps: expected at most {steps} ({epochs} epochs of {per_epoch} steps), got {every}: ADMM would never "
+            "update; lower it"
+        )
+    if schedule.hard and every is None and count == 1 and epochs % schedule.every == 0:
+        return (
+            f"hard: expected an update before the end of the phase's {epochs} epochs, where hard replaces it, got none: ADMM "
+            "would never update; lower every, or train for more epochs"
+        )
+    if schedule.rho_end is not None and count == 1:
+        return "rho_end: expected at least two updates in the phase, got one, which has rho; update more often, or leave it out"
+    return None
+
+
+def penalty_weight(schedule: AdmmSchedule, step: int, per_epoch: int) -> float:
+    """Return rho in a step of the phase, counted from 0, with so many steps per epoch.
+
+    It is constant, or changes geometrically with every update, so that the last one has `rho_end`.
+    """
     if schedule.rho_end is None:
         return schedule.rho
-    return float(schedule.rho * (schedule.rho_end / schedule.rho) ** min(1.0, progress / max(1, schedule.epochs - 1)))
+    done, last = updates_due(schedule, step, per_epoch), updates_due(schedule, schedule.epochs * per_epoch, per_epoch) - 1
+    return float(schedule.rho * (schedule.rho_end / schedule.rho) ** min(1.0, done / max(1, last)))
+
+
+def average_decay(decay: float, updates: int) -> float:
+    """Return the decay of the averaged weights after so many updates: min(decay, (1 + n) / (10 + n)).
+
+    It is lower at first, so that a short phase does not keep its first weights (`num_updates` of TensorFlow's
+    `tf.train.ExponentialMovingAverage`).
+    """
+    return min(decay, (1 + updates) / (10 + updates))

@@ -47,6 +47,7 @@ from tensorrail_trainer.layers.swap import cores_of, swap, to_dense
 from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.processes import world
 from tensorrail_trainer.recipes.recipe import Bench, Export, Recipe
+from tensorrail_trainer.recipes.schedules import why_not
 from tensorrail_trainer.run.export import Tracing, require_in_graph, to_onnx
 from tensorrail_trainer.run.render import html, markdown
 from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
@@ -236,6 +237,7 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     The dense network also runs with hooks on its layers if a metric is that of their inputs, and is exported if a planned layer
     may have no place in its graph. Returns whether all networks accept images in channels_last memory format.
     """
+    _require_updates(recipe, len(data.train))
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
     try:
@@ -272,6 +274,13 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
             _require_seen_inputs(dense, recipe.plannable(dense), x)
         _require_places(dense, recipe.plannable(dense), data)
     return channels_last
+
+
+def _require_updates(recipe: Recipe, samples: int) -> None:
+    """Raise `RecipeError` for a schedule by which ADMM would never update, with the steps that so many samples give."""
+    steps, schedule = samples // recipe.train.batch, recipe.train.admm
+    if schedule is not None and steps and (reason := why_not(schedule, steps)):
+        raise RecipeError(f"train.admm.{reason}")
 
 
 def _require_seen_inputs(network: nn.Module, plan: Plan, x: torch.Tensor) -> None:
@@ -406,6 +415,7 @@ class _Training:
         if schedule is not None:
             admm = ADMM(model, plan, schedule.rho, schedule.metric)
             model = self.fit(Phase("admm", model, schedule, admm, teacher))
+            self._shorten_control(schedule.epochs - sum(row.phase == "admm" for row in self.rows))
             roots = admm.final_roots()
         cut = self.recipe.train.cut
         if cut == "weight":
@@ -413,6 +423,12 @@ class _Training:
         if cut == "activation" and not roots:
             roots = input_roots(self.copy_of(model), plan, self.inputs())
         return model, roots
+
+    def _shorten_control(self, left_out: int) -> None:
+        """Leave out of the control the epochs that ADMM did not train because of `stop`, unless it has its own schedule."""
+        if self.control is not None and self.recipe.train.control == "same":
+            self.control = self.control.model_copy(update={"epochs": self.control.epochs - left_out})
+            self.left -= left_out
 
     def copy_of(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model on the device, without its hooks."""

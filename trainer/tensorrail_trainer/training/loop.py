@@ -29,7 +29,7 @@ from tensorrail_trainer.layers.recurrent import FactoredRecurrent
 from tensorrail_trainer.layers.steps import CoreList
 from tensorrail_trainer.processes import alike, rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Training, penalty_weight, rate
+from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Training, average_decay, penalty_weight, rate, why_not
 from tensorrail_trainer.training.checkpoints import Checkpoints
 from tensorrail_trainer.training.cuda_graph import IMPLEMENTATION, CaptureError, Replay, on_device
 from tensorrail_trainer.training.epochs import Epoch
@@ -80,6 +80,7 @@ def train(
 
     """
     settings = recipe.train
+    _require_updates(phase, len(data.train), settings.batch)
     place(phase.model, accelerator.device, phase.channels_last)
     optimizer = make_optimizer(phase.model, phase.schedule)
     average = _average(phase.model, settings)
@@ -106,6 +107,17 @@ def train(
     if average is not None:
         phase.model.load_state_dict(average.module.state_dict())
     return phase.model
+
+
+def _require_updates(phase: Phase, samples: int, batch: int) -> None:
+    """Raise `TrainingError` if an epoch of a phase has no step, or ADMM would never update."""
+    if samples < batch:
+        raise TrainingError(
+            f"phase {phase.name}: expected at least one batch of {batch} training samples, got {samples} samples; lower "
+            "train.batch"
+        )
+    if isinstance(phase.schedule, AdmmSchedule) and (reason := why_not(phase.schedule, samples // batch)):
+        raise TrainingError(f"phase {phase.name}: train.admm.{reason}")
 
 
 def _resumed(
@@ -240,24 +252,14 @@ class _Job:
         torch.manual_seed(seed + rank())  # dropout differs between processes
         self.model.train()
         picks = shuffled(len(self.data.train), settings.batch, seed)
-        if not picks:
-            raise TrainingError(
-                f"phase {phase.name}: expected at least one batch of {settings.batch} training samples, got "
-                f"{len(self.data.train)} samples; lower train.batch"
-            )
         every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
-        if every and every > phase.schedule.epochs * len(picks):
-            raise TrainingError(
-                f"phase {phase.name}: expected train.admm.every_steps of at most {phase.schedule.epochs * len(picks)} "
-                f"({phase.schedule.epochs} epochs of {len(picks)} steps), got {every}: ADMM would never update; lower it"
-            )
         before = self.epoch * len(picks)
         losses: list[Tensor] = []
         hits = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         seen = 0
         stream = self.data.train.batches(picks, Share(rank(), world()), settings.augment.made(), seed)
         for step, (x, y) in enumerate(stream):
-            self._set_rates(step / len(picks))
+            self._set_rates(step, len(picks))
             loss, right = self._step(laid_out(x, phase.channels_last), y, np.random.default_rng([seed, step]))
             losses.append(loss)
             hits += right
@@ -305,6 +307,8 @@ class _Job:
                 ) from None
             results = loss, right
         if self.average is not None:
+            decay = average_decay(self.recipe.train.ema or 0.0, int(self.average.n_averaged))
+            self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
             self.average.update_parameters(self.phase.model)
         return results
 
@@ -330,16 +334,16 @@ class _Job:
         self.optimizer.step()
         return loss.detach(), (scores.detach().argmax(1) == y).sum()
 
-    def _set_rates(self, share: float) -> None:
+    def _set_rates(self, step: int, steps: int) -> None:
         schedule = self.phase.schedule
-        lr = rate(schedule, self.epoch + share)
+        lr = rate(schedule, self.epoch + step / steps)
         for group in self.optimizer.param_groups:
             if self.replay is None:
                 group["lr"] = lr
             else:
                 group["lr"].fill_(lr)  # the graph reads this memory
         if isinstance(schedule, AdmmSchedule) and self.phase.admm is not None and not schedule.balance:
-            self.phase.admm.set_rho(penalty_weight(schedule, self.epoch))
+            self.phase.admm.set_rho(penalty_weight(schedule, self.epoch * steps + step, steps))
 
     def _update(self, hard: bool = False) -> None:
         admm, schedule = self.phase.admm, self.phase.schedule
@@ -414,9 +418,7 @@ def _replay(settings: Training, optimizer: torch.optim.Optimizer, device: torch.
 
 
 def _average(model: nn.Module, settings: Training) -> AveragedModel | None:
-    if settings.ema is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+    return None if settings.ema is None else AveragedModel(model, use_buffers=True)
 
 
 def _state(
