@@ -46,7 +46,7 @@ class Point(Record):
     size: Size
     ratios: Ratios  # against the dense network in fp32
     unstable: bool = False  # its times, or the dense network's, vary so much that the lower end of the interval counts
-    approximation: float  # relative L2 error of the outputs, on inputs set aside, else on random ones
+    approximation: float  # relative L2 error of the outputs, on inputs set aside; see the report for where there are none
     loss: float | None = None  # on inputs that networks are chosen by
     chosen: Agreement | None = None  # agreement on the same inputs
     aside: Agreement | None = None  # agreement on inputs set aside
@@ -73,12 +73,15 @@ class CompressReport(PrintedRecord):
     targets: dict[str, float]
     meets: bool
     predicted_latency: float | None  # the speed-up that the latency table predicted
-    approximation: float  # relative L2 error of the outputs against the dense model, on inputs set aside, else on random ones
+    # Relative L2 error of the outputs against the dense model, on inputs set aside. Where `aside` is None it says little: it is
+    # of the inputs that the model was fitted to or, without calibration inputs, of random ones.
+    approximation: float
     top1_agreement: float | None  # on inputs set aside
     aside: Agreement | None = None  # the same with intervals; None: no inputs were set aside, so the accuracy is not known
     guard: Guard = Guard()
     max_loss: float | None = None  # the limit on the loss, if there was one
     loss: float | None = None  # of the model that was written, on inputs that models are chosen by; None for a single model
+    held_out: bool = True  # whether these are other inputs than those that models were fitted to
     precision: Precision = "fp32"  # of the model that was written
     with_casts: bool = False  # whether the model is in fp16, which the provider computes in fp32 with casts around
     written: int = 0  # its place in `front`
@@ -129,6 +132,11 @@ class CompressReport(PrintedRecord):
             parts.append(f"layers that stay in fp32: {', '.join(names[:_NAMED])}{more}")
         if self.layers or self.exact:
             parts.append(f"numerical error of the rewriting {self.numerical:.1e} (relative L2)")
+        if not self.held_out:
+            parts.append(
+                "warning: there were too few calibration inputs to hold some out: the model, and its layers in fp32, were "
+                "chosen by the inputs that it was fitted to, on which losses are smaller than on others"
+            )
         parts.append(self._accuracy_line())
         if self.fusions is not None and (line := self.fusions.described()):
             parts.append(line)

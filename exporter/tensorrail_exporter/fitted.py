@@ -60,15 +60,20 @@ class Network:
 def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network:
     """Return the factored network, fitted to the inputs that are not set aside.
 
-    Each further fit sees a part of them, and is kept if the network is better for it on the rest.
+    Each further fit sees a part of them, and is kept if the network is better for it on the rest. Where there are too few to
+    hold some out, there is no further fit.
     """
     if parts is None:
         return _factored(resolved, decompose(resolved), (), how)
     loops = [name for name, layer in resolved.layers.items() if layer.spec.state_products]
-    if loops and how.refine:
+    reason = ""
+    if loops:
         reason = f"those of {', '.join(loops)} run in a Scan, which no fit in torch runs"
+    elif not parts.holds_out:
+        reason = "there are too few calibration inputs to hold some out, on which further fits are judged; give more"
+    if reason and how.refine:
         how.progress("note", 1.0, f"cores are not fitted further: {reason}")
-    if loops or not how.refine or how.judge is None:
+    if reason or not how.refine or how.judge is None:
         return _layerwise(resolved, parts, how, refit=how.refit)
     network = _layerwise(resolved, parts, how, refit=False)
     shrinkages = {row.layer: row.shrinkage for row in network.layers if row.shrinkage is not None}
@@ -80,7 +85,7 @@ def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network
             network, least = replace(network, model=refined), loss
         else:
             how.progress("note", 1.0, f"{what} is left out: the network is not better for it on inputs that were held out")
-    if least < start or parts.chosen is parts.fitted or not how.refit:
+    if least < start or not how.refit:
         return network
     return _layerwise(resolved, parts, how, shrinkages=shrinkages)
 
@@ -94,7 +99,7 @@ def _layerwise(
     shrinkages: Mapping[str, float] | None = None,
 ) -> Network:
     """Return the network with its layers fitted; with `shrinkages`, by layer name, none is chosen anew."""
-    held_out = None if parts.chosen is parts.fitted else parts.chosen
+    held_out = parts.chosen if parts.holds_out else None
     settings, progress = how.settings.exact, how.progress
     fitted = fit(resolved, parts.fitted, settings, held_out=held_out, refit=refit, shrinkage=shrinkages, progress=progress)
     return _factored(fitted.resolved, fitted.cores, fitted.layers, how)

@@ -124,6 +124,8 @@ def compress(
         judge = None
         if parts is not None and (several or options.refine):
             judge = Judge(model, parts.chosen, options.metric, options.conditions.settings.exact)
+            if judge.left_out and not any(isinstance(planned, PlanReport) for planned in plans):  # a search has told it
+                options.conditions.progress("note", 1.0, judge.left_out)
         builder = _Builder(model, dense, parts, options, wanted, judge, several=several)
         built = list(builder.models(plans))
         searched = any(isinstance(planned, PlanReport) or not planned.layers for planned in plans)
@@ -141,7 +143,8 @@ def compress(
         save_model(load_model(built[k].path), out)
         fusions = compared_fusions(dense, out, options.conditions.settings)
     report = _report(points, k, built[k], dense_size, times, accuracy, wanted, options.conditions.settings, out)
-    return report.model_copy(update={"fusions": fusions})
+    held_out = parts is None or not several or parts.holds_out
+    return report.model_copy(update={"fusions": fusions, "held_out": held_out})
 
 
 def _report(
@@ -462,7 +465,7 @@ def _saved(model: onnx.ModelProto, path: Path) -> Path:
 
 
 def _feeds(dense: Path, parts: Split | None, options: Compression) -> Feeds:
-    """Return the inputs that outputs are compared on: those set aside, or random ones where there are none."""
+    """Return the inputs that outputs are compared on: those set aside, else those to fit to, else random ones."""
     if parts is not None:
         return list((parts.judged or parts.fitted.first(100)).feeds)
     session, timing = open_session(dense, settings=options.conditions.settings.exact), options.conditions.timing

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from cases import listener
 from conftest import make_model
 from onnx import helper, numpy_helper
 
@@ -400,6 +401,49 @@ def test_a_refinement_is_written_if_it_is_better_on_other_inputs(better, network
     assert [note.startswith("the fit is left out") for note in notes] == [True] * (not better)
 
 
+def in_batches(count):
+    """Inputs for a model with a fixed batch size of 32."""
+    return Calibration(tuple({"x": images(k, 32)} for k in range(count)), batch=32)
+
+
+@pytest.mark.parametrize("calibration", [Calibration(({"x": images(1, 3)},)), in_batches(3)], ids=["samples", "batches"])
+def test_with_too_few_inputs_to_judge_on_there_is_no_further_fit(calibration, network, tmp_path):
+    """It would be accepted on the inputs that it was fitted to."""
+    notes = []
+    refine = {"the fit": lambda *_: pytest.fail("nothing could judge it")}
+    told = replace(QUICK, progress=listener(note=notes.append))
+    report = run(network, tmp_path / "out.onnx", calibration=calibration, refine=refine, conditions=told)
+    assert [note.partition(":")[0] for note in notes] == ["cores are not fitted further"]
+    assert "too few calibration inputs to hold some out" in notes[0]
+    assert report.aside is None
+    assert [fit.layer for fit in report.fits] == ["a", "b"]  # layer by layer they are fitted all the same
+
+
+@pytest.mark.parametrize(("batches", "held_out"), [(3, False), (5, True)])
+def test_models_that_are_chosen_by_the_inputs_they_were_fitted_to_come_with_a_warning(batches, held_out, network, tmp_path):
+    report = run(network, tmp_path / "out.onnx", IN_INT8, calibration=in_batches(batches), guard=Guard(min_agreement=0))
+    assert report.held_out == held_out
+    assert report.loss > 0
+    warned = "were chosen by the inputs that it was fitted to" in " ".join(str(report).split())
+    assert warned == (not held_out)
+    assert ("nothing is known about the accuracy of this model" in str(report)) == (not held_out)
+
+
+def test_labels_that_do_not_apply_are_told_with_a_plan_too(rng, tmp_path):
+    """One class per sample, for scores of every step of a sequence."""
+    weight = rng.standard_normal((16, 16)).astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "fc"], ["y"], "fc")
+    model = make_model([node], {"fc": weight}, {"x": ["n", 3, 16]}, {"y": ["n", 3, 16]})
+    plan = Plan(layers=(LayerPlan(name="fc", format="svd", modes=(16, 16), ranks=(4,)),))
+    notes = []
+    told = replace(QUICK, progress=listener(note=notes.append))
+    x = rng.standard_normal((40, 3, 16)).astype(np.float32)
+    calibration = Calibration(({"x": x},), np.arange(40) % 16)
+    same = {"the fit": lambda dense, factored, *_: factored}
+    run(model, tmp_path / "out.onnx", plan, calibration=calibration, refine=same, conditions=told)
+    assert "the labels of the calibration inputs are not used: expected scores (samples, classes)" in notes[0]
+
+
 @pytest.mark.parametrize("metric", [None, "first_output_alone:score"])
 def test_a_refinement_is_judged_by_the_metric(metric, network, tmp_path, monkeypatch):
     """The refined network is exact in its first output, which alone is scored, and wrong in all others."""
@@ -475,7 +519,7 @@ def test_a_refinement_of_a_layer_that_becomes_a_scan_sees_its_node(tmp_path, rng
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         return session.run(None, feeds[0])
 
-    feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},)
+    feeds = ({"x": rng.standard_normal((5, 2, 24)).astype(np.float32)},) * 4  # alike: what is better on one is so on all
     run(model, tmp_path / "out.onnx", plan, calibration=Calibration(feeds), refine={"the fit": refine})
     (ops,) = seen
     assert "LSTM" in ops

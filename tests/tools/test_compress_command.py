@@ -73,6 +73,7 @@ def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
     assert ("NOT measured to be faster" in printed) == (code == 1)
     onnx.checker.check_model(onnx.load(folder / "out.onnx"), full_check=True)
     assert [one["to"] for one in record["reduced"]] == ["int8"]
+    assert [(one["inputs"], one["samples"]) for one in record["reduced"]] == [("set aside", record["aside"]["samples"])]
     assert (folder / "out.int8.onnx").exists()
 
 

@@ -74,7 +74,7 @@ def test_rules_that_do_not_fit_end_with_one_line_and_exit_code_2(cli, path, fram
 def test_quantize_calibrates_and_times_with_them(to, cli, path, frames, tmp_path):
     code, printed, err = cli("quantize", path, "--to", to, "-o", tmp_path / "o.onnx", "--calibration", frames, *RULES, *QUICK)
     assert (code, err) == (0, "")
-    assert "40 given samples" in printed
+    assert {"fp16": "40 given samples", "int8": "10 samples set aside"}[to] in printed
     assert cli("check", path, tmp_path / "o.onnx", *RULES, "--data", frames, "--tolerance", 0.1)[0] == 0
 
 
@@ -108,6 +108,18 @@ def test_plan_measures_losses_along_sequences(path, frames, tmp_path):
     report = tr.plan(path, {"params": 1.1}, calibration=frames, options=options)
     assert report.loss_from == "calibration"
     assert report.plan.layers
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("to", ["fp32", "int8"])
+def test_whole_sequences_are_set_aside(to, path, rng, tmp_path):
+    """Of ten sequences of six steps, two: by `compress`, and by `quantize` to int8. Of sixty single samples, 15 would be."""
+    sequences = [{"input": rng.standard_normal((6, WIDTH))} for _ in range(10)]
+    options = tr.Options(inputs=INPUTS, timing=tr.Timing(seconds=0.1, processes=1), fit=tr.Fit(seconds=0))
+    if to == "int8":
+        assert tr.quantize(path, tmp_path / "o.onnx", to, calibration=sequences, options=options).samples == 12
+    else:
+        assert tr.compress(path, tmp_path / "o.onnx", PLAN, calibration=sequences, options=options).aside.samples == 12
 
 
 def closeness(outputs, labels):
@@ -183,7 +195,7 @@ def test_feeds_of_different_lengths_stay_whole(ragged, cli, tmp_path):
     code, printed, _ = cli("check", path, tmp_path / "c.onnx", "--data", sounds, "--tolerance", 10)
     assert (code, "12 samples in 12 batches" in printed) == (0, True)
     code, printed, _ = cli("quantize", path, "--to", "int8", "-o", tmp_path / "q.onnx", "--calibration", sounds, *QUICK)
-    assert "12 given samples" in printed
+    assert "3 samples set aside" in printed
     assert code == 0
     code, printed, _ = cli("bench", path, *QUICK, "--data", sounds)  # 20 frames, as in the first file
     assert code == 0

@@ -8,6 +8,9 @@ import pytest
 from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
+import tensorrail as tr
+from tensorrail_exporter.calibrate.inputs import Calibration
+from tensorrail_exporter.calibrate.split import split
 from tensorrail_exporter.precision.reduce import PrecisionReport
 
 QUICK = ("--duration", 0.1)
@@ -48,8 +51,10 @@ def test_int8_weights_have_the_bits_that_were_asked_for(choice, largest, cli, sm
     assert (code, "reduce_range is a choice for int8 weights, got fp16" in err) == (2, True)
 
 
-@pytest.mark.parametrize(("to", "dtype"), [("fp16", "float16"), ("int8", "int8")])
-def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dtype, cli, small_path, data, tmp_path):
+@pytest.mark.parametrize(
+    ("to", "dtype", "judged"), [("fp16", "float16", "20 given samples"), ("int8", "int8", "5 samples set aside")]
+)
+def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dtype, judged, cli, small_path, data, tmp_path):
     out, record = tmp_path / "small.onnx", tmp_path / "r.json"
     arguments = ("quantize", small_path, "--to", to, "-o", out, "--calibration", data, "--data", data, *QUICK)
     code, printed, err = cli(*arguments, "--batch", 2, "--json", record)
@@ -67,7 +72,8 @@ def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dty
     ):
         assert shown in printed
     report = PrecisionReport.model_validate_json(record.read_text())
-    assert (report.samples, report.latency.batch, report.holds) == (20, 2, True)
+    assert (f"{report.samples} {judged.split(maxsplit=1)[1]}", report.latency.batch, report.holds) == (judged, 2, True)
+    assert judged in " ".join(printed.split())
     assert f"{report.bytes_before:,}" in printed
     assert f"{report.bytes_after:,}" in printed
     assert f"{to} is {report.verdict} than fp32 here" in printed
@@ -78,9 +84,36 @@ def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dty
 def test_threads_and_the_number_of_samples_can_be_given(cli, small_path, data, tmp_path):
     record = tmp_path / "r.json"
     arguments = ("quantize", small_path, "--to", "int8", "-o", tmp_path / "q.onnx", "--calibration", data, *QUICK)
-    assert cli(*arguments, "--threads", 1, "--samples", 7, "--json", record)[0] == 0
+    assert cli(*arguments, "--threads", 1, "--samples", 8, "--json", record)[0] == 0
     report = PrecisionReport.model_validate_json(record.read_text())
-    assert (report.samples, report.latency.threads) == (7, 1)
+    assert (report.samples, report.latency.threads) == (2, 1)  # a quarter is set aside
+
+
+def test_inputs_set_aside_change_nothing_in_the_int8_model(small_path, rng, tmp_path):
+    """Neither ranges nor weights depend on them; the difference that is reported is of them alone."""
+    values = rng.standard_normal((64, 16, 8, 8)).astype(np.float32)
+    aside = split(Calibration(({"x": values},))).judged.feeds
+    rows = [k for k in range(64) if any((values[k] == row).all() for feed in aside for row in feed["x"])]
+    others = values.copy()
+    others[rows] *= 3.0
+    options = tr.Options(timing=tr.Timing(seconds=0.1))
+    reports = [
+        tr.quantize(small_path, tmp_path / f"{name}.onnx", "int8", calibration={"x": inputs}, options=options)
+        for name, inputs in (("a", values), ("b", others))
+    ]
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert [(report.inputs, report.samples) for report in reports] == [("set aside", 32)] * 2
+    assert reports[1].parity.worst > 2 * reports[0].parity.worst  # their values leave the ranges
+
+
+def test_int8_of_too_few_inputs_to_set_some_aside_says_so(cli, small_path, data, tmp_path):
+    record = tmp_path / "r.json"
+    arguments = ("quantize", small_path, "--to", "int8", "-o", tmp_path / "q.onnx", "--calibration", data, *QUICK)
+    code, printed, _ = cli(*arguments, "--samples", 3, "--json", record)
+    assert code == 0
+    assert "3 given samples" in " ".join(printed.split())
+    assert "int8 was fitted to these samples, since none were set aside" in " ".join(printed.split())
+    assert PrecisionReport.model_validate_json(record.read_text()).inputs == "given"
 
 
 def test_a_slower_model_is_called_slower(cli, small_path, tmp_path, monkeypatch):

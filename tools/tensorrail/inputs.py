@@ -84,7 +84,7 @@ def as_batches(
         return load_batches(_source(inputs, "inputs"), session, rules, batch=batch, most=most)
     if not hasattr(inputs, "feeds"):  # of a `Calibration`, whose module a base install cannot import
         _source(inputs, "inputs")
-    return Batches(tuple(inputs.feeds), inputs.axes, inputs.labels, inputs.batch, inputs.whole)
+    return Batches(tuple(inputs.feeds), inputs.axes, inputs.labels, inputs.batch, inputs.whole, inputs.sequences)
 
 
 def timed_on(timing: Timing, model: Path, settings: Session, rules: InputRules, inputs: Batches | Calibration | None) -> Timing:

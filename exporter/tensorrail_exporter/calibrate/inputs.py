@@ -53,6 +53,8 @@ class Calibration:
         batch: the batch size of the model if it is fixed, else None.
         axes: the batch axis of each input by name: 0 for an input that is not listed, None for one that all samples share.
         whole: whether feeds cannot be divided into samples, since they differ in shape; default False.
+        sequences: for models with states, the number of the sequence (N,) that each sample is a step of; default None: samples
+            have nothing to do with each other.
 
     """
 
@@ -61,6 +63,7 @@ class Calibration:
     batch: int | None = None
     axes: Axes = field(default_factory=dict)
     whole: bool = False
+    sequences: np.ndarray | None = None
 
     @property
     def samples(self) -> list[int]:
@@ -80,7 +83,8 @@ class Calibration:
                 break
             kept += 1
             seen += size
-        return replace(self, feeds=self.feeds[:kept], labels=None if self.labels is None else self.labels[:seen])
+        labels, sequences = (None if own is None else own[:seen] for own in (self.labels, self.sequences))
+        return replace(self, feeds=self.feeds[:kept], labels=labels, sequences=sequences)
 
 
 def load_calibration(
@@ -117,7 +121,7 @@ def load_calibration(
         raise ModelError(f"{model}: the model takes no input, so there is nothing to calibrate with data")
     batches = load_batches(source, session, rules, batch=BATCH, most=most, images=images)
     labels = class_column(batches.labels) if classes and batches.labels is not None else batches.labels
-    found = Calibration(batches.feeds, labels, batches.fixed, batches.axes, batches.whole)
+    found = Calibration(batches.feeds, labels, batches.fixed, batches.axes, batches.whole, batches.sequences)
     if found.count > 1 and _all_alike(found):
         raise ModelError(
             f"{where}: all {found.count} samples are identical, so nothing can be fitted to them; expected typical inputs"

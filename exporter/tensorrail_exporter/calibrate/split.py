@@ -2,6 +2,9 @@
 
 What was fitted to some inputs, or chosen by them, is better on these than on any others. Whatever a report says about accuracy
 is therefore measured on the part that is set aside.
+
+The steps of a sequence are alike, and each has the state that the step before it left. So sequences are divided as a whole or,
+where there are few, in runs of consecutive steps: a single step that is set aside would lie between two that were fitted to.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ _ASIDE = 4  # one sample in four is set aside
 _CHOOSING = 3  # one in three of the others is for choosing
 _LEAST = 32  # samples to set aside, where there are twice as many
 _FEWEST = 4  # pieces that can be divided
+_SEQUENCES = 8  # that are divided as a whole, at least
+_RUNS = 12  # of consecutive steps, where there are fewer sequences
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Split:
     """Inputs that nothing is fitted to or chosen by; None where there are too few to set any aside."""
 
     @property
+    def holds_out(self) -> bool:
+        """Whether the inputs to choose by are others than those to fit to."""
+        return self.chosen is not self.fitted
+
+    @property
     def exchanged(self) -> Split:
         """The same with the inputs to fit to and those to choose by exchanged.
 
@@ -45,7 +55,7 @@ class Split:
     @property
     def seen(self) -> Calibration:
         """All inputs that are not set aside: those to fit to once ranks are chosen."""
-        return self.fitted if self.chosen is self.fitted else joined(self.fitted, self.chosen)
+        return joined(self.fitted, self.chosen) if self.holds_out else self.fitted
 
 
 def split(calibration: Calibration, model: onnx.ModelProto | None = None, seed: int = 0) -> Split:
@@ -60,32 +70,42 @@ def split(calibration: Calibration, model: onnx.ModelProto | None = None, seed: 
     Returns:
         A quarter of the samples to judge by, at least 32 where there are 64; of the others, a third to choose by and the rest
         to fit to. Fewer than four samples (or batches of a fixed size) are not divided: nothing is set aside.
+        Where samples are steps of eight or more sequences, none with more than half of the steps, these are shares of the
+        sequences; of fewer, or unequal ones, they are shares of twelve runs of consecutive steps.
 
     """
     if calibration.batch is None and model is not None:
         calibration = replace(calibration, batch=_fixed_batch(model, calibration.axes))
     pieces = _pieces(calibration)
-    count = len(pieces)
-    if count < _FEWEST:
+    if len(pieces) < _FEWEST:
         return Split(calibration, calibration, None)
+    groups = _groups(calibration, pieces)
+    count = len(groups)
     order = np.random.default_rng(seed).permutation(count)
-    samples = calibration.count / count  # in a piece
+    samples = calibration.count / count  # in a group
     aside = max(count // _ASIDE, round(_LEAST / samples) if calibration.count >= 2 * _LEAST else 0)
     rest = order[aside:]
     choosing = len(rest) // _CHOOSING
-    judged = _of(calibration, pieces, order[:aside])
-    if not choosing:
-        seen = _of(calibration, pieces, rest)
-        return Split(seen, seen, judged)
-    return Split(_of(calibration, pieces, rest[choosing:]), _of(calibration, pieces, rest[:choosing]), judged)
+
+    def part(picks: np.ndarray) -> Calibration:
+        return _of(calibration, pieces, np.concatenate([groups[k] for k in picks]))
+
+    fitted = part(rest[choosing:])
+    return Split(fitted, part(rest[:choosing]) if choosing else fitted, part(order[:aside]))
 
 
 def joined(first: Calibration, second: Calibration) -> Calibration:
     """Return the inputs of two parts of the same calibration as one."""
-    labels = None
-    if first.labels is not None and second.labels is not None:
-        labels = np.concatenate([first.labels, second.labels])
-    return replace(first, feeds=(*first.feeds, *second.feeds), labels=labels)
+    return replace(
+        first,
+        feeds=(*first.feeds, *second.feeds),
+        labels=_one_after_the_other(first.labels, second.labels),
+        sequences=_one_after_the_other(first.sequences, second.sequences),
+    )
+
+
+def _one_after_the_other(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate([first, second])
 
 
 def _fixed_batch(model: onnx.ModelProto, batch_axes: Axes) -> int | None:
@@ -110,19 +130,34 @@ def _is_whole(calibration: Calibration) -> bool:
     return calibration.whole or calibration.batch is not None
 
 
+def _groups(calibration: Calibration, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Return the indices of the pieces that stay together: each alone, or the steps of a sequence, or runs of steps."""
+    every = np.arange(len(pieces))
+    if calibration.sequences is None:
+        return list(every[:, None])
+    starts = np.cumsum([0, *calibration.samples])
+    own = calibration.sequences[[starts[batch] + max(row, 0) for batch, row in pieces]]
+    groups = [np.flatnonzero(own == number) for number in np.unique(own)]
+    if len(groups) >= _SEQUENCES and max(map(len, groups)) <= len(pieces) / 2:
+        return groups
+    return np.array_split(every, min(_RUNS, len(pieces)))
+
+
 def _of(calibration: Calibration, pieces: Sequence[tuple[int, int]], picks: np.ndarray) -> Calibration:
     """Return some of the pieces, in the order of the inputs."""
     kept = [pieces[k] for k in sorted(picks.tolist())]
     batches, whole = calibration.feeds, _is_whole(calibration)
     starts = np.cumsum([0, *calibration.samples])
-    numbers = [np.arange(starts[batch], starts[batch + 1]) if whole else [starts[batch] + row] for batch, row in kept]
-    labels = None if calibration.labels is None else calibration.labels[np.concatenate(numbers)]
+    numbers = np.concatenate(
+        [np.arange(starts[batch], starts[batch + 1]) if whole else [starts[batch] + row] for batch, row in kept]
+    )
+    labels, sequences = (None if own is None else own[numbers] for own in (calibration.labels, calibration.sequences))
     if whole:
         feeds = [batches[batch] for batch, _ in kept]
     else:
         groups = [kept[begin : begin + BATCH] for begin in range(0, len(kept), BATCH)]
         feeds = [{name: _rows(calibration, name, group) for name in batches[0]} for group in groups]
-    return replace(calibration, feeds=tuple(feeds), labels=labels)
+    return replace(calibration, feeds=tuple(feeds), labels=labels, sequences=sequences)
 
 
 def _rows(calibration: Calibration, name: str, group: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -42,6 +42,7 @@ TOLERANCES: dict[Precision, float] = {"fp16": 1e-2, "int8": 1e-1}
 WITH_CASTS = ": this processor computes in fp32, with casts around operators; fp16 is for GPUs, or to halve the file"
 
 _RANDOM_BATCHES = (1, 7)  # batch sizes of the random inputs that are compared if none are given
+_SAMPLES = {"set aside": "samples set aside", "given": "given samples", "random": "random samples"}
 
 
 class Unreduced(Record):
@@ -64,7 +65,7 @@ class PrecisionReport(PrintedRecord):
     fp32: tuple[Unreduced, ...]
     bytes_before: int  # size of the files, including external data
     bytes_after: int
-    inputs: Literal["given", "random"]
+    inputs: Literal["set aside", "given", "random"]  # that outputs were compared on; int8 was fitted to given ones too
     samples: int
     parity: Parity
     accuracy: Comparison | None  # None without labelled data
@@ -106,10 +107,12 @@ class PrecisionReport(PrintedRecord):
             ("speed-up [95 % CI]", "1", f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"),
         ]
         title = (
-            f"{self.model} as {self.reduced}; {self.samples} {self.inputs} samples, {self.latency.rounds} rounds on "
+            f"{self.model} as {self.reduced}; {self.samples} {_SAMPLES[self.inputs]}, {self.latency.rounds} rounds on "
             f"{self.latency.machine.processor}"
         )
         parts: list[Part] = [Table(title, ("quantity", "fp32", self.to), rows)]
+        if self.to == "int8" and self.inputs == "given":
+            parts.append("int8 was fitted to these samples, since none were set aside: on other inputs, outputs differ more")
         if self.fp32:
             kept = ", ".join(f"{layer.layer} ({layer.op}{', kept' if layer.kept else ''})" for layer in self.fp32)
             parts.append(f"still fp32: {kept}")
@@ -162,6 +165,7 @@ def reduced(
     quantization: Quantization,
     *,
     calibration: Sequence[Mapping[str, np.ndarray]] | None = None,
+    judged: Sequence[Mapping[str, np.ndarray]] | None = None,
     test: Labelled | None = None,
     conditions: Conditions | None = None,
 ) -> PrecisionReport:
@@ -171,7 +175,9 @@ def reduced(
         model: the fp32 model's file, dense or factored.
         out: the file to write.
         quantization: the precision, and what stays fp32.
-        calibration: inputs, batch by batch: int8 needs them; outputs are compared on them, else on random inputs.
+        calibration: inputs, batch by batch: int8 needs them, for its ranges and its rounding.
+        judged: inputs that neither int8 nor the model was fitted to, on which outputs are compared; default: the calibration
+            inputs, else random ones.
         test: labelled inputs for the accuracy; nothing is calibrated on them.
         conditions: how latency is measured and models run. Dynamic axes of random inputs are set by its shapes and batch size.
 
@@ -179,7 +185,7 @@ def reduced(
         Parity, accuracy and latency beside fp32; the ranges of layers where the tolerance is missed.
 
     Raises:
-        RangeError: fp16 overflows on the inputs, with the layers' ranges; nothing is written.
+        RangeError: fp16 overflows on any of the inputs, with the layers' ranges; nothing is written.
         GraphError: the model cannot be converted; nothing is written.
         ModelError: the model cannot be run or scored.
 
@@ -191,12 +197,13 @@ def reduced(
     exact = settings.exact
     _check_request(model, out, quantization)
     session = open_session(model, settings=exact)
-    feeds = _random_feeds(session, conditions.timing) if calibration is None else list(calibration)
-    require_comparable(model, feeds[0] if feeds else {}, exact)
+    given = list(calibration or ())
+    feeds = list(judged or given) or _random_feeds(session, conditions.timing)
+    require_comparable(model, feeds[0], exact)
     # Before anything is written: it shows whether the data fit.
     scores = None if test is None else evaluate(model, test, settings=exact)
     single = load_model(model)
-    small = _converted(single, quantization, feeds, () if calibration is None else feeds)
+    small = _converted(single, quantization, [*given, *feeds] if judged else feeds, given)
     left = _left_fp32(single, small, quantization.keep)
     with scratch(f".{out.name}.", out.parent) as folder:  # where there is room for it
         written = Path(folder) / out.name
@@ -216,7 +223,7 @@ def reduced(
             fp32=left,
             bytes_before=bytes_of(model),
             bytes_after=bytes_of(written),
-            inputs="random" if calibration is None else "given",
+            inputs="set aside" if judged else "given" if given else "random",
             samples=sum(same.batches),
             parity=same,
             accuracy=accuracy,

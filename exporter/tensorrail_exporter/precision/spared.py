@@ -63,7 +63,8 @@ def with_spared_layers(
     Args:
         layers: the nodes that may stay in fp32, in the order of the graph.
         convert: returns the network converted but for these nodes.
-        judge: measures it, on inputs that ranges were not taken from.
+        judge: measures it, on inputs that ranges were not taken from; if there are too few for that, on the same ones, and
+            fewer layers may be spared than other inputs need.
         in_fp32: the network in fp32; if it is not accurate enough either, no layers are spared.
         progress: told how many networks were tried.
 

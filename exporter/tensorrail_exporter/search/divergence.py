@@ -1,8 +1,9 @@
 """How far the outputs of a changed network are from those of the dense one: one number that stands for lost accuracy.
 
 Where the first output holds the scores of classes it is the Kullback–Leibler divergence of the classes' probabilities, in nats;
-with labels, the increase of the cross-entropy. For all other outputs it is the squared error as a share of their variance. A
-metric takes the place of all of these: the divergence is then how far its mean score falls.
+with labels, the increase of the cross-entropy. Scores may be logits, probabilities or their logarithms, or sigmoids, of which
+each is a choice of two. For all other outputs it is the squared error as a share of their variance. A metric takes the place
+of all of these: the divergence is then how far its mean score falls.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from scipy.special import log_softmax
 
 from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import sample_scores, wrong_labels
-from tensorrail_runtime.measure.agreement import scores_of
+from tensorrail_runtime.measure.agreement import Scores, scores_of
 from tensorrail_runtime.measure.features import WHOLE, Features, features_of, variation
 
 Outputs = list[list[np.ndarray]]  # by output, by batch
@@ -34,9 +35,16 @@ class Divergence:
     Args:
         names: names of the outputs.
         dense: the values of every output of the dense network, one array per batch.
-        labels: class indices (N,) of all samples, or None; with a metric, whatever it takes, (N, …).
+        labels: class indices (N,) of all samples, or None; with a metric, whatever it takes, (N, …). Without a metric they
+            are left out unless the first output has the shape (N, classes).
         metric: a score of each sample: `top1`, `top5` or `module:function`; default: none.
         samples: the number of samples in each batch, for the metric; default: the lengths of the first output.
+
+    Attributes:
+        dense: the outputs of the dense network.
+        scores: what kind of scores of classes the first output holds; None if it holds something else.
+        labels: the classes by which the cross-entropy is computed; None if there is a metric, or they do not apply.
+        left_out: why labels that were given are not used; empty if they are, or there are none.
 
     Raises:
         GraphError: no output is numeric, or the labels do not fit the first output.
@@ -65,7 +73,13 @@ class Divergence:
             labels = None  # they need not be classes
         require_classes(labels, dense[0][0])
         self.labels = labels if dense[0][0].ndim == 2 else None
-        self.scores = scores_of(dense[0]) if self.labels is None else None
+        self.scores = scores_of(dense[0])
+        self.left_out = ""
+        if labels is not None and self.labels is None:
+            self.left_out = (
+                f"the labels of the calibration inputs are not used: expected scores (samples, classes) in output "
+                f"{names[0]!r}, got {dense[0][0].ndim} axes; give a metric that takes these labels"
+            )
         self._features: dict[int, Features] = {}  # by output
         self._rows: list[_Rows] | None = None  # of each batch; they are compared with many networks
 
@@ -78,13 +92,17 @@ class Divergence:
             return "increase of the cross-entropy (nats)"
         return "KL divergence (nats)" if self.scores else "lost share of the outputs' variance"
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether it depends on labels: by a metric, or by the cross-entropy."""
+        return self.mean_score is not None or self.labels is not None
+
     def of(self, changed: Outputs) -> float:
         """Return the divergence of changed outputs; 0 if they are equal."""
         if self.mean_score is not None:
             return max(self.dense_score - self.mean_score.of(changed), 0.0) + _TIE * self._relative(changed)
         if self.labels is not None:
-            rows = np.arange(len(self.labels))
-            before, after = (log_softmax(np.concatenate(out[0]), 1)[rows, self.labels] for out in (self.dense, changed))
+            before, after = (_log_likelihoods(out[0], self.scores, self.labels) for out in (self.dense, changed))
             return max(float(before.mean() - after.mean()), 0.0) + _TIE * self._relative(changed)
         if self.scores is None or any(a.shape != b.shape for a, b in zip(self.dense[0], changed[0], strict=True)):
             return self._relative(changed)
@@ -214,8 +232,25 @@ def require_classes(labels: np.ndarray | None, scores: np.ndarray) -> None:
 
 def _binary(dense: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> float:
     """Return the mean over samples of the sum over classes of the divergence between two probabilities of yes and no."""
-    p, q = (np.clip(np.concatenate(parts).astype(np.float64), _SURE, 1 - _SURE) for parts in (dense, changed))
+    p, q = _chances(dense), _chances(changed)
     return max(float((p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum(-1).mean()), 0.0)
+
+
+def _chances(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return sigmoids (N, classes) of all batches, none of them 0 or 1."""
+    return np.clip(np.concatenate(parts).astype(np.float64), _SURE, 1 - _SURE)
+
+
+def _log_likelihoods(parts: Sequence[np.ndarray], kind: Scores | None, labels: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the probability of each sample's label, (N,).
+
+    Of sigmoids it is the probability of yes for the label and of no for all other classes. Other values count as logits.
+    """
+    if kind == "sigmoids":
+        chances = _chances(parts)
+        labelled = labels[:, None] == np.arange(chances.shape[1])
+        return np.asarray(np.log(np.where(labelled, chances, 1 - chances)).sum(1))
+    return np.asarray(_log_probabilities(parts, kind or "logits")[np.arange(len(labels)), labels])
 
 
 def _log_probabilities(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:

@@ -20,6 +20,9 @@ class Judge:
         metric: a score of each sample, whose fall is the loss; default: none, so outputs are compared with the dense ones.
         settings: how models run.
 
+    Attributes:
+        left_out: why labels of the inputs are not used; empty if they are, or there are none.
+
     """
 
     def __init__(self, model: onnx.ModelProto, inputs: Calibration, metric: str | None, settings: Session) -> None:
@@ -27,6 +30,7 @@ class Judge:
         self._names = [output.name for output in model.graph.output]
         self._dense = self._outputs(model)
         self._divergence = Divergence(self._names, self._dense, inputs.labels, metric, inputs.samples)
+        self.left_out = self._divergence.left_out
 
     def __call__(self, model: onnx.ModelProto) -> tuple[float, Agreement]:
         """Return the loss of a model, and how far its outputs agree with the dense ones."""

@@ -117,14 +117,13 @@ class Probe:
         self.inputs, self.metric = inputs, metric
         self._dense: Outputs | None = None  # on the inputs that fitted networks are compared on
         self._latest: dict[str, tuple[Option, Change]] = {}  # networks are tried that differ in one or two layers
-        # Scores of few samples are too coarse.
-        coarse = metric is not None or inputs.labels is not None
         self.network = StitchedNetwork(resolved, inputs.feeds, settings, folder)
         dense, seconds = self.network.timed_dense()
         each = seconds / max(1, inputs.count) * len(self.network.layers)
-        few = len(inputs.feeds if coarse else inputs.first(_few(each)).feeds)
-        self.few = few if few < len(inputs.feeds) else None  # batches for a first look; None where it takes all of them
         self.divergence = Divergence(self.network.outputs, dense, inputs.labels, metric, inputs.samples)
+        # Scores of few samples are too coarse.
+        few = len(inputs.feeds if self.divergence.uses_labels else inputs.first(_few(each)).feeds)
+        self.few = few if few < len(inputs.feeds) else None  # batches for a first look; None where it takes all of them
 
     def change(self, layer: str, option: Option) -> Change:
         """Return the approximated weight of a layer, and the bias that keeps the mean of its outputs."""
@@ -289,7 +288,12 @@ def weight_losses(
 
 
 def measured_losses(wanted: Mapping[DenseLayer, Sequence[Option]], probe: Probe, progress: Progress = silent) -> Losses:
-    """Return the loss of every option, interpolated between options whose effect on the network's outputs is measured."""
+    """Return the loss of every option, interpolated between options whose effect on the network's outputs is measured.
+
+    Labels that were given and do not apply are told as a note.
+    """
+    if probe.divergence.left_out:
+        progress("note", 1.0, probe.divergence.left_out)
     options_by_layer = {layer.name: tuple(options) for layer, options in wanted.items() if options}
     order = [*probe.network.layers, *(name for name in options_by_layer if name not in probe.network.layers)]
     values = {}
@@ -299,7 +303,8 @@ def measured_losses(wanted: Mapping[DenseLayer, Sequence[Option]], probe: Probe,
         shares = [probe.approximations[name].share(option) for option in options]
         values[name] = interpolated(shares, _curve(name, options, shares, probe))
     progress(_STAGE, 1.0)
-    return Losses("calibration" if probe.inputs.labels is None else "labels", values, probe.divergence.unit)
+    source = "labels" if probe.divergence.uses_labels else "calibration"
+    return Losses(source, values, probe.divergence.unit)
 
 
 def _curve(name: str, options: Sequence[Option], shares: Sequence[float], probe: Probe) -> dict[float, float]:

@@ -480,7 +480,7 @@ def calibration_parts(
         return None
     check_outputs(model, calibration, settings.exact, search.metric, search.guard)
     parts = split(calibration, model)
-    if search.guard is not None and (parts.chosen is parts.fitted or parts.judged is None):
+    if search.guard is not None and (not parts.holds_out or parts.judged is None):
         raise PlanError(
             "there are too few calibration inputs to fit cores to some and to compare outputs on others: give at least 16, or "
             "8 batches for a model with a fixed batch size, or a target"

@@ -31,6 +31,8 @@ class Batches:
     """The batch size of the model if it is fixed."""
     whole: bool = False
     """Whether each feed must stay as it is: feeds differ in shape, or their samples cannot be told apart."""
+    sequences: np.ndarray | None = None
+    """For models with states, the number of the sequence that each sample is a step of, (N,)."""
 
     @property
     def samples(self) -> list[int]:

@@ -208,5 +208,5 @@ def _thinned(batches: Batches, most: int | None) -> Batches:
     picks = np.linspace(0, len(samples) - 1, count).astype(int)
     starts = np.cumsum([0, *samples])
     kept = np.concatenate([np.arange(starts[k], starts[k + 1]) for k in picks])
-    labels = None if batches.labels is None else batches.labels[kept]
-    return replace(batches, feeds=tuple(batches.feeds[k] for k in picks), labels=labels)
+    labels, sequences = (None if own is None else own[kept] for own in (batches.labels, batches.sequences))
+    return replace(batches, feeds=tuple(batches.feeds[k] for k in picks), labels=labels, sequences=sequences)

@@ -25,11 +25,14 @@ def along_sequences(session: ort.InferenceSession, inputs: ModelInputs, parts: S
         )
     steps: list[Feed] = []
     labels = []
+    lengths = []
     for part in parts:
         feeds, own = _sequence(session, inputs, part)
         steps += feeds
+        lengths.append(len(feeds))
         labels += [] if own is None else [own]
-    whole = Batches(tuple(steps), inputs.axes, np.concatenate(labels) if labels else None, inputs.fixed)
+    numbers = np.repeat(np.arange(len(parts)), lengths)
+    whole = Batches(tuple(steps), inputs.axes, np.concatenate(labels) if labels else None, inputs.fixed, sequences=numbers)
     shared = [name for name in inputs.entries if inputs.axes[name] is None or not steps[0][name].ndim]
     alike = all(
         {name: array.shape for name, array in step.items()} == {name: array.shape for name, array in steps[0].items()}

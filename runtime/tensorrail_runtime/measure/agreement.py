@@ -36,6 +36,9 @@ class Agreement(Record):
     mean square of b − a, as a multiple of the standard deviation of a over the samples: what outputs of all samples have in
     common, such as the mean place of a landmark, hides no error. Several outputs count alike, as do probabilities and other
     quantities in one output (see `features`). Its 95 % interval is from resampling the inputs.
+
+    Both intervals take samples as independent. Where samples are the steps of sequences, each with the state that the step
+    before it left, they are not, and the intervals are too narrow.
     """
 
     samples: int

@@ -305,12 +305,13 @@ def test_images_for_a_model_that_takes_none_are_refused(rng, tmp_path):
 
 def test_the_first_batches_are_a_calibration_too(rng):
     feeds = tuple({"x": weight(rng, count, 3)} for count in (4, 4, 2))
-    whole = Calibration(feeds, np.arange(10))
+    whole = Calibration(feeds, np.arange(10), sequences=np.arange(10) // 3)
     part = whole.first(5)
     assert (part.count, len(part.feeds)) == (8, 2)
     np.testing.assert_array_equal(part.labels, np.arange(8))
+    np.testing.assert_array_equal(part.sequences, np.arange(8) // 3)
     assert whole.first(100).count == 10
-    assert Calibration(feeds).first(1).labels is None
+    assert (Calibration(feeds).first(1).labels, Calibration(feeds).first(1).sequences) == (None, None)
 
 
 # --- tensors of a graph ---

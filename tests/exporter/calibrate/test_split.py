@@ -1,6 +1,7 @@
 """Calibration inputs in three parts: to fit to, to choose by, to judge on."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,47 @@ def test_feeds_that_differ_in_length_stay_whole():
     assert sorted(itertools.chain(*(numbers(part) for part in (parts.seen, parts.judged)))) == list(range(8))
     assert {feed["x"].shape for part in (parts.seen, parts.judged) for feed in part.feeds} == {f["x"].shape for f in feeds}
     assert parts.judged.labels.tolist() == numbers(parts.judged)
+
+
+def along(*lengths):
+    """Steps that hold their own number, of sequences of these lengths."""
+    steps = calibration(sum(lengths), size=4)
+    return replace(steps, sequences=np.repeat(np.arange(len(lengths)), lengths))
+
+
+@pytest.mark.parametrize(("lengths", "counts"), [((6,) * 10, (2, 2, 6)), ((16,) * 8, (2, 2, 4)), ((3, 20) * 6, (3, 3, 6))])
+def test_steps_of_a_sequence_are_in_one_part(lengths, counts):
+    parts = split(along(*lengths))
+    held = [set(part.sequences.tolist()) for part in (parts.judged, parts.chosen, parts.fitted)]
+    assert tuple(map(len, held)) == counts
+    assert sorted(itertools.chain(*held)) == list(range(len(lengths)))
+    for part in (parts.judged, parts.chosen, parts.fitted, parts.seen):
+        assert [int(np.repeat(np.arange(len(lengths)), lengths)[k]) for k in numbers(part)] == part.sequences.tolist()
+        assert part.labels.tolist() == numbers(part)
+
+
+@pytest.mark.parametrize("lengths", [(120,), (40, 80), (5,) * 7 + (85,)])
+def test_few_or_unequal_sequences_are_divided_in_runs_of_steps(lengths):
+    """Of twelve runs of ten steps three are set aside; a single step would lie between two that are fitted to."""
+    parts = split(along(*lengths))
+    runs = [{k // 10 for k in numbers(part)} for part in (parts.judged, parts.chosen, parts.fitted)]
+    assert [len(own) for own in runs] == [3, 3, 6]
+    assert sorted(itertools.chain(*runs)) == list(range(12))
+
+
+@pytest.mark.parametrize(("lengths", "judged"), [((3,), 0), ((4,), 1), ((9,), 2), ((5, 5), 2)])
+def test_few_steps_are_divided_one_by_one(lengths, judged):
+    parts = split(along(*lengths))
+    assert (0 if parts.judged is None else parts.judged.count) == judged
+    assert parts.holds_out == (judged > 0)
+
+
+def test_sequences_of_a_model_with_a_fixed_batch_size_are_divided_too():
+    steps = replace(calibration(40, batch=1), sequences=np.repeat(np.arange(10), 4))
+    parts = split(steps)
+    assert {len(feed["x"]) for feed in parts.seen.feeds} == {1}
+    assert set(parts.judged.sequences.tolist()).isdisjoint(parts.seen.sequences.tolist())
+    assert parts.judged.count == 8
 
 
 def test_the_parts_to_fit_to_and_to_choose_by_can_be_exchanged():

@@ -14,9 +14,18 @@ from onnx import TensorProto, helper, numpy_helper
 from tensorrail_exporter import GraphError, LayerPlan, Plan, decompose_graph, factorize
 from tensorrail_exporter.precision.int8 import with_assumed_ranges
 from tensorrail_exporter.precision.ranges import RangeError, layer_ranges, require_finite
-from tensorrail_exporter.precision.reduce import METHODS, PrecisionReport, Quantization, reduced, to_fp16, to_int8
+from tensorrail_exporter.precision.reduce import (
+    METHODS,
+    TOLERANCES,
+    PrecisionReport,
+    Quantization,
+    reduced,
+    to_fp16,
+    to_int8,
+)
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.measure.accuracy import Labelled
+from tensorrail_runtime.measure.parity import parity
 from tensorrail_runtime.measure.placement import placement
 from tensorrail_runtime.measure.timing import Conditions, Timing
 from tensorrail_runtime.sessions.kernels import contents_of
@@ -682,6 +691,32 @@ def test_reduced_measures_and_its_record_is_strict(small_path, small_model, rng,
     for low, high, verdict in ((1.1, 1.3, "faster"), (0.7, 0.9, "slower"), (0.9, 1.1, "not proven faster")):
         told = missed.latency.model_copy(update={"ratios": (ratio.model_copy(update={"low": low, "high": high}),)})
         assert missed.model_copy(update={"latency": told}).verdict == verdict
+
+
+def test_reduced_is_judged_on_inputs_that_int8_was_not_fitted_to(small_path, rng, tmp_path):
+    feeds, others = feeds_of(rng, batches=(8, 8)), feeds_of(rng, batches=(5,), scale=2.0)
+    out, record = tmp_path / "small.onnx", Quantization("int8", reduce_range=True)
+    report = reduced(small_path, out, record, calibration=feeds, judged=others, conditions=QUICK)
+    assert (report.inputs, report.samples) == ("set aside", 5)
+    assert report.parity.outputs == parity(small_path, out, inputs=others, tolerance=TOLERANCES["int8"]).outputs
+    assert "5 samples set aside" in " ".join(str(report).split())
+    alone = reduced(small_path, tmp_path / "alone.onnx", record, calibration=feeds, conditions=QUICK)
+    assert (alone.inputs, alone.samples) == ("given", 16)
+    assert (tmp_path / "alone.onnx").read_bytes() == out.read_bytes()  # the others changed nothing in it
+    assert alone.parity.worst < report.parity.worst
+    told = "int8 was fitted to these samples, since none were set aside"
+    assert (told in " ".join(str(alone).split()), told in " ".join(str(report).split())) == (True, False)
+
+
+@pytest.mark.parametrize("loud", ["calibration", "judged"])
+def test_reduced_looks_for_overflow_on_all_inputs(loud, rng, tmp_path):
+    onnx.save(scaled(rng, 1e3), tmp_path / "m.onnx")
+    inputs = {name: feeds_of(rng, (8,), scale=100.0 if name == loud else 1.0) for name in ("calibration", "judged")}
+    with pytest.raises(RangeError, match="layer a: overflows in fp16"):
+        reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", Quantization("fp16"), conditions=QUICK, **inputs)
+    inputs[loud] = feeds_of(rng, (8,))
+    report = reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", Quantization("fp16"), conditions=QUICK, **inputs)
+    assert (report.inputs, report.holds) == ("set aside", True)
 
 
 def test_reduced_writes_nothing_when_it_fails(small_path, rng, tmp_path):

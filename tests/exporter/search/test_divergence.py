@@ -9,6 +9,12 @@ from tensorrail_exporter import GraphError, PlanError
 from tensorrail_exporter.search.divergence import Divergence
 from tensorrail_runtime.errors import ModelError
 
+SHOW = {
+    "logits": lambda x: x,
+    "probabilities": lambda x: softmax(x, 1),
+    "log-probabilities": lambda x: np.log(softmax(x, 1)),
+}
+
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -18,18 +24,13 @@ def in_batches(*outputs):
     return [[output[:7], output[7:]] for output in outputs]
 
 
-@pytest.mark.parametrize("kind", ["logits", "probabilities", "log-probabilities"])
+@pytest.mark.parametrize("kind", SHOW)
 def test_scores_are_compared_by_the_divergence_of_their_classes(kind):
     a, b = normal(20, 5), normal(20, 5, seed=1)
-    show = {
-        "logits": lambda x: x,
-        "probabilities": lambda x: softmax(x, 1),
-        "log-probabilities": lambda x: np.log(softmax(x, 1)),
-    }
-    divergence = Divergence(["y"], in_batches(show[kind](a)))
+    divergence = Divergence(["y"], in_batches(SHOW[kind](a)))
     expected = np.mean([entropy(p, q) for p, q in zip(softmax(a, 1), softmax(b, 1), strict=True)])
-    assert divergence.of(in_batches(show[kind](b))) == pytest.approx(expected, rel=1e-4)
-    assert divergence.of(in_batches(show[kind](a))) == pytest.approx(0, abs=1e-9)
+    assert divergence.of(in_batches(SHOW[kind](b))) == pytest.approx(expected, rel=1e-4)
+    assert divergence.of(in_batches(SHOW[kind](a))) == pytest.approx(0, abs=1e-9)
     assert divergence.unit == "KL divergence (nats)"
 
 
@@ -71,6 +72,45 @@ def test_labels_come_before_the_dense_scores():
     worse = scores - 5 * np.eye(5, dtype=np.float32)[labels]
     assert divergence.of(in_batches(worse)) > 1
     assert divergence.of(in_batches(better)) < 0.01 * divergence.of(in_batches(worse))
+
+
+SQUARES = 0.02  # what the squared error adds to a loss by labels, at most, in the tests below
+
+
+@pytest.mark.parametrize("kind", SHOW)
+def test_the_loss_by_labels_is_the_cross_entropy_of_any_scores(kind):
+    """Of ten classes the right one falls from 0.9 to 0.1 and the others are alike: ln 9 nats."""
+    labels = np.arange(20) % 10
+    right = np.eye(10, dtype=bool)[labels]
+    before, after = (np.log(np.where(right, share, (1 - share) / 9)) + 3 for share in (0.9, 0.1))
+    divergence = Divergence(["y"], in_batches(SHOW[kind](before)), labels)
+    assert divergence.scores == kind
+    assert divergence.unit == "increase of the cross-entropy (nats)"
+    assert divergence.of(in_batches(SHOW[kind](after))) == pytest.approx(np.log(9), abs=SQUARES)
+    assert divergence.of(in_batches(SHOW[kind](before))) == 0
+
+
+def test_the_loss_by_labels_of_independent_classes_is_their_cross_entropy():
+    labels = np.arange(20) % 5
+    right = np.eye(5, dtype=bool)[labels]
+    before, after = (np.where(right, share, 1 - share) for share in (0.9, 0.6))
+    divergence = Divergence(["y"], in_batches(before), labels)
+    assert divergence.scores == "sigmoids"
+    assert divergence.of(in_batches(after)) == pytest.approx(5 * np.log(0.9 / 0.6), abs=SQUARES)
+
+
+@pytest.mark.parametrize("shape", [(20, 4, 5), (20,)])
+def test_labels_of_classes_do_not_apply_to_other_outputs(shape):
+    """Neither to the scores of each step of a sequence, nor to one number per sample."""
+    a, b, labels = normal(*shape), normal(*shape, seed=1), np.arange(20) % 5
+    with_labels, without = Divergence(["y"], in_batches(a), labels), Divergence(["y"], in_batches(a))
+    assert (with_labels.uses_labels, with_labels.unit) == (False, without.unit)
+    assert with_labels.of(in_batches(b)) == without.of(in_batches(b)) > 0
+    assert with_labels.left_out == (
+        "the labels of the calibration inputs are not used: expected scores (samples, classes) in output 'y', got "
+        f"{len(shape)} axes; give a metric that takes these labels"
+    )
+    assert without.left_out == Divergence(["y"], in_batches(normal(20, 5)), labels).left_out == ""
 
 
 def test_labels_that_are_no_classes_are_refused():

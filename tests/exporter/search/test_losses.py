@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import listener
 from conftest import make_model
 from onnx import TensorProto, helper
 
@@ -141,6 +142,22 @@ def test_labels_measure_the_cross_entropy(network):
     assert all(value >= 0 for values in found.values.values() for value in values)
 
 
+def test_labels_that_do_not_apply_are_told_and_not_named_as_the_source(rng):
+    """Scores of classes for each step of a sequence, and one class per sample."""
+    model = make_model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "w")],
+        {"w": rng.standard_normal((32, 32)).astype(np.float32)},
+        {"x": ["n", 3, 32]},
+        {"y": ["n", 3, 32]},
+    )
+    feeds, labels, notes = ({"x": rng.standard_normal((50, 3, 32)).astype(np.float32)},), np.arange(50) % 32, []
+    options = {layer: options_of(layer, ("svd",), 8) for layer in survey(model)}
+    found = losses_of(model, options, whole(Calibration(feeds, labels)), progress=listener(note=notes.append))
+    assert found == losses_of(model, options, whole(Calibration(feeds)))
+    assert found.source == "calibration"
+    assert [note.partition(":")[0] for note in notes] == ["the labels of the calibration inputs are not used"]
+
+
 def test_a_metric_shows_which_layers_its_score_depends_on(rng, tmp_path, monkeypatch):
     """Two layers side by side; the score reads the output of the second alone, by labels that are no classes."""
     weights = {name: rng.standard_normal((32, 32)).astype(np.float32) for name in ("v", "w")}
@@ -153,6 +170,7 @@ def test_a_metric_shows_which_layers_its_score_depends_on(rng, tmp_path, monkeyp
     options = {layer: options_of(layer, ("svd",), 8) for layer in survey(model)}
     by_variance = losses_of(model, options, whole(Calibration(calibration.feeds))).values
     found = losses_of(model, options, whole(calibration), metric="error_of_w:score")
+    assert found.source == "labels"
     assert found.unit == "fall of the score error_of_w:score"
     assert max(found.values["v"]) < 1e-3
     assert max(found.values["w"]) > 0.1

@@ -199,6 +199,8 @@ def test_states_are_those_of_the_model_along_each_sequence(session, rng):
     sequences = [rng.standard_normal((steps, WIDTH)).astype(np.float32) for steps in (3, 4)]
     found = load_batches([{"input": frames} for frames in sequences], session, CARRIED, batch=5)
     assert (found.samples, found.whole) == ([5, 2], False)
+    assert found.sequences.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert load_batches([{"input": one} for one in sequences], session, CARRIED, batch=1, most=2).sequences.tolist() == [0, 1]
     states = np.concatenate([feed["state"] for feed in found.feeds], 1)
     expected = []
     for frames in sequences:

@@ -51,7 +51,7 @@ def test_a_past_of_length_0_is_an_input(decoder, tmp_path, rng):
         decoder, tmp_path / "q.onnx", tr.Quantization("int8", tolerance=1), calibration=arrays,
         options=tr.Options(timing=tr.Timing(seconds=0.05)),
     )  # fmt: skip
-    assert report.samples == 6
+    assert report.samples == 1  # of six, the others are for the ranges
 
 
 @pytest.mark.parametrize("text", ["x=0,3", "x=1,-1", "x=1,a", "x="])

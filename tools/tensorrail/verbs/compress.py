@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
     from tensorrail_exporter.calibrate.inputs import Calibration
+    from tensorrail_exporter.calibrate.split import Split
     from tensorrail_exporter.compressed import CompressReport
     from tensorrail_exporter.plans.plan import Plan
     from tensorrail_exporter.search.report import PlanReport
@@ -70,6 +71,7 @@ def compress(
         GraphError: the model cannot be rewritten; nothing is written.
 
     """
+    from tensorrail_exporter.calibrate.split import split
     from tensorrail_exporter.search.planner import calibration_parts, plan_networks
     from tensorrail_exporter.workflow import Compression
     from tensorrail_exporter.workflow import compress as carry_out
@@ -119,7 +121,8 @@ def compress(
         )
         report = carry_out(graph, found.plans, out, compression)
     once = replace(conditions, timing=replace(conditions.timing, processes=options.timing.processes if options.timing else 0))
-    return _reduced(report, out, search.also, inputs, test, once)
+    parts = split(inputs, graph) if search.also and inputs is not None else None  # as the model was fitted
+    return _reduced(report, out, search.also, parts, test, once)
 
 
 def _layers(planned: Plan | PlanReport) -> int:
@@ -141,11 +144,11 @@ def _reduced(
     report: CompressReport,
     out: Path,
     precisions: Sequence[str],
-    calibration: Calibration | None,
+    parts: Split | None,
     test: Labelled | None,
     conditions: Conditions,
 ) -> CompressReport:
-    """Return the report with the models in other precisions, which are written beside `out`."""
+    """Return the report with the models in other precisions, which are written beside `out`, judged on inputs set aside."""
     from tensorrail_exporter.precision.reduce import Quantization, reduced
 
     reports = []
@@ -155,7 +158,8 @@ def _reduced(
                 out,
                 _reduced_path(out, precision),
                 Quantization(precision),  # type: ignore[arg-type] # checked by `_check_also`
-                calibration=calibration.feeds if calibration is not None else None,
+                calibration=None if parts is None else parts.seen.feeds,
+                judged=None if parts is None or parts.judged is None else parts.judged.feeds,
                 test=test,
                 conditions=conditions,
             )

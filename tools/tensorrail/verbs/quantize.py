@@ -13,7 +13,9 @@ from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.measure.timing import Timing
 
 if TYPE_CHECKING:
+    from tensorrail_exporter.calibrate.split import Split
     from tensorrail_exporter.precision.reduce import PrecisionReport, Quantization
+    from tensorrail_runtime.feeds.batches import Batches
 
 _BATCH = 16
 
@@ -33,7 +35,8 @@ def quantize(
         model: the fp32 model, dense or factored: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         out: the file to write.
         to: `fp16`, `int8`, or a `Quantization` that says more.
-        calibration: typical inputs: int8 needs them for the ranges of activations; outputs are compared on them.
+        calibration: typical inputs, on which outputs are compared. int8 needs them for the ranges of activations, and is
+            compared on a quarter that is set aside (fewer than four samples are not divided, and the report says so).
         data: labelled inputs for the accuracy: an npz file or arrays, with `labels`.
         options: `session`, `timing`, `inputs`, `progress`, and `fit.samples` for the most calibration samples (default: all).
 
@@ -58,11 +61,25 @@ def quantize(
         exact = conditions.settings.exact
         batches = as_batches(calibration, path, _BATCH, exact, options.inputs, options.fit.samples)
         timing = timed_on(conditions.timing, path, exact, options.inputs, batches)
+        parts = _parts(batches, path) if batches is not None and quantization.to == "int8" else None
+        feeds = None if batches is None else batches.feeds
         return reduced(
             path,
             out,
             quantization,
-            calibration=None if batches is None else batches.feeds,
+            calibration=feeds if parts is None else parts.seen.feeds,
+            judged=None if parts is None or parts.judged is None else parts.judged.feeds,
             test=as_labelled(data, rules=options.inputs),
             conditions=replace(conditions, timing=timing),
         )
+
+
+def _parts(batches: Batches, model: Path) -> Split:
+    """Return inputs in parts, of which int8 is fitted to those that are not set aside."""
+    import onnx
+
+    from tensorrail_exporter.calibrate.inputs import Calibration
+    from tensorrail_exporter.calibrate.split import split
+
+    inputs = Calibration(batches.feeds, batches.labels, batches.fixed, batches.axes, batches.whole, batches.sequences)
+    return split(inputs, onnx.load(model, load_external_data=False))  # for the batch size
