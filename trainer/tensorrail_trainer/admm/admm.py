@@ -49,6 +49,7 @@ from tensorrail_exporter.formats import project
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import InputMoments
+from tensorrail_trainer.admm.state import projections_of, require_state
 from tensorrail_trainer.layers.dense import at_least_single, planned_layers, require_values
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import swap
@@ -377,8 +378,9 @@ class ADMM:
             self._moments.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rho, Z, U, the moments and S, to save with the state of the model and the optimizer."""
-        state: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "Z": dict(self.Z), "U": dict(self.U)}
+        """Return rho, the plan, Z, U, the moments and S, to save with the state of the model and the optimizer."""
+        state: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "plan": projections_of(self.plan)}
+        state |= {"Z": dict(self.Z), "U": dict(self.U)}
         if self._moments is not None:
             roots = {name: {"root": root.root, "inverse": root.inverse} for name, root in self.roots.items()}
             state |= {"moments": self._moments.state_dict(), "roots": roots}
@@ -391,25 +393,10 @@ class ADMM:
             state: the state; its tensors may be on another device.
 
         Raises:
-            PlanError: keys are missing, or the state belongs to another plan, model or metric.
+            PlanError: the state is incomplete, or belongs to another plan, model or metric.
 
         """
-        missing = [key for key in ("rho", "Z", "U") if key not in state]
-        if missing:
-            raise PlanError(
-                f"ADMM state: keys {', '.join(missing)} are missing; expected a dictionary that `state_dict` returned"
-            )
-        metric = state.get("metric", "weight")
-        if metric != self.metric:
-            raise PlanError(f"ADMM state: expected the metric {self.metric}, got {metric}; create ADMM with metric={metric!r}")
-        for key in ("Z", "U"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in state[key].items()}
-            expected = {name: dense.spec.shape for name, dense in self._layers.items()}
-            if shapes != expected:
-                raise PlanError(
-                    f"ADMM state: expected {key} for the layers of the plan, {expected}, got {shapes}; use the plan and "
-                    "the model that it was saved with"
-                )
+        require_state(state, self.plan, self.metric, {name: dense.spec.shape for name, dense in self._layers.items()})
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
             like = at_least_single(dense.parameters[0].detach())  # the state may be on another device

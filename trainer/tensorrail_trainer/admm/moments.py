@@ -24,6 +24,7 @@ from tensorrail_trainer.processes import Group, summed, world
 
 _ROWS = 1024  # positions sampled from a batch, at 2·I² FLOPs each; a convolution takes 2·O·I·K FLOPs at every position
 _WINDOW = 100  # batches of the running mean: earlier layers keep training, so old batches must be forgotten
+_MOST_INPUTS = 16384  # of a layer: their second moment takes 1 GiB, its eigenvalues 10 GiB and, on a CPU, many minutes
 
 
 class InputMoments:
@@ -189,7 +190,7 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.Module | None = None) -> None:
-    """Raise `PlanError` unless the inputs of every planned layer are one mode, without groups, and visible to a hook.
+    """Raise `PlanError` unless the inputs of every planned layer are one mode, not in groups, not too many and seen by a hook.
 
     `model` is the model that has the layers, needed if the `out_proj` of attention is among them.
     """
@@ -217,6 +218,12 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.M
             raise PlanError(
                 f"layer {layer.name}: `metric: activation` expects one input mode, got {count} in modes {list(layer.modes)}; "
                 f"use `metric: weight`, or give the {dense.spec.shape[1]} inputs as one mode"
+            )
+        inputs = dense.spec.shape[1]
+        if inputs > _MOST_INPUTS:
+            raise PlanError(
+                f"layer {layer.name}: `metric: activation` expects at most {_MOST_INPUTS:,} inputs, got {inputs:,}: their "
+                f"second moment would take {4 * inputs**2 / 2**30:.1f} GiB; use `metric: weight`, or leave it out of the plan"
             )
         if dense.spec.op == "recurrent" and not layer.name.endswith("weight_ih_l0"):
             raise PlanError(
