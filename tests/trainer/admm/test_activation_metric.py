@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from cases import MATRIX_ONLY, listener
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -369,6 +370,25 @@ def test_deeper_recurrent_layers_say_why_not():
     plan = Plan(layers=(plan_of(model, "svd", "0.weight_ih_l1"),))
     with pytest.raises(PlanError, match=r"layer 0\.weight_ih_l1: `metric: activation` supports only weight_ih_l0: .*LSTM"):
         ADMM(model, plan, metric="activation")
+
+
+def test_small_metrics_are_computed_by_one_thread(monkeypatch):
+    """NumPy's threads would wait for those of torch, which spin between the steps."""
+    model, threads, eigh = net(), [], np.linalg.eigh
+    admm = ADMM(model, Plan(layers=(plan_of(model, "tt", "0"),)), metric="activation")
+    model(images())
+
+    def counted(matrix):
+        threads.append({library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"})
+        return eigh(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigh", counted)
+    with threadpool_limits(2, user_api="blas"):
+        before = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+        admm.update()
+        after = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    assert threads == [{1}]
+    assert after == before
 
 
 def test_a_layer_that_no_batch_has_passed_is_named():

@@ -35,14 +35,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, distributed, nn
 
 from tensorrail_exporter.formats import project
@@ -50,6 +47,7 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import InputMoments
 from tensorrail_trainer.admm.state import projections_of, require_state
+from tensorrail_trainer.admm.threads import SMALL, one_thread_if_small
 from tensorrail_trainer.layers.dense import at_least_single, planned_layers, require_values
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import swap
@@ -58,16 +56,7 @@ from tensorrail_trainer.processes import Group, alike, apart, rank, shared_out, 
 Metric = Literal["weight", "activation"]
 """How the distance of two weights is measured: by the Frobenius norm, or by the change of the layer's outputs."""
 
-# Weights of up to this many values are projected on the CPU, where small SVDs are faster than on a GPU (PyTorch issue 41306),
-# and by one thread: torch's threads spin after every step, and NumPy's threads beside them took several times as long as one.
-_SMALL = 2**20
-
 _ADVICE = "check the weights that training started from, or lower rho or the learning rate"
-
-
-@lru_cache(maxsize=1)
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()  # cached, since it searches the process for libraries
 
 
 @dataclass(frozen=True)
@@ -425,13 +414,13 @@ class ADMM:
     def _project(self, layer: LayerPlan, tensor: Tensor) -> Tensor:
         # Contiguous, since weights may be channels_last and the projection is not.
         measured = self._measured(layer.name, tensor).contiguous()
-        small = measured.numel() <= _SMALL
+        small = measured.numel() <= SMALL  # small SVDs are faster on the CPU than on a GPU (PyTorch issue 41306)
         if (measured.is_cuda and small) or measured.device.type == "mps":  # MPS has no float64
             measured = measured.cpu()
         if not measured.isfinite().all():  # some decompositions would not terminate
             raise PlanError(f"layer {layer.name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")
         try:
-            with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
+            with one_thread_if_small(measured.numel()):
                 groups = self._layers[layer.name].spec.groups
                 projected = project(layer.format, measured, layer.modes, layer.ranks, groups).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
