@@ -153,7 +153,6 @@ WAYS: dict[str, Way] = {
     "admm-activation": Way("ADMM, rho rising, ranks and cut by activations", _admm("activation")),
     "admm-metric": Way("ADMM, rho rising, all in the metric of activations", _admm("activation", metric="activation")),
 }
-USUAL = ("control", "cut", "cut-activation", "published", "admm", "admm-activation", "admm-metric")
 
 
 def recipe_of(task: Task, name: str, data: str, seed: int, part: Settings, weights: Path | None) -> Recipe:
@@ -309,7 +308,7 @@ def main() -> None:
     training.add_argument("--dense-epochs", type=int)
     training.add_argument("--ratios", type=float, nargs="+", help="Default: those of the task.")
     training.add_argument("--seeds", type=int, nargs="+", default=[0])
-    training.add_argument("--ways", nargs="+", choices=list(WAYS), default=USUAL)
+    training.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     training.add_argument("--precision", choices=["fp32", "bf16"], help="Default: that of the task.")
     reporting = commands.add_parser("report")
     reporting.set_defaults(call=report)

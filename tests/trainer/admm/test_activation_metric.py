@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from cases import MATRIX_ONLY, listener
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -291,6 +292,56 @@ def test_the_state_survives_saving_and_another_admm(tmp_path):
         assert torch.equal(other.U[name], admm.U[name])
 
 
+def without(state, *path):
+    """Return a state without the entry at a path of keys."""
+    key, *rest = path
+    return {name: value for name, value in state.items() if name != key} | ({key: without(state[key], *rest)} if rest else {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (lambda state: without(state, "moments"), "keys moments are missing"),
+        (lambda state: without(state, "roots"), "keys roots are missing"),
+        (lambda state: without(state, "moments", "second"), "of the moments: keys second are missing"),
+        (lambda state: without(state, "moments", "batches", "0"), "expected the number of batches for 0, 3, got {'3': 1}"),
+        (lambda state: without(state, "roots", "3"), "of roots: keys 3 are missing"),
+        (lambda state: without(state, "roots", "3", "inverse"), r"root and inverse for layer 3, .*got {'root': \(12, 12\)}"),
+        (lambda state: state | {"roots": None}, "of roots: keys 0, 3 are missing"),
+        (
+            lambda state: state | {"moments": state["moments"] | {"second": {"1": torch.eye(8)}}},
+            "second moments for .*got {'1'",
+        ),
+        (lambda state: state | {"moments": state["moments"] | {"second": {"0": torch.eye(7)}}}, r"second moments .*\(7, 7\)"),
+    ],
+)
+def test_a_state_without_what_the_metric_needs_is_refused(changed, reason):
+    model = net()[:4]
+    plans = plan_of(model, "tt", "0"), plan_of(model, "svd", "3")
+    state = trained(model, *plans).state_dict()
+    other = ADMM(net()[:4], Plan(layers=plans), metric="activation")
+    z = other.Z["0"].clone()
+    with pytest.raises(PlanError, match=f"ADMM state.*{reason}"):
+        other.load_state_dict(changed(state))
+    assert torch.equal(other.Z["0"], z)
+    other.load_state_dict(without(without(state, "plan"), "moments", "second", "3"))  # of a layer that saw no batch
+
+
+def test_a_copy_in_another_precision_is_projected_and_cut_in_the_same_metric():
+    model = net()[:4]
+    admm = trained(model, plan_of(model, "tt", "0"), plan_of(model, "svd", "3"))
+    one, other = copy.deepcopy(model), copy.deepcopy(model).double()
+    for copied in (one, other):
+        admm.project_copy(copied)
+    torch.testing.assert_close(other[0].weight.float(), one[0].weight, atol=1e-5, rtol=1e-4)
+    one, other = (cores_of(admm.factorize(copied)) for copied in (copy.deepcopy(model), copy.deepcopy(model).double()))
+    for name, plan in zip(("0", "3"), admm.plan.layers, strict=True):
+        shape = tuple(dense_layer(model, name).spec.shape)
+        ours, theirs = (plan.reconstruct(cores[name], shape) for cores in (other, one))
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours.float(), theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_state_of_another_metric_is_refused():
     model = net()
     plan = Plan(layers=(plan_of(model, "tt", "0"),))
@@ -314,11 +365,50 @@ def test_several_input_modes_need_the_plain_metric(form_name, name, modes):
     ADMM(model, plan)
 
 
+def test_more_inputs_than_a_second_moment_can_have_are_refused_before_training(tmp_path):
+    model = nn.Sequential(nn.Linear(16385, 2, bias=False))
+    plan = Plan(layers=(plan_of(model, "svd", "0", 1),))
+    reason = (
+        r"`metric: activation` expects at most 16,384 inputs, got {}: their second moment would take {} GiB; use `metric: w"
+    )
+    with pytest.raises(PlanError, match="layer 0: " + reason.format("16,385", "1.0")):
+        ADMM(model, plan, metric="activation")
+    ADMM(model, plan)
+    layer = {"layers": "rnn.weight_ih_l0", "format": "svd"}
+    clips = {"data": {"name": "moving_shapes"}, "model": {"name": "lstm", "args": {"hidden": 2}}}
+    cut = {"train": SMALL["train"] | {"admm": SMALL["train"]["admm"] | {"metric": "weight"}, "cut": "activation"}}
+    for key, settings in (
+        ("train.cut", {"plan": [layer | {"ranks": 1}], **cut}),
+        ("plan.0", {"plan": [layer | {"params": 1.1, "metric": "activation"}]}),
+    ):
+        with pytest.raises(RecipeError, match=rf"{key}: layer rnn.weight_ih_l0: {reason.format('57,600', '12.4')}"):
+            small(tmp_path, **clips, **settings)
+
+
 def test_deeper_recurrent_layers_say_why_not():
     model = nn.Sequential(nn.LSTM(5, 4, num_layers=2))
     plan = Plan(layers=(plan_of(model, "svd", "0.weight_ih_l1"),))
     with pytest.raises(PlanError, match=r"layer 0\.weight_ih_l1: `metric: activation` supports only weight_ih_l0: .*LSTM"):
         ADMM(model, plan, metric="activation")
+
+
+def test_small_metrics_are_computed_by_one_thread(monkeypatch):
+    """NumPy's threads would wait for those of torch, which spin between the steps."""
+    model, threads, eigh = net(), [], np.linalg.eigh
+    admm = ADMM(model, Plan(layers=(plan_of(model, "tt", "0"),)), metric="activation")
+    model(images())
+
+    def counted(matrix):
+        threads.append({library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"})
+        return eigh(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigh", counted)
+    with threadpool_limits(2, user_api="blas"):
+        before = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+        admm.update()
+        after = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    assert threads == [{1}]
+    assert after == before
 
 
 def test_a_layer_that_no_batch_has_passed_is_named():

@@ -96,6 +96,40 @@ def test_state_of_another_plan_is_refused():
         ADMM(small_net(), Plan(layers=PLAN.layers[:1])).load_state_dict(admm.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rho": -1.0}, "expected a positive number as rho, got -1.0"),
+        ({"rho": float("nan")}, "expected a positive number as rho, got nan"),
+        ({"rho": "0.1"}, "expected a positive number as rho, got 0.1"),
+        ({"Z": None}, "expected Z for the layers of the plan, .*got {'': 'NoneType'}"),
+        ({"U": {"0": 1.0, "3": 2.0}}, "expected U for the layers of the plan, .*got {'0': 'float', '3': 'float'}"),
+        ({"plan": []}, r"layer 0: expected {'format': 'tt', .*}, got \[\]"),
+    ],
+)
+def test_a_state_that_no_admm_returned_is_refused(changes, reason):
+    admm = ADMM(small_net(), PLAN)
+    with pytest.raises(PlanError, match=f"ADMM state: {reason}"):
+        admm.load_state_dict(admm.state_dict() | changes)
+    with pytest.raises(PlanError, match="ADMM state: keys rho, Z, U are missing"):
+        admm.load_state_dict(None)
+
+
+@pytest.mark.parametrize("change", [{"ranks": (1, 5, 2, 1)}, {"format": "tucker", "ranks": (4, 2)}, {"modes": (4, 4, 9, 3)}])
+def test_state_of_other_ranks_formats_or_modes_is_refused(change):
+    state = ADMM(small_net(), PLAN).state_dict()
+    changed = PLAN.layers[0].model_copy(update={"ranks": (1, 4, 4, 2, 1)} | change if "modes" in change else change)
+    other = ADMM(small_net(), Plan(layers=(changed, PLAN.layers[1])))
+    with pytest.raises(
+        PlanError, match=r"ADMM state: layer 0: expected {'format': .*got {.*'ranks': \[1, 4, 2, 1\]}; use the plan"
+    ):
+        other.load_state_dict(state)
+    del state["plan"]  # as it was written before it held the plan
+    other.load_state_dict(state)
+    merged = tuple(layer.model_copy(update={"merge": "none"}) for layer in PLAN.layers)  # how cores run is not ADMM's matter
+    ADMM(small_net(), Plan(layers=merged)).load_state_dict(ADMM(small_net(), PLAN).state_dict())
+
+
 @pytest.mark.parametrize("rho", [0.0, -1.0, float("nan")])
 def test_rho_must_be_positive(rho):
     with pytest.raises(ValueError, match="rho: expected a positive number"):

@@ -251,6 +251,58 @@ def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
     assert (run_ / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_is_not_resumed_with_files_of_another_content(tmp_path):
+    network, weights, taught, plan = (
+        small(tmp_path),
+        *(tmp_path / name for name in ("a.safetensors", "b.safetensors", "p.json")),
+    )
+    for path in (weights, taught):
+        save_weights(network.make_model(), path)
+    network.make_plan(network.make_model()).save(plan)
+    distill = {"teacher": SMALL["model"] | {"weights": str(taught)}}
+    train = {phase: SMALL["train"][phase] for phase in ("admm", "finetune")} | {"distill": distill}
+    changes = {"model": SMALL["model"] | {"weights": str(weights)}, "plan": [{"file": str(plan)}], "train": train}
+    recipe, run_ = small(tmp_path, **changes), tmp_path / "run"
+    prepare(recipe, run_)
+    others = {"model.weights": weights, "train.distill.teacher.weights": taught, "plan.0.file": plan}
+    other = small(tmp_path, seed=1).make_model()
+    save_weights(other, weights)
+    prepare(recipe, run_, resume=True)  # nothing was trained yet
+    Checkpoints(run_ / "checkpoints").save("admm", 1, {})
+    prepare(recipe, run_, resume=True)
+    for key, path in others.items():
+        before = path.read_bytes()
+        if path == plan:
+            network.make_plan(other).model_copy(update={"precision": "fp16"}).save(path)
+        else:
+            save_weights(small(tmp_path, seed=2).make_model(), path)
+        with pytest.raises(RecipeError, match=rf"^{key}: .*{path.name} is not the file that the run in .*run started from"):
+            prepare(recipe, run_, resume=True)
+        path.write_bytes(before)
+        prepare(recipe, run_, resume=True)
+    kept = run_ / "checkpoints" / "sources.json"
+    kept.write_text("{")
+    with pytest.raises(CheckpointError, match=r"sources.json: .*; delete it if no file of the recipe has changed"):
+        prepare(recipe, run_, resume=True)
+    kept.unlink()  # as in the runs of earlier versions
+    save_weights(small(tmp_path, seed=2).make_model(), weights)
+    prepare(recipe, run_, resume=True)
+    assert not kept.exists()
+    prepare(recipe, run_, overwrite=True)
+    assert kept.exists()
+    weights.unlink()
+    with pytest.raises(RecipeError, match=r"model.weights: .*a.safetensors cannot be read \(No such file or directory\)"):
+        prepare(recipe, tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+
+
+def test_the_gradient_is_that_of_the_whole_batch_whatever_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # as `accelerate launch` sets it
+    x = torch.ones((), requires_grad=True)
+    pipeline.make_accelerator(small(tmp_path)).backward(3 * x)
+    assert float(x.grad) == 3.0
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     own = write(tmp_path)  # tmp_path/recipe.yaml, as in a project of one's own
     for how in ({}, {"resume": True}, {"overwrite": True}):
@@ -683,10 +735,25 @@ def test_a_misspelled_key_is_told_with_the_key_that_is_missing(tmp_path):
         Recipe.load(path)
 
 
-@pytest.mark.parametrize("text", ["version: 1\nname: 2020-13-45", "[" * 1200, "a: [", "{"])
-def test_what_is_no_yaml_is_refused_in_one_line(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("version: 1\nname: 2020-13-45", "line 2, column 7: '2020-13-45' is not a valid timestamp"),
+        ("version: 1\nname: !!bool maybe", "line 2, column 7: 'maybe' is not a valid bool"),
+        ("version: 1\nname: !!timestamp noon", "line 2, column 7: 'noon' is not a valid timestamp"),
+        ("version: 1\nname: {{ run }}", "line 2, column 8: found unhashable key"),  # a template that was not filled in
+        ("? [a]\n: 1", "line 1, column 3: found unhashable key"),
+        ("data: !!map [a]", "line 1, column 7: expected a mapping node, but found sequence"),
+        ("data: !!set a", "line 1, column 7: expected a mapping node, but found scalar"),
+        ('name: "\\UFFFFFFFF"', "."),
+        ("[" * 1200, "."),
+        ("a: [", "line 1, column 5: ."),
+        ("{", "."),
+    ],
+)
+def test_what_is_no_yaml_is_refused_in_one_line(text, reason, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(RecipeError, match=r"r.yaml: not valid YAML: .") as found:
+    with pytest.raises(RecipeError, match=f"r.yaml: not valid YAML: {reason}") as found:
         Recipe.load(tmp_path / "r.yaml")
     assert "\n" not in str(found.value)
 

@@ -35,20 +35,19 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, distributed, nn
 
 from tensorrail_exporter.formats import project
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import InputMoments
+from tensorrail_trainer.admm.state import projections_of, require_state
+from tensorrail_trainer.admm.threads import SMALL, one_thread_if_small
 from tensorrail_trainer.layers.dense import at_least_single, planned_layers, require_values
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import swap
@@ -57,16 +56,7 @@ from tensorrail_trainer.processes import Group, alike, apart, rank, shared_out, 
 Metric = Literal["weight", "activation"]
 """How the distance of two weights is measured: by the Frobenius norm, or by the change of the layer's outputs."""
 
-# Weights of up to this many values are projected on the CPU, where small SVDs are faster than on a GPU (PyTorch issue 41306),
-# and by one thread: torch's threads spin after every step, and NumPy's threads beside them took several times as long as one.
-_SMALL = 2**20
-
 _ADVICE = "check the weights that training started from, or lower rho or the learning rate"
-
-
-@lru_cache(maxsize=1)
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()  # cached, since it searches the process for libraries
 
 
 @dataclass(frozen=True)
@@ -387,8 +377,9 @@ class ADMM:
             self._moments.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rho, Z, U, the moments and S, to save with the state of the model and the optimizer."""
-        state: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "Z": dict(self.Z), "U": dict(self.U)}
+        """Return rho, the plan, Z, U, the moments and S, to save with the state of the model and the optimizer."""
+        state: dict[str, Any] = {"rho": self.rho, "metric": self.metric, "plan": projections_of(self.plan)}
+        state |= {"Z": dict(self.Z), "U": dict(self.U)}
         if self._moments is not None:
             roots = {name: {"root": root.root, "inverse": root.inverse} for name, root in self.roots.items()}
             state |= {"moments": self._moments.state_dict(), "roots": roots}
@@ -401,25 +392,10 @@ class ADMM:
             state: the state; its tensors may be on another device.
 
         Raises:
-            PlanError: keys are missing, or the state belongs to another plan, model or metric.
+            PlanError: the state is incomplete, or belongs to another plan, model or metric.
 
         """
-        missing = [key for key in ("rho", "Z", "U") if key not in state]
-        if missing:
-            raise PlanError(
-                f"ADMM state: keys {', '.join(missing)} are missing; expected a dictionary that `state_dict` returned"
-            )
-        metric = state.get("metric", "weight")
-        if metric != self.metric:
-            raise PlanError(f"ADMM state: expected the metric {self.metric}, got {metric}; create ADMM with metric={metric!r}")
-        for key in ("Z", "U"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in state[key].items()}
-            expected = {name: dense.spec.shape for name, dense in self._layers.items()}
-            if shapes != expected:
-                raise PlanError(
-                    f"ADMM state: expected {key} for the layers of the plan, {expected}, got {shapes}; use the plan and "
-                    "the model that it was saved with"
-                )
+        require_state(state, self.plan, self.metric, {name: dense.spec.shape for name, dense in self._layers.items()})
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
             like = at_least_single(dense.parameters[0].detach())  # the state may be on another device
@@ -448,13 +424,13 @@ class ADMM:
     def _project(self, layer: LayerPlan, tensor: Tensor) -> Tensor:
         # Contiguous, since weights may be channels_last and the projection is not.
         measured = self._measured(layer.name, tensor).contiguous()
-        small = measured.numel() <= _SMALL
+        small = measured.numel() <= SMALL  # small SVDs are faster on the CPU than on a GPU (PyTorch issue 41306)
         if (measured.is_cuda and small) or measured.device.type == "mps":  # MPS has no float64
             measured = measured.cpu()
         if not measured.isfinite().all():  # some decompositions would not terminate
             raise PlanError(f"layer {layer.name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")
         try:
-            with _libraries().limit(limits=1, user_api="blas") if small else nullcontext():
+            with one_thread_if_small(measured.numel()):
                 groups = self._layers[layer.name].spec.groups
                 projected = project(layer.format, measured, layer.modes, layer.ranks, groups).to(tensor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch

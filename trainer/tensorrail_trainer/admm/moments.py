@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
+from tensorrail_trainer.admm.threads import one_thread_if_small
 from tensorrail_trainer.layers.attention import FactoredAttention, heads_of, is_replaceable
 from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers
 from tensorrail_trainer.layers.fused import attention_in_parts
@@ -24,6 +25,7 @@ from tensorrail_trainer.processes import Group, summed, world
 
 _ROWS = 1024  # positions sampled from a batch, at 2·I² FLOPs each; a convolution takes 2·O·I·K FLOPs at every position
 _WINDOW = 100  # batches of the running mean: earlier layers keep training, so old batches must be forgotten
+_MOST_INPUTS = 16384  # of a layer: their second moment takes 1 GiB, its eigenvalues 10 GiB and, on a CPU, many minutes
 
 
 class InputMoments:
@@ -86,10 +88,12 @@ class InputMoments:
         """
         self.synchronize()
         self.require_batches()
-        return {
-            name: Root.of(self._finite_moment(name), at_least_single(dense.parameters[0].detach()))
-            for name, dense in self._layers.items()
-        }
+        roots: dict[str, Root] = {}
+        for name, dense in self._layers.items():
+            second = self._finite_moment(name)
+            with one_thread_if_small(second.numel()):
+                roots[name] = Root.of(second, at_least_single(dense.parameters[0].detach()))
+        return roots
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -189,7 +193,7 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.Module | None = None) -> None:
-    """Raise `PlanError` unless the inputs of every planned layer are one mode, without groups, and visible to a hook.
+    """Raise `PlanError` unless the inputs of every planned layer are one mode, not in groups, not too many and seen by a hook.
 
     `model` is the model that has the layers, needed if the `out_proj` of attention is among them.
     """
@@ -217,6 +221,12 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.M
             raise PlanError(
                 f"layer {layer.name}: `metric: activation` expects one input mode, got {count} in modes {list(layer.modes)}; "
                 f"use `metric: weight`, or give the {dense.spec.shape[1]} inputs as one mode"
+            )
+        inputs = dense.spec.shape[1]
+        if inputs > _MOST_INPUTS:
+            raise PlanError(
+                f"layer {layer.name}: `metric: activation` expects at most {_MOST_INPUTS:,} inputs, got {inputs:,}: their "
+                f"second moment would take {4 * inputs**2 / 2**30:.1f} GiB; use `metric: weight`, or leave it out of the plan"
             )
         if dense.spec.op == "recurrent" and not layer.name.endswith("weight_ih_l0"):
             raise PlanError(

@@ -61,7 +61,7 @@ class Root:
 
 
 def _on_axis(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """Multiply one axis of a tensor by a symmetric matrix, without autocast."""
+    """Multiply one axis of a tensor by a symmetric matrix, on the device and in the dtype of the tensor, without autocast."""
     with torch.autocast(tensor.device.type, enabled=False):
-        product: Tensor = torch.tensordot(tensor, matrix, dims=([axis], [0]))
+        product: Tensor = torch.tensordot(tensor, matrix.to(tensor), dims=([axis], [0]))
         return product.movedim(-1, axis)

@@ -42,16 +42,24 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node."""
+        """Return the mapping of a node. PyYAML refuses nodes that are no mapping, and keys that are lists or mappings."""
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
                 )
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node. Raises `ConstructorError` for text that does not fit its tag, such as 2020-13-45."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, ValueError):  # PyYAML's, for a wrong !!timestamp, !!bool and date
+            problem = f"{node.value!r:.80} is not a valid {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -223,7 +231,7 @@ class Recipe(Part):
             raise RecipeError(f"{path}: cannot be read ({reason}); expected a YAML recipe") from None
         try:
             raw = yaml.load(text, _Loader)  # noqa: S506 - a safe one
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not a valid date
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # such as "\UFFFFFFFF"
             raise RecipeError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
         try:
             recipe = cls.model_validate(raw)
@@ -416,10 +424,9 @@ def _plannable(model: nn.Module, rule: AnyRule) -> tuple[LayerPlan, ...]:
         selected = tuple(layer for layer in layers if not rule.only_3x3 or 9 in layer.modes)
         planned_layers(model, Plan(layers=selected))
         return selected
-    if rule.params is not None:
+    if rule.ranks is None:
         return tuple(unranked(model, rule.layers, rule.format, rule.modes, rule.merge))
-    ranks = rule.ranks if rule.ranks is not None else ()
-    return plan_layers(model, rule.layers, format=rule.format, ranks=ranks, modes=rule.modes, merge=rule.merge)
+    return plan_layers(model, rule.layers, format=rule.format, ranks=rule.ranks, modes=rule.modes, merge=rule.merge)
 
 
 def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[str, Any]) -> Any:

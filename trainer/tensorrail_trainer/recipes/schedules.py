@@ -81,11 +81,11 @@ class AdmmSchedule(Schedule):
     """The ADMM phase. Z and U are updated every `every` epochs, or every `every_steps` steps.
 
     `rho` is the weight of the penalty: constant; changing geometrically with every update, to `rho_end`; or, with `balance`,
-    doubled or halved when the primal and the dual residual differ by a factor of 10 (Boyd et al. 2011, section 3.4.1).
-    `metric` measures the distance to low rank by the weight itself (`weight`) or by the change of the layer's outputs
-    (`activation`, which needs formats with one input mode). `stop` ends the phase when both relative residuals of every layer
-    are below it. `hard` projects the weights at the end of the phase, so that its last accuracy is that of low-rank weights. It
-    replaces the update after the last epoch.
+    doubled or halved after an update if the relative primal and dual residuals of all layers together differ by a factor of
+    more than 10 (Wohlberg 2017; see `ADMM.balance`). `metric` measures the distance to low rank by the weight itself
+    (`weight`) or by the change of the layer's outputs (`activation`, which needs formats with one input mode). `stop` ends the
+    phase when both relative residuals of every layer are below it. `hard` projects the weights at the end of the phase, so that
+    its last accuracy is that of low-rank weights. It replaces the update after the last epoch.
     """
 
     rho: Positive = 1e-3

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from tensorrail_exporter.graphs.io import save_model
@@ -51,6 +52,7 @@ from tensorrail_trainer.recipes.schedules import why_not
 from tensorrail_trainer.run.export import Tracing, require_in_graph, to_onnx
 from tensorrail_trainer.run.render import html, markdown
 from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
+from tensorrail_trainer.run.sources import Sources
 from tensorrail_trainer.run.tracking import LOGGED, Tracking, check_trackers, folder_of
 from tensorrail_trainer.training.checkpoints import Checkpoints, place_of
 from tensorrail_trainer.training.denormals import flushed
@@ -95,10 +97,11 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
 
     Raises:
         RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, the run was trained with another
-            recipe, or the folder holds files of these names without a run.
+            recipe or with files of another content, or the folder holds files of these names without a run.
 
     """
     recipe_file, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
+    sources, kept = Sources.of(recipe), checkpoints / "sources.json"
     if recipe_file.exists() and not checkpoints.is_dir():
         raise RecipeError(f"{recipe_file} exists, but its folder holds no run; give the run another folder")
     written = (
@@ -107,10 +110,11 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
     )
     if overwrite and checkpoints.is_dir():
         _require_apart(recipe, written)
-        for file in (*written, *(file for pattern in LOGGED for file in folder.glob(pattern)), recipe_file):
+        for file in (*written, *(file for pattern in LOGGED for file in folder.glob(pattern)), kept, recipe_file):
             file.unlink(missing_ok=True)
+    trained = any(file.exists() for file in written)
     if not recipe_file.exists():
-        existing = next((file for file in written if file.exists()), None)
+        existing = next((file for file in (*written, kept) if file.exists()), None)
         if existing is not None:
             raise RecipeError(f"{existing} exists, but the folder has no recipe.yaml; give the run an empty folder")
     else:
@@ -123,11 +127,21 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
                 f"{folder} was trained with a recipe that differs in {', '.join(changed)}; give the run another name, or "
                 "overwrite this run to start again"
             )
+        if trained:
+            sources.require_same(recipe, kept)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for pattern in ("checkpoints/.*-[0-9][0-9][0-9][0-9]*.pt.*.part", *(f".{name}.*.part" for name in _WRITTEN)):
-        for leftover in folder.glob(pattern):  # of a process that was killed while writing
-            leftover.unlink(missing_ok=True)
+    _remove_leftovers(folder)
     recipe.save(recipe_file)
+    if sources.sha256 and not trained:
+        sources.save(kept)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote to the folder of a run."""
+    checkpoints = (f"checkpoints/.{name}.*.part" for name in ("*-[0-9][0-9][0-9][0-9]*.pt", "sources.json"))
+    for pattern in (*checkpoints, *(f".{name}.*.part" for name in _WRITTEN)):
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
@@ -163,7 +177,13 @@ def make_accelerator(recipe: Recipe, folder: Path | None = None, track: Sequence
     check_trackers(track)
     logs = None if folder is None or not track else str(folder_of(folder))
     try:
-        return Accelerator(mixed_precision=precision, log_with=list(track) or None, project_dir=logs)
+        return Accelerator(
+            mixed_precision=precision,
+            log_with=list(track) or None,
+            project_dir=logs,
+            # Otherwise accelerate divides the loss by the steps that its environment names; no phase accumulates gradients.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"train.precision: {precision} is not available here ({error}); use another precision") from None
 
