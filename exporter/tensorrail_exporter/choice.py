@@ -46,8 +46,10 @@ class Wanted:
 def best(points: Sequence[Point], wanted: Wanted) -> int:
     """Return the place of the best model.
 
-    It is the one that meets the targets with the least loss, or the fastest one within the limits. Where none does, it is the
-    one that keeps the limits and comes nearest to the targets; where none keeps the limits, the one that comes nearest to them.
+    It is the one that meets the targets with the least loss, or the fastest one within the limits. With a target on latency,
+    those that are measured to be faster than the dense model come first; otherwise speed only decides between equal losses.
+    Where none meets the targets, it is the one that keeps the limits and comes nearest to the targets; where none keeps the
+    limits, the one that comes nearest to them.
 
     Args:
         points: the models.
@@ -55,14 +57,14 @@ def best(points: Sequence[Point], wanted: Wanted) -> int:
 
     """
 
-    def rank(point: Point) -> tuple[bool, bool, bool, float]:
+    def rank(point: Point) -> tuple[float, ...]:
         accepted = wanted.accepts(point.loss, point.chosen)
         reached = meets(point, wanted.targets)
         faster = point.ratios.latency_low > 1.0
         if wanted.fastest:
             return accepted, reached, faster, point.ratios.latency if accepted else _closeness(point, wanted)
         if reached:
-            return True, accepted, faster, -(point.loss or 0.0)
+            return True, accepted, faster and "latency" in wanted.targets, -(point.loss or 0.0), faster
         return False, accepted, False, nearness({name: _reached(point, name) for name in wanted.targets}, wanted.targets)
 
     return max(range(len(points)), key=lambda k: rank(points[k]))

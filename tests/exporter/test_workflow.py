@@ -281,6 +281,15 @@ def test_targets_on_size_are_met_before_speed_counts():
     assert best_of([fast, point("lossy", 3.0, 0.5)], Wanted({}, max_loss=0.1, fastest=True)) == 0
 
 
+def test_without_a_target_on_latency_loss_counts_before_speed():
+    exact, fast = point("exact", 0.9, 0.01), point("fast", 1.2, 0.3)
+    small = [one.model_copy(update={"ratios": one.ratios.model_copy(update={"bytes": 2.0})}) for one in (fast, exact)]
+    assert best_of(small, Wanted({"bytes": 1.5})) == 1
+    assert best_of([small[1], small[0].model_copy(update={"loss": 0.01})], Wanted({"bytes": 1.5})) == 1  # equal: the faster one
+    near = point("near", 1.005, 0.01)  # not proven to be faster
+    assert best_of([near, fast], Wanted({"latency": 1.0, "params": 1.0})) == 1
+
+
 @pytest.fixture
 def wrong(monkeypatch):
     """Return a function from which on graphs are written with other cores than came."""
@@ -572,6 +581,19 @@ def test_layers_stay_in_fp32_where_int8_alone_would_not_agree(network, tmp_path)
     )
     assert alone.front[0].spared == ()
     assert alone.front[0].aside.difference > 0.1
+
+
+def test_where_only_fp32_agrees_the_network_in_int8_is_measured_all_the_same(rng, tmp_path):
+    """Its only layer would have to stay in fp32, and then nothing is in int8."""
+    weights = {"head.weight": rng.standard_normal((10, 16)).astype(np.float32)}
+    nodes = [helper.make_node("Tanh", ["x"], ["t"]), helper.make_node("Gemm", ["t", "head.weight"], ["y"], "head", transB=1)]
+    model = make_model(nodes, weights, {"x": ["n", 16]}, {"y": ["n", 10]})
+    feeds = Calibration(tuple({"x": rng.standard_normal((24, 16)).astype(np.float32)} for _ in range(4)))
+    limits = Guard(min_agreement=0, max_difference=1e-5)
+    report = run(model, tmp_path / "o.onnx", Plan(layers=(), precision="int8"), calibration=feeds, guard=limits)
+    assert [one.name for one in report.front] == ["dense in int8"]
+    assert report.front[0].aside.difference > 1e-5
+    assert not report.accepted
 
 
 IN_FP16 = PLAN.model_copy(update={"precision": "fp16"})

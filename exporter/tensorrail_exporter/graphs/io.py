@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -17,7 +18,7 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.graphs.einsum import products_of_einsums
 from tensorrail_exporter.graphs.preserve import presentable, restore
 from tensorrail_runtime.errors import GraphError, ModelError, first_line
-from tensorrail_runtime.graphs.files import bodies, data_file, descendants
+from tensorrail_runtime.graphs.files import bodies, data_file, descendants, is_read, own_data_files
 from tensorrail_runtime.graphs.reading import light, read_model
 from tensorrail_runtime.records import write_bytes
 from tensorrail_runtime.scratch import scratch
@@ -69,7 +70,8 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
     Args:
         model: the model; it is not changed.
         path: the file to write. The weights of a model above protobuf's limit of 2 GiB are written to `<name>.data` in the
-            same folder, or to `<name>.2.data` and so on if another model in the folder reads that file.
+            same folder, or to `<name>.2.data` and so on if a model in the folder reads that file, also the one that is
+            replaced. Its own data are deleted afterwards, unless another model reads them.
 
     Raises:
         OSError: the file cannot be written.
@@ -80,14 +82,22 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
         write_bytes(path, model.SerializeToString())
         return
     path = path.resolve()  # the data belong beside the file that a link points to
-    data = data_file(path)
+    data, replaced = data_file(path), own_data_files(path)
     part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
     try:
         small = _with_external_data(model, part, data.name)
         part.replace(data)
-        write_bytes(path, small.SerializeToString())
+        try:
+            write_bytes(path, small.SerializeToString())
+        except BaseException:
+            data.unlink(missing_ok=True)
+            raise
     finally:
         part.unlink(missing_ok=True)
+    for file in replaced:
+        if not is_read(file):
+            with suppress(OSError):  # on Windows, a session of this process may have it open
+                file.unlink()
 
 
 def check_model(model: onnx.ModelProto, original: onnx.ModelProto | None = None) -> None:
@@ -164,11 +174,12 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
         model: the model; it is not changed.
 
     Raises:
-        GraphError: onnx-graphsurgeon cannot read the model.
+        GraphError: onnx-graphsurgeon cannot read the model, or would lose graphs in it.
 
     """
+    readable = presentable(model)
     try:
-        graph = gs.import_onnx(presentable(model))
+        graph = gs.import_onnx(readable)
     except Exception as error:  # noqa: BLE001 - the library defines no error class of its own
         raise GraphError(f"onnx-graphsurgeon cannot read this graph ({type(error).__name__}: {first_line(error)})") from None
     inferred = _inferred(model, data_prop=False)
@@ -280,18 +291,20 @@ def _hoist(graph: onnx.GraphProto) -> None:
     """Replace the copies of an initializer that graphsurgeon has written to several bodies by one in the graph around them."""
     for body in bodies(graph):
         _hoist(body)
-    holders: dict[str, list[onnx.GraphProto]] = {}
+    stored: dict[str, list[tuple[onnx.GraphProto, onnx.TensorProto]]] = {}
     for holder in (graph, *descendants(graph)):
         for tensor in holder.initializer:
-            holders.setdefault(tensor.name, []).append(holder)
-    for name, graphs in holders.items():
-        copies = [next(tensor for tensor in holder.initializer if tensor.name == name) for holder in graphs]
-        own_inputs = any(value.name == name for holder in graphs for value in holder.input)
-        if len(graphs) == 1 or own_inputs or any(copy != copies[0] for copy in copies):
+            stored.setdefault(tensor.name, []).append((holder, tensor))
+    for name, copies in stored.items():
+        if len(copies) == 1:
             continue
-        if graphs[0] is not graph:
-            graph.initializer.append(copies[0])
-        for holder, copy in zip(graphs, copies, strict=True):
+        first_holder, first = copies[0]
+        own_inputs = any(value.name == name for holder, _ in copies for value in holder.input)
+        if own_inputs or any(copy != first for _, copy in copies):
+            continue
+        if first_holder is not graph:
+            graph.initializer.append(first)
+        for holder, copy in copies:
             if holder is not graph:
                 holder.initializer.remove(copy)
 

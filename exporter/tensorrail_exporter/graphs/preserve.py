@@ -1,9 +1,11 @@
 """Keeping the parts of a graph that onnx-graphsurgeon drops or cannot read.
 
 They are removed before it reads a graph, and restored after it has written it: overload, metadata and doc string of nodes;
-attributes without a value, with text that is not UTF-8, or that are types or sparse tensors; inputs and outputs that are
-optional, sequences or maps; annotations of tensors. A node is recognised by its operator, inputs and outputs, so that every
-node that was not rewritten keeps them.
+attributes without a value, with text that is not UTF-8, or that are types, lists of tensors or sparse tensors; inputs and
+outputs that are optional, sequences or maps; annotations of tensors. A node is recognised by its operator, inputs and outputs,
+so that every node that was not rewritten keeps them.
+
+An attribute that is a list of graphs is an error: what only these graphs read would be taken for unused.
 """
 
 from __future__ import annotations
@@ -12,16 +14,29 @@ from collections.abc import Iterable
 
 import onnx
 
+from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.graphs.files import descendants
 
 _A = onnx.AttributeProto
-_UNKNOWN = frozenset({_A.TYPE_PROTO, _A.TYPE_PROTOS, _A.SPARSE_TENSOR, _A.SPARSE_TENSORS})
-_LISTS = {_A.FLOATS: "floats", _A.INTS: "ints", _A.STRINGS: "strings", _A.TENSORS: "tensors", _A.GRAPHS: "graphs"}
+_UNKNOWN = frozenset({_A.TYPE_PROTO, _A.TYPE_PROTOS, _A.TENSORS, _A.SPARSE_TENSOR, _A.SPARSE_TENSORS})
+_LISTS = {_A.FLOATS: "floats", _A.INTS: "ints", _A.STRINGS: "strings", _A.GRAPHS: "graphs"}
 
 
 def presentable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of the model that onnx-graphsurgeon can read and write, or the model itself if it already can."""
+    """Return a copy of the model that onnx-graphsurgeon can read and write, or the model itself if it already can.
+
+    Raises:
+        GraphError: a node has an attribute that is a list of graphs.
+
+    """
     graphs = [model.graph, *descendants(model.graph)]
+    for node in (node for graph in graphs for node in graph.node):
+        several = next((attribute.name for attribute in node.attribute if attribute.graphs), None)
+        if several is not None:
+            raise GraphError(
+                f"node {node.name or node.op_type}: its attribute {several!r} is a list of graphs, which would be lost; "
+                "expected attributes with one graph each, as in If, Loop and Scan"
+            )
     clean = all(_known(a) for graph in graphs for node in graph.node for a in node.attribute) and all(
         _is_tensor(value) for graph in graphs for value in _values(graph)
     )

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx
-from onnx import numpy_helper
 
-from tensorrail_exporter.precision.fp16 import leaves_range, to_fp16, too_large
+from tensorrail_exporter.precision.fp16 import to_fp16, too_large
 from tensorrail_exporter.precision.prepared import plain_constants
 from tensorrail_exporter.precision.ranges import Feeds, RangeError, require_finite
 from tensorrail_exporter.precision.weights import kept_nodes, weighted, with_names
-from tensorrail_runtime.graphs.cost import constants_of
 
 
 class Float16Converter:
@@ -40,7 +38,7 @@ class Float16Converter:
 
     def __init__(self, model: onnx.ModelProto, feeds: Feeds) -> None:
         self.model = with_names(plain_constants(model))
-        self.kept = _readers_of_large(self.model)
+        self.kept = tuple(sorted({node for constant in too_large(self.model) for node in constant.readers}))
         while feeds:
             try:
                 require_finite(self.model, self(), feeds)
@@ -64,22 +62,6 @@ class Float16Converter:
     def layers(self) -> list[str]:
         """Return the names of the nodes with a weight that become fp16, in their order."""
         return [w.node.name for w in weighted(self.model) if w.node.name not in self.kept]
-
-
-def _readers_of_large(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the nodes that read a weight or a table with values outside the range of fp16, which would be clamped."""
-    stored = constants_of(model.graph)
-    layers = too_large(model)
-    large = {layer.weight for layer in layers}
-    tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in stored}
-    large |= {name for name in tables if _is_large(stored[name])}
-    readers = {node.name for node in model.graph.node if large.intersection(node.input)}
-    return tuple(sorted(readers.union(layer.node.name for layer in layers)))  # layers may be in bodies
-
-
-def _is_large(tensor: onnx.TensorProto) -> bool:
-    matrix = tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1
-    return matrix and leaves_range(numpy_helper.to_array(tensor))
 
 
 def to_finite_fp16(model: onnx.ModelProto, feeds: Feeds = ()) -> onnx.ModelProto:

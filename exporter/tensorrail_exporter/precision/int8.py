@@ -44,6 +44,7 @@ ROUNDINGS: tuple[Rounding, ...] = ("outputs", "nearest")
 _LARGE = 2**30  # bytes of weights from which external data is written; protobuf's limit is 2 GiB
 _BINS = {"entropy": 512, "percentile": 2048}
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
+_SHOWN = 8  # layers in a message
 _WIDE, _NARROW = 127, 64  # the largest integer of a weight with 8 and with 7 bits
 _ASSUMED = 4.0  # magnitude of activations where only the time counts
 _OPSET, _IR_VERSION = 13, 7  # the first in which DequantizeLinear has an axis
@@ -76,8 +77,8 @@ def to_int8(
     run in fp32 where that fails. Without VNNI the sum of two products saturates at 16 bits, so that weights get 7 bits
     ("Quantize ONNX Models", section Data type selection).
 
-    LSTM, GRU, products of two activations, readers of a Softmax, normalisations, and sums outside of convolutional blocks
-    stay fp32. Outputs of MatMul and Gemm are not rounded.
+    LSTM, GRU, RNN, transposed convolutions, embeddings, com.microsoft's Attention, products of two activations, readers of a
+    Softmax, normalisations, and sums outside of convolutional blocks stay fp32. Outputs of MatMul and Gemm are not rounded.
 
     Args:
         model: the fp32 model; it is not changed.
@@ -178,13 +179,19 @@ class Quantizer:
         if not any(node.op_type == "DequantizeLinear" for node in quantized.graph.node):
             raise GraphError(
                 "nothing in the graph can be quantized: it has no Conv, Gemm or MatMul with a constant weight that may become "
-                "int8"
+                f"int8{self._that_stay()}"
             )
         return _tidy(quantized, self.model, self._prepared)
 
     def layers(self) -> list[str]:
         """Return the names of the nodes with a weight that may become int8, in their order."""
         return [w.node.name for w in weighted(self.model) if w.node.op_type in _INT8]
+
+    def _that_stay(self) -> str:
+        """Return the end of a message that names the layers of a graph in which nothing can be quantized."""
+        stay = list(dict.fromkeys(f"{w.layer} ({w.node.op_type})" for w in weighted(self.model)))
+        more = f" and {len(stay) - _SHOWN} more" if stay[_SHOWN:] else ""
+        return f"; these stay fp32: {', '.join(stay[:_SHOWN])}{more}" if stay else ""
 
     def _blocked(self, keep: Sequence[str]) -> frozenset[str]:
         return frozenset(self._prepared.node_code(name) for name in kept_nodes(self.model, keep))

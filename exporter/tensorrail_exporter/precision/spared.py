@@ -11,6 +11,7 @@ Network Quantization*, arXiv:2106.08295, section 3.6.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from itertools import pairwise
 
 import onnx
 
+from tensorrail_runtime.errors import GraphError
 from tensorrail_runtime.progress import Progress, silent
 
 _GROUPS = 8  # of consecutive layers that are tried at first
@@ -62,7 +64,7 @@ def with_spared_layers(
 
     Args:
         layers: the nodes that may stay in fp32, in the order of the graph.
-        convert: returns the network converted but for these nodes.
+        convert: returns the network converted but for these nodes; raises `GraphError` if nothing is left to convert.
         judge: measures it, on inputs that ranges were not taken from; if there are too few for that, on the same ones, and
             fewer layers may be spared than other inputs need.
         in_fp32: the network in fp32; if it is not accurate enough either, no layers are spared.
@@ -99,7 +101,10 @@ def with_spared_layers(
 
 
 class _Tried:
-    """Networks by the nodes that stay in fp32, each of which is converted and run once."""
+    """Networks by the nodes that stay in fp32, each of which is converted and run once.
+
+    One that cannot be converted, because nothing in it would be, is not accurate enough.
+    """
 
     def __init__(self, convert: Callable[[Sequence[str]], onnx.ModelProto], judge: Judge, progress: Progress) -> None:
         self.convert, self.judge, self.progress = convert, judge, progress
@@ -119,7 +124,12 @@ class _Tried:
     def __call__(self, names: tuple[str, ...]) -> tuple[float, bool]:
         if names not in self.seen:
             self.progress(_STAGE, min(1.0, len(self.seen) / _TRIES), f"{len(names)} layers")
-            self.seen[names] = self.judge(self.convert(names))
+            try:
+                converted = self.convert(names)
+            except GraphError:
+                self.seen[names] = math.inf, False
+            else:
+                self.seen[names] = self.judge(converted)
         return self.seen[names]
 
 

@@ -81,11 +81,16 @@ def _bias(layer: ResolvedLayer) -> tuple[gs.Node, int] | None:
         is_constant = isinstance(node.inputs[2], gs.Constant)
         vector = is_constant and node.inputs[2].values.size == max(node.inputs[2].shape, default=1)
         return (node, 2) if vector and node.inputs[2].values.size > 1 else None
-    consumers = node.outputs[0].outputs
-    if node.op != "MatMul" or len(consumers) != 1 or consumers[0].op != "Add" or layer.rule.weight_input(node) == 0:
+    add = _only_reader(site.graph, node.outputs[0])
+    if node.op != "MatMul" or add is None or add.op != "Add" or layer.rule.weight_input(node) == 0:
         return None
-    add = consumers[0]
     for index, tensor in enumerate(add.inputs):
         if isinstance(tensor, gs.Constant) and tensor.values.ndim == 1 and tensor.values.size > 1:
             return add, index
     return None
+
+
+def _only_reader(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
+    """Return the node that a tensor goes to, if it goes nowhere else."""
+    is_output = any(tensor is output for output in graph.outputs)
+    return None if is_output or len(tensor.outputs) != 1 else tensor.outputs[0]

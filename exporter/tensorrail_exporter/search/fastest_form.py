@@ -65,7 +65,7 @@ def factorize_fastest(
 
     Args:
         model: the dense graph; it is not changed.
-        plan: the layers, formats, modes and ranks.
+        plan: the layers, formats, modes and ranks, and the precision that layers are timed in; the graph is not converted.
         cores: the cores of each planned layer, by name.
         form: the forms to choose from; default `Form()`.
         settings: how the network will run; default: the CPU provider.
@@ -110,7 +110,7 @@ def fastest_blocks(
 
     Args:
         model: the dense graph; it is not changed.
-        plan: the layers, formats, modes and ranks.
+        plan: the layers, formats, modes and ranks, and the precision that layers are timed in.
         form: the blocks to choose from, and how they are timed; default `Form()`.
         settings: how the network will run; default: the CPU provider.
         progress: is told about the timing of layers.
@@ -127,7 +127,7 @@ def fastest_blocks(
         for layer in survey(model, form.batch, form.shapes, scan=form.scan and not settings.on_gpu)
         if layer.name in planned and layer.output is not None and layer.inputs[layer.data] is not None
     }
-    table = LatencyTable.open(settings, form.cache)
+    table = LatencyTable.open(settings, form.cache, precision=plan.precision)
     table.measure(options, settings, seconds=form.seconds, progress=progress)
     narrowest = min(form.blocks)
     chosen = {}

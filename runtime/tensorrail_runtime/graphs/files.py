@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -76,22 +77,34 @@ def files_read(path: Path) -> list[Path]:
 
 
 def data_file(path: Path) -> Path:
-    """Return the file beside a model for its external data: `<name>.data`, or a free name if another model reads that one.
+    """Return the file beside a model for its external data: `<name>.data`, or a free name if a model reads that one.
 
     Args:
-        path: the model that is to be written.
+        path: the model that is to be written, or replaced.
 
     """
     for number in count(1):
         data = path.with_name(f"{path.name}.data" if number == 1 else f"{path.name}.{number}.data")
-        if not data.exists() or not any(_same(data, file) for model in _beside(path) for file in files_read(model)[1:]):
+        if not data.exists() or not is_read(data):
             return data
     raise AssertionError("count never ends")
 
 
-def _beside(path: Path) -> list[Path]:
-    """Return the other files in the folder of a model."""
-    return [file for file in path.parent.iterdir() if file.is_file() and not _same(file, path)]
+def own_data_files(path: Path) -> list[Path]:
+    """Return the external data of a model that have a name which `data_file` returns; none if there is no such model.
+
+    Args:
+        path: the model.
+
+    """
+    own = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+    return [file for file in files_read(path)[1:] if file.parent == path.parent and own.fullmatch(file.name)]
+
+
+def is_read(data: Path) -> bool:
+    """Return whether a model in the folder of a file reads it as its external data."""
+    models = [file for file in data.parent.iterdir() if file.is_file()]
+    return any(_same(data, file) for model in models for file in files_read(model)[1:])
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -149,10 +162,15 @@ def random_nodes(path: Path) -> list[str]:
 def bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """Yield the graphs in the attributes of a graph's nodes: the bodies of If, Loop and Scan."""
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield attribute.g
-            yield from attribute.graphs
+        yield from bodies_of(node)
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs in the attributes of a node."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def descendants(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -423,6 +423,20 @@ def test_a_bias_is_added_to_what_a_gemm_gives(third, attributes, able, rng):
     np.testing.assert_allclose(run(changed, x)[0], run(model, x)[0] + alpha * bias, atol=1e-5)
 
 
+@pytest.mark.parametrize("outputs", [["y"], ["h", "y"]])
+def test_a_product_that_is_an_output_does_not_use_the_bias_behind_it(outputs, rng):
+    """The Add changes one of the two outputs only."""
+    weights = {"w": weight(rng, 12, 8), "b": weight(rng, 8)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "w"), helper.make_node("Add", ["h", "b"], ["y"], "add")]
+    model = make_model(nodes, weights, {"x": ["n", 12]}, {name: ["n", 8] for name in outputs})
+    plan = Plan(layers=(LayerPlan(name="w", format="svd", modes=(8, 12), ranks=(2,)),))
+    assert takes_bias(resolve(model, plan).layers["w"]) is (outputs == ["y"])
+    x = weight(rng, 64, 12) + 5  # a large mean, which the bias would take up
+    fitted = fit_layers(model, plan, Calibration(({"x": x},)), CPU)
+    bias = next(numpy_helper.to_array(t) for t in fitted.model.graph.initializer if list(t.dims) == [8])
+    assert np.allclose(bias, weights["b"]) is (outputs != ["y"])
+
+
 def test_data_that_are_not_finite_and_no_data_are_refused(network, rng):
     data = calibration(rng, 50)
     data.feeds[1]["x"][3] = np.nan

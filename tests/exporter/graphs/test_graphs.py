@@ -1,6 +1,7 @@
 """Whole graphs: bodies of If, Loop and Scan, shared and computed weights, batch norm, opsets, external data, size."""
 
 import itertools
+import sys
 
 import numpy as np
 import onnx
@@ -329,6 +330,56 @@ def test_the_two_gigabyte_path_on_a_small_model(tmp_path, monkeypatch):
     x = {"x": np.ones((1, size), np.float32)}
     assert relative(run(None, x, tmp_path / "model.onnx")[0], run(None, x, tmp_path / "dense.onnx")[0]) < 1e-5
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_large_model_replaces_another_one_completely_or_not_at_all(tmp_path, monkeypatch):
+    from tensorrail_exporter.graphs import io as graph_io
+
+    monkeypatch.setattr(graph_io, "_LARGEST_FILE", 10_000)
+    size, path = 64, tmp_path / "m.onnx"
+    x = {"x": np.ones((1, size), np.float32)}
+    save_model(large_model(2, size), path)
+    before = run(None, x, path)[0]
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(graph_io, "write_bytes", fail)
+        with pytest.raises(OSError, match="no space left"):
+            save_model(large_model(3, size), path)
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    np.testing.assert_array_equal(run(None, x, path)[0], before)
+    (tmp_path / "other.onnx").write_bytes(path.read_bytes())  # reads the same data
+    for names in ({"m.onnx.2.data"}, {"m.onnx.3.data"}, {"m.onnx.2.data"}):
+        save_model(large_model(3, size), path)
+        assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "other.onnx", "m.onnx.data"} | names
+        assert run(None, x, path)[0].max() > before.max()
+        np.testing.assert_array_equal(run(None, x, tmp_path / "other.onnx")[0], before)
+
+
+def test_work_on_stored_weights_grows_linearly():
+    """Lines of the module that runs, which no machine changes: a graph of twice the weights takes twice as many."""
+    from tensorrail_exporter.graphs import io as graph_io
+
+    counts = []
+    for count in (100, 200):
+        model = large_model(count, 1)
+        graph, lines = graph_io.import_graph(model), 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            lines += event == "line"
+            return trace if frame.f_code.co_filename == graph_io.__file__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            graph_io.export_graph(graph, model)
+        finally:
+            sys.settrace(before)
+        counts.append(lines)
+    assert counts[1] < 2.2 * counts[0]
 
 
 def test_layers_that_stay_dense_say_why(rng):

@@ -93,6 +93,23 @@ def test_attributes_that_it_does_not_know_are_kept(kind, weight, x):
     np.testing.assert_allclose(outputs(made, x=x)[0], outputs(model, x=x)[0], atol=1e-5)
 
 
+def test_an_attribute_with_several_tensors_is_kept(weight):
+    tensors = [numpy_helper.from_array(np.full((2, 3), k, np.float32), f"t{k}") for k in range(2)]
+    foreign = helper.make_node("Lookup", ["h"], ["y"], "foreign", domain="my.ops", tensors=tensors)
+    model = model_of([product(), foreign], [("x", ["n", 8])], [("y", ["n", 6])], {"fc.weight": weight}, domains=["my.ops"])
+    assert factored(model).graph.node[-1].attribute == foreign.attribute
+
+
+def test_an_attribute_with_several_graphs_is_refused(weight):
+    """What only these graphs read would be removed."""
+    body = helper.make_graph([helper.make_node("Mul", ["h", "scale"], ["t"])], "body", [], [])
+    foreign = helper.make_node("Switch", ["h"], ["y"], "foreign", domain="my.ops", cases=[body, body])
+    weights = {"fc.weight": weight, "scale": np.ones(6, np.float32)}
+    model = model_of([product(), foreign], [("x", ["n", 8])], [("y", ["n", 6])], weights, domains=["my.ops"])
+    with pytest.raises(GraphError, match="node foreign: its attribute 'cases' is a list of graphs, which would be lost"):
+        factored(model)
+
+
 def test_text_that_is_no_utf_8_is_kept(weight):
     coded = helper.make_node("Tokenizer", ["h"], ["y"], domain="my.ops", model=b"\x80\xff\x00")
     model = model_of([product(), coded], [("x", ["n", 8])], [("y", ["n", 6])], {"fc.weight": weight}, domains=["my.ops"])

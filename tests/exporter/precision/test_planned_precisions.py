@@ -16,6 +16,8 @@ from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.precision.ranges import RangeError, require_finite
 from tensorrail_exporter.search import targets
 from tensorrail_exporter.search.targets import precisions_of
+from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.sessions.session import Session
 
 
@@ -129,3 +131,129 @@ def test_a_table_outside_the_range_stays_in_fp32(rng):
     assert types_of(converted)["table"] == TensorProto.FLOAT
     session = onnxruntime.InferenceSession(converted.SerializeToString(), providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, feeds[0])[0][3], 1.0, rtol=1e-2)
+
+
+def outputs_of(model, feed):
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)[0]
+
+
+def branching(rng, where, largest=1e5):
+    """Return a product, an If whose branch is a product with a large value in its weight, and a product behind it."""
+    large = (rng.standard_normal((8, 8)) / 3).astype(np.float32)
+    large[0, 0] = largest
+    weights = {name: (rng.standard_normal((8, 8)) / 3).astype(np.float32) for name in ("first.weight", "last.weight")}
+    weights["zero"] = np.float32(0)
+    inner = [helper.make_node("MatMul", ["h", "large"], ["t"], "inside")]
+    own, outer = [], []
+    if where == "in the body":
+        own = [numpy_helper.from_array(large, "large")]
+    elif where == "outside":
+        weights["large"] = large
+    else:
+        outer = [helper.make_node("Constant", [], ["large"], "stored", value=numpy_helper.from_array(large, "value"))]
+    out = [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)]
+    then = helper.make_graph(inner, "then", [], out, own)
+    other = helper.make_graph([helper.make_node("Neg", ["h"], ["t"], "neg")], "else", [], out)
+    nodes = [
+        *outer,
+        helper.make_node("ReduceMax", ["x"], ["top"], "top", keepdims=0),
+        helper.make_node("Greater", ["top", "zero"], ["yes"], "yes"),
+        helper.make_node("MatMul", ["x", "first.weight"], ["h"], "first"),
+        helper.make_node("If", ["yes"], ["b"], "either", then_branch=then, else_branch=other),
+        helper.make_node("MatMul", ["b", "last.weight"], ["y"], "last"),
+    ]
+    return make_model(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 8]})
+
+
+@pytest.mark.parametrize("where", ["in the body", "outside", "as a Constant outside"])
+def test_a_large_weight_of_a_body_keeps_the_whole_node_in_fp32(where, rng):
+    """The converter would clamp it: values stay within the range, and are wrong."""
+    model = branching(rng, where)
+    with pytest.raises(
+        GraphError, match=r"layer either: its weight large contains 1e\+05, outside .*; keep layer either in fp32"
+    ):
+        to_fp16(model)
+    x = 0.01 * rng.standard_normal((6, 8)).astype(np.float32)
+    feeds = [{"x": x}, {"x": -np.abs(x)}]
+    with Float16Converter(model, feeds) as convert:
+        assert convert.kept == ("either",)
+        assert convert.layers() == ["first", "last"]
+        narrow = convert()
+    assert types_of(narrow)["first.weight"] == types_of(narrow)["last.weight"] == TensorProto.FLOAT16
+    for feed in feeds:
+        exact, got = outputs_of(model, feed), outputs_of(narrow, feed)
+        assert 0 < np.linalg.norm(got - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("where", ["in the body", "outside", "as a Constant outside"])
+def test_a_node_in_a_body_stays_in_fp32_with_all_that_is_around_it(where, rng):
+    model = branching(rng, where, largest=1.0)
+    feed = {"x": rng.standard_normal((6, 8)).astype(np.float32)}
+    everything, inside = to_fp16(model), to_fp16(model, keep=["inside"])
+    stored = [tensor for graph in (inside.graph, *descendants(inside.graph)) for tensor in constants_of(graph).values()]
+    kinds = [tensor.data_type for tensor in stored if list(tensor.dims) == [8, 8]]
+    assert sorted(kinds) == [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.FLOAT16]
+    exact = outputs_of(model, feed)
+    errors = [np.linalg.norm(outputs_of(one, feed) - exact) / np.linalg.norm(exact) for one in (everything, inside)]
+    assert all(0 < error < 5e-3 for error in errors)
+
+
+def test_a_weight_of_a_body_that_others_read_in_fp16_is_read_in_fp32(rng):
+    """Half of its readers are converted, and the weight with them: the body gets a cast of it."""
+    model = branching(rng, "outside", largest=1.0)
+    model.graph.node[-1].input[1] = "large"
+    feed = {"x": rng.standard_normal((6, 8)).astype(np.float32)}
+    narrow = to_fp16(model, keep=["either"])
+    assert types_of(narrow)["large"] == TensorProto.FLOAT16
+    exact = outputs_of(model, feed)
+    assert np.linalg.norm(outputs_of(narrow, feed) - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+def recurrent(rng, place):
+    """Return an LSTM with a large value in one of its inputs, and a product behind it."""
+    weights = {
+        "w": (rng.standard_normal((1, 16, 6)) / 4).astype(np.float32),
+        "r": (rng.standard_normal((1, 16, 4)) / 4).astype(np.float32),
+        "b": np.zeros((1, 32), np.float32),
+    }
+    weights[place][0, 0, ...] = -1e5
+    nodes = [
+        helper.make_node("LSTM", ["x", "w", "r", "b"], ["", "h"], "rnn", hidden_size=4),
+        helper.make_node("MatMul", ["h", "head"], ["y"], "head"),
+    ]
+    return make_model(nodes, weights | {"head": np.eye(4, dtype=np.float32)}, {"x": [5, "n", 6]}, {"y": [1, "n", 4]})
+
+
+@pytest.mark.parametrize("place", ["w", "r", "b"])
+def test_large_values_in_any_weight_of_a_recurrent_layer_are_seen(place, rng):
+    model = recurrent(rng, place)
+    with pytest.raises(GraphError, match=rf"layer rnn: its weight {place} contains 1e\+05"):
+        to_fp16(model)
+    assert Float16Converter(model, ()).kept == ("rnn",)
+    assert types_of(to_fp16(model, keep=["rnn"]))[place] == TensorProto.FLOAT
+
+
+def test_large_biases_and_tables_are_errors_and_masks_are_not():
+    large = np.array([1e5, 0, 0, 0], np.float32)
+    weights = {"eye": np.eye(4, dtype=np.float32), "large": large}
+    nodes = {
+        "Gemm": [helper.make_node("Gemm", ["x", "eye", "large"], ["y"], "n")],
+        "Gather": [
+            helper.make_node("Cast", ["x"], ["i"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["large", "i"], ["y"], "n"),
+        ],
+        "Add": [helper.make_node("Add", ["x", "large"], ["y"], "n")],
+    }
+    models = {op: make_model(own, weights, {"x": ["n", 4]}, {"y": ["n", 4]}) for op, own in nodes.items()}
+    for op in ("Gemm", "Gather"):
+        with pytest.raises(GraphError, match=r"layer \w+: its weight large contains 1e\+05"):
+            to_fp16(models[op])
+        assert types_of(to_fp16(models[op], keep=["n"]))["large"] == TensorProto.FLOAT
+    assert types_of(to_fp16(models["Add"]))["large"] == TensorProto.FLOAT16
+
+
+def test_an_infinite_bias_is_not_clamped():
+    """It switches a class off, in fp16 as well."""
+    weights = {"w": np.eye(4, dtype=np.float32), "b": np.array([-np.inf, 0, 0, 0], np.float32)}
+    model = make_model([helper.make_node("Gemm", ["x", "w", "b"], ["y"], "n")], weights, {"x": ["n", 4]}, {"y": ["n", 4]})
+    assert outputs_of(to_fp16(model), {"x": np.ones((1, 4), np.float32)})[0].tolist() == [-np.inf, 1, 1, 1]

@@ -584,6 +584,13 @@ def test_lstm_is_converted_to_fp16_and_left_fp32_by_int8_and_the_report_says_so(
     assert [(one.layer, one.op, one.kept) for one in kept.fp32] == [("fc", "Gemm", True)]
 
 
+def transposed_convolutions(rng):
+    weights = {f"up{k}.weight": (rng.standard_normal((16, 16, 1, 1)) / 4).astype(np.float32) for k in range(9)}
+    names = ["x", *(f"a{k}" for k in range(8)), "y"]
+    nodes = [helper.make_node("ConvTranspose", [names[k], f"up{k}.weight"], [names[k + 1]], f"n{k}") for k in range(9)]
+    return make_model(nodes, weights, {"x": ["n", 16, 8, 8]}, {"y": ["n", 16, 8, 8]})
+
+
 def test_bad_inputs_are_one_clear_line(small_model, rng):
     feeds = feeds_of(rng)
     int8, half = to_int8(small_model, feeds), to_fp16(small_model)
@@ -604,7 +611,16 @@ def test_bad_inputs_are_one_clear_line(small_model, rng):
         (lambda: to_int8(small_model, feeds_of(rng, (16, 8))), ModelError, "cannot run the model on these inputs"),
         (lambda: to_int8(small_model, feeds, method="mean"), GraphError, "unknown calibration method 'mean': .* minmax"),
         (lambda: to_int8(small_model, feeds, keep=["conv", "fc"]), GraphError, "nothing in the graph can be quantized"),
-        (lambda: to_int8(only_lstm, [{"x": np.zeros((6, 1, 16), np.float32)}]), GraphError, "nothing in the graph can be"),
+        (
+            lambda: to_int8(only_lstm, [{"x": np.zeros((6, 1, 16), np.float32)}]),
+            GraphError,
+            r"nothing in the graph can be quantized: .*; these stay fp32: rnn \(LSTM\)$",
+        ),
+        (
+            lambda: to_int8(transposed_convolutions(rng), feeds),
+            GraphError,
+            r"; these stay fp32: up0 \(ConvTranspose\), .*up7 \(ConvTranspose\) and 1 more$",
+        ),
     ]
     for call, kind, reason in cases:
         with pytest.raises(kind, match=reason) as caught:

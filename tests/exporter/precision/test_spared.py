@@ -7,6 +7,7 @@ import itertools
 import onnx
 import pytest
 
+from tensorrail_exporter import GraphError
 from tensorrail_exporter.precision import spared
 from tensorrail_exporter.precision.spared import Layer, with_spared_layers
 
@@ -65,6 +66,20 @@ def test_where_no_layers_suffice_all_are_in_int8(monkeypatch):
     monkeypatch.setattr(spared, "_SECONDS", 0.0)
     known = Known(dict.fromkeys((f"n{k:02}" for k in range(8)), 1.0), most=0.5)
     found = with_spared_layers(layers(8), network, known, IN_FP32)
+    assert (found.good, found.spared, found.model) == (False, (), network(()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_where_only_all_layers_together_would_suffice_none_is_spared(count):
+    """Nothing is left to convert then, and the converter says so."""
+
+    def convert(names):
+        if len(names) == count:
+            raise GraphError("nothing in the graph can be quantized")
+        return network(names)
+
+    known = Known(dict.fromkeys((f"n{k:02}" for k in range(count)), 1.0), most=0.5)
+    found = with_spared_layers(layers(count), convert, known, IN_FP32)
     assert (found.good, found.spared, found.model) == (False, (), network(()))
 
 

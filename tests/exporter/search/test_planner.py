@@ -539,6 +539,22 @@ def test_zeros_are_added_where_that_is_faster(network, known_times, tmp_path):
     assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 4}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_forms_are_timed_in_the_precision_of_the_plan(precision, network, known_times, monkeypatch, tmp_path):
+    """Zeros help in fp32 alone, or in the other precisions alone."""
+    measure = LatencyTable.measure
+
+    def in_precision(self, *arguments, **options):
+        known_times["64→30"] = 3.0 if self.target.precision == precision else 1.0
+        measure(self, *arguments, **options)
+
+    monkeypatch.setattr(LatencyTable, "measure", in_precision)
+    layer = LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1))
+    for planned in ("fp32", "fp16", "int8"):
+        plan = Plan(layers=(layer,), precision=planned)
+        assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 4 if planned == precision else 1}
+
+
 def test_a_layer_that_no_block_makes_faster_is_dense_again(network, known_times, tmp_path):
     plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
     assert fastest_blocks(network, plan, Form(cache=tmp_path, dense_if_slower=True)) == {"c0": 1}

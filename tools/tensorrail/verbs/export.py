@@ -32,7 +32,8 @@ def export(
 ) -> Rewrites:
     """Rewrite every planned layer of a dense model to the contraction of its cores, and write the factored model to `out`.
 
-    A plan for fp16 gives a model in fp16; one for int8, whose ranges need typical inputs, gives a model in fp32.
+    A plan for fp16 gives a model in fp16; one for int8, whose ranges need typical inputs, gives a model in fp32. Where forms
+    of the cores are timed, they are timed in the precision of the plan.
 
     Args:
         model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
