@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tensorrail_exporter.formats import format_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.admm.threads import one_thread_if_small
+from tensorrail_trainer.admm.threads import SYMMETRIC, one_thread_if_small
 from tensorrail_trainer.layers.attention import FactoredAttention, heads_of, is_replaceable
 from tensorrail_trainer.layers.dense import DenseModule, at_least_single, planned_layers
 from tensorrail_trainer.layers.fused import attention_in_parts
@@ -91,7 +91,7 @@ class InputMoments:
         roots: dict[str, Root] = {}
         for name, dense in self._layers.items():
             second = self._finite_moment(name)
-            with one_thread_if_small(second.numel()):
+            with one_thread_if_small(second.numel(), SYMMETRIC):
                 roots[name] = Root.of(second, at_least_single(dense.parameters[0].detach()))
         return roots
 
