@@ -286,6 +286,8 @@ def with_assumed_ranges(model: onnx.ModelProto, *, reduce_range: bool | None = N
     """
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData, save_tensors_data
 
+    if not any(node.op_type in _INT8 for node in model.graph.node):
+        return model
     narrow = processor().saturates if reduce_range is None else reduce_range
     with scratch() as folder, _quiet():
         ready, ranges = Path(folder) / "ready.onnx", Path(folder) / "ranges.json"

@@ -487,7 +487,7 @@ def test_what_cannot_be_quantized_keeps_its_operators_with_assumed_ranges(rng):
     weights = {"w": rng.standard_normal((1, 32, 4)).astype(np.float32), "r": rng.standard_normal((1, 32, 8)).astype(np.float32)}
     node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "l", hidden_size=8)
     model = make_model([node], weights, {"x": [5, 1, 4]}, {"y": [5, 1, 1, 8]})
-    assert ops(with_assumed_ranges(model)) == ["LSTM"]
+    assert with_assumed_ranges(model) is model
 
 
 def test_a_layer_is_kept_whose_node_is_named_like_its_output(rng):
