@@ -47,7 +47,7 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
 
         try:
             if request.config.getoption("--latency-record") and Path(baseline).suffix != ".onnx":
-                regress.record_again(model, baseline, conditions=conditions, data=data, rules=rules)
+                regress.record(model, baseline, conditions=conditions, data=data, rules=rules, again=True)
                 return None
             verdict = regress.check(baseline, model, limits=limits, conditions=conditions, data=data, rules=rules)
         except ModelError as error:

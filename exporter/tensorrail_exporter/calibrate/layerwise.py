@@ -204,10 +204,7 @@ def dense_weights(resolved: ResolvedPlan, names: Iterable[str] | None = None) ->
 def _fit_table(
     network: ProgressiveNetwork, layer: ResolvedLayer, plain: list[np.ndarray], how: _Shrinking
 ) -> tuple[list[np.ndarray], LayerFit]:
-    """Return the cores of an embedding, fitted by how often its rows are read, and its row.
-
-    Its indices do not depend on the cores of other layers, or only as those of the network do.
-    """
+    """Return the cores of an embedding, fitted by how often the inputs read its entries, and the row of the report."""
     name, plan, weight = layer.plan.name, layer.plan, np.array(layer.weight, np.float32)
     check_finite(name, weight)
     batches = [list(values.values()) for values in network.inputs_of(name)]

@@ -40,7 +40,7 @@ from tensorrail_runtime.sessions.machine import Machine, machine
 from tensorrail_runtime.sessions.session import Session, open_session
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
-__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "record", "record_again"]
+__all__ = ["TIMING", "Baseline", "Facts", "Finding", "Limits", "Verdict", "check", "record"]
 
 TIMING = Timing(seconds=1.0, processes=6)
 """How long models are timed by default. Even numbers of processes are best: each model is loaded first in half of them."""
@@ -238,6 +238,7 @@ def record(
     conditions: Conditions | None = None,
     data: Labelled | None = None,
     rules: InputRules | None = None,
+    again: bool = False,
 ) -> Baseline:
     """Measure a model and write its baseline.
 
@@ -249,15 +250,19 @@ def record(
         data: labelled inputs for a score.
         rules: which inputs are constants or states, or have their samples along another axis than the first; default: none.
             They are recorded; constants must be numbers.
+        again: whether a baseline that `out` already holds gives provider, threads, batch size, shapes and rules, where others
+            than the defaults are not given; default False.
 
     Returns:
         The baseline.
 
     Raises:
-        ModelError: the model cannot be run, or `out` is not a JSON file in an existing folder.
+        ModelError: the model cannot be run, `out` is not a JSON file in an existing folder, or with `again` not a baseline.
         UsageError: fewer than two processes or no seconds to time in.
 
     """
+    if again and Path(out).is_file():
+        conditions, rules = _as_before(Path(out), conditions, rules)
     conditions = checked(conditions)
     timing, settings = conditions.timing, conditions.settings
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
@@ -283,43 +288,6 @@ def record(
     )
     baseline.save(out)
     return baseline
-
-
-def record_again(
-    path: Path | str,
-    out: Path | str,
-    *,
-    conditions: Conditions | None = None,
-    data: Labelled | None = None,
-    rules: InputRules | None = None,
-) -> Baseline:
-    """Measure a model and replace its baseline by one that was measured in the same way.
-
-    Args:
-        path: the ONNX file.
-        out: the baseline; where there is none yet, this does the same as `record`.
-        conditions: as for `record`. Provider, threads, batch size and shapes are those of the older baseline, unless others
-            than the defaults are given.
-        data: labelled inputs for a score.
-        rules: what the inputs are, as for `record`; default: as in the older baseline.
-
-    Returns:
-        The new baseline.
-
-    Raises:
-        ModelError: the older file is not a baseline, or as for `record`.
-        UsageError: as for `record`.
-
-    """
-    conditions, rules = conditions or Conditions(TIMING), rules or InputRules()
-    if Path(out).is_file():
-        try:
-            older = Baseline.load(out)
-        except ModelError as error:
-            raise ModelError(f"{error}; remove the file to record one under the given conditions") from None
-        conditions = _as_recorded(older, conditions)
-        rules = older.rules if rules == InputRules() else rules
-    return record(path, out, conditions=conditions, data=data, rules=rules)
 
 
 def check(
@@ -444,6 +412,19 @@ def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRu
         shapes=timing.shapes,
         rules=rules,
     )
+
+
+def _as_before(out: Path, conditions: Conditions | None, rules: InputRules | None) -> tuple[Conditions, InputRules]:
+    """Return the conditions and rules, with those of the baseline in a file where they have the defaults.
+
+    Raises `ModelError` if the file is not a baseline.
+    """
+    try:
+        older = Baseline.load(out)
+    except ModelError as error:
+        raise ModelError(f"{error}; remove the file to record one under the given conditions") from None
+    rules = rules or InputRules()
+    return _as_recorded(older, conditions or Conditions(TIMING)), older.rules if rules == InputRules() else rules
 
 
 def _as_recorded(recorded: Baseline, conditions: Conditions) -> Conditions:

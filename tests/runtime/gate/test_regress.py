@@ -18,7 +18,7 @@ from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
-from tensorrail_runtime.gate.regress import Baseline, Limits, check, checked, record, record_again
+from tensorrail_runtime.gate.regress import Baseline, Limits, check, checked, record
 from tensorrail_runtime.gate.times import compare_times
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -618,13 +618,13 @@ def test_recording_again_keeps_what_is_measured(pytester, tmp_path):
     again = Baseline.load(out)
     assert again.processes != before.processes
     assert {name: getattr(again, name) for name in recorded} == {name: getattr(before, name) for name in recorded}
-    other = record_again(model, out, conditions=timed(batch=5, shapes={"x": (5, 2)}), rules=InputRules({"s": 3.0}))
+    other = record(model, out, conditions=timed(batch=5, shapes={"x": (5, 2)}), rules=InputRules({"s": 3.0}), again=True)
     assert (other.batch, other.shapes, other.threads, other.constants) == (5, {"x": (5, 2)}, 1, {"s": 3.0})
     out.write_text("{}")
     with pytest.raises(ModelError, match=r"b\.json: not a baseline: .*; remove the file to record one under the given"):
-        record_again(model, out, conditions=QUICK)
+        record(model, out, conditions=QUICK, again=True)
     out.unlink()
-    assert record_again(model, out, conditions=QUICK, rules=InputRules({"s": 2.0})).batch == 1
+    assert record(model, out, conditions=QUICK, rules=InputRules({"s": 2.0}), again=True).batch == 1
 
 
 METRICS = """
