@@ -467,7 +467,7 @@ def calibration_parts(
     Args:
         calibration: the inputs.
         model: the dense graph.
-        search: the metric and the limits that outputs are held against.
+        search: the metric and the limits that outputs are compared with.
         settings: how the model runs.
 
     Raises:

@@ -56,20 +56,21 @@ _ENTRY = {
 class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
     """Factors the layers of an ONNX model, with ranks chosen by measured time and verified loss; see `tensorrail.compress`.
 
-    `latency`, `flops`, `params` and `bytes` say how many times less of each is wanted. With a search strategy, `latency` is
-    tried at 1.2, 1.5 and 2 unless the workflow names values. Without any, the model is the fastest one whose outputs agree with
-    the dense model's, which needs a `data_config`. Where the target is not reached, or outputs do not agree, the pass fails: a
-    search leaves this point out. The report of the compression is written beside the model as `tensorrail.json`.
+    `latency`, `flops`, `params` and `bytes` are the wanted reduction factors: `latency=1.5` asks for 1.5 times less latency. With a
+    search strategy, `latency` is tried at 1.2, 1.5 and 2 unless the workflow names values. Without any, the model is the
+    fastest one whose outputs agree with the dense model's, which needs a `data_config`. Where the target is not reached, or
+    outputs do not agree, the pass fails: a search leaves this point out. The report of the compression is written beside the
+    model as `tensorrail.json`.
     """
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
         del accelerator_spec  # the parameters are the same for all of them
         numbers = {
-            "latency": "How many times less latency is wanted.",
-            "flops": "How many times fewer FLOPs are wanted.",
-            "params": "How many times fewer parameters are wanted.",
-            "bytes": "How many times fewer bytes are wanted.",
+            "latency": "Wanted speed-up: 1.5 asks for 1.5 times less latency.",
+            "flops": "Wanted reduction of FLOPs, such as 2.",
+            "params": "Wanted reduction of parameters, such as 2.",
+            "bytes": "Wanted reduction of the stored bytes, such as 2.",
             "max_difference": "Largest difference of the outputs, as a multiple of their standard deviation.",
             "min_agreement": "Smallest share of inputs whose best class is the dense model's.",
             "fit": "Seconds for fitting cores in torch; default: 120 where torch is installed, else 0.",
