@@ -65,23 +65,32 @@ class Task:
 
 SGD: Settings = {"nesterov": True, "weight_decay": 5.0e-4}
 ADAMW: Settings = {"optimizer": "adamw", "weight_decay": 0.05, "clip": 1.0}
+TEACHER: Settings = {"weight": 0.5, "temperature": 4.0}
 IMAGES: Settings = {
     "label_smoothing": 0.0,
     "augment": {"shift": 4, "flip": True, "border": "zero"},
     "precision": "bf16",
 }
+CIFAR100 = Task(
+    "ResNet-20 on CIFAR-100",
+    {"name": "cifar100", "args": {}},
+    {"name": "resnet20"},
+    "layer*.conv?",
+    *(128, 88, 60),
+    {"lr": 0.1, "warmup": 2.0, **SGD},
+    {"lr": 0.03, **SGD},
+    IMAGES,
+    ratios=(4.0, 6.0),
+    validation=5000,
+)
 TASKS: dict[str, Task] = {
-    "cifar100": Task(
-        "ResNet-20 on CIFAR-100",
-        {"name": "cifar100", "args": {}},
-        {"name": "resnet20"},
-        "layer*.conv?",
-        *(128, 88, 60),
-        {"lr": 0.1, "warmup": 2.0, **SGD},
-        {"lr": 0.03, **SGD},
-        IMAGES,
-        ratios=(4.0, 6.0),
-        validation=5000,
+    "cifar100": CIFAR100,
+    "cifar100-16": replace(
+        CIFAR100,
+        title="ResNet-20 on CIFAR-100 at 16×16 pixels",
+        data={"name": "halved:cifar100", "args": {}},
+        model={"name": "resnet20", "args": {"classes": 100}},
+        shared=IMAGES | {"augment": {"shift": 2, "flip": True, "border": "zero"}},
     ),
     "lstm": Task(
         "LSTM on spoken digits",
@@ -238,9 +247,11 @@ def train(options: argparse.Namespace) -> None:
         for ratio in options.ratios or task.ratios:
             for way in options.ways:
                 facts = {"task": options.task, "seed": seed, "way": way, "epochs": options.epochs}
-                facts["ratio"] = 1.0 if way == "control" else ratio
-                name = f"{options.task}-{way}-{facts['ratio']:g}x-{options.epochs}-{seed}"
+                facts |= {"ratio": 1.0 if way == "control" else ratio, "teacher": options.teacher}
+                name = f"{options.task}-{way}-{facts['ratio']:g}x-{options.epochs}-{seed}" + "-taught" * options.teacher
                 part = WAYS[way].recipe(task, ratio, options.epochs)
+                if options.teacher:
+                    part["train"]["distill"] = TEACHER
                 one_run(recipe_of(task, name, options.data, seed, part, weights), options.work, test, facts)
 
 
@@ -253,25 +264,28 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def table(outcomes: Sequence[Settings], task: str) -> list[str]:
     """Return the table of a task: mean and standard deviation over seeds of all finished runs."""
-    groups: dict[tuple[int, float, int], list[Settings]] = {}
+    groups: dict[tuple[int, bool, float, int], list[Settings]] = {}
     order = ["dense", *WAYS]
     for outcome in outcomes:
         if outcome["task"] == task:
-            groups.setdefault((outcome["epochs"], outcome["ratio"], order.index(outcome["way"])), []).append(outcome)
+            key = (outcome["epochs"], outcome.get("teacher", False), outcome["ratio"], order.index(outcome["way"]))
+            groups.setdefault(key, []).append(outcome)
     split = "validation" if TASKS[task].validation else "test"
-    head = ["epochs", "parameters reduction", "way", "seeds", f"right after the cut, {split}, %", "test, %", "minutes"]
-    keys = ["cut", "test"]
-    if TASKS[task].validation:
-        head.insert(5, "validation, %")
-        keys.insert(1, "validation")
+    columns = {"cut": f"right after the cut, {split}, %", "validation": "validation, %", "test": "test, %"}
+    if not TASKS[task].validation:
+        del columns["validation"]
+    head = ["epochs", "teacher", "parameters reduction", "way", "seeds", *columns.values(), "minutes"]
     lines = [f"## {TASKS[task].title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (epochs, _, place), runs in sorted(groups.items()):
+    for (epochs, teacher, _, place), runs in sorted(groups.items()):
         way = order[place]
-        title = "dense" if way == "dense" else WAYS[way].title
-        ratio = _spread([statistics.mean(outcome["params_ratio"] for outcome in runs)])
-        cells = [_spread([outcome[key] for outcome in runs]) for key in keys]
-        minutes = statistics.mean(outcome["seconds"] for outcome in runs) / 60
-        lines.append(f"| {epochs} | {ratio} | {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |")
+        cells = [
+            *(str(epochs), "dense" if teacher else "none"),
+            _spread([statistics.mean(outcome["params_ratio"] for outcome in runs)]),
+            *("dense" if way == "dense" else WAYS[way].title, str(len(runs))),
+            *(_spread([outcome[key] for outcome in runs]) for key in columns),
+            f"{statistics.mean(outcome['seconds'] for outcome in runs) / 60:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -309,6 +323,7 @@ def main() -> None:
     training.add_argument("--ratios", type=float, nargs="+", help="Default: those of the task.")
     training.add_argument("--seeds", type=int, nargs="+", default=[0])
     training.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    training.add_argument("--teacher", action="store_true", help="The dense network teaches every phase after it.")
     training.add_argument("--precision", choices=["fp32", "bf16"], help="Default: that of the task.")
     reporting = commands.add_parser("report")
     reporting.set_defaults(call=report)

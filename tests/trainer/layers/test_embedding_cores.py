@@ -14,9 +14,11 @@ import tensorrail as tr
 from tensorrail_exporter import FORMATS, LayerPlan, Plan, PlanError, factorize
 from tensorrail_runtime.errors import GraphError
 from tensorrail_trainer import ADMM, FactoredLayer, cores_of, plan_layers, to_dense, to_onnx
+from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.layers import factored as layers
 from tensorrail_trainer.layers.dense import dense_layer, dense_layers
 from tensorrail_trainer.layers.swap import swap
+from tensorrail_trainer.planning.ranks import plan_to_size
 
 ENTRIES, WIDTH = 39, 16  # in `ttm` with a row of padding
 READING = sorted(FORMATS)
@@ -224,7 +226,7 @@ def test_a_table_that_cores_cannot_stand_for_is_refused_with_the_reason(table, r
             call()
 
 
-def test_entries_are_a_single_mode_and_not_measured_by_activations():
+def test_entries_are_a_single_mode():
     model = Reader()
     split = LayerPlan(name="embed", format="tt", modes=(WIDTH, 13, 3), ranks=(1, 2, 2, 1))
     for call in (
@@ -234,8 +236,6 @@ def test_entries_are_a_single_mode_and_not_measured_by_activations():
     ):
         with pytest.raises(PlanError, match=r"layer embed: expected the 39 entries .* as a single mode .*, or use format ttm"):
             call()
-    with pytest.raises(PlanError, match=r"layer embed: `metric: activation` expects inputs of floating-point numbers"):
-        ADMM(model, plan_of(model), metric="activation")
 
 
 def test_tied_weights_are_refused_and_left_out_of_patterns():
@@ -250,3 +250,55 @@ def test_tied_weights_are_refused_and_left_out_of_patterns():
             ADMM(model, tied)
     model["head"].weight = nn.Parameter(model["embed"].weight.detach().clone())
     assert dense_layers(model) == ("embed", "mix", "head")
+
+
+def read_unequally(count):
+    """Indices (count, 8), of which most are among the first rows, as words of a text are."""
+    return (ENTRIES * torch.rand(count, 8) ** 4).long()
+
+
+@pytest.mark.parametrize("form", ["svd", "tt", "tr", "tucker", "cp"])
+def test_rows_that_are_read_often_are_closest(form):
+    """On other inputs than those that the shares of the rows come from."""
+    torch.manual_seed(0)
+    model = Reader().eval()
+    plan = plan_of(model, form, ranks=3 if form == "tr" else 6)
+    seen, other = read_unequally(200), read_unequally(200)
+    plain = swap(copy.deepcopy(model), plan)
+    weighed = swap(copy.deepcopy(model), plan, roots=input_roots(model, plan, [seen[:100], seen[100:]]))
+    with torch.no_grad():
+        errors = [relative(net.embed(other), model.embed(other)) for net in (plain, weighed)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_admm_counts_how_often_rows_are_read(tmp_path):
+    torch.manual_seed(0)
+    model = Reader()
+    plan = plan_of(model)
+    admm = ADMM(model, plan, rho=0.1, metric="activation")
+    ids = read_unequally(50)
+    (model(ids).square().mean() + admm.penalty()).backward()
+    admm.update()
+    shares = torch.bincount(ids.flatten(), minlength=ENTRIES) / ids.numel()
+    close(admm.roots["embed"].root.square(), 0.7 * ENTRIES * shares + 0.3)
+    with torch.no_grad():
+        gap = model.embed.weight.T - admm.Z["embed"] + admm.U["embed"]
+    close(admm.penalty(), 0.05 * (gap.square() * admm.roots["embed"].root.square()).sum())
+    torch.save(admm.state_dict(), tmp_path / "admm.pt")
+    other = ADMM(model, plan, metric="activation")
+    other.load_state_dict(torch.load(tmp_path / "admm.pt", weights_only=True))
+    close(other.penalty(), admm.penalty())
+    assert isinstance(admm.factorize().embed, FactoredLayer)
+
+
+def test_a_plan_to_a_size_counts_how_often_rows_are_read():
+    torch.manual_seed(0)
+    model = Reader().eval()
+    plan = Plan(layers=plan_to_size(model, "*", 1.5, format="svd", inputs=[read_unequally(100)]))
+    assert {layer.name for layer in plan.layers} <= {"embed", "head"}
+
+
+def test_split_entries_need_the_plain_metric():
+    model = Reader()
+    with pytest.raises(PlanError, match=r"layer embed: `metric: activation` expects one input mode, got \d"):
+        ADMM(model, plan_of(model, "ttm"), metric="activation")

@@ -780,6 +780,40 @@ def test_ranks_and_cut_by_activations(tmp_path):
         assert one.cut_accuracy != other.cut_accuracy or one.rows[-1].loss != other.rows[-1].loss
 
 
+@pytest.mark.parametrize("admm", [False, True])
+def test_trained_weights_are_cut_by_activations_unless_the_recipe_says_otherwise(admm, tmp_path):
+    phases = {phase: SHORT[phase] for phase in ("dense", "finetune", *(["admm"] if admm else []))}
+    settings = {key: value for key, value in SMALL["train"].items() if key != "admm"} | phases | {"control": "none"}
+    trained = {}
+    for name, metric in (("default", {}), ("asked", {"metric": "activation"}), ("weight", {"metric": "weight"})):
+        recipe = small(tmp_path, plan=[{"layers": "stages.*.conv?", "params": 1.3} | metric], train=settings)
+        prepare(recipe, tmp_path / name)
+        trained[name], _ = train_all(recipe, tmp_path / name)
+    assert trained["default"].plan == trained["asked"].plan
+    assert trained["default"].roots.keys() == {layer.name for layer in trained["default"].plan.layers}
+    assert trained["default"].cut_accuracy == trained["asked"].cut_accuracy
+    assert trained["weight"].roots == {}
+    assert trained["weight"].plan != trained["default"].plan
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [("deep", "lstm.*"), ("groups", "conv"), ("read", "out")])
+def test_weights_whose_inputs_cannot_be_measured_are_cut_as_they_are(kind, pattern, tmp_path):
+    """Layers that no metric of inputs supports, and one that only a batch shows to be such: its weight is read, not called."""
+    settings = {phase: SHORT[phase] for phase in ("dense", "finetune")} | {"batch": 32, "control": "none"}
+    recipe = small(tmp_path, model=over_rows(kind), plan=[{"layers": pattern, "params": 1.05}], train=settings)
+    prepare(recipe, tmp_path / "run")
+    trained, _ = train_all(recipe, tmp_path / "run")
+    assert trained.plan.layers
+    assert trained.roots == {}
+
+
+def test_cores_from_scratch_need_no_metric(tmp_path):
+    settings = {"finetune": SHORT["finetune"], "control": "none"}
+    recipe = small(tmp_path, plan=[{"layers": "stages.*.conv?", "params": 1.3}], train=settings)
+    prepare(recipe, tmp_path / "run")
+    assert train_all(recipe, tmp_path / "run")[0].roots == {}
+
+
 @pytest.mark.parametrize(
     ("plan", "train", "reason"),
     [
@@ -812,7 +846,8 @@ def rows_of_images(kind, **_):
             x = x if self.conv is None else self.conv(x)
             x = x if self.places is None else x + self.places(self.positions)
             x = self.attn(x[:, :3] if kind == "memory" else x, x, x)[0]
-            return self.out((x if self.lstm is None else self.lstm(x)[0]).mean(1))
+            x = (x if self.lstm is None else self.lstm(x)[0]).mean(1)
+            return torch.nn.functional.linear(x, self.out.weight, self.out.bias) if kind == "read" else self.out(x)
 
     return Net()
 
@@ -821,7 +856,7 @@ def over_rows(kind):
     return {"name": f"{__name__}:rows_of_images", "args": {"kind": kind}}
 
 
-@pytest.mark.parametrize("kind", ["deep", "places", "groups"])
+@pytest.mark.parametrize("kind", ["deep", "groups"])
 @pytest.mark.parametrize("metric", ["rule", "cut", "admm"])
 def test_every_layer_of_a_pattern_is_checked_for_the_metric_when_a_recipe_is_read(metric, kind, tmp_path):
     """Not only the layers of some plan of the right size: the plan of the trained network may have others."""
@@ -830,7 +865,7 @@ def test_every_layer_of_a_pattern_is_checked_for_the_metric_when_a_recipe_is_rea
     if metric == "admm":
         train["admm"] = SMALL["train"]["admm"] | {"metric": "activation"}
     where = {"rule": "plan.0", "cut": "train.cut", "admm": "train.admm.metric"}[metric]
-    layer = {"deep": "lstm.weight_ih_l1", "places": "places", "groups": "conv"}[kind]
+    layer = {"deep": "lstm.weight_ih_l1", "groups": "conv"}[kind]
     with pytest.raises(RecipeError, match=f"{where}: layer {layer}: `metric: activation` "):
         small(tmp_path, model=over_rows(kind), plan=[rule], train=train)
 

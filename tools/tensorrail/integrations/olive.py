@@ -56,8 +56,8 @@ _ENTRY = {
 class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
     """Factors the layers of an ONNX model, with ranks chosen by measured time and verified loss; see `tensorrail.compress`.
 
-    `latency`, `flops`, `params` and `bytes` are the wanted reduction factors: `latency=1.5` asks for 1.5 times less latency. With a
-    search strategy, `latency` is tried at 1.2, 1.5 and 2 unless the workflow names values. Without any, the model is the
+    `latency`, `flops`, `params` and `bytes` are the wanted reduction factors: `latency=1.5` asks for 1.5 times less latency.
+    With a search strategy, `latency` is tried at 1.2, 1.5 and 2 unless the workflow names values. Without any, the model is the
     fastest one whose outputs agree with the dense model's, which needs a `data_config`. Where the target is not reached, or
     outputs do not agree, the pass fails: a search leaves this point out. The report of the compression is written beside the
     model as `tensorrail.json`.

@@ -45,7 +45,7 @@ from torch import Tensor, distributed, nn
 from tensorrail_exporter.formats import project
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import PlanError
-from tensorrail_trainer.admm.moments import InputMoments
+from tensorrail_trainer.admm.moments import InputMoments, moment_shape
 from tensorrail_trainer.admm.state import projections_of, require_state
 from tensorrail_trainer.admm.threads import SMALL, one_thread_if_small
 from tensorrail_trainer.layers.dense import at_least_single, planned_layers, require_values
@@ -395,7 +395,9 @@ class ADMM:
             PlanError: the state is incomplete, or belongs to another plan, model or metric.
 
         """
-        require_state(state, self.plan, self.metric, {name: dense.spec.shape for name, dense in self._layers.items()})
+        specs = {name: dense.spec for name, dense in self._layers.items()}
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        require_state(state, self.plan, self.metric, shapes, {name: moment_shape(spec) for name, spec in specs.items()})
         self.rho = float(state["rho"])
         for name, dense in self._layers.items():
             like = at_least_single(dense.parameters[0].detach())  # the state may be on another device

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_exporter.formats import format_of
+from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.threads import SYMMETRIC, one_thread_if_small
@@ -59,7 +60,7 @@ class InputMoments:
         require_one_input(plan, layers, model)
         self._group, self.training = group, training
         self._layers = dict(layers)
-        self.second: dict[str, Tensor] = {}  # (I, I)
+        self.second: dict[str, Tensor] = {}  # (I, I), or of an embedding the share of each row, (I,)
         self.batches = dict.fromkeys(layers, 0)
         self._positions = dict.fromkeys(layers, 0)
         self._hooks = [
@@ -69,13 +70,18 @@ class InputMoments:
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor) -> None:
-        """Add a batch of a layer's inputs to the mean: (B, I, *S) for a convolution, (…, I) for other layers."""
-        rows, positions = _rows(x, self._layers[name].spec.spatial)
-        if not len(rows):
+        """Add a batch of a layer's inputs to the mean: (B, I, *S) of convolutions, indices of embeddings, else (…, I)."""
+        spec = self._layers[name].spec
+        if not x.numel():
             return
-        with torch.autocast(x.device.type, enabled=False):
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            second = rows.T @ rows / len(rows)
+        if spec.gathers:
+            positions = x.numel()
+            second = torch.bincount(x.flatten(), minlength=spec.shape[1]) / positions
+        else:
+            rows, positions = _rows(x, spec.spatial)
+            with torch.autocast(x.device.type, enabled=False):
+                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+                second = rows.T @ rows / len(rows)
         self.batches[name] += 1
         self._positions[name] += positions
         share = max(1 / self.batches[name], 1 / _WINDOW) if self.training else positions / self._positions[name]
@@ -101,8 +107,8 @@ class InputMoments:
         if world(self._group) == 1:
             return
         for name, dense in self._layers.items():
-            like, inputs = at_least_single(dense.parameters[0].detach()), dense.spec.shape[1]
-            second = self.second.get(name, like.new_zeros(inputs, inputs))
+            like = at_least_single(dense.parameters[0].detach())
+            second = self.second.get(name, like.new_zeros(moment_shape(dense.spec)))
             counts = (self.batches[name], self._positions[name], float(self.batches[name] > 0))
             own = second.new_tensor(counts, dtype=torch.float64)
             weight = float(own[2] if self.training else own[1])
@@ -211,11 +217,6 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.M
                 f"layer {layer.name}: `metric: activation` supports no convolution in groups, got {dense.spec.groups} groups; "
                 "use `metric: weight`, or leave it out of the plan"
             )
-        if dense.spec.gathers:
-            raise PlanError(
-                f"layer {layer.name}: `metric: activation` expects inputs of floating-point numbers, got the indices of an "
-                "embedding; use `metric: weight`"
-            )
         count = len(format_of(layer.format).equation(dense.spec.shape, layer.modes).inputs)
         if count != 1:
             raise PlanError(
@@ -223,7 +224,7 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.M
                 f"use `metric: weight`, or give the {dense.spec.shape[1]} inputs as one mode"
             )
         inputs = dense.spec.shape[1]
-        if inputs > _MOST_INPUTS:
+        if inputs > _MOST_INPUTS and not dense.spec.gathers:
             raise PlanError(
                 f"layer {layer.name}: `metric: activation` expects at most {_MOST_INPUTS:,} inputs, got {inputs:,}: their "
                 f"second moment would take {4 * inputs**2 / 2**30:.1f} GiB; use `metric: weight`, or leave it out of the plan"
@@ -234,6 +235,12 @@ def require_one_input(plan: Plan, layers: Mapping[str, DenseModule], model: nn.M
                 f"layers, stay inside the {type(dense.module).__name__}; use `metric: weight`, or put the layer in its own "
                 "module"
             )
+
+
+def moment_shape(spec: LayerSpec) -> tuple[int, ...]:
+    """Return the shape of the second moment of a layer's inputs: (I, I), or (I,) for an embedding, whose moment is diagonal."""
+    inputs = spec.shape[1]
+    return (inputs,) if spec.gathers else (inputs, inputs)
 
 
 class _Hook:

@@ -21,7 +21,7 @@ def projections_of(plan: Plan) -> dict[str, dict[str, Any]]:
     return {layer.name: layer.model_dump(mode="json", include={"format", "modes", "ranks"}) for layer in plan.layers}
 
 
-def require_state(state: Any, plan: Plan, metric: str, shapes: Shapes) -> None:
+def require_state(state: Any, plan: Plan, metric: str, shapes: Shapes, moments: Shapes) -> None:
     """Raise `PlanError` unless a state is one that `ADMM.state_dict` returns for a plan, a metric and a model.
 
     Args:
@@ -29,6 +29,7 @@ def require_state(state: Any, plan: Plan, metric: str, shapes: Shapes) -> None:
         plan: the plan.
         metric: the metric of ADMM.
         shapes: the shapes (O, I, *K) of the planned weights, by layer name.
+        moments: the shapes of the second moments of their inputs, by layer name.
 
     """
     _require_keys("", state, ("rho", "Z", "U"))
@@ -48,11 +49,11 @@ def require_state(state: Any, plan: Plan, metric: str, shapes: Shapes) -> None:
             got = saved.get(name) if isinstance(saved, Mapping) else saved
             raise PlanError(f"ADMM state: layer {name}: expected {projection}, got {got}; {_ADVICE}")
     if metric == "activation":
-        _require_measured(state, {name: (shape[1], shape[1]) for name, shape in shapes.items()})
+        _require_measured(state, moments)
 
 
 def _require_measured(state: Mapping[str, Any], sizes: Shapes) -> None:
-    """Raise `PlanError` unless a state holds moments of the inputs, and S for all layers or for none, in sizes (I, I)."""
+    """Raise `PlanError` unless a state holds moments of the inputs, and S for all layers or for none, in these sizes."""
     _require_keys("", state, ("moments", "roots"))
     moments, roots = state["moments"], state["roots"]
     _require_keys(" of the moments", moments, ("second", "batches"))

@@ -19,7 +19,7 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import OWN_CODE, DataError, NetworkError, PlanError, RecipeError, WeightsError, in_words
 from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_trainer.admm.admm import Metric
-from tensorrail_trainer.admm.moments import require_one_input
+from tensorrail_trainer.admm.moments import require_one_input, require_seen_inputs
 from tensorrail_trainer.data import Dataset, Source, source_of
 from tensorrail_trainer.data.splits import EVALUATED, Share
 from tensorrail_trainer.layers.dense import dense_layer, planned_layers
@@ -78,7 +78,7 @@ class PlanRule(Part):
     The ranks are given by `ranks`, or chosen from the trained weights: `params: 2.3` chooses those that make the whole network
     2.3 times smaller with the least truncation error, over all layers of the pattern at once. The error is that of the weights
     (`metric: weight`), or that of the layers' outputs on training samples (`activation`, which needs formats with one input
-    mode).
+    mode). Default: `activation` for trained weights if it can be measured for every layer of the pattern, else `weight`.
     """
 
     layers: str
@@ -87,7 +87,7 @@ class PlanRule(Part):
     params: Annotated[float, Field(gt=1)] | None = None
     modes: Integers | None = None
     merge: str = "auto"
-    metric: Metric = "weight"
+    metric: Metric | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> PlanRule:
@@ -325,7 +325,7 @@ class Recipe(Part):
         """
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         measured = inputs or partial(self.measured_inputs, device=device)
-        plan = self._joined(lambda rule: _planned(model, rule, trained, measured))
+        plan = self._joined(lambda rule: _planned(model, rule, trained, self._learned, measured))
         if not plan.layers:
             raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
         self._require_measurable(model, plan if trained else self.plannable(model))
@@ -335,8 +335,33 @@ class Recipe(Part):
         """Return a plan of every layer that the plan of the trained model may have, its ranks 1 where they are chosen later."""
         return self._joined(lambda rule: _plannable(model, rule))
 
+    def cut_metric(self, model: nn.Module, inputs: Callable[[], Iterable[Tensor]]) -> Metric:
+        """Return the metric in which a trained network is cut.
+
+        That is `train.cut`, or else the metric of the ADMM phase if it is `activation`, or else that in which all ranks were
+        chosen.
+
+        Args:
+            model: the trained dense network.
+            inputs: as for `make_plan`.
+
+        """
+        if self.train.cut is not None:
+            return self.train.cut
+        if self.train.admm is not None and self.train.admm.metric == "activation":
+            return "activation"
+        chosen = all(isinstance(rule, PlanRule) and rule.params is not None and rule.metric != "weight" for rule in self.plan)
+        if not (chosen and self._learned):
+            return "weight"
+        return "activation" if _is_measurable(model, self.plannable(model), inputs) else "weight"
+
+    @property
+    def _learned(self) -> bool:
+        """Whether the weights are trained before they are cut."""
+        return self.train.dense is not None or self.model.weights is not None
+
     def measures_inputs(self) -> bool:
-        """Return whether any metric of the recipe is that of the layers' inputs."""
+        """Return whether the recipe asks for a metric of the layers' inputs."""
         admm = self.train.admm
         metrics = (rule.metric for rule in self.plan if isinstance(rule, PlanRule))
         return "activation" in (self.train.cut, None if admm is None else admm.metric, *metrics)
@@ -398,8 +423,13 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _planned(model: nn.Module, rule: AnyRule, trained: bool, inputs: Callable[[], Iterable[Tensor]]) -> tuple[LayerPlan, ...]:
-    """Return the layers of a rule with their ranks: any ranks of the right size if the model is not trained."""
+def _planned(
+    model: nn.Module, rule: AnyRule, trained: bool, learned: bool, inputs: Callable[[], Iterable[Tensor]]
+) -> tuple[LayerPlan, ...]:
+    """Return the layers of a rule with their ranks: any ranks of the right size if the model is not trained.
+
+    `learned` says whether the weights are trained before they are cut; otherwise the inputs of the layers tell nothing.
+    """
     if not isinstance(rule, PlanRule) or rule.params is None:
         return _plannable(model, rule)
     if not trained:
@@ -407,10 +437,30 @@ def _planned(model: nn.Module, rule: AnyRule, trained: bool, inputs: Callable[[]
             plan = Plan(layers=_plannable(model, rule))
             require_one_input(plan, planned_layers(model, plan), model)
         return any_plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
-    measured = inputs() if rule.metric == "activation" else None
+    by_inputs = rule.metric == "activation"
+    if rule.metric is None and learned:
+        by_inputs = _is_measurable(model, Plan(layers=_plannable(model, rule)), inputs)
     return plan_to_size(
-        model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge, inputs=measured
+        model,
+        rule.layers,
+        rule.params,
+        format=rule.format,
+        modes=rule.modes,
+        merge=rule.merge,
+        inputs=inputs() if by_inputs else None,
     )
+
+
+def _is_measurable(model: nn.Module, plan: Plan, inputs: Callable[[], Iterable[Tensor]]) -> bool:
+    """Return whether the inputs of every planned layer can be measured; the model runs on one batch to find out."""
+    try:
+        require_one_input(plan, planned_layers(model, plan), model)
+        x = next(iter(inputs()), None)  # a process may have no sample
+        if x is not None:
+            require_seen_inputs(model, plan, x)
+    except PlanError:
+        return False
+    return True
 
 
 def _plannable(model: nn.Module, rule: AnyRule) -> tuple[LayerPlan, ...]:

@@ -141,8 +141,8 @@ class Training(Part):
     follows), `none` skips it, and any other schedule can be given. The control uses the teacher of `distill`, too. `ema`
     averages the weights with this decay per step, less at first (`average_decay`); the average is evaluated and passed to the
     next phase. `cut` is the metric in which the trained weights are decomposed into cores: `weight`, or `activation` for the
-    least change of the layers' outputs; default: that of the ADMM phase, or `weight` without one. `cuda_graph` needs one
-    process and identical steps: no mixup, no fp16, no `metric: activation` in the ADMM phase.
+    least change of the layers' outputs; default: `activation` if the ADMM phase has it or all ranks were chosen by it, else
+    `weight`. `cuda_graph` needs one process and identical steps: no mixup, no fp16, no `metric: activation` in the ADMM phase.
     """
 
     batch: Count = 128

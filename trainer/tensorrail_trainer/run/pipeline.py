@@ -437,12 +437,10 @@ class _Training:
             model = self.fit(Phase("admm", model, schedule, admm, teacher))
             self._shorten_control(schedule.epochs - sum(row.phase == "admm" for row in self.rows))
             roots = admm.final_roots()
-        cut = self.recipe.train.cut
-        if cut == "weight":
+        trained = self.copy_of(model)
+        if self.recipe.cut_metric(trained, self.inputs) == "weight":
             return model, {}
-        if cut == "activation" and not roots:
-            roots = input_roots(self.copy_of(model), plan, self.inputs())
-        return model, roots
+        return model, roots or input_roots(trained, plan, self.inputs())
 
     def _shorten_control(self, left_out: int) -> None:
         """Leave out of the control the epochs that ADMM did not train because of `stop`, unless it has its own schedule."""
