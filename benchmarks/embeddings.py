@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     network = NETWORKS["MiniLM-L6"]
     lines = [
-        "| parameters ÷ | format | modes | padding | rank | fitted to | relative error | of the words read "
+        "| parameters reduction (×) | format | modes | padding | rank | fitted to | relative error | of the words read "
         f"| {network.quality} |",
         "|--:|---|---|--:|--:|---|--:|--:|--:|",
     ]

@@ -114,7 +114,7 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"Dense fp32: {front.dense.milliseconds:.3f} ms, {front.dense.bytes:,} bytes{dense}. The whole front took "
             f"{record['seconds']:.0f} s.",
             "",
-            "| model | speed-up | bytes ÷ | MACs ÷ | best class agrees | outputs differ | top-1 |",
+            "| model | speed-up | bytes reduction (×) | MACs reduction (×) | best class agrees | outputs differ | top-1 |",
             "|---|---|--:|--:|--:|--:|--:|",
         ]
         lines += [_row(point) for point in front.points]

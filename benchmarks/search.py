@@ -154,8 +154,8 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "All figures but the losses are of inputs that nothing was fitted to or chosen by. Speed-ups are measured in turns,",
         "with 95 % intervals. *Losses* are those of the whole network on the inputs that plans are chosen by.",
         "",
-        "| network | target | way | FLOPs ÷ | speed-up | loss predicted | loss verified | same class as dense | outputs differ "
-        "| top-1 (dense) |",
+        "| network | target | way | FLOPs reduction (×) | speed-up | loss predicted | loss verified | same class as dense "
+        "| outputs differ | top-1 (dense) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in records:

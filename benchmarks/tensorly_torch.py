@@ -8,7 +8,7 @@ raised by one common factor until the whole network has as many MACs. Both run c
 with "reconstructed" the weights are multiplied back to dense ones when ONNX Runtime loads the graph. The cores are random,
 for time does not depend on them, at the scale of the weights that they stand for.
 
-tensorly-torch is no dependency of this project: `pip install 'tensorrail[bench]'`.
+tensorly-torch is no dependency of this project: `pip install '.[bench]'`.
 """
 
 from __future__ import annotations

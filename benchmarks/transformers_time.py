@@ -242,7 +242,7 @@ def main() -> None:
         f"Runtime {here.onnxruntime}. Random weights; {TOKENS} tokens, images of 224 × 224 (U-Net: 128 × 128), or 3,000 frames "
         "of sound; all variants of a network in turns, in three fresh processes; 95 % intervals.",
         "",
-        "| network | batch | variant | MACs ÷ | p50 (ms) | speed-up over dense | fused operators |",
+        "| network | batch | variant | MACs reduction (×) | p50 (ms) | speed-up over dense | fused operators |",
         "|---|--:|---|--:|--:|---|---|",
     ]
     for name in options.only:

@@ -44,7 +44,7 @@ class Form:
     seconds: float = 60.0
     """Time limit in seconds for timing layers that are not in the latency table yet; default 60."""
     cache: Path | None = None
-    """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
+    """Folder of latency tables; default $TENSORRAIL_CACHE, else `tensorrail` in $XDG_CACHE_HOME or ~/.cache."""
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ class Search:
     """Seconds for timing the chosen network, half of it where neither `latency` is a target nor loss or agreement are limited;
     default 10."""
     cache: Path | None = None
-    """Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."""
+    """Folder of latency tables; default $TENSORRAIL_CACHE, else `tensorrail` in $XDG_CACHE_HOME or ~/.cache."""
     precision: Precision = "fp32"
     """The precision that the network will run in: layers and networks are timed in it, and targets count from the dense
     network in fp32; default fp32."""

@@ -212,7 +212,10 @@ def search_options(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder of latency tables; default $TENSORRAIL_CACHE, else ~/.cache/tensorrail."),
+        typer.Option(
+            "--cache",
+            help="Folder of latency tables; default $TENSORRAIL_CACHE, else tensorrail in $XDG_CACHE_HOME or ~/.cache.",
+        ),
     ] = None,
 ) -> Search:
     """Return how a plan is searched for."""

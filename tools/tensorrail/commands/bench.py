@@ -52,7 +52,7 @@ def command(
         ),
     ] = None,
     min_speedup: Annotated[
-        float | None, typer.Option(help="Exit code 1 unless the interval of every other model lies above this.")
+        float | None, typer.Option(help="Exit code 1 unless the interval of every other model begins at this or above.")
     ] = None,
     json: Json = None,
 ) -> None:
