@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_parameters_of_another_optimizer_get_no_gradient(model):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert admm.add_gradients([model.hidden.weight])
     assert model.hidden.weight.grad is not None
+
+
+def test_copies_of_a_model_on_several_gpus_have_no_moments(model):
+    from tensorrail.integrations.transformers import ADMMCallback
+
+    callback = ADMMCallback(plan_of(model), metric="activation")
+    with pytest.raises(tr.PlanError, match=r"expects one GPU a process, got 2.*torchrun"):
+        callback.on_train_begin(SimpleNamespace(n_gpu=2, deepspeed=None), SimpleNamespace(global_step=0), None, model=model)
 
 
 @pytest.mark.parametrize("library", ["transformers", "lightning"])
@@ -240,17 +249,17 @@ class TestLightning:
 
         from tensorrail.integrations.lightning import ADMMCallback
 
-        def fit(module, parts=1, every=0, epochs=EPOCHS, resume=None, precision="32-true"):
+        def fit(module, parts=1, every=0, epochs=EPOCHS, resume=None, precision="32-true", saving=()):
             loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]) // parts)
             callback = ADMMCallback(plan_of(module, "model."), rho=RHO, every=every)
             trainer = Trainer(
                 max_epochs=epochs,
                 accumulate_grad_batches=parts,
-                callbacks=[callback],
+                callbacks=[callback, *saving],
                 accelerator="cpu",
                 precision=precision,
                 logger=False,
-                enable_checkpointing=False,
+                enable_checkpointing=bool(saving),
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 default_root_dir=tmp_path,
@@ -288,6 +297,16 @@ class TestLightning:
         trainer, _, _ = fit(module, epochs=2)
         trainer.save_checkpoint(tmp_path / "half.ckpt")
         fit(start, resume=tmp_path / "half.ckpt")
+        same(start.model, whole.model)
+
+    def test_a_checkpoint_of_the_last_batch_lacks_the_update_of_its_epoch(self, fit, module, tmp_path):
+        """Lightning then takes the epoch for processed, and does not call `on_train_epoch_end` again."""
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        start, whole = copy.deepcopy(module), copy.deepcopy(module)
+        fit(whole)
+        fit(module, epochs=2, saving=[ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)])
+        fit(start, resume=tmp_path / "step=2.ckpt")
         same(start.model, whole.model)
 
     def test_finish_cuts_and_fine_tunes(self, fit, module, data, tmp_path):

@@ -807,6 +807,42 @@ def test_weights_whose_inputs_cannot_be_measured_are_cut_as_they_are(kind, patte
     assert trained.roots == {}
 
 
+def test_a_rule_may_ask_for_a_metric_that_layers_of_others_do_not_have(tmp_path):
+    settings = {phase: SHORT[phase] for phase in ("dense", "finetune")} | {"batch": 32, "control": "none"}
+    rules = [{"layers": "out", "params": 1.01, "metric": "activation"}, {"layers": "lstm.weight_hh_l0", "ranks": 2}]
+    recipe = small(tmp_path, model=over_rows("deep"), plan=rules, train=settings)
+    prepare(recipe, tmp_path / "run")
+    notes = []
+    trained, _ = train_all(recipe, tmp_path / "run", lambda stage, share, text: notes.append(text))
+    assert [layer.name for layer in trained.plan.layers] == ["out", "lstm.weight_hh_l0"]
+    assert trained.roots == {}
+    assert any(text.startswith("cut so that the weights change least: test accuracy") for text in notes)
+
+
+def test_a_run_says_why_ranks_are_chosen_by_the_weights(tmp_path):
+    settings = {phase: SHORT[phase] for phase in ("dense", "finetune")} | {"batch": 32, "control": "none"}
+    recipe = small(tmp_path, model=over_rows("groups"), plan=[{"layers": "conv", "params": 1.05}], train=settings)
+    prepare(recipe, tmp_path / "run")
+    notes = []
+    train_all(recipe, tmp_path / "run", lambda stage, share, text: notes.append(text))
+    reason = "ranks of 'conv' are chosen by the weights, not by the outputs of the layers: layer conv: `metric: activation` "
+    assert any(text.startswith(reason) for text in notes)
+
+
+def test_one_test_sample_is_too_few_for_the_export(tmp_path):
+    sizes = {"channels": 1, "classes": 10}
+    model = {"name": "small_resnet", "args": SMALL["model"]["args"] | sizes}
+    recipe = small(tmp_path, data={"name": f"{__name__}:one_tested"}, model=model)
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match="data: expected two test samples or more"):
+        train_all(recipe, tmp_path / "run")
+
+
+def one_tested():
+    images, labels = torch.rand(64, 1, 16, 16), torch.arange(64) % 10
+    return Dataset("noise", 10, InMemory(images, labels), InMemory(images[:1], labels[:1]))
+
+
 def test_cores_from_scratch_need_no_metric(tmp_path):
     settings = {"finetune": SHORT["finetune"], "control": "none"}
     recipe = small(tmp_path, plan=[{"layers": "stages.*.conv?", "params": 1.3}], train=settings)

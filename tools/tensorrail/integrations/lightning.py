@@ -54,6 +54,7 @@ class ADMMCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the state, or go on with that of the checkpoint."""
         self.phase.begin(pl_module)
+        self.phase.catch_up(trainer.current_epoch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient of the penalty to the weights that this optimizer trains."""

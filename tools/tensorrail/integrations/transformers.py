@@ -80,6 +80,11 @@ class ADMMCallback(TrainerCallback):
             raise PlanError("the trainer has no model")
         if getattr(args, "deepspeed", None):
             raise PlanError("DeepSpeed divides weights and gradients among processes: train toward low rank without it")
+        if args.n_gpu > 1 and self.phase.metric == "activation":
+            raise PlanError(
+                f"metric='activation' expects one GPU a process, got {args.n_gpu}, on which DataParallel runs copies of the "
+                "model; start the script by torchrun, or use metric='weight'"
+            )
         if state.global_step:
             path = Path(self.checkpoint or _checkpoint(args, state)) / _FILE
             if not path.exists():

@@ -311,6 +311,8 @@ class ADMM:
         """Return the projection of each tensor; every process of the group computes a part of them."""
         group = self._group
         self._require_alike(tensors)
+        for name, tensor in tensors.items():  # on all processes: one that fails alone leaves the others waiting
+            _require_finite(name, tensor)
         owners = shared_out({name: tensor.numel() * min(tensor.shape) for name, tensor in tensors.items()}, group)
         projections = {}
         for layer in self.plan.layers:
@@ -429,8 +431,7 @@ class ADMM:
         small = measured.numel() <= SMALL  # small SVDs are faster on the CPU than on a GPU (PyTorch issue 41306)
         if (measured.is_cuda and small) or measured.device.type == "mps":  # MPS has no float64
             measured = measured.cpu()
-        if not measured.isfinite().all():  # some decompositions would not terminate
-            raise PlanError(f"layer {layer.name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")
+        _require_finite(layer.name, measured)  # some decompositions would not terminate
         try:
             with one_thread_if_small(measured.numel()):
                 groups = self._layers[layer.name].spec.groups
@@ -446,3 +447,8 @@ class ADMM:
         """Return the tensor whose Frobenius norm is the norm in ADMM's metric: the tensor itself, or its product with S."""
         root = self.roots.get(name)
         return root.apply(tensor) if root else tensor
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise PlanError(f"layer {name}: its weight cannot be projected: it holds infinity or NaN; {_ADVICE}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -19,6 +19,7 @@ from tensorrail_exporter.search.options import option_for
 from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.layers.dense import DenseModule, dense_layer, dense_layers, require_trainable
+from tensorrail_trainer.layers.metric import Root
 
 _RUNGS = 32  # bounds on the ranks of a layer that are tried first
 _BETWEEN = 7  # bounds that are then tried between the chosen one and each of its neighbours
@@ -147,6 +148,21 @@ def plan_to_size(
     """
     layers = unranked(model, pattern, format, modes, merge)
     roots = {} if inputs is None else input_roots(model, Plan(layers=tuple(layers)), inputs)
+    return plan_by_metric(model, pattern, times, roots, format=format, modes=modes, merge=merge)
+
+
+def plan_by_metric(
+    model: nn.Module,
+    pattern: str,
+    times: float,
+    roots: Mapping[str, Root],
+    *,
+    format: str = "tt",  # noqa: A002 - the name of the plan's field
+    modes: Sequence[int] | None = None,
+    merge: str = "auto",
+) -> tuple[LayerPlan, ...]:
+    """Return the plan of `plan_to_size` in a metric that was measured before: by layer name, empty for that of the weights."""
+    layers = unranked(model, pattern, format, modes, merge)
 
     def lost(weight: Tensor, plan: LayerPlan, groups: int) -> float:
         root = roots.get(plan.name)

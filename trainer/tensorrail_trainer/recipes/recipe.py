@@ -19,14 +19,15 @@ from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import OWN_CODE, DataError, NetworkError, PlanError, RecipeError, WeightsError, in_words
 from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_trainer.admm.admm import Metric
-from tensorrail_trainer.admm.moments import require_one_input, require_seen_inputs
+from tensorrail_trainer.admm.moments import input_roots, require_one_input
 from tensorrail_trainer.data import Dataset, Source, source_of
 from tensorrail_trainer.data.splits import EVALUATED, Share
 from tensorrail_trainer.layers.dense import dense_layer, planned_layers
+from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.networks.registry import model_of
 from tensorrail_trainer.networks.weights import load_weights
 from tensorrail_trainer.planning.published import published_plan
-from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_layers, plan_to_size, unranked
+from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_by_metric, plan_layers, unranked
 from tensorrail_trainer.processes import rank, world
 from tensorrail_trainer.recipes.schedules import FROM_LIST, Count, Named, NamedModel, Part, Positive, Schedule, Training
 
@@ -306,15 +307,21 @@ class Recipe(Part):
             raise RecipeError(f"data.name: {error}") from None
 
     def make_plan(
-        self, model: nn.Module, *, trained: bool = True, inputs: Callable[[], Iterable[Tensor]] | None = None
+        self,
+        model: nn.Module,
+        *,
+        trained: bool = True,
+        inputs: Callable[[], Iterable[Tensor]] | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> Plan:
         """Return the plan for a model.
 
         Args:
             model: the dense model.
             trained: False if the weights are random: ranks that depend on them are then not computed; default True.
-            inputs: returns batches of training samples on the model's device, for rules with `metric: activation`; default:
-                read from the recipe's data set.
+            inputs: returns batches of training samples on the model's device, by which ranks are chosen; default: read from
+                the recipe's data set.
+            note: is told why ranks are chosen by the weights where the inputs of the layers cannot be measured.
 
         Returns:
             The plan.
@@ -325,7 +332,7 @@ class Recipe(Part):
         """
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         measured = inputs or partial(self.measured_inputs, device=device)
-        plan = self._joined(lambda rule: _planned(model, rule, trained, self._learned, measured))
+        plan = self._joined(lambda rule: _planned(model, rule, trained, self._learned, measured, note))
         if not plan.layers:
             raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
         self._require_measurable(model, plan if trained else self.plannable(model))
@@ -335,36 +342,36 @@ class Recipe(Part):
         """Return a plan of every layer that the plan of the trained model may have, its ranks 1 where they are chosen later."""
         return self._joined(lambda rule: _plannable(model, rule))
 
-    def cut_metric(self, model: nn.Module, inputs: Callable[[], Iterable[Tensor]]) -> Metric:
-        """Return the metric in which a trained network is cut.
-
-        That is `train.cut`, or else the metric of the ADMM phase if it is `activation`, or else that in which all ranks were
-        chosen.
+    def roots_of_ranks(self, model: nn.Module, inputs: Callable[[], Iterable[Tensor]]) -> dict[str, Root]:
+        """Return the metric in which all ranks are chosen, if it is that of the layers' inputs; empty if any are not.
 
         Args:
             model: the trained dense network.
             inputs: as for `make_plan`.
 
         """
-        if self.train.cut is not None:
-            return self.train.cut
-        if self.train.admm is not None and self.train.admm.metric == "activation":
-            return "activation"
-        chosen = all(isinstance(rule, PlanRule) and rule.params is not None and rule.metric != "weight" for rule in self.plan)
-        if not (chosen and self._learned):
-            return "weight"
-        return "activation" if _is_measurable(model, self.plannable(model), inputs) else "weight"
+        if not (self._learned and all(_may_measure(rule) for rule in self.plan)):
+            return {}
+        try:
+            return input_roots(model, self.plannable(model), inputs())
+        except PlanError:
+            return {}
 
     @property
     def _learned(self) -> bool:
         """Whether the weights are trained before they are cut."""
         return self.train.dense is not None or self.model.weights is not None
 
-    def measures_inputs(self) -> bool:
-        """Return whether the recipe asks for a metric of the layers' inputs."""
+    def measured(self, model: nn.Module) -> Plan:
+        """Return a plan of the layers whose inputs must be measured, as the recipe asks for; without layers if there are none.
+
+        Layers that are measured only if they can be, as by default, are not among them.
+        """
         admm = self.train.admm
-        metrics = (rule.metric for rule in self.plan if isinstance(rule, PlanRule))
-        return "activation" in (self.train.cut, None if admm is None else admm.metric, *metrics)
+        if "activation" in (self.train.cut, None if admm is None else admm.metric):
+            return self.plannable(model)
+        asked = (rule for rule in self.plan if isinstance(rule, PlanRule) and rule.metric == "activation")
+        return join([_plannable(model, rule) for rule in asked])
 
     def _joined(self, planned: Callable[[AnyRule], tuple[LayerPlan, ...]]) -> Plan:
         """Return the joined plan of all rules; raises `RecipeError` with the number of the rule that does not fit."""
@@ -424,7 +431,12 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _planned(
-    model: nn.Module, rule: AnyRule, trained: bool, learned: bool, inputs: Callable[[], Iterable[Tensor]]
+    model: nn.Module,
+    rule: AnyRule,
+    trained: bool,
+    learned: bool,
+    inputs: Callable[[], Iterable[Tensor]],
+    note: Callable[[str], None],
 ) -> tuple[LayerPlan, ...]:
     """Return the layers of a rule with their ranks: any ranks of the right size if the model is not trained.
 
@@ -432,35 +444,26 @@ def _planned(
     """
     if not isinstance(rule, PlanRule) or rule.params is None:
         return _plannable(model, rule)
+    every = Plan(layers=_plannable(model, rule))
+    layers = planned_layers(model, every)
+    if rule.metric == "activation":
+        require_one_input(every, layers, model)
     if not trained:
-        if rule.metric == "activation":
-            plan = Plan(layers=_plannable(model, rule))
-            require_one_input(plan, planned_layers(model, plan), model)
         return any_plan_to_size(model, rule.layers, rule.params, format=rule.format, modes=rule.modes, merge=rule.merge)
-    by_inputs = rule.metric == "activation"
-    if rule.metric is None and learned:
-        by_inputs = _is_measurable(model, Plan(layers=_plannable(model, rule)), inputs)
-    return plan_to_size(
-        model,
-        rule.layers,
-        rule.params,
-        format=rule.format,
-        modes=rule.modes,
-        merge=rule.merge,
-        inputs=inputs() if by_inputs else None,
-    )
+    roots: Mapping[str, Root] = {}
+    if rule.metric == "activation" or (rule.metric is None and learned):
+        try:
+            roots = input_roots(model, every, inputs())
+        except PlanError as error:
+            if rule.metric == "activation":
+                raise
+            note(f"ranks of {rule.layers!r} are chosen by the weights, not by the outputs of the layers: {error}")
+    return plan_by_metric(model, rule.layers, rule.params, roots, format=rule.format, modes=rule.modes, merge=rule.merge)
 
 
-def _is_measurable(model: nn.Module, plan: Plan, inputs: Callable[[], Iterable[Tensor]]) -> bool:
-    """Return whether the inputs of every planned layer can be measured; the model runs on one batch to find out."""
-    try:
-        require_one_input(plan, planned_layers(model, plan), model)
-        x = next(iter(inputs()), None)  # a process may have no sample
-        if x is not None:
-            require_seen_inputs(model, plan, x)
-    except PlanError:
-        return False
-    return True
+def _may_measure(rule: AnyRule) -> bool:
+    """Return whether the ranks of a rule are chosen by the outputs of its layers, if their inputs can be measured."""
+    return isinstance(rule, PlanRule) and rule.params is not None and rule.metric != "weight"
 
 
 def _plannable(model: nn.Module, rule: AnyRule) -> tuple[LayerPlan, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,8 @@ def train_all(
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
     plan_file = folder / "plan.json"
     start = job.copy_of(dense)
-    plan = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(start, inputs=job.inputs)
+    note = partial(progress, "note", 1.0)
+    plan = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(start, inputs=job.inputs, note=note)
     job.accelerator.wait_for_everyone()
     job.write(lambda: plan.save(plan_file))
     if teacher is None and settings.distill is not None:
@@ -240,7 +242,8 @@ def train_all(
     uncut, roots = job.toward_low_rank(start, plan, teacher)
     cut = swap(job.copy_of(uncut), plan, roots=roots)
     cut_accuracy = evaluate(cut.to(device), job.data.test, job.accelerator, job.channels_last)
-    progress("note", 1.0, f"factored, before fine-tuning: test accuracy {cut_accuracy:.2f} %")
+    least = "the outputs of the layers" if roots else "the weights"
+    note(f"cut so that {least} change least: test accuracy {cut_accuracy:.2f} % before fine-tuning")
     finetuned = job.fit(Phase("finetune", cut, settings.finetune, teacher=teacher))
     job.write(lambda: save_cores(folder / "cores.safetensors", _numpy(finetuned)))
     reference_network: nn.Module | None = dense if settings.dense or recipe.model.weights else None
@@ -258,6 +261,8 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
     may have no place in its graph. Returns whether all networks accept images in channels_last memory format.
     """
     _require_updates(recipe, len(data.train))
+    if len(data.test) < 2:
+        raise RecipeError("data: expected two test samples or more, with which the graph is exported, got one")
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
     try:
@@ -290,8 +295,8 @@ def _try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: t
                 raise RecipeError(
                     f"train.distill.teacher: expected {width} scores per sample, as the model returns, got {taught}"
                 )
-        if recipe.measures_inputs():
-            _require_seen_inputs(dense, recipe.plannable(dense), x)
+        if (measured := recipe.measured(dense)).layers:
+            _require_seen_inputs(dense, measured, x)
         _require_places(dense, recipe.plannable(dense), data)
     return channels_last
 
@@ -431,16 +436,21 @@ class _Training:
 
     def toward_low_rank(self, model: nn.Module, plan: Plan, teacher: nn.Module | None) -> tuple[nn.Module, Mapping[str, Root]]:
         """Train the ADMM phase, if there is one; return the network to cut and the metric to cut it in."""
-        schedule, roots = self.recipe.train.admm, {}
+        schedule = self.recipe.train.admm
+        roots: Mapping[str, Root] = {}
         if schedule is not None:
             admm = ADMM(model, plan, schedule.rho, schedule.metric)
             model = self.fit(Phase("admm", model, schedule, admm, teacher))
             self._shorten_control(schedule.epochs - sum(row.phase == "admm" for row in self.rows))
             roots = admm.final_roots()
-        trained = self.copy_of(model)
-        if self.recipe.cut_metric(trained, self.inputs) == "weight":
+        cut = self.recipe.train.cut
+        if cut == "weight":
             return model, {}
-        return model, roots or input_roots(trained, plan, self.inputs())
+        if cut == "activation":
+            return model, roots or input_roots(self.copy_of(model), plan, self.inputs())
+        roots = roots or self.recipe.roots_of_ranks(self.copy_of(model), self.inputs)
+        planned = {layer.name for layer in plan.layers}
+        return model, {name: root for name, root in roots.items() if name in planned}
 
     def _shorten_control(self, left_out: int) -> None:
         """Leave out of the control the epochs that ADMM did not train because of `stop`, unless it has its own schedule."""
