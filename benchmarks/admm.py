@@ -28,7 +28,8 @@ from tensorrail_runtime.records import write_text
 from tensorrail_runtime.sessions.machine import machine
 from tensorrail_trainer.data import Dataset
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.run.pipeline import make_accelerator, prepare, train_all
+from tensorrail_trainer.run.folder import prepare
+from tensorrail_trainer.run.phases import make_accelerator, train_all
 from tensorrail_trainer.training.loop import evaluate
 
 Settings = dict[str, Any]

@@ -22,7 +22,8 @@ from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import cores_of, swap
 from tensorrail_trainer.planning.ranks import plan_layers
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.run.pipeline import prepare, train_all
+from tensorrail_trainer.run.folder import prepare
+from tensorrail_trainer.run.phases import train_all
 
 LAYERS = {"conv": "0", "linear": "3", "lstm": "5.weight_ih_l0"}
 EXACT = {"tt", "tucker", "svd", "ttm"}  # cp iterates, and finds its own result again but to a few digits

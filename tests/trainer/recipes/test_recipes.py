@@ -13,7 +13,8 @@ from tensorrail_trainer.layers.recurrent import FactoredRecurrent
 from tensorrail_trainer.recipes import recipe as recipes
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.recipes.schedules import Schedule
-from tensorrail_trainer.run.pipeline import prepare, train_all
+from tensorrail_trainer.run.folder import prepare
+from tensorrail_trainer.run.phases import train_all
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 SHAPES = {

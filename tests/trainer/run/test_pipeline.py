@@ -18,9 +18,12 @@ from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.planning.ranks import plan_layers
 from tensorrail_trainer.recipes import recipe as recipes
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.run import pipeline
-from tensorrail_trainer.run.pipeline import prepare, run, train_all
+from tensorrail_trainer.run import phases, pipeline
+from tensorrail_trainer.run.folder import prepare
+from tensorrail_trainer.run.phases import make_accelerator, train_all
+from tensorrail_trainer.run.pipeline import run
 from tensorrail_trainer.run.report import Report
+from tensorrail_trainer.run.tryout import try_out
 from tensorrail_trainer.training.checkpoints import Checkpoints
 from tensorrail_trainer.training.loop import place
 
@@ -203,13 +206,13 @@ def test_a_damaged_checkpoint_is_passed_over_by_resume(ended, tmp_path):
 
 def test_batches_of_one_sample_train(tmp_path):
     recipe = small(tmp_path, train=SMALL["train"] | {"batch": 1})
-    job = pipeline._try_out(recipe, recipe.make_data(), None, torch.device("cpu"))
+    job = try_out(recipe, recipe.make_data(), None, torch.device("cpu"))
     assert job  # with the channels last
     bad = small(
         tmp_path, train=SMALL["train"] | {"batch": 1}, model=SMALL["model"] | {"args": SMALL["model"]["args"] | {"classes": 3}}
     )
     with pytest.raises(RecipeError, match=r"expected scores of 10 classes, \[1, 10\], for 1 sample.*, got \[1, 3\]"):
-        pipeline._try_out(bad, bad.make_data(), None, torch.device("cpu"))
+        try_out(bad, bad.make_data(), None, torch.device("cpu"))
 
 
 def test_a_checkpoint_whose_numbers_changed_on_the_disk_is_refused(tmp_path):
@@ -299,7 +302,7 @@ def test_a_run_is_not_resumed_with_files_of_another_content(tmp_path):
 def test_the_gradient_is_that_of_the_whole_batch_whatever_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # as `accelerate launch` sets it
     x = torch.ones((), requires_grad=True)
-    pipeline.make_accelerator(small(tmp_path)).backward(3 * x)
+    make_accelerator(small(tmp_path)).backward(3 * x)
     assert float(x.grad) == 3.0
 
 
@@ -638,9 +641,9 @@ def test_a_bad_recipe_is_one_line_with_its_key(tmp_path, change, reason):
 
 def test_a_network_that_was_trained_before_teaches(tmp_path, monkeypatch):
     teachers = {}
-    real = pipeline.train
+    real = phases.train
     monkeypatch.setattr(
-        pipeline, "train", lambda phase, *rest: teachers.update({phase.name: phase.teacher}) or real(phase, *rest)
+        phases, "train", lambda phase, *rest: teachers.update({phase.name: phase.teacher}) or real(phase, *rest)
     )
 
     def trained(name, **changes):

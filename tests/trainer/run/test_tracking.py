@@ -75,7 +75,7 @@ def test_a_run_that_fails_is_marked_and_the_next_one_is_logged(recipe, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tensorrail_trainer.run.pipeline.save_cores", interrupted)
+        patched.setattr("tensorrail_trainer.run.phases.save_cores", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tr.train(recipe, tmp_path / "run", track=["mlflow"])
     tr.train(recipe, tmp_path / "run", resume=True, track=["mlflow"])
