@@ -140,7 +140,7 @@ def _cut(metric: str, **settings: Any) -> Callable[[Task, float, int], Settings]
 def _admm(ranks_by: str, share: float = 0.4, **settings: Any) -> Callable[[Task, float, int], Settings]:
     """Train toward low rank for a share of the epochs, then cut as `_cut` and train the cores.
 
-    Without a `rho` it rises from 0.01 to 0.1, and Z and U are updated four times an epoch.
+    Without a `rho` it rises from 0.01 to 0.1, and Z and U are updated four times an epoch; other settings replace these.
     """
 
     def recipe(task: Task, ratio: float, epochs: int) -> Settings:
@@ -169,13 +169,13 @@ CHANGES: dict[str, Way] = {  # of one setting each; not among the ways that are 
     "cut-activation-decay": Way("cut by activations, weight decay 1e-4", _cut("activation", weight_decay=1.0e-4)),
     "admm-activation-short": Way("ADMM, ranks and cut by activations, a fifth of the epochs", _admm("activation", 0.2)),
     "admm-activation-often": Way(
-        "ADMM, ranks and cut by activations, 16 updates an epoch", _admm("activation", rho=0.01, rho_end=0.1, every_steps=22)
+        "ADMM, ranks and cut by activations, an update every 22 steps", _admm("activation", every_steps=22)
     ),
     "admm-activation-balance": Way(
-        "ADMM, ranks and cut by activations, rho by residual balancing",
-        _admm("activation", rho=0.03, balance=True, every_steps=88),
+        "ADMM, ranks and cut by activations, rho by residual balancing", _admm("activation", balance=True, rho_end=None)
     ),
 }
+EVERY_WAY = WAYS | CHANGES
 
 
 def recipe_of(task: Task, name: str, data: str, seed: int, part: Settings, weights: Path | None) -> Recipe:
@@ -263,7 +263,7 @@ def train(options: argparse.Namespace) -> None:
                 facts = {"task": options.task, "seed": seed, "way": way, "epochs": options.epochs}
                 facts |= {"ratio": 1.0 if way == "control" else ratio, "teacher": options.teacher}
                 name = f"{options.task}-{way}-{facts['ratio']:g}x-{options.epochs}-{seed}" + "-taught" * options.teacher
-                part = (WAYS | CHANGES)[way].recipe(task, ratio, options.epochs)
+                part = EVERY_WAY[way].recipe(task, ratio, options.epochs)
                 if options.teacher:
                     part["train"]["distill"] = TEACHER
                 one_run(recipe_of(task, name, options.data, seed, part, weights), options.work, test, facts)
@@ -279,7 +279,7 @@ def _spread(values: Sequence[float | None]) -> str:
 def table(outcomes: Sequence[Settings], task: str) -> list[str]:
     """Return the table of a task: mean and standard deviation over seeds of all finished runs."""
     groups: dict[tuple[int, bool, float, int], list[Settings]] = {}
-    order = ["dense", *WAYS, *CHANGES]
+    order = ["dense", *EVERY_WAY]
     for outcome in outcomes:
         if outcome["task"] == task:
             key = (outcome["epochs"], outcome.get("teacher", False), outcome["ratio"], order.index(outcome["way"]))
@@ -295,7 +295,7 @@ def table(outcomes: Sequence[Settings], task: str) -> list[str]:
         cells = [
             *(str(epochs), "dense" if teacher else "none"),
             _spread([statistics.mean(outcome["params_ratio"] for outcome in runs)]),
-            *("dense" if way == "dense" else (WAYS | CHANGES)[way].title, str(len(runs))),
+            *("dense" if way == "dense" else EVERY_WAY[way].title, str(len(runs))),
             *(_spread([outcome[key] for outcome in runs]) for key in columns),
             f"{statistics.mean(outcome['seconds'] for outcome in runs) / 60:.1f}",
         ]
@@ -336,7 +336,7 @@ def main() -> None:
     training.add_argument("--dense-epochs", type=int)
     training.add_argument("--ratios", type=float, nargs="+", help="Default: those of the task.")
     training.add_argument("--seeds", type=int, nargs="+", default=[0])
-    training.add_argument("--ways", nargs="+", choices=[*WAYS, *CHANGES], default=list(WAYS))
+    training.add_argument("--ways", nargs="+", choices=list(EVERY_WAY), default=list(WAYS))
     training.add_argument("--teacher", action="store_true", help="The dense network teaches every phase after it.")
     training.add_argument("--precision", choices=["fp32", "bf16"], help="Default: that of the task.")
     reporting = commands.add_parser("report")

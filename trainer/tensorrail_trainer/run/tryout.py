@@ -29,7 +29,7 @@ def try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: to
     """
     _require_updates(recipe, len(data.train))
     if len(data.test) < 2:
-        raise RecipeError("data: expected two test samples or more, with which the graph is exported, got one")
+        raise RecipeError(f"data: expected two test samples or more, with which the graph is exported, got {len(data.test)}")
     for name, split in (("training", data.train), ("test", data.test)):
         _check_labels(name, getattr(split, "y", None), data.classes)
     try:
