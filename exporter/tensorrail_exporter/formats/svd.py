@@ -32,6 +32,20 @@ def default_modes(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[0] * math.prod(shape[3:]), shape[1] * math.prod(shape[2:3]))
 
 
+def splits(shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return the modes of every division of the kernel's axes: (O·K, I) first, (O, I·K) last; only (O, I) for a single tap."""
+    o, i, kernel = shape[0], shape[1], tuple(shape[2:])
+    places = range(len(kernel) + 1) if math.prod(kernel) > 1 else (len(kernel),)
+    return tuple((o * math.prod(kernel[j:]), i * math.prod(kernel[:j])) for j in places)
+
+
+def matrix(weight: ArrayT, modes: Sequence[int]) -> ArrayT:
+    """Return the matrix (O·L, I·J) that is truncated."""
+    j = _split(tuple(weight.shape), modes)
+    axes = (0, *range(2 + j, len(weight.shape)), 1, *range(2, 2 + j))
+    return permute(weight, axes).reshape(tuple(modes))
+
+
 def uniform(shape: Sequence[int], modes: Sequence[int], rank: int) -> tuple[int, ...]:
     """Return (rank,)."""
     return (rank,)
@@ -53,11 +67,8 @@ def decompose(weight: ArrayT, modes: Sequence[int], ranks: Sequence[int]) -> lis
     """Return U·√S (O·L, r) and √S·V (r, I·J): both factors carry the root of the singular values."""
     shape = tuple(weight.shape)
     validate(shape, modes, ranks)
-    j = _split(shape, modes)
-    last = len(shape)
-    axes = (0, *range(2 + j, last), 1, *range(2, 2 + j))
     with backend_of(weight):
-        u, s, v = truncated_svd(permute(weight, axes).reshape(tuple(modes)), clamp(shape, modes, ranks)[0])
+        u, s, v = truncated_svd(matrix(weight, modes), clamp(shape, modes, ranks)[0])
         root = tl.sqrt(s)
         return [u * root, root[:, None] * v]
 

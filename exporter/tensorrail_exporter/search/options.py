@@ -15,6 +15,7 @@ import numpy as np
 
 from tensorrail_exporter.formats import FORMATS, WIDTH, format_of
 from tensorrail_exporter.formats.contraction import LayerSpec, dense_step, describe, runs_in_scan, split_at_boundary
+from tensorrail_exporter.formats.svd import splits
 from tensorrail_exporter.formats.ttm import table_modes
 from tensorrail_exporter.formats.width import describe_narrow, with_inputs
 from tensorrail_exporter.plans.costs import contraction_cost, dense_cost
@@ -186,17 +187,14 @@ def _modes(name: str, spec: LayerSpec) -> Iterator[tuple[int, ...]]:
 
     For `svd` these are every split of the kernel's axes, for an embedding in `ttm` two and three modes, else the default modes.
     """
-    o, i, kernel = spec.shape[0], spec.shape[1], spec.kernel
-    if name == "ttm" and kernel:
+    if name == "ttm" and spec.kernel:
         return
     if name == "ttm" and spec.gathers:
         yield from (table_modes(spec.shape, count) for count in (2, 3))
-        return
-    if name != "svd" or math.prod(kernel) == 1:
+    elif name == "svd":
+        yield from splits(spec.shape)
+    else:
         yield format_of(name).default_modes(spec.shape)
-        return
-    for j in range(len(kernel) + 1):
-        yield (o * math.prod(kernel[j:]), i * math.prod(kernel[:j]))
 
 
 def _ranks(name: str, modes: tuple[int, ...], spec: LayerSpec, grid: int) -> Iterable[tuple[int, ...]]:

@@ -7,13 +7,14 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from tensorrail_exporter import Plan, PlanError, decompose_graph, factorize
+from tensorrail_exporter import LayerPlan, Plan, PlanError, decompose_graph, factorize
 from tensorrail_exporter.formats import FORMATS
 from tensorrail_trainer import plan_layers, to_onnx
 from tensorrail_trainer.admm.moments import input_roots
 from tensorrail_trainer.layers.swap import swap
-from tensorrail_trainer.planning import ranks as planning
+from tensorrail_trainer.planning.options import Truncation
 from tensorrail_trainer.planning.ranks import any_plan_to_size, plan_to_size
+from tensorrail_trainer.recipes.recipe import PlanRule, _plannable
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_ranks_of_fresh_weights_are_not_looked_for(model, monkeypatch):
     def never(*_):
         raise AssertionError("a fresh weight was decomposed")
 
-    monkeypatch.setattr(planning, "project", never)
+    monkeypatch.setattr(Truncation, "__call__", never)
     plan = any_plan_to_size(model, "[01]", 3.0)
     assert plan
     with pytest.raises(PlanError, match="cannot be reduced 500×"):
@@ -103,6 +104,56 @@ def test_every_layer_can_be_cut_to_rank_one():
     assert [layer.ranks for layer in any_plan_to_size(net, "0", 256.0)] == [(1, 1, 1)]
     with pytest.raises(PlanError, match=r"at most 256\.00× is reachable, with all layers of '0' at rank 1"):
         any_plan_to_size(net, "0", 257.0)
+
+
+def split_kernels(o, i, rank):
+    """Return a kernel (o, i, 3, 3) of a given rank, of inputs and rows against outputs and columns."""
+    return torch.einsum("oyr,rix->oixy", torch.randn(o, 3, rank), torch.randn(rank, i, 3))
+
+
+def test_each_layer_gets_the_format_that_loses_least():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
+    with torch.no_grad():
+        net[0].weight.copy_(split_kernels(32, 32, 6))
+        net[1].weight.copy_((torch.randn(32, 6) @ torch.randn(6, 288)).reshape(32, 32, 3, 3))
+        net[2].weight.copy_(torch.einsum("or,rsk,is->oik", *map(torch.randn, [(32, 6), (6, 6, 9), (32, 6)])).view(32, 32, 3, 3))
+    plan = Plan(layers=plan_to_size(net, "*", 7.0))
+    forms = [(layer.format, layer.modes) for layer in plan.layers]
+    assert forms == [("svd", (96, 96)), ("svd", (32, 288)), ("tt", (32, 9, 32))]
+    cut, x = swap(copy.deepcopy(net), plan), torch.randn(2, 32, 12, 12)
+    assert size(net) / size(cut) >= 7.0
+    torch.testing.assert_close(cut(x), net(x), rtol=1e-3, atol=1e-3 * float(net(x).detach().abs().max()))
+    lone = Plan(layers=plan_to_size(net, "*", 7.0, format="tt"))
+    assert {layer.format for layer in lone.layers} == {"tt"}
+
+
+@pytest.mark.parametrize("times", [2.0, 4.0])
+def test_more_formats_lose_less(model, times):
+    def lost(form):
+        plan = plan_to_size(model, "[01]", times, format=form)
+        return sum(Truncation(model.get_submodule(layer.name).weight.detach())(layer) for layer in plan)
+
+    assert lost("auto") <= min(lost("tt"), lost("svd")) + 1e-6
+
+
+def test_modes_and_ranks_are_those_of_a_tensor_train(model):
+    assert {layer.format for layer in plan_to_size(model, "0", 1.2, modes=(32, 9, 4, 8))} == {"tt"}
+    for name in ("auto", "tt"):
+        rule = PlanRule(layers="[01]", format=name, ranks=4)
+        assert rule.format == name
+        assert [layer.ranks for layer in _plannable(model, rule)] == [(1, 4, 4, 1)] * 2
+
+
+@pytest.mark.parametrize(("form", "modes"), [("svd", (32, 288)), ("svd", (96, 96)), ("svd", (288, 32))])
+def test_what_a_split_loses_is_what_its_cores_lose(model, form, modes):
+    weight = model[0].weight.detach()
+    lost = Truncation(weight)
+    for rank in (1, 7, 32):
+        plan = LayerPlan(name="0", format=form, modes=modes, ranks=(rank,))
+        kept = torch.as_tensor(plan.reconstruct(plan.decompose(weight), tuple(weight.shape)))
+        assert lost(plan) == pytest.approx(float((weight - kept).square().sum() / weight.square().sum()), abs=1e-6)
+    assert Truncation(torch.zeros(8, 8))(LayerPlan(name="0", format="tt", modes=(8, 8), ranks=(1, 2, 1))) == 0.0
 
 
 def test_numbers_of_numpy_are_ranks_and_others_are_none(model):

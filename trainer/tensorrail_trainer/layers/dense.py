@@ -63,15 +63,15 @@ def dense_layers(model: nn.Module, *, recurrent: bool = False) -> tuple[str, ...
     """Return the names that the pattern `*` of a plan stands for, in the order of the model.
 
     These are convolutions, linear layers and embeddings, the input weights of LSTM and GRU, and the projections of attention.
-    With `recurrent`, the recurrent weights of LSTM and GRU are among them. Embeddings and attention that cannot be factored are
-    left out. Convolutions, linear layers, LSTMs and GRUs that cannot be factored are not, and a pattern that matches one raises
-    `PlanError` with the reason.
+    With `recurrent`, the recurrent weights of LSTM and GRU are among them. Depthwise convolutions, and embeddings and attention
+    that cannot be factored, are left out. Other convolutions, linear layers, LSTMs and GRUs that cannot be factored are not,
+    and a pattern that matches one raises `PlanError` with the reason.
     """
     names: list[str] = []
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if isinstance(module, CONVOLUTIONS | nn.Linear):
-            names.append(name)
+            names += [] if _kind(module).startswith("depthwise") else [name]
         elif isinstance(module, nn.LSTM | nn.GRU):
             starts = (INPUTS, LOOPS) if recurrent else (INPUTS,)
             names += [f"{name}.{start}{k}".removeprefix(".") for k in range(module.num_layers) for start in starts]
@@ -125,16 +125,22 @@ def dense_layer(model: nn.Module, name: str) -> DenseModule:
     return DenseModule(module, spec, (cast("nn.Parameter", module.weight),))
 
 
+def _kind(module: nn.Module) -> str:
+    """Return the kind of a convolution in groups: `depthwise` or `grouped`, and `transposed`; empty for any other module."""
+    if not isinstance(module, CONVOLUTIONS) or module.groups == 1:
+        return ""
+    kind = "depthwise" if module.groups == module.in_channels else "grouped"
+    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    return f"{kind} transposed" if transposed else kind
+
+
 def _require_divisible(module: CONVOLUTIONS, name: str) -> None:
     """Raise `PlanError` for a convolution whose groups have a single input channel, or that is transposed and has groups."""
-    if module.groups == 1:
-        return
-    kind = "depthwise" if module.groups == module.in_channels else "grouped"
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        kind += " transposed"
-    elif kind == "grouped":
-        return
-    raise PlanError(f"layer {name}: a {kind} convolution (groups={module.groups}) cannot be factored; leave it out of the plan")
+    kind = _kind(module)
+    if kind not in ("", "grouped"):
+        raise PlanError(
+            f"layer {name}: a {kind} convolution (groups={module.groups}) cannot be factored; leave it out of the plan"
+        )
 
 
 def _recurrent(module: nn.LSTM | nn.GRU | FactoredRecurrent, name: str, leaf: str) -> DenseModule:

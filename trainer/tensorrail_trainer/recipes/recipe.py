@@ -26,6 +26,7 @@ from tensorrail_trainer.layers.dense import dense_layer, planned_layers
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.networks.registry import model_of
 from tensorrail_trainer.networks.weights import load_weights
+from tensorrail_trainer.planning.options import AUTO
 from tensorrail_trainer.planning.published import published_plan
 from tensorrail_trainer.planning.ranks import any_plan_to_size, join, plan_by_metric, plan_layers, unranked
 from tensorrail_trainer.processes import rank, world
@@ -80,10 +81,12 @@ class PlanRule(Part):
     2.3 times smaller with the least truncation error, over all layers of the pattern at once. The error is that of the weights
     (`metric: weight`), or that of the layers' outputs on training samples (`activation`, which needs formats with one input
     mode). Default: `activation` for trained weights if it can be measured for every layer of the pattern, else `weight`.
+    With `format: auto` (default) each layer gets `tt` or a split of `svd`, whichever loses less; with `ranks` or `modes` it is
+    `tt`.
     """
 
     layers: str
-    format: str = "tt"
+    format: str = AUTO
     ranks: int | Integers | None = None
     params: Annotated[float, Field(gt=1)] | None = None
     modes: Integers | None = None
@@ -478,8 +481,9 @@ def _plannable(model: nn.Module, rule: AnyRule) -> tuple[LayerPlan, ...]:
         planned_layers(model, Plan(layers=selected))
         return selected
     if rule.ranks is None:
-        return tuple(unranked(model, rule.layers, rule.format, rule.modes, rule.merge))
-    return plan_layers(model, rule.layers, format=rule.format, ranks=rule.ranks, modes=rule.modes, merge=rule.merge)
+        return unranked(model, rule.layers, rule.format, rule.modes, rule.merge)
+    form = "tt" if rule.format == AUTO else rule.format
+    return plan_layers(model, rule.layers, format=form, ranks=rule.ranks, modes=rule.modes, merge=rule.merge)
 
 
 def _call(function: Any, factory: Any, named: Named, key: str, known: Mapping[str, Any]) -> Any:
