@@ -141,7 +141,7 @@ def compress(
             raise options.refusal
         points, accuracy = _scored(dense, points, built, k, options)
         save_model(load_model(built[k].path), out)
-        fusions = compared_fusions(dense, out, options.conditions.settings)
+        fusions = compared_fusions(dense, built[k].path, options.conditions.settings)
     report = _report(points, k, built[k], dense_size, times, accuracy, wanted, options.conditions.settings, out)
     held_out = parts is None or not several or parts.holds_out
     return report.model_copy(update={"fusions": fusions, "held_out": held_out})

@@ -7,11 +7,15 @@ import re
 import secrets
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tensorrail_runtime.errors import ModelError
 
+_SHORT = Repr()  # of a value in a message: one that refers to itself many times would take hours to write out
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel = 3
 _STREAM = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
@@ -49,8 +53,12 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     """
     path = Path(path)
     if is_stream(path):
-        with path.open("ab") as stream:  # renaming would replace the pipe or device by a file
-            stream.write(data)
+        try:
+            with path.open("ab") as stream:  # renaming would replace the pipe or device by a file
+                stream.write(data)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         return
     path = path.resolve()  # so that a link stays a link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -102,7 +110,7 @@ def first_problem(error: ValidationError) -> str:
         return f"{key}: unknown key; check its spelling or remove it"
     if problem["type"] == "missing":
         return f"{key}: required but missing"
-    got = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", got {problem['input']!r:.80}"
+    got = "" if problem["type"].startswith(("json_invalid", "value_error")) else f", got {_SHORT.repr(problem['input']):.80}"
     message = problem["msg"].removeprefix("Value error, ")
     if message.startswith("Input should be "):
         expected = message.removeprefix("Input should be ")

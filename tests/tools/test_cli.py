@@ -535,3 +535,37 @@ def test_memory_is_taken_at_the_shape_given(cli, tmp_path, rng):
     code, printed, _ = cli("bench", path, "--duration", 0.1, "--memory", "--shape", "x=1,3,8,8")
     assert code == 0
     assert "peak host (MiB)" in printed
+
+
+def test_models_that_do_not_do_the_same_work_pass_no_speed_up(cli, in_this_process, small_model, small_path, tmp_path):
+    """A run of the one has 32 samples, a run of the other has one: their times say nothing of a speed-up."""
+    small_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 32
+    fixed = tmp_path / "fixed.onnx"
+    onnx.save(small_model, fixed)
+    asked = ("bench", fixed, small_path, "--duration", 0.1, "--processes", 0)
+    code, _, message = cli(*asked, "--min-speedup", 1.1, "--json", tmp_path / "b.json")
+    assert code == 2
+    assert "--min-speedup: nothing to compare: the models process different numbers of samples in a run (" in message
+    assert "fixed.onnx 32" in message
+    assert not (tmp_path / "b.json").exists()
+    assert cli(*asked)[0] == 0
+    assert cli(*asked, "--batch", 32, "--min-speedup", 0.01)[0] == 0
+
+
+@pytest.mark.parametrize("option", [("check", "--json"), ("package", "--triton")])
+def test_links_that_lead_to_themselves_are_named(option, cli, small_path, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    command, name = option
+    models = (small_path, small_path) if command == "check" else (small_path,)
+    code, _, message = cli(command, *models, name, loop)
+    assert (code, "a link that leads to itself" in message) == (2, True)
+
+
+def test_a_front_is_not_written_over_the_model(cli, small_path, tmp_path):
+    asked = ("compress", small_path, "--target", "latency=1.5", "--front", tmp_path / "f.json")
+    for out in ("f.svg", "f.json"):
+        code, _, message = cli(*asked, "-o", tmp_path / out)
+        assert (code, "--out and --front write the same file" in message) == (2, True)
+    code, _, message = cli(*asked, "-o", tmp_path / "o.onnx", "--json", tmp_path / "f.json")
+    assert (code, "--front and --json write the same file" in message) == (2, True)

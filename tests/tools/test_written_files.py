@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,27 @@ def test_a_model_in_the_repository_that_is_replaced_is_refused(small_path, tmp_p
     with pytest.raises(tr.ModelError, match="which is read and would be lost"):
         tr.package(inside, tmp_path / "repository", contents=tr.Repository(name="m", overwrite=True))
     assert inside.exists()
+
+
+def test_a_model_goes_into_a_pipe(cli, small_path, tmp_path):
+    plan, pipe, read = tmp_path / "plan.json", tmp_path / "pipe", []
+    tr.Plan(layers=(tr.LayerPlan(name="fc", format="svd", modes=(10, 32), ranks=(2,)),)).save(plan)
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    code, _, message = cli("export", small_path, "--plan", plan, "-o", pipe)
+    reader.join(30)
+    assert (code, reader.is_alive()) == (0, False), message
+    assert len(onnx.load_from_string(read[0]).graph.node) > len(onnx.load(small_path).graph.node)
+    code, _, message = cli("quantize", small_path, "--to", "fp16", "-o", pipe)
+    assert (code, "expected a file, got a pipe or device" in message) == (2, True)
+
+
+def test_data_of_a_large_model_go_when_a_small_one_replaces_it(small_model, tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    with monkeypatch.context() as limited:
+        limited.setattr(io, "_LARGEST_FILE", 2000)
+        io.save_model(small_model, path)
+    assert (tmp_path / "m.onnx.data").exists()
+    io.save_model(small_model, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]

@@ -70,6 +70,7 @@ def _root(
 
 
 _PACKAGES = ("tensorrail", "tensorrail_runtime", "tensorrail_exporter", "tensorrail_trainer")
+_LOOP = "Symlink loop from "
 _RESUMABLE = ("run", "train")  # commands that continue from the last finished epoch
 
 
@@ -108,6 +109,8 @@ def _end(error: BaseException) -> NoReturn:
         _fail(str(MissingExtraError("this command", error)), 2)
     if isinstance(error, OSError):
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
+    if isinstance(error, RuntimeError) and str(error).startswith(_LOOP):  # of Path.resolve
+        _fail(f"{str(error).removeprefix(_LOOP)}: a link that leads to itself; expected a file or a folder", 2)
     if hasattr(error, "format_message"):  # typer's own, of a class that it does not export
         _fail_usage(error)
     if type(error).__name__ == "Abort":  # Ctrl-C, of older versions of typer

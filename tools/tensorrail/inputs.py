@@ -125,6 +125,7 @@ def as_labelled(data: Any, metric: str | None = None, rules: InputRules | None =
 
     Raises:
         ModelError: there are no labels, or a metric was given without data.
+        UsageError: a metric was given beside a `Labelled` that has another one.
 
     """
     if data is None:
@@ -133,6 +134,8 @@ def as_labelled(data: Any, metric: str | None = None, rules: InputRules | None =
         return None
     rules = rules or InputRules()
     if isinstance(data, Labelled):
+        if metric not in (None, data.metric):
+            raise UsageError(f"metric: the data are scored by {data.metric!r}, got {metric!r}: make Labelled with this metric")
         return replace(data, rules=rules) if data.rules == InputRules() else data
     if isinstance(data, Path | str):
         return Labelled.load(data, metric, rules)

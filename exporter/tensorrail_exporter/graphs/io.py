@@ -18,9 +18,10 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.graphs.einsum import products_of_einsums
 from tensorrail_exporter.graphs.preserve import presentable, restore
 from tensorrail_runtime.errors import GraphError, ModelError, first_line
+from tensorrail_runtime.graphs.cost import without_functions
 from tensorrail_runtime.graphs.files import bodies, data_file, descendants, is_read, own_data_files
 from tensorrail_runtime.graphs.reading import light, read_model
-from tensorrail_runtime.records import write_bytes
+from tensorrail_runtime.records import is_stream, write_bytes
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import open_session
 
@@ -40,7 +41,8 @@ def load_model(path: Path | str) -> onnx.ModelProto:
         path: the file, with any extension.
 
     Returns:
-        The model with all its weights. An Einsum of an activation and a stored tensor is a MatMul in it.
+        The model with all its weights. Bodies of its functions stand in place of their calls, and an Einsum of an activation
+        and a stored tensor is a MatMul.
 
     Raises:
         GraphError: the file cannot be read, is not a valid ONNX model, or has no nodes.
@@ -55,13 +57,15 @@ def load_model(path: Path | str) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, ValueError) as error:
         raise GraphError(f"{path}: not a valid ONNX model ({first_line(error)})") from None
     for tensor in _tensors(model.graph):
+        if tensor.data_type not in onnx.TensorProto.DataType.values():
+            raise GraphError(f"{path}: not a valid ONNX model (tensor {tensor.name!r} has the unknown type {tensor.data_type})")
         if not _is_whole(tensor):
             raise GraphError(
                 f"{path}: not a valid ONNX model (tensor {tensor.name!r} of shape {list(tensor.dims)} holds {_stored(tensor)})"
             )
     if not model.graph.node:
         raise GraphError(f"{path}: the ONNX model has no nodes: there is nothing to run or rewrite")
-    return products_of_einsums(model)
+    return products_of_einsums(without_functions(model))
 
 
 def save_model(model: onnx.ModelProto, path: Path | str) -> None:
@@ -78,11 +82,24 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
 
     """
     path = Path(path)
-    if size_of(model) < _LARGEST_FILE:
+    if is_stream(path):
         write_bytes(path, model.SerializeToString())
         return
     path = path.resolve()  # the data belong beside the file that a link points to
-    data, replaced = data_file(path), own_data_files(path)
+    replaced = own_data_files(path)
+    if size_of(model) < _LARGEST_FILE:
+        write_bytes(path, model.SerializeToString())
+    else:
+        _save_large(model, path)
+    for file in replaced:
+        if not is_read(file):
+            with suppress(OSError):  # on Windows, a session of this process may have it open
+                file.unlink()
+
+
+def _save_large(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model with its weights in a file of their own."""
+    data = data_file(path)
     part = data.with_name(f".{data.name}.{secrets.token_hex(4)}.part")
     try:
         small = _with_external_data(model, part, data.name)
@@ -94,10 +111,6 @@ def save_model(model: onnx.ModelProto, path: Path | str) -> None:
             raise
     finally:
         part.unlink(missing_ok=True)
-    for file in replaced:
-        if not is_read(file):
-            with suppress(OSError):  # on Windows, a session of this process may have it open
-                file.unlink()
 
 
 def check_model(model: onnx.ModelProto, original: onnx.ModelProto | None = None) -> None:

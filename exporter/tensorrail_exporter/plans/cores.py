@@ -52,6 +52,11 @@ def load_cores(path: Path | str, plan: Plan) -> dict[str, list[np.ndarray]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise PlanError(f"{path}: not a readable safetensors file ({error})") from None
+    except (AttributeError, TypeError) as error:  # of safetensors, for types that NumPy lacks, such as float8
+        raise PlanError(f"{path}: expected cores of floats, got a type that NumPy does not have ({error})") from None
+    for key, tensor in tensors.items():
+        if tensor.dtype.kind in "biuc":
+            raise PlanError(f"{path}: expected cores of floats, got {key!r} of {tensor.dtype}")
     if metadata != _METADATA:
         raise PlanError(f"{path}: expected a cores file with metadata {_METADATA}, got {metadata}; write it with save_cores")
     cores: dict[str, list[np.ndarray]] = {}

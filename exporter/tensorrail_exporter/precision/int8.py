@@ -13,7 +13,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,7 @@ _KEEP = "name the layer or node that cannot be converted in `keep`: it then stay
 _SHOWN = 8  # layers in a message
 _WIDE, _NARROW = 127, 64  # the largest integer of a weight with 8 and with 7 bits
 _ASSUMED = 4.0  # magnitude of activations where only the time counts
+_CONVERTED = 1e-3  # relative difference of outputs that a conversion of the opset may make
 _OPSET, _IR_VERSION = 13, 7  # the first in which DequantizeLinear has an axis
 
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -158,9 +159,16 @@ class Quantizer:
             source = folder / "fp32.onnx"
             save_model(self.model, source)
             with _quiet():
-                run(open_session(source), calibration[0])  # reports in one line what does not fit
+                outputs = run(open_session(source), calibration[0])  # reports in one line what does not fit
+                old = opset_of(self.model) < _OPSET
+                again = run(open_session(source), calibration[0]) if old else outputs
                 with self._in_one_line():
                     self._prepare(source, coded, blocked, method, gauge=gauge, rounding=rounding)
+                if old:
+                    converted = {
+                        self._prepared.text(name): array for name, array in run(open_session(source), coded[0]).items()
+                    }
+                    _require_alike({k: v for k, v in outputs.items() if _alike(v, again[k])}, converted, opset_of(self.model))
         except BaseException:
             self._open.close()
             raise
@@ -422,7 +430,47 @@ def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
             out.add(node.name)  # the library would apply its range to the value that is read elsewhere, too
         if node.name in widths and not _plain_bias(node, values, widths[node.name]):
             out.add(node.name)
-    return out
+    return out | _not_in_ranges(model, values, read_elsewhere, out)
+
+
+def _not_in_ranges(
+    model: onnx.ModelProto, values: Mapping[str, onnx.TensorProto], elsewhere: Collection[str], out: set[str]
+) -> set[str]:
+    """Return the names of the Relu and Clip nodes that cannot become part of a range, where the library would remove them.
+
+    A tensor that several quantized nodes read is rounded for each of them, and what else reads it, such as an output of the
+    graph or a node that stays fp32, would get it without the Relu. A range includes 0, so that it cannot replace a Clip whose
+    limits do not.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: set[str] = set()
+    for node in reversed(model.graph.node):  # so that what stays fp32 is known of all readers
+        if node.op_type not in ("Relu", "Clip") or node.name in out:
+            continue
+        reading = readers.get(node.output[0], [])
+        rounding = [reader for reader in reading if reader.op_type in _INT8 and reader.name not in out | found]
+        others = len(rounding) < len(reading) or node.output[0] in elsewhere
+        if (len(rounding) > 1 and others) or not _includes_zero(node, values):
+            found.add(node.name)
+    return found
+
+
+def _includes_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether 0 lies between the limits of a Clip, as far as they are known; of a Relu it does."""
+    if node.op_type == "Relu":
+        return True
+    limits = []
+    for place, key, default in ((1, "min", -math.inf), (2, "max", math.inf)):
+        if len(node.input) <= place or not node.input[place]:
+            limits.append(next((attribute.f for attribute in node.attribute if attribute.name == key), default))
+        elif (stored := constants.get(node.input[place])) is not None:
+            limits.append(float(numpy_helper.to_array(stored).reshape(-1)[0]))
+        else:
+            return False
+    return limits[0] <= 0 <= limits[1]
 
 
 def _widths(model: onnx.ModelProto) -> dict[str, int]:
@@ -462,13 +510,38 @@ def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
     }
 
 
+def _alike(first: object, second: object) -> bool:
+    """Return whether two outputs are the same tensor, up to rounding."""
+    if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray) and first.shape == second.shape):
+        return False
+    if first.dtype.kind != "f":
+        return np.array_equal(first, second)
+    return bool(
+        np.allclose(first, second, rtol=_CONVERTED, atol=_CONVERTED * float(np.abs(first).max(initial=0)), equal_nan=True)
+    )
+
+
+def _require_alike(before: Mapping[str, object], after: Mapping[str, object], opset: int) -> None:
+    """Raise `GraphError` for an output that onnx's conversion to a later opset changed, as it does with Hardmax."""
+    for name in before.keys() & after.keys():
+        if not _alike(before[name], after[name]):
+            raise GraphError(
+                f"output {name!r} is another one after onnx converted the model from opset {opset} to {_OPSET}, which int8 "
+                f"needs; export the model with opset {_OPSET} or later"
+            )
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the opset of ONNX's own operators that a model uses."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_OPSET)
+
+
 def _current(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model at an opset and IR version with scales per channel, without its weights among the inputs.
 
     The libraries do not treat a weight that is an input as a constant: nothing would be folded into it.
     """
-    version = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_OPSET)
-    if version < _OPSET:
+    if opset_of(model) < _OPSET:
         model = onnx.version_converter.convert_version(model, _OPSET)
     model.ir_version = max(model.ir_version, _IR_VERSION)
     _with_plain_biases(model)

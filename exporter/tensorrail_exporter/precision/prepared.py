@@ -120,14 +120,15 @@ class Prepared:
         graph = converted.graph
         inputs = {value.name for value in graph.input}
         stored = {tensor.name: tensor for tensor in graph.initializer}
+        computed = {name for node in graph.node for name in node.output}
         for tensor in self._stored:
             if tensor.name in inputs:  # a weight with a default: the output follows the input
                 continue
-            if tensor.name in stored and not _equal(stored[tensor.name], tensor):
+            if tensor.name in computed or (tensor.name in stored and not _equal(stored[tensor.name], tensor)):
                 others = {tensor.name: free_name(tensor.name, taken)}
                 for inner in (graph, *descendants(graph)):
                     _rename(inner, lambda name, others=others: others.get(name, name))  # type: ignore[misc]
-                del stored[tensor.name]
+                stored.pop(tensor.name, None)
             if tensor.name not in stored:
                 graph.initializer.append(tensor)
         sparse = {tensor.values.name for tensor in graph.sparse_initializer}

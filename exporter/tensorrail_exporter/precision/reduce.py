@@ -20,14 +20,14 @@ from tensorrail_exporter.precision.int8 import Rounding as Rounding
 from tensorrail_exporter.precision.int8 import to_int8 as to_int8
 from tensorrail_exporter.precision.ranges import LayerRange, layer_ranges, ranges_table, require_finite
 from tensorrail_exporter.precision.weights import weighted, with_names
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, ModelError
 from tensorrail_runtime.graphs.cost import constants_of
 from tensorrail_runtime.graphs.files import bytes_of, files_read
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import Parity, parity, require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
-from tensorrail_runtime.records import Record
+from tensorrail_runtime.records import Record, is_stream
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.halves import runs_with_casts
 from tensorrail_runtime.sessions.inputs import random_inputs
@@ -192,6 +192,8 @@ def reduced(
     """
     conditions = conditions or Conditions()
     settings, to = conditions.settings, quantization.to
+    if is_stream(Path(out)):
+        raise ModelError(f"{out}: expected a file, got a pipe or device: the model is measured where it was written")
     model, out = Path(model), Path(out).resolve()  # a link stays one
     settings.check()
     exact = settings.exact

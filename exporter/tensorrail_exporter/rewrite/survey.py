@@ -48,6 +48,7 @@ class DenseLayer:
     makers: tuple[DenseLayer, ...] = ()  # the layers before that make its channels, where nothing else reads these
     side_by_side: bool = False  # whether copies are timed side by side even where they could form a chain
     domain: str = ""  # of the operator; empty for one of ONNX's own
+    in_body: bool = False  # whether a node is in the body of an If, Loop or Scan: how often it runs is not known, nor `output`
 
     @property
     def source(self) -> tuple[int, ...] | None:
@@ -335,6 +336,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
     data = 1 - weight if node.op in ("MatMul", "Gather") else 0
     pad, padding = _padding(node) if node.op == "Conv" else (None, ())
     source = node.inputs[data] if pad is None else pad.inputs[0]
+    in_body = any(site.graph is not graph for site in sites)
     return DenseLayer(
         name=name,
         op=node.op,
@@ -342,7 +344,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         nodes=len(sites),
         attrs={key: value for key, value in node.attrs.items() if not isinstance(value, gs.Graph)},
         inputs=tuple(None if tensor.is_empty() else _shape(tensor) for tensor in node.inputs),
-        output=_output(node),
+        output=None if in_body else _output(node),
         data=data,
         dtype=np.dtype(node.inputs[weight].dtype),
         opset=graph.opset,
@@ -352,6 +354,7 @@ def dense_layer(name: str, graph: gs.Graph, rule: Rule, sites: Sequence[Site]) -
         output_names=tuple(next(t.name for t in site.node.outputs if not t.is_empty()) for site in sites),
         padding=padding,
         domain="" if is_standard(node) else node.domain,
+        in_body=in_body,
     )
 
 

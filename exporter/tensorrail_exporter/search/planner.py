@@ -449,13 +449,15 @@ def _forms(layer: DenseLayer, search: Search) -> tuple[Option, ...]:
 
 
 def _has_shapes(layer: DenseLayer) -> bool:
-    """Return whether the shapes of its data are known; they are not in the bodies of If and Loop."""
+    """Return whether the shapes of its data are known; they are not in the bodies of If, Loop and Scan."""
     return layer.output is not None and layer.inputs[layer.data] is not None
 
 
 def _why_not_timed(layer: DenseLayer) -> str:
     if _has_shapes(layer):
         return "an embedding: factored for targets on params or bytes only"
+    if layer.in_body:
+        return "not timed: in the body of an If, Loop or Scan, whose runs are not known"
     return "not timed: the shape of its data is not known"
 
 

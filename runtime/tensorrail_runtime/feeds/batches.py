@@ -73,8 +73,8 @@ def cut(part: Part, inputs: ModelInputs, batch: int, most: int | None) -> Batche
     if len(set(lengths.values())) > 1:
         total = _declared_length(where, lengths, inputs)
         feed = _complete(arrays, inputs, total)
-        return Batches((feed,), inputs.axes, _labels(where, labels, samples_of(feed, inputs.axes)), fixed, whole=True)
-    labels = _labels(where, labels, total)
+        return Batches((feed,), inputs.axes, labels_of(where, labels, samples_of(feed, inputs.axes)), fixed, whole=True)
+    labels = labels_of(where, labels, total)
     if fixed is not None and (not fixed or total % fixed):
         raise ModelError(f"{where}: the model takes batches of {fixed}, got {total} samples: give a multiple of {fixed}")
     size = fixed or batch
@@ -143,7 +143,8 @@ def _complete(arrays: Values, inputs: ModelInputs, samples: int) -> Feed:
     return feed
 
 
-def _labels(where: str, labels: np.ndarray | None, total: int) -> np.ndarray | None:
+def labels_of(where: str, labels: np.ndarray | None, total: int) -> np.ndarray | None:
+    """Return the labels, of which there must be one per sample; raises `ModelError` otherwise."""
     if labels is None:
         return None
     if labels.shape[:1] != (total,):

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.feeds.batches import LABELS, Batches, cut, length_of
+from tensorrail_runtime.feeds.batches import LABELS, Batches, cut, labels_of, length_of
 from tensorrail_runtime.feeds.pictures import Preprocessing
 from tensorrail_runtime.feeds.rules import InputRules, ModelInputs, model_inputs
 from tensorrail_runtime.feeds.sequences import along_sequences
@@ -175,10 +175,11 @@ def _joined(parts: Sequence[Part], inputs: ModelInputs) -> Part | tuple[str, Non
     if len(parts) == 1:
         return where, first
     axes = dict(inputs.axes) | {LABELS: 0}
-    for _, arrays in parts:
+    for own, arrays in parts:
         lengths = {length_of(name, array, axes) for name, array in arrays.items() if name != LABELS} - {None}
         if len(lengths) > 1:
             return where, None
+        labels_of(own, arrays.get(LABELS), next((size for size in lengths if size is not None), 1))
         for name, array in arrays.items():
             axis = axes.get(name, 0)
             if length_of(name, array, axes) is None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # the only ones: some of Pillow's readers start other programs
 
+_MOST_PIXELS = 2**26  # of a resized image
 _ORIENTATION = 0x0112  # the EXIF tag of how a camera was held
 
 
@@ -86,11 +87,23 @@ def picture(path: Path, shape: Sequence[int], how: Preprocessing) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             image = eight_bits(upright(opened)).convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # PIL raises all of these
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        Image.DecompressionBombError,
+    ) as error:  # PIL raises all of these
         raise ModelError(f"{path}: not a readable image ({first_line(error)})") from None
     short = how.resize or round(min(height, width) * 256 / 224)
     scale = short / min(image.size)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size[0] * size[1] > _MOST_PIXELS:  # a few hundred bytes of a long, narrow image could ask for gigabytes
+        raise ModelError(
+            f"{path}: resized to {short} pixels along its shorter side, this image of {image.width}×{image.height} would have "
+            f"{size[0]}×{size[1]}: crop it, or leave it out"
+        )
     image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     values = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels) / 255

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +127,7 @@ def facts_of(
     data: Labelled | None = None,
     shapes: Shapes | None = None,
     values: Values | None = None,
+    order: Iterable[str] = (),
 ) -> Facts:
     """Measure the properties of a model.
 
@@ -137,6 +138,7 @@ def facts_of(
         data: labelled inputs of the score; without them there is none.
         shapes: shapes of inputs, by name.
         values: known values of inputs by name, in place of random ones.
+        order: the names of the inputs in the order in which random ones are drawn; default: that of the model.
 
     Returns:
         The properties that do not vary between runs.
@@ -149,7 +151,7 @@ def facts_of(
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     declared = {entry.name: _declared(entry) for entry in session.get_outputs()}
-    inputs = random_inputs(session, batch, shapes=shapes, values=values)
+    inputs = random_inputs(session, batch, shapes=shapes, values=values, order=order)
     outputs = {name: _output(path, name, array, declared[name]) for name, array in run(session, inputs).items()}
     again = {name: _output(path, name, array, declared[name]) for name, array in run(session, inputs).items()}
     placed = placement(path, settings=settings, batch=batch, shapes=shapes, values=values)

@@ -145,7 +145,9 @@ def check_environments(
         findings: list[Finding] = []
         changes: list[TimeChange] = []
         for python in pythons:
-            side = replace(own, python=str(python), model=Path(there or path))
+            # A Path drops the `./` that tells a file from a name on PATH.
+            program = str(python.absolute()) if isinstance(python, Path) and python.exists() else str(python)
+            side = replace(own, python=program, model=Path(there or path))
             environment, outputs = side.described(folder)
             others.append(environment)
             old, new = timed_in_turns(side, own, limits.max_slowdown / PRECISION)

@@ -275,7 +275,7 @@ def record(
     facts = facts_of(path, settings, timing.batch, _ruled(data, rules), timing.shapes, timing.values)
     runs = _measure([path], replace(conditions, timing=timing))
     baseline = Baseline(
-        model=Path(os.path.relpath(path, Path(out).parent)).as_posix(),
+        model=Path(os.path.relpath(_place(path), _place(out).parent)).as_posix(),
         provider=settings.provider,
         threads=settings.threads,
         batch=timing.batch,
@@ -493,7 +493,7 @@ def _facts_like(before: _Reference, path: Path | str, data: Labelled | None) -> 
     if fault := file_fault(path):
         return _does_not_run(fault)
     try:
-        return facts_of(path, settings, timing.batch, data, *measured_on)
+        return facts_of(path, settings, timing.batch, data, *measured_on, order=tuple(before.facts.inputs))
     except MetricError as error:
         unscored = held(before.facts, facts_of(path, settings, timing.batch, None, *measured_on), Limits(), settings.provider)
         interface = next(finding for finding in unscored if finding.name == "interface")
@@ -529,6 +529,11 @@ def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: flo
         reports.append(fresh_report(paths, first, each, conditions.settings, [Path(path).name for path in paths]))
         conditions.progress("measuring latency", min(1.0, len(reports) / timing.processes))
     return reports
+
+
+def _place(path: Path | str) -> Path:
+    """Return the path of a file with the links among its folders followed: `..` behind a link leads to the folder's parent."""
+    return Path(path).parent.resolve() / Path(path).name
 
 
 def _at_hand(baseline: Baseline, file: Path) -> Path | None:

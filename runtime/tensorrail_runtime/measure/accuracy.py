@@ -14,13 +14,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
 
 from tensorrail_runtime.errors import OWN_CODE, MetricError, ModelError, TensorrailError, first_line, in_words
-from tensorrail_runtime.feeds.batches import class_column
+from tensorrail_runtime.feeds.batches import LABELS, Feed, class_column
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.feeds.sources import read_parts
@@ -48,6 +48,8 @@ class Labelled:
     """`top1`, `top5`, or `module:function` of (outputs, labels) that returns one score a sample (see `Metric`)."""
     rules: InputRules = field(default_factory=InputRules)
     """Which inputs are constant, have their samples along another axis than the first, or are states."""
+    counts: tuple[int, ...] = ()
+    """How many of the labels belong to each of several mappings, where this is known: it must be as many as their samples."""
 
     def __post_init__(self) -> None:
         try:
@@ -82,7 +84,8 @@ class Labelled:
             raise ModelError(
                 f"{path}: the labels of its files cannot be joined ({error}); expected one label a sample"
             ) from None
-        return cls(inputs[0] if len(inputs) == 1 else inputs, joined, metric or "top1", rules or InputRules())
+        counts = tuple(len(own) for own in labels) if len(labels) > 1 else ()
+        return cls(inputs[0] if len(inputs) == 1 else inputs, joined, metric or "top1", rules or InputRules(), counts)
 
 
 class Accuracy(Record):
@@ -232,7 +235,7 @@ def evaluate(
     session = open_session(path, settings=settings)
     require_tensors(path, session)
     with naming(path):
-        batches = load_batches(data.inputs, session, data.rules, batch=batch)
+        batches = load_batches(_with_labels(data), session, data.rules, batch=batch)
     count = sum(batches.samples)
     if not count or np.shape(labels)[:1] != (count,):
         raise ModelError(
@@ -249,6 +252,14 @@ def evaluate(
         scores += sample_scores(metric, outputs, labels[len(scores) : len(scores) + size]).tolist()
         on_batch(len(scores) / count)
     return Evaluation(model=Path(path).name, metric=metric, scores=tuple(scores))
+
+
+def _with_labels(data: Labelled) -> Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]:
+    """Return the inputs, each of several mappings with its own labels where they are known: their number is then checked."""
+    if not data.counts or data.rules.states:
+        return data.inputs
+    own = np.split(data.labels, np.cumsum(data.counts)[:-1])
+    return [{**part, LABELS: labels} for part, labels in zip(cast("Sequence[Feed]", data.inputs), own, strict=True)]
 
 
 def sample_scores(metric: str, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:

@@ -87,6 +87,7 @@ class LatencyReport(PrintedRecord):
         transfers: whether the times contain the copies of inputs and outputs between host and device.
         cuda_graph: whether CUDA graphs were used.
         warnings: what makes the times less reliable than they seem.
+        uneven: how the work of the models differs in a run, where it does: the ratios are then not speed-ups.
 
     """
 
@@ -101,6 +102,7 @@ class LatencyReport(PrintedRecord):
     transfers: bool = True
     cuda_graph: bool = False
     warnings: tuple[str, ...] = ()
+    uneven: str = ""
     with_transfers: LatencyReport | None = None  # the same with inputs and outputs copied, where both were asked for
     footprints: tuple[Footprint, ...] = ()  # where they were asked for
 
@@ -176,6 +178,8 @@ def bench(
         raise ModelError("nothing to measure: give at least one model")
     timing, settings = timing or Timing(), settings or Session()
     names = list(labels) if labels else _distinct(paths)
+    if len(names) != len(paths):
+        raise ModelError(f"labels: expected one for each of the {len(paths)} models, got {len(names)}")
     if timing.processes:
         return _in_fresh_processes(paths, timing, settings, names, progress)
     return _here(paths, timing, settings, names, progress)
@@ -201,6 +205,7 @@ def _report_of(
         names: their names in the report.
 
     """
+    uneven = _uneven(names, timed.samples, timed.shapes)
     latencies = tuple(Latency.of(*row) for row in zip(names, timed.times, timed.samples, timed.load_ms, strict=True))
     return LatencyReport(
         batch=timed.samples[0],
@@ -212,10 +217,8 @@ def _report_of(
         ratios=tuple(ratio(latencies[0], other, cycle=len(paths)) for other in latencies[1:]),
         transfers=not timing.io_binding,
         cuda_graph=settings.cuda_graph,
-        warnings=(
-            *_uneven(names, timed.samples, timed.shapes),
-            *_warnings(paths, latencies, settings, timing),
-        ),
+        warnings=(*((uneven,) if uneven else ()), *_warnings(paths, latencies, settings, timing)),
+        uneven=uneven,
     )
 
 
@@ -338,18 +341,19 @@ def _distinct(paths: Sequence[Path | str]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, Sequence[int]]]) -> list[str]:
+def _uneven(names: Sequence[str], samples: Sequence[int], shapes: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """Return how the work of the models differs in a run; empty if it does not."""
     if len(set(samples)) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in zip(names, samples, strict=True))
-        return [f"the models process different numbers of samples in a run ({counts}): the speed-up compares runs, not samples"]
+        return f"the models process different numbers of samples in a run ({counts}): the speed-up compares runs, not samples"
     for name, model_shapes in zip(names, shapes, strict=True):
         for key in model_shapes.keys() & shapes[0].keys():
             if model_shapes[key] != shapes[0][key]:
-                return [
+                return (
                     f"input {key!r} had shape {list(shapes[0][key])} for {names[0]} and {list(model_shapes[key])} for {name}: "
                     f"the models did not do the same work; give the shape {key}={','.join(map(str, shapes[0][key]))}"
-                ]
-    return []
+                )
+    return ""
 
 
 def _unstable(runs: Sequence[Sequence[Latency]]) -> list[str]:

@@ -14,12 +14,17 @@ from tensorrail_runtime.errors import ModelError
 _KILLED = 9  # the signal by which Linux ends a process when memory runs out; Windows has no name for it
 _NAMED = 3  # models in an error message
 
+_ANSWER = "tensorrail-answer:"
 _START = (
-    "import sys, json, importlib\n"
+    "import os, sys, json, importlib\n"
+    "answer = os.fdopen(os.dup(1), 'w', encoding='utf-8')\n"  # what else is printed, such as by a module, goes to stderr
+    "os.dup2(2, 1)\n"
+    "answer.write('\\n' + sys.argv[2])\n"  # before it, modules that Python loads at its start may have printed
     "name, function = sys.argv[1].split(':')\n"
     "from tensorrail_runtime.sessions.session import ModelError\n"
     "try:\n"
-    "    print(getattr(importlib.import_module(name), function)(json.load(sys.stdin)))\n"
+    "    answer.write(getattr(importlib.import_module(name), function)(json.load(sys.stdin)))\n"
+    "    answer.close()\n"
     "except ModelError as error:\n"
     "    sys.exit('ModelError: ' + str(error))\n"
 )
@@ -42,14 +47,14 @@ def fresh(function: str, request: object, models: Sequence[Path | str] = ()) -> 
         ModelError: the function raised it, or the process failed.
 
     """
-    command = [sys.executable, "-P", "-c", _START, function]
-    completed = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    command = [sys.executable, "-P", "-c", _START, function, _ANSWER]
+    completed = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", check=False)  # noqa: S603 - our own command
     if completed.returncode:
         lines = completed.stderr.strip().splitlines()
         if completed.returncode < 0 or not lines:
             raise ModelError(f"the fresh process{_running(models)} {_ending(completed.returncode, lines)}")
         raise ModelError(lines[-1].removeprefix("ModelError: "))
-    return completed.stdout
+    return completed.stdout.partition("\n" + _ANSWER)[2]
 
 
 def _running(models: Sequence[Path | str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -30,6 +30,7 @@ def random_inputs(
     seed: int = 0,
     shapes: Shapes | None = None,
     values: Values | None = None,
+    order: Iterable[str] = (),
 ) -> dict[str, np.ndarray]:
     """Return random inputs for a model: standard normal values, or integers 0 and 1, of the types of its inputs.
 
@@ -41,6 +42,7 @@ def random_inputs(
         seed: the seed of the random numbers.
         shapes: shapes of inputs, by name.
         values: known values of inputs, by name, which are cut or repeated to the shapes of this run; default: none.
+        order: the inputs of another model, in its order: the inputs of these names are drawn first, and get the same values.
 
     Returns:
         One array for each input, by name.
@@ -58,7 +60,8 @@ def random_inputs(
     rng = np.random.default_rng(seed)
     feed = Drawn()
     remaining = _MOST_VALUES
-    for name, entry in entries.items():
+    for name in dict.fromkeys([*(name for name in order if name in entries), *entries]):
+        entry = entries[name]
         known = values is not None and name in values
         if not known and entry.type not in TYPES:
             raise ModelError(f"input {name!r} has type {entry.type}, which cannot be drawn at random: give its values")

@@ -211,17 +211,19 @@ def svd(name):
     return LayerPlan(name=name, format="svd", modes=(8, 8), ranks=(2,))
 
 
-def test_layers_in_a_body_have_no_known_shapes(rng):
+@pytest.mark.parametrize("rows", ["n", 4])
+def test_layers_in_a_body_have_no_known_shapes(rng, rows):
+    """Nor do they if the body says its shapes: how often it runs is not known."""
     body = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["inner"], "product")],
         "body",
         [],
-        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, [rows, 8])],
     )
     nodes = [helper.make_node("If", ["flag"], ["y"], "if", then_branch=body, else_branch=body)]
-    model = make_model(nodes, {"w": weight(rng, 8, 8), "flag": np.array(True)}, {"x": ["n", 8]}, {"y": ["n", 8]})
+    model = make_model(nodes, {"w": weight(rng, 8, 8), "flag": np.array(True)}, {"x": [rows, 8]}, {"y": [rows, 8]})
     (layer,) = survey(model)
-    assert (layer.name, layer.output, layer.nodes) == ("w", None, 2)
+    assert (layer.name, layer.output, layer.nodes, layer.in_body) == ("w", None, 2, True)
 
 
 def test_shapes_of_inputs_are_taken_and_wrong_ones_refused(rng):

@@ -242,7 +242,7 @@ def test_a_layer_in_a_body_is_named_as_not_timed(network, known_times, tmp_path,
     network.graph.output.append(helper.make_tensor_value_info("last", onnx.TensorProto.FLOAT, ["batch", 8, 12, 12]))
     report = plan_network(network, {"latency": 2.0}, search(tmp_path))
     assert [row.layer for row in report.rows] == ["c0", "c1", "c2", "narrow", "inner"]
-    assert report.rows[-1].reason == "not timed: the shape of its data is not known"
+    assert report.rows[-1].reason == "not timed: in the body of an If, Loop or Scan, whose runs are not known"
     assert report.rows[-1].dense_params == report.rows[-1].params == 144
     assert report.meets
 

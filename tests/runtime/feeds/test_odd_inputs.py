@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tensorrail as tr
 from tensorrail_runtime.feeds.loading import load_batches
+from tensorrail_runtime.feeds.pictures import Preprocessing, picture
 from tensorrail_runtime.sessions.inputs import parse_shapes
 from tensorrail_runtime.sessions.session import open_session
 
@@ -85,3 +86,67 @@ def test_a_run_that_refuses_random_integers_says_what_to_give(tmp_path, rng):
         tr.check(path, path)
     assert tr.check(path, path, options=tr.Options(inputs=tr.InputRules(constants={"i": 0}))).holds
     assert tr.check(path, path, inputs={"i": np.zeros(5, np.int64)}).holds
+
+
+@pytest.fixture
+def labelled(tmp_path, rng):
+    """Return a model that gives its input, and a folder with 20 and 30 samples, of which one label is in the wrong file."""
+    path = saved(
+        tmp_path / "same.onnx",
+        [helper.make_node("Identity", ["x"], ["y"], "same")],
+        {"x": (TensorProto.FLOAT, ["n", 4])},
+        {"y": ["n", 4]},
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    x = rng.standard_normal((50, 4)).astype(np.float32)
+    labels = x.argmax(1)
+    np.savez(folder / "1.npz", x=x[:20], labels=labels[:19])
+    np.savez(folder / "2.npz", x=x[20:], labels=labels[19:])
+    return path, folder
+
+
+def test_labels_in_the_wrong_file_are_refused(labelled):
+    path, folder = labelled
+    with pytest.raises(tr.ModelError, match=r"expected one label per sample, got 20 samples and labels of shape \(19,\)"):
+        tr.accuracy(path, data=folder)
+    with pytest.raises(
+        tr.ModelError, match=r"1\.npz: expected one label per sample, got 20 samples and labels of shape \(19,\)"
+    ):
+        load_batches(folder, open_session(path), batch=8)
+
+
+def test_a_long_narrow_image_is_refused_before_it_takes_gigabytes(tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    images.new("L", (1, 60_000)).save(tmp_path / "thin.png")
+    with pytest.raises(tr.ModelError, match="this image of 1×60000 would have 256×15360000: crop it, or leave it out"):
+        picture(tmp_path / "thin.png", (3, 224, 224), Preprocessing())
+
+
+def test_a_damaged_header_of_an_array_is_one_line(tmp_path):
+    path = saved(
+        tmp_path / "same.onnx",
+        [helper.make_node("Identity", ["x"], ["y"], "same")],
+        {"x": (TensorProto.FLOAT, ["n", 4])},
+        {"y": ["n", 4]},
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 4), ("
+    padded = header + b" " * (117 - len(header)) + b"\n"
+    (folder / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + bytes(32))
+    with pytest.raises(tr.ModelError, match=r"x\.npy: not a plain npy array"):
+        load_batches(folder, open_session(path), batch=8)
+
+
+def test_what_is_given_and_has_no_effect_is_refused(labelled, rng):
+    path, _ = labelled
+    x = rng.standard_normal((6, 4)).astype(np.float32)
+    data = tr.Labelled({"x": x}, x.argmax(1))
+    with pytest.raises(tr.UsageError, match="metric: the data are scored by 'top1', got 'top5'"):
+        tr.accuracy(path, data=data, metric="top5")
+    assert tr.accuracy(path, data=data, metric="top1").mean == 1.0
+    with pytest.raises(tr.UsageError, match="inputs: expected inputs or batch sizes, got none"):
+        tr.check(path, path, inputs=[])
+    with pytest.raises(tr.ModelError, match="labels: expected one for each of the 2 models, got 1"):
+        tr.bench([path, path], labels=["one"])

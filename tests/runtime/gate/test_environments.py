@@ -4,6 +4,7 @@ import subprocess
 import sys
 import venv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -212,3 +213,12 @@ def test_another_version_from_pypi(model, tmp_path):
     (other,) = verdict.others
     assert other.onnxruntime == OTHER_VERSION != verdict.here.onnxruntime
     assert verdict.findings[1].holds
+
+
+def test_a_path_of_an_interpreter_is_the_file(model, tmp_path, monkeypatch):
+    """A Path drops the `./` by which a name is not looked up on PATH."""
+    path = interpreter(tmp_path, "-c", "1/0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="ZeroDivisionError"):
+        check_environments(model, [Path("./python")], limits=Limits(max_slowdown=0.9), conditions=QUICK)
+    assert path.exists()

@@ -675,3 +675,36 @@ def test_a_metric_that_fails_for_one_model_alone_is_a_finding(untimed, small_pat
     low = changed(small_path, "fc.bias", lambda bias: bias - np.float32(5000))
     verdict = check(small_path, low, limits=LENIENT, conditions=QUICK, data=positive)
     assert re.search(r"run metric gate_metrics:positive: failed .*a score below -1000", verdict.reason)
+
+
+@pytest.fixture
+def two_inputs(tmp_path, rng):
+    """Return a model with two inputs, and the same one with them in another order."""
+    nodes = [onnx.helper.make_node("MatMul", ["image", "w"], ["h"]), onnx.helper.make_node("Mul", ["h", "mask"], ["y"])]
+    weights = {"w": rng.standard_normal((8, 8)).astype(np.float32)}
+    first = make_model(nodes, weights, {"image": ["n", 8], "mask": ["n", 8]}, {"y": ["n", 8]})
+    paths = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.save(first, paths[0])
+    inputs = list(first.graph.input)[::-1]
+    del first.graph.input[:]
+    first.graph.input.extend(inputs)
+    onnx.save(first, paths[1])
+    return paths
+
+
+def test_the_order_of_the_inputs_does_not_matter(two_inputs, tmp_path):
+    """Models are fed by names, and exporters list inputs in any order."""
+    before, after = two_inputs
+    assert check(before, after, limits=LENIENT, conditions=QUICK).holds
+    record(before, tmp_path / "baseline.json", conditions=QUICK)
+    before.unlink()  # so that the recorded outputs count
+    verdict = check(tmp_path / "baseline.json", after, limits=LENIENT, conditions=QUICK)
+    assert next(finding for finding in verdict.findings if finding.name == "parity").holds
+
+
+def test_a_baseline_in_a_linked_folder_finds_its_model(two_inputs, tmp_path):
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    record(two_inputs[0], tmp_path / "link" / "baseline.json", conditions=QUICK)
+    stored = json.loads((tmp_path / "link" / "baseline.json").read_text())
+    assert (tmp_path / "link" / stored["model"]).samefile(two_inputs[0])

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
+from tensorrail_runtime.serve.http import app
 from tensorrail_runtime.serve.http._compat_uvicorn import ABORT
 from tensorrail_runtime.serve.http.app import Service, create_app
 from tensorrail_runtime.serve.http.metrics import Metrics
@@ -468,3 +469,21 @@ def test_a_shadow_gets_the_share_that_was_asked_for_and_its_differences_are_coun
     assert client.metric("shadow_relative_l2_count", output="y") == count
     assert client.metric("shadow_relative_l2_sum", output="y") == pytest.approx(0.02 * count)
     assert client.metric("shadow_max_abs", output="y") == 0.5
+
+
+def test_a_large_answer_is_written_beside_others_and_within_the_time(client, x, monkeypatch):
+    """Written in the event loop, it would hold up every other request, and no limit would end it."""
+    client.service.limits = RequestLimits(seconds=0.2)
+    client.service.backend.answer = Answer({"y": np.zeros((2, 1 << 16), np.float32)}, rows=2)
+    monkeypatch.setattr(app, "render_response", lambda *_: time.sleep(1))
+
+    async def scenario():
+        waiting = asyncio.create_task(client.ask("POST", INFER, json.dumps(request(x)).encode()))
+        await asyncio.sleep(0.05)
+        begin = time.perf_counter()
+        live, _, _ = await client.ask("GET", "/v2/health/live")
+        waited = time.perf_counter() - begin
+        return live, waited, (await waiting)[0]
+
+    live, waited, status = asyncio.run(scenario())
+    assert (live, waited < 0.15, status) == (200, True, 504)

@@ -295,3 +295,12 @@ def test_options_that_cannot_be_are_refused(changes, reason):
 
 def test_only_this_machine_is_served_unless_told_otherwise():
     assert ServeOptions(name="m").host == "127.0.0.1"
+
+
+def test_samples_are_counted_where_requests_are_not_joined(small_path, rng):
+    session = open_session(small_path)
+    name = session.get_inputs()[0].name
+    feed = {name: rng.standard_normal((16, 16, 8, 8)).astype(np.float32)}
+    answers = run_batch(session, [feed, feed], {name: 0, session.get_outputs()[0].name: 0}, 1)
+    assert [(answer.rows, answer.first) for answer in answers] == [(16, True), (16, True)]
+    assert run_batch(session, [feed], None, 1)[0].rows == 1

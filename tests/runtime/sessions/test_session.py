@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pydantic
 import pytest
 from conftest import make_model
 from onnx import TensorProto, helper
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper
 from tensorrail_runtime import ModelError, Session, bench, footprint, open_session, parity, placement, random_inputs
 from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.measure.timing import Timing
-from tensorrail_runtime.records import write_text
+from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import load_arrays, parse_shapes
 from tensorrail_runtime.sessions.machine import processors
@@ -312,3 +313,25 @@ def test_only_the_processors_that_this_process_may_use_count():
         assert processors() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_what_python_prints_at_its_start_is_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello')\n")
+    (tmp_path / "talks.py").write_text("def answer(request):\n    print('by the way')\n    return f'{request}!'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert fresh("talks:answer", "yes") == "yes!"
+
+
+def test_a_value_in_a_message_takes_no_time_to_write():
+    """Ten lists that each hold the one before ten times are a text of 10 GB."""
+    nested = ["x"] * 10
+    for _ in range(10):
+        nested = [nested] * 10
+
+    class Seeded(pydantic.BaseModel):
+        seed: int
+
+    with pytest.raises(pydantic.ValidationError) as found:
+        Seeded.model_validate({"seed": nested})
+    assert first_problem(found.value).startswith("seed: expected a valid integer, got [[[")
+    assert len(first_problem(found.value)) < 200

@@ -70,5 +70,9 @@ def command(
     timing = replace(timing, processes=processes)
     with progress_bar() as progress:
         report = bench(models, data=data, memory=memory, options=Options(session, timing, progress=progress, inputs=inputs))
+    if min_speedup is not None and report.uneven:
+        raise UsageError(
+            f"--min-speedup: nothing to compare: {report.uneven}; give all models the same with --batch or --shape"
+        )
     fast_enough = min_speedup is None or all(ratio.low >= min_speedup for ratio in report.ratios)
     finish(report, json, fast_enough, "" if fast_enough else f"too slow: not every interval lies above {min_speedup}×")

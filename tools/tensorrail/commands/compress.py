@@ -90,19 +90,12 @@ def command(
     Without a target, the result is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a
     speed-up or the agreement was not reached.
     """
-    from tensorrail.front import front_files, write_front
-    from tensorrail.inputs import require_writable
+    from tensorrail.front import write_front
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.compress import compress
     from tensorrail_exporter.search.guard import Guard
-    from tensorrail_runtime.errors import UsageError
 
     targets = read_targets(target)
-    if front is not None:
-        for path in front_files(front):
-            require_writable(path, model, plan, calibration, data)
-        if json is not None and json.resolve() in (path.resolve() for path in front_files(front)):
-            raise UsageError(f"--json and --front: got {json} for both, expected two files")
     _check_given(context, plan, calibration, has_target=bool(targets) or search.max_loss is not None)
     with progress_bar() as progress:
         guard = Guard(min_agreement=min_agreement, max_difference=max_difference)

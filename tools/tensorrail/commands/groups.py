@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
-_WRITTEN = ("out", "json", "junit", "benchmark_json", "markdown", "annotations")
+_WRITTEN = ("out", "front", "json", "junit", "benchmark_json", "markdown", "annotations")
 """The names of the options whose files are written."""
 
 
@@ -59,16 +59,18 @@ def _require_utf8(given: Mapping[str, Any]) -> None:  # Any: the values of the o
 
 def _require_no_loss(given: Mapping[str, Any]) -> None:  # Any: the values of the options
     """Raise `ModelError` if a file that is to be written is read as well, and `UsageError` if it is written twice."""
-    written = {name: Path(given[name]) for name in _WRITTEN if given.get(name) is not None}
-    if not written:
+    named = [(name, Path(given[name])) for name in _WRITTEN if given.get(name) is not None]
+    if not named:
         return
+    from tensorrail.front import front_files
     from tensorrail.inputs import require_writable
     from tensorrail_runtime.errors import UsageError
 
+    written = [(name, file) for name, path in named for file in (front_files(path) if name == "front" else (path,))]
     others = [value for name, value in given.items() if name not in _WRITTEN]
     read = [path for value in others for path in (value if isinstance(value, list) else [value])]
     known: dict[Path, str] = {}
-    for name, path in written.items():
+    for name, path in written:
         option = f"--{name.replace('_', '-')}"
         if (other := known.setdefault(path.resolve(), option)) != option and not _is_stream(path):
             raise UsageError(f"{other} and {option} write the same file, {path}: give each a file of its own")

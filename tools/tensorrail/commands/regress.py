@@ -196,7 +196,7 @@ def check(
         Path | None, typer.Argument(metavar="MODEL.onnx", help="The model to check; with --against-python, default: A.onnx.")
     ] = None,
     against_python: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             metavar="PYTHON",
             help="A Python interpreter with another onnxruntime, under which A.onnx runs; may be repeated. It needs numpy, and "

@@ -12,6 +12,7 @@ import numpy as np
 from tensorrail.inputs import Arrays, as_batches, timed_on
 from tensorrail.models import as_file
 from tensorrail.options import Options
+from tensorrail_runtime.errors import UsageError
 from tensorrail_runtime.measure.fusions import compared_fusions
 from tensorrail_runtime.measure.parity import LayerError, Parity, Tolerances, parity
 from tensorrail_runtime.measure.timing import Timing
@@ -59,6 +60,7 @@ def check(
 
     Raises:
         ModelError: a model cannot be run, or inputs or outputs differ.
+        UsageError: `inputs` is empty.
 
     """
     options = options or Options()
@@ -85,9 +87,11 @@ def check(
 
 def _sizes(inputs: object) -> Sequence[int] | None:
     """Return the batch sizes of random inputs, if `inputs` are these."""
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and all(isinstance(size, int) for size in inputs):
-        return inputs
-    return None
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        return None
+    if not inputs:
+        raise UsageError("inputs: expected inputs or batch sizes, got none: there is nothing to compare")
+    return inputs if all(isinstance(size, int) for size in inputs) else None
 
 
 def _layer_errors(

@@ -60,6 +60,7 @@ def export(
     from tensorrail_exporter.rewrite.survey import with_known_axes
     from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
     from tensorrail_runtime.measure.fusions import compared_fusions
+    from tensorrail_runtime.records import is_stream
     from tensorrail_runtime.scratch import scratch
 
     options = options or Options()
@@ -79,12 +80,17 @@ def export(
         cores = load_cores(cores, read)
     factored, dense_again = factorize_fastest(graph, read, cores, form, settings=options.session, progress=options.progress)
     written = _in_precision(factored.model, read, out, form, options)
-    save_model(written if read.inner_shapes else without_inner_shapes(written), Path(out))
+    written = written if read.inner_shapes else without_inner_shapes(written)
+    save_model(written, Path(out))
     with scratch() as folder:
         dense = Path(model) if isinstance(model, Path | str) else Path(folder) / "dense.onnx"
         if not isinstance(model, Path | str):
             save_model(graph, dense)
-        fusions = compared_fusions(dense, out, options.session)
+        there = Path(out)
+        if is_stream(there):  # what went into a pipe cannot be read
+            there = Path(folder) / "written.onnx"
+            save_model(written, there)
+        fusions = compared_fusions(dense, there, options.session)
     heads = narrowed_heads(graph, read.heads)
     return Rewrites(layers=factored.layers, dense=dense_again.layers, heads=heads, fusions=fusions, model=str(out))
 

@@ -23,6 +23,10 @@ def why_not(node: gs.Node) -> str | None:
         return f"its weight {weight.name!r} is computed in the graph, not a constant"
     if len(weight.shape) < 3:
         return f"expected a weight of shape (outputs, inputs, *kernel), got {list(weight.shape)}"
+    axes = len(weight.shape) - 2
+    for name, count in (("strides", axes), ("dilations", axes), ("pads", 2 * axes), ("output_padding", axes)):
+        if len(node.attrs.get(name, (0,) * count)) != count:
+            return f"expected {count} {name} for a kernel of {axes} axes, got {list(node.attrs[name])}"
     for name in ("strides", "dilations"):
         if min(node.attrs.get(name, (1,)), default=1) < 1:
             return f"expected {name} of 1 or more, got {list(node.attrs[name])}"

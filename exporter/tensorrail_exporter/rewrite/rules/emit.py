@@ -187,14 +187,25 @@ class Site:
                 attrs |= {"output_padding": list(step.output_padding)} if any(step.output_padding) else {}
                 kernel = step.spread() if step.transposed else step.weight
                 op = "ConvTranspose" if step.transposed else "Conv"
-                return op, attrs, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(kernel).astype(dtype))
+                return op, attrs, self.constant(f"{layer}/{_cores(step.cores)}", _stored(layer, kernel, dtype))
             case MatMul() | GatherMatMul():
-                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
+                return "MatMul", {}, self.constant(f"{layer}/{_cores(step.cores)}", _stored(layer, step.weight, dtype))
             case Gather():
-                return "Gather", {}, self.constant(f"{layer}/{_cores(step.cores)}", np.asarray(step.weight).astype(dtype))
+                return "Gather", {}, self.constant(f"{layer}/{_cores(step.cores)}", _stored(layer, step.weight, dtype))
             case Reshape():
                 name = f"{layer}/shape{'_'.join(map(str, step.shape))}"
                 return "Reshape", {}, self.constant(name, np.array(step.shape, np.int64))
+
+
+def _stored(layer: str, weight: object, dtype: np.dtype) -> np.ndarray:
+    """Return the weight of a step in the type of the layer; raises `GraphError` if a value of its cores is too large for it."""
+    with np.errstate(over="ignore"):
+        stored = np.asarray(weight).astype(dtype)
+    if not np.isfinite(stored).all():
+        raise GraphError(
+            f"layer {layer}: its cores hold values that are too large for {stored.dtype}; scale them, or keep the layer dense"
+        )
+    return stored
 
 
 def _cores(cores: tuple[int, ...]) -> str:

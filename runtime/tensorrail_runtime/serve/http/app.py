@@ -36,6 +36,7 @@ from tensorrail_runtime.serve.replicas.shadow import Shadow
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 _GONE = 499  # the client has left; only the metrics show this status
 _PART = 1 << 18  # bytes of an answer that are sent at a time
+_MANY = 1 << 16  # values of an answer from which it is written in a thread
 _LARGE = 1 << 18  # bytes of a request from which it is parsed in a thread, so that others are answered meanwhile
 _DISCARD = 4  # times the limit: this much of a body that is too long is still read, so that its sender gets the error
 
@@ -231,14 +232,16 @@ async def _answer(service: Service, request: Request) -> Response:
             _check_name(service, parsed)
             feed = service.signature.feed(parsed)
             answer = await _while_wanted(request, service.backend.infer(feed))
+            service.metrics.ran(answer)
+            if answer.outputs is None:
+                raise ProtocolError(answer.reason, 400 if answer.invalid else 500)
+            render = partial(render_response, service.name, service.signature, parsed, answer.outputs)
+            large = sum(output.size for output in answer.outputs.values()) > _MANY
+            content, headers = await asyncio.to_thread(render) if large else render()
     except TimeoutError:
         within = f"within {service.limits.seconds:g} s"
         late = (f"the request was not received {within}", 408) if body is None else (f"no answer {within}", 504)
         raise ProtocolError(*late) from None
-    service.metrics.ran(answer)
-    if answer.outputs is None:
-        raise ProtocolError(answer.reason, 400 if answer.invalid else 500)
-    content, headers = render_response(service.name, service.signature, parsed, answer.outputs)
     shadow = service.shadow
     task = BackgroundTask(shadow.sample, feed, answer.outputs) if shadow else None
     return Response(content, headers=headers, background=task)

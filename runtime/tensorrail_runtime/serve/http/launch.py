@@ -96,7 +96,7 @@ def serve_model(path: Path, options: ServeOptions, on_ready: Callable[[Started],
             options.replicas,
             threads,
             model.batching,
-            model.axes is not None,
+            model.axes is not None and options.max_batch > 1,
         )
         try:
             connect(options)

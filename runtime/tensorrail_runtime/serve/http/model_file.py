@@ -33,8 +33,8 @@ def read_model(path: Path, options: ServeOptions) -> Model:
     session = open_session(path, settings=Session(provider=provider, threads=1, linger=False))
     signature = Signature.of(session)
     axes, batching = find_batch_axis(session, signature)
-    if options.max_batch == 1:
-        axes, batching = None, "the largest batch is 1"
+    if options.max_batch == 1:  # the axes still tell the samples of a request
+        batching = "the largest batch is 1"
     try:
         content = onnx.load(path, format="protobuf").SerializeToString()
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise unrelated classes, the last for more than 2 GiB

@@ -87,7 +87,10 @@ class ServeOptions:
             (self.max_batch < 1, f"expected a largest batch of 1 or more samples, got {self.max_batch}"),
             (not 0 <= self.wait <= 60, f"expected a batch to wait 0 to 60 seconds, got {self.wait:g}"),
             (not 0 < self.cpus < math.inf, f"expected more than 0 CPUs per replica, got {self.cpus:g}"),
-            (not 0 <= self.gpus < math.inf, f"expected 0 or more GPUs per replica, got {self.gpus:g}"),
+            (
+                not (self.gpus == 0 or 1e-4 <= self.gpus < 1 or (1 <= self.gpus < math.inf and self.gpus == int(self.gpus))),
+                f"expected 0 GPUs per replica, a share from 0.0001 to 1, or a whole number of them, got {self.gpus:g}",
+            ),
             (
                 not 0 < self.fraction <= 1,
                 f"expected a share of shadowed requests above 0 and at most 1, got {self.fraction:g}",

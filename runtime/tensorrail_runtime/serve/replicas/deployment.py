@@ -88,7 +88,7 @@ def _reachable(address: str) -> str:
         raise ModelError(f"expected a Ray address `auto` or HOST:PORT of the cluster's head, got {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ModelError(f"no Ray cluster at {address}: {error}") from None
     return address
 

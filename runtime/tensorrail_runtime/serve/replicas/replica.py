@@ -31,7 +31,8 @@ class Replica:
         self._session = _open(model, settings)
         self._axes = axes
         self._max_batch = max_batch
-        self._runs = Gathering(self._run, max_batch if axes is not None else 1)
+        self._joins = axes is not None and max_batch > 1
+        self._runs = Gathering(self._run, max_batch if self._joins else 1)
         # Batches that are closed while the model is busy wait in `Gathering`, so their number is not limited here.
         together = serve.batch(max_batch_size=max_batch, batch_wait_timeout_s=wait, max_concurrent_batches=1_000_000)
         self._batch: Callable[[Waiting], Awaitable[Answer]] = together(self._runs.answer)
@@ -42,7 +43,7 @@ class Replica:
             return (await asyncio.to_thread(self._run, [feed]))[0]
         request = Waiting(feed, self._seconds)
         try:
-            return (await self._runs.answer([request]))[0] if self._axes is None else await self._batch(request)
+            return await self._batch(request) if self._joins else (await self._runs.answer([request]))[0]
         except asyncio.CancelledError:
             request.gone = True
             raise
