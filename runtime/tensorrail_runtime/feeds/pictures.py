@@ -87,14 +87,7 @@ def picture(path: Path, shape: Sequence[int], how: Preprocessing) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             image = eight_bits(upright(opened)).convert("RGB" if channels == 3 else "L")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        MemoryError,
-        Image.DecompressionBombError,
-    ) as error:  # PIL raises all of these
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:  # all of Pillow's
         raise ModelError(f"{path}: not a readable image ({first_line(error)})") from None
     short = how.resize or round(min(height, width) * 256 / 224)
     scale = short / min(image.size)

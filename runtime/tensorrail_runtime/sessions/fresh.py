@@ -48,7 +48,9 @@ def fresh(function: str, request: object, models: Sequence[Path | str] = ()) -> 
 
     """
     command = [sys.executable, "-P", "-c", _START, function, _ANSWER]
-    completed = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", check=False)  # noqa: S603 - our own command
+    completed = subprocess.run(  # noqa: S603 - our own command
+        command, input=json.dumps(request), capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if completed.returncode:
         lines = completed.stderr.strip().splitlines()
         if completed.returncode < 0 or not lines:
