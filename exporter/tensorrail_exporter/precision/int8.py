@@ -30,7 +30,7 @@ from tensorrail_exporter.precision.rounding import HELD_OUT, Grid, rounded
 from tensorrail_exporter.precision.weights import check_fp32, is_row, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError, first_line
 from tensorrail_runtime.graphs.cost import constants_of
-from tensorrail_runtime.graphs.files import bodies, descendants
+from tensorrail_runtime.graphs.files import bodies, descendants, opset_of
 from tensorrail_runtime.measure.agreement import agreement
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.machine import processor
@@ -160,8 +160,8 @@ class Quantizer:
             save_model(self.model, source)
             with _quiet():
                 outputs = run(open_session(source), calibration[0])  # reports in one line what does not fit
-                old = opset_of(self.model) < _OPSET
-                again = run(open_session(source), calibration[0]) if old else outputs
+                old = 0 < opset_of(self.model) < _OPSET
+                again = run(open_session(source), calibration[0]) if old else outputs  # one session would keep the weights
                 with self._in_one_line():
                     self._prepare(source, coded, blocked, method, gauge=gauge, rounding=rounding)
                 if old:
@@ -531,17 +531,12 @@ def _require_alike(before: Mapping[str, object], after: Mapping[str, object], op
             )
 
 
-def opset_of(model: onnx.ModelProto) -> int:
-    """Return the opset of ONNX's own operators that a model uses."""
-    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_OPSET)
-
-
 def _current(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model at an opset and IR version with scales per channel, without its weights among the inputs.
 
     The libraries do not treat a weight that is an input as a constant: nothing would be folded into it.
     """
-    if opset_of(model) < _OPSET:
+    if 0 < opset_of(model) < _OPSET:
         model = onnx.version_converter.convert_version(model, _OPSET)
     model.ir_version = max(model.ir_version, _IR_VERSION)
     _with_plain_biases(model)

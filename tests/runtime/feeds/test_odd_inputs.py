@@ -89,16 +89,19 @@ def test_a_run_that_refuses_random_integers_says_what_to_give(tmp_path, rng):
 
 
 @pytest.fixture
-def labelled(tmp_path, rng):
-    """Return a model that gives its input, and a folder with 20 and 30 samples, of which one label is in the wrong file."""
-    path = saved(
-        tmp_path / "same.onnx",
-        [helper.make_node("Identity", ["x"], ["y"], "same")],
-        {"x": (TensorProto.FLOAT, ["n", 4])},
-        {"y": ["n", 4]},
-    )
+def same(tmp_path):
+    """Return a model that gives its input, and an empty folder for data."""
+    nodes = [helper.make_node("Identity", ["x"], ["y"], "same")]
+    path = saved(tmp_path / "same.onnx", nodes, {"x": (TensorProto.FLOAT, ["n", 4])}, {"y": ["n", 4]})
     folder = tmp_path / "data"
     folder.mkdir()
+    return path, folder
+
+
+@pytest.fixture
+def labelled(same, rng):
+    """Return a model that gives its input, and a folder with 20 and 30 samples, of which one label is in the wrong file."""
+    path, folder = same
     x = rng.standard_normal((50, 4)).astype(np.float32)
     labels = x.argmax(1)
     np.savez(folder / "1.npz", x=x[:20], labels=labels[:19])
@@ -123,15 +126,8 @@ def test_a_long_narrow_image_is_refused_before_it_takes_gigabytes(tmp_path):
         picture(tmp_path / "thin.png", (3, 224, 224), Preprocessing())
 
 
-def test_a_damaged_header_of_an_array_is_one_line(tmp_path):
-    path = saved(
-        tmp_path / "same.onnx",
-        [helper.make_node("Identity", ["x"], ["y"], "same")],
-        {"x": (TensorProto.FLOAT, ["n", 4])},
-        {"y": ["n", 4]},
-    )
-    folder = tmp_path / "data"
-    folder.mkdir()
+def test_a_damaged_header_of_an_array_is_one_line(same):
+    path, folder = same
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 4), ("
     padded = header + b" " * (117 - len(header)) + b"\n"
     (folder / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + bytes(32))
