@@ -11,7 +11,7 @@ from attention_graphs import attention_model
 from onnx import TensorProto, helper, numpy_helper
 
 import tensorrail as tr
-from tensorrail_runtime.graphs.cost import weight_fault
+from tensorrail_runtime.graphs.constants import weight_fault
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import open_session
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.graphs.cost import file_fault, weight_fault
+from tensorrail_runtime.graphs.constants import file_fault, weight_fault
 from tensorrail_runtime.graphs.reading import standardized
 from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.progress import Progress

@@ -18,8 +18,8 @@ import onnx_graphsurgeon as gs
 from tensorrail_exporter.graphs.einsum import products_of_einsums
 from tensorrail_exporter.graphs.preserve import presentable, restore
 from tensorrail_runtime.errors import GraphError, ModelError, first_line
-from tensorrail_runtime.graphs.cost import without_functions
 from tensorrail_runtime.graphs.files import bodies, data_file, descendants, is_read, own_data_files
+from tensorrail_runtime.graphs.inlining import without_functions
 from tensorrail_runtime.graphs.reading import light, read_model
 from tensorrail_runtime.records import is_stream, write_bytes
 from tensorrail_runtime.scratch import scratch

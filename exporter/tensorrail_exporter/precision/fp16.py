@@ -19,7 +19,7 @@ from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.ranges import LARGEST
 from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, first_line
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.graphs.files import bodies_of, descendants
 from tensorrail_runtime.graphs.operators import CONTRIB
 from tensorrail_runtime.scratch import scratch

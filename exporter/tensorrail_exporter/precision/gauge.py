@@ -43,7 +43,7 @@ from tensorrail_exporter.precision.products import (
 )
 from tensorrail_exporter.precision.rounding import Grid
 from tensorrail_exporter.precision.weights import Weighted
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.sessions.session import Session
 
 Feeds = Sequence[Mapping[str, np.ndarray]]

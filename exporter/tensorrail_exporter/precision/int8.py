@@ -13,23 +13,23 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import numpy_helper
 
 from tensorrail_exporter.graphs.io import check_model, export_graph, import_graph, save_model, size_of
 from tensorrail_exporter.precision.gauge import gauged
+from tensorrail_exporter.precision.left_out import INT8, left_out, with_plain_biases
 from tensorrail_exporter.precision.prepared import Prepared, plain_constants
 from tensorrail_exporter.precision.products import write_tensor
 from tensorrail_exporter.precision.rounding import HELD_OUT, Grid, rounded
-from tensorrail_exporter.precision.weights import check_fp32, is_row, kept_nodes, require_weights, weighted, with_names
+from tensorrail_exporter.precision.weights import check_fp32, kept_nodes, require_weights, weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError, first_line
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.graphs.files import bodies, descendants, opset_of
 from tensorrail_runtime.measure.agreement import agreement
 from tensorrail_runtime.scratch import scratch
@@ -49,13 +49,6 @@ _WIDE, _NARROW = 127, 64  # the largest integer of a weight with 8 and with 7 bi
 _ASSUMED = 4.0  # magnitude of activations where only the time counts
 _CONVERTED = 1e-3  # relative difference of outputs that a conversion of the opset may make
 _OPSET, _IR_VERSION = 13, 7  # the first in which DequantizeLinear has an axis
-
-_MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-_JOINS = ("Add", "Concat")
-_INT8 = ("Conv", "Gemm", "MatMul", "Relu", "Clip", *_MOVES, *_JOINS)
-"""The operators that are quantized: products; Relu and Clip, which become part of a range; operators that only move values;
-sums and concatenations between convolutions. All others stay fp32: they cost little time and lose much accuracy. See also
-`_left_out`."""
 
 
 def to_int8(
@@ -193,7 +186,7 @@ class Quantizer:
 
     def layers(self) -> list[str]:
         """Return the names of the nodes with a weight that may become int8, in their order."""
-        return [w.node.name for w in weighted(self.model) if w.node.op_type in _INT8]
+        return [w.node.name for w in weighted(self.model) if w.node.op_type in INT8]
 
     def _that_stay(self) -> str:
         """Return the end of a message that names the layers of a graph in which nothing can be quantized."""
@@ -213,7 +206,7 @@ class Quantizer:
         if not self._rounded:
             return self._ready
         model = onnx.load(self._ready)
-        constants, fp32 = constants_of(model.graph), _left_out(model, blocked)
+        constants, fp32 = constants_of(model.graph), left_out(model, blocked)
         for node, tensors in self._rounded.items():
             for name, values in tensors.items() if node not in fp32 else ():
                 write_tensor(constants[name], values)
@@ -242,7 +235,7 @@ class Quantizer:
             return
         ready = with_names(onnx.load(self._ready))
         grid = Grid(self._per_channel, _NARROW if self._narrow else _WIDE)
-        skip = frozenset(_left_out(ready, blocked))
+        skip = frozenset(left_out(ready, blocked))
         graphs = [ready]
         if gauge and (other := gauged(ready, coded, grid=grid, skip=skip)) is not ready:
             graphs.append(other)
@@ -294,7 +287,7 @@ def with_assumed_ranges(model: onnx.ModelProto, *, reduce_range: bool | None = N
     """
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData, save_tensors_data
 
-    if not any(node.op_type in _INT8 for node in model.graph.node):
+    if not any(node.op_type in INT8 for node in model.graph.node):
         return model
     narrow = processor().saturates if reduce_range is None else reduce_range
     with scratch() as folder, _quiet():
@@ -335,7 +328,7 @@ def _calibrate(ready: Path, feeds: Sequence[Mapping[str, np.ndarray]], method: M
     augmented = str(ready.with_name("augmented.onnx"))
     options = {} if method == "minmax" else {"num_bins": _BINS[method]}
     calibrator = create_calibrator(
-        ready, list(_INT8), augmented, _method(method), use_external_data_format=large, extra_options=options
+        ready, list(INT8), augmented, _method(method), use_external_data_format=large, extra_options=options
     )
     for feed in feeds:
         calibrator.collect_data(_Once(dict(feed)))
@@ -357,12 +350,12 @@ def _quantize(
         ready,
         out,
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(_INT8),
+        op_types_to_quantize=list(INT8),
         per_channel=per_channel,
         reduce_range=reduce_range,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=sorted(_left_out(prepared, kept)),
+        nodes_to_exclude=sorted(left_out(prepared, kept)),
         use_external_data_format=large,
         calibrate_method=load_tensors_data(ranges).calibration_method,
         calibration_cache_path=ranges,
@@ -396,98 +389,6 @@ def _method(method: Method) -> object:
         "entropy": CalibrationMethod.Entropy,
         "percentile": CalibrationMethod.Percentile,
     }[method]
-
-
-def _left_out(model: onnx.ModelProto, kept: frozenset[str]) -> set[str]:
-    """Return the names of the nodes that stay fp32 because of their inputs.
-
-    A product of two activations would round both of them. A reader of a Softmax would make the library round the output of
-    the Softmax with the measured range, but the kernel that ONNX Runtime then uses computes it for another range. A sum
-    outside of convolutional blocks, such as the residual stream of a transformer, has outliers that one scale cannot
-    represent.
-    """
-    values = constants_of(model.graph)
-    constants = set(values)
-    read_elsewhere = {value.name for value in model.graph.output}
-    widths = _widths(model)
-    read_elsewhere |= {name for body in descendants(model.graph) for node in body.node for name in node.input}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    convolutional: set[str] = set()
-    out = {node.name for node in model.graph.node if any(node.name == k or node.name.startswith(f"{k}/") for k in kept)}
-    for node in model.graph.node:  # in topological order
-        computed = [name for name in node.input if name and name not in constants]
-        before = [producers[name] for name in computed if name in producers]
-        inside = len(before) == len(computed) and all(producer.name in convolutional for producer in before)
-        no_constant = len(computed) == len(node.input)
-        joins = node.op_type in _JOINS and no_constant
-        if node.op_type == "Conv" or ((node.op_type in ("Relu", "Clip", *_MOVES) or joins) and inside):
-            convolutional.add(node.name)
-        elif node.op_type in _JOINS or (node.op_type in ("MatMul", "Gemm") and no_constant):
-            out.add(node.name)
-        if any(producer.op_type in ("Softmax", "LogSoftmax") for producer in before):
-            out.add(node.name)
-        if node.op_type in ("Relu", "Clip") and node.input[0] in read_elsewhere:
-            out.add(node.name)  # the library would apply its range to the value that is read elsewhere, too
-        if node.name in widths and not _plain_bias(node, values, widths[node.name]):
-            out.add(node.name)
-    return out | _not_in_ranges(model, values, read_elsewhere, out)
-
-
-def _not_in_ranges(
-    model: onnx.ModelProto, values: Mapping[str, onnx.TensorProto], elsewhere: Collection[str], out: set[str]
-) -> set[str]:
-    """Return the names of the Relu and Clip nodes that cannot become part of a range, where the library would remove them.
-
-    A tensor that several quantized nodes read is rounded for each of them, and what else reads it, such as an output of the
-    graph or a node that stays fp32, would get it without the Relu. A range includes 0, so that it cannot replace a Clip whose
-    limits do not.
-    """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found: set[str] = set()
-    for node in reversed(model.graph.node):  # so that what stays fp32 is known of all readers
-        if node.op_type not in ("Relu", "Clip") or node.name in out:
-            continue
-        reading = readers.get(node.output[0], [])
-        rounding = [reader for reader in reading if reader.op_type in _INT8 and reader.name not in out | found]
-        others = len(rounding) < len(reading) or node.output[0] in elsewhere
-        if (len(rounding) > 1 and others) or not _includes_zero(node, values):
-            found.add(node.name)
-    return found
-
-
-def _includes_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
-    """Return whether 0 lies between the limits of a Clip, as far as they are known; of a Relu it does."""
-    if node.op_type == "Relu":
-        return True
-    limits = []
-    for place, key, default in ((1, "min", -math.inf), (2, "max", math.inf)):
-        if len(node.input) <= place or not node.input[place]:
-            limits.append(next((attribute.f for attribute in node.attribute if attribute.name == key), default))
-        elif (stored := constants.get(node.input[place])) is not None:
-            limits.append(float(numpy_helper.to_array(stored).reshape(-1)[0]))
-        else:
-            return False
-    return limits[0] <= 0 <= limits[1]
-
-
-def _widths(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the number of outputs of every Gemm whose second operand is its weight, by the name of the node."""
-    return {w.node.name: w.values.shape[w.axis] for w in weighted(model) if w.node.op_type == "Gemm" and w.place == 1}
-
-
-def _beta(node: onnx.NodeProto) -> float:
-    return float(next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0))
-
-
-def _plain_bias(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], width: int) -> bool:
-    """Return whether a Gemm adds a vector with `beta` 1: the library supports no other bias, and puts `beta` in its scale."""
-    if len(node.input) < 3 or not node.input[2]:
-        return True
-    stored = constants.get(node.input[2])
-    return _beta(node) == 1.0 and (stored is None or tuple(stored.dims) == (width,))
 
 
 def _one_scale(model: onnx.ModelProto) -> dict[str, list[dict[str, object]]]:
@@ -539,34 +440,12 @@ def _current(model: onnx.ModelProto) -> onnx.ModelProto:
     if 0 < opset_of(model) < _OPSET:
         model = onnx.version_converter.convert_version(model, _OPSET)
     model.ir_version = max(model.ir_version, _IR_VERSION)
-    _with_plain_biases(model)
+    with_plain_biases(model)
     stored = {tensor.name for tensor in model.graph.initializer}
     free = [value for value in model.graph.input if value.name not in stored]
     del model.graph.input[:]
     model.graph.input.extend(free)
     return model
-
-
-def _with_plain_biases(model: onnx.ModelProto) -> None:
-    """Replace the bias of every Gemm that adds the same constant to all rows by a vector, multiplied by `beta`."""
-    constants, widths = constants_of(model.graph), _widths(model)
-    for node in model.graph.node:
-        width = widths.get(node.name, 0)
-        if not width or _plain_bias(node, constants, width):
-            continue
-        beta, stored = _beta(node), constants.get(node.input[2])
-        if beta == 0:
-            del node.input[2]
-        elif stored is not None and (math.prod(stored.dims) == 1 or is_row(stored, width)):
-            vector = np.broadcast_to(numpy_helper.to_array(stored).reshape(-1) * np.float32(beta), width)
-            name = f"{node.name}/bias_once"
-            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(vector), name))
-            node.input[2] = name
-        else:
-            continue
-        kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
 
 
 def _tidy(quantized: onnx.ModelProto, original: onnx.ModelProto, prepared: Prepared) -> onnx.ModelProto:

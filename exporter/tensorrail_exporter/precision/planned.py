@@ -20,7 +20,7 @@ from tensorrail_exporter.precision.int8 import Quantizer, to_int8, with_assumed_
 from tensorrail_exporter.precision.ranges import Feeds, require_finite
 from tensorrail_exporter.precision.weights import kept_nodes
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 
 
 class Converter(Protocol):

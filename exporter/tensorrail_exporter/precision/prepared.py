@@ -19,8 +19,8 @@ import onnx
 from onnx import numpy_helper
 
 from tensorrail_exporter.graphs.names import defined_names, free_name
-from tensorrail_runtime.graphs.cost import without_functions
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.graphs.inlining import without_functions
 from tensorrail_runtime.graphs.operators import constant_tensor
 
 _CODE = re.compile(r"#(\d+)#")

@@ -10,7 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from tensorrail_exporter.precision.weights import Weighted, is_row, weighted
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.graphs.files import descendants
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")

@@ -21,7 +21,7 @@ from tensorrail_exporter.precision.int8 import to_int8 as to_int8
 from tensorrail_exporter.precision.ranges import LayerRange, layer_ranges, ranges_table, require_finite
 from tensorrail_exporter.precision.weights import weighted, with_names
 from tensorrail_runtime.errors import GraphError, ModelError
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.graphs.files import bytes_of, files_read
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench

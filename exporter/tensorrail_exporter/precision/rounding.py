@@ -26,7 +26,7 @@ from tensorrail_exporter.calibrate.inputs import Sampler, fits, run_to
 from tensorrail_exporter.precision.products import Uses, bias_of, data_of, plain_products
 from tensorrail_exporter.precision.weights import Weighted
 from tensorrail_exporter.rewrite.survey import DenseLayer, survey
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.sessions.session import Session
 
 _DIGITS = 1e-6  # of the mean square of the inputs, is added at least

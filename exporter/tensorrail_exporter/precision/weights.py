@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.graphs.cost import constants_of, weight_fault
+from tensorrail_runtime.graphs.constants import constants_of, weight_fault
 from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.graphs.operators import CONTRIB
 

@@ -20,8 +20,8 @@ from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan, why_no_scan
 from tensorrail_exporter.rewrite.sites import NamedLayers
 from tensorrail_runtime.errors import GraphError
-from tensorrail_runtime.graphs.cost import bind_shapes, seen_shapes, seen_tensors
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.graphs.shapes import bind_shapes, seen_shapes, seen_tensors
 from tensorrail_runtime.sessions.inputs import Shapes
 from tensorrail_runtime.sessions.values import Values
 

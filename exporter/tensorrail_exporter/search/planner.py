@@ -28,7 +28,7 @@ from tensorrail_exporter.plans.plan import Plan, Precision
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.survey import DenseLayer, LeftOut, left_out, survey
 from tensorrail_exporter.search.exact import fastest_exact
-from tensorrail_exporter.search.latency_table import LatencyTable, makers_of
+from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import (
     Losses,
     Probe,
@@ -45,6 +45,7 @@ from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.selection import Candidates, require_reachable
 from tensorrail_exporter.search.smaller_heads import SmallerHeads, smaller_heads
 from tensorrail_exporter.search.targets import Search, nearness
+from tensorrail_exporter.search.timed_layers import makers_of
 from tensorrail_exporter.search.verification import Verification
 from tensorrail_exporter.search.verified_choice import choose_verified, with_inputs_set_aside
 from tensorrail_runtime.errors import PlanError, TargetError

@@ -11,12 +11,13 @@ from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.rewrite.survey import DenseLayer
 from tensorrail_exporter.search.knapsack import Apart, Limit, choose
-from tensorrail_exporter.search.latency_table import LatencyTable, makers_of
+from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.losses import Losses
 from tensorrail_exporter.search.options import Option
 from tensorrail_exporter.search.refinement import Picks, Space
 from tensorrail_exporter.search.report import PlannedLayer, PlanReport, Size
 from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.timed_layers import makers_of
 from tensorrail_runtime.errors import TargetError
 
 _PLAUSIBLE = 0.9  # a smaller scale is no rounding of the measurement

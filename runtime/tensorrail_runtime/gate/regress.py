@@ -28,7 +28,7 @@ from tensorrail_runtime.feeds.loading import known_values, load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
 from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, latency_finding, needs_more, time_change
-from tensorrail_runtime.graphs.cost import file_fault
+from tensorrail_runtime.graphs.constants import file_fault
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled, metric_of
 from tensorrail_runtime.measure.latency import LatencyReport, fresh_report

@@ -9,19 +9,16 @@ number of times.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnxruntime as ort
-from google.protobuf.message import DecodeError
 
 from tensorrail_runtime.errors import ModelError, first_line
+from tensorrail_runtime.graphs.constants import FLOATING, MATRIX, constants_of
 from tensorrail_runtime.graphs.files import bytes_of, descendants, opset_of
+from tensorrail_runtime.graphs.inlining import without_functions
 from tensorrail_runtime.graphs.operators import (
     CONTRIB,
     CONTRIB_MACS,
@@ -29,23 +26,18 @@ from tensorrail_runtime.graphs.operators import (
     DOMAINS,
     NO_MACS,
     CountMacs,
-    constant_tensor,
     macs_function,
     operands_of,
 )
 from tensorrail_runtime.graphs.reading import read_model
-from tensorrail_runtime.graphs.tap import with_outputs
+from tensorrail_runtime.graphs.shapes import bind_shapes, inferred_shapes, known_shapes, seen_shapes, with_shapes
 from tensorrail_runtime.records import Record
-from tensorrail_runtime.sessions.inputs import Shapes, batch_of, open_axes, random_inputs
-from tensorrail_runtime.sessions.kernels import ends_the_process
+from tensorrail_runtime.sessions.inputs import Shapes, batch_of, open_axes
 from tensorrail_runtime.sessions.values import Values
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
 
 _SCAN_OPSET = 9  # in older versions a Scan has an extra batch axis
 
-_FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
-_MATRIX = 2  # axes of a weight
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 
 _NO_KERNEL = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 """Nodes that launch no kernel: views, and nodes that ONNX Runtime folds into constants."""
@@ -138,7 +130,7 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         notes = [f"warning: {line}; FLOPs are those of this size" for line in (*open_axes(model, given), *_times(model, given))]
         samples = _samples(model, batch, shapes or {})
         bound = bind_shapes(model, batch, shapes or {})
-        inferred = _inferred(bound)
+        inferred = inferred_shapes(bound)
     except ModelError:
         raise
     except OSError as error:
@@ -148,14 +140,14 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
             f"{path}: not an ONNX model, or one whose shapes cannot be inferred ({first_line(error)}): give the "
             "shapes of the inputs, such as x=1,3,224,224, or an ONNX file that onnx.checker accepts"
         ) from None
-    known = _shapes(inferred.graph)
+    known = known_shapes(inferred.graph)
     counted = [
         node for node in inferred.graph.node if macs_function(node) or (node.domain in DOMAINS and node.op_type == "Scan")
     ]
     if any(name and name not in known for node in counted for name in (*node.input, node.output[0])):
         observed = seen_shapes(bound, batch, shapes, values)
-        inferred = _with_shapes(inferred, observed)
-        known = _shapes(inferred.graph) | observed
+        inferred = with_shapes(inferred, observed)
+        known = known_shapes(inferred.graph) | observed
     try:
         counted_cost = _counted(inferred, known, path, samples)
         return counted_cost.model_copy(update={"notes": (*notes, *_not_counted(inferred))})
@@ -167,54 +159,11 @@ def cost(path: Path | str, batch: int = 1, shapes: Shapes | None = None, values:
         ) from None
 
 
-def _inferred(bound: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with inferred shapes; without those behind operators that onnx does not know."""
-    try:
-        inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
-    except onnx.shape_inference.InferenceError:
-        if all(node.domain in ("", "ai.onnx") for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
-            raise
-        inferred = onnx.shape_inference.infer_shapes(bound, data_prop=True)
-    return inferred
-
-
 def _loaded(path: Path) -> onnx.ModelProto:
     model, _ = read_model(path)
     if not model.graph.node:
         raise ModelError(f"{path}: contains no nodes: expected an ONNX model")
     return without_functions(model)
-
-
-def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with the bodies of its functions in place of their calls; the model itself if it has none.
-
-    A function of another opset stays if onnx cannot convert it.
-    """
-    if not model.functions:
-        return model
-    light = onnx.ModelProto()  # the inliner cannot read a message above 2 GiB
-    for field, value in model.ListFields():
-        if field.name != "graph":
-            getattr(light, field.name).MergeFrom(value) if field.is_repeated else setattr(light, field.name, value)
-    for field, value in model.graph.ListFields():
-        if field.name != "initializer":
-            target = getattr(light.graph, field.name)
-            target.MergeFrom(value) if field.is_repeated else setattr(light.graph, field.name, value)
-    light.graph.initializer.extend(
-        onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]) for tensor in model.graph.initializer
-    )
-    inlined = onnx.inliner.inline_local_functions(light)
-    if inlined.functions:
-        with suppress(RuntimeError, onnx.shape_inference.InferenceError):
-            inlined = onnx.inliner.inline_local_functions(onnx.shape_inference.infer_shapes(light), convert_version=True)
-    known = {opset.domain for opset in inlined.opset_import}
-    for opset in (opset for function in model.functions for opset in function.opset_import):
-        if opset.domain not in known:
-            inlined.opset_import.append(opset)
-            known.add(opset.domain)
-    del inlined.graph.initializer[:]
-    inlined.graph.initializer.extend(model.graph.initializer)
-    return inlined
 
 
 def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path: Path, batch: int) -> GraphCost:
@@ -244,7 +193,7 @@ def _counted(inferred: onnx.ModelProto, known: dict[str, tuple[int, ...]], path:
     return GraphCost(
         model=path.name,
         batch=batch,
-        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in _FLOATING),
+        params=sum(math.prod(t.dims) for graph in graphs for t in constants_of(graph).values() if t.data_type in FLOATING),
         bytes=bytes_of(path),
         macs=sum(layer.macs for layer in layers),
         activation_bytes=moved,
@@ -279,11 +228,11 @@ def _not_counted(model: onnx.ModelProto) -> list[str]:
     for node in (node for graph in (model.graph, *descendants(model.graph)) for node in graph.node):
         if node.op_type in ("If", "Loop") and node.domain in ("", "ai.onnx"):
             inner = [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
-            own = {n: t for graph in inner for n, t in constants_of(graph).items() if len(t.dims) >= _MATRIX}
+            own = {n: t for graph in inner for n, t in constants_of(graph).items() if len(t.dims) >= MATRIX}
             if own:
                 named = ", ".join(f"{n} ({math.prod(t.dims):,})" for n, t in sorted(own.items()))
                 lines.append(f"FLOPs not counted in the bodies of {node.op_type} {node.name!r}, whose weights are: {named}")
-    narrow = [t for t in constants_of(model.graph).values() if t.data_type not in _FLOATING and _is_quantized(t)]
+    narrow = [t for t in constants_of(model.graph).values() if t.data_type not in FLOATING and _is_quantized(t)]
     if narrow:
         lines.append(f"quantized weights, not among the parameters: {sum(math.prod(t.dims) for t in narrow):,} values")
     return lines
@@ -291,7 +240,7 @@ def _not_counted(model: onnx.ModelProto) -> list[str]:
 
 def _is_quantized(tensor: onnx.TensorProto) -> bool:
     kinds = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1", "FLOAT8E4M3FN", "FLOAT8E5M2")
-    return len(tensor.dims) >= _MATRIX and onnx.TensorProto.DataType.Name(tensor.data_type) in kinds
+    return len(tensor.dims) >= MATRIX and onnx.TensorProto.DataType.Name(tensor.data_type) in kinds
 
 
 def _computed(graph: onnx.GraphProto) -> set[str]:
@@ -303,59 +252,6 @@ def _computed(graph: onnx.GraphProto) -> set[str]:
             constant.update(node.output)
             computed.update(node.output)
     return computed
-
-
-def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Return the initializers and the tensors of Constant nodes of a graph, by name."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        tensor = constant_tensor(node)
-        if tensor is not None:
-            constants[node.output[0]] = tensor
-    return constants
-
-
-def file_fault(path: Path | str) -> str:
-    """Do the same as `weight_fault` for a file; empty as well for a file that cannot be read, which opening it reports."""
-    try:
-        return weight_fault(onnx.load(path, format="protobuf", load_external_data=False), Path(path).parent)
-    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError):
-        return ""
-
-
-def weight_fault(model: onnx.ModelProto, folder: Path | str | None = None) -> str:
-    """Return which weight cannot be computed with, in one line; empty if all can.
-
-    Args:
-        model: the model.
-        folder: the folder of its external data; default: external data that are not loaded are left out.
-
-    Returns:
-        A constant that holds NaN, or a matrix of a product that holds infinite values: other constants may be masks.
-
-    """
-    graphs = (model.graph, *descendants(model.graph))
-    multiplied = {name for graph in graphs for node in graph.node for name in _multiplied(node)}
-    for graph in graphs:
-        for name, tensor in constants_of(graph).items():
-            external = tensor.data_location == onnx.TensorProto.EXTERNAL
-            if tensor.data_type not in _FLOATING or (external and folder is None):
-                continue
-            values = onnx.numpy_helper.to_array(tensor, str(folder or "")).astype(np.float32, copy=False)
-            is_weight = name in multiplied and values.ndim >= _MATRIX
-            wrong = ~np.isfinite(values) if is_weight else np.isnan(values)
-            if wrong.any():
-                place = [int(index) for index in np.argwhere(wrong)[0]]
-                what = "NaN" if np.isnan(values[tuple(place)]) else "an infinite value"
-                return f"weight {name!r} holds {what} at {place}, one of {int(wrong.sum()):,} such values: repair the model"
-    return ""
-
-
-def _multiplied(node: onnx.NodeProto) -> Sequence[str]:
-    """Return the inputs of a node that may be matrices of a product; what an Attention adds to its scores may be infinite."""
-    if node.op_type == "Attention":
-        return node.input[1:2] if node.domain == CONTRIB else ()
-    return node.input if node.op_type in _PRODUCTS else ()
 
 
 @dataclass(frozen=True)
@@ -402,7 +298,7 @@ def _body(node: onnx.NodeProto, scope: _Scope, opset: int) -> _Scope | None:
     if not -len(scanned) <= axis < len(scanned) or not scanned[axis]:
         return None
     graph = attributes["body"].g
-    body = _Scope.of(graph, _shapes(graph), scope, scanned[axis])
+    body = _Scope.of(graph, known_shapes(graph), scope, scanned[axis])
     products = [inner for inner in graph.node if macs_function(inner)]
     needed = (name for inner in products for name in (*operands_of(inner), inner.output[0]) if name)
     return body if all(name in body.shapes for name in needed) else None
@@ -423,7 +319,7 @@ def _node(node: onnx.NodeProto, scope: _Scope, path: Path, macs: CountMacs) -> N
             )
     sizes, out = [shapes.get(name, ()) for name in operands], shapes.get(node.output[0], ())
     constants = {name: tensor for name in node.input if (tensor := scope.constants.get(name)) is not None}
-    computed = [name for name in operands if name in scope.computed and len(shapes[name]) >= _MATRIX]
+    computed = [name for name in operands if name in scope.computed and len(shapes[name]) >= MATRIX]
     return NodeCost(
         name=node.name,
         op=node.op_type,
@@ -455,121 +351,3 @@ def _samples(model: onnx.ModelProto, batch: int, shapes: Shapes) -> int:
         for v in inputs
     ]
     return batch_of(axes, batch, [shapes.get(value.name) for value in inputs])
-
-
-def bind_shapes(model: onnx.ModelProto, batch: int, shapes: Shapes) -> onnx.ModelProto:
-    """Set every dynamic axis of the inputs, and remove the stored shapes of all other tensors.
-
-    An axis that is stored as −1 is dynamic too, as in ONNX Runtime.
-
-    Args:
-        model: the model, which is changed.
-        batch: the size of dynamic axes of inputs that `shapes` does not name.
-        shapes: shapes of inputs, by name.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ModelError: `shapes` names an unknown input or does not fit an input's axes.
-
-    """
-    del model.graph.value_info[:]
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in initializers]
-    for name in set(shapes) - {value.name for value in inputs}:
-        raise ModelError(
-            f"shapes: unknown input {name!r}; the model's inputs are {', '.join(v.name for v in inputs) or 'none'}"
-        )
-    for value in inputs:
-        axes = value.type.tensor_type.shape.dim
-        shape = shapes.get(value.name, [batch] * len(axes))
-        if len(shape) != len(axes):
-            raise ModelError(f"input {value.name!r}: expected a shape of {len(axes)} axes, got {list(shape)}")
-        declared = _declared(value)
-        for axis, size in zip(axes, shape, strict=True):
-            if not axis.HasField("dim_value") or axis.dim_value < 0:
-                axis.dim_value = size
-            elif value.name in shapes and axis.dim_value != size:
-                raise ModelError(f"input {value.name!r}: expected shape {declared}, got {list(shape)}")
-    for value in model.graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-    return model
-
-
-def _declared(value: onnx.ValueInfoProto) -> str:
-    """Return the shape of an input as text; `?` is an axis of any size."""
-    axes = value.type.tensor_type.shape.dim
-    return f"[{', '.join(str(axis.dim_value) if axis.HasField('dim_value') else axis.dim_param or '?' for axis in axes)}]"
-
-
-def _with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """Set these shapes where the types of the tensors are known, and infer the shapes in the bodies from them."""
-    for value in model.graph.value_info:
-        if value.name in shapes and value.type.tensor_type.elem_type:
-            kind = value.type.tensor_type.elem_type
-            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
-    try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return model
-
-
-def seen_shapes(
-    bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in a run of the model, where they cannot be inferred; see `seen_tensors`."""
-    return {name: shape for name, (_, shape) in seen_tensors(bound, batch, shapes, values).items()}
-
-
-def seen_tensors(
-    bound: onnx.ModelProto, batch: int, shapes: Shapes | None, values: Values | None = None
-) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return the types and shapes of all tensors in a run of the model, also behind operators that onnx does not know.
-
-    Args:
-        bound: the model, with inputs of fixed shapes.
-        batch: the size of dynamic axes that `shapes` does not set.
-        shapes: shapes of inputs, by name.
-        values: known values of inputs by name, in place of random ones.
-
-    Returns:
-        ONNX's element type and the shape of each tensor by name; empty if the model does not run, must not be run, or is too
-        large to be passed in memory.
-
-    """
-    if any(ends_the_process(node) for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
-        return {}
-    exposed = with_outputs(bound, (name for node in bound.graph.node for name in node.output if name))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        arrays = session.run(None, random_inputs(session, batch, shapes=shapes, values=values))
-    except Exception:  # noqa: BLE001 - a missing shape is reported later, with the node that needs it
-        return {}
-    return {
-        entry.name: (_element_type(entry.type), tuple(np.shape(array)))
-        for entry, array in zip(session.get_outputs(), arrays, strict=True)
-        if entry.type.startswith("tensor(")
-    }
-
-
-def _element_type(name: str) -> int:
-    """Return ONNX's number of a type such as `tensor(float)`; 0 for one that it does not have."""
-    kinds = onnx.TensorProto.DataType
-    text = name.removeprefix("tensor(").removesuffix(")").upper()
-    return int(kinds.Value(text)) if text in kinds.keys() else 0  # noqa: SIM118 - not a dict
-
-
-def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        axes = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(
-            axis.HasField("dim_value") and axis.dim_value >= 0 for axis in axes
-        ):
-            shapes[value.name] = tuple(int(np.int64(axis.dim_value)) for axis in axes)
-    return shapes

@@ -15,8 +15,8 @@ from pathlib import Path
 import onnx
 
 from tensorrail_runtime.errors import ModelError
-from tensorrail_runtime.graphs.cost import without_functions
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.graphs.inlining import without_functions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session, open_session

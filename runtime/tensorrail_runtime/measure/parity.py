@@ -14,7 +14,7 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.feeds.batches import samples_of
 from tensorrail_runtime.feeds.rules import Axes, deduced_axes
-from tensorrail_runtime.graphs.cost import weight_fault
+from tensorrail_runtime.graphs.constants import weight_fault
 from tensorrail_runtime.graphs.files import random_nodes
 from tensorrail_runtime.graphs.reading import read_model
 from tensorrail_runtime.measure.fusions import Fusions

@@ -16,7 +16,7 @@ from tensorrail_exporter.precision.planned import PRECISIONS
 from tensorrail_exporter.precision.ranges import RangeError, require_finite
 from tensorrail_exporter.search import targets
 from tensorrail_exporter.search.targets import precisions_of
-from tensorrail_runtime.graphs.cost import constants_of
+from tensorrail_runtime.graphs.constants import constants_of
 from tensorrail_runtime.graphs.files import descendants
 from tensorrail_runtime.sessions.session import Session
 

@@ -15,9 +15,10 @@ from onnx import helper
 from recurrent_graphs import recurrent_model
 
 from tensorrail_exporter.rewrite.survey import survey
-from tensorrail_exporter.search import latency_table
-from tensorrail_exporter.search.latency_table import LatencyTable, Target, Timed, cache_folder
+from tensorrail_exporter.search import latency_table, layer_timing
+from tensorrail_exporter.search.latency_table import LatencyTable, Target, cache_folder
 from tensorrail_exporter.search.options import families, option_for, options_of, thinned
+from tensorrail_exporter.search.timed_layers import Timed, key_of
 from tensorrail_runtime.errors import CacheError
 from tensorrail_runtime.sessions import machine
 from tensorrail_runtime.sessions.session import Session
@@ -46,18 +47,18 @@ def calls(monkeypatch, waits):
 
     def known(layer, options, how):
         asked.append((layer.name, [option.steps for option in options], how.seconds))
-        found = [Timed(key=latency_table._key(layer, None), layer=layer.describe(), form="dense", milliseconds=1.0)]
+        found = [Timed(key=key_of(layer, None), layer=layer.describe(), form="dense", milliseconds=1.0)]
         for option in options:
-            key = latency_table._key(layer, option)
+            key = key_of(layer, option)
             found.append(Timed(key=key, layer=layer.describe(), form=option.steps, milliseconds=1e-3 * option.macs))
         return found, waits.pop(0) if waits else 0.0
 
     def known_dense(layers, settings, seconds, precision):
-        keys = [latency_table._key(layer, None) for layer in layers]
+        keys = [key_of(layer, None) for layer in layers]
         return [Timed(key=key, layer="", form="dense", milliseconds=1.0) for key in keys], waits[0] if waits else 0.0
 
-    monkeypatch.setattr(latency_table, "_layer_times", known)
-    monkeypatch.setattr(latency_table, "_dense_times", known_dense)
+    monkeypatch.setattr(latency_table, "layer_times", known)
+    monkeypatch.setattr(latency_table, "dense_times", known_dense)
     return asked
 
 
@@ -97,7 +98,7 @@ def test_times_of_a_busy_machine_are_told_and_not_kept(calls, waits, rng, tmp_pa
 @pytest.mark.parametrize("loaded", [2**29, 1])
 def test_dense_layers_are_compared_by_times_in_turn(loaded, rng, monkeypatch):
     """The machine gets slower from one process to the next; the ratios of the layers stay right all the same."""
-    monkeypatch.setattr(latency_table, "_LOADED", loaded)
+    monkeypatch.setattr(layer_timing, "_LOADED", loaded)
     layers = [conv_layer(rng), conv_layer(rng, batch=2), conv_layer(rng, batch=4)]
     pace, processes = [1.0], []
 
@@ -111,7 +112,7 @@ def test_dense_layers_are_compared_by_times_in_turn(loaded, rng, monkeypatch):
         times = [slowness * (0.5 + batch * count) for batch, count in zip(batches, copies, strict=True)]
         return np.array([[time] * 5 for time in times]), 0.0
 
-    monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
+    monkeypatch.setattr(layer_timing, "fresh_bursts", bursts)
     table = LatencyTable(Target.here(CPU))
     table.measure({layer: options_of(layer, ["auto"], 8)[:1] for layer in layers}, CPU)
     times = [table.milliseconds(layer) for layer in layers]
@@ -133,13 +134,13 @@ def test_forms_that_are_measured_later_are_as_much_faster_as_they_were_then(call
     first, second, *_ = options_of(layer, ["auto"], 8)
     table = LatencyTable(Target.here(CPU))
     table.measure({layer: [first]}, CPU)
-    known = latency_table._layer_times
+    known = latency_table.layer_times
 
     def slower(*arguments):  # everything takes three times as long
         found, wait = known(*arguments)
         return [timed.model_copy(update={"milliseconds": 3 * timed.milliseconds}) for timed in found], wait
 
-    monkeypatch.setattr(latency_table, "_layer_times", slower)
+    monkeypatch.setattr(latency_table, "layer_times", slower)
     table.measure({layer: [first, second]}, CPU)
     assert table.milliseconds(layer) == 1.0
     assert table.milliseconds(layer, second) == pytest.approx(1e-3 * second.macs)
@@ -205,10 +206,10 @@ def test_every_property_of_a_layer_that_changes_its_time_changes_the_key(rng):
         conv_layer(rng, strides=[2, 2]),
         conv_layer(rng, dilations=[2, 2]),
     ]
-    keys = {latency_table._key(layer, None) for layer in layers}
-    keys |= {latency_table._key(layer, option) for layer in layers for option in options_of(layer, ["auto"], 8)}
+    keys = {key_of(layer, None) for layer in layers}
+    keys |= {key_of(layer, option) for layer in layers for option in options_of(layer, ["auto"], 8)}
     assert len(keys) == len(layers) + sum(len(options_of(layer, ["auto"], 8)) for layer in layers)
-    assert latency_table._key(conv_layer(rng, name="v"), None) in keys  # a name changes nothing
+    assert key_of(conv_layer(rng, name="v"), None) in keys  # a name changes nothing
 
 
 def test_modes_and_merge_of_a_chain_and_padding_are_part_of_the_form(rng):
@@ -217,7 +218,7 @@ def test_modes_and_merge_of_a_chain_and_padding_are_part_of_the_form(rng):
     chain = tt.plan("w").model_copy(update={"modes": (4, 8, 9, 8, 4), "ranks": (1, 4, 8, 8, 4, 1), "merge": "none"})
     forms = [tt, replace(tt, block=8)]
     forms += [option_for(chain.model_copy(update={"merge": merge}), layer.spec) for merge in ("none", "sides", "input")]
-    assert len({latency_table._key(layer, option) for option in forms}) == len(forms)
+    assert len({key_of(layer, option) for option in forms}) == len(forms)
 
 
 def test_every_property_of_a_target_changes_the_file(monkeypatch, tmp_path):
@@ -425,7 +426,7 @@ def test_a_sketch_has_rough_times_of_everything_and_is_not_kept(rng, tmp_path):
 
 
 def test_layers_that_run_long_are_not_sketched(rng, monkeypatch):
-    monkeypatch.setattr(latency_table, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
+    monkeypatch.setattr(layer_timing, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
     layer = conv_layer(rng)
     assert LatencyTable(Target.here(CPU)).sketch({layer: options_of(layer, ["auto"], 8)}, CPU, 1e-6) is None
 
@@ -436,7 +437,7 @@ def recurrence(rng, inputs):
 
 
 def test_a_sketch_of_a_recurrent_weight_runs_the_products_of_both_weights(rng, monkeypatch):
-    monkeypatch.setattr(latency_table, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
+    monkeypatch.setattr(layer_timing, "fresh_bursts", lambda *_: pytest.fail("something was timed"))
     layer = recurrence(rng, 2000)
     options = {layer: options_of(layer, ["svd"], 8)[:1]}
     seconds = 20 * (4 + 1 + 4) * 5 * 64 * 2000 / 1e10  # of 9 nodes, by the products of their input weights alone
@@ -452,8 +453,8 @@ def test_fewer_forms_are_loaded_together_where_each_holds_another_weight(loaded,
         loads.append(len(paths))
         return np.array([[1.0 + k] * 3 for k in range(len(paths))]), 0.0
 
-    monkeypatch.setattr(latency_table, "_LOADED", loaded)
-    monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
+    monkeypatch.setattr(layer_timing, "_LOADED", loaded)
+    monkeypatch.setattr(layer_timing, "fresh_bursts", bursts)
     layer = recurrence(rng, 2000)
     options = options_of(layer, ["svd", "ttm"], 2, most=50.0)[:3]
     table = LatencyTable(Target.here(CPU))
@@ -471,7 +472,7 @@ def test_layers_are_timed_in_the_precision_of_the_plan_and_kept_apart(rng, monke
         timed.append([onnx.load(path).graph for path in paths])
         return [np.full(3, 1.0 + k) for k in range(len(paths))], 0.0
 
-    monkeypatch.setattr(latency_table, "fresh_bursts", bursts)
+    monkeypatch.setattr(layer_timing, "fresh_bursts", bursts)
     layer = conv_layer(rng)
     tables = {precision: LatencyTable.open(CPU, tmp_path, precision=precision) for precision in ("fp32", "fp16", "int8")}
     assert len({table.path for table in tables.values()}) == 3
@@ -496,15 +497,13 @@ def test_small_layers_are_timed_less_precisely(rng, monkeypatch):
 
     def known(layer, options, how):
         precise.append(how.precise)
-        return [Timed(key=latency_table._key(layer, None), layer="", form="dense", milliseconds=1.0)], 0.0
+        return [Timed(key=key_of(layer, None), layer="", form="dense", milliseconds=1.0)], 0.0
 
-    monkeypatch.setattr(latency_table, "_layer_times", known)
+    monkeypatch.setattr(latency_table, "layer_times", known)
     layer = conv_layer(rng)
     for whole in (None, 1.0, 5.0, 1000.0):
         table = LatencyTable(Target.here(CPU))
-        table.times[latency_table._key(layer, None)] = Timed(
-            key=latency_table._key(layer, None), layer="", form="dense", milliseconds=1.0
-        )
+        table.times[key_of(layer, None)] = Timed(key=key_of(layer, None), layer="", form="dense", milliseconds=1.0)
         table.measure({layer: options_of(layer, ["auto"], 8)}, CPU, whole=whole)
     np.testing.assert_allclose(precise, [0.005, 0.005, 0.01, 0.03])
 
@@ -532,8 +531,8 @@ def by_size(monkeypatch):
         pace[0] *= 3  # the machine gets slower from one process to the next
         return [1e-6 * layer.macs * pace[0] for layer in layers], 0.0
 
-    monkeypatch.setattr(latency_table, "_timed_together", known)
-    monkeypatch.setattr(latency_table, "_layer_times", lambda *_: pytest.fail("there are no forms"))
+    monkeypatch.setattr(latency_table, "timed_together", known)
+    monkeypatch.setattr(latency_table, "layer_times", lambda *_: pytest.fail("there are no forms"))
     return groups
 
 
@@ -568,7 +567,7 @@ def test_a_layer_that_could_form_a_chain_is_timed_as_its_narrower_ones_are(by_si
     options = options_of(second, ["width"], 8)
     table = LatencyTable(Target.here(CPU))
     table.measure({first: (), second: options}, CPU)
-    key = latency_table._key(replace(second, side_by_side=True, makers=()), None)
+    key = key_of(replace(second, side_by_side=True, makers=()), None)
     assert key in table.times
     assert table.times[key].milliseconds != table.milliseconds(second)  # of another process
     for option in options:

@@ -13,17 +13,17 @@ from recurrent_graphs import recurrent_model
 
 from tensorrail_exporter import LayerPlan, Plan, PlanError, factorize
 from tensorrail_exporter.calibrate.inputs import Calibration
-from tensorrail_exporter.search import latency_table, planner, selection, verification
+from tensorrail_exporter.search import planner, selection, verification
 from tensorrail_exporter.search.fastest_agreeing import _Tries, agrees, allowed_share, expected_share, independent
 from tensorrail_exporter.search.fastest_form import Form, fastest_blocks
 from tensorrail_exporter.search.guard import Guard
-from tensorrail_exporter.search.latency_table import LatencyTable, Timed
-from tensorrail_exporter.search.latency_table import _key as key_of
+from tensorrail_exporter.search.latency_table import LatencyTable
 from tensorrail_exporter.search.layer_profile import layer_times, slower_layers
 from tensorrail_exporter.search.planner import plan_network
 from tensorrail_exporter.search.report import PlanReport
 from tensorrail_exporter.search.selection import macs_of
 from tensorrail_exporter.search.targets import Search
+from tensorrail_exporter.search.timed_layers import Timed, as_layers, key_of
 from tensorrail_exporter.search.verification import Verification, random_cores
 from tensorrail_runtime.errors import TargetError
 from tensorrail_runtime.graphs.cost import cost
@@ -646,7 +646,7 @@ def by_macs(known_times, monkeypatch):
     """Every layer takes a microsecond for a thousand MACs, the narrower ones as well."""
 
     def measure(self, wanted, settings, *, seconds=0.0, whole=None, progress=None):
-        for layer, options in latency_table._as_layers(wanted):
+        for layer, options in as_layers(wanted):
             for option in (None, *options):
                 macs = layer.macs if option is None else macs_of(layer, option)
                 key = key_of(layer, option)

@@ -7,7 +7,8 @@ from typing import Any
 from tensorrail.models import as_file
 from tensorrail.options import Options
 from tensorrail_runtime.errors import UsageError
-from tensorrail_runtime.graphs.cost import GraphCost, cost, file_fault
+from tensorrail_runtime.graphs.constants import file_fault
+from tensorrail_runtime.graphs.cost import GraphCost, cost
 from tensorrail_runtime.measure.fusions import FusedOperators, fused_operators
 from tensorrail_runtime.measure.placement import Placement
 from tensorrail_runtime.measure.placement import placement as placement_of
