@@ -162,6 +162,28 @@ def test_a_baseline_keeps_the_rules_and_the_data(cli, path, labelled, tmp_path, 
     assert cli("regress", "check", path, path, *quick)[0] == 2
 
 
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("fault", ["a weight is NaN", "the state is missing", "it overflows"])
+def test_a_broken_model_with_states_falls_short(fault, cli, path, labelled, tmp_path):
+    """The states of the inputs are outputs of the model that is checked."""
+    quick = ("--seconds", 0.05, "--processes", 2, "--data", labelled, "--metric", f"{__name__}:closeness")
+    assert cli("regress", "record", path, "-o", tmp_path / "b.json", *quick, *RULES)[0] == 0
+    model = onnx.load(path)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "u.weight")
+    if fault == "the state is missing":
+        del model.graph.output[1]
+    else:
+        value = np.nan if fault == "a weight is NaN" else 1e38
+        weight.CopyFrom(onnx.numpy_helper.from_array(np.full((HIDDEN, HIDDEN), value, np.float32), "u.weight"))
+    if fault == "it overflows":  # inf − inf is NaN, from the first step on
+        next(node for node in model.graph.node if node.output[0] == "n1").op_type = "Identity"
+    onnx.save(model, tmp_path / "other.onnx")
+    code, printed, err = cli("regress", "check", tmp_path / "b.json", tmp_path / "other.onnx", *quick)
+    assert code == 1, err
+    reason = {"a weight is NaN": "holds NaN", "the state is missing": "unknown output 'stateN'", "it overflows": "infinite"}
+    assert reason[fault] in printed
+
+
 @pytest.fixture
 def ragged(rng, tmp_path):
     """Return a network x [n, 8, t] → y [n, 6, t], and a folder with one sound of its own length in each file."""

@@ -101,8 +101,9 @@ class ModelInputs:
 
     @property
     def fixed(self) -> int | None:
-        """The batch size of the model where it is fixed, else None."""
-        sizes = [entry.shape[axis] for name, entry in self.entries.items() if (axis := self.axes[name]) is not None]
+        """The batch size of the model where it is fixed, else None; the size of a constant is none."""
+        batched = [name for name in self.entries if name not in self.constants]
+        sizes = [self.entries[name].shape[axis] for name in batched if (axis := self.axes[name]) is not None]
         return next((size for size in sizes if isinstance(size, int)), None)
 
     @property

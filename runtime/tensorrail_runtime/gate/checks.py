@@ -321,11 +321,15 @@ def _interface(before: Facts, after: Facts) -> Finding:
 
 
 def _reads_alike(before: Output, after: Output) -> bool:
-    """Return whether a reader of one output can read the other; the size of a dynamic axis may depend on the weights."""
+    """Return whether a reader of one output can read the other; the size of a dynamic axis may depend on the weights.
+
+    ONNX Runtime declares a scalar where the number of axes is not known.
+    """
+    declared = before.declared or (None,) * len(before.shape)
     return (
         before.type == after.type
-        and len(before.declared) == len(before.shape) == len(after.shape)
-        and all(declared in (None, size) for declared, size in zip(before.declared, after.shape, strict=True))
+        and len(declared) == len(before.shape) == len(after.shape)
+        and all(own in (None, size) for own, size in zip(declared, after.shape, strict=True))
     )
 
 

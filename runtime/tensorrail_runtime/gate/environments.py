@@ -279,10 +279,15 @@ class _Worker:
 
     def __init__(self, python: str, process: subprocess.Popen[str], errors: Path) -> None:
         self.python, self.process, self.errors = python, process, errors
+        self._late = False
+
+    def _give_up(self) -> None:
+        self._late = True
+        self.process.kill()
 
     def ask(self, do: str, *arguments: object) -> Any:  # Any: JSON
         """Return the answer to a request; raises `ModelError` with the reason where it fails."""
-        late = Timer(_PATIENCE, self.process.kill)
+        late = Timer(_PATIENCE, self._give_up)
         late.start()
         try:
             line = self._answer(json.dumps({"do": do, "arguments": arguments}))
@@ -290,6 +295,8 @@ class _Worker:
             late.cancel()
         if not line:
             code = self.process.wait()
+            if self._late:
+                raise ModelError(f"{self.python}: no answer within {_PATIENCE:g} seconds: is the model too slow for it?")
             lines = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise ModelError(f"{self.python}: the process ended with {code}: {lines[-1] if lines else 'no message'}")
         answer = json.loads(line)

@@ -71,20 +71,19 @@ def markdown(verdict: Verdict) -> str:
         *rows,
         "",
         f"{_times(verdict)} on {_cell(_where(verdict))}.",
-        *(["", f"⚠️ {_cell(verdict.warning)}"] if verdict.warning else []),
+        *(line for warning in verdict.warnings for line in ("", f"⚠️ {_cell(warning)}")),
     ]
     return "\n".join(lines) + "\n\n"
 
 
 def workflow_commands(verdict: Verdict) -> str:
-    """Return GitHub's workflow commands, one per line: an error for each failed finding, a warning on recorded times."""
+    """Return GitHub's workflow commands, one per line: an error for each failed finding, and the warnings."""
     lines = [
         _command("error", f"{f.name} of {verdict.model}", f"measured {f.measured}, baseline {f.baseline}, limit {f.limit}")
         for f in verdict.findings
         if not f.holds
     ]
-    if verdict.warning:
-        lines.append(_command("warning", f"latency of {verdict.model}", verdict.warning))
+    lines += [_command("warning", f"latency of {verdict.model}", warning) for warning in verdict.warnings]
     return "".join(f"{line}\n" for line in lines)
 
 

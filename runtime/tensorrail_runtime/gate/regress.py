@@ -4,12 +4,13 @@ Times are measured in several fresh processes, since they differ between process
 reason). If the baseline's model is available, both models run in turns in every process, and only their ratio counts. Else the
 times are compared with the recorded ones, so that changes of the machine since then count as well.
 
-The check fails if both are true: the one-sided Mann-Whitney test on block medians (Mann and Whitney 1947) says that the model
-is slower, and the estimated slow-down is more than half of `max_slowdown`. If the estimate is precise enough, a true slow-down
-of `max_slowdown` lies well above that threshold, and a model that is not slower lies well below. On a busy machine, processes
-are therefore added, two at a time, until the standard error is a tenth of `max_slowdown` or four times the processes have run.
-This rule looks only at the spread of the ratios, never at their value, so it does not bias the result. `benchmarks/gate.py`
-measures how often the check is wrong.
+The check fails if both are true: a one-sided test says that the model is slower (on block medians if both models run in turns,
+else on the medians of processes, see `compare_times`), and the estimated slow-down is more than half of `max_slowdown`. If the
+estimate is precise enough, a true slow-down of `max_slowdown` lies well above that threshold, and a model that is not slower
+lies well below. On a busy machine, processes are therefore added, two at a time, until the standard error is a tenth of
+`max_slowdown` or four times the processes have run; if it is still larger, the verdict says so. This rule looks only at the
+spread of the ratios, never at their value, so it does not bias the result. `benchmarks/gate.py` measures how often the check of
+two models in turns is wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from tensorrail_runtime.errors import MetricError, ModelError, UsageError
 from tensorrail_runtime.feeds.loading import known_values, load_batches
 from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Facts, Finding, Limits, facts_of, held, interface_of, sha256_of_data
-from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, latency_finding, needs_more, time_change
+from tensorrail_runtime.gate.times import (
+    BLOCKS,
+    PRECISION,
+    TimeChange,
+    imprecision,
+    latency_finding,
+    needs_more,
+    time_change,
+)
 from tensorrail_runtime.graphs.constants import file_fault
 from tensorrail_runtime.graphs.files import sha256_of
 from tensorrail_runtime.measure.accuracy import Labelled, metric_of
@@ -174,6 +183,7 @@ class Verdict(PrintedRecord):
         findings: one result per property.
         machine: the machine of the check.
         recorded_on: the machine of the recorded times that the check used; None if both models ran here, in turns.
+        noise: what makes the times uncertain, such as a busy machine; empty for nothing.
 
     """
 
@@ -182,6 +192,7 @@ class Verdict(PrintedRecord):
     findings: tuple[Finding, ...]
     machine: Machine
     recorded_on: Machine | None = None
+    noise: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -195,10 +206,10 @@ class Verdict(PrintedRecord):
         return f"{self.model}: " + ("; ".join(failed) if failed else "no regression")
 
     def shown(self) -> tuple[Part, ...]:
-        """Return the table of findings, the warning where there is one, and the reason."""
+        """Return the table of findings, the warnings where there are some, and the reason."""
         rows = [(f.name, f.baseline, f.measured, f.limit, "yes" if f.holds else "NO") for f in self.findings]
         table = Table(f"{self.model}, {self.how}", ("quantity", "baseline", "measured", "limit", "holds"), rows)
-        return (table, *((f"warning: {self.warning}",) if self.warning else ()), self.reason)
+        return (table, *(f"warning: {warning}" for warning in self.warnings), self.reason)
 
     @property
     def interleaved(self) -> bool:
@@ -213,8 +224,12 @@ class Verdict(PrintedRecord):
         return "against recorded times" if self.recorded_on else "interleaved with the baseline's model"
 
     @property
-    def warning(self) -> str:
-        """Why the times may differ for reasons other than the model; empty if both models ran here."""
+    def warnings(self) -> tuple[str, ...]:
+        """Why the times are uncertain, or may differ for reasons other than the model."""
+        return (*((self._of_record(),) if self.recorded_on else ()), *self.noise)
+
+    def _of_record(self) -> str:
+        """Return a warning on times that were recorded before."""
         if self.recorded_on is None:
             return ""
         then, now = (
@@ -246,7 +261,7 @@ def record(
         path: the ONNX file.
         out: the JSON file to write, in an existing folder.
         conditions: how the model runs and is timed: batch size, shapes, fresh processes (6 by default) and seconds in each (1
-            by default). Only provider and threads of the session are recorded.
+            by default). Of a session, provider and threads are recorded; others have their defaults.
         data: labelled inputs for a score.
         rules: which inputs are constants or states, or have their samples along another axis than the first; default: none.
             They are recorded; constants must be numbers.
@@ -258,13 +273,15 @@ def record(
 
     Raises:
         ModelError: the model cannot be run, `out` is not a JSON file in an existing folder, or with `again` not a baseline.
-        UsageError: fewer than two processes or no seconds to time in.
+        UsageError: fewer than two processes, no seconds to time in, or a session with other settings than provider and threads.
 
     """
     if again and Path(out).is_file():
         conditions, rules = _as_before(Path(out), conditions, rules)
     conditions = checked(conditions)
     timing, settings = conditions.timing, conditions.settings
+    if replace(settings, linger=True) != Session(provider=settings.provider, threads=settings.threads):
+        raise UsageError("a baseline holds the provider and the number of threads of a session, and no other settings")
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
     rules = rules or InputRules()
@@ -330,19 +347,22 @@ def check(
     settings = before.conditions.settings
     after: Facts | Finding | None = interface_of(path, settings, before.facts)
     if after is None:
-        before = _on_recorded_data(before, path, data)
-        after = _facts_like(before, path, _ruled(data, before.rules))
+        before, after = _like(before, path, data)
     if isinstance(after, Finding):
         return Verdict(model=Path(path).name, timing=None, findings=(after,), machine=machine(gpu=settings.on_gpu))
     paths = [path] if before.model is None else [before.model, path]
-    runs = _measure(paths, before.conditions, limits.max_slowdown / PRECISION)
+    recorded = () if before.model is not None or before.recorded is None else before.recorded.processes
+    runs = _measure(paths, before.conditions, limits.max_slowdown / PRECISION, recorded)
     timing = _time_change(before, runs)
+    uncertain = imprecision([[one.samples for one in run.latencies] for run in runs], limits.max_slowdown, recorded)
+    elsewhere = (line for line in runs[0].warnings if "unstable times" not in line)
     return Verdict(
         model=Path(path).name,
         timing=timing,
         findings=(latency_finding(timing, limits), *held(before.facts, after, limits, settings.provider)),
         machine=runs[0].machine,
         recorded_on=before.recorded.machine if before.recorded is not None and before.model is None else None,
+        noise=(*((uncertain,) if uncertain else ()), *elsewhere),
     )
 
 
@@ -486,12 +506,23 @@ def _ruled(data: Labelled | None, rules: InputRules) -> Labelled | None:
     return replace(data, rules=rules) if data is not None and data.rules == InputRules() else data
 
 
+def _like(before: _Reference, path: Path | str, data: Labelled | None) -> tuple[_Reference, Facts | Finding]:
+    """Return the reference with the inputs that both models run on, and the properties of a model as `_facts_like` does."""
+    if fault := file_fault(path):
+        return before, _does_not_run(fault)
+    try:
+        before = _on_recorded_data(before, path, data)
+    except ModelError as error:
+        if not before.rules.states:
+            raise
+        return before, _does_not_run(str(error))  # the states of the inputs are this model's outputs
+    return before, _facts_like(before, path, _ruled(data, before.rules))
+
+
 def _facts_like(before: _Reference, path: Path | str, data: Labelled | None) -> Facts | Finding:
     """Return the properties of a model on the inputs of the baseline's model, or a finding if it does not run on them."""
     settings, timing = before.conditions.settings, before.conditions.timing
     measured_on = timing.shapes, timing.values
-    if fault := file_fault(path):
-        return _does_not_run(fault)
     try:
         return facts_of(path, settings, timing.batch, data, *measured_on, order=tuple(before.facts.inputs))
     except MetricError as error:
@@ -519,14 +550,20 @@ def _time_change(before: _Reference, runs: Sequence[LatencyReport]) -> TimeChang
     return time_change(old, new, paired=before.model is not None)
 
 
-def _measure(paths: Sequence[Path | str], conditions: Conditions, precision: float | None = None) -> list[LatencyReport]:
-    """Time the models in fresh processes; with a precision, until the standard error of the estimate is at most that."""
+def _measure(
+    paths: Sequence[Path | str],
+    conditions: Conditions,
+    precision: float | None = None,
+    recorded: Sequence[Sequence[float]] = (),
+) -> list[LatencyReport]:
+    """Time the models in fresh processes, in so many as `needs_more` wants; the first report has the warnings on a GPU."""
     timing = conditions.timing
     each = Timing(timing.batch, timing.shapes, timing.duration, _WARMUP, values=timing.values)
     reports: list[LatencyReport] = []
-    while needs_more([[one.samples for one in report.latencies] for report in reports], timing.processes, precision):
+    names = [Path(path).name for path in paths]
+    while needs_more([[one.samples for one in run.latencies] for run in reports], timing.processes, precision, recorded):
         first = len(reports) % len(paths)
-        reports.append(fresh_report(paths, first, each, conditions.settings, [Path(path).name for path in paths]))
+        reports.append(fresh_report(paths, first, each, conditions.settings, names, placed=not reports))
         conditions.progress("measuring latency", min(1.0, len(reports) / timing.processes))
     return reports
 

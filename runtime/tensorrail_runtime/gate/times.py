@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -78,12 +79,15 @@ def compare_times(
     which a disturbed process hardly moves. Its interval lies around it: Student's for the logarithms over processes (Welch's if
     the models ran in separate processes), wider by the ratio of the standard errors of a median and a mean.
 
+    The p-value is that of the Mann-Whitney test on block medians (Mann and Whitney 1947) if both models ran in turns in the
+    same processes. Two processes differ whatever runs in them, so otherwise it is that of a test on the medians of processes:
+    Student's of pairs, or Welch's (Welch 1947) if the processes ran at different times.
+
     Args:
         old: the times of the baseline's model, one list per process.
         new: the times of the checked model, one list per process.
         paired: whether both models ran in turns, the k-th lists of both beside each other.
-        apart: whether they did so in processes of their own. Two processes differ whatever runs in them, so the p-value is then
-            that of Student's test over pairs of processes; default False: of all blocks.
+        apart: whether they did so in processes of their own; default False.
 
     Returns:
         The slow-down as a share, the two ends of its 95 % interval, and the one-sided p-value of no slow-down.
@@ -93,12 +97,15 @@ def compare_times(
 
     sides = [[cycles(times, 2 if paired else 1) for times in side] for side in (old, new)]
     medians = [np.array([np.median(times) for times in side]) for side in sides]
-    unit = medians[0] if paired else np.full(max(map(len, sides)), np.median(medians[0]))
-    blocks = [np.concatenate([_blocks(times) / unit[k] for k, times in enumerate(side)]) for side in sides]
-    p = float(stats.mannwhitneyu(blocks[1], blocks[0], alternative="greater").pvalue)
     logs = [np.log(values) for values in medians]
-    if apart:
+    blocks = [[_blocks(times) for times in side] for side in sides]
+    if not paired:
+        p = _welch_p(*logs)
+    elif apart:
         p = _paired_p(logs[1] - logs[0])
+    else:
+        shares = [np.concatenate([own / unit for own, unit in zip(side, medians[0], strict=True)]) for side in blocks]
+        p = float(stats.mannwhitneyu(shares[1], shares[0], alternative="greater").pvalue)
     with warnings.catch_warnings():
         # Where clocks are coarse, processes may have equal medians. The interval is then of no width, which scipy warns of.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -113,7 +120,12 @@ def compare_times(
     return value, low, high, p
 
 
-def needs_more(runs: Sequence[Sequence[Sequence[float]]], processes: int, precision: float | None) -> bool:
+def needs_more(
+    runs: Sequence[Sequence[Sequence[float]]],
+    processes: int,
+    precision: float | None,
+    recorded: Sequence[Sequence[float]] = (),
+) -> bool:
     """Return whether models should be timed in more processes.
 
     Args:
@@ -121,13 +133,40 @@ def needs_more(runs: Sequence[Sequence[Sequence[float]]], processes: int, precis
         processes: how many processes there must be.
         precision: the standard error of the estimate that is small enough, for which up to four times as many may run; None:
             any.
+        recorded: the times that the model is compared with, one list per process, if they were recorded before: their part of
+            the standard error stays. Processes end as well where theirs is half of it.
 
     """
     if len(runs) < processes:
         return True
     if precision is None or len(runs) >= _MOST * processes:
         return False
-    return bool(len(runs) % 2) or _standard_error(runs) > precision
+    if len(runs) % 2:
+        return True
+    stays = _standard_error([[times] for times in recorded]) if recorded else 0.0
+    own = _standard_error(runs)
+    return own > stays / 2 and math.hypot(own, stays) > precision
+
+
+def imprecision(
+    runs: Sequence[Sequence[Sequence[float]]], max_slowdown: float, recorded: Sequence[Sequence[float]] = ()
+) -> str:
+    """Return a warning where the times vary too much to detect a slow-down surely; empty where they do not.
+
+    Args:
+        runs: for each process, the times of each model.
+        max_slowdown: the slow-down to detect, as a share.
+        recorded: as for `needs_more`.
+
+    """
+    error = math.hypot(_standard_error(runs), _standard_error([[times] for times in recorded]) if recorded else 0.0)
+    if error <= max_slowdown / PRECISION:
+        return ""
+    return (
+        f"the times vary from process to process: the standard error of the slow-down is {error:.2%}, expected at most "
+        f"{max_slowdown / PRECISION:.2%}, so that a slow-down of {max_slowdown:.1%} may be missed or reported wrongly: measure "
+        "when the machine is idle, or longer"
+    )
 
 
 def _standard_error(runs: Sequence[Sequence[Sequence[float]]]) -> float:
@@ -147,6 +186,15 @@ def _paired_p(differences: np.ndarray) -> float:
     if not np.ptp(differences):  # where clocks are coarse
         return float(differences[0] <= 0)
     return float(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue)
+
+
+def _welch_p(old: np.ndarray, new: np.ndarray) -> float:
+    """Return the one-sided p-value of new values that are not above old ones, by Welch's test."""
+    from scipy import stats
+
+    if not (np.ptp(old) or np.ptp(new)):  # where clocks are coarse
+        return float(new[0] <= old[0])
+    return float(stats.ttest_ind(new, old, equal_var=False, alternative="greater").pvalue)
 
 
 def _blocks(times: np.ndarray) -> np.ndarray:

@@ -169,7 +169,7 @@ def light(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.opset_import.extend(model.opset_import)
     copy.functions.extend(model.functions)
     listed = {value.name for value in model.graph.input}
-    for part in ("node", "input", "output", "value_info"):
+    for part in ("node", "input", "output", "value_info", "sparse_initializer"):
         getattr(copy.graph, part).extend(getattr(model.graph, part))
     copy.graph.name = "shapes"
     for tensor in model.graph.initializer:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import EncodeError
 
 from tensorrail_runtime.errors import ModelError
 from tensorrail_runtime.graphs.files import descendants
+from tensorrail_runtime.graphs.reading import light
 from tensorrail_runtime.graphs.tap import with_outputs
 from tensorrail_runtime.sessions.inputs import Shapes, random_inputs
 from tensorrail_runtime.sessions.kernels import ends_the_process
@@ -15,13 +17,17 @@ from tensorrail_runtime.sessions.values import Values
 
 
 def inferred_shapes(bound: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with inferred shapes; without those behind operators that onnx does not know."""
+    """Return a copy of the model with inferred shapes; without those behind operators that onnx does not know."""
+    weightless = light(bound)  # onnx cannot read a model above 2 GiB
     try:
-        inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(bound, strict_mode=True, data_prop=True)
+        inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(weightless, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError:
         if all(node.domain in ("", "ai.onnx") for graph in (bound.graph, *descendants(bound.graph)) for node in graph.node):
             raise
-        inferred = onnx.shape_inference.infer_shapes(bound, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(weightless, data_prop=True)
+    for part in ("input", "initializer"):
+        inferred.graph.ClearField(part)
+        getattr(inferred.graph, part).extend(getattr(bound.graph, part))
     return inferred
 
 
@@ -80,7 +86,7 @@ def with_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> o
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+    except (onnx.shape_inference.InferenceError, EncodeError, ValueError, RuntimeError):
         return model
 
 

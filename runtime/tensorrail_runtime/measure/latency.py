@@ -193,7 +193,13 @@ def _here(
 
 
 def _report_of(
-    timed: Turns, paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str]
+    timed: Turns,
+    paths: Sequence[Path | str],
+    timing: Timing,
+    settings: Session,
+    names: Sequence[str],
+    *,
+    placed: bool = True,
 ) -> LatencyReport:
     """Return the report of models that ran in turns in one process.
 
@@ -203,6 +209,7 @@ def _report_of(
         timing: how they were timed.
         settings: how they ran.
         names: their names in the report.
+        placed: whether to warn of nodes that run elsewhere than on the GPU, and of small kernels, which takes a profile.
 
     """
     uneven = _uneven(names, timed.samples, timed.shapes)
@@ -217,13 +224,23 @@ def _report_of(
         ratios=tuple(ratio(latencies[0], other, cycle=len(paths)) for other in latencies[1:]),
         transfers=not timing.io_binding,
         cuda_graph=settings.cuda_graph,
-        warnings=(*((uneven,) if uneven else ()), *_warnings(paths, latencies, settings, timing)),
+        warnings=(
+            *((uneven,) if uneven else ()),
+            *_unstable([latencies]),
+            *(_on_gpu(paths, latencies, settings, timing) if placed and settings.on_gpu else ()),
+        ),
         uneven=uneven,
     )
 
 
 def fresh_report(
-    paths: Sequence[Path | str], first: int, timing: Timing, settings: Session, names: Sequence[str]
+    paths: Sequence[Path | str],
+    first: int,
+    timing: Timing,
+    settings: Session,
+    names: Sequence[str],
+    *,
+    placed: bool = True,
 ) -> LatencyReport:
     """Return the report of models that ran in turns in a fresh process.
 
@@ -233,21 +250,23 @@ def fresh_report(
         timing: how they are timed.
         settings: how they run.
         names: their names in the report.
+        placed: as for the report of one process; default True.
 
     """
     order = [(first + k) % len(paths) for k in range(len(paths))]
     timed = time_in_fresh_process([paths[k] for k in order], settings, timing)
-    return _report_of(timed.reordered([order.index(k) for k in range(len(paths))]), paths, timing, settings, names)
+    timed = timed.reordered([order.index(k) for k in range(len(paths))])
+    return _report_of(timed, paths, timing, settings, names, placed=placed)
 
 
 def _in_fresh_processes(
     paths: Sequence[Path | str], timing: Timing, settings: Session, names: Sequence[str], progress: Progress
 ) -> LatencyReport:
     each = replace(timing, seconds=timing.duration / timing.processes, processes=0)
-    runs = []
+    runs: list[LatencyReport] = []
     for number in range(timing.processes):
         progress("measuring latency", number / timing.processes)
-        runs.append(fresh_report(paths, number % len(paths), each, settings, names))
+        runs.append(fresh_report(paths, number % len(paths), each, settings, names, placed=not runs))
     progress("measuring latency", 1.0)
     said = dict.fromkeys(warning for run in runs for warning in run.warnings if warning not in _unstable([run.latencies]))
     latencies = tuple(
@@ -370,13 +389,11 @@ def _unstable(runs: Sequence[Sequence[Latency]]) -> list[str]:
     return warnings
 
 
-def _warnings(paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, timing: Timing) -> tuple[str, ...]:
-    """Return warnings on unstable times, on kernels too small for a GPU, and on nodes on another provider."""
+def _on_gpu(paths: Sequence[Path | str], latencies: Sequence[Latency], settings: Session, timing: Timing) -> tuple[str, ...]:
+    """Return warnings on kernels too small for a GPU, and on nodes on another provider."""
     from tensorrail_runtime.measure.placement import placement
 
-    warnings = _unstable([latencies])
-    if not settings.on_gpu:
-        return tuple(warnings)
+    warnings = []
     for path, latency in zip(paths, latencies, strict=True):
         placed = placement(path, settings=settings, batch=timing.batch, shapes=timing.shapes, values=timing.values)
         per_node = 1e3 * latency.p50 / max(1, len(placed.nodes))

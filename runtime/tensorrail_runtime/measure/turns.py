@@ -189,7 +189,7 @@ def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE, o
 
 def _request(paths: Sequence[Path | str], settings: Session) -> dict[str, Any]:
     """Return what a fresh process needs to open the models; it need not read what they hold."""
-    files = [str(Path(path).resolve()) for path in paths]
+    files = [str(Path(path).absolute()) for path in paths]  # a link stays one: external data may be beside it alone
     return {"paths": files, "contents": [asdict(contents_of(file)) for file in files], "settings": asdict(settings)}
 
 

@@ -43,7 +43,7 @@ def machine(gpu: bool = False) -> Machine:
     """Describe this machine.
 
     Args:
-        gpu: whether to ask nvidia-smi for the first GPU as well.
+        gpu: whether to ask nvidia-smi for the first GPU that CUDA uses as well.
 
     Returns:
         Processor, versions and, with `gpu`, the GPU; None for what the system does not report.
@@ -99,9 +99,10 @@ def processor() -> Processor:
 
 
 def gpu_memory_used() -> int | None:
-    """Return the used memory of the first GPU in MiB; None without nvidia-smi."""
+    """Return the used memory of the first GPU that CUDA uses, in MiB; None where nvidia-smi does not report it."""
     values = _smi("memory.used")
-    return int(values[0].split()[0]) if values else None
+    number = values[0].partition(" ")[0] if values else ""
+    return int(number) if number.isdecimal() else None
 
 
 def _processor() -> str:
@@ -125,13 +126,20 @@ def _cpuinfo() -> list[str]:
 
 def _gpu() -> Gpu | None:
     values = _smi(_QUERY)
-    return Gpu(**dict(zip(Gpu.model_fields, values, strict=True))) if values else None
+    return Gpu(**dict(zip(Gpu.model_fields, values, strict=True))) if len(values) == len(Gpu.model_fields) else None
 
 
-def _smi(query: str) -> list[str] | None:
+def _smi(query: str) -> list[str]:
+    """Return what nvidia-smi reports of the first GPU that CUDA uses; empty where it does not."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None
-    command = [program, f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
-    completed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - a fixed program
-    return [value.strip() for value in completed.stdout.split(",")] if completed.returncode == 0 else None
+        return []
+    # nvidia-smi numbers all GPUs, CUDA those that are visible. It knows indices and UUIDs, but no parts of a GPU (MIG).
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    gpu = first if first.isdecimal() or first.startswith("GPU-") else "0"
+    command = [program, f"--query-gpu={query}", "--format=csv,noheader", f"--id={gpu}"]
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - fixed program
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [value.strip() for value in completed.stdout.split(",")] if completed.returncode == 0 else []

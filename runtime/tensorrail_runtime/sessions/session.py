@@ -157,7 +157,7 @@ def open_session(
             _preload()
         try:
             session = ort.InferenceSession(
-                str(path), options, providers=[_entry(settings)], enable_fallback=0, disabled_optimizers=disabled
+                str(path), options, providers=_entries(settings), enable_fallback=0, disabled_optimizers=disabled
             )
         except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes from its C++ side
             if not Path(path).exists():
@@ -224,15 +224,17 @@ _OPTIMIZED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _MESSAGE_LENGTH = 400  # characters of ONNX Runtime's message that an error repeats
 
 
-def _entry(settings: Session) -> str | tuple[str, dict[str, str]]:
+def _entries(settings: Session) -> list[str | tuple[str, dict[str, str]]]:
+    """Return the providers in their order; what TensorRT does not take runs on CUDA, as where Triton serves the model."""
     flags = {"use_tf32": settings.tf32, "enable_cuda_graph": settings.cuda_graph, "prefer_nhwc": settings.nhwc}
     match settings.provider:
         case "cuda":
             options = {key: str(int(value)) for key, value in flags.items()}
-            return PROVIDERS["cuda"], options | {"cudnn_conv_algo_search": settings.conv_search.upper()}
+            return [(PROVIDERS["cuda"], options | {"cudnn_conv_algo_search": settings.conv_search.upper()})]
         case "tensorrt":
-            return PROVIDERS["tensorrt"], {"trt_cuda_graph_enable": str(int(settings.cuda_graph))}
-    return PROVIDERS[settings.provider]
+            graph = {"trt_cuda_graph_enable": str(int(settings.cuda_graph))}
+            return [(PROVIDERS["tensorrt"], graph), (PROVIDERS["cuda"], {"use_tf32": str(int(settings.tf32))})]
+    return [PROVIDERS[settings.provider]]
 
 
 def _preload() -> None:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_exporter import FORMATS, GraphError, LayerPlan, Plan, decompose_graph, factorize, reconstruct
 from tensorrail_exporter.graphs.io import load_model, save_model, size_of
+from tensorrail_runtime.graphs.cost import cost
 
 OLDEST, NEWEST = 13, 26  # ONNX Runtime 1.31 refuses opset 27 and later as not yet released
 
@@ -313,6 +314,7 @@ def test_a_model_above_two_gigabytes_is_read_rewritten_and_written(tmp_path):
     expected = run(None, x, tmp_path / "dense.onnx")[0]
     assert expected.max() > 0
     assert relative(run(None, x, tmp_path / "model.onnx")[0], expected) < 1e-4
+    assert cost(tmp_path / "model.onnx").macs == (8 * size + 2) * size
 
 
 def test_the_two_gigabyte_path_on_a_small_model(tmp_path, monkeypatch):

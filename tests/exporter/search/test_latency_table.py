@@ -531,7 +531,8 @@ def by_size(monkeypatch):
         pace[0] *= 3  # the machine gets slower from one process to the next
         return [1e-6 * layer.macs * pace[0] for layer in layers], 0.0
 
-    monkeypatch.setattr(latency_table, "timed_together", known)
+    for module in (latency_table, layer_timing):
+        monkeypatch.setattr(module, "timed_together", known)
     monkeypatch.setattr(latency_table, "layer_times", lambda *_: pytest.fail("there are no forms"))
     return groups
 

@@ -3,10 +3,13 @@
 import numpy as np
 import onnx
 import pytest
+from conftest import make_model
+from onnx import helper
 from stateful_graphs import detector
 
 from tensorrail_runtime import ModelError, open_session
 from tensorrail_runtime.errors import UsageError
+from tensorrail_runtime.feeds.loading import load_batches
 from tensorrail_runtime.feeds.rules import InputRules, deduced_axes, model_inputs, parse_rules
 
 
@@ -80,3 +83,14 @@ def test_batch_axes_follow_the_names_of_axes(session):
     assert deduced_axes({"ids": ["b", "t"], "places": ["t"], "m": ["b", "t"]}) == {"ids": 0, "places": 0, "m": 0}
     assert deduced_axes({"x": ["b", 3], "y": [4, "t"]}) == {"x": 0, "y": 0}  # another name is another axis
     assert deduced_axes({"x": [1, 3], "h": [2, 1, 8]}) == {"x": 0, "h": 0}
+
+
+def test_the_size_of_a_constant_is_no_batch_size(tmp_path):
+    nodes = [helper.make_node("Div", ["x", "size"], ["y"])]
+    onnx.save(make_model(nodes, {}, {"x": ["batch", 3, "h", 2], "size": [2]}, {"y": ["batch", 3, "h", 2]}), tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx")
+    rules = InputRules({"size": [4.0, 5.0]})
+    assert model_inputs(session, rules).fixed is None
+    images = np.zeros((5, 3, 8, 2), np.float32)
+    (feed,) = load_batches({"x": images}, session, rules, batch=5).feeds
+    assert feed["x"].shape == (5, 3, 8, 2)

@@ -1,5 +1,6 @@
 """A model here against the same model under another interpreter: times in turns, outputs, and what runs differently."""
 
+import shlex
 import subprocess
 import sys
 import venv
@@ -13,6 +14,7 @@ from conftest import make_model
 from onnx import helper
 
 from tensorrail_runtime.errors import ModelError, UsageError
+from tensorrail_runtime.gate import environments
 from tensorrail_runtime.gate.checks import Limits
 from tensorrail_runtime.gate.environments import Environment, EnvironmentsVerdict, Operators, _apart, check_environments
 from tensorrail_runtime.gate.times import time_change
@@ -139,7 +141,7 @@ def test_what_a_module_prints_at_the_start_is_no_answer(model, tmp_path):
 def interpreter(tmp_path, *options):
     """Return a Python that is started with more options."""
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {" ".join(options)} "$@"\n')
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {shlex.join(options)} "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -213,6 +215,13 @@ def test_another_version_from_pypi(model, tmp_path):
     (other,) = verdict.others
     assert other.onnxruntime == OTHER_VERSION != verdict.here.onnxruntime
     assert verdict.findings[1].holds
+
+
+def test_an_interpreter_that_does_not_answer_is_stopped_with_that_reason(model, tmp_path, monkeypatch):
+    interpreter(tmp_path, "-c", "__import__('time').sleep(60)")
+    monkeypatch.setattr(environments, "_PATIENCE", 0.5)
+    with pytest.raises(ModelError, match=r"python: no answer within 0\.5 seconds"):
+        check_environments(model, [tmp_path / "python"], limits=Limits(max_slowdown=0.9), conditions=QUICK)
 
 
 def test_a_path_of_an_interpreter_is_the_file(model, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model, small_network
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tensorrail_runtime import ModelError, Session, bench, open_session, parity, random_inputs
 from tensorrail_runtime.errors import UsageError
@@ -19,7 +19,7 @@ from tensorrail_runtime.feeds.rules import InputRules
 from tensorrail_runtime.gate.checks import Output, _drawn, facts_of, held, sketch
 from tensorrail_runtime.gate.outputs import junit, markdown, smaller_is_better
 from tensorrail_runtime.gate.regress import Baseline, Limits, check, checked, record
-from tensorrail_runtime.gate.times import compare_times
+from tensorrail_runtime.gate.times import compare_times, imprecision, needs_more
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.timing import Conditions, Timing
 
@@ -72,6 +72,31 @@ def test_an_interval_lies_around_the_slowdown_of_most_processes(rng):
 def test_equal_times_raise_no_alarm(rng):
     found = [compare_times(times(rng, 1.0), times(rng, 1.0), paired=True) for _ in range(50)]
     assert sum(value > 0.025 and p < 0.01 for value, _, _, p in found) == 0
+
+
+def test_recorded_times_raise_no_more_alarms_than_the_level_allows(rng):
+    """Processes differ by 4 %: that of the recorded ones is half of the uncertainty."""
+    alarms = 0
+    for _ in range(200):
+        old, new = (
+            [own * np.exp(0.01 * rng.standard_normal(100)) for own in np.exp(0.04 * rng.standard_normal(6))] for _ in range(2)
+        )
+        value, _, _, p = compare_times(old, new, paired=False)
+        alarms += value > 0.025 and p < 0.01
+    assert alarms <= 8  # 1 % nominal
+
+
+def test_the_spread_of_recorded_processes_counts(rng):
+    steady = [[[1.0 + 1e-4 * k] * 20] for k in range(6)]
+    even, spread = [[1.0] * 20] * 6, [[own] * 20 for own in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]
+    assert needs_more([], 6, 0.005)
+    assert not needs_more(steady, 6, 0.005, even)
+    assert not needs_more(steady, 6, 0.005, spread)  # more processes would not help
+    noisy = [[[own] * 20] for own in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]
+    assert needs_more(noisy, 6, 0.005, even)
+    assert imprecision(steady, 0.05, even) == ""
+    for runs, recorded in ((steady, spread), (noisy, even), (noisy, ())):
+        assert "the standard error of the slow-down is" in imprecision(runs, 0.05, recorded)
 
 
 def test_what_is_common_to_both_falls_out_when_they_ran_in_turns(rng):
@@ -505,6 +530,27 @@ def test_a_fixed_axis_that_became_dynamic_is_held_to_what_ran(tmp_path):
     assert not found(*facts, limits=Limits(tolerance=None))["interface"].holds
 
 
+def test_an_output_of_any_number_of_axes_is_held_to_what_ran(tmp_path):
+    path, x = tmp_path / "any.onnx", np.ones((2, 4), np.float32)
+    model = onnx.load(product(path, np.ones((4, 8), np.float32)))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    model.graph.node.append(helper.make_node("Reshape", ["y", "shape"], ["z"]))
+    model.graph.input.append(helper.make_tensor_value_info("shape", TensorProto.INT64, ["axes"]))
+    model.graph.output[0].name = "z"
+    onnx.save(model, path)
+    facts = facts_of(path, Session(), 2, None, {}, {"x": x, "shape": np.array([2, 8])})
+    assert (facts.outputs["z"].declared, facts.outputs["z"].shape) == ((), (2, 8))
+    assert found(facts, facts)["interface"].holds
+    other = facts_of(path, Session(), 2, None, {"shape": (3,)}, {"x": x, "shape": np.array([4, 2, 2])})
+    assert not found(facts, other)["interface"].holds
+
+
+def test_settings_that_a_baseline_does_not_hold_are_refused(small_path, tmp_path):
+    with pytest.raises(UsageError, match="the provider and the number of threads of a session, and no other settings"):
+        record(small_path, tmp_path / "b.json", conditions=replace(QUICK, settings=Session(level="none")))
+    assert not (tmp_path / "b.json").exists()
+
+
 def test_times_of_another_machine_are_said_to_be(baseline, small_path):
     content = json.loads(baseline.read_text())
     content["machine"]["processor"] = "Cortex-A53"
@@ -512,7 +558,7 @@ def test_times_of_another_machine_are_said_to_be(baseline, small_path):
     moved = small_path.with_name("moved.onnx")
     small_path.rename(moved)
     verdict = check(baseline, moved, limits=LENIENT, conditions=QUICK)
-    assert "times of another machine (Cortex-A53, " in verdict.warning
+    assert "times of another machine (Cortex-A53, " in verdict.warnings[0]
     assert "Cortex" in markdown(verdict)
 
 

@@ -173,7 +173,7 @@ def start_server(folder):
         folder,
         model,
         *("--port", 0, "--replicas", 2, "--cpus", 0.25, "--threads", 1, "--max-batch", 4, "--batch-wait", 50),
-        *("--max-mib", 1, "--shadow", dense, "--fraction", 1),
+        *("--max-mib", 8, "--shadow", dense, "--fraction", 1),
     )
     made = Server(process, port, said, open_session(model, threads=1), log)
     made.children = made.tree()
@@ -222,13 +222,27 @@ def test_refusals_come_over_http_as_json(server):
         ({"inputs": [entry | {"shape": [16, 8, 8]}]}, "net", 400, "expected shape [-1, 16, 8, 8], got [16, 8, 8]"),
         ({"inputs": [entry | {"name": "z"}]}, "net", 400, "the model has no input 'z'"),
         ({"inputs": [entry]}, "other", 400, "unknown model 'other'"),
-        ({"inputs": [entry], "padding": " " * (1 << 20)}, "net", 413, "expected a request of at most 1048576 bytes"),
+        ({"inputs": [entry], "padding": " " * (8 << 20)}, "net", 413, "expected a request of at most 8388608 bytes"),
     ):
         found, text, headers = server.ask("POST", f"/v2/models/{path}/infer", json.dumps(content))
         assert (found, headers["Content-Type"]) == (status, "application/json")
         assert reason in json.loads(text)["error"]
     (x,) = samples(1)
     server.check(x, server.infer(x))
+
+
+def test_requests_above_the_usual_limit_of_grpc_reach_a_replica_and_the_shadow(server):
+    x = np.random.default_rng(5).standard_normal((1500, 16, 8, 8)).astype(np.float32)
+    assert x.nbytes > 5 * 2**20
+    before = server.metrics()
+    server.check(x, server.infer(x))
+    end = time.monotonic() + DEADLINE
+    compared = 'tensorrail_shadow_total{outcome="compared"}'
+    while (after := server.metrics())[compared] <= before[compared]:
+        assert time.monotonic() < end, server.log.read_text()
+        time.sleep(0.05)
+    assert after["tensorrail_retries_total"] == before["tensorrail_retries_total"]
+    assert after['tensorrail_shadow_total{outcome="failed"}'] == 0
 
 
 def test_nothing_listens_beyond_this_machine(server):

@@ -266,6 +266,11 @@ def test_differences_are_relative_and_by_output():
     assert (found[1].relative_l2, found[1].max_abs) == (0, 0)
     assert differences({"y": np.array([np.nan])}, {"y": np.array([1.0])})[0].relative_l2 == np.inf
     assert differences({"y": np.ones(2)}, {"y": np.ones(3)})[0].relative_l2 == np.inf
+    masked, other = np.array([-np.inf, 3.0, 4.0]), np.array([3.0, 3.0, 4.0])
+    assert differences({"y": masked}, {"y": masked})[0].max_abs == 0
+    moved = np.array([-np.inf, 4.0, 4.0])
+    assert differences({"y": masked}, {"y": moved})[0].relative_l2 == pytest.approx(1 / np.hypot(4, 4))
+    assert differences({"y": masked}, {"y": other})[0].relative_l2 == np.inf
     assert differences({"s": np.array(["a", "b"], object)}, {"s": np.array(["a", "c"], object)})[0].max_abs == 1
 
 

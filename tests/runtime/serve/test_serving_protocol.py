@@ -124,6 +124,11 @@ def test_data_that_is_not_what_it_says_is_refused(datatype, data, reason):
     assert "\n" not in str(refused.value)
 
 
+def test_more_strings_than_a_tensor_may_hold_are_refused_before_they_are_read():
+    with pytest.raises(ProtocolError, match=r"expected at most 1,048,576 strings, got shape \[2000, 1000\]"):
+        parse_request(body(tensor(datatype="BYTES", shape=[2000, 1000], data=[])))
+
+
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [

@@ -20,7 +20,7 @@ from tensorrail_runtime.measure.timing import Timing
 from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_runtime.sessions.fresh import fresh
 from tensorrail_runtime.sessions.inputs import load_arrays, parse_shapes
-from tensorrail_runtime.sessions.machine import processors
+from tensorrail_runtime.sessions.machine import gpu_memory_used, machine, processors
 
 HAS_PROVIDER = "CUDAExecutionProvider" in ort.get_available_providers()
 
@@ -73,6 +73,49 @@ def test_settings_that_do_not_fit_together_are_refused(small_path):
     ):
         with pytest.raises(ModelError, match=reason):
             open_session(small_path, settings=settings)
+
+
+def test_what_tensorrt_does_not_take_runs_on_cuda(small_path, monkeypatch):
+    asked = []
+
+    def opened(*_, providers, **__):
+        asked.extend(providers)
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    with pytest.raises(ModelError, match="no device"):
+        open_session(small_path, provider="tensorrt")
+    assert asked == [
+        ("TensorrtExecutionProvider", {"trt_cuda_graph_enable": "0"}),
+        ("CUDAExecutionProvider", {"use_tf32": "0"}),
+    ]
+
+
+@pytest.mark.parametrize(("visible", "asked"), [("", "0"), ("1", "1"), ("GPU-3f2,0", "GPU-3f2"), ("MIG-1", "0")])
+def test_the_gpu_that_is_described_is_the_one_that_cuda_uses(visible, asked, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "7 MiB"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_memory_used() == 7
+    assert f"--id={asked}\n" in (tmp_path / "asked").read_text()
+    assert machine(gpu=True).gpu is None  # what it says is no description
+    program.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert gpu_memory_used() is None
+
+
+def test_a_linked_model_is_read_beside_its_link_in_a_fresh_process_too(small_model, tmp_path):
+    """As in the Hugging Face cache, where files are links to blobs that have other names."""
+    copy = onnx.ModelProto.FromString(small_model.SerializeToString())  # saving so moves the weights out of the model
+    (tmp_path / "blobs").mkdir()
+    onnx.save(copy, tmp_path / "net.onnx", save_as_external_data=True, location="net.bin", size_threshold=0)
+    for name in ("net.onnx", "net.bin"):
+        blob = tmp_path / "blobs" / f"{len(name)}{name[-1]}"
+        (tmp_path / name).rename(blob)
+        (tmp_path / name).symlink_to(blob)
+    assert len(bench([tmp_path / "net.onnx"], Timing(seconds=0.05, processes=2)).latencies) == 1
 
 
 def test_levels_and_threads_reach_the_session(small_path):

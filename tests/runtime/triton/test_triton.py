@@ -308,6 +308,8 @@ def test_an_answer_that_depends_on_its_neighbour_is_refused(kind, tmp_path, repo
     assert not repository.exists()
     package(path, repository, contents=Repository(shapes={"x": (1, 3)}), serving=Serving(max_batch=0))
     assert list(parsed(repository / "mixing").input[0].dims) == [-1, 3]
+    package(path, repository / "alone", serving=Serving(dynamic_batching=False))  # a client's own batches
+    assert list(parsed(repository / "alone" / "mixing").input[0].dims) == [3]
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.INT64])

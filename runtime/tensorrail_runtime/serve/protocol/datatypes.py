@@ -73,6 +73,8 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
     if datatype == "FP16":
         raise ProtocolError(f"tensor {name!r}: JSON has no FP16: send its values as binary data")
     dtype = DATATYPES[datatype]
+    if datatype == "BYTES":
+        _check_number(name, shape)
     values = _flat(name, shape, data)
     kinds = set(map(type, values))
     allowed = _KINDS.get(dtype.kind, {int})
@@ -157,10 +159,15 @@ def _flat(name: str, shape: tuple[int, ...], data: object) -> Sequence[Any]:
     return values
 
 
+def _check_number(name: str, shape: tuple[int, ...]) -> None:
+    """Raise `ProtocolError` for more strings than a tensor may hold."""
+    if math.prod(shape) > MOST_STRINGS:
+        raise ProtocolError(f"tensor {name!r}: expected at most {MOST_STRINGS:,} strings, got shape {list(shape)}")
+
+
 def _strings(name: str, shape: tuple[int, ...], count: int, data: memoryview) -> np.ndarray:
     """Return an array of strings from length-prefixed UTF-8 bytes."""
-    if count > MOST_STRINGS:
-        raise ProtocolError(f"tensor {name!r}: expected at most {MOST_STRINGS:,} strings, got shape {list(shape)}")
+    _check_number(name, shape)
     values: list[str] = []
     position = 0
     while position < len(data) and len(values) < count:

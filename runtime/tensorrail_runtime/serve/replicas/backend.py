@@ -53,6 +53,10 @@ class RayBackend:
             try:
                 answer: Answer = await response
             except _DIED as error:
+                if _is_too_large(error):
+                    raise ProtocolError(
+                        f"the request or its answer is larger than Ray sends ({first_line(error)})", 500
+                    ) from None
                 self._log_death(error)
                 continue
             except DeploymentUnavailableError as error:
@@ -75,6 +79,12 @@ class RayBackend:
             self._running = await asyncio.to_thread(running_replicas, self._application) > 0
             self._checked_at = time.monotonic()
         return self._running
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Return whether a message was larger than gRPC allows, which another replica cannot change."""
+    code = getattr(error, "code", None)
+    return isinstance(error, grpc.RpcError) and callable(code) and code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def compare(

@@ -44,6 +44,8 @@ def set_environment(own: bool) -> None:
         # Requests go directly to the replica's own port, without further threads; this halved the CPU time that Ray takes. A
         # cluster keeps its own settings.
         os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+        # Ray's default is 4 MiB. `--max-mib` limits requests; their arrays and answers may be larger than what was sent.
+        os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(2**31 - 1))
         os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
         os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
 

@@ -18,9 +18,10 @@ class Difference:
 
 
 def differences(served: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> list[Difference]:
-    """Return the difference of every output; it is infinite if shapes differ or a value is NaN.
+    """Return the difference of every output; it is infinite if shapes differ, a value is NaN, or only one is infinite.
 
-    Elements that are not numbers, such as strings, differ by 0 if they are equal, else by 1.
+    Elements that are not numbers, such as strings, differ by 0 if they are equal, else by 1. Equal infinities, as of a mask,
+    differ by 0, and are no part of the norm.
     """
     return [_difference(name, array, reference[name]) for name, array in served.items()]
 
@@ -32,7 +33,10 @@ def _difference(name: str, served: np.ndarray, reference: np.ndarray) -> Differe
         ours, theirs = served.astype(np.float64), reference.astype(np.float64)
     else:
         ours, theirs = (served != reference).astype(np.float64), np.zeros(served.shape)
-    error = ours - theirs
+    equal = np.isinf(ours) & (ours == theirs)
+    ours, theirs = np.where(equal, 0.0, ours), np.where(equal, 0.0, theirs)
+    with np.errstate(invalid="ignore"):
+        error = ours - theirs
     distance, size = float(np.linalg.norm(error.ravel())), float(np.linalg.norm(theirs.ravel()))
     difference = Difference(name, distance / (size or 1.0), float(np.abs(error).max(initial=0)))
     return (
