@@ -81,6 +81,7 @@ class CompressReport(PrintedRecord):
     guard: Guard = Guard()
     max_loss: float | None = None  # the limit on the loss, if there was one
     loss: float | None = None  # of the model that was written, on inputs that models are chosen by; None for a single model
+    calibrated: bool = False  # whether there were calibration inputs
     held_out: bool = True  # whether these are other inputs than those that models were fitted to
     precision: Precision = "fp32"  # of the model that was written
     with_casts: bool = False  # whether the model is in fp16, which the provider computes in fp32 with casts around
@@ -186,8 +187,8 @@ class CompressReport(PrintedRecord):
     def _accuracy_line(self) -> str:
         if self.aside is not None:
             return self.aside.described()
-        given = self.fits or self.loss is not None
-        why = "there were too few calibration inputs to set some aside" if given else "no calibration inputs were given"
+        few, none = "there were too few calibration inputs to set some aside", "no calibration inputs were given"
+        why = few if self.calibrated else none
         return f"nothing is known about the accuracy of this model: {why}"
 
     def _advice(self) -> str:

@@ -40,7 +40,7 @@ from tensorrail_runtime.errors import GraphError, PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.graphs.files import bytes_of
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
-from tensorrail_runtime.measure.agreement import agreement_of
+from tensorrail_runtime.measure.agreement import Agreement, agreement_of
 from tensorrail_runtime.measure.fusions import compared_fusions
 from tensorrail_runtime.measure.latency import LatencyReport, Ratio, bench
 from tensorrail_runtime.measure.parity import parity_of, run_both
@@ -144,7 +144,7 @@ def compress(
         fusions = compared_fusions(dense, built[k].path, options.conditions.settings)
     report = _report(points, k, built[k], dense_size, times, accuracy, wanted, options.conditions.settings, out)
     held_out = parts is None or not several or parts.holds_out
-    return report.model_copy(update={"fusions": fusions, "held_out": held_out})
+    return report.model_copy(update={"fusions": fusions, "calibrated": parts is not None, "held_out": held_out})
 
 
 def _report(
@@ -410,7 +410,7 @@ def _measured(
     """Return the size of the dense model, the models as they were measured in turns with it, and their times."""
     timing, settings, progress = options.conditions.timing, options.conditions.settings, options.conditions.progress
     progress("comparing outputs", 0.5)
-    compared = [run_both(dense, one.path, inputs=feeds, settings=settings.exact) for one in built]
+    compared = [_compared(dense, one.path, parts, feeds, settings.exact) for one in built]
     labels = ["factored"] if len(built) == 1 and built[0].layers else [one.name for one in built]
     times = bench(
         [dense, *(one.path for one in built)],
@@ -421,7 +421,8 @@ def _measured(
     )
     dense_size = _size(dense, timing, times.latencies[0].p50)
     points = []
-    for one, label, both, latency, ratio in zip(built, labels, compared, times.latencies[1:], times.ratios, strict=True):
+    rows = zip(built, labels, compared, times.latencies[1:], times.ratios, strict=True)
+    for one, label, (worst, aside), latency, ratio in rows:
         size = _size(one.plain, timing, latency.p50).model_copy(update={"bytes": bytes_of(one.path)})
         points.append(
             Point(
@@ -432,11 +433,18 @@ def _measured(
                 size=size,
                 ratios=_ratios(dense_size, size, ratio),
                 unstable=any(w.startswith((f"{label}: unstable", "dense: unstable")) for w in times.warnings),
-                approximation=parity_of(both).worst,
-                aside=None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes),
+                approximation=worst,
+                aside=aside,
             )
         )
     return dense_size, points, times
+
+
+def _compared(dense: Path, path: Path, parts: Split | None, feeds: Feeds, settings: Session) -> tuple[float, Agreement | None]:
+    """Return how far outputs are from the dense ones at most, and how far they agree on the inputs set aside, if any are."""
+    both = run_both(dense, path, inputs=feeds, settings=settings)
+    agreement = None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes)
+    return parity_of(both).worst, agreement
 
 
 def _targets(plans: Sequence[Planned], options: Compression) -> dict[str, float]:

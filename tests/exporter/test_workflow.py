@@ -383,6 +383,7 @@ def test_too_little_agreement_is_said_and_not_accepted(network, tmp_path):
     assert "nothing is known about the accuracy of this model: no calibration inputs were given" in str(unknown)
     few = run(network, tmp_path / "a.onnx", calibration=Calibration(({"x": images(1, 3)},)))
     assert "too few calibration inputs to set some aside" in str(few)
+    assert "no calibration inputs were given" in str(few.model_copy(update={"calibrated": False}))
     with pytest.raises(UsageError, match="min_agreement: expected a share from 0 to 1, got 90"):
         run(network, tmp_path / "a.onnx", guard=Guard(min_agreement=90))
 

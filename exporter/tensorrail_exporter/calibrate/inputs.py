@@ -239,11 +239,12 @@ class Sampler:
             flat = data.reshape(-1, spec.shape[1])
             count = min(len(flat), self.each * self.samples[batch])
             return np.ascontiguousarray(flat[np.sort(rng.permutation(len(flat))[:count])], np.float32)
-        return _patches(np.asarray(data, np.float32), spec, self.each, rng)
+        each = -(-self.each * self.samples[batch] // max(1, len(data)))  # the batch may be samples times frames or tiles
+        return _patches(np.asarray(data, np.float32), spec, each, rng)
 
 
 def _patches(data: np.ndarray, spec: LayerSpec, each: int, rng: np.random.Generator) -> np.ndarray:
-    """Return `each` random patches per sample of a convolution's input, (N, I·K)."""
+    """Return `each` random patches of every image of a convolution's input, (N, I·K)."""
     nd = spec.spatial
     begins, ends = list(spec.pads[:nd]), list(spec.pads[nd:])
     if spec.auto_pad.startswith("SAME"):

@@ -21,7 +21,7 @@ import onnx
 from tensorrail_exporter.calibrate import metric, tables
 from tensorrail_exporter.calibrate.inputs import Calibration, Sampler, Statistics, fits
 from tensorrail_exporter.calibrate.metric import Moments
-from tensorrail_exporter.calibrate.progressive import ProgressiveNetwork
+from tensorrail_exporter.calibrate.progressive import KeptTensors, ProgressiveNetwork
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.biases import add_biases, takes_bias
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
@@ -95,8 +95,8 @@ def fit_layers(
         calibration: inputs of the network.
         settings: how the network runs; default: the CPU provider.
         held_out: inputs to choose the shrinkage of each layer by; default: none.
-        shrinkage: how far the moments of the inputs are shrunk toward a multiple of the identity, from 0 to 1, for all layers;
-            default: chosen by the inputs that are held out, 0.1 if there are none.
+        shrinkage: how far the moments of the inputs of all layers are shrunk toward a multiple of the identity, from 0 to
+            1; default: chosen by the inputs that are held out, 0.1 if there are none.
         progress: is told which layer is fitted.
 
     Returns:
@@ -151,14 +151,15 @@ def fit(
         inputs = {name: [use.input_name for use in uses[name]] for name in uses if name in fittable or name in read}
         network = ProgressiveNetwork(resolved, inputs, feeds, settings, Path(folder))
         dense_outputs = _outputs(
-            network, {name: _of_groups(resolved.layers[name], weights[name]) for name in weights}, samplers
+            network, {name: _of_groups(resolved.layers[name], weights[name]) for name in weights}, samplers, Path(folder)
         )
         for number, (name, nodes) in enumerate(uses.items()):
             progress("fitting layers", number / len(uses), name)
             layer = resolved.layers[name]
             if name in fittable:
                 parts = _of_groups(layer, weights[name])
-                statistics = _statistics(network, name, parts, samplers[name], dense_outputs.pop(name), how.fitted)
+                statistics = _statistics(network, name, parts, samplers[name], dense_outputs, how.fitted)
+                dense_outputs.drop(name)
                 plain = [cores[name]] if len(parts) == 1 else [list(own) for own in zip(*cores[name], strict=True)]
                 biased = takes_bias(layer)
                 problems = [
@@ -266,14 +267,22 @@ def _rows(samplers: list[Sampler], values: Mapping[str, np.ndarray], batch: int)
 
 
 def _outputs(
-    network: ProgressiveNetwork, weights: Mapping[str, Sequence[np.ndarray]], samplers: Mapping[str, list[Sampler]]
-) -> dict[str, list[list[np.ndarray]]]:
-    """Return each layer's dense outputs without bias at the sampled positions: per batch, an array (rows, O) for each group."""
-    outputs: dict[str, list[list[np.ndarray]]] = {name: [] for name in samplers}
+    network: ProgressiveNetwork,
+    weights: Mapping[str, Sequence[np.ndarray]],
+    samplers: Mapping[str, list[Sampler]],
+    folder: Path,
+) -> KeptTensors:
+    """Return each layer's dense outputs without bias at the sampled positions, (groups, rows, O) for each batch.
+
+    `folder` takes what is too much for the memory.
+    """
+    (folder / "outputs").mkdir()
+    outputs = KeptTensors(folder / "outputs")
     for k, values in enumerate(network.dense()):
         for name, layer_samplers in samplers.items():
             rows = np.split(_rows(layer_samplers, values, k), len(weights[name]), 1)
-            outputs[name].append([own @ part.reshape(len(part), -1).T for own, part in zip(rows, weights[name], strict=True)])
+            products = [own @ part.reshape(len(part), -1).T for own, part in zip(rows, weights[name], strict=True)]
+            outputs.put(name, np.stack(products))
     return outputs
 
 
@@ -341,7 +350,7 @@ def _statistics(
     name: str,
     weights: Sequence[np.ndarray],
     samplers: list[Sampler],
-    dense_outputs: list[list[np.ndarray]],
+    dense_outputs: KeptTensors,
     fitted: int,
 ) -> list[tuple[Statistics, Statistics]]:
     """Return the sums over a layer's current inputs and its dense outputs, for the first batches and for the others.
@@ -351,7 +360,7 @@ def _statistics(
     sums = [(Statistics(part[0].size, len(part)), Statistics(part[0].size, len(part))) for part in weights]
     for k, values in enumerate(network.inputs_of(name)):
         rows = np.split(_rows(samplers, values, k), len(weights), 1)
-        for own, x, y in zip(sums, rows, dense_outputs[k], strict=True):
+        for own, x, y in zip(sums, rows, dense_outputs.get(name, k), strict=True):
             own[k >= fitted].add(x, y)
     if not all(np.isfinite(part.yy) and np.isfinite(part.x).all() for own in sums for part in own):
         raise GraphError(

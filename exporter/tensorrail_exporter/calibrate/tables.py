@@ -26,6 +26,8 @@ from tensorrail_exporter.plans.plan import LayerPlan
 DEFAULT = 0.3
 """The shrinkage without inputs to choose it by."""
 
+_LEAST = 1e-4  # of the shrinkage
+
 
 def weighs_rows(spec: LayerSpec, plan: LayerPlan) -> bool:
     """Return whether a layer is an embedding whose entries are one mode, so that each row can have a weight of its own."""
@@ -69,12 +71,12 @@ def decompose(plan: LayerPlan, weight: np.ndarray, counts: np.ndarray, shrinkage
         plan: the format, modes and ranks; the entries are one mode.
         weight: the table as a weight (features, N).
         counts: how often each row is read (N,).
-        shrinkage: as for `row_weights`.
+        shrinkage: as for `row_weights`, but at least 1e-4: a row of weight 0 could have any values.
 
     """
     form = format_of(plan.format)
     equation = form.equation(weight.shape, plan.modes)
-    root = np.sqrt(row_weights(counts, shrinkage))
+    root = np.sqrt(row_weights(counts, max(shrinkage, _LEAST)))
     cores = form.decompose((weight * root).astype(np.float32), plan.modes, plan.ranks)
     place = next(k for k, letters in enumerate(equation.cores) if equation.inputs in letters)
     letters = equation.cores[place]

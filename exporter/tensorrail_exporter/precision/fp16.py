@@ -5,6 +5,7 @@ Source: "Create Float16 and Mixed Precision Models", onnxruntime.ai/docs/perform
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from tensorrail_runtime.scratch import scratch
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 
 _MULTIPLY = ("Conv", "ConvTranspose", "Einsum", "Gather", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
-"""The operators whose constants must be within the range: products, and embeddings."""
+"""The operators whose constants must be within the range: products, and embeddings. See also `_multiplies`."""
 
 _CONTRIB_MULTIPLY = {"Attention": (1, 2), "MultiHeadAttention": (3,)}
 """The same of com.microsoft, with the places of weights and biases: other constants of these are masks."""
@@ -119,11 +120,15 @@ def _find_large(graph: onnx.GraphProto, outer: Mapping[str, LargeConstant], arou
     large = {name: LargeConstant(name, value) for name, value in own.items() if value > LARGEST}
     found += large.values()
     known = {**outer, **large}
+    shapes = {tensor.name: tensor.dims for tensor in constants_of(graph).values()}
+    layers = {node.output[0] for node in graph.node if node.op_type == "MatMul" and any(name in own for name in node.input)}
     for node in graph.node:
+        bias = node.op_type == "Add" and any(name in layers for name in node.input)
         for place, name in enumerate(node.input):
             if name in known:
                 known[name].readers.append(around or node.name)
-                known[name].multiplied |= _multiplies(node, place)
+                vector = math.prod(shapes.get(name, ())[:-1]) == 1
+                known[name].multiplied |= _multiplies(node, place) or (bias and vector)
         for body in bodies_of(node):
             _find_large(body, known, around or node.name, found)
 
@@ -137,10 +142,13 @@ def _largest(tensor: onnx.TensorProto) -> float:
 
 
 def _multiplies(node: onnx.NodeProto, place: int) -> bool:
-    """Return whether a constant input of a node is a weight, a bias or a table."""
+    """Return whether a constant input of a node is a weight, a bias or a table, or a statistic of a normalization.
+
+    A vector that is added to the output of a MatMul is a bias as well, but not an input of that node.
+    """
     if node.domain == CONTRIB:
         return place in _CONTRIB_MULTIPLY.get(node.op_type, ())
-    return node.op_type in _MULTIPLY
+    return node.op_type in _MULTIPLY or (node.op_type == "BatchNormalization" and place > 0)
 
 
 def _require_weights_fit(model: onnx.ModelProto, kept: frozenset[str]) -> None:

@@ -71,14 +71,18 @@ class Divergence:
             self.mean_score = _MeanScore(metric, tuple(names), require_labels(metric, labels, sum(samples)), tuple(samples))
             self.dense_score = self.mean_score.of(dense)
             labels = None  # they need not be classes
-        require_classes(labels, dense[0][0])
-        self.labels = labels if dense[0][0].ndim == 2 else None
+        rows = [len(part) for part in dense[0]]
+        a_row_each = dense[0][0].ndim == 2 and rows == (rows if samples is None else list(samples))
+        if a_row_each:
+            require_classes(labels, dense[0][0])
+        self.labels = labels if a_row_each else None
         self.scores = scores_of(dense[0])
         self.left_out = ""
         if labels is not None and self.labels is None:
+            count = rows[0] if samples is None else samples[0]
             self.left_out = (
                 f"the labels of the calibration inputs are not used: expected scores (samples, classes) in output "
-                f"{names[0]!r}, got {dense[0][0].ndim} axes; give a metric that takes these labels"
+                f"{names[0]!r}, got shape {list(dense[0][0].shape)} for {count} samples; give a metric that takes these labels"
             )
         self._features: dict[int, Features] = {}  # by output
         self._rows: list[_Rows] | None = None  # of each batch; they are compared with many networks

@@ -455,6 +455,14 @@ def test_a_batch_gives_its_share_of_the_rows(rng):
     assert [len(sampler.rows(weight(rng, size, 1000, 10), k)) for k, size in enumerate((4, 4, 192))] == [400, 400, 19_200]
 
 
+def test_images_of_several_frames_a_sample_share_its_patches(rng):
+    layer, _ = conv_layer(rng, (3, 3), (20, 20), pads=[1] * 4)
+    sampler = Sampler(layer, [5, 495])
+    assert sampler.each == 40
+    assert len(sampler.rows(weight(rng, 5, 3, 20, 20), 0)) == 200
+    assert len(sampler.rows(weight(rng, 5 * 16, 3, 20, 20), 0)) == 240  # 40 · 5 / 80, rounded up, of each
+
+
 def test_how_many_rows_are_wanted_and_what_is_too_wide(rng):
     layer, _ = conv_layer(rng, (3, 3), (8, 8))
     assert rows_wanted(layer.spec) == 20_000

@@ -69,6 +69,12 @@ def test_svd_is_the_exact_minimum_of_the_weighted_error(rng, table):
     assert np.square((weight - approximated) * root).sum() == pytest.approx(least, rel=1e-4)
 
 
+def test_without_shrinkage_rows_that_are_not_read_stay_finite(rng, table):
+    layer, counts = plan_of().layers[0], tables.reads([words(rng, 40)], ENTRIES)
+    assert not counts.all()
+    assert all(np.isfinite(core).all() for core in tables.decompose(layer, table.T, counts, 0.0))
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "ttm"])
 def test_at_full_rank_no_format_changes_the_table(rng, table, name):
     weight, small = table.T[:, :12].copy(), np.arange(12.0)

@@ -235,21 +235,35 @@ def test_large_values_in_any_weight_of_a_recurrent_layer_are_seen(place, rng):
 
 def test_large_biases_and_tables_are_errors_and_masks_are_not():
     large = np.array([1e5, 0, 0, 0], np.float32)
-    weights = {"eye": np.eye(4, dtype=np.float32), "large": large}
+    weights = {"eye": np.eye(4, dtype=np.float32), "large": large, "ones": np.ones(4, np.float32)}
+    weights["square"] = np.diag(large)
     nodes = {
         "Gemm": [helper.make_node("Gemm", ["x", "eye", "large"], ["y"], "n")],
         "Gather": [
             helper.make_node("Cast", ["x"], ["i"], to=TensorProto.INT64),
             helper.make_node("Gather", ["large", "i"], ["y"], "n"),
         ],
+        "MatMul and Add": [
+            helper.make_node("MatMul", ["x", "eye"], ["h"], "m"),
+            helper.make_node("Add", ["h", "large"], ["y"], "n"),
+        ],
+        "BatchNormalization": [
+            helper.make_node("MatMul", ["x", "eye"], ["h"], "m"),
+            helper.make_node("BatchNormalization", ["h", "ones", "ones", "ones", "large"], ["y"], "n"),
+        ],
         "Add": [helper.make_node("Add", ["x", "large"], ["y"], "n")],
+        "mask": [
+            helper.make_node("MatMul", ["x", "eye"], ["h"], "m"),
+            helper.make_node("Add", ["h", "square"], ["y"], "n"),
+        ],
     }
     models = {op: make_model(own, weights, {"x": ["n", 4]}, {"y": ["n", 4]}) for op, own in nodes.items()}
-    for op in ("Gemm", "Gather"):
+    for op in ("Gemm", "Gather", "MatMul and Add", "BatchNormalization"):
         with pytest.raises(GraphError, match=r"layer \w+: its weight large contains 1e\+05"):
             to_fp16(models[op])
         assert types_of(to_fp16(models[op], keep=["n"]))["large"] == TensorProto.FLOAT
     assert types_of(to_fp16(models["Add"]))["large"] == TensorProto.FLOAT16
+    assert types_of(to_fp16(models["mask"]))["square"] == TensorProto.FLOAT16
 
 
 def test_an_infinite_bias_is_not_clamped():

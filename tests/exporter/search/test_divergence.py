@@ -104,13 +104,24 @@ def test_labels_of_classes_do_not_apply_to_other_outputs(shape):
     """Neither to the scores of each step of a sequence, nor to one number per sample."""
     a, b, labels = normal(*shape), normal(*shape, seed=1), np.arange(20) % 5
     with_labels, without = Divergence(["y"], in_batches(a), labels), Divergence(["y"], in_batches(a))
+    (part, *_), *_ = in_batches(a)
     assert (with_labels.uses_labels, with_labels.unit) == (False, without.unit)
     assert with_labels.of(in_batches(b)) == without.of(in_batches(b)) > 0
     assert with_labels.left_out == (
-        "the labels of the calibration inputs are not used: expected scores (samples, classes) in output 'y', got "
-        f"{len(shape)} axes; give a metric that takes these labels"
+        "the labels of the calibration inputs are not used: expected scores (samples, classes) in output 'y', got shape "
+        f"{[len(part), *shape[1:]]} for {len(part)} samples; give a metric that takes these labels"
     )
     assert without.left_out == Divergence(["y"], in_batches(normal(20, 5)), labels).left_out == ""
+
+
+@pytest.mark.parametrize("rows", [60, 10])
+def test_labels_of_samples_do_not_apply_to_other_rows(rows):
+    """Scores of each step of a sequence in one axis, and fewer rows than labels."""
+    a, b, labels = normal(rows, 5), normal(rows, 5, seed=1), np.arange(20) % 5
+    with_labels = Divergence(["y"], in_batches(a), labels, samples=[10, 10])
+    assert not with_labels.uses_labels
+    assert with_labels.of(in_batches(b)) == Divergence(["y"], in_batches(a)).of(in_batches(b)) > 0
+    assert "expected scores (samples, classes) in output 'y', got shape" in with_labels.left_out
 
 
 def test_labels_that_are_no_classes_are_refused():

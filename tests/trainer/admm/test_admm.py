@@ -238,3 +238,10 @@ def test_states_and_numbers_that_cannot_be_are_refused():
         admm.set_rho(float("inf"))
     with pytest.raises(ValueError, match="expected apart and factor above 1"):
         admm.balance(factor=0.0)
+
+
+def test_layers_on_several_devices_are_refused():
+    model = small_net()
+    model[3].to("meta")
+    with pytest.raises(PlanError, match="expected all planned layers on one device, got 0 on cpu, 3 on meta"):
+        ADMM(model, PLAN)

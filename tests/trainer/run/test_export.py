@@ -133,6 +133,26 @@ def test_weights_of_another_network_are_put_into_the_traced_graph(tagger):
         tracing.graph(Classifier())
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_module_that_cannot_be_copied_is_named():
+    module = nn.Sequential(nn.utils.weight_norm(nn.Conv1d(4, 4, 3)))
+    with pytest.raises(GraphError, match=r"Sequential cannot be exported: layer 0: its weight is computed from other"):
+        to_onnx(module, torch.randn(2, 4, 9))
+
+
+def test_only_what_a_module_computes_counts_as_its_architecture():
+    class Own(nn.Conv2d):
+        pass
+
+    tracing = Tracing(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.ReLU()), torch.randn(2, 3, 8, 8))
+    assert tracing.fits(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()))
+    assert tracing.fits(nn.Sequential(Own(3, 4, 3, padding=(1, 1)), nn.ReLU()))
+    for other in (nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding=2, dilation=2), nn.Conv2d(3, 4, 3, padding=1, bias=False)):
+        assert not tracing.fits(nn.Sequential(other, nn.ReLU()))
+    assert not tracing.fits(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU()))
+    assert not tracing.fits(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.ReLU()))
+
+
 def test_a_u_net_has_names_of_its_own_and_images_of_any_size():
     module = UNet()
     axes = {"picture": {0: "batch", 2: "height", 3: "width"}}

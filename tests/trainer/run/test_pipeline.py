@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from cases import listener
+from torch import nn
 
 from tensorrail_exporter import Plan
 from tensorrail_exporter.search import fastest_form
@@ -111,8 +113,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(ended, tmp_path, stop):
 
 
 def two_convolutions(**_):
-    conv, cut = torch.nn.Conv2d(1, 8, 3, stride=2), torch.nn.Conv2d(8, 8, 3)
-    return torch.nn.Sequential(conv, torch.nn.ReLU(), cut, torch.nn.Flatten(), torch.nn.Linear(200, 10))
+    conv, cut = nn.Conv2d(1, 8, 3, stride=2), nn.Conv2d(8, 8, 3)
+    return nn.Sequential(conv, nn.ReLU(), cut, nn.Flatten(), nn.Linear(200, 10))
 
 
 def test_a_run_that_ended_is_written_anew_in_its_fastest_form(in_this_process, tmp_path, monkeypatch):
@@ -322,22 +324,22 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 
 
 def linear_attention(**_):
-    class Attention(torch.nn.Module):
+    class Attention(nn.Module):
         def __init__(self):
             super().__init__()
-            self.out = torch.nn.Linear(256, 10)
+            self.out = nn.Linear(256, 10)
 
         def forward(self, x):
-            return self.out(x.flatten(1)) if type(self.out) is torch.nn.Linear else self.out.out_dim
+            return self.out(x.flatten(1)) if type(self.out) is nn.Linear else self.out.out_dim
 
     return Attention()
 
 
 def two_heads(**_):
-    class Heads(torch.nn.Module):
+    class Heads(nn.Module):
         def __init__(self):
             super().__init__()
-            self.out = torch.nn.Linear(256, 10)
+            self.out = nn.Linear(256, 10)
 
         def forward(self, x):
             scores = self.out(x.flatten(1))
@@ -347,11 +349,11 @@ def two_heads(**_):
 
 
 def viewing(**_):
-    class Net(torch.nn.Module):
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.conv = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=1)
-            self.out = torch.nn.Linear(1024, 10)
+            self.first, self.conv = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.out = nn.Linear(1024, 10)
 
         def forward(self, x):
             return self.out(self.conv(self.first(x)).view(x.size(0), -1))  # which torch refuses with the channels last
@@ -364,7 +366,7 @@ KNOWN = {"name": "small_resnet", "args": SMALL["model"]["args"] | {"channels": 1
 
 def viewing_in_training(**_):
     net = viewing()
-    maps = torch.nn.Sequential(net.first, net.conv)
+    maps = nn.Sequential(net.first, net.conv)
     net.forward = lambda x: net.out(maps(x).view(len(x), -1) if net.training else maps(x).flatten(1))
     return net
 
@@ -401,10 +403,10 @@ def broken(way="key"):
 
 
 def ends(**_):
-    class Net(torch.nn.Module):
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.out = torch.nn.Linear(256, 10)
+            self.out = nn.Linear(256, 10)
 
         def forward(self, x):
             raise SystemExit(0)
@@ -447,6 +449,22 @@ def test_what_ones_own_code_raises_is_said_with_its_place(change, reason, tmp_pa
         attempt()
 
 
+def flat_digits():
+    split = InMemory(torch.rand(40, 64), torch.arange(40) % 10)
+    return Dataset("flat", 10, split, split)
+
+
+def one_layer(**_):
+    return nn.Sequential(OrderedDict(out=nn.Linear(64, 10)))
+
+
+def lazy(**_):
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 8, 3), flat=nn.Flatten(), out=nn.LazyLinear(10)))
+
+
+ONE_PLAN = [{"layers": "out", "ranks": 2}]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -461,6 +479,10 @@ def test_what_ones_own_code_raises_is_said_with_its_place(change, reason, tmp_pa
         (
             {"train": SMALL["train"] | {"augment": {"shift": 16, "border": "reflect"}}},
             r"train.augment: cannot be applied to these data .*[Pp]adding",
+        ),
+        (
+            {"data": {"name": f"{__name__}:flat_digits"}, "model": {"name": f"{__name__}:one_layer"}, "plan": ONE_PLAN},
+            r"train.augment: it applies to images in memory, \(N, C, H, W\), and has no effect on these data",
         ),
         (
             {"model": {"name": f"{__name__}:linear_attention"}, "plan": [{"layers": "out", "ranks": 4}]},
@@ -489,6 +511,44 @@ def test_what_cannot_work_is_found_before_anything_is_trained(change, reason, tm
     prepare(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=reason):
         train_all(recipe, tmp_path / "run", listener(epoch=lambda *_: pytest.fail("it trained")))
+
+
+def test_a_layer_whose_size_is_not_known_is_found_when_the_recipe_is_read(tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.name: the size of out\.weight is not known yet: give the sizes of lazy"):
+        small(tmp_path, model={"name": f"{__name__}:lazy"}, plan=[{"layers": "conv", "ranks": 2}])
+
+
+class OwnConvolution(nn.Conv2d):
+    """A convolution that computes what torch's does."""
+
+
+def padded(**_):
+    return nn.Sequential(
+        OrderedDict(
+            first=nn.Conv2d(1, 8, 3, padding="same"),
+            second=nn.Conv2d(8, 8, 3, padding="valid"),
+            third=OwnConvolution(8, 8, 3),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flat=nn.Flatten(),
+            out=nn.Linear(8, 10),
+        )
+    )
+
+
+def test_paddings_by_name_and_subclasses_are_exported(tmp_path):
+    plan = [{"layers": name, "ranks": 2} for name in ("first", "second", "third")]
+    changes = {"model": {"name": f"{__name__}:padded"}, "plan": plan, "train": SMALL["train"] | SHORT}
+    report = run(small(tmp_path, **changes), tmp_path / "run")
+    assert {row.layer for row in report.layers} == {"first", "second", "third"}
+
+
+@pytest.mark.filterwarnings("error:No artists")
+def test_a_run_without_admm_draws_its_control_beside_the_cores(tmp_path):
+    phases = {key: value for key, value in (SMALL["train"] | SHORT).items() if key != "admm"}
+    recipe = small(tmp_path, train=phases, plan=[{"layers": "hidden", "ranks": 4}])
+    report = run(recipe, tmp_path / "run")
+    assert "ADMM epoch" not in (tmp_path / "run" / "report.html").read_text()
+    assert {epoch.phase for epoch in report.training} == {"dense", "finetune", "control"}
 
 
 def test_a_teacher_of_other_classes_is_found_before_anything_is_trained(tmp_path):
@@ -707,16 +767,16 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
 
 
 def test_convolutions_of_two_and_three_axes_and_cores_of_five_train_together(tmp_path):
-    net = torch.nn.ModuleDict({"flat": torch.nn.Conv2d(4, 8, 3), "deep": torch.nn.Conv3d(4, 8, 3)})
+    net = nn.ModuleDict({"flat": nn.Conv2d(4, 8, 3), "deep": nn.Conv3d(4, 8, 3)})
     place(net, torch.device("cpu"), channels_last=True)
     assert net["flat"].weight.is_contiguous(memory_format=torch.channels_last)
     assert net["deep"].weight.is_contiguous()
-    dense = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3))
+    dense = nn.Sequential(nn.Conv2d(8, 8, 3))
     cores = plan_layers(dense, "0", format="tucker", modes=[4, 2, 9, 4, 2], ranks=2)
     cut = swap(dense, Plan(layers=cores))
     place(cut, torch.device("cpu"), channels_last=True)
     assert cut(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)).shape == (2, 8, 4, 4)
-    dense = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=2))
+    dense = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=2))
     cut = swap(dense, Plan(layers=plan_layers(dense, "1", ranks=3)))
     place(cut, torch.device("cpu"), channels_last=True)
     assert [core.dim() for core in cut[1].cores] == [4, 4, 4]
@@ -870,14 +930,14 @@ def test_a_metric_that_cannot_be_is_refused(plan, train, reason, tmp_path):
 def rows_of_images(kind, **_):
     """A network over the rows of images, with layers that not every metric and not every graph has a place for."""
 
-    class Net(torch.nn.Module):
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attn = torch.nn.MultiheadAttention(16, 2, batch_first=True)
-            self.lstm = torch.nn.LSTM(16, 8, num_layers=2, batch_first=True) if kind == "deep" else None
-            self.places = torch.nn.Embedding(16, 16) if kind == "places" else None
-            self.conv = torch.nn.Conv1d(16, 16, 3, padding=1, groups=4) if kind == "groups" else None
-            self.out = torch.nn.Linear(8 if kind == "deep" else 16, 10)
+            self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.lstm = nn.LSTM(16, 8, num_layers=2, batch_first=True) if kind == "deep" else None
+            self.places = nn.Embedding(16, 16) if kind == "places" else None
+            self.conv = nn.Conv1d(16, 16, 3, padding=1, groups=4) if kind == "groups" else None
+            self.out = nn.Linear(8 if kind == "deep" else 16, 10)
             self.register_buffer("positions", torch.arange(16))
 
         def forward(self, x):
@@ -886,7 +946,7 @@ def rows_of_images(kind, **_):
             x = x if self.places is None else x + self.places(self.positions)
             x = self.attn(x[:, :3] if kind == "memory" else x, x, x)[0]
             x = (x if self.lstm is None else self.lstm(x)[0]).mean(1)
-            return torch.nn.functional.linear(x, self.out.weight, self.out.bias) if kind == "read" else self.out(x)
+            return nn.functional.linear(x, self.out.weight, self.out.bias) if kind == "read" else self.out(x)
 
     return Net()
 

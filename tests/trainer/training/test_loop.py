@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tensorrail_exporter import Plan
-from tensorrail_runtime.errors import TrainingError
+from tensorrail_runtime.errors import PlanError, TrainingError
 from tensorrail_trainer import ADMM, plan_layers, to_onnx
 from tensorrail_trainer.data import Dataset, InMemory
 from tensorrail_trainer.layers.swap import swap
@@ -228,6 +228,23 @@ def test_the_average_is_what_is_evaluated_and_handed_on(tmp_path, data):
     assert evaluate(model, data.test, Accelerator()) == rows[-1].test_accuracy
 
 
+def test_buffers_of_integers_are_not_averaged(tmp_path, data):
+    """The mean of 3 and 3 is rounded down to 2."""
+    model = network()
+    model.register_buffer("places", torch.arange(100))
+    averaged, _ = fit(tmp_path, data, Phase("dense", model, Schedule(epochs=4, lr=0.01)), ema=0.9)
+    assert torch.equal(averaged.places, torch.arange(100))
+    assert averaged[1].num_batches_tracked == 16
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_an_average_of_a_network_that_cannot_be_copied_is_refused(tmp_path, data):
+    model = network()
+    model[0] = nn.utils.weight_norm(model[0])
+    with pytest.raises(PlanError, match="layer 0: its weight is computed from other parameters"):
+        fit(tmp_path, data, Phase("dense", model, Schedule(epochs=1, lr=0.01)), ema=0.9)
+
+
 def test_the_average_soon_leaves_the_weights_of_the_start(tmp_path, data):
     model, weights = network(), []
     hook = register_optimizer_step_post_hook(lambda *_: weights.append(model[0].weight.detach().clone()))
@@ -419,6 +436,9 @@ def test_a_loss_that_is_not_finite_names_its_first_step(tmp_path, data):
     broken = Dataset("made", 2, InMemory(poisoned, data.train.y), data.test)
     with pytest.raises(TrainingError, match=r"phase dense, epoch 1, step [1-4]: the loss is nan at learning rate .* clip"):
         fit(tmp_path, broken, Phase("dense", network(), Schedule(epochs=1, lr=0.01)))
+    # The control has the schedule of fine-tuning where there is no ADMM, and there may be no trained dense network.
+    with pytest.raises(TrainingError, match=r"phase control, .*; try a lower train\.finetune\.lr, a warmup or a clip$"):
+        fit(tmp_path, broken, Phase("control", network(), Schedule(epochs=1, lr=0.01)), dense=None)
     assert Checkpoints(tmp_path).latest("dense") is None
 
 

@@ -101,8 +101,8 @@ class ADMM:
         U: the scaled dual variables, of the same shapes; at first zeros.
 
     Raises:
-        PlanError: the plan is empty or does not fit the model, a weight has no finite values, or `metric="activation"` and the
-            plan splits the inputs of a layer into several modes.
+        PlanError: the plan is empty or does not fit the model, its layers are on several devices, a weight has no finite
+            values, or `metric="activation"` and the plan splits the inputs of a layer into several modes.
         ValueError: rho is not positive, or the metric is unknown.
 
     References:
@@ -123,6 +123,10 @@ class ADMM:
         self.model, self.plan, self.rho, self.metric = model, plan, rho, metric
         self.roots: dict[str, Root] = {}  # S of every layer, of the last update; empty for the plain metric
         self._layers, self._group = planned_layers(model, plan), group
+        devices = {str(dense.parameters[0].device): name for name, dense in self._layers.items()}
+        if len(devices) > 1:
+            where = ", ".join(f"{name} on {device}" for device, name in devices.items())
+            raise PlanError(f"expected all planned layers on one device, got {where}: move the model to one of them")
         for name, dense in self._layers.items():
             require_values(name, dense)
         self._norms: dict[str, tuple[float, ...]] = {}  # of the last update: ‖W − Z‖, ‖Z − Z_previous‖, ‖W‖, ‖Z‖

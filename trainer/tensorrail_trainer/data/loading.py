@@ -30,6 +30,11 @@ def workers_of(workers: int | None) -> int:
     return workers
 
 
+def used_gpus() -> list[int]:
+    """Return the GPU of this process if it uses one, for `torch.random.fork_rng`, which would otherwise start all of them."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
 def loaded(
     fetch: Fetch, picks: Sequence[Tensor], share: Share, seed: int | None, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tensorrail_runtime.errors import OWN_CODE, DataError, in_words
-from tensorrail_trainer.data.loading import ALONE, CPU, loaded, workers_of
+from tensorrail_trainer.data.loading import ALONE, CPU, loaded, used_gpus, workers_of
 from tensorrail_trainer.data.splits import Augment, Dataset, Share, tensor_of
 
 
@@ -118,7 +118,7 @@ def dataset_of(function: Callable[..., Any], name: str) -> Callable[..., Dataset
 def _seeded(call: Callable[[], Any], seed: int) -> Any:
     """Return the result of a call with all generators seeded, and restore their states."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may use it
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=used_gpus()):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002

@@ -99,7 +99,7 @@ class FactoredLayer(nn.Module):
         if self.spec.op == "linear":
             return self._on_rows(x)
         if x.dim() == self.spec.spatial + 1:
-            return cast(Tensor, self(x.unsqueeze(0), output_size)).squeeze(0)
+            return self.forward(x.unsqueeze(0), output_size).squeeze(0)
         # The output is channels_last only if the input is, as in torch's layers. Images of one channel are both.
         plain = not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         x = run_steps(self._steps_for(x, output_size, plain=plain), x)

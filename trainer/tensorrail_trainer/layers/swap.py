@@ -162,7 +162,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         PlanError: a layer holds a tensor that torch cannot copy, such as a weight that the old `weight_norm` computes.
 
     """
-    _require_copyable(model)
+    require_copyable(model)
     dense = copy.deepcopy(model)
     for made_of_cores in (FactoredAttention, FactoredRecurrent, FactoredLayer):  # attention holds layers
         for name, module in list(dense.named_modules()):
@@ -176,7 +176,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     return dense
 
 
-def _require_copyable(model: nn.Module) -> None:
+def require_copyable(model: nn.Module) -> None:
+    """Raise `PlanError` for a layer with a tensor that torch cannot copy."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:

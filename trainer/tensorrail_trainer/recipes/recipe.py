@@ -14,6 +14,7 @@ import torch
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_runtime.errors import OWN_CODE, DataError, NetworkError, PlanError, RecipeError, WeightsError, in_words
@@ -21,6 +22,7 @@ from tensorrail_runtime.records import first_problem, write_text
 from tensorrail_trainer.admm.admm import Metric
 from tensorrail_trainer.admm.moments import input_roots, require_one_input
 from tensorrail_trainer.data import Dataset, Source, source_of
+from tensorrail_trainer.data.loading import used_gpus
 from tensorrail_trainer.data.splits import EVALUATED, Share
 from tensorrail_trainer.layers.dense import dense_layer, planned_layers
 from tensorrail_trainer.layers.metric import Root
@@ -138,8 +140,8 @@ class Export(Part):
     """The form in which the cores run. It does not change any output.
 
     `block` pads the ranks with zeros to multiples of it; `auto` chooses the fastest multiple for each layer on this machine.
-    `dense_if_slower` exports the reconstructed dense weight for a layer that no form of its cores makes faster. Both are timed
-    at the batch size `batch`.
+    `dense_if_slower` exports the reconstructed dense weight for a layer that is 2 % slower in each form of its cores. Both are
+    timed at the batch size `batch`.
     """
 
     block: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
@@ -154,7 +156,7 @@ class Bench(Part):
     differences between processes.
     """
 
-    batches: Annotated[tuple[Count, ...], FROM_LIST] = (1, 32)
+    batches: Annotated[tuple[Count, ...], FROM_LIST, Field(min_length=1)] = (1, 32)
     seconds: Positive = 10.0
     processes: int = Field(default=5, ge=1)
     threads: int = Field(default=0, ge=0)
@@ -294,11 +296,17 @@ class Recipe(Part):
             make = model_of(named.name)
         except NetworkError as error:
             raise RecipeError(f"{key}.name: {error}") from None
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=used_gpus()):
             torch.manual_seed(self.seed)
             model = _call(make, make, named, key, known)
         if not isinstance(model, nn.Module):
             raise RecipeError(f"{key}.name: expected {named.name} to return a torch.nn.Module, got {type(model).__name__}")
+        lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
+        if lazy:
+            raise RecipeError(
+                f"{key}.name: the size of {lazy[0]} is not known yet: give the sizes of lazy layers, or run one sample through "
+                "the network in the function that makes it"
+            )
         if trained and named.weights is not None:
             load_weights(model, Path(named.weights))
         return model

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tensorrail_exporter.formats.contraction import LayerSpec
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_trainer.layers.fused import attention_in_parts
 from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS
+from tensorrail_trainer.layers.swap import require_copyable
 from tensorrail_trainer.run._compat_onnxscript import simplification_rules
 from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, operators_read_once
 
@@ -100,6 +101,10 @@ class Tracing:
         output_names: Sequence[str] | None = None,
         dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     ) -> None:
+        try:
+            require_copyable(module)
+        except PlanError as error:
+            raise GraphError(f"{type(module).__name__} cannot be exported: {error}") from None
         self._architecture = _architecture(module)
         arguments = arguments_of(module, example)
         names = tuple(input_names or (("image",) if isinstance(example, Tensor) else arguments))
@@ -180,9 +185,21 @@ class Tracing:
         return self._architecture == _architecture(module)
 
 
-def _architecture(module: nn.Module) -> tuple[str, tuple[tuple[str, torch.Size, torch.dtype], ...]]:
+def _architecture(module: nn.Module) -> tuple[tuple[object, ...], ...]:
+    """Return what a module computes, without the values of its tensors."""
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return repr(module), tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+    layers = ((name, _computes(part)) for name, part in module.named_modules())
+    return (*layers, *((name, tensor.shape, tensor.dtype) for name, tensor in tensors))
+
+
+def _computes(module: nn.Module) -> tuple[object, ...]:
+    """Return the class whose `forward` a module has, and its options; equal paddings may be written differently."""
+    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return kind, module.extra_repr()
+    padding = tuple(module._reversed_padding_repeated_twice)
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding_mode", "output_padding")
+    return (kind, padding, module.bias is not None, *(getattr(module, name) for name in names))
 
 
 def arguments_of(module: nn.Module, example: Example) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import nn
 
 from tensorrail_exporter.plans.cores import save_cores
@@ -128,7 +128,9 @@ def train_all(
     plan_file = folder / "plan.json"
     start = job.copy_of(dense)
     note = partial(progress, "note", 1.0)
-    plan = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(start, inputs=job.inputs, note=note)
+    own = Plan.load(plan_file) if plan_file.exists() else recipe.make_plan(start, inputs=job.inputs, note=note)
+    # Processes on different processors may choose other ranks where two choices are equally good.
+    plan = Plan.model_validate_json(broadcast_object_list([own.model_dump_json()])[0])
     job.accelerator.wait_for_everyone()
     job.write(lambda: plan.save(plan_file))
     if teacher is None and settings.distill is not None:

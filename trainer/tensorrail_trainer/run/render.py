@@ -182,22 +182,24 @@ def _training_figure(training: Sequence[Epoch]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    layers = dict.fromkeys(name for epoch in training for name in epoch.residuals)
+    left, *others = figure.subplots(1, 2 if layers else 1, squeeze=False)[0]
     offset: dict[str, int] = {}
     end = 0
     for phase in dict.fromkeys(epoch.phase for epoch in training):
         rows = [epoch for epoch in training if epoch.phase == phase]
-        # The control starts from the dense baseline, as ADMM does.
-        offset[phase] = offset.get("admm", end) if phase == "control" else end
+        # The control starts from the dense baseline, as ADMM does, or fine-tuning without ADMM.
+        offset[phase] = offset.get("admm", offset.get("finetune", end)) if phase == "control" else end
         left.plot([offset[phase] + e.epoch for e in rows], [e.test_accuracy for e in rows], label=phase)
         end = offset[phase] + rows[-1].epoch
     left.set(xlabel="epoch", ylabel="test accuracy (%)")
     left.legend()
-    for layer in dict.fromkeys(name for epoch in training for name in epoch.residuals):
-        rows = [epoch for epoch in training if layer in epoch.residuals]
-        right.plot([e.epoch for e in rows], [max(e.residuals[layer][0], 1e-12) for e in rows], label=layer)
-    right.set(xlabel="ADMM epoch", ylabel="primal residual ‖W−Z‖/‖W‖", yscale="log")
-    right.legend(fontsize="xx-small")
+    for right in others:
+        for layer in layers:
+            rows = [epoch for epoch in training if layer in epoch.residuals]
+            right.plot([e.epoch for e in rows], [max(e.residuals[layer][0], 1e-12) for e in rows], label=layer)
+        right.set(xlabel="ADMM epoch", ylabel="primal residual ‖W−Z‖/‖W‖", yscale="log")
+        right.legend(fontsize="xx-small")
     return figure
 
 

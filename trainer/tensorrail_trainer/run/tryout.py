@@ -11,12 +11,14 @@ from tensorrail_exporter.plans.plan import Plan
 from tensorrail_runtime.errors import OWN_CODE, DataError, GraphError, PlanError, RecipeError, in_words
 from tensorrail_trainer.admm.moments import require_seen_inputs
 from tensorrail_trainer.data import Dataset
-from tensorrail_trainer.data.splits import InMemory
+from tensorrail_trainer.data.files import Files
+from tensorrail_trainer.data.mapped import Mapped
+from tensorrail_trainer.data.splits import InMemory, Split
 from tensorrail_trainer.layers.dense import dense_layer, planned_layers
 from tensorrail_trainer.layers.swap import swap
 from tensorrail_trainer.processes import world
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.recipes.schedules import why_not
+from tensorrail_trainer.recipes.schedules import Augmentation, why_not
 from tensorrail_trainer.run.export import require_in_graph, to_onnx
 from tensorrail_trainer.training.loop import laid_out, place
 
@@ -40,6 +42,11 @@ def try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: to
     except OWN_CODE as error:
         key = "train.augment: cannot be applied to these data" if isinstance(data.train, InMemory) else "data: cannot be read"
         raise RecipeError(f"{key} {in_words(error)}") from None
+    if recipe.train.augment != Augmentation() and _ignores_augmentation(data.train):
+        raise RecipeError(
+            "train.augment: it applies to images in memory, (N, C, H, W), and has no effect on these data: remove it; images "
+            "and video vary their samples themselves"
+        )
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
     plan = recipe.make_plan(cut, trained=False)
     specs = {name: layer.spec for name, layer in planned_layers(cut, plan).items()}
@@ -66,6 +73,11 @@ def try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: to
             _require_seen_inputs(dense, measured, x)
         _require_places(dense, recipe.plannable(dense), data)
     return channels_last
+
+
+def _ignores_augmentation(split: Split) -> bool:
+    """Return whether a split does not read what `train.augment` says, as far as it is one of this package's."""
+    return isinstance(split, Files | Mapped) or (isinstance(split, InMemory) and split.x.dim() != 4)
 
 
 def _require_updates(recipe: Recipe, samples: int) -> None:

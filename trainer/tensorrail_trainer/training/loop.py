@@ -27,6 +27,7 @@ from tensorrail_trainer.data.splits import EVALUATED, InMemory, in_order, shuffl
 from tensorrail_trainer.layers.factored import FactoredLayer
 from tensorrail_trainer.layers.recurrent import FactoredRecurrent
 from tensorrail_trainer.layers.steps import CoreList
+from tensorrail_trainer.layers.swap import require_copyable
 from tensorrail_trainer.processes import alike, rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Training, average_decay, penalty_weight, rate, why_not
@@ -310,6 +311,7 @@ class _Job:
             decay = average_decay(self.recipe.train.ema or 0.0, int(self.average.n_averaged))
             self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
             self.average.update_parameters(self.phase.model)
+            _copy_integers(self.phase.model, self.average.module)
         return results
 
     def _work(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -374,10 +376,15 @@ class _Job:
 
     def _diverged(self, what: str, step: int, steps: int) -> TrainingError:
         lr, name = rate(self.phase.schedule, self.epoch + step / steps), self.phase.name
-        keep = "" if name == "dense" else "; a new run can start from the trained dense network: name it as model.weights"
+        settings = self.recipe.train
+        trained = name != "dense" and settings.dense is not None
+        keep = "; a new run can start from the trained dense network: name it as model.weights" if trained else ""
+        key = name
+        if name == "control" and settings.control == "same":
+            key = "finetune" if settings.admm is None else "admm"
         return TrainingError(
             f"phase {name}, epoch {self.epoch + 1}, step {step + 1}: {what} at learning rate {lr:.3g}; try a lower "
-            f"train.{name}.lr, a warmup or a clip{keep}"
+            f"train.{key}.lr, a warmup or a clip{keep}"
         )
 
 
@@ -418,7 +425,18 @@ def _replay(settings: Training, optimizer: torch.optim.Optimizer, device: torch.
 
 
 def _average(model: nn.Module, settings: Training) -> AveragedModel | None:
-    return None if settings.ema is None else AveragedModel(model, use_buffers=True)
+    if settings.ema is None:
+        return None
+    require_copyable(model)
+    return AveragedModel(model, use_buffers=True)
+
+
+@torch.no_grad()
+def _copy_integers(model: nn.Module, average: nn.Module) -> None:
+    """Copy buffers of integers, such as indices, into an average: torch would round the mean of equal ones down."""
+    for own, averaged in zip(model.buffers(), average.buffers(), strict=True):
+        if not (own.is_floating_point() or own.is_complex()):
+            averaged.copy_(own)
 
 
 def _state(
