@@ -174,7 +174,7 @@ WAYS: dict[str, Way] = {
     "cut": Way("cut by weights", _cut("weight")),
     "cut-activation": Way("cut by activations", _cut("activation")),
     "cut-auto": Way("cut by activations, tt or svd", _cut("activation", "auto")),
-    "published": Way("ADMM, rho 0.001, one update an epoch", _admm("weight", 0.5, rho=0.001)),
+    "published": Way("ADMM, rho 0.001, one update an epoch", _admm("weight", 0.5, rho=0.001, every=1)),
     "admm": Way("ADMM, rho rising", _admm("weight")),
     "admm-activation": Way("ADMM, rho rising, ranks and cut by activations", _admm("activation")),
     "admm-auto": Way("ADMM, rho rising, then cut by activations, tt or svd", _admm("activation", form="auto")),

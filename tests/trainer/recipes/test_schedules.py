@@ -6,7 +6,7 @@ from torch import nn
 from tensorrail_exporter import Plan
 from tensorrail_trainer import plan_layers
 from tensorrail_trainer.layers.swap import swap
-from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Steps, Training, penalty_weight, rate
+from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Steps, Training, penalty_weight, period, rate
 from tensorrail_trainer.training.loop import make_optimizer
 
 
@@ -25,7 +25,7 @@ def test_steps_multiply_the_rate_after_so_many_epochs():
 
 def test_rho_is_constant_or_geometric():
     assert penalty_weight(AdmmSchedule(epochs=5, lr=0.1, rho=0.5), 3, 7) == 0.5
-    rising = AdmmSchedule(epochs=5, lr=0.1, rho=0.01, rho_end=1.0)
+    rising = AdmmSchedule(epochs=5, lr=0.1, rho=0.01, rho_end=1.0, every=1)
     expected = [0.01, 10**-1.5, 0.1, 10**-0.5, 1.0]
     assert [penalty_weight(rising, 7 * k + 6, 7) for k in range(5)] == pytest.approx(expected)
     steps = AdmmSchedule(epochs=2, lr=0.1, rho=0.01, rho_end=1.0, every_steps=3)
@@ -43,8 +43,12 @@ def test_rho_is_constant_or_geometric():
         (AdmmSchedule, {"every": 2, "every_steps": 10}, "got both"),
         (AdmmSchedule, {"every": 99}, "got 99: ADMM would never update"),
         (AdmmSchedule, {"every": 5, "hard": True}, "hard: expected an update before the end of the phase's 5 epochs"),
-        (AdmmSchedule, {"epochs": 1, "hard": True}, "ADMM would never update"),
-        (AdmmSchedule, {"epochs": 1, "rho_end": 1.0}, "rho_end: expected at least two updates in the phase, got one"),
+        (AdmmSchedule, {"epochs": 1, "every": 1, "hard": True}, "ADMM would never update"),
+        (
+            AdmmSchedule,
+            {"epochs": 1, "every": 1, "rho_end": 1.0},
+            "rho_end: expected at least two updates in the phase, got one",
+        ),
         (AdmmSchedule, {"every": 3, "rho_end": 1.0}, "rho_end: expected at least two updates"),
         (Schedule, {"decay_on": ("everything",)}, "decay_on"),
     ],
@@ -52,6 +56,17 @@ def test_rho_is_constant_or_geometric():
 def test_schedules_that_contradict_themselves(kind, change, reason):
     with pytest.raises(ValidationError, match=reason):
         kind(**{"epochs": 5, "lr": 0.1} | change)
+
+
+def test_what_pays_is_the_default():
+    """See docs/training.md, When ADMM pays."""
+    schedule = AdmmSchedule(epochs=4, lr=0.1)
+    assert (schedule.rho, schedule.rho_end, period(schedule, 352)) == (0.01, 0.1, 88)
+    assert penalty_weight(schedule, 4 * 352 - 1, 352) == pytest.approx(0.1)
+    assert AdmmSchedule(epochs=4, lr=0.1, rho=0.2).rho_end is None
+    assert AdmmSchedule(epochs=4, lr=0.1, balance=True).rho_end is None
+    assert AdmmSchedule(epochs=4, lr=0.1, every=3).rho_end is None  # a single update
+    assert AdmmSchedule.model_validate(schedule.model_dump()) == schedule
 
 
 def test_hard_leaves_the_updates_before_it():

@@ -353,6 +353,17 @@ def test_projections_are_timed_and_counted_by_steps(tmp_path, data, monkeypatch)
     assert all(0 < row.projection_seconds < row.seconds for row in rows)
 
 
+def test_updates_come_every_quarter_of_an_epoch_unless_told_otherwise(tmp_path, data, monkeypatch):
+    for name, settings, updates in (("quarters", {}, 8), ("whole", {"every": 1}, 2), ("hard", {"every": 1, "hard": True}, 2)):
+        model, count = network(), []
+        admm = admm_of(model)
+        update = admm.update
+        monkeypatch.setattr(admm, "update", lambda *a, update=update, count=count, **k: count.append(1) or update(*a, **k))
+        (tmp_path / name).mkdir()
+        fit(tmp_path / name, data, Phase("admm", model, AdmmSchedule(epochs=2, lr=0.01, **settings), admm))
+        assert len(count) == updates - ("hard" in settings)
+
+
 def test_steps_between_updates_are_counted_over_epochs(tmp_path, data, monkeypatch):
     model = network()
     admm = admm_of(model)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tensorrail_trainer.admm.admm import Metric
 from tensorrail_trainer.data import Augment
+
+_EVERY = 0.25  # epochs between two updates of ADMM
+_RHO_END = 0.1
+_MANY = 10_000  # steps of an epoch, where their number is not known yet
 
 
 class Part(BaseModel):
@@ -78,32 +83,43 @@ class Schedule(Part):
 
 
 class AdmmSchedule(Schedule):
-    """The ADMM phase. Z and U are updated every `every` epochs, or every `every_steps` steps.
+    """The ADMM phase. Z and U are updated every `every` epochs, which may be a fraction, or every `every_steps` steps.
 
     `rho` is the weight of the penalty: constant; changing geometrically with every update, to `rho_end`; or, with `balance`,
     doubled or halved after an update if the relative primal and dual residuals of all layers together differ by a factor of
-    more than 10 (Wohlberg 2017; see `ADMM.balance`). `metric` measures the distance to low rank by the weight itself
-    (`weight`) or by the change of the layer's outputs (`activation`, which needs formats with one input mode). `stop` ends the
-    phase when both relative residuals of every layer are below it. `hard` projects the weights at the end of the phase, so that
-    its last accuracy is that of low-rank weights. It replaces the update after the last epoch.
+    more than 10 (Wohlberg 2017; see `ADMM.balance`). Without any of these it rises from 0.01 to 0.1. `metric` measures the
+    distance to low rank by the weight itself (`weight`) or by the change of the layer's outputs (`activation`, which needs
+    formats with one input mode). `stop` ends the phase when both relative residuals of every layer are below it. `hard`
+    projects the weights at the end of the phase, so that its last accuracy is that of low-rank weights. It replaces an update
+    after the last step.
     """
 
-    rho: Positive = 1e-3
+    rho: Positive = 0.01
     rho_end: Positive | None = None
     balance: bool = False
-    every: Count = 1
+    every: Positive = _EVERY
     every_steps: Count | None = None
     metric: Metric = "weight"
     stop: Positive | None = None
     hard: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rising(cls, given: Any) -> Any:  # Any: what a recipe holds, before it is checked
+        """Let rho rise if nothing says how it changes, unless there is only one update."""
+        if not isinstance(given, Mapping) or {"rho", "rho_end", "balance"} & given.keys():
+            return given
+        epochs, every = given.get("epochs"), given.get("every")
+        several = not (isinstance(epochs, int) and isinstance(every, int | float)) or epochs >= 2 * every
+        return {**given, "rho_end": _RHO_END} if several else given
+
     @model_validator(mode="after")
     def _one_rule(self) -> AdmmSchedule:
         if self.balance and self.rho_end is not None:
             raise ValueError("expected either rho_end or balance, got both")
-        if self.every_steps is not None and self.every != 1:
+        if self.every_steps is not None and self.every != _EVERY:
             raise ValueError("expected either every (in epochs) or every_steps (in steps), got both")
-        if self.every_steps is None and (reason := why_not(self, 1)):
+        if self.every_steps is None and (reason := why_not(self, _MANY)):
             raise ValueError(reason)
         return self
 
@@ -206,7 +222,12 @@ def updates_due(schedule: AdmmSchedule, steps: int, per_epoch: int) -> int:
 
     The projection by which `hard` replaces the last one counts as well.
     """
-    return steps // (schedule.every_steps or schedule.every * per_epoch)
+    return steps // period(schedule, per_epoch)
+
+
+def period(schedule: AdmmSchedule, per_epoch: int) -> int:
+    """Return the number of steps between two updates of ADMM, with so many steps per epoch."""
+    return schedule.every_steps or max(1, round(schedule.every * per_epoch))
 
 
 def why_not(schedule: AdmmSchedule, per_epoch: int) -> str | None:
@@ -217,19 +238,19 @@ def why_not(schedule: AdmmSchedule, per_epoch: int) -> str | None:
     epochs, every = schedule.epochs, schedule.every_steps
     count = updates_due(schedule, epochs * per_epoch, per_epoch)
     if not count and every is None:
-        return f"every: expected at most the phase's {epochs} epochs, got {schedule.every}: ADMM would never update"
+        return f"every: expected at most the phase's {epochs} epochs, got {schedule.every:g}: ADMM would never update"
     if not count:
         steps = epochs * per_epoch
         return (
             f"every_steps: expected at most {steps} ({epochs} epochs of {per_epoch} steps), got {every}: ADMM would never "
             "update; lower it"
         )
-    if schedule.hard and every is None and count == 1 and epochs % schedule.every == 0:
+    if schedule.hard and count == 1 and (epochs * per_epoch) % period(schedule, per_epoch) == 0:
         return (
             f"hard: expected an update before the end of the phase's {epochs} epochs, where hard replaces it, got none: ADMM "
-            "would never update; lower every, or train for more epochs"
+            "would never update; update more often, or train for more epochs"
         )
-    if schedule.rho_end is not None and count == 1:
+    if schedule.rho_end not in (None, _RHO_END) and count == 1:
         return "rho_end: expected at least two updates in the phase, got one, which has rho; update more often, or leave it out"
     return None
 

@@ -30,7 +30,16 @@ from tensorrail_trainer.layers.steps import CoreList
 from tensorrail_trainer.layers.swap import require_copyable
 from tensorrail_trainer.processes import alike, rank, summed, sync_batch_norm, unsync_batch_norm, world
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Training, average_decay, penalty_weight, rate, why_not
+from tensorrail_trainer.recipes.schedules import (
+    AdmmSchedule,
+    Schedule,
+    Training,
+    average_decay,
+    penalty_weight,
+    period,
+    rate,
+    why_not,
+)
 from tensorrail_trainer.training.checkpoints import Checkpoints
 from tensorrail_trainer.training.cuda_graph import IMPLEMENTATION, CaptureError, Replay, on_device
 from tensorrail_trainer.training.epochs import Epoch
@@ -253,7 +262,9 @@ class _Job:
         torch.manual_seed(seed + rank())  # dropout differs between processes
         self.model.train()
         picks = shuffled(len(self.data.train), settings.batch, seed)
-        every = phase.schedule.every_steps if isinstance(phase.schedule, AdmmSchedule) else None
+        schedule = phase.schedule if isinstance(phase.schedule, AdmmSchedule) and phase.admm is not None else None
+        every = 0 if schedule is None else period(schedule, len(picks))
+        last_epoch = self.epoch + 1 == phase.schedule.epochs
         before = self.epoch * len(picks)
         losses: list[Tensor] = []
         hits = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
@@ -265,8 +276,9 @@ class _Job:
             losses.append(loss)
             hits += right
             seen += len(y)
-            due = bool(every) and (before + step + 1) % (every or 1) == 0
             last = step + 1 == len(picks)
+            due = schedule is not None and (before + step + 1) % every == 0
+            due = due and not (last and last_epoch and schedule is not None and schedule.hard)  # `close` projects then
             if (step + 1) % _CHECK_EVERY == 0 or due or last:
                 self._check_losses(losses, len(picks))
             if due or last:
@@ -277,15 +289,13 @@ class _Job:
         return float(summed(torch.stack(losses).mean())) / world(), 100 * right / seen
 
     def close(self) -> tuple[tuple[Residual, ...], bool]:
-        """Do the ADMM updates that are due after the epoch; return the last residuals and whether the phase has ended."""
+        """Do the hard projection if it is due; return the last residuals of ADMM and whether the phase has ended."""
         schedule = self.phase.schedule
         last = self.epoch + 1 == schedule.epochs
         if not isinstance(schedule, AdmmSchedule) or self.phase.admm is None:
             return (), last
         if last and schedule.hard:
             self._update(hard=True)
-        elif schedule.every_steps is None and (self.epoch + 1) % schedule.every == 0:
-            self._update()
         may_stop = schedule.stop is not None and bool(self.residuals)
         if may_stop and max(max(r.primal, r.moved) for r in self.residuals) < (schedule.stop or 0.0):
             if schedule.hard and not last:
