@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.model is None:
         folder = options.out.parent / "stand-in"  # a folder of its own, so that no file of yours is overwritten
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         options.model, options.inputs = stand_in(folder)
 
     settings = tr.Options(
@@ -78,16 +78,13 @@ def main() -> None:
     # The same as `tensorrail check` and `tensorrail bench`, on the inputs and at the batch size that you serve:
     inputs = options.inputs if options.inputs and options.inputs.is_file() else None  # None: random inputs
     parity = tr.check(options.model, options.out, inputs=inputs, tolerance=None)
-    agreement = _percent(parity.outputs[0].top1_agreement)
-    print(f"outputs differ by {parity.worst:.3f} (relative L2); top-1 agrees on {agreement}")
+    share = parity.outputs[0].top1_agreement  # None: the outputs are no scores of classes
+    agreement = "" if share is None else f"; the best class agrees on {100 * share:.0f} %"
+    print(f"outputs differ by {parity.worst:.3f} (relative L2){agreement}")
     timing = tr.Timing(batch=8, seconds=options.seconds)
     ratio = tr.bench([options.model, options.out], options=tr.Options(timing=timing)).ratios[0]
     print(f"speed-up {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] at batch 8")
     sys.exit(0 if report.meets and report.faster else 1)
-
-
-def _percent(share: float | None) -> str:
-    return "no scores" if share is None else f"{100 * share:.0f} %"
 
 
 if __name__ == "__main__":

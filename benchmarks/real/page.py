@@ -128,7 +128,7 @@ def sentence(records: Sequence[Record]) -> str:
         words[0] += f"; {len(refused)} are refused with the reason, {soon} of them within a minute"
     words[0] += "."
     if others:
-        words.append(f"Neither holds for {', '.join(others)}.")
+        words.append(f"Written, but slower or below that quality: {', '.join(others)}.")
     return " ".join(words)
 
 
@@ -144,7 +144,7 @@ def with_sentence(readme: str, records: Sequence[Record]) -> str:
     """Return the README with the present sentence between its two comments."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    linked = f"{sentence(records)} They come from packages on PyPI ([results/real-models.md](results/real-models.md))."
+    linked = f"{sentence(records)} All come from packages on PyPI ([results/real-models.md](results/real-models.md))."
     return "\n".join([before + BEGIN, *textwrap.wrap(linked, _WIDTH, break_on_hyphens=False), END]) + after
 
 

@@ -186,7 +186,8 @@ class CompressReport(PrintedRecord):
 
     def _accuracy_line(self) -> str:
         if self.aside is not None:
-            return self.aside.described()
+            unlimited = self.aside.agreement is None and self.guard.max_difference is None and self.max_loss is None
+            return f"{self.aside.described()}{'; no limit was given for it' * unlimited}"
         few, none = "there were too few calibration inputs to set some aside", "no calibration inputs were given"
         why = few if self.calibrated else none
         return f"nothing is known about the accuracy of this model: {why}"

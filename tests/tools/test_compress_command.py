@@ -219,7 +219,7 @@ def test_a_torch_module_can_be_planned(folder):
         ),
         (
             ("compress", "dense.onnx", "-o", "o.onnx", "--max-loss", "2", "--front", "front.json"),
-            "a front shows every loss, so max_loss has no effect",
+            "a front covers all losses, so that max_loss has no effect",
         ),
         (
             ("plan", "dense.onnx", "--target", "flops=2", "--precision", "auto"),

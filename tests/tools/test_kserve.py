@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-MANIFEST = Path(__file__).parents[2] / "examples" / "kserve.yaml"
+TRITON, DIRECT = (Path(__file__).parents[2] / "examples" / f"kserve-{name}.yaml" for name in ("triton", "serve"))
 KNOWN = Path(__file__).with_name("kserve_fields.json")
 ROOT = "V1beta1InferenceService"
 
 
 def documents():
-    return list(yaml.safe_load_all(MANIFEST.read_text(encoding="utf-8")))
+    return [yaml.safe_load(manifest.read_text(encoding="utf-8")) for manifest in (TRITON, DIRECT)]
 
 
 def test_every_field_is_known_and_has_its_type():
@@ -46,7 +46,7 @@ def test_the_manifest_serves_what_is_packaged(cli, small_path, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     shutil.copy(small_path, "model.onnx")
     assert small_path == tmp_path / "dense.onnx"
-    command = next(line for line in MANIFEST.read_text(encoding="utf-8").splitlines() if "tensorrail package" in line)
+    command = next(line for line in TRITON.read_text(encoding="utf-8").splitlines() if "tensorrail package" in line)
     code, _, err = cli(*shlex.split(command.lstrip("# "))[1:])
     assert code == 0, err
     repository, _ = documents()

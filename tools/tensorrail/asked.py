@@ -134,7 +134,7 @@ def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration
     given = Plan.load(target) if isinstance(target, Path | str) else target
     if isinstance(given, Plan):
         if options.front:
-            raise PlanError("a front is searched for, and does not follow from a plan: leave the plan out, or the front")
+            raise PlanError("a front searches for plans itself, and a plan was given as well: leave one of them out")
         precisions = _precisions(given.precision, search, calibration, options)
         return Asked(search, guard, precisions, given, {}, (), fastest=False)
     targets = dict(given or {})
@@ -156,7 +156,7 @@ def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration
 def _walk(search: Search, targets: Mapping[str, float], calibration: object) -> tuple[Mapping[str, float], ...]:
     """Return the targets of a whole front: times less latency, each with the other targets that were given."""
     if search.max_loss is not None:
-        raise PlanError("a front shows every loss, so max_loss has no effect: leave it out, or the front")
+        raise PlanError("a front covers all losses, so that max_loss has no effect: leave one of them out")
     if calibration is None:
         raise PlanError("a front shows how closely models agree: give calibration inputs")
     own = targets.get("latency", 0.0)

@@ -137,7 +137,7 @@ class Search:
                 raise PlanError("expected a limit on the loss or on the agreement of the outputs, got both: leave one out")
         if not targets and self.max_loss is None and self.guard is None:
             raise PlanError(
-                f"expected a target, such as {', '.join(f'{name}=2.0' for name in TARGETS)}, a max_loss or a guard; got none"
+                f"expected a target, such as {', '.join(f'{name}=2.0' for name in TARGETS)}, or a max_loss; got neither"
             )
         for name, value in targets.items():
             if name not in TARGETS:

@@ -34,7 +34,7 @@ Provider = Annotated[str, typer.Option(help="ONNX Runtime execution provider: cp
 Threads = Annotated[int, typer.Option(min=0, help="Intra-op threads; 0: ONNX Runtime's own choice.")]
 Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA use TF32, which changes the fourth digit.")]
 Nhwc = Annotated[bool, typer.Option("--nhwc", help="Let CUDA run convolutions with the channels last.")]
-CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Time launches as one CUDA graph, as for fixed shapes.")]
+CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Replay all launches as one CUDA graph; shapes must be fixed.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size: the size of dynamic axes that --shape does not give.")]
 Shape = Annotated[
     list[str] | None,
@@ -65,7 +65,7 @@ Contrib = Annotated[
         "becomes operators of ONNX.",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration samples that are used at most.")]
+Samples = Annotated[int, typer.Option(min=1, help="Use at most this many calibration samples.")]
 Target = Annotated[
     list[str] | None,
     typer.Option(
@@ -160,7 +160,11 @@ def timing_options(batch: Batch = 1, shape: Shape = None, duration: Duration = 1
 def search_options(
     max_loss: Annotated[
         float | None,
-        typer.Option("--max-loss", help="The fastest network within this sum of losses, as the plan's table shows them."),
+        typer.Option(
+            "--max-loss",
+            help="The fastest network whose loss is at most this: with calibration inputs the measured loss of the network, "
+            "else the sum over layers.",
+        ),
     ] = None,
     format: Annotated[  # noqa: A002 - the record's own word
         list[str] | None, typer.Option("--format", help="auto, or a format such as tt; may be repeated.")
@@ -184,8 +188,8 @@ def search_options(
         typer.Option(
             "--heads",
             metavar="SIZE[,SIZE]",
-            help="Attention heads get this many values before layers are replaced; two numbers: between query and key, and "
-            "between value and output.",
+            help="Reduce attention heads to this many values before layers are planned; two numbers: between query and key, "
+            "and between value and output.",
         ),
     ] = None,
     allow_slower: Annotated[

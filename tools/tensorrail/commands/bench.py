@@ -75,4 +75,6 @@ def command(
             f"--min-speedup: nothing to compare: {report.uneven}; give all models the same with --batch or --shape"
         )
     fast_enough = min_speedup is None or all(ratio.low >= min_speedup for ratio in report.ratios)
-    finish(report, json, fast_enough, "" if fast_enough else f"too slow: not every interval lies above {min_speedup}×")
+    slowest = min(report.ratios, key=lambda ratio: ratio.low, default=None)
+    reason = "" if fast_enough or slowest is None else f"too slow: the interval of {slowest.model} begins at {slowest.low:.2f}×"
+    finish(report, json, fast_enough, f"{reason}, expected at least {min_speedup}×" if reason else "")

@@ -61,7 +61,13 @@ def command(
     reference: Annotated[Path, typer.Argument(metavar="A.onnx")],
     candidate: Annotated[Path, typer.Argument(metavar="B.onnx")],
     tolerance: Any = Group(tolerance_options),
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to run; may be repeated.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Batch sizes of random inputs, default 1 and 7; samples per run with --data, default 7.",
+        ),
+    ] = None,
     shape: Shape = None,
     data: Data = None,
     session: Any = Group(provider_option),

@@ -51,7 +51,11 @@ def command(
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option("--also", metavar="fp16|int8", help="Write OUT in that precision as well, and show it beside fp32."),
+        typer.Option(
+            "--also",
+            metavar="fp16|int8",
+            help="Also write OUT in that precision, beside it, and compare both.",
+        ),
     ] = None,
     data: Data = None,
     min_agreement: Annotated[
@@ -85,10 +89,11 @@ def command(
     search: Any = Group(search_options),
     json: Json = None,
 ) -> None:
-    """Plan, decompose, rewrite, check and time.
+    """Make an ONNX model faster: plan, decompose, rewrite, check and time it.
 
     Without a target, the result is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a
-    speed-up or the agreement was not reached.
+    speed-up or the agreement was not reached; agreement is checked with four calibration inputs or more, and for outputs that
+    are not scores of classes only with --max-difference.
     """
     from tensorrail.front import write_front
     from tensorrail.options import Fit, Options

@@ -20,7 +20,7 @@ def form_options(
         str,
         typer.Option(
             metavar="N|auto",
-            help="Widen the ranks that run with zeros to multiples of it, which changes no output; auto: time 1, 4, 8 and 16 "
+            help="Pad ranks with zeros to multiples of this number, which changes no output; auto: time 1, 4, 8 and 16 "
             "for every layer on the CPU provider, and use the fastest.",
         ),
     ] = "1",
@@ -31,8 +31,8 @@ def form_options(
         bool,
         typer.Option(
             "--dense-if-slower",
-            help="Time every planned layer, and give one that is faster in dense form the dense weight of its cores: the same "
-            "function in a larger file.",
+            help="Time every planned layer, and write the dense weight where the cores are 2 % slower: the same function in "
+            "a larger file.",
         ),
     ] = False,
     scan: Annotated[

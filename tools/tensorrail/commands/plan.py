@@ -25,7 +25,10 @@ from tensorrail.terminal import finish, progress_bar
 
 @grouped
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL.onnx | module:factory", help="A dense graph, or a torch module.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL.onnx | module:factory", help="A dense graph, or a function that returns a torch module."),
+    ],
     target: Target = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where plan.json is written.")] = None,
     calibration: Calibration = None,

@@ -64,7 +64,7 @@ def command(
         Path | None,
         typer.Option(metavar="X.npz|FOLDER", help="Typical inputs, arrays by input name: int8 needs them, parity uses them."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples that are used at most; default: all.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Use at most this many calibration samples; default: all.")] = None,
     data: Data = None,
     metric: Metric = None,
     timing: Any = Group(timing_options),

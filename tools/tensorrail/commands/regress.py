@@ -40,14 +40,20 @@ def record_options(
 
 
 def check_options(
-    batch: Annotated[int | None, typer.Option(min=1, help="For two models (1); a baseline has its own.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="For two models, default 1; a recorded baseline has its own."),
+    ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=1,3,224,224", help="For two models, the shape of an input; a baseline has its own."),
+        typer.Option(metavar="NAME=1,3,224,224", help="Shape of an input, for two models; a recorded baseline has its own."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=0, help="For two models (0); a baseline has its own.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="For two models, default 0; a recorded baseline has its own.")
+    ] = None,
     provider: Annotated[
-        str | None, typer.Option(help="For two models: cpu (default), cuda or tensorrt; a baseline has its own.")
+        str | None,
+        typer.Option(help="cpu (default), cuda or tensorrt, for two models; a recorded baseline has its own."),
     ] = None,
     processes: Processes = 6,
     seconds: Seconds = 1.0,
@@ -213,7 +219,7 @@ def check(
 ) -> None:
     """Check a model against a baseline, against another model that is timed beside it, or against other environments.
 
-    Exit code 1 with the reason.
+    Exit code 1 if a limit is exceeded; the reason is printed.
     """
     from dataclasses import replace
 

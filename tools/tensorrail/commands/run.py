@@ -16,7 +16,7 @@ def command(
     track: Track = None,
     json: Json = None,
 ) -> None:
-    """Train, compress, export, check, bench and report. Exit code 1 when a target of the recipe is missed."""
+    """Carry out a recipe: train, compress, export, check, time and report. Exit code 1 if a target is missed."""
     from pathlib import Path
 
     from tensorrail.verbs.run import run

@@ -20,9 +20,10 @@ def serving_options(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
     name: Annotated[str | None, typer.Option(help="The model's name in URLs; default the file's stem.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; anything but loopback lets others send requests.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
     address: Annotated[
-        str | None, typer.Option(metavar="auto|HOST:PORT", help="A Ray cluster's head; default a Ray of its own, on loopback.")
+        str | None,
+        typer.Option(metavar="auto|HOST:PORT", help="Address of a Ray cluster; default: a local Ray, on loopback."),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Processes that run the model.")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Samples that are run at once; 1: no batching.")] = 8,
@@ -44,10 +45,13 @@ def serving_options(
     max_mib: Annotated[float, typer.Option("--max-mib", min=0.001, max=2**20, help="Largest request, in MiB.")] = 64.0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request must be answered.")] = 30.0,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests accepted at a time; further ones get 503.")] = 256,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests have once it is told to stop.")] = 30.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish accepted requests after Ctrl-C or SIGTERM.")] = 30.0,
     shadow: Annotated[
         Path | None,
-        typer.Option(metavar="DENSE.onnx", help="Answers a sample of the requests too; differences go to /metrics."),
+        typer.Option(
+            metavar="DENSE.onnx",
+            help="Second model that also answers a sample of the requests, for /metrics.",
+        ),
     ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that the shadow gets.")] = 0.01,
 ) -> tuple[Path, ServeOptions]:

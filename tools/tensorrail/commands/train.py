@@ -16,7 +16,9 @@ def command(
     track: Track = None,
     json: Json = None,
 ) -> None:
-    """Train only: dense, ADMM, cut, fine-tune, control; writes checkpoints, plan.json, cores and dense.safetensors.
+    """Carry out only the training of a recipe.
+
+    Phases: dense, ADMM, cut, fine-tune, control. Writes checkpoints, plan.json, cores and dense.safetensors.
 
     `tensorrail run --resume` on the same folder continues from there. Several processes: `accelerate launch --num_processes N
     -m tensorrail train RECIPE`.

@@ -60,7 +60,7 @@ def check(
     data: Any = None,  # a path, arrays by input name and `labels`, or a Labelled
     options: Options | None = None,
 ) -> Verdict:
-    """Hold a model against a baseline, or against another model that is measured beside it.
+    """Compare a model with a baseline, or with another model that is measured beside it.
 
     A model that takes other inputs, does not run on them, has a weight with NaN or gives NaN fails without being timed.
 
@@ -97,7 +97,7 @@ def check_environments(
     data: Any = None,  # a path, arrays by input name, or a Calibration
     options: Options | None = None,
 ) -> EnvironmentsVerdict:
-    """Hold a model under this environment's ONNX Runtime against the same model under the ONNX Runtime of other environments.
+    """Compare a model under this environment's ONNX Runtime with the same model under the ONNX Runtime of other environments.
 
     Args:
         model: the model to check: a path, an `onnx.ModelProto`, or (torch module, example inputs).
