@@ -304,7 +304,7 @@ def table(outcomes: Sequence[Settings], task: str) -> list[str]:
     columns = {"cut": f"right after the cut, {split}, %", "validation": "validation, %", "test": "test, %"}
     if not TASKS[task].validation:
         del columns["validation"]
-    head = ["epochs", "teacher", "parameters reduction", "way", "seeds", *columns.values(), "minutes"]
+    head = ["epochs", "teacher", "parameter reduction (×)", "way", "seeds", *columns.values(), "minutes"]
     lines = [f"## {TASKS[task].title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for (epochs, teacher, _, place), runs in sorted(groups.items()):
         way = order[place]
@@ -348,7 +348,7 @@ def speed(options: argparse.Namespace) -> None:
         "`python benchmarks/admm.py speed`; in turns, in five fresh processes. Weights are those before training.",
         f"{machine().processor}, {machine().cores} cores.",
         "",
-        "| parameters reduction | way | batch | MACs reduction | speed-up | 95 % |",
+        "| parameter reduction (×) | way | batch | MACs reduction | speed-up | 95 % |",
         "|---|---|---|---|---|---|",
     ]
     records = []

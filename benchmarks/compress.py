@@ -183,7 +183,7 @@ def measure(name: str, batch: int, seconds: float, cache: Path | None) -> tuple[
         lines = [
             f"### {name}, batch {batch}",
             "",
-            "| form | MACs reduction | parameters reduction | p50 | speed-up | 95 % | speed-up divided by MACs reduction |",
+            "| form | MACs reduction | parameter reduction (×) | p50 | speed-up | 95 % | speed-up divided by MACs reduction |",
         ]
         lines.append("|---|---|---|---|---|---|---|")
         rows = []

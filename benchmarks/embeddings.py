@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     network = NETWORKS["MiniLM-L6"]
     lines = [
-        "| parameters reduction (×) | format | modes | padding | rank | fitted to | relative error | of the words read "
+        "| parameter reduction (×) | format | modes | padding | rank | fitted to | relative error | of the words read "
         f"| {network.quality} |",
         "|--:|---|---|--:|--:|---|--:|--:|--:|",
     ]

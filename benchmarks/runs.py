@@ -29,7 +29,7 @@ HEAD = (
     "network",
     "epochs",
     "last epoch, test",
-    "parameters reduction",
+    "parameter reduction (×)",
     "FLOPs reduction",
     "speed-up, batch 1",
     "speed-up, largest batch",

@@ -42,7 +42,7 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
         data: Labelled | None = None,
         rules: InputRules | None = None,
     ) -> Verdict | None:
-        from tensorrail_runtime.errors import ModelError
+        from tensorrail_runtime.errors import ModelError, UsageError
         from tensorrail_runtime.gate import regress
 
         try:
@@ -50,7 +50,7 @@ def latency_gate(request: pytest.FixtureRequest) -> Callable[..., Verdict | None
                 regress.record(model, baseline, conditions=conditions, data=data, rules=rules, again=True)
                 return None
             verdict = regress.check(baseline, model, limits=limits, conditions=conditions, data=data, rules=rules)
-        except ModelError as error:
+        except (ModelError, UsageError) as error:
             pytest.fail(str(error), pytrace=False)
         if not verdict.holds:
             pytest.fail(verdict.reason, pytrace=False)

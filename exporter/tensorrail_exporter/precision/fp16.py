@@ -27,6 +27,7 @@ from tensorrail_runtime.scratch import scratch
 
 _KEEP = "name the layer or node that cannot be converted in `keep`: it then stays in fp32"
 
+_OFF = -1e9  # values of a mask are at most so high
 _MULTIPLY = ("Conv", "ConvTranspose", "Einsum", "Gather", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
 """The operators whose constants must be within the range: products, and embeddings. See also `_multiplies`."""
 
@@ -110,27 +111,40 @@ def too_large(model: onnx.ModelProto) -> list[LargeConstant]:
 
     """
     found: list[LargeConstant] = []
-    _find_large(model.graph, {}, "", found)
+    _find_large(model.graph, {}, {}, "", found)
     return [constant for constant in found if constant.multiplied]
 
 
-def _find_large(graph: onnx.GraphProto, outer: Mapping[str, LargeConstant], around: str, found: list[LargeConstant]) -> None:
-    """Add the large constants of a graph and of its bodies; `around` is the node of the main graph that has it as a body."""
-    own = {name: _largest(tensor) for name, tensor in constants_of(graph).items()}
-    large = {name: LargeConstant(name, value) for name, value in own.items() if value > LARGEST}
+def _find_large(
+    graph: onnx.GraphProto,
+    outer: Mapping[str, LargeConstant],
+    outside: Mapping[str, onnx.TensorProto],
+    around: str,
+    found: list[LargeConstant],
+) -> None:
+    """Add the large constants of a graph and of its bodies.
+
+    Args:
+        graph: the graph.
+        outer: the large constants around it.
+        outside: all constants around it.
+        around: the node of the main graph that has it as a body; empty for the main graph.
+        found: receives the constants.
+
+    """
+    constants = constants_of(graph)
+    large = {name: LargeConstant(name, value) for name, t in constants.items() if (value := _largest(t)) > LARGEST}
     found += large.values()
-    known = {**outer, **large}
-    shapes = {tensor.name: tensor.dims for tensor in constants_of(graph).values()}
-    layers = {node.output[0] for node in graph.node if node.op_type == "MatMul" and any(name in own for name in node.input)}
+    known, constants = {**outer, **large}, {**outside, **constants}
+    layers = {node.output[0] for node in graph.node if node.op_type == "MatMul" and any(n in constants for n in node.input)}
     for node in graph.node:
-        bias = node.op_type == "Add" and any(name in layers for name in node.input)
+        adds = node.op_type == "Add" and any(name in layers for name in node.input)
         for place, name in enumerate(node.input):
             if name in known:
                 known[name].readers.append(around or node.name)
-                vector = math.prod(shapes.get(name, ())[:-1]) == 1
-                known[name].multiplied |= _multiplies(node, place) or (bias and vector)
+                known[name].multiplied |= _multiplies(node, place) or (adds and _is_bias(constants[name]))
         for body in bodies_of(node):
-            _find_large(body, known, around or node.name, found)
+            _find_large(body, known, constants, around or node.name, found)
 
 
 def _largest(tensor: onnx.TensorProto) -> float:
@@ -139,6 +153,13 @@ def _largest(tensor: onnx.TensorProto) -> float:
         return 0.0
     size = np.abs(numpy_helper.to_array(tensor))
     return float(size.max(initial=0.0, where=np.isfinite(size)))
+
+
+def _is_bias(tensor: onnx.TensorProto) -> bool:
+    """Return whether what is added to a product is a bias: a vector, and no mask that switches classes off."""
+    values = numpy_helper.to_array(tensor)
+    masks = np.all(values[np.abs(values) > LARGEST] <= _OFF)
+    return math.prod(tensor.dims[:-1]) == 1 and not masks
 
 
 def _multiplies(node: onnx.NodeProto, place: int) -> bool:

@@ -36,9 +36,9 @@ class Divergence:
         names: names of the outputs.
         dense: the values of every output of the dense network, one array per batch.
         labels: class indices (N,) of all samples, or None; with a metric, whatever it takes, (N, …). Without a metric they
-            are left out unless the first output has the shape (N, classes).
+            are left out unless the first output has the shape (N, classes), with a row for each sample.
         metric: a score of each sample: `top1`, `top5` or `module:function`; default: none.
-        samples: the number of samples in each batch, for the metric; default: the lengths of the first output.
+        samples: the number of samples in each batch, for the metric and the labels; default: the lengths of the first output.
 
     Attributes:
         dense: the outputs of the dense network.

@@ -32,7 +32,7 @@ class Form:
     block: int | Literal["auto"] = "auto"
     """Ranks are padded with zeros to multiples of it; default `auto`: the fastest of 1, 4, 8 and 16 for each layer."""
     dense_if_slower: bool = False
-    """Use the reconstructed dense weight for a layer that no form makes faster: equal outputs, larger file; default False."""
+    """Use the dense weight of the cores for a layer that is 2 % slower in each form: equal outputs, larger file; default False."""
     fold_batch_norm: bool = False
     """Fold a batch norm after a convolution into its last core; default False."""
     scan: bool = True
@@ -118,7 +118,7 @@ def fastest_blocks(
         progress: is told about the timing of layers.
 
     Returns:
-        The blocks by layer name; with `form.dense_if_slower`, 0 for a layer that is faster with a dense weight.
+        The blocks by layer name; with `form.dense_if_slower`, 0 for a layer that keeps its dense weight.
 
     """
     form, settings = form or Form(), settings or Session()

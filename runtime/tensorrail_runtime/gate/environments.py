@@ -26,7 +26,7 @@ import onnxruntime as ort
 from tensorrail_runtime.errors import ModelError, UsageError, first_line
 from tensorrail_runtime.gate.checks import Finding, Limits
 from tensorrail_runtime.gate.regress import Verdict, checked
-from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, latency_finding, needs_more, time_change
+from tensorrail_runtime.gate.times import BLOCKS, PRECISION, TimeChange, imprecision, latency_finding, needs_more, time_change
 from tensorrail_runtime.gate.worker import ANSWER
 from tensorrail_runtime.measure.fusions import operators_made
 from tensorrail_runtime.measure.parity import is_exact, relative_l2, require_comparable
@@ -144,6 +144,7 @@ def check_environments(
         others: list[Environment] = []
         findings: list[Finding] = []
         changes: list[TimeChange] = []
+        noise: list[str] = []
         for python in pythons:
             # A Path drops the `./` that tells a file from a name on PATH.
             program = str(python.absolute()) if isinstance(python, Path) and python.exists() else str(python)
@@ -152,6 +153,8 @@ def check_environments(
             others.append(environment)
             old, new = timed_in_turns(side, own, limits.max_slowdown / PRECISION)
             changes.append(time_change(old, new, paired=True, apart=True))
+            if uncertain := imprecision(list(zip(old, new, strict=True)), limits.max_slowdown):
+                noise.append(f"against {environment.name}, {uncertain}")
             findings.append(latency_finding(changes[-1], limits, f"latency, against {environment.name}"))
             if limits.tolerance is not None:
                 findings.append(_same_outputs(outputs, reference, limits.tolerance, environment))
@@ -160,6 +163,7 @@ def check_environments(
         timing=max(changes, key=lambda change: change.slowdown, default=None),
         findings=tuple(findings),
         machine=machine(gpu=settings.on_gpu),
+        noise=tuple(noise),
         here=here,
         others=tuple(others),
     )
@@ -296,7 +300,7 @@ class _Worker:
         if not line:
             code = self.process.wait()
             if self._late:
-                raise ModelError(f"{self.python}: no answer within {_PATIENCE:g} seconds: is the model too slow for it?")
+                raise ModelError(f"{self.python}: no answer within {_PATIENCE:g} seconds: try a smaller batch")
             lines = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise ModelError(f"{self.python}: the process ended with {code}: {lines[-1] if lines else 'no message'}")
         answer = json.loads(line)

@@ -56,6 +56,7 @@ TIMING = Timing(seconds=1.0, processes=6)
 
 _LEAST_PROCESSES = 2
 _WARMUP = 0.1  # seconds of each process
+_SETTINGS = "a baseline holds the provider and the number of threads of a session, and no other settings: leave these out"
 
 
 Times = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=BLOCKS)]
@@ -183,7 +184,7 @@ class Verdict(PrintedRecord):
         findings: one result per property.
         machine: the machine of the check.
         recorded_on: the machine of the recorded times that the check used; None if both models ran here, in turns.
-        noise: what makes the times uncertain, such as a busy machine; empty for nothing.
+        noise: what makes the times uncertain, such as a busy machine, or a GPU that does not run all nodes; empty for nothing.
 
     """
 
@@ -280,8 +281,8 @@ def record(
         conditions, rules = _as_before(Path(out), conditions, rules)
     conditions = checked(conditions)
     timing, settings = conditions.timing, conditions.settings
-    if replace(settings, linger=True) != Session(provider=settings.provider, threads=settings.threads):
-        raise UsageError("a baseline holds the provider and the number of threads of a session, and no other settings")
+    if _has_other_settings(settings):
+        raise UsageError(_SETTINGS)
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
     rules = rules or InputRules()
@@ -337,7 +338,8 @@ def check(
     Raises:
         ModelError: a file is neither a baseline nor a model, the options differ from the recorded ones, or a score cannot be
             compared: one side has none, it is of another metric or other data, or the metric cannot be imported or fails.
-        UsageError: fewer than two processes or no seconds to time in.
+        UsageError: fewer than two processes, no seconds to time in, or, with a baseline, a session with other settings than
+            provider and threads.
 
     """
     limits = limits or Limits()
@@ -364,6 +366,10 @@ def check(
         recorded_on=before.recorded.machine if before.recorded is not None and before.model is None else None,
         noise=(*((uncertain,) if uncertain else ()), *elsewhere),
     )
+
+
+def _has_other_settings(settings: Session) -> bool:
+    return replace(settings, linger=True) != Session(provider=settings.provider, threads=settings.threads)
 
 
 def checked(conditions: Conditions | None) -> Conditions:
@@ -425,6 +431,8 @@ def _reference(
 def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRules | None) -> None:
     """Raise `ModelError` for options that are neither the defaults nor the recorded ones."""
     timing, settings = conditions.timing, conditions.settings
+    if _has_other_settings(settings):
+        raise UsageError(f"the baseline of {recorded.model}: {_SETTINGS}")
     recorded.require(
         provider=None if settings.provider == Session.provider else settings.provider,
         threads=None if settings.threads == Session.threads else settings.threads,

@@ -16,6 +16,7 @@ BLOCKS = 8  # blocks of each process, of which medians are taken
 PRECISION = 10  # max_slowdown divided by the standard error that is small enough
 
 _ALPHA = 0.01  # significance level
+_LEAST_APART = 3  # processes of each side, so that Welch's test can reach it
 _MOST = 4  # times the requested processes, on a busy machine
 _OF_MEDIAN = 1.2533  # √(π / 2): the standard error of a median over that of a mean, of many normal values; of few it is less
 
@@ -134,7 +135,7 @@ def needs_more(
         precision: the standard error of the estimate that is small enough, for which up to four times as many may run; None:
             any.
         recorded: the times that the model is compared with, one list per process, if they were recorded before: their part of
-            the standard error stays. Processes end as well where theirs is half of it.
+            the standard error stays. No more processes are added once that of the new times is at most half of it.
 
     """
     if len(runs) < processes:
@@ -151,7 +152,7 @@ def needs_more(
 def imprecision(
     runs: Sequence[Sequence[Sequence[float]]], max_slowdown: float, recorded: Sequence[Sequence[float]] = ()
 ) -> str:
-    """Return a warning where the times vary too much to detect a slow-down surely; empty where they do not.
+    """Return a warning if the times vary too much, or processes are too few, to detect a slow-down reliably; else empty.
 
     Args:
         runs: for each process, the times of each model.
@@ -159,6 +160,11 @@ def imprecision(
         recorded: as for `needs_more`.
 
     """
+    if recorded and min(len(runs), len(recorded)) < _LEAST_APART:
+        return (
+            f"a test over {len(recorded)} recorded and {len(runs)} new processes can hardly show a slow-down: use at least "
+            f"{_LEAST_APART} of each"
+        )
     error = math.hypot(_standard_error(runs), _standard_error([[times] for times in recorded]) if recorded else 0.0)
     if error <= max_slowdown / PRECISION:
         return ""
@@ -194,7 +200,10 @@ def _welch_p(old: np.ndarray, new: np.ndarray) -> float:
 
     if not (np.ptp(old) or np.ptp(new)):  # where clocks are coarse
         return float(new[0] <= old[0])
-    return float(stats.ttest_ind(new, old, equal_var=False, alternative="greater").pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where the clocks of one side alone are too coarse
+        p = float(stats.ttest_ind(new, old, equal_var=False, alternative="greater").pvalue)
+    return p if math.isfinite(p) else 1.0
 
 
 def _blocks(times: np.ndarray) -> np.ndarray:

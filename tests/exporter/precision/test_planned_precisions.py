@@ -236,7 +236,7 @@ def test_large_values_in_any_weight_of_a_recurrent_layer_are_seen(place, rng):
 def test_large_biases_and_tables_are_errors_and_masks_are_not():
     large = np.array([1e5, 0, 0, 0], np.float32)
     weights = {"eye": np.eye(4, dtype=np.float32), "large": large, "ones": np.ones(4, np.float32)}
-    weights["square"] = np.diag(large)
+    weights |= {"square": np.diag(large), "off": np.array([-3e38, 0, 0, 0], np.float32)}
     nodes = {
         "Gemm": [helper.make_node("Gemm", ["x", "eye", "large"], ["y"], "n")],
         "Gather": [
@@ -252,6 +252,10 @@ def test_large_biases_and_tables_are_errors_and_masks_are_not():
             helper.make_node("BatchNormalization", ["h", "ones", "ones", "ones", "large"], ["y"], "n"),
         ],
         "Add": [helper.make_node("Add", ["x", "large"], ["y"], "n")],
+        "suppressed": [
+            helper.make_node("MatMul", ["x", "eye"], ["h"], "m"),
+            helper.make_node("Add", ["h", "off"], ["y"], "n"),
+        ],
         "mask": [
             helper.make_node("MatMul", ["x", "eye"], ["h"], "m"),
             helper.make_node("Add", ["h", "square"], ["y"], "n"),
@@ -264,6 +268,7 @@ def test_large_biases_and_tables_are_errors_and_masks_are_not():
         assert types_of(to_fp16(models[op], keep=["n"]))["large"] == TensorProto.FLOAT
     assert types_of(to_fp16(models["Add"]))["large"] == TensorProto.FLOAT16
     assert types_of(to_fp16(models["mask"]))["square"] == TensorProto.FLOAT16
+    assert types_of(to_fp16(models["suppressed"]))["off"] == TensorProto.FLOAT16
 
 
 def test_an_infinite_bias_is_not_clamped():

@@ -95,6 +95,9 @@ def test_the_spread_of_recorded_processes_counts(rng):
     noisy = [[[own] * 20] for own in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]
     assert needs_more(noisy, 6, 0.005, even)
     assert imprecision(steady, 0.05, even) == ""
+    assert "a test over 6 recorded and 2 new processes can hardly show a slow-down" in imprecision(steady[:2], 0.05, even)
+    mixed = compare_times([[1.0] * 40] * 3, [[1.5, 1.5001] * 20, [1.5002] * 40, [1.5001] * 40], paired=False)
+    assert mixed[3] < 0.01
     for runs, recorded in ((steady, spread), (noisy, even), (noisy, ())):
         assert "the standard error of the slow-down is" in imprecision(runs, 0.05, recorded)
 
@@ -549,6 +552,9 @@ def test_settings_that_a_baseline_does_not_hold_are_refused(small_path, tmp_path
     with pytest.raises(UsageError, match="the provider and the number of threads of a session, and no other settings"):
         record(small_path, tmp_path / "b.json", conditions=replace(QUICK, settings=Session(level="none")))
     assert not (tmp_path / "b.json").exists()
+    record(small_path, tmp_path / "b.json", conditions=QUICK)
+    with pytest.raises(UsageError, match="no other settings: leave these out"):
+        check(tmp_path / "b.json", small_path, conditions=replace(QUICK, settings=Session(level="none")))
 
 
 def test_times_of_another_machine_are_said_to_be(baseline, small_path):

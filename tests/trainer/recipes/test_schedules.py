@@ -1,12 +1,24 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import nn
 
 from tensorrail_exporter import Plan
 from tensorrail_trainer import plan_layers
 from tensorrail_trainer.layers.swap import swap
-from tensorrail_trainer.recipes.schedules import AdmmSchedule, Schedule, Steps, Training, penalty_weight, period, rate
+from tensorrail_trainer.recipes.schedules import (
+    AdmmSchedule,
+    Schedule,
+    Steps,
+    Training,
+    penalty_weight,
+    period,
+    rate,
+    updates_due,
+)
 from tensorrail_trainer.training.loop import make_optimizer
 
 
@@ -67,6 +79,19 @@ def test_what_pays_is_the_default():
     assert AdmmSchedule(epochs=4, lr=0.1, balance=True).rho_end is None
     assert AdmmSchedule(epochs=4, lr=0.1, every=3).rho_end is None  # a single update
     assert AdmmSchedule.model_validate(schedule.model_dump()) == schedule
+    assert [updates_due(schedule, 4 * steps, steps) for steps in (390, 352, 2)] == [16, 16, 8]
+    assert [period(AdmmSchedule(epochs=9, lr=0.1, every=every), 100) for every in (0.29, 1.0, 2.5)] == [29, 100, 250]
+
+
+def test_recipes_of_earlier_versions_are_read():
+    """They hold all defaults, such as `every: 1` beside `every_steps`."""
+    old = AdmmSchedule.model_validate({"epochs": 4, "lr": 0.1, "rho": 0.01, "rho_end": 0.1, "every": 1, "every_steps": 98})
+    assert old == AdmmSchedule(epochs=4, lr=0.1, rho=0.01, rho_end=0.1, every_steps=98)
+    results = Path(__file__).parents[3] / "results"
+    saved = [path for path in results.glob("*/*.yaml") if "every_steps" in path.read_text()]
+    assert saved
+    for path in saved:
+        AdmmSchedule.model_validate(yaml.safe_load(path.read_text())["train"]["admm"], strict=False)
 
 
 def test_hard_leaves_the_updates_before_it():

@@ -147,6 +147,9 @@ def test_only_what_a_module_computes_counts_as_its_architecture():
     tracing = Tracing(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.ReLU()), torch.randn(2, 3, 8, 8))
     assert tracing.fits(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()))
     assert tracing.fits(nn.Sequential(Own(3, 4, 3, padding=(1, 1)), nn.ReLU()))
+    later = nn.Conv2d(3, 4, 3)
+    later.padding = (1, 1)  # as in networks that are changed to dilated convolutions
+    assert tracing.fits(nn.Sequential(later, nn.ReLU()))
     for other in (nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding=2, dilation=2), nn.Conv2d(3, 4, 3, padding=1, bias=False)):
         assert not tracing.fits(nn.Sequential(other, nn.ReLU()))
     assert not tracing.fits(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU()))

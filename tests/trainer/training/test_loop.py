@@ -388,7 +388,7 @@ def test_rho_changes_with_every_update(tmp_path, data, monkeypatch):
     fit(tmp_path, data, Phase("admm", model, schedule, admm))
     assert used == pytest.approx([10**-2, 10 ** (-5 / 3), 10 ** (-4 / 3), 0.1])
     other = network()
-    phase = Phase("once", other, schedule.model_copy(update={"every_steps": 5, "rho_end": 0.2}), admm_of(other))
+    phase = Phase("once", other, schedule.model_copy(update={"every_steps": 5, "rho": 0.02}), admm_of(other))
     with pytest.raises(TrainingError, match=r"phase once: train\.admm\.rho_end: expected at least two updates in the phase"):
         fit(tmp_path, data, phase)
 

@@ -265,19 +265,19 @@ def _convolution(module: CONVOLUTIONS, name: str) -> LayerSpec:
         raise PlanError(f"layer {name}: expected padding_mode='zeros', got {module.padding_mode!r}; leave it out of the plan")
     shape = tuple(module.weight.shape)
     if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return LayerSpec("conv", shape, module.stride, _pads(module), dilation=module.dilation, groups=module.groups)
+        return LayerSpec("conv", shape, module.stride, pads(module), dilation=module.dilation, groups=module.groups)
     return LayerSpec(
         "conv",
         (shape[1], shape[0], *shape[2:]),  # torch stores (I, O, *K)
         module.stride,
-        _pads(module),
+        pads(module),
         dilation=module.dilation,
         transposed=True,
         output_padding=tuple(module.output_padding),
     )
 
 
-def _pads(module: CONVOLUTIONS) -> tuple[int, ...]:
+def pads(module: CONVOLUTIONS) -> tuple[int, ...]:
     """Return the padding before and after each axis; with `padding="same"` torch adds the odd element at the end."""
     if isinstance(module.padding, str):
         if module.padding == "valid":

@@ -12,7 +12,8 @@ from tensorrail_trainer.admm.admm import Metric
 from tensorrail_trainer.data import Augment
 
 _EVERY = 0.25  # epochs between two updates of ADMM
-_RHO_END = 0.1
+_RHO, _RHO_END = 0.01, 0.1
+_ROUNDING = 1e-9  # of a product of floats, far below a step
 _MANY = 10_000  # steps of an epoch, where their number is not known yet
 
 
@@ -94,7 +95,7 @@ class AdmmSchedule(Schedule):
     after the last step.
     """
 
-    rho: Positive = 0.01
+    rho: Positive = _RHO
     rho_end: Positive | None = None
     balance: bool = False
     every: Positive = _EVERY
@@ -106,8 +107,15 @@ class AdmmSchedule(Schedule):
     @model_validator(mode="before")
     @classmethod
     def _rising(cls, given: Any) -> Any:  # Any: what a recipe holds, before it is checked
-        """Let rho rise if nothing says how it changes, unless there is only one update."""
-        if not isinstance(given, Mapping) or {"rho", "rho_end", "balance"} & given.keys():
+        """Let rho rise if nothing says how it changes, unless there is only one update.
+
+        Earlier versions stored `every: 1` beside `every_steps`, where it meant nothing.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("every_steps") is not None and given.get("every") == 1:
+            given = {key: value for key, value in given.items() if key != "every"}
+        if {"rho", "rho_end"} & given.keys() or given.get("balance"):
             return given
         epochs, every = given.get("epochs"), given.get("every")
         several = not (isinstance(epochs, int) and isinstance(every, int | float)) or epochs >= 2 * every
@@ -226,14 +234,14 @@ def updates_due(schedule: AdmmSchedule, steps: int, per_epoch: int) -> int:
 
 
 def period(schedule: AdmmSchedule, per_epoch: int) -> int:
-    """Return the number of steps between two updates of ADMM, with so many steps per epoch."""
-    return schedule.every_steps or max(1, round(schedule.every * per_epoch))
+    """Return the number of steps between two updates of ADMM, with so many steps per epoch; a fraction is rounded down."""
+    return schedule.every_steps or max(1, int(schedule.every * per_epoch + _ROUNDING))
 
 
 def why_not(schedule: AdmmSchedule, per_epoch: int) -> str | None:
     """Return why ADMM would never update Z and U, or never reach `rho_end`, with so many steps per epoch; None if it does.
 
-    Without `every_steps` the answer does not depend on the number of steps.
+    With the default rho, a phase with a single update has the first one.
     """
     epochs, every = schedule.epochs, schedule.every_steps
     count = updates_due(schedule, epochs * per_epoch, per_epoch)
@@ -250,7 +258,8 @@ def why_not(schedule: AdmmSchedule, per_epoch: int) -> str | None:
             f"hard: expected an update before the end of the phase's {epochs} epochs, where hard replaces it, got none: ADMM "
             "would never update; update more often, or train for more epochs"
         )
-    if schedule.rho_end not in (None, _RHO_END) and count == 1:
+    default = (schedule.rho, schedule.rho_end) == (_RHO, _RHO_END)
+    if schedule.rho_end is not None and count == 1 and not default:
         return "rho_end: expected at least two updates in the phase, got one, which has rho; update more often, or leave it out"
     return None
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from tensorrail_exporter.formats.contraction import LayerSpec
 from tensorrail_runtime.errors import GraphError, PlanError
+from tensorrail_trainer.layers.dense import pads
 from tensorrail_trainer.layers.fused import attention_in_parts
 from tensorrail_trainer.layers.recurrent import INPUTS, LOOPS
 from tensorrail_trainer.layers.swap import require_copyable
+from tensorrail_trainer.layers.torchs_own import CONVOLUTIONS
 from tensorrail_trainer.run._compat_onnxscript import simplification_rules
 from tensorrail_trainer.run._compat_torch import forget_recurrent_kernels, operators_read_once
 
@@ -195,9 +197,9 @@ def _architecture(module: nn.Module) -> tuple[tuple[object, ...], ...]:
 def _computes(module: nn.Module) -> tuple[object, ...]:
     """Return the class whose `forward` a module has, and its options; equal paddings may be written differently."""
     kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    if not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(module, CONVOLUTIONS):
         return kind, module.extra_repr()
-    padding = tuple(module._reversed_padding_repeated_twice)
+    padding = pads(module)
     names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding_mode", "output_padding")
     return (kind, padding, module.bias is not None, *(getattr(module, name) for name in names))
 
