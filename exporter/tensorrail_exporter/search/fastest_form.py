@@ -32,7 +32,7 @@ class Form:
     block: int | Literal["auto"] = "auto"
     """Ranks are padded with zeros to multiples of it; default `auto`: the fastest of 1, 4, 8 and 16 for each layer."""
     dense_if_slower: bool = False
-    """Use the dense weight of the cores for a layer that is 2 % slower in each form: equal outputs, larger file; default False."""
+    """Use the dense weight for a layer that is 2 % slower in each form: equal outputs, larger file; default False."""
     fold_batch_norm: bool = False
     """Fold a batch norm after a convolution into its last core; default False."""
     scan: bool = True
