@@ -204,6 +204,7 @@ def test_regress_keeps_a_history(cli, in_this_process, small_path, tmp_path, mon
     for commit in ("one", "two"):
         assert cli(*record, baseline, "--history", kept, "--commit", commit)[0] == 0
     assert {json.loads(line)["model"] for line in kept.read_text().splitlines()} == {f"{tmp_path.name}/{small_path.name}"}
+    assert cli("regress", "history", kept, "-o", picture, "--json", picture)[0] == 2
     code, printed, _ = cli("regress", "history", kept, "-o", picture)
     assert (code, small_path.name in printed) == (0, True)
     assert picture.read_text().startswith("<?xml")

@@ -126,6 +126,9 @@ def test_copies_of_a_model_on_several_gpus_have_no_moments(model):
     callback = ADMMCallback(plan_of(model), metric="activation")
     with pytest.raises(tr.PlanError, match=r"expects one GPU a process, got 2.*torchrun"):
         callback.on_train_begin(SimpleNamespace(n_gpu=2, deepspeed=None), SimpleNamespace(global_step=0), None, model=model)
+    launched = SimpleNamespace(n_gpu=1, deepspeed=None, deepspeed_plugin=object())  # by `accelerate launch --use_deepspeed`
+    with pytest.raises(tr.PlanError, match="DeepSpeed divides weights and gradients"):
+        callback.on_train_begin(launched, SimpleNamespace(global_step=0), None, model=model)
 
 
 @pytest.mark.parametrize("library", ["transformers", "lightning"])

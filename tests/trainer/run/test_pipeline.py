@@ -238,6 +238,14 @@ def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
             train_all(recipe, tmp_path / "run")
 
 
+def test_a_run_that_is_resumed_is_not_overwritten(ended, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(ended.folder, folder)
+    with pytest.raises(RecipeError, match="expected resume or overwrite, got both"):
+        prepare(Recipe.load(folder / "recipe.yaml"), folder, resume=True, overwrite=True)
+    assert (folder / "cores.safetensors").exists()
+
+
 def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):
     prepare(small(tmp_path), tmp_path / "run")
     with pytest.raises(RecipeError, match="already holds a run; resume it, or overwrite it"):

@@ -41,6 +41,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Choose formats and ranks for a target, from times measured here. Exit code 1 when a target is missed."""
+    from dataclasses import replace
+
     from tensorrail.modules import load_network
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.plan import plan
@@ -48,6 +50,8 @@ def command(
     targets = read_targets(target)
     search.check(targets)
     network, timing = load_network(model, timing)
+    if not isinstance(network, Path) and search.joint is None:
+        search = replace(search, joint=False)  # a module keeps such layers apart, and is trained toward the plan
     with progress_bar() as progress:
         options = Options(session, timing, search, Fit(samples=samples), progress=progress, inputs=inputs, precision=precision)
         report = plan(network, targets, calibration=calibration, options=options)

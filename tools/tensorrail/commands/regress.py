@@ -253,6 +253,7 @@ def check(
 
 
 @app.command()
+@grouped
 def history(
     path: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="The file that --history wrote.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.svg", help="Draw the times here.")] = None,

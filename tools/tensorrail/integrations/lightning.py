@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from tensorrail.extras import MissingExtraError
 from tensorrail.integrations.phase import Phase
 from tensorrail_exporter.plans.plan import Plan
+from tensorrail_runtime.errors import PlanError
 from tensorrail_trainer.admm.admm import Metric, Residual
 
 try:
@@ -53,6 +54,8 @@ class ADMMCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the state, or go on with that of the checkpoint."""
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise PlanError("DeepSpeed divides weights and gradients among processes: train toward low rank without it")
         self.phase.begin(pl_module)
         self.phase.catch_up(trainer.current_epoch)
 

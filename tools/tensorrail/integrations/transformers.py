@@ -78,7 +78,7 @@ class ADMMCallback(TrainerCallback):
         """Create the state, or read that of the checkpoint from which training goes on."""
         if model is None:
             raise PlanError("the trainer has no model")
-        if getattr(args, "deepspeed", None):
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
             raise PlanError("DeepSpeed divides weights and gradients among processes: train toward low rank without it")
         if args.n_gpu > 1 and self.phase.metric == "activation":
             raise PlanError(

@@ -30,10 +30,12 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
         overwrite: delete the files of the run in the folder, and no others, and start again; default False.
 
     Raises:
-        RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, the run was trained with another
-            recipe or with files of another content, or the folder holds files of these names without a run.
+        RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are, the run was trained with
+            another recipe or with files of another content, or the folder holds files of these names without a run.
 
     """
+    if resume and overwrite:
+        raise RecipeError("expected resume or overwrite, got both: overwrite deletes the run that resume would continue")
     recipe_file, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
     sources, kept = Sources.of(recipe), checkpoints / "sources.json"
     if recipe_file.exists() and not checkpoints.is_dir():
