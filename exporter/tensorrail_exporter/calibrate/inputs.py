@@ -245,6 +245,8 @@ class Sampler:
 
 def _patches(data: np.ndarray, spec: LayerSpec, each: int, rng: np.random.Generator) -> np.ndarray:
     """Return `each` random patches of every image of a convolution's input, (N, I·K)."""
+    if not len(data):  # such as the detections in an image without any
+        return np.empty((0, data.shape[1] * math.prod(spec.kernel)), np.float32)
     nd = spec.spatial
     begins, ends = list(spec.pads[:nd]), list(spec.pads[nd:])
     if spec.auto_pad.startswith("SAME"):
@@ -310,6 +312,8 @@ class Statistics:
         """Add rows x (N, I·K) with their target outputs y (N, O)."""
         from scipy.linalg.blas import ssyrk
 
+        if not len(x):
+            return
         self.count += len(x)
         self._xx = ssyrk(1.0, x.T, 1.0, self._xx, lower=True, overwrite_c=True)  # one half of a symmetric matrix
         self._symmetric = False

@@ -41,7 +41,8 @@ def add_biases(resolved: ResolvedPlan, biases: Mapping[str, np.ndarray]) -> Reso
     changed = resolved.copy(folded=False)
     for name, bias in biases.items():
         add_bias(changed.layers[name], bias)
-    return replace(changed, model=export_graph(changed.graph, resolved.model))
+    # Of a copy, since nodes whose outputs nothing uses would leave the graph, but not the plan.
+    return replace(changed, model=export_graph(changed.copy(folded=False).graph, resolved.model))
 
 
 def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:

@@ -9,6 +9,7 @@ of all of these: the divergence is then how far its mean score falls.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _TINY = 1e-12
 _MANY = 256  # classes, of which those that hardly occur are taken together
 _RARE = 1e-6  # probability of a class that hardly occurs
 _SURE = 1e-6  # probabilities are taken as no nearer to 0 and 1
+_BROKEN = 100.0  # far more than outputs of use differ by, and small enough for the losses beside it to be told apart
 _TIE = 1e-3  # weight of the squared error beside cross-entropy and scores, which may be the same for different networks
 
 
@@ -71,7 +73,7 @@ class Divergence:
             self.mean_score = _MeanScore(metric, tuple(names), require_labels(metric, labels, sum(samples)), tuple(samples))
             self.dense_score = self.mean_score.of(dense)
             labels = None  # they need not be classes
-        rows = [len(part) for part in dense[0]]
+        rows = [len(part) if part.ndim else 0 for part in dense[0]]
         a_row_each = dense[0][0].ndim == 2 and rows == (rows if samples is None else list(samples))
         if a_row_each:
             require_classes(labels, dense[0][0])
@@ -102,7 +104,11 @@ class Divergence:
         return self.mean_score is not None or self.labels is not None
 
     def of(self, changed: Outputs) -> float:
-        """Return the divergence of changed outputs; 0 if they are equal."""
+        """Return the divergence of changed outputs: 0 if they are equal, 100 if NaN or infinity in them makes it unknown."""
+        divergence = self._of(changed)
+        return divergence if math.isfinite(divergence) else _BROKEN
+
+    def _of(self, changed: Outputs) -> float:
         if self.mean_score is not None:
             return max(self.dense_score - self.mean_score.of(changed), 0.0) + _TIE * self._relative(changed)
         if self.labels is not None:

@@ -463,6 +463,16 @@ def test_images_of_several_frames_a_sample_share_its_patches(rng):
     assert len(sampler.rows(weight(rng, 5 * 16, 3, 20, 20), 0)) == 240  # 40 · 5 / 80, rounded up, of each
 
 
+def test_a_batch_without_any_images_adds_nothing(rng):
+    """Such as the head of a detector on an image in which nothing was found."""
+    layer, _ = conv_layer(rng, (3, 3), (20, 20), pads=[1] * 4)
+    rows = Sampler(layer, [5]).rows(weight(rng, 0, 3, 20, 20), 0)
+    assert rows.shape == (0, 27)
+    found = Statistics(27, 4)
+    found.add(rows, np.empty((0, 4), np.float32))
+    assert found.count == 0
+
+
 def test_how_many_rows_are_wanted_and_what_is_too_wide(rng):
     layer, _ = conv_layer(rng, (3, 3), (8, 8))
     assert rows_wanted(layer.spec) == 20_000

@@ -477,3 +477,17 @@ def test_known_shrinkages_are_taken_and_not_chosen_again(network, rng):
     name = chosen.layers[0].layer
     other = fit(resolved, data, CPU, held_out=held_out, shrinkage={name: 0.9})
     assert [row.shrinkage for row in other.layers if row.layer == name] == [0.9]
+
+
+def test_a_layer_that_nothing_uses_is_no_trouble(rng):
+    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in ("used", "dead")}
+    weights["bias"] = np.zeros(8, np.float32)
+    nodes = [
+        helper.make_node("Gemm", ["x", "used", "bias"], ["y"], "used"),
+        helper.make_node("MatMul", ["x", "dead"], ["z"], "dead"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 8]})
+    plan = Plan(layers=tuple(LayerPlan(name=name, format="svd", modes=(8, 8), ranks=(4,)) for name in ("used", "dead")))
+    fitted = fit_layers(model, plan, Calibration(({"x": rng.standard_normal((64, 8)).astype(np.float32)},)))
+    assert {use.plan.name for use in fitted.resolved.copy().layers.values()} == {"used", "dead"}
+    assert {row.layer for row in fitted.layers} == {"used", "dead"}

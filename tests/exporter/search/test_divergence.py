@@ -124,6 +124,21 @@ def test_labels_of_samples_do_not_apply_to_other_rows(rows):
     assert "expected scores (samples, classes) in output 'y', got shape" in with_labels.left_out
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_have_a_large_loss(value):
+    a, b = normal(20, 5), normal(20, 5)
+    b[3, 2] = value
+    for labels in (None, np.arange(20) % 5):
+        assert Divergence(["y"], in_batches(a), labels).of(in_batches(b)) == 100
+
+
+def test_a_first_output_without_axes_is_compared():
+    outputs = [[np.float32(1.0), np.float32(2.0)], *in_batches(normal(20, 5))]
+    changed = [[np.float32(1.5), np.float32(2.0)], *in_batches(normal(20, 5))]
+    assert Divergence(["loss", "y"], outputs).of(changed) > 0
+
+
 def test_labels_that_are_no_classes_are_refused():
     with pytest.raises(GraphError, match="classes"):
         Divergence(["y"], in_batches(normal(20, 5)), np.full(20, 7))
