@@ -36,7 +36,7 @@ from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.kernels import contents_of
 from tensorrail_runtime.sessions.machine import machine
-from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session
+from tensorrail_runtime.sessions.session import PROVIDERS, open_session
 from tensorrail_runtime.tables import Part, Table
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -124,7 +124,7 @@ def check_environments(
     settings = conditions.settings
     if not pythons:
         raise UsageError("expected at least one other Python interpreter, got none")
-    if replace(settings, linger=True) != Session(provider=settings.provider, threads=settings.threads):
+    if not settings.is_plain:
         raise UsageError("in another environment, a session has a provider and a number of threads, and no other settings")
     timing = conditions.timing
     session = open_session(path, settings=settings.exact)

@@ -281,7 +281,7 @@ def record(
         conditions, rules = _as_before(Path(out), conditions, rules)
     conditions = checked(conditions)
     timing, settings = conditions.timing, conditions.settings
-    if _has_other_settings(settings):
+    if not settings.is_plain:
         raise UsageError(_SETTINGS)
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
@@ -368,10 +368,6 @@ def check(
     )
 
 
-def _has_other_settings(settings: Session) -> bool:
-    return replace(settings, linger=True) != Session(provider=settings.provider, threads=settings.threads)
-
-
 def checked(conditions: Conditions | None) -> Conditions:
     """Return the conditions with the gate's defaults where nothing is given; raises `UsageError` for too few processes."""
     conditions = conditions or Conditions(TIMING)
@@ -431,7 +427,7 @@ def _reference(
 def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRules | None) -> None:
     """Raise `ModelError` for options that are neither the defaults nor the recorded ones."""
     timing, settings = conditions.timing, conditions.settings
-    if _has_other_settings(settings):
+    if not settings.is_plain:
         raise UsageError(f"the baseline of {recorded.model}: {_SETTINGS}")
     recorded.require(
         provider=None if settings.provider == Session.provider else settings.provider,

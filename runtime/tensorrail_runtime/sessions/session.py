@@ -74,6 +74,11 @@ class Session:
         """The same options for comparing outputs: without TF32, and without a CUDA graph, which allows only one shape."""
         return replace(self, tf32=False, cuda_graph=False)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a provider and a number of threads are its only settings; `linger` does not count."""
+        return replace(self, linger=True) == Session(provider=self.provider, threads=self.threads)
+
     def check(self) -> None:
         """Raise `ModelError` for an unknown value, or an option that the provider does not have."""
         if self.provider not in PROVIDERS:

@@ -231,9 +231,8 @@ def test_refusals_come_over_http_as_json(server):
     server.check(x, server.infer(x))
 
 
-def test_requests_above_the_usual_limit_of_grpc_reach_a_replica_and_the_shadow(server):
-    x = np.random.default_rng(5).standard_normal((1500, 16, 8, 8)).astype(np.float32)
-    assert x.nbytes > 5 * 2**20
+def compared_by_the_shadow(server, x):
+    """Check the answer to a request; return the metrics before it and once the shadow has compared it."""
     before = server.metrics()
     server.check(x, server.infer(x))
     end = time.monotonic() + DEADLINE
@@ -241,6 +240,13 @@ def test_requests_above_the_usual_limit_of_grpc_reach_a_replica_and_the_shadow(s
     while (after := server.metrics())[compared] <= before[compared]:
         assert time.monotonic() < end, server.log.read_text()
         time.sleep(0.05)
+    return before, after
+
+
+def test_requests_above_the_usual_limit_of_grpc_reach_a_replica_and_the_shadow(server):
+    x = np.random.default_rng(5).standard_normal((1500, 16, 8, 8)).astype(np.float32)
+    assert x.nbytes > 5 * 2**20
+    before, after = compared_by_the_shadow(server, x)
     assert after["tensorrail_retries_total"] == before["tensorrail_retries_total"]
     assert after['tensorrail_shadow_total{outcome="failed"}'] == 0
 
@@ -259,13 +265,7 @@ def test_nothing_listens_beyond_this_machine(server):
 
 def test_the_shadows_differences_are_in_the_metrics(server):
     (x,) = samples(1, seed=7)
-    before = server.metrics()
-    server.check(x, server.infer(x))
-    end = time.monotonic() + DEADLINE
-    compared = 'tensorrail_shadow_total{outcome="compared"}'
-    while (found := server.metrics())[compared] <= before[compared]:
-        assert time.monotonic() < end, server.log.read_text()
-        time.sleep(0.05)
+    _, found = compared_by_the_shadow(server, x)
     dense = open_session(server.log.parent / "dense.onnx", threads=1).run(None, {"x": x})[0]
     wanted = np.linalg.norm(server.reference.run(None, {"x": x})[0] - dense) / np.linalg.norm(dense)
     mean = found['tensorrail_shadow_relative_l2_sum{output="y"}'] / found['tensorrail_shadow_relative_l2_count{output="y"}']
