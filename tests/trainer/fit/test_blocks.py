@@ -187,6 +187,49 @@ def test_constants_that_other_layers_read_are_not_trained(rng):
     assert sorted(trainable_names(factored, plan)) == ["b/0", "b/1"]
 
 
+@pytest.mark.parametrize("kind", ["left", "embedding"])
+def test_cores_are_trained_on_either_side_of_a_product(kind, rng):
+    """A weight that is the first input of its node: a product from the left, and the table of an embedding."""
+    weights = {"w": rng.standard_normal((24, 16)).astype(np.float32)}
+    if kind == "left":
+        node = helper.make_node("MatMul", ["w", "x"], ["y"], "w")
+        model = make_model([node], weights, {"x": ["n", 16, 3]}, {"y": ["n", 24, 3]})
+        feeds = ({"x": rng.standard_normal((32, 16, 3)).astype(np.float32)},)
+    else:
+        nodes = [helper.make_node("Cast", ["x"], ["ids"], to=7), helper.make_node("Gather", ["w", "ids"], ["y"], "w")]
+        model = make_model(nodes, weights, {"x": ["n", 5]}, {"y": ["n", 5, 16]})
+        feeds = ({"x": rng.integers(0, 24, (32, 5)).astype(np.float32)},)
+    modes = (24, 16) if kind == "left" else (16, 24)
+    plan = Plan(layers=(LayerPlan(name="w", format="svd", modes=modes, ranks=(6,)),))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    assert sorted(trainable_names(factored, plan)) == ["w/0", "w/1"]
+    fit = fit_blocks(model, factored, plan, Calibration(feeds))
+    before, after = ({t.name: numpy_helper.to_array(t) for t in one.graph.initializer} for one in (factored, fit.model))
+    assert fit.blocks[0].after < fit.blocks[0].before
+    assert not any(np.array_equal(before[name], after[name]) for name in ("w/0", "w/1"))
+
+
+def test_a_weight_of_two_blocks_is_trained_in_the_first(rng):
+    """The second block would change the outputs of the first, to which it was fitted itself."""
+    weights = {name: rng.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("w", "b")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], "one"),
+        helper.make_node("Relu", ["p"], ["q"]),
+        helper.make_node("MatMul", ["q", "b"], ["r"], "b"),
+        helper.make_node("Relu", ["r"], ["s"]),
+        helper.make_node("MatMul", ["s", "w"], ["y"], "two"),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 16]}, {"y": ["n", 16]})
+    plan = Plan(layers=tuple(LayerPlan(name=name, format="svd", modes=(16, 16), ranks=(8,)) for name in ("w", "b")))
+    factored = factorize(model, plan, decompose_graph(model, plan)).model
+    feeds = ({"x": rng.standard_normal((64, 16)).astype(np.float32)},)
+    fit = fit_blocks(model, factored, plan, Calibration(feeds))
+    assert [block.tensors for block in fit.blocks] == [2, 2]
+    dense, fitted = (OnnxModule(m)({"x": torch.from_numpy(feeds[0]["x"])}, ["q"])["q"].numpy() for m in (model, fit.model))
+    lost = np.square(fitted - dense).mean() / np.square(dense - dense.mean(0)).mean()
+    assert lost == pytest.approx(fit.blocks[0].after, rel=0.02)
+
+
 def test_selu_is_computed_with_the_nodes_own_numbers(rng):
     for numbers in ({}, {"alpha": 1.0, "gamma": 2.0}):
         model = make_model([helper.make_node("Selu", ["x"], ["y"], **numbers)], {}, {"x": ["n", 8]}, {"y": ["n", 8]})

@@ -156,7 +156,7 @@ def trainable_names(factored: onnx.ModelProto, plan: Plan) -> list[str]:
     for node in factored.graph.node:
         own = node.name.startswith(layers) or any(name.startswith(layers) for name in node.input if name in initializers)
         if own:
-            trainable += [name for name in node.input[1:] if name in initializers]
+            trainable += [name for name in node.input if name in initializers]
             layer_outputs.update(node.output)
         elif node.op_type == "BatchNormalization" and node.input[0] in layer_outputs:
             trainable += [name for name in node.input[1:3] if name in initializers]
@@ -205,18 +205,22 @@ def _spans(
     """Return the blocks: the tensors at their ends, and the names that are trained in them.
 
     A block ends as late as possible before the next one begins, at the single tensor of a cut. The last block ends at the
-    outputs of the graph, of which there may be several.
+    outputs of the graph, of which there may be several. A tensor that several blocks use is trained in the first of them: later
+    blocks are fitted to outputs that it has already given.
     """
     spans: list[tuple[list[str], list[str]]] = []
     names: list[str] = []
     pending = ""
+    earlier: set[str] = set()
     candidates = {*cuts, *(ends if len(ends) == 1 else ())}
     ending = _ending(factored)
     for node in factored.graph.node:
-        own = [name for name in node.input if name in trainable]
+        own = [name for name in node.input if name in trainable and name not in earlier]
         if own and pending:
             spans.append(([pending], list(dict.fromkeys(names))))
+            earlier.update(names)
             names, pending = [], ""
+            own = [name for name in own if name not in earlier]
         names += own
         ready = [name for name in node.output if name in candidates]
         if ready and names and (pending or not ending or node.op_type in ending):
