@@ -97,6 +97,7 @@ class CompressReport(PrintedRecord):
     latency: LatencyReport
     fusions: Fusions | None = None  # the operators that ONNX Runtime fuses in the dense model and in the one that was written
     reduced: tuple[PrecisionReport, ...] = ()  # the factored model in fp16 or int8, compared with fp32
+    not_reduced: tuple[str, ...] = ()  # precisions in which the model could not be written as well, with the reasons
     planning: PlanReport | None = None  # how the plan was chosen, if a target was given
     model: str = ""  # the file that was written
 
@@ -151,7 +152,8 @@ class CompressReport(PrintedRecord):
             parts.append(f"{refused}{self._advice()}")
         if self._over_the_limit():
             parts.append(f"NOT accurate enough: the loss is {self.loss:.3g}, expected at most {self.max_loss:g}")
-        return (*parts, *(part for report in self.reduced for part in report.shown()))
+        parts += [part for report in self.reduced for part in report.shown()]
+        return (*parts, *(f"NOT written in {reason}" for reason in self.not_reduced))
 
     def _front(self) -> Table:
         """Return the table of all models, with the columns for which something was measured."""

@@ -10,7 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import make_model
+from onnx import helper
 
+import tensorrail as tr
 from tensorrail.front import drawn
 from tensorrail_exporter import Plan
 from tensorrail_exporter.compressed import Front, Point, Ratios
@@ -75,6 +78,21 @@ def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
     assert [one["to"] for one in record["reduced"]] == ["int8"]
     assert [(one["inputs"], one["samples"]) for one in record["reduced"]] == [("set aside", record["aside"]["samples"])]
     assert (folder / "out.int8.onnx").exists()
+
+
+def test_a_precision_that_cannot_be_written_loses_no_report(rng, tmp_path, in_this_process):
+    """A weight of 2·10⁴, whose products overflow in fp16: the model in fp32 is written and reported."""
+    first, second = (2e4 * rng.standard_normal((32, 32)), rng.standard_normal((32, 32)) / 2e4)
+    weights = {"a.weight": first.astype(np.float32), "b.weight": second.astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "a.weight"], ["h"]), helper.make_node("MatMul", ["h", "b.weight"], ["y"])]
+    model = make_model(nodes, weights, {"x": ["n", 32]}, {"y": ["n", 32]})
+    plan = Plan(layers=(tr.LayerPlan(name="b.weight", format="svd", modes=(32, 32), ranks=(8,)),))
+    options = tr.Options(timing=tr.Timing(seconds=0.05), search=tr.Search(also=("fp16",)))
+    report = tr.compress(model, tmp_path / "out.onnx", plan, options=options)
+    assert report.reduced == ()
+    assert "NOT written in fp16: layer a" in str(report)
+    assert (tmp_path / "out.onnx").exists()
+    assert not (tmp_path / "out.fp16.onnx").exists()
 
 
 def test_rank_and_precision_are_one_choice(folder, inside, in_this_process):

@@ -12,6 +12,7 @@ from onnx import helper
 from typer.testing import CliRunner
 
 import tensorrail.cli
+from tensorrail_runtime.serve.http.options import ServeOptions
 
 
 @pytest.fixture
@@ -76,7 +77,8 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
             ((garbage,), "garbage.onnx: ONNX Runtime cannot load it"),
             ((tmp_path / "none.onnx",), "none.onnx: cannot be read (No such file or directory): expected an ONNX model"),
             ((small_path, "--name", "a/b"), "expected a model name of letters, digits"),
-            ((small_path, "--fraction", 0), "expected a share of shadowed requests above 0"),
+            ((small_path, "--shadow", other, "--fraction", 0), "expected a share of shadowed requests above 0"),
+            ((small_path, "--fraction", 0.5), "--fraction is the share of requests that a second model gets: give --shadow"),
             ((small_path, "--provider", "quantum"), "unknown provider 'quantum': expected one of cpu"),
             ((small_path, "--address", "ray://head:10001"), "expected `auto` or HOST:PORT of the cluster's head"),
             ((small_path, "--shadow", garbage), "garbage.onnx: ONNX Runtime cannot load it"),
@@ -91,3 +93,8 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):
             assert (code, out) == (2, ""), reason
             assert reason in err
             assert err.count("\n") == 1
+
+
+def test_a_replica_on_a_gpu_reserves_one_unless_it_is_said():
+    assert [ServeOptions("m", provider=provider).reserved_gpus for provider in ("cpu", "cuda", "tensorrt")] == [0, 1, 1]
+    assert [ServeOptions("m", provider="cuda", gpus=gpus).reserved_gpus for gpus in (0, 0.5)] == [0, 0.5]

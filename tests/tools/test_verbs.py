@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -76,6 +78,12 @@ def test_a_baseline_is_recorded_and_a_model_in_memory_is_checked(small_path, sma
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, 100.0, np.float32), "fc.bias"))
     verdict = tr.regress.check(tmp_path / "baseline.json", wrong, limits=Limits(max_slowdown=0.9), options=options)
     assert [finding.name for finding in verdict.findings if not finding.holds] == ["parity"]
+    for given, reason in (
+        (replace(options, session=tr.Session(threads=2)), "threads"),
+        (replace(options, timing=replace(options.timing, batch=3)), "batch"),
+    ):
+        with pytest.raises(tr.ModelError, match=reason):
+            tr.regress.check(tmp_path / "baseline.json", small_model, options=given)
 
 
 def test_a_plan_in_memory_is_carried_out_without_a_search(small_model, tmp_path, in_this_process):
@@ -98,6 +106,7 @@ def test_a_plan_in_memory_is_carried_out_without_a_search(small_model, tmp_path,
 
 def test_what_is_given_in_the_wrong_form_is_named(small_path, tmp_path):
     out, array = tmp_path / "out.onnx", np.zeros((2, 16, 8, 8), np.float32)
+    few = tr.Options(fit=tr.Fit(samples=8))
     for call, reason in (
         (lambda: tr.bench(str(small_path)), "models: expected a list of models"),
         (lambda: tr.compress(small_path, out, {"flops": "two"}), "target flops: expected a reduction factor .*, got 'two'"),
@@ -107,6 +116,14 @@ def test_what_is_given_in_the_wrong_form_is_named(small_path, tmp_path):
         ),
         (lambda: tr.quantize(small_path, out, "int8", calibration=array), "inputs: expected a path or arrays by input name"),
         (lambda: tr.accuracy(small_path, data=array), "data: expected a path or arrays by input name"),
+        (lambda: tr.plan(small_path, {"flops": 2}, options=few), "samples=8 is about calibration inputs and has no effect"),
+        (lambda: tr.compress(small_path, out, {"flops": 2}, options=few), "samples=8 is about calibration inputs"),
+        (lambda: tr.quantize(small_path, out, "fp16", options=few), "samples=8 is about calibration inputs"),
+        (lambda: tr.quantize(small_path, out, tr.Quantization("fp16", gauge=False)), "gauge is a choice for int8 weights"),
+        (
+            lambda: tr.inspect(small_path, fusion=True, options=tr.Options(timing=tr.Timing(batch=2))),
+            "leave out the batch size",
+        ),
         (lambda: tr.Timing(batch=0), "batch: expected 1 or more samples, got 0"),
     ):
         with pytest.raises(tr.TensorrailError, match=reason):

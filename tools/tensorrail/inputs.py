@@ -34,9 +34,10 @@ Arrays = Path | str | Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarra
 def as_calibration(
     inputs: Any,  # Any: see `Args`
     model: Path,
-    samples: int,
+    samples: int | None,
     rules: InputRules,
     *,
+    default: int,
     classes: bool = True,
 ) -> Calibration | None:
     """Return calibration inputs in batches.
@@ -44,18 +45,32 @@ def as_calibration(
     Args:
         inputs: an npz file or a folder, arrays by input name, a `Calibration`, or None.
         model: the file of the model that they are for.
-        samples: samples that are used at most.
+        samples: samples that are used at most; None: as many as `default` says, and all of a `Calibration`.
         rules: inputs that are constants or states, or whose samples are not along the first axis.
+        default: samples that are used at most where it is not said.
         classes: whether labels must be class indices; default True.
 
+    Raises:
+        ModelError: the inputs cannot be read, or do not suit the model.
+        UsageError: a number of samples without inputs.
+
     """
+    require_effect(samples, inputs)
     if inputs is None:
         return None
     from tensorrail_exporter.calibrate.inputs import Calibration, load_calibration
 
     if isinstance(inputs, Calibration):
-        return inputs
-    return load_calibration(_source(inputs, "calibration"), model, most=samples, rules=rules, classes=classes)
+        return inputs if samples is None else inputs.first(samples)
+    return load_calibration(_source(inputs, "calibration"), model, most=samples or default, rules=rules, classes=classes)
+
+
+def require_effect(samples: int | None, inputs: object) -> None:
+    """Raise `UsageError` for a number of calibration samples where there are no calibration inputs."""
+    if samples is not None and inputs is None:
+        raise UsageError(
+            f"samples={samples} is about calibration inputs and has no effect without them: give calibration inputs"
+        )
 
 
 def as_batches(

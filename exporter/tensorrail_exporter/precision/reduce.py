@@ -271,6 +271,8 @@ def _check_request(model: Path, out: Path, quantization: Quantization) -> None:
         raise GraphError(f"rounding {quantization.rounding!r} is a choice for int8 weights, got {to}: leave it out")
     if quantization.reduce_range is not None and to != "int8":
         raise GraphError(f"reduce_range is a choice for int8 weights, got {to}: leave it out, or convert to int8")
+    if not quantization.gauge and to != "int8":
+        raise GraphError(f"gauge is a choice for int8 weights, got {to}: leave it out, or convert to int8")
     if not out.parent.is_dir():
         raise GraphError(f"{out}: its folder does not exist: create it first, or choose another one")
     if out.exists() and any(file.exists() and out.samefile(file) for file in files_read(model)):

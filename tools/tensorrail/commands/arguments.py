@@ -65,7 +65,6 @@ Contrib = Annotated[
         "becomes operators of ONNX.",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Use at most this many calibration samples.")]
 Target = Annotated[
     list[str] | None,
     typer.Option(
@@ -203,7 +202,7 @@ def search_options(
         typer.Option(
             "--search-seconds",
             min=0,
-            help="Seconds of trading ranks between layers, by the whole network's loss; 0: none.",
+            help="With calibration inputs: seconds of trading ranks between layers, by the whole network's loss; 0: none.",
         ),
     ] = 20.0,
     metric: Annotated[

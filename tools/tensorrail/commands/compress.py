@@ -14,7 +14,6 @@ from tensorrail.commands.arguments import (
     Data,
     Json,
     Precision,
-    Samples,
     Target,
     input_options,
     read_targets,
@@ -37,7 +36,7 @@ def command(
     target: Target = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json in place of a target.")] = None,
     calibration: Calibration = None,
-    samples: Samples = 512,
+    samples: Annotated[int | None, typer.Option(min=1, help="Use at most this many calibration samples; default 512.")] = None,
     fit: Annotated[
         float | None,
         typer.Option(
@@ -92,8 +91,8 @@ def command(
     """Make an ONNX model faster: plan, decompose, rewrite, check and time it.
 
     Without a target, the result is the fastest model whose outputs agree on the calibration inputs. Exit code 1: the target, a
-    speed-up or the agreement was not reached; agreement is checked with four calibration inputs or more, and for outputs that
-    are not scores of classes only with --max-difference.
+    speed-up or the agreement was not reached, or a precision of --also could not be written; agreement is checked with four
+    calibration inputs or more, and for outputs that are not scores of classes only with --max-difference.
     """
     from tensorrail.front import write_front
     from tensorrail.options import Fit, Options
@@ -110,7 +109,7 @@ def command(
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
     if front is not None:
         write_front(report, front)
-    finish(report, json, report.meets and report.faster and report.accepted)
+    finish(report, json, report.meets and report.faster and report.accepted and not report.not_reduced)
 
 
 def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None, *, has_target: bool) -> None:

@@ -53,11 +53,16 @@ def serving_options(
             help="Second model that also answers a sample of the requests, for /metrics.",
         ),
     ] = None,
-    fraction: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that the shadow gets.")] = 0.01,
+    fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The share of requests that the shadow gets; default 0.01.")
+    ] = None,
 ) -> tuple[Path, ServeOptions]:
     """Return the model and how it is served."""
+    from tensorrail_runtime.errors import UsageError
     from tensorrail_runtime.serve.http.options import MIB, RequestLimits, ServeOptions
 
+    if fraction is not None and shadow is None:
+        raise UsageError("--fraction is the share of requests that a second model gets: give --shadow DENSE.onnx as well")
     return model, ServeOptions(
         name=name or model.stem,
         host=host,
@@ -69,10 +74,10 @@ def serving_options(
         threads=threads,
         provider=provider,
         cpus=cpus,
-        gpus=(0.0 if provider == "cpu" else 1.0) if gpus is None else gpus,
+        gpus=gpus,
         limits=RequestLimits(body=int(max_mib * MIB), seconds=timeout, accepted=max_requests),
         shadow=shadow,
-        fraction=fraction,
+        fraction=0.01 if fraction is None else fraction,
         grace=grace,
     )
 

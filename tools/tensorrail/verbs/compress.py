@@ -13,7 +13,7 @@ from tensorrail.contrib import dense_without_contrib
 from tensorrail.inputs import as_calibration, as_labelled, feed_of, require_writable, timed_on
 from tensorrail.models import as_file, load_to_search
 from tensorrail.options import Options
-from tensorrail_runtime.errors import GraphError, PlanError, UsageError
+from tensorrail_runtime.errors import GraphError, PlanError, TensorrailError, UsageError
 from tensorrail_runtime.measure.accuracy import Labelled
 from tensorrail_runtime.measure.parity import require_comparable
 from tensorrail_runtime.measure.timing import Conditions, Timing
@@ -86,8 +86,8 @@ def compress(
     conditions = options.conditions(Timing())
     conditions = replace(conditions, timing=replace(conditions.timing, processes=conditions.timing.processes or _PROCESSES))
     with as_file(model, any_weights=True) as path:  # they are checked once the model is loaded
-        samples = options.fit.samples or _SAMPLES
-        inputs = as_calibration(calibration, path, samples, options.inputs, classes=search.metric is None)
+        samples, classes = options.fit.samples, search.metric is None
+        inputs = as_calibration(calibration, path, samples, options.inputs, default=_SAMPLES, classes=classes)
         conditions = replace(
             conditions, timing=timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         )
@@ -151,10 +151,10 @@ def _reduced(
     """Return the report with the models in other precisions, which are written beside `out`, judged on inputs set aside."""
     from tensorrail_exporter.precision.reduce import Quantization, reduced
 
-    reports = []
+    reports, failed = [], []
     for precision in precisions:
-        reports.append(
-            reduced(
+        try:
+            converted = reduced(
                 out,
                 _reduced_path(out, precision),
                 Quantization(precision),  # type: ignore[arg-type] # checked by `_check_also`
@@ -163,8 +163,11 @@ def _reduced(
                 test=test,
                 conditions=conditions,
             )
-        )
-    return report.model_copy(update={"reduced": tuple(reports)})
+        except TensorrailError as error:  # the report of the model that was written is not lost
+            failed.append(f"{precision}: {error}")
+        else:
+            reports.append(converted)
+    return report.model_copy(update={"reduced": tuple(reports), "not_reduced": tuple(failed)})
 
 
 def _reduced_path(out: Path, precision: str) -> Path:

@@ -28,20 +28,22 @@ def inspect(
         model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         placement: run the model with ONNX Runtime's profile on, and return the provider and time of every node.
         fusion: count the operators that ONNX Runtime fuses from several nodes; not with `placement`.
-        options: `timing` for the batch size and shapes, and with `placement` or `fusion` the `session`.
+        options: `timing` for the batch size and shapes (not with `fusion`), and with `placement` or `fusion` the `session`.
 
     Returns:
         A record; `print(report)` shows the table.
 
     Raises:
         ModelError: the model cannot be read or run.
-        UsageError: both `placement` and `fusion` are asked for.
+        UsageError: both `placement` and `fusion` are asked for, or `fusion` with a batch size or shapes.
 
     """
     options = options or Options()
     timing = options.timing or Timing()
     if placement and fusion:
         raise UsageError("placement and fusion are two reports: ask for one of them")
+    if fusion and (timing.batch != Timing.batch or timing.shapes):
+        raise UsageError("operators are fused when a model is loaded: leave out the batch size and shapes")
     with as_file(model, any_weights=True) as path:
         if placement:
             return placement_of(path, settings=options.session, batch=timing.batch, shapes=timing.shapes)

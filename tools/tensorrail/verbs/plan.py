@@ -58,8 +58,8 @@ def plan(
     search.check(target or {})
     conditions = options.conditions(Timing())
     with as_file(model, any_weights=True) as path:  # they are checked once the model is loaded
-        samples = options.fit.samples or _SAMPLES
-        inputs = as_calibration(calibration, path, samples, options.inputs, classes=search.metric is None)
+        samples, classes = options.fit.samples, search.metric is None
+        inputs = as_calibration(calibration, path, samples, options.inputs, default=_SAMPLES, classes=classes)
         timing = timed_on(conditions.timing, path, conditions.settings.exact, options.inputs, inputs)
         conditions = replace(conditions, timing=timing)
         graph = load_to_search(path, timing, options.progress)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorrail.inputs import as_batches, as_labelled, require_writable, timed_on
+from tensorrail.inputs import as_batches, as_labelled, require_effect, require_writable, timed_on
 from tensorrail.models import as_file
 from tensorrail.options import Options
 from tensorrail_runtime.errors import ModelError
@@ -59,6 +59,7 @@ def quantize(
     conditions = options.conditions(Timing())
     with as_file(model) as path:
         exact = conditions.settings.exact
+        require_effect(options.fit.samples, calibration)
         batches = as_batches(calibration, path, _BATCH, exact, options.inputs, options.fit.samples)
         timing = timed_on(conditions.timing, path, exact, options.inputs, batches)
         parts = _parts(batches, path) if batches is not None and quantization.to == "int8" else None

@@ -17,8 +17,6 @@ from tensorrail_runtime.gate import history as histories
 from tensorrail_runtime.gate.environments import EnvironmentsVerdict
 from tensorrail_runtime.gate.regress import TIMING, Baseline, Limits, Verdict
 from tensorrail_runtime.measure.accuracy import Labelled
-from tensorrail_runtime.measure.timing import Conditions
-from tensorrail_runtime.sessions.session import Session
 
 
 def record(
@@ -69,23 +67,23 @@ def check(
         model: the model to check: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         limits: the slow-down to detect (default 5 %), and how far outputs and the metric may differ.
         data: labelled inputs for the accuracy.
-        options: `progress`, and `timing` as for `record`; `session`, `inputs`, batch size and shapes are for two models, a
-            baseline has its own.
+        options: `progress`, and `timing` as for `record`. A baseline has its own `session`, `inputs`, batch size and shapes:
+            leave them out, or give the recorded ones.
 
     Returns:
         The findings; `print(verdict)` shows the table, `verdict.holds` says whether all are within their limits.
 
     Raises:
-        ModelError: a file is neither a baseline nor a model, or the accuracies cannot be compared.
+        ModelError: a file is neither a baseline nor a model, the options differ from the recorded ones, or the accuracies
+            cannot be compared.
 
     """
     options = options or Options()
     conditions = options.conditions(TIMING)
-    baseline = Path(baseline)
-    if baseline.suffix != ".onnx":
-        conditions = Conditions(replace(conditions.timing, batch=1), Session(), conditions.progress)
     with as_file(model, any_weights=True) as path:
-        return regress.check(baseline, path, limits=limits, conditions=conditions, data=as_labelled(data), rules=options.inputs)
+        return regress.check(
+            Path(baseline), path, limits=limits, conditions=conditions, data=as_labelled(data), rules=options.inputs
+        )
 
 
 def check_environments(

@@ -50,7 +50,7 @@ class ServeOptions:
             process may use among the replicas.
         provider: "cpu", "cuda" or "tensorrt".
         cpus: the number of CPUs that Ray reserves for each replica.
-        gpus: the number of GPUs that Ray reserves for each replica.
+        gpus: the number of GPUs that Ray reserves for each replica; None: 1 with "cuda" or "tensorrt", else 0.
         limits: the limits of a request.
         shadow: the ONNX file of a model that runs on a sample of the requests as well.
         fraction: the share of requests that the shadow model gets.
@@ -68,15 +68,21 @@ class ServeOptions:
     threads: int = 0
     provider: str = "cpu"
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None
     limits: RequestLimits = RequestLimits()
     shadow: Path | None = None
     fraction: float = 0.01
     grace: float = 30.0
 
+    @property
+    def reserved_gpus(self) -> float:
+        """The number of GPUs that Ray reserves for each replica."""
+        return float(self.provider != "cpu") if self.gpus is None else self.gpus
+
     def check(self) -> None:
         """Raise `ModelError` for a value outside its range; the message is one line."""
         self.limits.check()
+        gpus = self.reserved_gpus
         for invalid, reason in (
             (
                 not _NAME.fullmatch(self.name),
@@ -88,8 +94,8 @@ class ServeOptions:
             (not 0 <= self.wait <= 60, f"expected a batch to wait 0 to 60 seconds, got {self.wait:g}"),
             (not 0 < self.cpus < math.inf, f"expected more than 0 CPUs per replica, got {self.cpus:g}"),
             (
-                not (self.gpus == 0 or 1e-4 <= self.gpus < 1 or (1 <= self.gpus < math.inf and self.gpus == int(self.gpus))),
-                f"expected 0 GPUs per replica, a share from 0.0001 to 1, or a whole number of them, got {self.gpus:g}",
+                not (gpus == 0 or 1e-4 <= gpus < 1 or (1 <= gpus < math.inf and gpus == int(gpus))),
+                f"expected 0 GPUs per replica, a share from 0.0001 to 1, or a whole number of them, got {gpus:g}",
             ),
             (
                 not 0 < self.fraction <= 1,

@@ -107,7 +107,7 @@ def deployed(
 
     settings = Session(provider=options.provider, threads=threads, linger=False)
     common: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.gpus},
+        "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.reserved_gpus},
         # Requests wait in the replicas, where they are batched, and not on the way to them.
         "max_ongoing_requests": max(options.limits.accepted, 2 * options.max_batch),
         "health_check_period_s": 1.0,
