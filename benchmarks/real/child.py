@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import tensorrail as tr
+from tensorrail_runtime.measure.footprint import peak_mib
 from tensorrail_runtime.records import write_text
 
 
@@ -123,7 +124,7 @@ def told(stage: str, share: float, detail: str = "") -> None:
 def main() -> None:
     path = Path(sys.argv[1])
     request = Request(**json.loads(path.read_text(encoding="utf-8")))
-    answer = carried_out(request)
+    answer = carried_out(request) | {"peak_mib": peak_mib()}
     write_text(path.with_suffix(".answer.json"), json.dumps(answer, default=np.ndarray.tolist) + "\n")
 
 

@@ -103,8 +103,7 @@ def process(request: Request, folder: Path, name: str, limit: float) -> dict[str
         limit: seconds after which the process is stopped.
 
     Returns:
-        The answer of the process, and `step`, `ended` (`done`, `crashed` or `stopped`), `seconds`, `cpu_seconds` and
-        `peak_mib`.
+        The answer of the process, and `step`, `ended` (`done`, `crashed` or `stopped`), `seconds` and `cpu_seconds`.
 
     """
     path = folder / f"{name.replace(' ', '-')}.json"
@@ -133,7 +132,6 @@ def process(request: Request, folder: Path, name: str, limit: float) -> dict[str
         "ended": ended,
         "seconds": time.monotonic() - begin,
         "cpu_seconds": used.ru_utime + used.ru_stime,
-        "peak_mib": used.ru_maxrss / 1024,
     }
 
 

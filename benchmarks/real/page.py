@@ -52,7 +52,8 @@ def summary(records: Sequence[Record]) -> list[str]:
     for record in records:
         chosen, quality = record["chosen"], record["quality"]
         if chosen is None:
-            lines.append(f"| {record['network']} | refused | – | – | – | {_share(quality, 'dense')} | – |")
+            ended = "not accepted" if record["call"]["written"] else "refused"
+            lines.append(f"| {record['network']} | {ended} | – | – | – | {_share(quality, 'dense')} | – |")
             continue
         lines.append(
             f"| {record['network']} | {chosen['rewritten']} / {chosen['eligible']} | {chosen['macs_reduction']:.2f} "
@@ -92,9 +93,10 @@ def calls(records: Sequence[Record]) -> list[str]:
     for record in records:
         call = record["call"]
         ended = "accepted" if call["good"] else "not accepted" if call["written"] else _ended(call)
-        agreement, difference = call.get("agreement"), call.get("difference")
+        agreement, difference, peak = (call.get(name) for name in ("agreement", "difference", "peak_mib"))
         lines.append(
-            f"| {record['network']} | {ended} | {call['seconds']:.0f} | {call['cpu_seconds']:.0f} | {call['peak_mib']:.0f} "
+            f"| {record['network']} | {ended} | {call['seconds']:.0f} | {call['cpu_seconds']:.0f} "
+            f"| {'–' if peak is None else f'{peak:.0f}'} "
             f"| {'–' if agreement is None else f'{100 * agreement:.1f} %'} "
             f"| {'–' if difference is None else f'{difference:.3f}'} "
             f"| {'{:.2f}× [{:.2f}, {:.2f}]'.format(*call['measured']) if 'measured' in call else '–'} |"
@@ -117,18 +119,21 @@ def said(records: Sequence[Record]) -> list[str]:
 def sentence(records: Sequence[Record]) -> str:
     """Return what was found in one or two sentences."""
     good = [record for record in records if kept(record)]
-    refused = [record for record in records if record["chosen"] is None and record["call"]["ended"] == "done"]
-    others = [record["network"] for record in records if record not in good and record not in refused]
+    refused = [record for record in records if not record["call"]["written"] and record["call"]["ended"] == "done"]
+    written = [record["network"] for record in records if record["call"]["written"] and record not in good]
+    stopped = [record["network"] for record in records if record["call"]["ended"] != "done"]
     soon = sum(record["call"]["seconds"] <= _SOON for record in refused)
     speeds = sorted(record["speed"]["factored"][1] for record in good)
     words = [f"Of {len(records)} networks, {len(good)} run faster with at least {100 * KEPT:g} % of their quality"]
     if good:
         words[0] += f" ({speeds[0]:.2f}× to {speeds[-1]:.2f}×)"
     if refused:
-        words[0] += f"; {len(refused)} are refused with the reason, {soon} of them within a minute"
+        words[0] += f"; {len(refused)} {'is' if len(refused) == 1 else 'are'} refused with the reason, {soon} within a minute"
     words[0] += "."
-    if others:
-        words.append(f"Written, but slower or below that quality: {', '.join(others)}.")
+    if written:
+        words.append(f"Written, but slower or less accurate than that: {', '.join(written)}.")
+    if stopped:
+        words.append(f"Crashed, or stopped at the time limit: {', '.join(stopped)}.")
     return " ".join(words)
 
 

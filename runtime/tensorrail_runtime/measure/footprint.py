@@ -72,7 +72,7 @@ def measure(request: dict[str, object]) -> str:
     settings = Session(**request["settings"])  # type: ignore[arg-type] # made by `asdict` above
     on_gpu = settings.on_gpu
     remember(str(request["path"]), Contents(**request["contents"]))  # type: ignore[arg-type] # likewise
-    before, gpu_before = _peak_mib(), gpu_memory_used() if on_gpu else None
+    before, gpu_before = peak_mib(), gpu_memory_used() if on_gpu else None
     start = time.perf_counter()
     session = open_session(str(request["path"]), settings=settings)
     load_ms = 1e3 * (time.perf_counter() - start)
@@ -80,7 +80,7 @@ def measure(request: dict[str, object]) -> str:
     feed = random_inputs(session, int(str(request["batch"])), shapes=request["shapes"], values=known)  # type: ignore[arg-type] # likewise
     for _ in range(_RUNS):
         run(session, feed)
-    after, gpu_after = _peak_mib(), gpu_memory_used() if on_gpu else None
+    after, gpu_after = peak_mib(), gpu_memory_used() if on_gpu else None
     measured = Footprint(
         model=Path(str(request["path"])).name,
         load_ms=load_ms,
@@ -90,7 +90,7 @@ def measure(request: dict[str, object]) -> str:
     return measured.model_dump_json()
 
 
-def _peak_mib() -> float | None:
+def peak_mib() -> float | None:
     """Return the peak memory of this process in MiB; None where the system does not report it.
 
     On Linux, getrusage also counts the memory of the parent process before exec; /proc does not.
