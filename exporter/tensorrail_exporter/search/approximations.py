@@ -226,12 +226,6 @@ def on_inputs(weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(product, np.float32)
 
 
-def lost_shares(weight: np.ndarray, options: Sequence[Option]) -> list[float]:
-    """Return the share of ‖W‖² that each option of a weight (O, I, *K) loses."""
-    approximations = Approximations(weight)
-    return [approximations.share(option) for option in options]
-
-
 def _order(split: tuple[int, ...], axes: int) -> tuple[int, ...]:
     return (*split, *(axis for axis in range(axes) if axis not in split))
 

@@ -42,7 +42,6 @@ from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.accuracy import metric_of, sample_scores
 from tensorrail_runtime.measure.agreement import Agreement, compared
 from tensorrail_runtime.progress import Progress, silent
-from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.session import Session
 from tensorrail_runtime.sessions.side_by_side import side_by_side
 
@@ -229,48 +228,6 @@ def agreement_between(dense: Outputs, outputs: Outputs, inputs: Calibration) -> 
     """Return how far the outputs of two networks, for the same inputs, agree."""
     before, after = (list(zip(*values, strict=True)) for values in (dense, outputs))
     return compared(before, after, inputs.samples)
-
-
-def losses_of(
-    model: onnx.ModelProto,
-    wanted: Mapping[DenseLayer, Sequence[Option]],
-    split: Split | None = None,
-    settings: Session | None = None,
-    *,
-    metric: str | None = None,
-    resolved: ResolvedPlan | None = None,
-    progress: Progress = silent,
-) -> Losses:
-    """Return the loss of every option of every layer.
-
-    Args:
-        model: the dense model.
-        wanted: the options of every layer.
-        split: calibration inputs; default: only the weights are used.
-        settings: settings of the ONNX Runtime sessions; default `Session()`.
-        metric: a score of each sample, as `top1` or `module:function`, whose fall is the loss; default: none.
-        resolved: a plan of these layers, in any format, in the model, where it is at hand.
-        progress: told which layer is next.
-
-    Returns:
-        The losses, in the order of the options. A layer without options has none.
-
-    Raises:
-        GraphError: no output of the model is numeric, or the labels do not fit its first output.
-        PlanError: there is a metric without labels.
-        ModelError: the metric is unknown, fails, or gives other than one finite number per sample.
-
-    """
-    if resolved is None:
-        plans = [options[0].plan(layer.name) for layer, options in wanted.items() if options]
-        resolved = resolve(model, Plan(layers=tuple(plans)))
-    settings = settings or Session()
-    approximations = approximations_of(resolved, wanted, split, settings)
-    if split is None:
-        return weight_losses(wanted, approximations, progress)
-    with scratch() as folder:
-        probe = Probe(resolved, approximations, split.chosen.first(SAMPLES), settings, Path(folder), metric)
-        return measured_losses(wanted, probe, progress)
 
 
 def weight_losses(

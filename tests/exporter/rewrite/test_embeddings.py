@@ -25,7 +25,7 @@ from tensorrail_exporter import (
 )
 from tensorrail_exporter.formats.ttm import padding, table_modes
 from tensorrail_exporter.rewrite.survey import left_out, survey
-from tensorrail_exporter.search.approximations import lost_shares
+from tensorrail_exporter.search.approximations import Approximations
 from tensorrail_exporter.search.options import options_of
 from tensorrail_exporter.search.planner import plan_network
 from tensorrail_exporter.search.targets import Search
@@ -179,7 +179,7 @@ def test_tables_are_offered_in_two_and_three_modes(rng):
     tables = [option for option in options if option.format == "ttm"]
     assert {option.modes for option in tables} == {(8, 8, 32, 19), (4, 4, 4, 5, 11, 11)}
     weight = rng.standard_normal((64, 601)).astype(np.float32)
-    for option, share in zip(tables, lost_shares(weight, tables), strict=True):
+    for option, share in zip(tables, map(Approximations(weight).share, tables), strict=True):
         assert option.merge == "none"
         assert option.params == option.plan("table").params((64, 601)) < weight.size
         real = relative(project("ttm", weight, option.modes, option.ranks), weight) ** 2

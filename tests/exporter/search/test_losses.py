@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cases import listener
 from conftest import make_model
 from onnx import TensorProto, helper
 
-from tensorrail_exporter import GraphError, PlanError
+from tensorrail_exporter import GraphError, Plan, PlanError
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import Split
+from tensorrail_exporter.rewrite.resolve import resolve
 from tensorrail_exporter.rewrite.survey import survey
-from tensorrail_exporter.search.approximations import GroupedApproximations, InputMoments, lost_shares
+from tensorrail_exporter.search.approximations import Approximations, GroupedApproximations, InputMoments
 from tensorrail_exporter.search.latency_table import LatencyTable
-from tensorrail_exporter.search.losses import losses_of, samples_for
+from tensorrail_exporter.search.losses import SAMPLES, Probe, approximations_of, measured_losses, samples_for, weight_losses
 from tensorrail_exporter.search.options import options_of
 from tensorrail_exporter.search.planner import plan_network
 from tensorrail_exporter.search.targets import Search
 from tensorrail_runtime.errors import ModelError
+from tensorrail_runtime.progress import silent
+from tensorrail_runtime.scratch import scratch
+from tensorrail_runtime.sessions.session import Session
 
 
 @pytest.fixture
@@ -45,6 +51,18 @@ def wanted(model):
     return {layer: options_of(layer, ["auto"], 8) for layer in survey(model) if layer.spec.op == "conv"}
 
 
+def losses_of(model, options, split=None, metric=None, progress=silent):
+    """The loss of every option of every layer: by the weights, or by inputs."""
+    plans = [listed[0].plan(layer.name) for layer, listed in options.items() if listed]
+    resolved = resolve(model, Plan(layers=tuple(plans)))
+    approximations = approximations_of(resolved, options, split, Session())
+    if split is None:
+        return weight_losses(options, approximations, progress)
+    with scratch() as folder:
+        probe = Probe(resolved, approximations, split.chosen.first(SAMPLES), Session(), Path(folder), metric)
+        return measured_losses(options, probe, progress)
+
+
 def whole(calibration):
     """All inputs for each purpose."""
     return Split(calibration, calibration, None)
@@ -53,7 +71,7 @@ def whole(calibration):
 def test_shares_are_exact_for_two_factors_and_a_bound_for_a_train(network):
     for layer, options in wanted(network).items():
         weight = np.random.default_rng(1).standard_normal(layer.spec.shape).astype(np.float32)
-        for option, share in zip(options, lost_shares(weight, options), strict=True):
+        for option, share in zip(options, map(Approximations(weight).share, options), strict=True):
             plan = option.plan(layer.name)
             cut = plan.reconstruct(plan.decompose(weight), weight.shape)
             real = float(np.square(weight - cut).sum() / np.square(weight).sum())
@@ -255,7 +273,7 @@ def test_the_cheapest_form_is_measured_and_not_extended_from_a_mild_one(rng):
     options = options_of(layer, ["svd"], 4)
     calibration = Calibration(tuple({"x": x[k : k + 32]} for k in range(0, 256, 32)))
     losses = losses_of(model, {layer: options}, whole(calibration)).values["w"]
-    shares = lost_shares(weight.T, options)
+    shares = list(map(Approximations(weight.T).share, options))
     assert losses[0] == max(losses)
     mild = min(range(len(options)), key=lambda k: abs(shares[k] - 0.05))
     extended = losses[mild] * shares[0] / shares[mild]
