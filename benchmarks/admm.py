@@ -10,7 +10,7 @@ set, and the test images are looked at once a run, after its last epoch); `cifar
 of the time; `lstm` and `transformer` on spoken digits, each seed with a dense network of its own, with the settings found on
 images. Every way gets the same epochs after the dense phase. Runs stand in `--work` (default `runs/admm`) and go on from their
 checkpoints; `report` reads the finished ones. `speed` times the networks of seed 0 in ONNX Runtime against the dense one, those
-of a ratio in turns.
+of a ratio in interleaved runs.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def speed(options: argparse.Namespace) -> None:
     lines = [
         f"# Speed of the networks for {TASKS[options.task].title}",
         "",
-        "`python benchmarks/admm.py speed`; in turns, in five fresh processes. Weights are those before training.",
+        "`python benchmarks/admm.py speed`; in interleaved runs, in five fresh processes. Weights are those before training.",
         f"{machine().processor}, {machine().cores} cores.",
         "",
         "| parameter reduction (×) | way | batch | MACs reduction | speed-up | 95 % |",

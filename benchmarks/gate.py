@@ -3,11 +3,11 @@
     python benchmarks/gate.py [--alarms 200] [--finds 100] [--processes 4] [--seconds 0.25] [--threads 1] [--provider cpu]
         [--python PYTHON] [-o results/gate.md]
 
-The model is a chain of 40 equal matrix products, so that 2 more are 5 % more work of the same kind. A trial is one
-`tensorrail regress check A.onnx B.onnx`: fresh processes, both models in turns. False alarms are counted on two copies of the
-same file, finds on the chain of 42. What the two more products really cost is measured by a run of its own. From the trials'
-estimates it follows what other thresholds, with the same effort, would have done. With `--python`, the first model runs under
-another interpreter (`--against-python`), in processes of its own.
+The model is a chain of 40 equal matrix products, so that 2 more are 5 % more work of the same kind. A trial is one `tensorrail
+regress check A.onnx B.onnx`: fresh processes, both models interleaved. False alarms are counted on two copies of the same file,
+finds on the chain of 42. What the two more products really cost is measured by a run of its own. From the trials' estimates it
+follows what other thresholds, with the same effort, would have done. With `--python`, the first model runs under another
+interpreter (`--against-python`), in processes of its own.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ the same steps where there is no GPU; its results are called that. Weights are r
 
 - plan: what `tensorrail plan --provider cuda` makes at the first of a few FLOPs targets that can be met, for each rank grid.
 - placement: where every node ran, read from the profile; the relative L2 difference from the dense form on the CPU.
-- latency: dense, published ranks and plans in turns, in fresh processes, inputs and outputs on the device, beside the bound
+- latency: dense, published ranks and plans interleaved, in fresh processes, inputs and outputs on the device, beside the bound
   that the card's measured bandwidth and arithmetic set (roofline.py).
 - training: seconds an epoch of ResNet-20 on CIFAR-100 (needs `--data`); then the recipes given, for as long as time is left.
 - gate: `benchmarks/gate.py --provider cuda`, shorter.
@@ -305,7 +305,7 @@ def worst(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> floa
 
 
 def latency(bench: Bench, name: str) -> None:
-    """Time all forms of a network in turns, in every mode and at every batch size."""
+    """Time all forms of a network in interleaved runs, in every mode and at every batch size."""
     for batch in bench.options.batches:
         for mode in bench.modes():
             if bench.has("latency", network=name, batch=batch, mode=mode.name):

@@ -19,7 +19,8 @@ def markdown(log: Log) -> str:
             f"# On a GPU: {device}",
             "",
             f"{found['processor']}{driver}, ONNX Runtime {found['onnxruntime']}. Random weights; all forms of a network in "
-            "turns, in fresh processes, inputs and outputs on the device. Commands, one after the other:",
+            "interleaved runs, each row in one fresh process: intervals do not include differences between processes. Inputs "
+            "and outputs are on the device. Commands, one after the other:",
             "",
             *(f"- `python benchmarks/gpu.py {arguments}`" for arguments in log["commands"]),
             *_peaks_lines(log.get("peaks")),

@@ -2,8 +2,8 @@
 
     python benchmarks/loops.py [--seconds 1.5] [-o results/loops.md]
 
-The layer's input weight, 1024 inputs, is a TT-matrix of rank 4. Both graphs run the same steps before the loop. Times in turns,
-in three fresh processes.
+The layer's input weight, 1024 inputs, is a TT-matrix of rank 4. Both graphs run the same steps before the loop, interleaved, in
+three fresh processes.
 """
 
 from __future__ import annotations

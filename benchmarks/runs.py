@@ -150,8 +150,9 @@ def main() -> None:
     text = [
         f"# {options.title}",
         "",
-        f"Each run: `tensorrail run {options.out}/RUN.yaml`; then `python benchmarks/runs.py {names}`. Accuracies are of "
-        "the last epoch; nothing was chosen on the test set. Epochs count from fresh weights.",
+        f"Each run: `tensorrail run {options.out}/RUN.yaml`; then `python benchmarks/runs.py {names} "
+        f"--title TITLE -o {options.out}`. Accuracies are of the last epoch; nothing was chosen on the test set. "
+        "Epochs count from fresh weights.",
         *(["", options.note] if options.note else []),
         "",
         "| " + " | ".join(HEAD) + " |",

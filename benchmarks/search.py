@@ -13,7 +13,7 @@ where there are any. For each network and budget, one plan is chosen in each of 
 - *searched*: a local search follows.
 
 All are fitted layer by layer and compared with the dense network on the test inputs, which nothing was chosen by or fitted to.
-At last dense and chosen networks are timed in turns. Results are written after each budget.
+At last dense and chosen networks are timed in interleaved runs. Results are written after each budget.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"--samples {options.samples} --search-seconds {options.search_seconds:g}`. "
         f"{machine().processor}, one thread, batch 1.",
         "",
-        "All figures but the losses are of inputs that nothing was fitted to or chosen by. Speed-ups are measured in turns,",
+        "All figures but the losses are of inputs that nothing was fitted to or chosen by. Speed-ups are measured interleaved,",
         "with 95 % intervals. *Losses* are those of the whole network on the inputs that plans are chosen by.",
         "",
         "| network | target | way | FLOPs reduction (×) | speed-up | loss predicted | loss verified | same class as dense "

@@ -4,7 +4,7 @@
     python benchmarks/serving.py --dense A.onnx --factored B.onnx …
 
 Both models are served at once by `tensorrail serve`, each by one replica with all of the machine's threads, and get their
-load in turns, A B B A: while one is asked the other is idle. In each block every number of clients (`--clients`) asks for
+load interleaved (A B B A): while one is asked the other is idle. In each block every number of clients (`--clients`) asks for
 `--seconds`; a client, Triton's own (`tritonclient`), sends its next request when it has the answer to the last one, binary
 tensors of one sample over a kept connection on loopback. The clients share the machine's cores with the server. p99 is of all
 a model's requests at a number of clients, and the throughput that counts is the highest at a number of clients whose p99 is
@@ -230,7 +230,7 @@ def main() -> None:
         f"Command: `{command}`. {what}. {where.processor}, {where.cores} cores, shared by server and clients (tritonclient "
         f"{version('tritonclient')}); ONNX Runtime "
         f"{where.onnxruntime}, one replica each, batches of up to {options.max_batch} that wait {options.batch_wait:g} ms; "
-        f"{options.blocks} blocks in turns, {counts[0]:,} and {counts[1]:,} requests.",
+        f"{options.blocks} interleaved blocks, {counts[0]:,} and {counts[1]:,} requests.",
         "",
         *table(names, measured),
         "",

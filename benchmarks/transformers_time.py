@@ -3,9 +3,10 @@
     python benchmarks/transformers_time.py [--only NAME …] [--batch 1 8] [--seconds 4] [--few] [-o FILE.md]
 
 Networks of the `transformers` package, and a U-Net, with random weights: times do not depend on their values. Every variant of
-a network is timed in turns with the dense one, in fresh processes: the network as exported; without the shapes of inner tensors
-in its file; attention heads of three quarters of their size; query, key and value as one layer; all products and convolutions
-at half the multiply-accumulates, with separate factors and with one joint factor for query, key and value; and in int8.
+a network is timed interleaved with the dense one, in fresh processes: the network as exported; without the shapes of inner
+tensors in its file; attention heads of three quarters of their size; query, key and value as one layer; all products and
+convolutions at half the multiply-accumulates, with separate factors and with one joint factor for query, key and value; and in
+int8.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def main() -> None:
         "",
         f"Command: `python benchmarks/transformers_time.py {_asked(options)}`. {here.processor}, one thread, ONNX "
         f"Runtime {here.onnxruntime}. Random weights; {TOKENS} tokens, images of 224 × 224 (U-Net: 128 × 128), or 3,000 frames "
-        "of sound; all variants of a network in turns, in three fresh processes; 95 % intervals.",
+        "of sound; all variants of a network in interleaved runs, in three fresh processes; 95 % intervals.",
         "",
         "| network | batch | variant | MACs reduction (×) | p50 (ms) | speed-up over dense | fused operators |",
         "|---|--:|---|--:|--:|---|---|",

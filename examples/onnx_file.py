@@ -79,7 +79,7 @@ def main() -> None:
     inputs = options.inputs if options.inputs and options.inputs.is_file() else None  # None: random inputs
     parity = tr.check(options.model, options.out, inputs=inputs, tolerance=None)
     share = parity.outputs[0].top1_agreement  # None: the outputs are no scores of classes
-    agreement = "" if share is None else f"; the best class agrees on {100 * share:.0f} %"
+    agreement = "" if share is None else f"; the top-1 agreement on {100 * share:.0f} %"
     print(f"outputs differ by {parity.worst:.3f} (relative L2){agreement}")
     timing = tr.Timing(batch=8, seconds=options.seconds)
     ratio = tr.bench([options.model, options.out], options=tr.Options(timing=timing)).ratios[0]

@@ -98,7 +98,7 @@ def test_what_is_as_good_as_dense_int8(benchmarks):
         ends = {"agreement_low": agreement, "agreement_high": agreement, "difference_low": 0.1, "difference_high": 0.1}
         chosen = {"samples": 9, "agreement": agreement, "difference": 0.1, **ends}
         record = {"name": name, "precision": "int8", "layers": layers, "size": size, "ratios": ratios, "approximation": 0.1}
-        # What was measured on inputs set aside decides nothing.
+        # What was measured on held-out inputs decides nothing.
         return precision.Point.model_validate(record | {"chosen": chosen, "aside": chosen | {"agreement": 1 - agreement}})
 
     def chosen(points):

@@ -143,7 +143,7 @@ def environment() -> dict[str, str]:
 
 
 def qualities(models: Mapping[str, Path], network: Network, data: Data) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the quality of each model on the inputs set aside, and why a model has none."""
+    """Return the quality of each model on the held-out inputs, and why a model has none."""
     found, failed = {}, {}
     run = network.run or outputs_of
     dense = run(models["dense"], data.aside)
@@ -158,7 +158,7 @@ def qualities(models: Mapping[str, Path], network: Network, data: Data) -> tuple
 
 
 def speeds(models: Mapping[str, Path], network: Network, seconds: float) -> dict[str, list[float]]:
-    """Return the milliseconds (p50) and the speed-up over dense with its 95 % interval, of all models in turns."""
+    """Return the milliseconds (p50) and the speed-up over dense with its 95 % interval, of all models in interleaved runs."""
     options = tr.Options(session=tr.Session(threads=1), timing=tr.Timing(shapes=network.shapes, seconds=seconds, processes=5))
     if network.rules:
         options = replace(options, inputs=tr.InputRules(**network.rules))

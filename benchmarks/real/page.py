@@ -28,11 +28,11 @@ def text(records: Sequence[Record], where: Machine, seconds: float) -> str:
     """
     head = (
         f"Command: `python benchmarks/real_models.py`. {where.processor}, {where.cores} cores, ONNX Runtime "
-        f"{where.onnxruntime}, CPU provider, one thread, batch 1; dense, factored and int8 models in turns, {seconds:g} s, "
-        "in five fresh processes. The networks are those that packages on PyPI carry. A model is accepted if the best class "
-        f"is the dense model's on at least {100 * MIN_AGREEMENT:g} % of the calibration inputs set aside, or, where outputs "
-        f"are no scores of classes, if they differ by at most {MAX_DIFFERENCE:g} of their standard deviation; `compress` "
-        "looks for the fastest such model. The quality is measured on other inputs, which compression never saw."
+        f"{where.onnxruntime}, CPU provider, one thread, batch 1; dense, factored and int8 models interleaved, {seconds:g} s, "
+        "in five fresh processes. The networks are those that packages on PyPI carry. A model is accepted if its top-1 "
+        f"agreement with the dense model is at least {100 * MIN_AGREEMENT:g} % on held-out calibration inputs, or, where "
+        f"outputs are no scores of classes, if they differ by at most {MAX_DIFFERENCE:g} of their standard deviation; "
+        "`compress` looks for the fastest such model. The quality is measured on other inputs, which compression never saw."
     )
     lines = ["# Networks from packages on PyPI", "", *textwrap.wrap(head, _WIDTH, break_long_words=False), ""]
     lines += ["## Result", "", *textwrap.wrap(sentence(records), _WIDTH), "", *summary(records)]
@@ -75,7 +75,7 @@ def beside_int8(records: Sequence[Record]) -> list[str]:
 
 def inputs(records: Sequence[Record]) -> list[str]:
     """Return the table of inputs and of what the quality is."""
-    lines = ["| network | package | file (MB) | MMACs | inputs | calibration / set aside | quality |", "|---" * 7 + "|"]
+    lines = ["| network | package | file (MB) | MMACs | inputs | calibration / test | quality |", "|---" * 7 + "|"]
     lines += [
         f"| {record['network']} | {record['package']} | {record['bytes'] / 1e6:.1f} | {record['macs'] / 1e6:.1f} "
         f"| {record['samples']} | {record['calibration']} / {record['aside']} | {record['metric']} |"

@@ -45,7 +45,7 @@ def write_encoder(package: Path, path: Path) -> None:
 
 
 def speakers(packages: Packages, share: float) -> Data:
-    """Spectrograms of 1.6 s: half of the voices for calibration, the others set aside, with their numbers."""
+    """Spectrograms of 1.6 s: half of the voices for calibration, the others held out, with their numbers."""
     folder = packages(PACKAGE)
     calibration = _spectrograms(folder, VOICES[0::2], count_of(192, share), seed=1)
     count = count_of(320, share)

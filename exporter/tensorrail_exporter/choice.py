@@ -1,7 +1,7 @@
-"""Chooses one of several models that were measured in turns.
+"""Chooses one of several models that were measured in interleaved runs.
 
 Models are chosen by inputs that cores were not fitted to and ranges not taken from; where there are too few to hold any out,
-the report says so. The inputs set aside decide nothing: what is measured on them is reported.
+the report says so. The held-out inputs decide nothing: what is measured on them is reported.
 """
 
 from __future__ import annotations

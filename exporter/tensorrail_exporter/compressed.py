@@ -46,15 +46,15 @@ class Point(Record):
     size: Size
     ratios: Ratios  # against the dense network in fp32
     unstable: bool = False  # its times, or the dense network's, vary so much that the lower end of the interval counts
-    approximation: float  # relative L2 error of the outputs, on inputs set aside; see the report for where there are none
+    approximation: float  # relative L2 error of the outputs, on held-out inputs; see the report for where there are none
     loss: float | None = None  # on inputs that networks are chosen by
     chosen: Agreement | None = None  # agreement on the same inputs
-    aside: Agreement | None = None  # agreement on inputs set aside
+    aside: Agreement | None = None  # agreement on held-out inputs
     score: float | None = None  # the mean score on labelled inputs that nothing is fitted to
 
 
 class Front(Record):
-    """All models that were measured in turns, with the dense one that they are compared with."""
+    """All models that were measured in interleaved runs, with the dense one that they are compared with."""
 
     version: Literal[1] = 1
     model: str  # the file that was written
@@ -73,11 +73,11 @@ class CompressReport(PrintedRecord):
     targets: dict[str, float]
     meets: bool
     predicted_latency: float | None  # the speed-up that the latency table predicted
-    # Relative L2 error of the outputs against the dense model, on inputs set aside. Where `aside` is None it says little: it is
+    # Relative L2 error of the outputs against the dense model, on held-out inputs. Where `aside` is None it says little: it is
     # of the inputs that the model was fitted to or, without calibration inputs, of random ones.
     approximation: float
-    top1_agreement: float | None  # on inputs set aside
-    aside: Agreement | None = None  # the same with intervals; None: no inputs were set aside, so the accuracy is not known
+    top1_agreement: float | None  # on held-out inputs
+    aside: Agreement | None = None  # the same with intervals; None: no inputs were held out, so the accuracy is not known
     guard: Guard = Guard()
     max_loss: float | None = None  # the limit on the loss, if there was one
     loss: float | None = None  # of the model that was written, on inputs that models are chosen by; None for a single model
@@ -86,7 +86,7 @@ class CompressReport(PrintedRecord):
     precision: Precision = "fp32"  # of the model that was written
     with_casts: bool = False  # whether the model is in fp16, which the provider computes in fp32 with casts around
     written: int = 0  # its place in `front`
-    front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in turns
+    front: tuple[Point, ...] = ()  # all models that it was chosen from, timed in interleaved runs
     numerical: float  # relative L2 error of the cores against reconstructed weights, before refining
     exact: str = ""  # changes besides low rank, such as `joint layers` or `smaller heads`; empty: none
     accuracy: Comparison | None
@@ -158,7 +158,7 @@ class CompressReport(PrintedRecord):
     def _front(self) -> Table:
         """Return the table of all models, with the columns for which something was measured."""
         known = self.front[0].aside
-        quality = "outputs differ by" if known is None or known.agreement is None else "best class agrees"
+        quality = "outputs differ by" if known is None or known.agreement is None else "top-1 agreement"
         metric = "" if self.accuracy is None else self.accuracy.reference.metric
         columns: dict[str, list[str]] = {
             "model": [f"{point.name}{' (written)' if k == self.written else ''}" for k, point in enumerate(self.front)],
@@ -173,9 +173,9 @@ class CompressReport(PrintedRecord):
         }
         told = {head: cells for head, cells in columns.items() if any(cells)}
         chosen = self.front[0].chosen
-        title = "models to choose from, timed in turns"
+        title = "models to choose from, timed in interleaved runs"
         title += "" if chosen is None else f"; loss on {chosen.samples} inputs that they are chosen by"
-        title += "" if known is None else f"; agreement on {known.samples} inputs set aside"
+        title += "" if known is None else f"; agreement on {known.samples} held-out inputs"
         return Table(title, tuple(told), list(zip(*told.values(), strict=True)))
 
     @property
@@ -190,7 +190,7 @@ class CompressReport(PrintedRecord):
         if self.aside is not None:
             unlimited = self.aside.agreement is None and self.guard.max_difference is None and self.max_loss is None
             return f"{self.aside.described()}{'; no limit was given for it' * unlimited}"
-        few, none = "there were too few calibration inputs to set some aside", "no calibration inputs were given"
+        few, none = "there were too few calibration inputs to hold some out", "no calibration inputs were given"
         why = few if self.calibrated else none
         return f"nothing is known about the accuracy of this model: {why}"
 

@@ -58,7 +58,7 @@ class Network:
 
 
 def fitted(resolved: ResolvedPlan, parts: Split | None, how: Fitting) -> Network:
-    """Return the factored network, fitted to the inputs that are not set aside.
+    """Return the factored network, fitted to the inputs that are not held out.
 
     Each further fit sees a part of them, and is kept if the network is better for it on the rest. Where there are too few to
     hold some out, there is no further fit.

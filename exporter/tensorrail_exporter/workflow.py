@@ -1,7 +1,7 @@
 """Makes a faster model from an ONNX file alone: decompose, rewrite, check, time and report.
 
 Several models may be made: of plans for several targets, in fp32, fp16 and int8, beside the dense network in the last two. They
-are measured in turns, and the best one is written.
+are measured in interleaved runs, and the best one is written.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.session import Session, open_session
 
 _EACH = 0.3  # seconds of timing for each network that is tried with other layers in fp32
-_LOOKED_AT = 64  # inputs on which overflow is looked for, and as many of those set aside: every tensor is read
+_LOOKED_AT = 64  # inputs on which overflow is looked for, and as many of those held out: every tensor is read
 
 Planned = Plan | PlanReport
 Feeds = list[Mapping[str, np.ndarray]]
@@ -394,12 +394,12 @@ class _Builder:
 
 
 def _require_on_others(require: Require, model: onnx.ModelProto, converted: onnx.ModelProto, aside: Calibration) -> None:
-    """Raise `GraphError` if a converted model does not hold on the inputs that are set aside."""
+    """Raise `GraphError` if a converted model does not hold on the inputs that are held out."""
     try:
         require(model, converted, aside.first(_LOOKED_AT).feeds)
     except GraphError as error:
         raise GraphError(
-            f"{error}. Only inputs that were set aside show it: give more calibration inputs, or name these layers in "
+            f"{error}. Only inputs that were held out show it: give more calibration inputs, or name these layers in "
             "`fp32` of the plan"
         ) from None
 
@@ -407,7 +407,7 @@ def _require_on_others(require: Require, model: onnx.ModelProto, converted: onnx
 def _measured(
     dense: Path, built: Sequence[_Built], parts: Split | None, options: Compression, feeds: Feeds
 ) -> tuple[Size, list[Point], LatencyReport]:
-    """Return the size of the dense model, the models as they were measured in turns with it, and their times."""
+    """Return the size of the dense model, the models as they were measured in interleaved runs with it, and their times."""
     timing, settings, progress = options.conditions.timing, options.conditions.settings, options.conditions.progress
     progress("comparing outputs", 0.5)
     compared = [_compared(dense, one.path, parts, feeds, settings.exact) for one in built]
@@ -441,7 +441,7 @@ def _measured(
 
 
 def _compared(dense: Path, path: Path, parts: Split | None, feeds: Feeds, settings: Session) -> tuple[float, Agreement | None]:
-    """Return how far outputs are from the dense ones at most, and how far they agree on the inputs set aside, if any are."""
+    """Return how far outputs are from the dense ones at most, and how far they agree on the held-out inputs, if any are."""
     both = run_both(dense, path, inputs=feeds, settings=settings)
     agreement = None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes)
     return parity_of(both).worst, agreement
@@ -473,7 +473,7 @@ def _saved(model: onnx.ModelProto, path: Path) -> Path:
 
 
 def _feeds(dense: Path, parts: Split | None, options: Compression) -> Feeds:
-    """Return the inputs that outputs are compared on: those set aside, else those to fit to, else random ones."""
+    """Return the inputs that outputs are compared on: those held out, else those to fit to, else random ones."""
     if parts is not None:
         return list((parts.judged or parts.fitted.first(100)).feeds)
     session, timing = open_session(dense, settings=options.conditions.settings.exact), options.conditions.timing

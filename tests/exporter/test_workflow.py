@@ -382,7 +382,7 @@ def test_too_little_agreement_is_said_and_not_accepted(network, tmp_path):
     assert unknown.accepted
     assert "nothing is known about the accuracy of this model: no calibration inputs were given" in str(unknown)
     few = run(network, tmp_path / "a.onnx", calibration=Calibration(({"x": images(1, 3)},)))
-    assert "too few calibration inputs to set some aside" in str(few)
+    assert "too few calibration inputs to hold some out" in str(few)
     assert "no calibration inputs were given" in str(few.model_copy(update={"calibrated": False}))
     with pytest.raises(UsageError, match="min_agreement: expected a share from 0 to 1, got 90"):
         run(network, tmp_path / "a.onnx", guard=Guard(min_agreement=90))
@@ -681,6 +681,6 @@ def test_a_model_that_overflows_on_inputs_set_aside_is_left_out(network, tmp_pat
     assert "overflows in fp16" in notes[0]
     assert notes[0].startswith("the dense network in fp16 is left out: layer ")
     assert "give more calibration inputs" in notes[0]
-    with pytest.raises(GraphError, match="Only inputs that were set aside show it"):
+    with pytest.raises(GraphError, match="Only inputs that were held out show it"):
         run(loud, tmp_path / "none.onnx", IN_FP16, calibration=calibration)
     assert not (tmp_path / "none.onnx").exists()

@@ -211,7 +211,10 @@ def test_regress_keeps_a_history(cli, in_this_process, small_path, tmp_path, mon
     before = kept.read_text()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     code, _, err = cli("regress", "history", kept, "-o", picture)
-    assert (code, err) == (2, "tensorrail: this command needs matplotlib: pip install 'tensorrail[history]'\n")
+    assert (code, err) == (
+        2,
+        "tensorrail: this command needs matplotlib: install the extra `history`, as in pip install '.[history]'\n",
+    )
     cases = [
         ((*record, baseline, "--history", baseline), "would be lost"),
         ((*record, tmp_path / "other.json", "--history", baseline), "not a history"),

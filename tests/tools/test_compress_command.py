@@ -76,7 +76,7 @@ def test_plan_then_compress_by_it(folder, inside, in_this_process, monkeypatch):
     assert ("NOT measured to be faster" in printed) == (code == 1)
     onnx.checker.check_model(onnx.load(folder / "out.onnx"), full_check=True)
     assert [one["to"] for one in record["reduced"]] == ["int8"]
-    assert [(one["inputs"], one["samples"]) for one in record["reduced"]] == [("set aside", record["aside"]["samples"])]
+    assert [(one["inputs"], one["samples"]) for one in record["reduced"]] == [("held out", record["aside"]["samples"])]
     assert (folder / "out.int8.onnx").exists()
 
 
@@ -150,7 +150,7 @@ def test_a_front_is_drawn_by_agreement_or_difference(agreement):
         for layers in (0, 3)
     ]
     picture = drawn(tuple(points))
-    assert ("best class agrees (%)" in picture) == (agreement is not None)
+    assert ("top-1 agreement (%)" in picture) == (agreement is not None)
     assert ("outputs differ by (%)" in picture) == (agreement is None)
     for label in ("dense, int8", "low rank, fp32", "dense, fp16", "low rank, fp16"):
         assert label in picture

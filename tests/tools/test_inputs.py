@@ -74,7 +74,7 @@ def test_rules_that_do_not_fit_end_with_one_line_and_exit_code_2(cli, path, fram
 def test_quantize_calibrates_and_times_with_them(to, cli, path, frames, tmp_path):
     code, printed, err = cli("quantize", path, "--to", to, "-o", tmp_path / "o.onnx", "--calibration", frames, *RULES, *QUICK)
     assert (code, err) == (0, "")
-    assert {"fp16": "40 given samples", "int8": "10 samples set aside"}[to] in printed
+    assert {"fp16": "40 given samples", "int8": "10 held-out samples"}[to] in printed
     assert cli("check", path, tmp_path / "o.onnx", *RULES, "--data", frames, "--tolerance", 0.1)[0] == 0
 
 
@@ -217,7 +217,7 @@ def test_feeds_of_different_lengths_stay_whole(ragged, cli, tmp_path):
     code, printed, _ = cli("check", path, tmp_path / "c.onnx", "--data", sounds, "--tolerance", 10)
     assert (code, "12 samples in 12 batches" in printed) == (0, True)
     code, printed, _ = cli("quantize", path, "--to", "int8", "-o", tmp_path / "q.onnx", "--calibration", sounds, *QUICK)
-    assert "3 samples set aside" in printed
+    assert "3 held-out samples" in printed
     assert code == 0
     code, printed, _ = cli("bench", path, *QUICK, "--data", sounds)  # 20 frames, as in the first file
     assert code == 0

@@ -52,7 +52,7 @@ def test_int8_weights_have_the_bits_that_were_asked_for(choice, largest, cli, sm
 
 
 @pytest.mark.parametrize(
-    ("to", "dtype", "judged"), [("fp16", "float16", "20 given samples"), ("int8", "int8", "5 samples set aside")]
+    ("to", "dtype", "judged"), [("fp16", "float16", "20 given samples"), ("int8", "int8", "5 held-out samples")]
 )
 def test_one_table_with_bytes_parity_accuracy_and_latency_and_one_record(to, dtype, judged, cli, small_path, data, tmp_path):
     out, record = tmp_path / "small.onnx", tmp_path / "r.json"
@@ -86,7 +86,7 @@ def test_threads_and_the_number_of_samples_can_be_given(cli, small_path, data, t
     arguments = ("quantize", small_path, "--to", "int8", "-o", tmp_path / "q.onnx", "--calibration", data, *QUICK)
     assert cli(*arguments, "--threads", 1, "--samples", 8, "--json", record)[0] == 0
     report = PrecisionReport.model_validate_json(record.read_text())
-    assert (report.samples, report.latency.threads) == (2, 1)  # a quarter is set aside
+    assert (report.samples, report.latency.threads) == (2, 1)  # a quarter is held out
 
 
 def test_inputs_set_aside_change_nothing_in_the_int8_model(small_path, rng, tmp_path):
@@ -102,7 +102,7 @@ def test_inputs_set_aside_change_nothing_in_the_int8_model(small_path, rng, tmp_
         for name, inputs in (("a", values), ("b", others))
     ]
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
-    assert [(report.inputs, report.samples) for report in reports] == [("set aside", 32)] * 2
+    assert [(report.inputs, report.samples) for report in reports] == [("held out", 32)] * 2
     assert reports[1].parity.worst > 2 * reports[0].parity.worst  # their values leave the ranges
 
 
@@ -112,7 +112,7 @@ def test_int8_of_too_few_inputs_to_set_some_aside_says_so(cli, small_path, data,
     code, printed, _ = cli(*arguments, "--samples", 3, "--json", record)
     assert code == 0
     assert "3 given samples" in " ".join(printed.split())
-    assert "int8 was fitted to these samples, since none were set aside" in " ".join(printed.split())
+    assert "int8 was fitted to these samples, since none were held out" in " ".join(printed.split())
     assert PrecisionReport.model_validate_json(record.read_text()).inputs == "given"
 
 

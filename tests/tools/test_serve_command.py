@@ -60,7 +60,7 @@ def test_without_the_extra_it_says_what_to_install(small_path, missing):
     command = [sys.executable, "-c", code, "serve", small_path, "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"tensorrail: this command needs {missing}: pip install 'tensorrail[serve]'\n"
+    assert done.stderr == f"tensorrail: this command needs {missing}: install the extra `serve`, as in pip install '.[serve]'\n"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(cli, small_path, tmp_path):

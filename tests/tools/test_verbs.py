@@ -189,7 +189,7 @@ def test_a_plan_says_on_what_inputs_it_was_judged(small_path, tmp_path, in_this_
     inputs = {"x": np.random.default_rng(0).standard_normal((8, 16, 8, 8)).astype(np.float32)}
     few = tr.plan(small_path, {"params": 1.2}, calibration={"x": inputs["x"][:3]}, options=options)
     assert (few.verified.aside, few.verified.too_few) == (None, True)
-    assert "too few inputs to set any aside" in str(few)
+    assert "too few inputs to hold any out" in str(few)
     planned = tr.plan(small_path, {"params": 1.2}, calibration=inputs, options=options)
     assert planned.verified.aside.samples == 2
     assert "before cores are fitted" in str(planned)

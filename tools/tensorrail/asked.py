@@ -154,7 +154,7 @@ def asked_of(target: Mapping[str, float] | Plan | Path | str | None, calibration
 
 
 def _walk(search: Search, targets: Mapping[str, float], calibration: object) -> tuple[Mapping[str, float], ...]:
-    """Return the targets of a whole front: times less latency, each with the other targets that were given."""
+    """Return the targets of a whole front: latencies, each with the other targets that were given."""
     if search.max_loss is not None:
         raise PlanError("a front covers all losses, so that max_loss has no effect: leave one of them out")
     if calibration is None:

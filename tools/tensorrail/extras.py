@@ -24,7 +24,9 @@ class MissingExtraError(ModuleNotFoundError):
 
     def __init__(self, what: str, error: ModuleNotFoundError) -> None:
         package, extra = missing_extra(error) or (error.name, "all")
-        super().__init__(f"{what} needs {package}: pip install 'tensorrail[{extra}]'", name=error.name)
+        super().__init__(
+            f"{what} needs {package}: install the extra `{extra}`, as in pip install '.[{extra}]'", name=error.name
+        )
 
 
 def missing_extra(error: ModuleNotFoundError) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""The front of a compression: all models that were measured in turns, as a file and as a picture."""
+"""The front of a compression: all models that were measured in interleaved runs, as a file and as a picture."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def drawn(points: tuple[Point, ...]) -> str:
             label = f"{'low rank' if low_rank else 'dense'}, {precision}"
             axes.errorbar(x, [100 * y for _, y in pairs], xerr=errors, fmt=mark, capsize=2, label=label)
         axes.set_xlabel("speed-up over the dense network in fp32 (times, 95 % interval)")
-        axes.set_ylabel("best class agrees (%)" if scores else "outputs differ by (%)")
+        axes.set_ylabel("top-1 agreement (%)" if scores else "outputs differ by (%)")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()

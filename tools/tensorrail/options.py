@@ -40,7 +40,7 @@ class Options:
     fit: Fit = field(default_factory=Fit)
     """How cores are fitted to calibration inputs."""
     guard: Guard | None = None
-    """How closely the outputs of a compressed model must agree with the dense model's, on inputs that are set aside."""
+    """How closely the outputs of a compressed model must agree with the dense model's, on inputs that are held out."""
     progress: Progress = silent
     """Told how far the work is: `progress(stage, share, detail)`."""
     inputs: InputRules = field(default_factory=InputRules)
@@ -50,8 +50,8 @@ class Options:
     int8, and fp16 where the provider computes in it: the one that meets the target with the least loss. Default: that of the
     plan, if one is given, else `fp32`."""
     front: bool = False
-    """Whether `compress` walks targets from 1.2 times less latency to what can be reached, and measures all of these models in
-    turns; default False."""
+    """Whether `compress` walks targets from a speed-up of 1.2 to what can be reached, and measures all of these models in
+    interleaved runs; default False."""
     contrib: bool = True
     """Whether `export` and `compress` may write operators of com.microsoft, which ONNX Runtime alone has. With False, fused
     attention becomes operators of ONNX, also in the dense model that `compress` compares with; default True."""

@@ -1,10 +1,10 @@
-"""Divides calibration inputs into a part to fit to, a part to choose by, and a part that is set aside.
+"""Divides calibration inputs into a part to fit to, a part to choose by, and a part that is held out.
 
 What was fitted to some inputs, or chosen by them, is better on these than on any others. Whatever a report says about accuracy
-is therefore measured on the part that is set aside.
+is therefore measured on the part that is held out.
 
 The steps of a sequence are alike, and each has the state that the step before it left. So sequences are divided as a whole or,
-where there are few, in runs of consecutive steps: a single step that is set aside would lie between two that were fitted to.
+where there are few, in runs of consecutive steps: a single step that is held out would lie between two that were fitted to.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import onnx
 from tensorrail_exporter.calibrate.inputs import BATCH, Calibration
 from tensorrail_runtime.feeds.rules import Axes
 
-_ASIDE = 4  # one sample in four is set aside
+_ASIDE = 4  # one sample in four is held out
 _CHOOSING = 3  # one in three of the others is for choosing
-_LEAST = 32  # samples to set aside, where there are twice as many
+_LEAST = 32  # samples to hold out, where there are twice as many
 _FEWEST = 4  # pieces that can be divided
 _SEQUENCES = 8  # that are divided as a whole, at least
 _RUNS = 12  # of consecutive steps, where there are fewer sequences
@@ -35,7 +35,7 @@ class Split:
     chosen: Calibration
     """Inputs that ranks are chosen by; the same as `fitted` where there are too few to divide."""
     judged: Calibration | None
-    """Inputs that nothing is fitted to or chosen by; None where there are too few to set any aside."""
+    """Inputs that nothing is fitted to or chosen by; None where there are too few to hold any out."""
 
     @property
     def holds_out(self) -> bool:
@@ -54,7 +54,7 @@ class Split:
 
     @property
     def seen(self) -> Calibration:
-        """All inputs that are not set aside: those to fit to once ranks are chosen."""
+        """All inputs that are not held out: those to fit to once ranks are chosen."""
         return joined(self.fitted, self.chosen) if self.holds_out else self.fitted
 
 
@@ -69,7 +69,7 @@ def split(calibration: Calibration, model: onnx.ModelProto | None = None, seed: 
 
     Returns:
         A quarter of the samples to judge by, at least 32 where there are 64; of the others, a third to choose by and the rest
-        to fit to. Fewer than four samples (or batches of a fixed size) are not divided: nothing is set aside.
+        to fit to. Fewer than four samples (or batches of a fixed size) are not divided: nothing is held out.
         Where samples are steps of eight or more sequences, none with more than half of the steps, these are shares of the
         sequences; of fewer, or unequal ones, they are shares of twelve runs of consecutive steps.
 

@@ -427,7 +427,7 @@ def _require_alike(before: Mapping[str, object], after: Mapping[str, object], op
     for name in before.keys() & after.keys():
         if not _alike(before[name], after[name]):
             raise GraphError(
-                f"output {name!r} is another one after onnx converted the model from opset {opset} to {_OPSET}, which int8 "
+                f"output {name!r} changed when onnx converted the model from opset {opset} to {_OPSET}, which int8 "
                 f"needs; export the model with opset {_OPSET} or later"
             )
 

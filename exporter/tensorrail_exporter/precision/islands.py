@@ -3,7 +3,7 @@
 Not every layer gains from int8: a convolution of three channels, or one between operators that stay in fp32, may take longer
 with its conversions than in fp32. What a border between both costs depends on the size of the tensor, on what ONNX Runtime
 fuses across it, and on whether the next layer is in int8 as well. So nothing is predicted here: runs of consecutive layers are
-put into fp32, halves of the network first, then quarters, and so on, and each network is timed in turns with the one before.
+put into fp32, halves of the network first, then quarters, and so on, and each network is timed interleaved with the one before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tensorrail_runtime.progress import Progress, silent
 
 _PARTS = (2, 4, 8, 16)  # of the layers, one round each
 _SECONDS = 60.0  # after which no further network is tried
-_TOGETHER = 4  # networks that are timed in turns with the one before: more would take time as the square of their number
+_TOGETHER = 4  # networks that are timed with the one before, interleaved: more would take time as the square of their number
 _WORTH = 1.02  # times faster, at least: a change for less may be one of the machine
 _STAGE = "looking for layers that are faster in fp32"
 
@@ -45,7 +45,7 @@ def fastest_islands(
         layers: the nodes that may stay in fp32, in the order of the graph.
         start: those that stay in fp32 in any case.
         convert: returns the network in int8 but for these nodes; raises `GraphError` if nothing is left in int8.
-        timer: times networks in turns.
+        timer: times networks in interleaved runs.
         progress: told how far the search is.
 
     Returns:

@@ -42,7 +42,7 @@ TOLERANCES: dict[Precision, float] = {"fp16": 1e-2, "int8": 1e-1}
 WITH_CASTS = ": this processor computes in fp32, with casts around operators; fp16 is for GPUs, or to halve the file"
 
 _RANDOM_BATCHES = (1, 7)  # batch sizes of the random inputs that are compared if none are given
-_SAMPLES = {"set aside": "samples set aside", "given": "given samples", "random": "random samples"}
+_SAMPLES = {"held out": "held-out samples", "given": "given samples", "random": "random samples"}
 
 
 class Unreduced(Record):
@@ -65,7 +65,7 @@ class PrecisionReport(PrintedRecord):
     fp32: tuple[Unreduced, ...]
     bytes_before: int  # size of the files, including external data
     bytes_after: int
-    inputs: Literal["set aside", "given", "random"]  # that outputs were compared on; int8 was fitted to given ones too
+    inputs: Literal["held out", "given", "random"]  # that outputs were compared on; int8 was fitted to given ones too
     samples: int
     parity: Parity
     accuracy: Comparison | None  # None without labelled data
@@ -112,7 +112,7 @@ class PrecisionReport(PrintedRecord):
         )
         parts: list[Part] = [Table(title, ("quantity", "fp32", self.to), rows)]
         if self.to == "int8" and self.inputs == "given":
-            parts.append("int8 was fitted to these samples, since none were set aside: on other inputs, outputs differ more")
+            parts.append("int8 was fitted to these samples, since none were held out: on other inputs, outputs differ more")
         if self.fp32:
             kept = ", ".join(f"{layer.layer} ({layer.op}{', kept' if layer.kept else ''})" for layer in self.fp32)
             parts.append(f"still fp32: {kept}")
@@ -225,7 +225,7 @@ def reduced(
             fp32=left,
             bytes_before=bytes_of(model),
             bytes_after=bytes_of(written),
-            inputs="set aside" if judged else "given" if given else "random",
+            inputs="held out" if judged else "given" if given else "random",
             samples=sum(same.batches),
             parity=same,
             accuracy=accuracy,

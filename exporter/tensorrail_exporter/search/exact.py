@@ -1,4 +1,4 @@
-"""Changes that lose nothing: layers that read the same input as one layer, and a file without the shapes of inner tensors.
+"""Exact changes: layers that read the same input as one layer, and a file without the shapes of inner tensors.
 
 ONNX Runtime fuses an Add and the LayerNormalization behind it into SkipLayerNormalization, but only where it knows the shapes
 of both; exporters write these into the file. On CPUs the fused operator can take longer than the two: a MiniLM ran 1.11 times
@@ -25,7 +25,7 @@ from tensorrail_runtime.sessions.session import open_session
 
 _SHARE = 0.25  # of the seconds for timing a network, for each variant
 _WORTH = 1.02  # times faster, at least: a change for less may be one of the machine
-_STAGE = "trying changes that lose nothing"
+_STAGE = "trying exact changes"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def fastest_exact(verification: Verification, search: Search, folder: Path, prog
     ratios = bench(paths, verification.timing_for(_SHARE * len(paths)), settings).ratios if len(paths) > 1 else ()
     place, best = max(enumerate(ratios, 1), key=lambda pair: pair[1].value, default=(0, None))
     faster = best is not None and best.low > 1.0 and best.value >= _WORTH
-    progress(_STAGE, 1.0, f"{best.value:.2f} times faster" if best is not None and faster else "none is faster")
+    progress(_STAGE, 1.0, f"{best.value:.2f}× faster" if best is not None and faster else "none is faster")
     return kept[place if faster else 0]
 
 

@@ -412,6 +412,6 @@ def _refusal(tries: _Tries, found: _Found) -> str:
     advice = "so few do not show that other inputs will keep the limit: give more, ask" if unsure else "ask"
     return (
         f"no network was found that {f'meets the target {targets} and ' if targets else ''}agrees as closely as asked for "
-        f"({asked}): with the nearest one, predicted to be {faster:.2f} times faster, {when}, on {nearest.samples} inputs, "
+        f"({asked}): with the nearest one, predicted to be {faster:.2f}× faster, {when}, on {nearest.samples} inputs, "
         f"{nearest.words()}; {advice} for less agreement, or train"
     )

@@ -13,7 +13,7 @@ class Guard(Record):
     """How closely the outputs must agree with the dense model's, on inputs that nothing was fitted to."""
 
     min_agreement: float = 0.9
-    """Smallest share of inputs with the same best class, where outputs are scores of classes; default 0.9."""
+    """Smallest top-1 agreement, which is the share of inputs with the same best class, for class scores; default 0.9."""
     max_difference: float | None = None
     """Largest difference of the outputs, as a multiple of their standard deviation (see `Agreement`); default: no limit."""
 
@@ -28,21 +28,21 @@ class Guard(Record):
         """Return why a measured agreement is not enough; empty if it is."""
         if measured.agreement is not None and measured.agreement < self.min_agreement:
             return (
-                f"NOT accurate enough: the best class is the dense model's on {100 * measured.agreement:.1f} % of the inputs "
-                f"set aside, expected at least {100 * self.min_agreement:g} %"
+                f"NOT accurate enough: top-1 agreement with the dense model is {100 * measured.agreement:.1f} % on the "
+                f"held-out inputs, expected at least {100 * self.min_agreement:g} %"
             )
         if not math.isfinite(measured.difference):
-            return "NOT accurate enough: the outputs on the inputs set aside are not finite"
+            return "NOT accurate enough: the outputs on the held-out inputs are not finite"
         if self.max_difference is not None and measured.difference > self.max_difference:
             return (
-                f"NOT accurate enough: outputs differ by {measured.difference:.2e} of their standard deviation on the inputs "
-                f"set aside, expected at most {self.max_difference:.2e}"
+                f"NOT accurate enough: outputs differ by {measured.difference:.2e} of their standard deviation on the "
+                f"held-out inputs, expected at most {self.max_difference:.2e}"
             )
         return ""
 
     def described(self, *, scores: bool) -> str:
         """Return the limits in words, for outputs that are scores of classes or not."""
-        words = [f"the best class the dense model's on {100 * self.min_agreement:g} % of the inputs"] if scores else []
+        words = [f"a top-1 agreement of at least {100 * self.min_agreement:g} %"] if scores else []
         if self.max_difference is not None:
             words.append(f"a difference of the outputs of at most {self.max_difference:g} of their standard deviation")
         return " and ".join(words)

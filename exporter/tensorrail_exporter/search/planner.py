@@ -1,6 +1,6 @@
 """Plans a whole network: chooses a form for each layer that meets the targets at the least loss of accuracy.
 
-The steps are: make changes that lose nothing where the network is faster for them, list the options on the rank grid of the
+The steps are: make exact changes where the network is faster for them, list the options on the rank grid of the
 hardware, time them, measure their losses, choose one option per layer, measure the loss of the chosen network as a whole and
 improve the choice, then build the network, time it against the dense one and profile it. Where the whole network loses more
 than its layers were charged, their losses are scaled and the choice is repeated. If it misses a target, or exceeds a latency
@@ -88,7 +88,7 @@ def plan_network(
         calibration: inputs that losses are measured on; default: none, so losses are estimated from the weights.
         conditions: batch size and shapes for times and FLOPs, how the network will run, and where progress is reported;
             default: batch 1 on the CPU provider.
-        judge: also compare the chosen network with the dense one on the inputs that are set aside; default True.
+        judge: also compare the chosen network with the dense one on the inputs that are held out; default True.
 
     Returns:
         The report of the chosen network, with the plan.
@@ -122,7 +122,7 @@ def plan_networks(
         search: how plans are searched for.
         calibration: inputs that losses are measured on.
         conditions: how the networks will run.
-        judge: whether chosen networks are compared on the inputs that are set aside.
+        judge: whether chosen networks are compared on the inputs that are held out.
 
     Returns:
         The reports, up to the first targets that cannot be met.
@@ -239,7 +239,7 @@ def _verification(
 ) -> Verification:
     """Return what times whole networks in `folder`, with the network in which layers are replaced: joint where that is faster.
 
-    `start` is that network as it is without changes that lose nothing.
+    `start` is that network as it is without exact changes.
 
     Raises:
         ModelError: the model does not run.

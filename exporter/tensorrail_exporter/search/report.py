@@ -118,7 +118,7 @@ class VerifiedLoss(Record):
     `predicted` is the sum of the losses of its layers, each measured alone. `samples` is the number of inputs that ranks were
     chosen by, on which both were measured; `chosen` is the agreement on others, which networks were compared on once cores were
     fitted, where the fastest network that agrees was looked for. `aside` compares the outputs on inputs that were not used for
-    anything else; it is None if there were too few to set any aside (`too_few`), or if the network is compared later, as in
+    anything else; it is None if there were too few to hold any out (`too_few`), or if the network is compared later, as in
     `compress`.
     """
 
@@ -143,7 +143,7 @@ class VerifiedLoss(Record):
                 f"{self.chosen.words()}"
             )
         if self.too_few:
-            lines.append("too few inputs to set any aside: the loss on other inputs is not known")
+            lines.append("too few inputs to hold any out: the loss on other inputs is not known")
         if self.aside is not None:
             lines.append(f"before cores are fitted, {self.aside.described()}")
         return lines
@@ -236,7 +236,7 @@ class PlanReport(PrintedRecord):
             count = len(self.plan.joint)
             lines.append(f"{count} group{'s' * (count > 1)} of layers that read the same input run as one layer each")
         if not self.plan.inner_shapes:
-            lines.append("the file does not state the shapes of inner tensors: it is faster so")
+            lines.append("the shapes of inner tensors are left out of the file, which makes it faster")
         lines += [f"heads keep their size: {reason}" for reason in self.heads_left]
         if any(row.whole_node and row.dense_ms for row in self.rows):
             lines.append("the rows of both weights of an LSTM or GRU show the time of the whole node, which counts once")

@@ -74,7 +74,8 @@ class Search:
     keep: tuple[str, ...] = ()
     """Name patterns (`*`, `?`) of layers that stay dense; default: none."""
     max_loss: float | None = None
-    """Limit on the sum of losses: find the fastest network within it, with or without targets; default: no limit."""
+    """Limit on the loss: with calibration inputs the measured loss of the whole network, else the sum over layers. The fastest
+    network within it is looked for, with or without targets; default: no limit."""
     guard: Guard | None = None
     """Limits on how far outputs may be from the dense network's: find the fastest network within them, on calibration inputs
     that cores were not fitted to; default: none, so the least loss is looked for."""

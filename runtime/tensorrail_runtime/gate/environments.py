@@ -1,9 +1,9 @@
 """Holds a model in this environment against the same model under another Python's ONNX Runtime.
 
 A new version of ONNX Runtime may fuse other nodes or choose other kernels, and the same file is slower for it. So one process
-of each environment opens the model, and both run it in turns, a burst of runs each; fresh processes follow as for two models.
-Two processes differ by a few per cent, whatever runs in them. So the p-value is that of Student's test over pairs of processes,
-and not over parts of them. The other environment needs onnxruntime and numpy, and nothing of this package.
+of each environment opens the model, and both run it interleaved, a burst of runs each; fresh processes follow as for two
+models. Two processes differ by a few per cent, whatever runs in them. So the p-value is that of Student's test over pairs of
+processes, and not over parts of them. The other environment needs onnxruntime and numpy, and nothing of this package.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class EnvironmentsVerdict(Verdict):
     @property
     def how(self) -> str:
         """With which times the measured ones were compared, as text."""
-        return f"in turns with other environments, here ONNX Runtime {self.here.onnxruntime}"
+        return f"in interleaved runs with other environments, here ONNX Runtime {self.here.onnxruntime}"
 
     def shown(self) -> tuple[Part, ...]:
         """Return the table of findings, what runs differently in each environment, and the reason."""
@@ -244,7 +244,7 @@ class _Side:
 
 
 def timed_in_turns(before: _Side, after: _Side, precision: float | None) -> tuple[list[list[float]], list[list[float]]]:
-    """Return the milliseconds of two sides that ran in turns, one list per process of each.
+    """Return the milliseconds of two sides that ran interleaved, one list per process of each.
 
     Args:
         before: the side that is compared with.
@@ -261,7 +261,7 @@ def timed_in_turns(before: _Side, after: _Side, precision: float | None) -> tupl
 
 
 def _one_process_each(before: _Side, after: _Side, seconds: float, *, swapped: bool) -> tuple[list[float], list[float]]:
-    """Time both sides in turns, A B B A, in one fresh process each; the one that is opened first gets the better place."""
+    """Time both sides interleaved (A B B A), in one fresh process each; the one that is opened first gets the better place."""
     sides = (after, before) if swapped else (before, after)
     with sides[0].open() as (first, _), sides[1].open() as (second, _):
         workers = (first, second)

@@ -1,16 +1,16 @@
 """The regression gate: properties that do not vary are compared with hard limits, times by a statistical test.
 
 Times are measured in several fresh processes, since they differ between processes (the place of the weights in memory is one
-reason). If the baseline's model is available, both models run in turns in every process, and only their ratio counts. Else the
-times are compared with the recorded ones, so that changes of the machine since then count as well.
+reason). If the baseline's model is available, both models run interleaved in every process, and only their ratio counts. Else
+the times are compared with the recorded ones, so that changes of the machine since then count as well.
 
-The check fails if both are true: a one-sided test says that the model is slower (on block medians if both models run in turns,
-else on the medians of processes, see `compare_times`), and the estimated slow-down is more than half of `max_slowdown`. If the
-estimate is precise enough, a true slow-down of `max_slowdown` lies well above that threshold, and a model that is not slower
-lies well below. On a busy machine, processes are therefore added, two at a time, until the standard error is a tenth of
-`max_slowdown` or four times the processes have run; if it is still larger, the verdict says so. This rule looks only at the
-spread of the ratios, never at their value, so it does not bias the result. `benchmarks/gate.py` measures how often the check of
-two models in turns is wrong.
+The check fails if both are true: a one-sided test says that the model is slower (on block medians if both models run
+interleaved, else on the medians of processes, see `compare_times`), and the estimated slow-down is more than half of
+`max_slowdown`. If the estimate is precise enough, a true slow-down of `max_slowdown` lies well above that threshold, and a
+model that is not slower lies well below. On a busy machine, processes are therefore added, two at a time, until the standard
+error is a tenth of `max_slowdown` or four times the processes have run; if it is still larger, the verdict says so. This rule
+looks only at the spread of the ratios, never at their value, so it does not bias the result. `benchmarks/gate.py` measures how
+often the check of two interleaved models is wrong.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Verdict(PrintedRecord):
         timing: the times; None for a model that fails before it is timed, since it does not run on the baseline's inputs.
         findings: one result per property.
         machine: the machine of the check.
-        recorded_on: the machine of the recorded times that the check used; None if both models ran here, in turns.
+        recorded_on: the machine of the recorded times that the check used; None if both models ran here, in interleaved runs.
         noise: what makes the times uncertain, such as a busy machine, or a GPU that does not run all nodes; empty for nothing.
 
     """
@@ -214,7 +214,7 @@ class Verdict(PrintedRecord):
 
     @property
     def interleaved(self) -> bool:
-        """Whether both models were timed here, in turns."""
+        """Whether both models were timed here, in interleaved runs."""
         return self.timing is not None and self.recorded_on is None
 
     @property

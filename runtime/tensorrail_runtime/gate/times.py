@@ -74,20 +74,20 @@ def compare_times(
 ) -> tuple[float, float, float, float]:
     """Estimate the slow-down of a model, and test whether it is slower.
 
-    If both models ran in turns in each process, the ratio of each process is one estimate, and its block medians are divided
+    If both models ran interleaved in each process, the ratio of each process is one estimate, and its block medians are divided
     by its old median, which removes what both models have in common. The times of the two runs of a cycle are then summed: a
     model runs after itself in one of them and after the other model in the next. The slow-down is the median over processes,
     which a disturbed process hardly moves. Its interval lies around it: Student's for the logarithms over processes (Welch's if
     the models ran in separate processes), wider by the ratio of the standard errors of a median and a mean.
 
-    The p-value is that of the Mann-Whitney test on block medians (Mann and Whitney 1947) if both models ran in turns in the
+    The p-value is that of the Mann-Whitney test on block medians (Mann and Whitney 1947) if both models ran interleaved in the
     same processes. Two processes differ whatever runs in them, so otherwise it is that of a test on the medians of processes:
     Student's of pairs, or Welch's (Welch 1947) if the processes ran at different times.
 
     Args:
         old: the times of the baseline's model, one list per process.
         new: the times of the checked model, one list per process.
-        paired: whether both models ran in turns, the k-th lists of both beside each other.
+        paired: whether both models ran interleaved, the k-th lists of both beside each other.
         apart: whether they did so in processes of their own; default False.
 
     Returns:

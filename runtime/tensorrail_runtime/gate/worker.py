@@ -42,7 +42,7 @@ class Model:
         own = ort.SessionOptions()
         own.log_severity_level = 4
         own.intra_op_num_threads = options["threads"]
-        own.add_session_config_entry("session.force_spinning_stop", "1")  # other sessions run in turns with this one
+        own.add_session_config_entry("session.force_spinning_stop", "1")  # other sessions run interleaved with this one
         if options["optimized"]:
             own.optimized_model_filepath = options["optimized"]
             name = f"{Path(options['optimized']).name}.data"

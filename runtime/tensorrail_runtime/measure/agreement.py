@@ -51,7 +51,7 @@ class Agreement(Record):
 
     def described(self) -> str:
         """Return one line for people."""
-        count = f"{self.samples} inputs set aside" if self.samples != 1 else "1 input set aside"
+        count = f"{self.samples} held-out inputs" if self.samples != 1 else "1 held-out input"
         return f"on {count}: {self.words()}"
 
     def words(self) -> str:
@@ -59,7 +59,7 @@ class Agreement(Record):
         words = []
         if self.agreement is not None:
             interval = f"[{100 * (self.agreement_low or 0.0):.1f}, {100 * (self.agreement_high or 0.0):.1f}]"
-            words.append(f"the best class is the dense model's on {100 * self.agreement:.1f} % {interval}")
+            words.append(f"top-1 agreement with the dense model is {100 * self.agreement:.1f} % {interval}")
         words.append(
             f"outputs differ by {self.difference:.2e} [{self.difference_low:.2e}, {self.difference_high:.2e}] of their "
             "standard deviation"

@@ -73,7 +73,7 @@ class Ratio(Record):
 
 
 class LatencyReport(PrintedRecord):
-    """The latency of one or more models, measured in turns.
+    """The latency of one or more models, measured in interleaved runs.
 
     Attributes:
         batch: the number of samples in each run of the first model.
@@ -151,7 +151,7 @@ def bench(
     labels: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> LatencyReport:
-    """Time the models in turns, A B B A, at least 20 rounds and 6 cycles of them.
+    """Time the models in interleaved runs (A B B A), at least 20 rounds and 6 cycles of them.
 
     In a cycle every model runs once after itself and once after each other, so that what a model finds in the caches is shared
     out evenly. With `timing.processes`, that many fresh processes do so, `timing.seconds` in all: the same models ran up to 1.3
@@ -201,7 +201,7 @@ def _report_of(
     *,
     placed: bool = True,
 ) -> LatencyReport:
-    """Return the report of models that ran in turns in one process.
+    """Return the report of models that ran interleaved in one process.
 
     Args:
         timed: their times.
@@ -242,7 +242,7 @@ def fresh_report(
     *,
     placed: bool = True,
 ) -> LatencyReport:
-    """Return the report of models that ran in turns in a fresh process.
+    """Return the report of models that ran interleaved in a fresh process.
 
     Args:
         paths: files of the models; the first one is the reference.
@@ -299,7 +299,7 @@ def ratio(reference: Latency, other: Latency, cycle: int = 1) -> Ratio:
 
     Args:
         reference: the times of the reference model.
-        other: the times of the other model, measured in turns with the reference.
+        other: the times of the other model, measured in interleaved runs with the reference.
         cycle: the number of runs of each model in a cycle.
 
     """

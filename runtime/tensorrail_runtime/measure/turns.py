@@ -1,4 +1,4 @@
-"""Runs models in turns and takes their times, in this process or in a fresh one.
+"""Runs models interleaved and takes their times, in this process or in a fresh one.
 
 Fresh processes import this module and what it needs, and nothing else: NumPy and ONNX Runtime, but neither onnx nor pydantic. A
 process thus starts in half the time.
@@ -40,7 +40,7 @@ PRECISE = 0.005  # half the 95 % interval of a ratio of times; the times of laye
 
 @dataclass(frozen=True)
 class Turns:
-    """The times of models that ran in turns, in the order of the models."""
+    """The times of models that ran interleaved, in the order of the models."""
 
     times: list[list[float]]
     """Milliseconds of every run of each model."""
@@ -64,7 +64,7 @@ class Turns:
 def time_models(
     paths: Sequence[Path | str], settings: Session, timing: Timing, on_round: Callable[[float], None] = lambda _: None
 ) -> Turns:
-    """Run models in turns in this process: at least 20 rounds and 6 cycles, see `cycle_of`.
+    """Run models interleaved in this process: at least 20 rounds and 6 cycles, see `cycle_of`.
 
     Args:
         paths: files of the models.
@@ -131,7 +131,7 @@ def fresh_bursts(
 
 
 def answer_turns(request: dict[str, Any]) -> str:  # Any: JSON, made by `time_in_fresh_process`
-    """Time the models of a request in turns, and return the times as JSON; a fresh process calls it."""
+    """Time the models of a request in interleaved runs, and return the times as JSON; a fresh process calls it."""
     timing = Timing(**(request["timing"] | {"values": load_values(request.get("values"))}))
     return json.dumps(asdict(time_models(request["paths"], _settings(request), timing)))
 
@@ -165,7 +165,7 @@ def answer_bursts(request: dict[str, Any]) -> str:  # Any: JSON, made by `fresh_
 
 
 def are_precise(rounds: Sequence[Sequence[float]], precision: float = PRECISE, of_all: float = 0.0) -> np.ndarray:
-    """Return which models' times in turns are enough to compare them.
+    """Return which models' interleaved times are enough to compare them.
 
     Args:
         rounds: the milliseconds of all models in each round; NaN from the round on in which a model ran no more.
@@ -250,7 +250,7 @@ def runner(path: Path | str, settings: Session, timing: Timing | None = None) ->
 def turns(
     runners: Sequence[Callable[[], object]], seconds: float, least: int, on_round: Callable[[float], None] = lambda _: None
 ) -> list[list[float]]:
-    """Run all models in turns for about `seconds`, each at least `least` times, and return one list of milliseconds each.
+    """Run all models interleaved for about `seconds`, each at least `least` times, and return one list of milliseconds each.
 
     Only whole cycles run, in which each of n models runs n times: see `cycle_of`.
     """

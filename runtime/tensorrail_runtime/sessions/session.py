@@ -49,8 +49,8 @@ class Session:
         conv_search: how the CUDA provider chooses cuDNN's algorithm for a convolution: "exhaustive" tries all (ONNX Runtime's
             default), "heuristic" asks cuDNN, "default" takes a fixed one.
         arena: whether the CPU's memory arena is used.
-        linger: whether threads keep waiting for work after a run. Turn it off where several sessions run in turns: the waiting
-            threads of one session would take cores from the next.
+        linger: whether threads keep waiting for work after a run. Turn it off where runs of several sessions are interleaved:
+            the waiting threads of one session would take cores from the next.
 
     """
 

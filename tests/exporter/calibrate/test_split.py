@@ -103,7 +103,7 @@ def test_steps_of_a_sequence_are_in_one_part(lengths, counts):
 
 @pytest.mark.parametrize("lengths", [(120,), (40, 80), (5,) * 7 + (85,)])
 def test_few_or_unequal_sequences_are_divided_in_runs_of_steps(lengths):
-    """Of twelve runs of ten steps three are set aside; a single step would lie between two that are fitted to."""
+    """Of twelve runs of ten steps three are held out; a single step would lie between two that are fitted to."""
     parts = split(along(*lengths))
     runs = [{k // 10 for k in numbers(part)} for part in (parts.judged, parts.chosen, parts.fitted)]
     assert [len(own) for own in runs] == [3, 3, 6]

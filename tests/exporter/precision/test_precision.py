@@ -713,14 +713,14 @@ def test_reduced_is_judged_on_inputs_that_int8_was_not_fitted_to(small_path, rng
     feeds, others = feeds_of(rng, batches=(8, 8)), feeds_of(rng, batches=(5,), scale=2.0)
     out, record = tmp_path / "small.onnx", Quantization("int8", reduce_range=True)
     report = reduced(small_path, out, record, calibration=feeds, judged=others, conditions=QUICK)
-    assert (report.inputs, report.samples) == ("set aside", 5)
+    assert (report.inputs, report.samples) == ("held out", 5)
     assert report.parity.outputs == parity(small_path, out, inputs=others, tolerance=TOLERANCES["int8"]).outputs
-    assert "5 samples set aside" in " ".join(str(report).split())
+    assert "5 held-out samples" in " ".join(str(report).split())
     alone = reduced(small_path, tmp_path / "alone.onnx", record, calibration=feeds, conditions=QUICK)
     assert (alone.inputs, alone.samples) == ("given", 16)
     assert (tmp_path / "alone.onnx").read_bytes() == out.read_bytes()  # the others changed nothing in it
     assert alone.parity.worst < report.parity.worst
-    told = "int8 was fitted to these samples, since none were set aside"
+    told = "int8 was fitted to these samples, since none were held out"
     assert (told in " ".join(str(alone).split()), told in " ".join(str(report).split())) == (True, False)
 
 
@@ -732,7 +732,7 @@ def test_reduced_looks_for_overflow_on_all_inputs(loud, rng, tmp_path):
         reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", Quantization("fp16"), conditions=QUICK, **inputs)
     inputs[loud] = feeds_of(rng, (8,))
     report = reduced(tmp_path / "m.onnx", tmp_path / "o.onnx", Quantization("fp16"), conditions=QUICK, **inputs)
-    assert (report.inputs, report.holds) == ("set aside", True)
+    assert (report.inputs, report.holds) == ("held out", True)
 
 
 def test_reduced_writes_nothing_when_it_fails(small_path, rng, tmp_path):

@@ -1,4 +1,4 @@
-"""Changes that lose nothing are made where the network is measured to be faster for them, and nowhere else."""
+"""Exact changes are made where the network is measured to be faster for them, and nowhere else."""
 
 from types import SimpleNamespace
 

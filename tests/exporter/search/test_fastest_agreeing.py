@@ -80,7 +80,7 @@ def test_the_same_by_the_difference_of_the_outputs(gain, looked_for):
 
 
 def test_where_none_agrees_the_nearest_one_is_named(looked_for):
-    with pytest.raises(TargetError, match=r"the nearest one, predicted to be 1.05 times faster, with fitted cores, .* 80.0 %"):
+    with pytest.raises(TargetError, match=r"the nearest one, predicted to be 1.05× faster, with fitted cores, .* 80.0 %"):
         looked_for(Guard(min_agreement=0.9), lambda k: agreement(max(0.0, 0.81 - 0.01 * k), 0.02 * k))
 
 

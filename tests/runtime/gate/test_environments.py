@@ -1,4 +1,4 @@
-"""A model here against the same model under another interpreter: times in turns, outputs, and what runs differently."""
+"""A model here against the same model under another interpreter: times interleaved, outputs, and what runs differently."""
 
 import shlex
 import subprocess
@@ -55,7 +55,7 @@ def test_the_same_environment_runs_the_same(model):
     ]
     assert verdict.findings[1].measured == "y: differs by 0.0e+00"
     assert EnvironmentsVerdict.model_validate_json(verdict.model_dump_json()) == verdict
-    assert "in turns with other environments" in str(verdict)
+    assert "in interleaved runs with other environments" in str(verdict)
 
 
 def test_another_model_there_has_other_operators_and_outputs(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Agreement with the dense model on inputs set aside, with its intervals."""
+"""Agreement with the dense model on held-out inputs, with its intervals."""
 
 import numpy as np
 import onnx

@@ -56,7 +56,7 @@ def command(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Time models in turns, A B B A, and print the speed-up over the first with a 95 % interval."""
+    """Time models in interleaved runs (A B B A) and print the speed-up over the first with a 95 % interval."""
     from dataclasses import replace
 
     from tensorrail.options import Options

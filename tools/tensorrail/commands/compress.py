@@ -60,14 +60,14 @@ def command(
     min_agreement: Annotated[
         float,
         typer.Option(
-            help="Smallest share of the inputs set aside on which the best class must be the dense model's; 0: no limit.  "
+            help="Smallest top-1 agreement with the dense model on the held-out inputs; 0: no limit.  "
             "Without --target, the fastest model within it is looked for."
         ),
     ] = 0.9,
     max_difference: Annotated[
         float | None,
         typer.Option(
-            help="Largest difference of the outputs on the inputs set aside, as a multiple of their standard deviation; "
+            help="Largest difference of the outputs on the held-out inputs, as a multiple of their standard deviation; "
             "default: no limit."
         ),
     ] = None,
@@ -77,7 +77,7 @@ def command(
         typer.Option(
             "--front",
             metavar="FRONT.json",
-            help="Walk targets from 1.2 times less latency to what can be reached, measure all of these models in turns, and "
+            help="Walk targets from a speed-up of 1.2 to what can be reached, measure all of these models interleaved, and "
             "write them here, with a picture FRONT.svg.",
         ),
     ] = None,

@@ -29,7 +29,9 @@ def command(
         typer.Argument(metavar="MODEL.onnx | module:factory", help="A dense graph, or a function that returns a torch module."),
     ],
     target: Target = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where plan.json is written.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the plan is written; default: it is only printed.")
+    ] = None,
     calibration: Calibration = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Use at most this many calibration samples; default 128.")] = None,
     precision: Precision = None,

@@ -56,7 +56,7 @@ _ENTRY = {
 class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
     """Factors the layers of an ONNX model, with ranks chosen by measured time and verified loss; see `tensorrail.compress`.
 
-    `latency`, `flops`, `params` and `bytes` are the wanted reduction factors: `latency=1.5` asks for 1.5 times less latency.
+    `latency`, `flops`, `params` and `bytes` are the wanted reduction factors: `latency=1.5` asks for a latency 1.5× lower.
     With a search strategy, `latency` is tried at 1.2, 1.5 and 2 unless the workflow names values. Without any, the model is the
     fastest one whose outputs agree with the dense model's, which needs a `data_config`. Where the target is not reached, or
     outputs do not agree, the pass fails: a search leaves this point out. The report of the compression is written beside the
@@ -67,12 +67,12 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
         del accelerator_spec  # the parameters are the same for all of them
         numbers = {
-            "latency": "Wanted speed-up: 1.5 asks for 1.5 times less latency.",
+            "latency": "Wanted speed-up, such as 1.5.",
             "flops": "Wanted reduction of FLOPs, such as 2.",
             "params": "Wanted reduction of parameters, such as 2.",
             "bytes": "Wanted reduction of the stored bytes, such as 2.",
             "max_difference": "Largest difference of the outputs, as a multiple of their standard deviation.",
-            "min_agreement": "Smallest share of inputs whose best class is the dense model's.",
+            "min_agreement": "Smallest top-1 agreement with the dense model, a share of the inputs.",
             "fit": "Seconds for fitting cores in torch; default: 120 where torch is installed, else 0.",
             "seconds": "Seconds for timing layers that are not in the latency table yet; default: 60.",
             "search_seconds": "Seconds for trading ranks between layers, by the whole network's loss; default: 20.",
@@ -85,7 +85,7 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
             "data_config": PassConfigParam(
                 type_=DataConfig | dict,
                 default_value=None,
-                description="Inputs: cores are fitted to most of them, and the model is judged on those that are set aside.",
+                description="Inputs: cores are fitted to most of them, and the model is judged on those that are held out.",
             ),
             "samples": PassConfigParam(
                 type_=int, default_value=512, description="Samples of data_config that are used at most."
@@ -96,7 +96,9 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
                 description="fp32, fp16, int8, or auto: the one of these that loses least, fp16 only where it is computed in.",
             ),
             "format": PassConfigParam(
-                type_=list[str], default_value=None, description="Formats of the cores, such as svd; default: all."
+                type_=list[str],
+                default_value=None,
+                description="Formats of the cores, such as svd; default: auto, which is tt and svd.",
             ),
             "threads": PassConfigParam(
                 type_=int, default_value=0, description="Threads that the model is timed with; 0: those of ONNX Runtime."

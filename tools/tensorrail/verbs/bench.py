@@ -26,7 +26,7 @@ def bench(
     labels: Sequence[str] | None = None,
     options: Options | None = None,
 ) -> LatencyReport:
-    """Time models in turns, A B B A, and return the speed-up over the first with a 95 % interval.
+    """Time models in interleaved runs (A B B A) and return the speed-up over the first with a 95 % interval.
 
     Args:
         models: paths, `onnx.ModelProto`s, or (torch module, example inputs); the first one is the reference.

@@ -48,10 +48,10 @@ def compress(
     Args:
         model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
         out: the file to write.
-        target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; or a plan, or the
+        target: reduction factors of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; or a plan, or the
             file of one. Default, with calibration inputs: the fastest model whose outputs agree as `options.guard` asks for, at
-            least 1.05 times faster; with `options.search.max_loss`, the fastest within that loss.
-        calibration: inputs: an npz file, a folder, or arrays. Cores are fitted to most of them; a quarter is set aside, and the
+            least 1.05× faster; with `options.search.max_loss`, the fastest within that loss.
+        calibration: inputs: an npz file, a folder, or arrays. Cores are fitted to most of them; a quarter is held out, and the
             agreement with the dense model is measured on these. Labels are needed for `options.search.metric` alone.
         data: labelled inputs for the accuracy, which nothing is fitted to: an npz file or arrays, with `labels`; scored by
             `options.search.metric`, or else by the best class.
@@ -148,7 +148,7 @@ def _reduced(
     test: Labelled | None,
     conditions: Conditions,
 ) -> CompressReport:
-    """Return the report with the models in other precisions, which are written beside `out`, judged on inputs set aside."""
+    """Return the report with the models in other precisions, which are written beside `out`, judged on held-out inputs."""
     from tensorrail_exporter.precision.reduce import Quantization, reduced
 
     reports, failed = [], []

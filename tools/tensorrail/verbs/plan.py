@@ -31,7 +31,7 @@ def plan(
 
     Args:
         model: the dense model: a path, an `onnx.ModelProto`, or (torch module, example inputs).
-        target: how many times less of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; may be left out
+        target: reduction factors of `latency`, `flops`, `params` or `bytes`, such as `{"latency": 2.0}`; may be left out
             where `options.search` has a `max_loss` or a `guard`.
         calibration: inputs that losses are measured on: an npz file, a folder, or arrays by input name. Labels, an array
             `labels`, are needed for `options.search.metric` alone.

@@ -36,7 +36,7 @@ def quantize(
         out: the file to write.
         to: `fp16`, `int8`, or a `Quantization` that says more.
         calibration: typical inputs, on which outputs are compared. int8 needs them for the ranges of activations, and is
-            compared on a quarter that is set aside (fewer than four samples are not divided, and the report says so).
+            compared on a quarter that is held out (fewer than four samples are not divided, and the report says so).
         data: labelled inputs for the accuracy: an npz file or arrays, with `labels`.
         options: `session`, `timing`, `inputs`, `progress`, and `fit.samples` for the most calibration samples (default: all).
 
@@ -76,7 +76,7 @@ def quantize(
 
 
 def _parts(batches: Batches, model: Path) -> Split:
-    """Return inputs in parts, of which int8 is fitted to those that are not set aside."""
+    """Return inputs in parts, of which int8 is fitted to those that are not held out."""
     import onnx
 
     from tensorrail_exporter.calibrate.inputs import Calibration

@@ -224,7 +224,7 @@ def _av() -> Any:
         return import_module("av")
     except ImportError:
         raise DataError(
-            "reading video files needs PyAV; install it with pip install 'tensorrail[video]', or give folders of frames"
+            "reading video files needs PyAV: install the extra `video`, as in pip install '.[video]', or give folders of frames"
         ) from None
 
 

@@ -7,7 +7,7 @@ the first two stages stay dense, too.
 
 The tables hold the ranks as published. They are clamped where they are used, which matters in ResNet-50's table with three
 modes: on the two sides of the single tap of a 1×1 convolution (K² = 1) the ranks 40 and 85 can both be at most 40. The network
-has 2.50 times fewer weights as published and 2.98 times fewer as clamped, for the same function. ResNet-32's first stage with
+has 2.50× fewer weights as published and 2.98× fewer as clamped, for the same function. ResNet-32's first stage with
 ranks (16, 16) is larger than dense, 2,816 parameters per layer instead of 2,304; it is kept as published.
 """
 

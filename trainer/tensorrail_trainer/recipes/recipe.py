@@ -80,7 +80,7 @@ class PlanRule(Part):
     """A rule of the plan: layers by a pattern of names, and the format, modes and ranks to factor them with.
 
     The ranks are given by `ranks`, or chosen from the trained weights: `params: 2.3` chooses those that make the whole network
-    2.3 times smaller with the least truncation error, over all layers of the pattern at once. The error is that of the weights
+    2.3× smaller with the least truncation error, over all layers of the pattern at once. The error is that of the weights
     (`metric: weight`), or that of the layers' outputs on training samples (`activation`, which needs formats with one input
     mode). Default: `activation` for trained weights if it can be measured for every layer of the pattern, else `weight`.
     With `format: auto` (default) each layer gets `tt` or a split of `svd`, whichever loses less; with `ranks` or `modes` it is

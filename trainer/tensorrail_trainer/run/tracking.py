@@ -29,7 +29,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise RecipeError(f"track: unknown tracker {name!r}: expected {' or '.join(TRACKERS)}")
         if name not in available:
-            raise RecipeError(f"track: {name} is not installed: pip install 'tensorrail[{name}]'")
+            raise RecipeError(f"track: {name} is not installed: install the extra `{name}`, as in pip install '.[{name}]'")
 
 
 class Tracking:
