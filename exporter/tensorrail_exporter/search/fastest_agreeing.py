@@ -30,6 +30,13 @@ from tensorrail_runtime.measure.accuracy import wilson
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.progress import Progress
 
+_REDUCED = {
+    "latency": "is {:g}× faster",
+    "flops": "has {:g}× fewer FLOPs",
+    "params": "has {:g}× fewer parameters",
+    "bytes": "is {:g}× smaller",
+}
+"""What a network that meets a target is or has, in words."""
 _STEPS = 10  # limits that are tried in a round
 _ROUNDS = 4  # networks that are fitted at most
 _STEP = 2.0  # factor by which expectations change at most from round to round
@@ -401,7 +408,7 @@ def _limit(guard: Guard, samples: int) -> float:
 
 def _refusal(tries: _Tries, found: _Found) -> str:
     """Return why no network agrees: which one came nearest once it was fitted, or else this one before."""
-    targets = ", ".join(f"{name}={value:g}" for name, value in tries.start.targets.items())
+    reductions = "".join(f"{_REDUCED[name].format(value)} and " for name, value in tries.start.targets.items())
     picks, nearest, when = found.picks, found.agreement, "before cores are fitted"
     if tries.fitted:
         picks, nearest = min(tries.fitted.items(), key=lambda pair: (1 - (pair[1].agreement or 0.0), pair[1].difference))
@@ -411,7 +418,7 @@ def _refusal(tries: _Tries, found: _Found) -> str:
     unsure = tries.fitted and not tries.guard.refusal(nearest)
     advice = "so few do not show that other inputs will keep the limit: give more, ask" if unsure else "ask"
     return (
-        f"no network was found that {f'meets the target {targets} and ' if targets else ''}agrees as closely as asked for "
-        f"({asked}): with the nearest one, predicted to be {faster:.2f}× faster, {when}, on {nearest.samples} inputs, "
+        f"no network was found that {reductions}agrees as closely as asked for ({asked}): with the nearest one, predicted "
+        f"to be {faster:.2f}× faster, {when}, on {nearest.samples} inputs, "
         f"{nearest.words()}; {advice} for less agreement, or train"
     )

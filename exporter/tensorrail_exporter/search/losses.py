@@ -378,7 +378,7 @@ def check_outputs(
         same = compared([outputs], [outputs], [calibration.samples[0]])
         if same.agreement is None:
             raise PlanError(
-                f"output {names[0]!r} holds no scores of classes in rows of samples, of which the best can be the same: give "
+                f"output {names[0]!r} holds no class scores in rows of samples, so that there is no top-1 agreement: give "
                 "max_difference, the largest difference of the outputs in standard deviations, such as 0.05, or a target"
             )
     if metric is not None and calibration.labels is not None:

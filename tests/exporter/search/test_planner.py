@@ -367,7 +367,7 @@ def test_where_no_fast_network_agrees_that_is_said(network, known_times, tmp_pat
 def test_an_agreement_that_cannot_be_measured_is_refused_at_once(network, tmp_path, rng):
     with pytest.raises(PlanError, match="is measured on calibration inputs, got none"):
         plan_network(network, {}, Search(guard=Guard()))
-    with pytest.raises(PlanError, match=r"output 'out' holds no scores of classes.* give max_difference"):
+    with pytest.raises(PlanError, match=r"output 'out' holds no class scores.* give max_difference"):
         plan_network(network, {}, Search(guard=Guard()), calibration=inputs(rng))
     with pytest.raises(PlanError, match="too few calibration inputs to fit cores to some and to compare"):
         plan_network(network, {}, Search(guard=Guard(max_difference=0.1)), calibration=inputs(rng, 3))

@@ -14,8 +14,8 @@ from tensorrail.terminal import finish, progress_bar
 
 @grouped
 def command(
-    reference: Annotated[Path, typer.Argument(metavar="A.onnx")],
-    candidate: Annotated[Path | None, typer.Argument(metavar="B.onnx")] = None,
+    reference: Annotated[Path, typer.Argument(metavar="A.onnx", help="The model to score; of two, the reference.")],
+    candidate: Annotated[Path | None, typer.Argument(metavar="B.onnx", help="A model to compare with it.")] = None,
     *,
     data: Annotated[Path, typer.Option(metavar="X.npz|FOLDER", help="Arrays by input name, and `labels`.")],
     metric: Metric = None,

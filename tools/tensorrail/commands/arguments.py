@@ -43,7 +43,16 @@ Shape = Annotated[
 Duration = Annotated[float, typer.Option(min=0.1, help="Seconds of measuring latency, all models together.")]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="X.npz|FOLDER", help="Arrays by input name, and `labels` where a metric needs them."),
+    typer.Option(
+        "--data",
+        metavar="X.npz|FOLDER",
+        help="Labelled test inputs: arrays by input name, and `labels`. The accuracy is measured on them; nothing is fitted to "
+        "them.",
+    ),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="X.npz|FOLDER", help="Typical inputs: arrays by input name; default: random ones."),
 ]
 Metric = Annotated[
     str | None,

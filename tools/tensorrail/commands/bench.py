@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Batch, Data, Duration, Json, Shape, input_options, session_options
+from tensorrail.commands.arguments import Batch, Duration, Inputs, Json, Shape, input_options, session_options
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish, progress_bar
 
@@ -40,7 +40,7 @@ def command(
     timing: Any = Group(bench_options),
     inputs: Any = Group(input_options),
     session: Any = Group(session_options),
-    data: Data = None,
+    data: Inputs = None,
     memory: Annotated[bool, typer.Option("--memory", help="Also peak memory, each model in a process of its own.")] = False,
     processes: Annotated[
         int | None,

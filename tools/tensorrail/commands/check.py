@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorrail.commands.arguments import Data, Json, Shape, input_options, provider_option
+from tensorrail.commands.arguments import Inputs, Json, Shape, input_options, provider_option
 from tensorrail.commands.groups import Group, grouped
 from tensorrail.terminal import finish
 
@@ -58,8 +58,8 @@ def layer_options(
 
 @grouped
 def command(
-    reference: Annotated[Path, typer.Argument(metavar="A.onnx")],
-    candidate: Annotated[Path, typer.Argument(metavar="B.onnx")],
+    reference: Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference.")],
+    candidate: Annotated[Path, typer.Argument(metavar="B.onnx", help="The model to compare with it.")],
     tolerance: Any = Group(tolerance_options),
     batch: Annotated[
         list[int] | None,
@@ -69,7 +69,7 @@ def command(
         ),
     ] = None,
     shape: Shape = None,
-    data: Data = None,
+    data: Inputs = None,
     session: Any = Group(provider_option),
     inputs: Any = Group(input_options),
     layers: Any = Group(layer_options),

@@ -14,7 +14,7 @@ from tensorrail.terminal import finish
 
 @grouped
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX model.")],
     timing: Any = Group(shape_options),
     placement: Annotated[
         bool, typer.Option("--placement", help="Run it with ONNX Runtime's profile on: provider and time of every node.")

@@ -87,7 +87,7 @@ def serving_options(
 
 @grouped
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to serve.")],
     triton: Annotated[Path, typer.Option("--triton", metavar="DIR", help="Triton's model repository; other models stay.")],
     repository: Any = Group(repository_options),
     serving: Any = Group(serving_options),

@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Check a model's latency, size and outputs against a baseline.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to record.")]
 Processes = Annotated[int, typer.Option(min=2, help="Fresh processes; an even number loads each model first equally often.")]
 Seconds = Annotated[float, typer.Option(min=0.05, help="Seconds of timing in each process.")]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def serving_options(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to serve.")],
     name: Annotated[str | None, typer.Option(help="The model's name in URLs; default the file's stem.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; anything but loopback lets others send requests.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,

@@ -88,7 +88,8 @@ class ADMM:
     Args:
         model: the dense model; its parameters are trained by your own loop and must stay the same objects.
         plan: the layers to factor, with their formats, modes and ranks.
-        rho: the weight ρ of the penalty, above 0; default 1e-3, as in the paper.
+        rho: the weight ρ of the penalty, above 0; default 1e-3, as the paper uses for hundreds of epochs. Recipes, which are
+            shorter, let `admm.rho` rise from 0.01 to 0.1.
         metric: `weight` (default) for the Frobenius norm, or `activation` for the change of the layer's outputs. The latter
             registers hooks that gather the second moments of the layers' inputs in training mode; `factorize` and `close`
             remove them.
