@@ -68,9 +68,9 @@ def main() -> None:
     target = {"latency": options.latency}
     try:
         report = tr.compress(options.model, options.out, target, calibration=options.inputs, options=settings)
-    except tr.TargetError as error:  # the message says what can be reached on this machine
+    except tr.TensorrailError as error:  # for a target that cannot be met, the message says what can
         print(error)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     for row in report.planned:
         print(f"{row.layer}: {row.what} runs as {row.steps or f'dense, {row.reason}'}")
     print(f"parameters ÷ {report.ratios.params:.2f}, FLOPs ÷ {report.ratios.flops:.2f}")
@@ -79,7 +79,7 @@ def main() -> None:
     inputs = options.inputs if options.inputs and options.inputs.is_file() else None  # None: random inputs
     parity = tr.check(options.model, options.out, inputs=inputs, tolerance=None)
     share = parity.outputs[0].top1_agreement  # None: the outputs are no scores of classes
-    agreement = "" if share is None else f"; the top-1 agreement on {100 * share:.0f} %"
+    agreement = "" if share is None else f"; top-1 agreement {100 * share:.0f} %"
     print(f"outputs differ by {parity.worst:.3f} (relative L2){agreement}")
     timing = tr.Timing(batch=8, seconds=options.seconds)
     ratio = tr.bench([options.model, options.out], options=tr.Options(timing=timing)).ratios[0]

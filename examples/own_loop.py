@@ -57,7 +57,7 @@ def main() -> None:
     """Train a dense network, train it toward low rank, factorize and fine-tune it, and compare it with a dense control."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=8, help="Epochs of the ADMM phase.")
-    parser.add_argument("--out", type=Path, default=Path(), help="Folder for dense.onnx and model.onnx.")
+    parser.add_argument("--out", type=Path, default=Path("runs/own-loop"), help="Folder for dense.onnx and model.onnx.")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

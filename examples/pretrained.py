@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=64, help="Height and width of the images.")
     parser.add_argument("--seconds", type=float, default=2.0, help="Seconds of timing.")
     parser.add_argument("--weights", action="store_true", help="Download and use trained weights.")
-    parser.add_argument("--out", type=Path, default=Path(), help="Folder for dense.onnx and model.onnx.")
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrained"), help="Folder for dense.onnx and model.onnx.")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

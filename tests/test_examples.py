@@ -50,7 +50,7 @@ def test_own_loop(run, tmp_path):
     assert percent(text, "fine-tuned") > percent(text, "dense control, as many epochs") - 10
     assert float(re.search(r"numerical error (\S+);", text)[1]) < 1e-4
     for name in ("dense.onnx", "model.onnx"):
-        onnx.checker.check_model(onnx.load(tmp_path / name), full_check=True)
+        onnx.checker.check_model(onnx.load(tmp_path / "runs" / "own-loop" / name), full_check=True)
 
 
 def test_pretrained_says_in_one_line_what_is_missing(run, monkeypatch, tmp_path):
@@ -65,7 +65,7 @@ def test_pretrained_says_in_one_line_what_is_missing(run, monkeypatch, tmp_path)
 
 def test_pretrained_on_a_network_of_the_packages_kind(run, monkeypatch, tmp_path):
     # The package's own function, answered by a small network with the same names of layers: the package itself is large.
-    from tensorrail_trainer.networks.registry import BasicBlock
+    from tensorrail_trainer.networks.resnets import BasicBlock
 
     class Small(torch.nn.Sequential):
         def __init__(self):
@@ -89,7 +89,8 @@ def test_pretrained_on_a_network_of_the_packages_kind(run, monkeypatch, tmp_path
     assert asked == [("resnet18", None)]
     assert float(re.search(r"parameters ÷ ([\d.]+)", text)[1]) > 2.2  # of the graph, where batch norm's statistics count, too
     assert "speed-up" in text
-    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "dense.onnx").stat().st_size / 2
+    folder = tmp_path / "runs" / "pretrained"
+    assert (folder / "model.onnx").stat().st_size < (folder / "dense.onnx").stat().st_size / 2
 
 
 @pytest.mark.slow

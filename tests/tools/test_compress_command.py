@@ -22,7 +22,7 @@ from tensorrail_exporter.search.report import Size
 from tensorrail_runtime.measure.agreement import Agreement
 from tensorrail_runtime.sessions.halves import computes_in_fp16
 from tensorrail_runtime.sessions.session import Session
-from tensorrail_trainer.networks.registry import SmallResNet
+from tensorrail_trainer.networks.small_resnet import SmallResNet
 from tensorrail_trainer.run.export import to_onnx
 
 
@@ -173,7 +173,8 @@ def test_a_plan_is_judged_by_a_metric_of_the_users(folder, inside, in_this_proce
 
 
 MINE = (
-    "from tensorrail_trainer.networks.registry import SmallResNet\n\ndef make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
+    "from tensorrail_trainer.networks.small_resnet import SmallResNet\n\n"
+    "def make():\n    return SmallResNet(3, 10, [32], 1, 16)\n"
 )
 
 

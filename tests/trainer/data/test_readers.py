@@ -23,7 +23,7 @@ from tensorrail_trainer.data.shapes import MOTIONS, SHAPES, moving_shapes
 from tensorrail_trainer.data.speech import speech
 from tensorrail_trainer.data.splits import in_order, shuffled
 from tensorrail_trainer.data.video import video
-from tensorrail_trainer.networks.registry import LSTMClassifier
+from tensorrail_trainer.networks.recurrent import LSTMClassifier
 
 # torch says so where there are fewer cores than processes; the answer is the same
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -546,6 +546,7 @@ def test_clips_without_groups_are_split_by_class_and_seed(tmp_path):
     assert not set(first.test.paths) & set(first.train.paths)
     assert "split by clip; 16 training and 4 test clips" in first.source
     refused(lambda: video(str(tmp_path), 0, test_groups=[1]), r"test_groups expects clips named v_<class>_<group>")
+    refused(lambda: video(str(tmp_path), 0, split=2), r"split 2 is that of published lists: give lists")
 
 
 @pytest.fixture
@@ -605,6 +606,7 @@ def test_the_published_lists_of_ucf101_say_what_is_trained_on_and_tested(tmp_pat
             r"no lists of split 3 found; expected <class>_test_split3.txt \(HMDB51\), or train",
         ),
         (lambda root, lists: None, {"test_groups": [1]}, r"either lists or test_groups"),
+        (lambda root, lists: None, {"test_fraction": 0.3}, r"either lists or test_fraction"),
         (lambda root, lists: save_clip(root / "cartwheel" / "new", [1]), {}, r"new: not in any list of split 1"),
         (
             lambda root, lists: next((root / "cartwheel").glob("*.avi")).unlink(),
@@ -659,7 +661,9 @@ def test_a_video_file_needs_what_reads_it(tmp_path, monkeypatch):
         path = tmp_path / "run" / f"{k}.avi"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"RIFF")
-    refused(lambda: video(str(tmp_path), 0, workers=0), r"needs PyAV; install it with pip install 'tensorrail\[video\]'")
+    refused(
+        lambda: video(str(tmp_path), 0, workers=0), r"needs PyAV: install the extra `video`, as in pip install '\.\[video\]'"
+    )
 
 
 def write_video(path, colours, size=(48, 64)):

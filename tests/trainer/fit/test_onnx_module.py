@@ -18,8 +18,8 @@ from tensorrail_exporter.formats import format_of
 from tensorrail_trainer import to_onnx
 from tensorrail_trainer.fit.module import OnnxModule
 from tensorrail_trainer.fit.operators import OPERATORS
-from tensorrail_trainer.networks.registry import SmallResNet
 from tensorrail_trainer.networks.resnets import resnet18
+from tensorrail_trainer.networks.small_resnet import SmallResNet
 
 TOLERANCE = 1e-5  # relative L2 against ONNX Runtime, in float32
 RNG = np.random.default_rng(0)
@@ -215,6 +215,7 @@ CASES: dict[str, list[Case]] = {
         case(IMAGE[0, 0], dtype=int(TensorProto.FLOAT)),
         case(IMAGE[0, 0], k=1, dtype=int(TensorProto.FLOAT)),
         case(IMAGE[0, 0], k=-2, dtype=int(TensorProto.FLOAT)),
+        case(np.arange(6).reshape(2, 3)),  # without dtype: the type of the input
     ],
     "Expand": [case(normal(3, 1), whole(2, 3, 4), stored=1), case(normal(2, 3, 1), whole(4)), case(TABLE, whole(1, 1))],
     "Flatten": [case(IMAGE), case(IMAGE, axis=0), case(IMAGE, axis=-1), case(IMAGE, axis=2, opset=9)],

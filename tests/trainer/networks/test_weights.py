@@ -298,6 +298,10 @@ def test_a_state_dict_that_holds_itself_is_refused(tmp_path):
         ({"state_dict": {"weight": torch.zeros(2, 2), "epoch": 3}}, "entry 'epoch': expected a named tensor, got a int"),
         ({"weight": torch.zeros(2, 2).to_sparse(), "bias": torch.zeros(2)}, "weight: expected a dense tensor"),
         (
+            {"weight": torch.zeros(2, 2).to(torch.float8_e4m3fn), "bias": torch.zeros(2)},
+            "weight: expected float16, bfloat16, float32 or float64, got float8_e4m3fn",
+        ),
+        (
             {"weight": torch.zeros(2, 2, dtype=torch.int64), "bias": torch.zeros(2)},
             r"weight: expected \[2, 2\] float32, got \[2, 2\] int64",
         ),

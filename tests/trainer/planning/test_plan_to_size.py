@@ -163,6 +163,8 @@ def test_numbers_of_numpy_are_ranks_and_others_are_none(model):
             plan_layers(model, "0", ranks=ranks)
     with pytest.raises(PlanError, match=r"modes: expected a list of integers .*, got \[\[4, 4\], \[4, 4\]\]"):
         plan_layers(model, "0", format="ttm", ranks=4, modes=[[4, 4], [4, 4]])
+    with pytest.raises(PlanError, match=r"ranks: expected one integer \(an upper bound\) or a list"):
+        plan_layers(model, "0", ranks=[1, 4.0, 1])
 
 
 def outputs_error(net, plan, x, roots=None):

@@ -109,6 +109,8 @@ def test_the_control_trains_as_long_as_admm_and_fine_tuning():
     assert Training(finetune=Schedule(epochs=3, lr=0.1)).control_schedule.epochs == 3
     steady = Training(admm=admm.model_copy(update={"decay": "constant"}), finetune=Schedule(epochs=3, lr=0.1))
     assert (steady.control_schedule.decay, steady.control_schedule.lr) == ("cosine", 0.3)  # the cores' rate falls as well
+    alone = Training(finetune=Schedule(epochs=3, lr=0.1, decay="constant"))  # the control trains exactly as the cores do
+    assert alone.control_schedule == alone.finetune
 
 
 @pytest.mark.parametrize("decay_on", [("weights", "cores"), ("weights",), ("cores", "norms", "biases")])

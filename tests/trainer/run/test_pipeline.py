@@ -20,7 +20,7 @@ from tensorrail_trainer.networks.weights import save_weights
 from tensorrail_trainer.planning.ranks import plan_layers
 from tensorrail_trainer.recipes import recipe as recipes
 from tensorrail_trainer.recipes.recipe import Recipe
-from tensorrail_trainer.run import phases, pipeline
+from tensorrail_trainer.run import phases, pipeline, render
 from tensorrail_trainer.run.folder import prepare
 from tensorrail_trainer.run.phases import make_accelerator, train_all
 from tensorrail_trainer.run.pipeline import run
@@ -139,6 +139,10 @@ def test_a_run_that_ended_is_written_anew_in_its_fastest_form(in_this_process, t
     assert asked == [fastest_form.Form(block="auto", dense_if_slower=True, batch=4)]
     assert [row.layer for row in found.layers] == names[1:]
     assert f"kept dense, since no form of their cores is faster here: {names[0]}" in notes
+    assert [(row.layer, row.reason) for row in found.dense] == [(names[0], "no form of its cores is faster here")]
+    for text in (str(found), (tmp_path / "run" / "report.md").read_text(), render.html(found)):
+        assert names[0] in text
+        assert "no form of its cores is faster here" in text
     assert found.numerical.worst < 1e-5
     assert found.model("factored").cost.params > plain.model("factored").cost.params  # as it runs
     monkeypatch.setattr(fastest_form, "fastest_blocks", lambda *_, **__: dict.fromkeys(names, 0))
@@ -152,7 +156,9 @@ def test_a_plan_comes_from_a_file(tmp_path):
     plan = own.make_plan(own.make_model())
     plan.model_copy(update={"precision": "fp16"}).save(tmp_path / "plan.json")  # a recipe trains and exports in fp32
     read = small(tmp_path, plan=[{"file": str(tmp_path / "plan.json")}])
-    assert read.make_plan(read.make_model()) == plan
+    notes = []
+    assert read.make_plan(read.make_model(), note=notes.append) == plan
+    assert notes == [f"{tmp_path / 'plan.json'}: the precision fp16 has no effect here: a recipe trains and exports in fp32"]
     read.save(tmp_path / "saved.yaml")
     assert Recipe.load(tmp_path / "saved.yaml") == read
     Plan(layers=(plan.layers[0].model_copy(update={"name": "other"}),)).save(tmp_path / "plan.json")
@@ -189,6 +195,19 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, mo
     with pytest.raises(
         CheckpointError, match=r"dense-0001.pt cannot be read \(Permission denied\); make it readable, then resume the run"
     ):
+        store.latest("dense")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_taken_for_damaged(error, tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    store.save("dense", 1, {"value": torch.tensor(1)})
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(CheckpointError, match=r"dense-0001.pt does not fit into memory; free memory, then resume the run"):
         store.latest("dense")
 
 
@@ -232,7 +251,8 @@ def test_a_checkpoint_of_another_network_ends_in_one_line(tmp_path):
     recipe = small(tmp_path)
     prepare(recipe, tmp_path / "run")
     store = Checkpoints(tmp_path / "run" / "checkpoints")
-    for state in ({}, {"model": {}, "optimizer": {}, "rows": [], "done": False}):
+    whole = {"model": recipe.make_model().state_dict(), "optimizer": {}, "rows": []}
+    for state in ({}, {"model": {}, "optimizer": {}, "rows": [], "done": False}, whole):
         store.save("dense", 1, state)
         with pytest.raises(CheckpointError, match=r"phase dense, epoch 1, does not match this network .*; delete it"):
             train_all(recipe, tmp_path / "run")
@@ -244,6 +264,25 @@ def test_a_run_that_is_resumed_is_not_overwritten(ended, tmp_path):
     with pytest.raises(RecipeError, match="expected resume or overwrite, got both"):
         prepare(Recipe.load(folder / "recipe.yaml"), folder, resume=True, overwrite=True)
     assert (folder / "cores.safetensors").exists()
+
+
+def test_overwrite_deletes_nothing_before_the_data_are_there(ended, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(ended.folder, folder)
+    recipe = small(tmp_path)
+    gone = recipe.data.model_copy(update={"name": "images", "args": {"root": str(tmp_path / "not-mounted")}})
+    with pytest.raises(DataError, match="not-mounted"):
+        run(recipe.model_copy(update={"data": gone}), folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in ended.folder.iterdir())
+
+
+def test_a_recipe_resumes_its_own_run_whatever_types_its_arguments_have(tmp_path):
+    """A saved recipe has lists for tuples, and texts for the keys of mappings."""
+    recipe = small(tmp_path)
+    args = {"widths": (8,), "blocks": 1, "hidden": 16}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"args": args})})
+    prepare(recipe, tmp_path / "run")
+    prepare(recipe, tmp_path / "run", resume=True)
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_unasked(tmp_path):

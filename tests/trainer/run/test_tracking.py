@@ -117,7 +117,9 @@ def test_an_unknown_or_missing_tracker_is_told_before_anything_is_trained(recipe
     with pytest.raises(RecipeError, match="track: unknown tracker 'wandb': expected tensorboard or mlflow"):
         tr.train(recipe, tmp_path / "run", track=["wandb"])
     monkeypatch.setattr(tracking, "get_available_trackers", list)
-    with pytest.raises(RecipeError, match=r"track: mlflow is not installed: pip install 'tensorrail\[mlflow\]'"):
+    with pytest.raises(
+        RecipeError, match=r"track: mlflow is not installed: install the extra `mlflow`, as in pip install '\.\[mlflow\]'"
+    ):
         tr.train(recipe, tmp_path / "run", track=["mlflow"])
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 
 import pytest
@@ -179,6 +180,35 @@ def test_a_checkpoint_of_a_graph_goes_on_without_one(tmp_path, data, monkeypatch
     Checkpoints(tmp_path).save("dense", 1, state)
     _, rows = fit(tmp_path, data, Phase("dense", network(), schedule))
     assert [row.epoch for row in rows] == [2]
+
+
+def test_a_decorator_of_forward_stays_after_training_in_bf16(tmp_path, data):
+    """Accelerate's unwrapping goes on through the decorators of the user's own `forward`."""
+
+    def doubled(function):
+        @functools.wraps(function)
+        def call(*given):
+            return 2 * function(*given)
+
+        return call
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        @doubled
+        def forward(self, x):
+            return self.inner(x)
+
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16")
+    phase = Phase("dense", Scaled(), Schedule(epochs=1, lr=0.01))
+    model = train(phase, recipe(precision="bf16"), data, accelerator, Checkpoints(tmp_path), lambda *_: None).eval()
+    AcceleratorState._reset_state()
+    x = data.test.x[:4]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), 2 * model.inner(x))
 
 
 def test_a_model_trained_in_bf16_is_exported_in_fp32(tmp_path, data):

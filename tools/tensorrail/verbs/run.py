@@ -8,10 +8,7 @@ from pathlib import Path
 from tensorrail_runtime.progress import Progress, silent
 from tensorrail_trainer.recipes.recipe import Recipe
 from tensorrail_trainer.run import pipeline
-from tensorrail_trainer.run.folder import prepare
-from tensorrail_trainer.run.phases import make_accelerator, train_all
 from tensorrail_trainer.run.report import Report
-from tensorrail_trainer.run.tracking import Tracking
 from tensorrail_trainer.training.epochs import TrainingLog
 
 
@@ -81,14 +78,10 @@ def train(
     """
     read = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     target = Path(folder or Path("runs") / read.name)
-    accelerator = make_accelerator(read, target, track)
-    told = progress if accelerator.is_main_process else silent
-    with Tracking(accelerator, read, track, told) as tracking:
-        if accelerator.is_main_process:
-            prepare(read, target, resume=resume, overwrite=overwrite)
-        accelerator.wait_for_everyone()
-        trained, _ = train_all(read, target, told, accelerator, tracking)
-    if not accelerator.is_main_process:
+    how = pipeline.training(read, target, resume=resume, overwrite=overwrite, progress=progress, track=track)
+    with how as (trained, _, logs):
+        first = logs.accelerator.is_main_process
+    if not first:
         return None
     log = TrainingLog(epochs=trained.rows, cut_accuracy=trained.cut_accuracy)
     log.save(target / "training.json")

@@ -51,7 +51,7 @@ from tensorrail_trainer.admm.threads import SMALL, one_thread_if_small
 from tensorrail_trainer.layers.dense import at_least_single, planned_layers, require_values
 from tensorrail_trainer.layers.metric import Root
 from tensorrail_trainer.layers.swap import swap
-from tensorrail_trainer.processes import Group, alike, apart, rank, shared_out, world
+from tensorrail_trainer.processes import Group, alike, apart, rank, shared_out, summed, world
 
 Metric = Literal["weight", "activation"]
 """How the distance of two weights is measured: by the Frobenius norm, or by the change of the layer's outputs."""
@@ -319,15 +319,28 @@ class ADMM:
         for name, tensor in tensors.items():  # on all processes: one that fails alone leaves the others waiting
             _require_finite(name, tensor)
         owners = shared_out({name: tensor.numel() * min(tensor.shape) for name, tensor in tensors.items()}, group)
-        projections = {}
-        for layer in self.plan.layers:
-            tensor = tensors[layer.name]
-            own = owners[layer.name] == rank(group)
-            projections[layer.name] = self._project(layer, tensor) if own else torch.empty_like(tensor).contiguous()
+        projections: dict[str, Tensor] = {}
+        fault: PlanError | None = None
+        try:
+            for layer in self.plan.layers:
+                tensor = tensors[layer.name]
+                own = owners[layer.name] == rank(group)
+                projections[layer.name] = self._project(layer, tensor) if own else torch.empty_like(tensor).contiguous()
+        except PlanError as error:
+            fault = error
+        self._require_none(fault, next(iter(tensors.values())).device)
         if world(group) > 1:
             for name, owner in owners.items():
                 distributed.broadcast(projections[name], group=group, group_src=owner)
         return projections
+
+    def _require_none(self, fault: PlanError | None, device: torch.device) -> None:
+        """Raise the fault of this process, or that another one has one: it alone would leave the others waiting."""
+        faults = torch.tensor(int(fault is not None), device=device)
+        if world(self._group) > 1:
+            faults = summed(faults, self._group)
+        if int(faults):
+            raise fault or PlanError("another process could not project the weight of a layer; its error names the layer")
 
     def _require_alike(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise `PlanError` unless all processes of the group hold the same plan and, up to rounding, the same tensors."""
@@ -441,7 +454,7 @@ class ADMM:
             with one_thread_if_small(measured.numel()):
                 groups = self._layers[layer.name].spec.groups
                 projected = project(layer.format, measured, layer.modes, layer.ranks, groups).to(tensor)
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
+        except (PlanError, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented
             raise PlanError(f"layer {layer.name}: its weight cannot be projected ({error}); {_ADVICE}") from None
         root = self.roots.get(layer.name)
         projected = (root.undo(projected) if root else projected).contiguous()

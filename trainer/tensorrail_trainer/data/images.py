@@ -75,7 +75,8 @@ def images(root: str, size: int = 224, smallest: float = 0.08, test: str = "val"
             others += listing.others
         notes.append(left_out(folder / name, others, f"images in folders of classes ({', '.join(sorted(SUFFIXES))})"))
         paths = [path for class_name in split_classes for path in files[class_name]]
-        labels = torch.tensor([classes.index(class_name) for class_name in split_classes for _ in files[class_name]])
+        numbers = {class_name: number for number, class_name in enumerate(classes)}
+        labels = torch.tensor([numbers[class_name] for class_name in split_classes for _ in files[class_name]])
         splits.append(Files(paths, labels, ImageReader(size, smallest), mean, deviation, workers))
     counts = " and ".join(f"{len(split)} {kind}" for split, kind in zip(splits, ("training", "test images"), strict=True))
     source = f"images of {len(classes)} classes ({folder.name}), {size}×{size}; {counts}"

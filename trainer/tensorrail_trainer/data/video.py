@@ -29,6 +29,7 @@ from tensorrail_trainer.data.splits import Dataset
 
 _CONTAINERS = "avi,mpeg,mpegvideo,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # without formats that can open other files
 _MEAN, _DEVIATION = 0.45 * 255, 0.225 * 255  # the usual values for videos
+_SHARE = 0.2  # of the groups or clips in the test split
 _PIXELS = 89_478_485  # the same limit as for images
 _NUMBERED = re.compile(r"([^0-9]*)([0-9]*)")  # text and the number after it
 _LAYOUT = "the layout <class>/…/<clip>.avi, or <class>/…/<clip>/<frame>.jpg"
@@ -40,9 +41,9 @@ def video(
     frames: int = 6,
     size: Sequence[int] = (120, 160),
     test_groups: Sequence[int] | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = None,
     lists: str | None = None,
-    split: int = 1,
+    split: int | None = None,
     memory: bool = True,
     workers: int | None = None,
 ) -> Dataset:
@@ -57,7 +58,7 @@ def video(
         test_fraction: the share of the groups, or of the clips of each class if there are no groups, in the test split, between
             0 and 1; default 0.2.
         lists: the folder of the published lists of HMDB51 or UCF101, which then define the split; default none.
-        split: the number of the published split; default 1.
+        split: the number of the published split, with `lists`; default 1.
         memory: keep all frames in memory, as uint8; otherwise each clip is read again when it is needed; default True.
         workers: the number of processes that read files; default one per core, at most four.
 
@@ -152,8 +153,8 @@ def _require_size(path: Path, width: int, height: int) -> None:
         raise DataError(f"{path}: expected frames of at most {_PIXELS} pixels, got {width}×{height}; make the video smaller")
 
 
-def _sizes(frames: int, size: Sequence[int], test_fraction: float) -> tuple[int, int]:
-    if frames < 1 or len(size) != 2 or min(size) < 1 or not 0 < test_fraction < 1:
+def _sizes(frames: int, size: Sequence[int], test_fraction: float | None) -> tuple[int, int]:
+    if frames < 1 or len(size) != 2 or min(size) < 1 or not 0 < (_SHARE if test_fraction is None else test_fraction) < 1:
         raise DataError(
             "video: expected frames ≥ 1, size [height, width] and test_fraction between 0 and 1, got "
             f"frames={frames}, size={list(size)}, test_fraction={test_fraction}"
@@ -167,23 +168,29 @@ def _marks(
     labels: np.ndarray,
     seed: int,
     test_groups: Sequence[int] | None,
-    test_fraction: float,
+    test_fraction: float | None,
     lists: str | None,
-    split: int,
+    split: int | None,
 ) -> tuple[np.ndarray, str]:
     """Return the split of each clip, and a description of how the clips were split."""
+    if lists is None and split is not None:
+        raise DataError(f"{folder}: split {split} is that of published lists: give lists, their folder, or remove split")
+    if lists is not None and test_fraction is not None:
+        raise DataError(f"{folder}: expected either lists or test_fraction to select the test clips, got both; remove one")
+    share = _SHARE if test_fraction is None else test_fraction
     if lists is not None:
         if test_groups is not None:
             raise DataError(
                 f"{folder}: expected either lists or test_groups to select the test clips, got both; remove one of them"
             )
-        return by_list(folder, paths, Path(lists), split), f"its list {split}"
+        number = 1 if split is None else split
+        return by_list(folder, paths, Path(lists), number), f"its list {number}"
     groups = groups_of(folder, paths)
     if groups is not None:
-        return by_group(folder, groups, test_groups, test_fraction, seed), "group"
+        return by_group(folder, groups, test_groups, share, seed), "group"
     if test_groups is not None:
         raise DataError(f"{folder}: test_groups expects clips named v_<class>_<group>, got {paths[0].name}; remove test_groups")
-    return by_class(labels, test_fraction, seed), "clip"
+    return by_class(labels, share, seed), "clip"
 
 
 def _clips(folder: Path) -> tuple[list[Path], tuple[Path, ...]]:

@@ -173,7 +173,8 @@ def _constant_of_shape(node: Node, inputs: Inputs) -> Outputs:
 def _eye_like(node: Node, inputs: Inputs) -> Outputs:
     x = inputs[0]
     rows, columns = x.shape
-    ones = torch.ones(rows, columns, dtype=DTYPES[node.get("dtype", 1)], device=x.device)
+    dtype = node.get("dtype")
+    ones = torch.ones(rows, columns, dtype=x.dtype if dtype is None else DTYPES[dtype], device=x.device)
     return (ones.triu(node.get("k", 0)).tril(node.get("k", 0)),)
 
 

@@ -44,7 +44,7 @@ class Root:
     def of(cls, second: Tensor, like: Tensor) -> Root:
         """Return the metric of a second moment (I, I), or of the shares of an embedding's rows (I,), in the dtype of `like`."""
         if second.dim() == 1:
-            diagonal = np.sqrt(row_weights(second.double().cpu().numpy(), DEFAULT))
+            diagonal = np.sqrt(row_weights(second.cpu().double().numpy(), DEFAULT))
             return cls(*(torch.from_numpy(values).to(like) for values in (diagonal, 1 / diagonal)))
         root, inverse = roots(second.cpu().numpy())
         scale = math.sqrt((root * root).sum() / len(root))

@@ -95,7 +95,7 @@ def _decomposed(layer: LayerPlan, dense: DenseModule, root: Root | None) -> Sequ
     wide = at_least_single(weight)
     try:
         cores = root.decompose(layer, wide) if root else layer.decompose(wide, groups)
-    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented by torch
+    except (PlanError, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined] # documented
         raise PlanError(f"layer {layer.name}: its weight cannot be decomposed ({error}); check where it comes from") from None
     if any(zero):  # their own cores would all be zero, and none of them would have a gradient
         chosen = torch.tensor(zero, device=wide.device)

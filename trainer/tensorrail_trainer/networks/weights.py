@@ -25,6 +25,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"  # of batch-norm: missing before torch 0.4.1, and only used in training
 _MAX_NESTING = 4  # of state dicts in a checkpoint: a file may contain itself
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 3  # names shown in an error
 
 
@@ -109,6 +110,10 @@ def _state_dict_of(path: Path, content: Any, names: Iterable[str]) -> dict[str, 
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise WeightsError(
                 f"{path}: {name}: expected a dense tensor in float32 or float16, got a sparse, quantized or meta tensor"
+            )
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            raise WeightsError(
+                f"{path}: {name}: expected float16, bfloat16, float32 or float64, got {str(tensor.dtype).partition('.')[2]}"
             )
     while state:
         prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)

@@ -54,15 +54,17 @@ def plan_layers(
     names = _matching(model, pattern)
     if isinstance(ranks, np.integer):
         ranks = int(ranks)
-    elif not isinstance(ranks, int | list | tuple) or ranks == []:
-        raise PlanError(f"ranks: expected one integer (an upper bound) or a list of the format's ranks, got {ranks!r}")
-    if modes is not None and not all(isinstance(mode, int | np.integer) for mode in modes):
+    elif not isinstance(ranks, int):
+        if not isinstance(ranks, list | tuple) or not ranks or not _integers(ranks):
+            raise PlanError(f"ranks: expected one integer (an upper bound) or a list of the format's ranks, got {ranks!r}")
+        ranks = [int(rank) for rank in ranks]
+    if modes is not None and not _integers(modes):
         raise PlanError(f"modes: expected a list of integers in the format's order, got {list(modes)!r}")
     plans = []
     for name in names:
         spec = dense_layer(model, name).spec
         shape, form = spec.shape, format_of(format, spec.groups)
-        layer_modes = tuple(modes) if modes is not None else default_modes_of(format, spec)
+        layer_modes = tuple(int(mode) for mode in modes) if modes is not None else default_modes_of(format, spec)
         requested = form.uniform(shape, layer_modes, ranks) if isinstance(ranks, int) else tuple(ranks)
         layer = LayerPlan(name=name, format=format, modes=layer_modes, ranks=requested, merge=merge)
         layer.check_layer(spec)
@@ -74,6 +76,10 @@ def plan_layers(
             )
         plans.append(layer.model_copy(update={"ranks": clamped}))
     return tuple(plans)
+
+
+def _integers(numbers: Sequence[int]) -> bool:
+    return all(isinstance(number, int | np.integer) for number in numbers)
 
 
 def _matching(model: nn.Module, pattern: str) -> list[str]:

@@ -101,6 +101,8 @@ class PlanRule(Part):
             raise ValueError("expected exactly one of ranks and params")
         if self.metric == "activation" and self.params is None:
             raise ValueError("expected metric: activation together with params, since given ranks are not chosen by a metric")
+        if self.merge != "auto" and self.format == AUTO and self.params is not None:
+            raise ValueError("expected merge together with a format: format: auto chooses among formats that merge differently")
         return self
 
 
@@ -147,6 +149,12 @@ class Export(Part):
     block: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     dense_if_slower: bool = False
     batch: Count = 1
+
+    @model_validator(mode="after")
+    def _timed(self) -> Export:
+        if self.batch != 1 and self.block != "auto" and not self.dense_if_slower:
+            raise ValueError("expected batch together with block: auto or dense_if_slower, which time layers at that batch")
+        return self
 
 
 class Bench(Part):
@@ -332,7 +340,8 @@ class Recipe(Part):
             trained: False if the weights are random: ranks that depend on them are then not computed; default True.
             inputs: returns batches of training samples on the model's device, by which ranks are chosen; default: read from
                 the recipe's data set.
-            note: is told why ranks are chosen by the weights where the inputs of the layers cannot be measured.
+            note: is told why ranks are chosen by the weights where the inputs of the layers cannot be measured, and what of
+                a plan's file has no effect.
 
         Returns:
             The plan.
@@ -344,6 +353,9 @@ class Recipe(Part):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         measured = inputs or partial(self.measured_inputs, device=device)
         plan = self._joined(lambda rule: _planned(model, rule, trained, self._learned, measured, note))
+        for rule in self.plan:
+            if isinstance(rule, FileRule) and (ignored := _without_effect(Plan.load(rule.file))):
+                note(f"{rule.file}: {ignored} has no effect here: a recipe trains and exports in fp32")
         if not plan.layers:
             raise RecipeError("plan: expected at least one layer to factor, got none; add a rule that matches a layer")
         self._require_measurable(model, plan if trained else self.plannable(model))
@@ -470,6 +482,13 @@ def _planned(
                 raise
             note(f"ranks of {rule.layers!r} are chosen by the weights, not by the outputs of the layers: {error}")
     return plan_by_metric(model, rule.layers, rule.params, roots, format=rule.format, modes=rule.modes, merge=rule.merge)
+
+
+def _without_effect(plan: Plan) -> str:
+    """Return what of a plan a recipe does not carry out, in words; empty if there is nothing."""
+    if plan.precision != "fp32":
+        return f"the precision {plan.precision}"
+    return "" if plan.inner_shapes else "leaving out the shapes of inner tensors"
 
 
 def _may_measure(rule: AnyRule) -> bool:

@@ -208,7 +208,7 @@ class Training(Part):
             return None
         first = self.admm or self.finetune
         kept = first.model_dump(include=set(Schedule.model_fields), exclude={"epochs", "steps"})
-        if first.decay == "constant":  # no fine-tuning at a lower rate follows, as it does for the cores
+        if self.admm and first.decay == "constant":  # no fine-tuning at a lower rate follows, as it does for the cores
             kept["decay"] = "cosine"
         epochs = self.finetune.epochs + (self.admm.epochs if self.admm else 0)
         return Schedule(**kept, steps=first.steps, epochs=epochs)

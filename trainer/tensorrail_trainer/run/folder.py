@@ -27,28 +27,47 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
         recipe: the recipe.
         folder: the folder of the run.
         resume: continue the run in the folder; default False.
-        overwrite: delete the files of the run in the folder, and no others, and start again; default False.
+        overwrite: delete the files of the run in the folder, and no others, and start again; default False. Its logs are
+            left to `remove_logs`, since trackers start before.
 
     Raises:
         RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are, the run was trained with
             another recipe or with files of another content, or the folder holds files of these names without a run.
 
     """
+    check(recipe, folder, resume=resume, overwrite=overwrite)
+    sources = Sources.of(recipe)  # raises where a file cannot be read
+    recipe_file, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
+    kept = checkpoints / "sources.json"
+    if overwrite and checkpoints.is_dir():
+        for file in (*_written(folder), kept, recipe_file):
+            file.unlink(missing_ok=True)
+    trained = any(file.exists() for file in _written(folder))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    recipe.save(recipe_file)
+    if sources.sha256 and not trained:
+        sources.save(kept)
+
+
+def remove_logs(folder: Path) -> None:
+    """Delete the files that trackers wrote to the folder of a run."""
+    for pattern in LOGGED:
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
+
+
+def check(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Raise `RecipeError` where `prepare` would; nothing is written or deleted. The arguments are those of `prepare`."""
     if resume and overwrite:
         raise RecipeError("expected resume or overwrite, got both: overwrite deletes the run that resume would continue")
     recipe_file, checkpoints = folder / "recipe.yaml", folder / "checkpoints"
-    sources, kept = Sources.of(recipe), checkpoints / "sources.json"
+    kept, written = checkpoints / "sources.json", _written(folder)
     if recipe_file.exists() and not checkpoints.is_dir():
         raise RecipeError(f"{recipe_file} exists, but its folder holds no run; give the run another folder")
-    written = (
-        *(file for file in checkpoints.glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES),
-        *(folder / name for name in _WRITTEN),
-    )
     if overwrite and checkpoints.is_dir():
         _require_apart(recipe, written)
-        for file in (*written, *(file for pattern in LOGGED for file in folder.glob(pattern)), kept, recipe_file):
-            file.unlink(missing_ok=True)
-    trained = any(file.exists() for file in written)
+        return
     if not recipe_file.exists():
         existing = next((file for file in (*written, kept) if file.exists()), None)
         if existing is not None:
@@ -63,13 +82,14 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bo
                 f"{folder} was trained with a recipe that differs in {', '.join(changed)}; give the run another name, or "
                 "overwrite this run to start again"
             )
-        if trained:
-            sources.require_same(recipe, kept)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    recipe.save(recipe_file)
-    if sources.sha256 and not trained:
-        sources.save(kept)
+        if any(file.exists() for file in written):
+            Sources.of(recipe).require_same(recipe, kept)
+
+
+def _written(folder: Path) -> tuple[Path, ...]:
+    """Return the files that a run in a folder may have written, but for its recipe, its sources and its logs."""
+    checkpoints = (file for file in (folder / "checkpoints").glob("*.pt") if (place_of(file) or ("",))[0] in _PHASES)
+    return (*checkpoints, *(folder / name for name in _WRITTEN))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -89,5 +109,7 @@ def _require_apart(recipe: Recipe, written: Sequence[Path]) -> None:
 
 
 def _deciding(recipe: Recipe, key: str) -> Any:
-    """Return the value of a recipe's key without `cuda_graph`, which does not change what is trained."""
-    return recipe.train.model_copy(update={"cuda_graph": False}) if key == "train" else getattr(recipe, key)
+    """Return what a recipe has for a key, without `cuda_graph`, which does not change what is trained."""
+    if key == "train":
+        return recipe.train.model_copy(update={"cuda_graph": False})
+    return recipe.model_dump(mode="json", include={key})  # as it is written: a saved recipe has no other types

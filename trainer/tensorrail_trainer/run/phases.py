@@ -90,6 +90,7 @@ def train_all(
     progress: Progress = silent,
     accelerator: Accelerator | None = None,
     tracking: Tracking | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[Trained, Dataset]:
     """Run the training phases, each from its last checkpoint; write `plan.json`, `cores.safetensors` and `dense.safetensors`.
 
@@ -97,10 +98,11 @@ def train_all(
 
     Args:
         recipe: the recipe.
-        folder: the folder of the run, made by `prepare`.
+        folder: the folder of the run, made by `prepare`, here or by `begin`.
         progress: is told of the progress.
         accelerator: device, processes and precision; default `make_accelerator(recipe)`.
         tracking: logs every epoch; default: nothing is logged.
+        begin: called once the data are there and samples have run through all networks, before the first phase.
 
     Returns:
         The trained networks, and the data set.
@@ -122,6 +124,7 @@ def train_all(
             "a network of this run does not accept images in channels_last memory format, which trains many times faster on a "
             "CPU; use flatten or reshape in it instead of view",
         )
+    begin()
     if settings.dense is not None:
         dense = job.fit(Phase("dense", dense, settings.dense))
         job.write(lambda: save_weights(dense, folder / "dense.safetensors"))
@@ -216,7 +219,8 @@ class _Training:
     def _shorten_control(self, left_out: int) -> None:
         """Leave out of the control the epochs that ADMM did not train because of `stop`, unless it has its own schedule."""
         if self.control is not None and self.recipe.train.control == "same":
-            self.control = self.control.model_copy(update={"epochs": self.control.epochs - left_out})
+            epochs = self.control.epochs - left_out
+            self.control = self.control.model_copy(update={"epochs": epochs, "warmup": min(self.control.warmup, epochs - 1)})
             self.left -= left_out
 
     def copy_of(self, model: nn.Module) -> nn.Module:

@@ -9,12 +9,14 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.rewriter import Factored, factorize, reconstruct
 from tensorrail_exporter.search.fastest_form import Form, factorize_fastest
 from tensorrail_runtime.errors import PlanError
@@ -33,10 +35,10 @@ from tensorrail_trainer.data.splits import arrays
 from tensorrail_trainer.layers.swap import swap, to_dense
 from tensorrail_trainer.recipes.recipe import Bench, Export, Recipe
 from tensorrail_trainer.run.export import Tracing
-from tensorrail_trainer.run.folder import prepare
+from tensorrail_trainer.run.folder import check, prepare, remove_logs
 from tensorrail_trainer.run.phases import Trained, core_arrays, make_accelerator, train_all
 from tensorrail_trainer.run.render import html, markdown
-from tensorrail_trainer.run.report import Check, LayerRow, Model, Report
+from tensorrail_trainer.run.report import Check, DenseRow, LayerRow, Model, Report
 from tensorrail_trainer.run.tracking import Tracking
 
 
@@ -84,7 +86,7 @@ def _in_form(dense: onnx.ModelProto, trained: Trained, form: Export, progress: P
         factored, slower = factorize_fastest(dense, trained.plan, cores, chosen)
     except PlanError as error:  # export and report the trained cores anyway
         progress("note", 1.0, str(error))
-        return factorize(dense, trained.plan, cores)
+        return factorize(dense, trained.plan, cores, block=form.block if isinstance(form.block, int) else 1)
     if slower.layers:
         progress(
             "note",
@@ -124,18 +126,48 @@ def run(
         CheckpointError: a checkpoint cannot be read or written.
 
     """
-    accelerator = make_accelerator(recipe, folder, track)
-    told = progress if accelerator.is_main_process else silent
-    with Tracking(accelerator, recipe, track, told) as tracking:
-        if accelerator.is_main_process:
-            prepare(recipe, folder, resume=resume, overwrite=overwrite)
-        accelerator.wait_for_everyone()
-        trained, data = train_all(recipe, folder, told, accelerator, tracking)
-        if not accelerator.is_main_process:
+    with training(recipe, folder, resume=resume, overwrite=overwrite, progress=progress, track=track) as (trained, data, logs):
+        if not logs.accelerator.is_main_process:
             return None
         report = _measured(recipe, folder, trained, data, command, progress)
-        tracking.report(report, len(trained.rows))
+        logs.report(report, len(trained.rows))
     return report
+
+
+@contextmanager
+def training(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    track: Sequence[str] = (),
+) -> Iterator[tuple[Trained, Dataset, Tracking]]:
+    """Carry out the training of a recipe; the arguments are those of `run`.
+
+    Nothing is written or deleted before the data are read and samples have run through all networks.
+
+    Yields:
+        The trained networks, the data set, and what logs the run, which ends with the `with` statement.
+
+    """
+    accelerator = make_accelerator(recipe, folder, track)
+    first = accelerator.is_main_process
+    told = progress if first else silent
+    if first:
+        check(recipe, folder, resume=resume, overwrite=overwrite)
+    with Tracking(accelerator, recipe, track, told) as tracking:
+
+        def begin() -> None:
+            if first and overwrite:
+                remove_logs(folder)
+            tracking.start()  # a tracker that cannot be used leaves the run in the folder as it is
+            if first:
+                prepare(recipe, folder, resume=resume, overwrite=overwrite)
+            accelerator.wait_for_everyone()
+
+        yield *train_all(recipe, folder, told, accelerator, tracking, begin), tracking
 
 
 def _measured(recipe: Recipe, folder: Path, trained: Trained, data: Dataset, command: str, progress: Progress) -> Report:
@@ -163,6 +195,7 @@ def _measured(recipe: Recipe, folder: Path, trained: Trained, data: Dataset, com
         latency=latency,
         placement=placed,
         layers=_layer_rows(factored, paths["factored"], placed),
+        dense=_dense_rows(recipe, trained.plan, factored),
         training=trained.rows,
         cut_accuracy=trained.cut_accuracy,
         checks=_checks(recipe, models, numerical, latency),
@@ -196,6 +229,16 @@ def _layer_rows(factored: Factored, path: Path, placed: Placement) -> tuple[Laye
     shares = time_shares(path, placed, [row.layer for row in factored.layers])
     return tuple(
         LayerRow(**row.model_dump(include=set(LayerRow.model_fields)), time_share=shares[row.layer]) for row in factored.layers
+    )
+
+
+def _dense_rows(recipe: Recipe, plan: Plan, factored: Factored) -> tuple[DenseRow, ...]:
+    """Return the layers that the rules of a recipe match and that are exported dense, with the reasons."""
+    rewritten, planned = {row.layer for row in factored.layers}, {layer.name for layer in plan.layers}
+    matched = (layer.name for layer in recipe.plannable(recipe.make_model(trained=False)).layers)
+    slower, larger = "no form of its cores is faster here", "the ranks for the size of the whole network leave it dense"
+    return tuple(
+        DenseRow(layer=name, reason=slower if name in planned else larger) for name in matched if name not in rewritten
     )
 
 

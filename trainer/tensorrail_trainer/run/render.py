@@ -33,6 +33,7 @@ def markdown(report: Report) -> str:
         _md_table(_CHECK_HEAD, _checks(report)),
         "## Layers",
         _md_table(_LAYER_HEAD, _layers(report)),
+        *([_md_table(_DENSE_HEAD, _dense(report))] if report.dense else []),
     ]
     sections += ["## Training", _md_table(_PHASE_HEAD, _phases(report)), "## Machine", _machine(report)]
     return "\n\n".join(sections) + "\n"
@@ -47,7 +48,10 @@ def html(report: Report) -> str:
         "<h2>Targets</h2>" + _html_table(_CHECK_HEAD, _checks(report)),
         "<h2>Latency</h2>" + _svg(_latency_figure(report)),
         "<h2>Training</h2>" + _svg(_training_figure(report.training)) + _html_table(_PHASE_HEAD, _phases(report)),
-        "<h2>Layers</h2>" + _svg(_layer_figure(report)) + _html_table(_LAYER_HEAD, _layers(report)),
+        "<h2>Layers</h2>"
+        + _svg(_layer_figure(report))
+        + _html_table(_LAYER_HEAD, _layers(report))
+        + (_html_table(_DENSE_HEAD, _dense(report)) if report.dense else ""),
         f"<h2>Machine</h2><p>{escape(_machine(report))}</p>",
     ]
     body = "\n".join(sections)
@@ -74,6 +78,7 @@ _LAYER_HEAD = (
     "share of time",
     "weight error",
 )
+_DENSE_HEAD = ("layer that stays dense", "reason")
 _PHASE_HEAD = ("phase", "epochs", "final loss", "final test accuracy", "largest primal residual", "time (s)")
 
 
@@ -100,6 +105,10 @@ def _layers(report: Report) -> list[tuple[str, ...]]:
         )
         for row in report.layers
     ]
+
+
+def _dense(report: Report) -> list[tuple[str, ...]]:
+    return [(row.layer, row.reason) for row in report.dense]
 
 
 def _phases(report: Report) -> list[tuple[str, ...]]:

@@ -32,6 +32,13 @@ class LayerRow(Record):
     time_share: float  # share of the time of the factored model at batch 1, from ONNX Runtime's profile
 
 
+class DenseRow(Record):
+    """One layer that the recipe would factor, and that is exported dense."""
+
+    layer: str
+    reason: str
+
+
 class Model(Record):
     """One network: its cost at batch 1, and its accuracy on the test split in ONNX Runtime."""
 
@@ -67,6 +74,7 @@ class Report(PrintedRecord):
     numerical: Parity
     latency: tuple[LatencyReport, ...]
     layers: tuple[LayerRow, ...]
+    dense: tuple[DenseRow, ...] = ()  # layers that the recipe would factor, and that stay dense
     training: tuple[Epoch, ...]
     cut_accuracy: float | None = None  # percent, in torch, of the factored network before fine-tuning
     checks: tuple[Check, ...]
@@ -78,6 +86,7 @@ class Report(PrintedRecord):
             Table(self.name, self.head(), self.table()),
             Table("three errors", ("error", "measured"), self.errors()),
             Table("targets", ("target", "asked", "measured", "holds"), checks),
+            *(f"layer {row.layer} stays dense: {row.reason}" for row in self.dense),
             *projection_line(self.training),
         )
 

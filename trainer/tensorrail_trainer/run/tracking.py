@@ -41,21 +41,26 @@ class Tracking:
         names: the trackers.
         progress: told of a tracker that fails; default: nobody.
 
-    Raises:
-        RecipeError: a tracker cannot be used, such as a server that does not answer.
-
     """
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe, names: Sequence[str], progress: Progress = silent) -> None:
-        self.accelerator, self.active, self.progress = accelerator, bool(names), progress
-        if not self.active:
+        self.accelerator, self.recipe, self.names, self.progress = accelerator, recipe, names, progress
+        self.active = False
+
+    def start(self) -> None:
+        """Start the trackers, which write to the folder of the run; before, nothing is logged.
+
+        Raises `RecipeError` if a tracker cannot be used, such as a server that does not answer.
+        """
+        if not self.names:
             return
-        own = {"mlflow": {"run_name": recipe.name}}
-        kwargs = {name: own[name] for name in names if name in own}
+        own = {"mlflow": {"run_name": self.recipe.name}}
+        kwargs = {name: own[name] for name in self.names if name in own}
         try:
-            accelerator.init_trackers(recipe.name, settings_of(recipe), kwargs)
+            self.accelerator.init_trackers(self.recipe.name, settings_of(self.recipe), kwargs)
         except Exception as error:  # noqa: BLE001 - each tracker raises errors of its own
-            raise RecipeError(f"track: {', '.join(names)} cannot be used: {first_line(error)}") from None
+            raise RecipeError(f"track: {', '.join(self.names)} cannot be used: {first_line(error)}") from None
+        self.active = True
 
     def epoch(self, row: Epoch, step: int) -> None:
         """Log an epoch; `step` counts the epochs of all phases, from 1."""

@@ -45,7 +45,7 @@ def try_out(recipe: Recipe, data: Dataset, teacher: nn.Module | None, device: to
     if recipe.train.augment != Augmentation() and _ignores_augmentation(data.train):
         raise RecipeError(
             "train.augment: it applies to images in memory, (N, C, H, W), and has no effect on these data: remove it; images "
-            "and video vary their samples themselves"
+            "that are read from files are cropped and mirrored at random without it"
         )
     dense, cut = recipe.make_model(trained=False), recipe.make_model(trained=False)
     plan = recipe.make_plan(cut, trained=False)

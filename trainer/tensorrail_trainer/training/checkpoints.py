@@ -53,7 +53,7 @@ class Checkpoints:
     def latest(self, phase: str) -> dict[str, Any] | None:
         """Return the state of the newest undamaged checkpoint of a phase, or None if there is none.
 
-        Raises `CheckpointError` for a file without read permission, since it may be undamaged.
+        Raises `CheckpointError` for a file without read permission, and if memory is short, since it may be undamaged.
         """
         damaged: list[str] = []
         state = None
@@ -83,6 +83,8 @@ def _read(path: Path, phase: str) -> dict[str, Any] | None:
     """Return the state in a file, or None if the file is damaged or holds no state of this phase."""
     try:
         content = io.BytesIO(path.read_bytes())
+    except MemoryError:
+        raise CheckpointError(f"checkpoint {path} does not fit into memory; free memory, then resume the run") from None
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({error.strerror or error}); make it readable, then resume the run"
@@ -93,7 +95,9 @@ def _read(path: Path, phase: str) -> dict[str, Any] | None:
                 return None
         content.seek(0)
         state = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 - a damaged file can raise any exception
+    except Exception as error:  # noqa: BLE001 - a damaged file can raise any exception
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise CheckpointError(f"checkpoint {path} does not fit into memory; free memory, then resume the run") from None
         return None
     valid = isinstance(state, dict) and state.get("phase") == phase and isinstance(state.get("epoch"), int)
     return state if valid else None

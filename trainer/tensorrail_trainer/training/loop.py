@@ -2,7 +2,7 @@
 
 The batches, their augmentation and the randomness of the model depend only on the seed, the phase and the epoch. The result
 does not depend on the number of processes either: each takes its part of the same global batches, batch-norm uses the whole
-batch, and gradients are averaged.
+batch, and gradients are averaged. Two things differ: dropout is random for each process, and mixup mixes samples of its part.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def train(
     average = _average(phase.model, settings)
     first, done = _resumed(phase, optimizer, average, accelerator, store)
     _prepare_networks(phase, settings, accelerator.device)
+    own_forward = phase.model.__dict__.get("forward")
     model, prepared = accelerator.prepare(phase.model, optimizer)
     replay = _replay(settings, optimizer, accelerator.device)
     for epoch in range(first, 0 if done else phase.schedule.epochs):
@@ -112,11 +113,23 @@ def train(
             break
     # Otherwise the model would compute in bf16 afterwards, even in the export.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    _restore_forward(phase.model, own_forward)
     accelerator.free_memory()
     unsync_batch_norm(phase.model)
     if average is not None:
         phase.model.load_state_dict(average.module.state_dict())
     return phase.model
+
+
+def _restore_forward(model: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Give a model the `forward` back that it had before accelerate wrapped it; `own` is None for that of its class.
+
+    Where `forward` has decorators, accelerate's unwrapping goes on through them to the innermost function.
+    """
+    if own is None:
+        model.__dict__.pop("forward", None)
+    else:
+        model.forward = own
 
 
 def _require_updates(phase: Phase, samples: int, batch: int) -> None:
@@ -152,13 +165,14 @@ def _resumed(
         return 0, False
     try:
         _restore(phase, optimizer, average, accelerator, state)
+        done = bool(state["done"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         what = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(
             f"{store.folder}: the checkpoint of phase {phase.name}, epoch {state['epoch']}, does not match this network or "
             f"this version ({what}); delete it, or overwrite the run"
         ) from None
-    return first, bool(state["done"])
+    return first, done
 
 
 def _prepare_networks(phase: Phase, settings: Training, device: torch.device) -> None:
