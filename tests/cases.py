@@ -83,3 +83,8 @@ def listener(*, note=None, epoch=None, bench=None):
             bench(stage, share)
 
     return progress
+
+
+def lost_in_metric(moments, weight, target):
+    """Return E‖(Ŵ − T)x‖² / E‖Tx‖² of a weight Ŵ against a target T, both (O, …)."""
+    return moments.energy(weight - target) / max(moments.energy(target), 1e-30)

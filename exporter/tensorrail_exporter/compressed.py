@@ -46,7 +46,9 @@ class Point(Record):
     size: Size
     ratios: Ratios  # against the dense network in fp32
     unstable: bool = False  # its times, or the dense network's, vary so much that the lower end of the interval counts
-    approximation: float  # relative L2 error of the outputs, on held-out inputs; see the report for where there are none
+    # Relative L2 error of the outputs, on held-out inputs (see the report for where there are none). None: an output has
+    # another shape than the dense model's, or values that are not finite.
+    approximation: float | None
     loss: float | None = None  # on inputs that networks are chosen by
     chosen: Agreement | None = None  # agreement on the same inputs
     aside: Agreement | None = None  # agreement on held-out inputs
@@ -74,8 +76,8 @@ class CompressReport(PrintedRecord):
     meets: bool
     predicted_latency: float | None  # the speed-up that the latency table predicted
     # Relative L2 error of the outputs against the dense model, on held-out inputs. Where `aside` is None it says little: it is
-    # of the inputs that the model was fitted to or, without calibration inputs, of random ones.
-    approximation: float
+    # of the inputs that the model was fitted to or, without calibration inputs, of random ones. None as in `Point`.
+    approximation: float | None
     top1_agreement: float | None  # on held-out inputs
     aside: Agreement | None = None  # the same with intervals; None: no inputs were held out, so the accuracy is not known
     guard: Guard = Guard()

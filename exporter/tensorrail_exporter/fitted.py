@@ -14,6 +14,7 @@ from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.layerwise import LayerFit, fit
 from tensorrail_exporter.calibrate.split import Split
 from tensorrail_exporter.graphs.io import save_model
+from tensorrail_exporter.graphs.rounding import rounding_of
 from tensorrail_exporter.plans.plan import Plan
 from tensorrail_exporter.rewrite.resolve import ResolvedPlan
 from tensorrail_exporter.rewrite.rewriter import Factored, decompose, rewrite, with_cores
@@ -123,7 +124,7 @@ def numerical_error(
     """Return the numerical error of the rewriting. Raises `GraphError` if it exceeds rounding."""
     reconstructed = folder / "reconstructed.onnx"
     save_model(with_cores(base, cores), reconstructed)
-    error = parity(reconstructed, path, inputs=feeds[:1], tolerance=None, settings=settings).worst
+    error = rounding_of(parity(reconstructed, path, inputs=feeds[:1], tolerance=None, settings=settings))
     limit = _rounding(base)
     if not error <= limit:
         raise GraphError(

@@ -36,7 +36,7 @@ from tensorrail_exporter.search.guard import Guard
 from tensorrail_exporter.search.judge import Judge
 from tensorrail_exporter.search.losses import check_metric
 from tensorrail_exporter.search.report import PlanReport, Size, times_less
-from tensorrail_runtime.errors import GraphError, PlanError, TargetError
+from tensorrail_runtime.errors import GraphError, ModelError, PlanError, TargetError
 from tensorrail_runtime.graphs.cost import cost
 from tensorrail_runtime.graphs.files import bytes_of
 from tensorrail_runtime.measure.accuracy import Comparison, Labelled, compare_scores, evaluate
@@ -62,7 +62,9 @@ class Compression:
     """How a model is compressed and measured."""
 
     calibration: Calibration | None = None
-    """Inputs; cores are fitted to three quarters and judged on the rest. Default: none, so each weight is decomposed alone."""
+    """Inputs: a quarter is held out, and the model that is written is judged on it. Cores are fitted to the rest, or to part of
+    it where something is chosen by inputs: among models, whether a further fit is kept, or by a limit on the loss. Default:
+    none, so each weight is decomposed alone."""
     refine: Mapping[str, Refine] = field(default_factory=dict)
     """Further fits of the factored graph, by what they are called, in order; each is kept if it is better on inputs that were
     held out; default: none."""
@@ -120,7 +122,9 @@ def compress(
     with scratch() as folder:
         dense = Path(folder) / "dense.onnx"
         save_model(model, dense)
-        several = len(plans) > 1 or any(planned.precision != "fp32" for planned in plans)
+        # A limit on the loss is a choice, too: it is judged on inputs that the model was not fitted to.
+        limited = options.max_loss is not None
+        several = limited or len(plans) > 1 or any(planned.precision != "fp32" for planned in plans)
         judge = None
         if parts is not None and (several or options.refine):
             judge = Judge(model, parts.chosen, options.metric, options.conditions.settings.exact)
@@ -440,11 +444,19 @@ def _measured(
     return dense_size, points, times
 
 
-def _compared(dense: Path, path: Path, parts: Split | None, feeds: Feeds, settings: Session) -> tuple[float, Agreement | None]:
-    """Return how far outputs are from the dense ones at most, and how far they agree on the held-out inputs, if any are."""
+def _compared(
+    dense: Path, path: Path, parts: Split | None, feeds: Feeds, settings: Session
+) -> tuple[float | None, Agreement | None]:
+    """Return how far outputs are from the dense ones at most, and how far they agree on the held-out inputs, if any are.
+
+    There is no distance where an output has another shape, such as a list of boxes, or is not finite.
+    """
     both = run_both(dense, path, inputs=feeds, settings=settings)
     agreement = None if parts is None or parts.judged is None else agreement_of(both, parts.judged.axes)
-    return parity_of(both).worst, agreement
+    try:
+        return parity_of(both).worst, agreement
+    except ModelError:
+        return None, agreement
 
 
 def _targets(plans: Sequence[Planned], options: Compression) -> dict[str, float]:

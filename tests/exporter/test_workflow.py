@@ -388,6 +388,35 @@ def test_too_little_agreement_is_said_and_not_accepted(network, tmp_path):
         run(network, tmp_path / "a.onnx", guard=Guard(min_agreement=90))
 
 
+def test_a_limit_on_the_loss_holds_for_a_single_model(network, tmp_path):
+    """It is judged on inputs that the model was not fitted to, also where there is one plan in fp32."""
+    feeds = tuple({"x": images(1)[k : k + 24]} for k in range(0, 96, 24))
+    loose = run(network, tmp_path / "a.onnx", calibration=Calibration(feeds), max_loss=10.0)
+    assert 0 < loose.loss <= 10.0
+    assert loose.front[0].chosen.samples > 0
+    tight = run(network, tmp_path / "a.onnx", calibration=Calibration(feeds), max_loss=loose.loss / 2)
+    assert (loose.accepted, tight.accepted) == (True, False)
+    assert f"NOT accurate enough: the loss is {tight.loss:.3g}, expected at most" in str(tight)
+
+
+def test_outputs_of_another_shape_than_the_dense_models_are_no_error(rng, tmp_path):
+    """A list of places, as NonZero and NonMaxSuppression give it: low rank finds other ones."""
+    weights = {"w": rng.standard_normal((16, 16)).astype(np.float32), "limit": np.float32(4.0)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], "w"),
+        helper.make_node("Greater", ["y", "limit"], ["above"]),
+        helper.make_node("NonZero", ["above"], ["where"]),
+        helper.make_node("Cast", ["where"], ["places"], to=1),
+    ]
+    model = make_model(nodes, weights, {"x": ["n", 16]}, {"y": ["n", 16], "places": [2, "found"]})
+    plan = Plan(layers=(LayerPlan(name="w", format="svd", modes=(16, 16), ranks=(4,)),))
+    feeds = tuple({"x": rng.standard_normal((24, 16)).astype(np.float32)} for _ in range(4))
+    report = run(model, tmp_path / "a.onnx", plan, calibration=Calibration(feeds))
+    assert report.approximation is None
+    assert report.aside is not None
+    assert CompressReport.model_validate_json(report.model_dump_json()).approximation is None
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_a_refinement_is_written_if_it_is_better_on_other_inputs(better, network, tmp_path):
     fitted_to, notes = [], []

@@ -40,7 +40,11 @@ _DEFAULT = 0.1  # without inputs to choose it by
 
 
 class LayerFit(Record):
-    """How well one layer was fitted. `plain` and `fitted` are the lost share of the variance of its outputs."""
+    """How well one layer was fitted.
+
+    `plain` and `fitted` are the lost share of the variance of its outputs, on the rows that it was fitted to: on other inputs
+    more is lost, above all where there are few rows.
+    """
 
     layer: str
     rows: int  # number of sampled patches; 0: decomposed from the weight alone, for the reason in `why`

@@ -126,10 +126,6 @@ class Moments:
         """Return tr(W C Wᵀ) = E‖Wx‖² of a weight (O, …)."""
         return energy(weight.reshape(weight.shape[0], -1), self.gram)
 
-    def error(self, weight: np.ndarray, target: np.ndarray) -> float:
-        """Return the relative error E‖(Ŵ − T)x‖² / E‖Tx‖² of a weight Ŵ against a target T, both (O, …)."""
-        return self.energy(weight - target) / max(self.energy(target), 1e-30)
-
 
 def roots(second_moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the symmetric square root of a second moment (n, n) and its inverse; small eigenvalues are raised."""

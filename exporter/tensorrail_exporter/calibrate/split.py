@@ -109,14 +109,18 @@ def _one_after_the_other(first: np.ndarray | None, second: np.ndarray | None) ->
 
 
 def _fixed_batch(model: onnx.ModelProto, batch_axes: Axes) -> int | None:
-    """Return the size of the batch axis of the model's inputs, if it is fixed."""
+    """Return the size of the batch axis of the model's inputs, if that is fixed in all of them that have one.
+
+    An input that is a constant has a fixed size beside others that take any number of samples.
+    """
     stored = {tensor.name for tensor in model.graph.initializer}
+    sizes = set()
     for value in model.graph.input:
         axes = value.type.tensor_type.shape.dim
         place = batch_axes.get(value.name, 0)
-        if value.name not in stored and axes and place is not None and axes[place].HasField("dim_value"):
-            return int(axes[place].dim_value)
-    return None
+        if value.name not in stored and axes and place is not None:
+            sizes.add(max(0, axes[place].dim_value))  # 0: any size, which some exporters write as −1
+    return None if not sizes or min(sizes) == 0 else int(max(sizes))
 
 
 def _pieces(calibration: Calibration) -> list[tuple[int, int]]:

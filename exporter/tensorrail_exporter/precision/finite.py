@@ -1,7 +1,7 @@
 """Conversion to fp16 in which nothing overflows: layers whose values leave its range stay in fp32.
 
-The range of fp16 is ±65504. Which layers leave it is measured on inputs. Every tensor is looked at, since ONNX Runtime's CPU
-provider leaves casts out: outputs that are finite there may not be finite on a GPU.
+The range of fp16 is ±65504. Which layers leave it is measured on inputs. Every tensor is looked at but those in bodies of If,
+Loop and Scan, since ONNX Runtime's CPU provider leaves casts out: outputs that are finite there may not be finite on a GPU.
 """
 
 from __future__ import annotations

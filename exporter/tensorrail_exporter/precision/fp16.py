@@ -35,8 +35,10 @@ _CONTRIB_MULTIPLY = {"Attention": (1, 2), "MultiHeadAttention": (3,)}
 """The same of com.microsoft, with the places of weights and biases: other constants of these are masks."""
 
 
-def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str] = ()) -> onnx.ModelProto:
+def to_fp16(model: onnx.ModelProto, *, keep: Sequence[str] = ()) -> onnx.ModelProto:
     """Return a copy of the model with float16 weights and activations, by `onnxruntime.transformers.float16`.
+
+    Inputs and outputs stay float32, with a cast between them and the graph.
 
     Operators in the converter's own list (Min, Max, TopK, Range, CumSum and others) stay float32. Weights, biases and tables
     must be within ±65504, also in the bodies of If, Loop and Scan. Other constants, such as the fill value of a mask, are
@@ -45,7 +47,6 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
 
     Args:
         model: the fp32 model; it is not changed.
-        keep_io: whether inputs and outputs stay float32, with a cast between them and the graph; default True.
         keep: names of layers, weights or nodes that stay float32. There is no cast between two neighbours that do. For a node
             in the body of an If, Loop or Scan, that whole node of the graph stays float32.
 
@@ -69,7 +70,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_io: bool = True, keep: Sequence[str]
         blocked = sorted(prepared.node_code(name) for name in kept)
         try:
             # Given the path, the converter infers shapes from file to file; nothing else works above 2 GiB.
-            converted = convert_float_to_float16(str(path), keep_io_types=keep_io, node_block_list=blocked)
+            converted = convert_float_to_float16(str(path), keep_io_types=True, node_block_list=blocked)
         except Exception as error:  # noqa: BLE001 - the library raises assertions and errors of protobuf
             reason = prepared.text(first_line(error)) or type(error).__name__
             raise GraphError(f"the graph cannot be converted to fp16 ({reason}); {_KEEP}") from None

@@ -31,6 +31,7 @@ _SHOWN = 8  # names in the message, and layers in the table
 NORMAL = float(np.finfo(np.float16).tiny)  # 2⁻¹⁴: smaller values are subnormal
 
 _EXPONENT = np.uint16(0x7C00)  # the bits of the exponent of a float16
+_SOFTMAX = ("Softmax", "LogSoftmax")
 _MOVES = (
     *(
         "Concat",
@@ -149,8 +150,9 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
     """Raise `RangeError` if an fp16 tensor of the reduced graph overflows.
 
     ONNX Runtime's CPU provider computes most operators in fp32 and removes casts between them, so that finite outputs there
-    prove nothing for a GPU. Therefore every fp16 tensor is checked. A value that is infinite or NaN in fp32 too, such as
-    −inf in a mask, is not an overflow, and neither is a tensor that only a Softmax reads.
+    prove nothing for a GPU. Therefore every fp16 tensor of the graph is checked; those in bodies of If, Loop and Scan are not.
+    A value that is infinite or NaN in fp32 too, such as −inf in a mask, is not an overflow, and neither is −inf in a tensor
+    that only a Softmax reads.
 
     Args:
         model: the fp32 model.
@@ -163,18 +165,15 @@ def require_finite(model: onnx.ModelProto, reduced: onnx.ModelProto, feeds: Feed
     """
     model, readers = with_names(model), _readers(reduced)
     names = tuple(
-        dict.fromkeys(
-            name
-            for node in reduced.graph.node
-            for name in node.output
-            if name
-            and node.op_type not in _MOVES
-            and not (readers[name] and all(node.op_type in ("Softmax", "LogSoftmax") for node in readers[name]))
-        )
+        dict.fromkeys(name for node in reduced.graph.node for name in node.output if name and node.op_type not in _MOVES)
     )
+    scores = {name for name in names if readers[name] and all(one.op_type in _SOFTMAX for one in readers[name])}
     suspects: list[tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]] = []  # inputs, and where tensors are not finite
     for feed, outputs in zip(feeds, _exposed(reduced, names, feeds), strict=True):
         infinite = {name: ~np.isfinite(values) for name, values in outputs.items() if _overflows(values)}
+        for name in infinite.keys() & scores:
+            infinite[name] &= ~np.isneginf(outputs[name])
+        infinite = {name: where for name, where in infinite.items() if where.any()}
         if infinite:
             suspects.append((feed, infinite))
     overflowing = _not_in_fp32(model, suspects, _origins(model, reduced))

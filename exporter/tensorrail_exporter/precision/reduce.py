@@ -230,7 +230,7 @@ def reduced(
             parity=same,
             accuracy=accuracy,
             latency=latency,
-            ranges=() if same.holds else layer_ranges(single, feeds, to=to),
+            ranges=() if same.holds or not weighted(single) else layer_ranges(single, feeds, to=to),
             with_casts=runs_with_casts(to, settings),
         )
     save_model(small, out)

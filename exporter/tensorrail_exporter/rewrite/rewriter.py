@@ -23,7 +23,7 @@ from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_tabl
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan, why_no_scan
-from tensorrail_runtime.errors import GraphError
+from tensorrail_runtime.errors import GraphError, PlanError
 from tensorrail_runtime.measure.fusions import Fusions
 from tensorrail_runtime.records import Record
 from tensorrail_runtime.tables import Part, PrintedRecord, Table
@@ -176,11 +176,7 @@ def rewrite(
     rewrites = {}
     for layer in _in_order(work):
         layer_plan, spec = layer.plan, layer.spec
-        if layer_plan.name not in cores:
-            raise GraphError(
-                f"layer {layer_plan.name}: expected cores for every planned layer, got cores only for "
-                f"{', '.join(cores) or 'none'}; add this layer's cores, or remove it from the plan"
-            )
+        _require_cores(layer_plan.name, cores)
         check_cores(layer_plan, cores[layer_plan.name], spec.shape, spec.groups)
         specs = [node_spec if scan else replace(node_spec, scan=False) for node_spec in layer.specs]
         weight = layer.weight
@@ -250,11 +246,20 @@ def _narrow_before(layer: ResolvedLayer, cores: Sequence[np.ndarray]) -> bool:
     return True
 
 
+def _require_cores(name: str, cores: Cores) -> None:
+    if name not in cores:
+        raise GraphError(
+            f"layer {name}: expected cores for every planned layer, got cores only for {', '.join(cores) or 'none'}; add this "
+            "layer's cores, or remove it from the plan"
+        )
+
+
 def with_cores(resolved: ResolvedPlan, cores: Cores) -> onnx.ModelProto:
     """Do the same as `reconstruct` for a resolved plan, which is not changed."""
     weights = {}
     for name, layer in resolved.layers.items():
         shape, groups = layer.spec.shape, layer.spec.groups
+        _require_cores(name, cores)
         check_cores(layer.plan, cores[name], shape, groups)
         weights[name] = np.asarray(layer.plan.reconstruct(cores[name], shape, groups))
     return with_weights(resolved, weights)
@@ -285,7 +290,10 @@ def decompose(resolved: ResolvedPlan) -> dict[str, list[np.ndarray]]:
     for name, layer in resolved.layers.items():
         values = layer.weight if layer.weight.dtype == np.float64 else layer.weight.astype(np.float32)
         check_finite(name, values)
-        cores[name] = layer.plan.decompose(values, layer.spec.groups)
+        try:
+            cores[name] = layer.plan.decompose(values, layer.spec.groups)
+        except PlanError as error:
+            raise PlanError(f"layer {name}: {error}") from None
     return cores
 
 

@@ -18,6 +18,7 @@ from tensorrail_exporter.calibrate.channels import Removal, refitted, removal
 from tensorrail_exporter.formats import WIDTH, format_of
 from tensorrail_exporter.formats.ttm import paired, unpaired
 from tensorrail_exporter.search.options import Option
+from tensorrail_runtime.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,12 @@ class Approximations:
 
     def _decomposed(self, option: Option) -> np.ndarray:
         form = format_of(option.format)
-        cores = form.decompose(self._white, option.modes, option.ranks)
+        try:
+            cores = form.decompose(self._white, option.modes, option.ranks)
+        except PlanError as error:
+            raise PlanError(
+                f"a form with ranks {list(option.ranks)}: {error}; or leave {option.format} out of the formats"
+            ) from None
         return np.asarray(form.reconstruct(cores, self.weight.shape, option.modes), np.float32)
 
     def _basis(self, tensor: np.ndarray, split: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -47,6 +47,11 @@ class Form:
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else `tensorrail` in $XDG_CACHE_HOME or ~/.cache."""
 
+    def __post_init__(self) -> None:
+        """Raise `PlanError` for a block that is no multiple for ranks."""
+        if self.block != "auto" and self.block < 1:
+            raise PlanError(f"block: expected a multiple for ranks, 1 or more, or auto, got {self.block}")
+
     @property
     def blocks(self) -> tuple[int, ...]:
         """The blocks to choose from."""

@@ -231,7 +231,8 @@ class PlanReport(PrintedRecord):
             f"target missed: {name}={self.targets[name]:g}, reached {reached:.2f}×" for name, reached in self.missed.items()
         ]
         where = self.provider if self.precision == "fp32" else f"{self.provider} in {self.precision}"
-        title = f"plan for {where}, batch {self.batch}; losses measured on {self.loss_from}"
+        losses = "estimated from the weights" if self.loss_from == "weights" else f"measured on {self.loss_from}"
+        title = f"plan for {where}, batch {self.batch}; losses {losses}"
         if self.plan.joint:
             count = len(self.plan.joint)
             lines.append(f"{count} group{'s' * (count > 1)} of layers that read the same input run as one layer each")

@@ -91,7 +91,8 @@ class Search:
     """Time limit in seconds for timing layers that are not in the latency table yet, of which a quarter is used where neither
     `latency` is a target nor loss or agreement are limited; default 60."""
     improve_seconds: float = 20.0
-    """Time limit in seconds for the local search around the chosen network, which needs calibration inputs; default 20."""
+    """Time limit in seconds for the local search around the chosen network, which needs calibration inputs and has no effect
+    with `max_loss`; default 20."""
     check_seconds: float = 10.0
     """Seconds for timing the chosen network, half of it where neither `latency` is a target nor loss or agreement are limited;
     default 10."""
@@ -126,8 +127,10 @@ class Search:
             UsageError: a limit on the agreement is out of range.
 
         """
-        if self.max_loss is not None and not self.max_loss > 0:
+        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
             raise PlanError(f"max_loss: expected a positive number, got {self.max_loss:g}")
+        if self.grid < 0:
+            raise PlanError(f"grid: expected a multiple for ranks, or 0, got {self.grid}")
         if self.heads is not None and min(self.heads if isinstance(self.heads, tuple) else (self.heads,)) < 1:
             raise PlanError(f"heads: expected a positive number of values, or two, got {self.heads}")
         if self.precision not in get_args(Precision):

@@ -72,8 +72,8 @@ def cut(part: Part, inputs: ModelInputs, batch: int, most: int | None) -> Batche
     total = next(iter(lengths.values()), 1)
     if len(set(lengths.values())) > 1:
         total = _declared_length(where, lengths, inputs)
-        feed = _complete(arrays, inputs, total)
-        return Batches((feed,), inputs.axes, labels_of(where, labels, samples_of(feed, inputs.axes)), fixed, whole=True)
+        axes = _varying(inputs)
+        return Batches((_complete(arrays, inputs, total),), axes, labels_of(where, labels, total), fixed, whole=True)
     labels = labels_of(where, labels, total)
     if fixed is not None and (not fixed or total % fixed):
         raise ModelError(f"{where}: the model takes batches of {fixed}, got {total} samples: give a multiple of {fixed}")
@@ -99,6 +99,16 @@ def _rows(arrays: Values, picks: np.ndarray, axes: Axes) -> Feed:
         shared = axis is None or not array.ndim
         rows[name] = array if shared else np.asarray(np.take(array, picks, axis), order="C")
     return rows
+
+
+def _varying(inputs: ModelInputs) -> Axes:
+    """Return the batch axes where some inputs have a fixed size along theirs and others any: None for those of a fixed size."""
+    fixed = {
+        name for name, axis in inputs.axes.items() if axis is not None and isinstance(inputs.entries[name].shape[axis], int)
+    }
+    if len(fixed) == sum(axis is not None for axis in inputs.axes.values()):
+        return inputs.axes
+    return {name: None if name in fixed else axis for name, axis in inputs.axes.items()}
 
 
 def _declared_length(where: str, lengths: Mapping[str, int], inputs: ModelInputs) -> int:

@@ -141,6 +141,10 @@ def model_inputs(session: ort.InferenceSession, rules: InputRules | None = None)
         _check_state(entries[name], outputs, output)
     axes = deduced_axes({name: entry.shape for name, entry in entries.items()}) | dict(rules.batch_axes)
     constants = {name: _constant(value, entries[name], axes[name]) for name, value in rules.constants.items()}
+    for name in constants.keys() - rules.batch_axes.keys():
+        axis, shape = axes[name], entries[name].shape
+        if axis is not None and isinstance(shape[axis], int):  # all samples share it, whatever the batch
+            axes[name] = None
     return ModelInputs(entries, axes, constants, dict(rules.states))
 
 

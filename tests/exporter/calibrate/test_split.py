@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import make_model
+from onnx import helper
 
 from tensorrail_exporter.calibrate.inputs import Calibration
 from tensorrail_exporter.calibrate.split import split
@@ -129,3 +131,16 @@ def test_the_parts_to_fit_to_and_to_choose_by_can_be_exchanged():
     parts = split(Calibration(({"x": np.arange(40.0)},)))
     other = parts.exchanged
     assert (other.fitted, other.chosen, other.judged) == (parts.chosen, parts.fitted, parts.judged)
+
+
+def test_a_constant_of_a_fixed_size_does_not_fix_the_batch(rng):
+    weights = {"w": rng.standard_normal((6, 4)).astype(np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Mul", ["h", "rate"], ["y"]),
+    ]
+    model = make_model(nodes, weights, {"x": ["batch", 6], "rate": [1]}, {"y": ["batch", 4]})
+    feeds = tuple({"x": np.ones((16, 6), np.float32), "rate": np.ones(1, np.float32)} for _ in range(3))
+    parts = split(Calibration(feeds, axes={"x": 0, "rate": None}), model)
+    assert parts.judged is not None
+    assert parts.judged.count == 12

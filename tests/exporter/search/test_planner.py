@@ -359,7 +359,7 @@ def test_the_fastest_network_whose_outputs_agree(network, known_times, tmp_path,
 def test_where_no_fast_network_agrees_that_is_said(network, known_times, tmp_path, rng):
     for limit, when in ((1e-6, "before cores are fitted, on 8"), (0.12, "with fitted cores, on 4")):
         search = Search(grid=16, cache=tmp_path, guard=Guard(max_difference=limit))
-        reason = rf"target latency=1.05 and agrees .*\(a difference .* {limit:g} of .*\): with the nearest .* {when} inputs"
+        reason = rf"is 1.05× faster and agrees .*\(a difference .* {limit:g} of .*\): with the nearest .* {when} inputs"
         with pytest.raises(TargetError, match=reason):
             plan_network(network, {"latency": 1.05}, search, calibration=inputs(rng))
 
@@ -488,7 +488,7 @@ def test_steps_of_a_sequence_before_the_batch_are_no_scores_of_samples(rng, tmp_
     ]
     model = make_model(nodes, weights, {"x": ["batch", 7, 32]}, {"p": [7, "batch", 32]})
     calibration = Calibration(({"x": rng.standard_normal((64, 7, 32)).astype(np.float32)},))
-    with pytest.raises(PlanError, match="no scores of classes in rows of samples"):
+    with pytest.raises(PlanError, match="no class scores in rows of samples"):
         plan_network(model, {"latency": 1.05}, Search(guard=Guard(), cache=tmp_path), calibration=calibration)
 
 
