@@ -96,7 +96,7 @@ def baselines(folder: Path, dense: Path, batch: int, cache: Path | None) -> tupl
     """Write ResNet-18's other forms and return their paths, and notes on those that could not be made."""
     model, plan, notes = onnx.load(dense), networks.published_plan("resnet18"), []
     cores = random_cores(model, plan)
-    blocks = fastest_blocks(model, plan, Form(batch=batch, cache=cache))
+    blocks = fastest_blocks(model, plan, Form(block="auto", batch=batch, cache=cache))
     made = {"published": folder / "published.onnx", "published, padded": folder / "padded.onnx"}
     save_model(factorize(model, plan, cores).model, made["published"])
     save_model(factorize(model, plan, cores, block=blocks).model, made["published, padded"])

@@ -27,7 +27,7 @@ class MetricError(ModelError):
 
 
 class DataError(TensorrailError, ValueError):
-    """Data cannot be read or do not fit the model."""
+    """The training data of a recipe, or weights to start from, cannot be read or do not fit the network."""
 
 
 class PlanError(TensorrailError, ValueError):

@@ -156,7 +156,8 @@ def test_commands_of_the_runtime_work(base, small_path, tmp_path, rng):
 def test_what_needs_an_extra_names_it_in_one_line(arguments, extra, base, tmp_path):
     done = cli(base, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"tensorrail: this command needs \w+: pip install 'tensorrail\[{extra}\]'\n", done.stderr), done.stderr
+    advice = rf"install the extra `{extra}`, as in pip install '\.\[{extra}\]'\n"
+    assert re.fullmatch(rf"tensorrail: this command needs \w+: {advice}", done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +166,8 @@ def test_a_name_of_the_library_says_which_extra_it_needs(name, extra, base):
     code = f"import tensorrail; print(tensorrail.Session().provider, tensorrail.ModelError.exit_code); tensorrail.{name}"
     done = call(base, "-c", code)
     assert (done.returncode, done.stdout) == (1, "cpu 2\n")
-    assert re.search(rf"MissingExtraError: tensorrail\.{name} needs \w+: pip install 'tensorrail\[{extra}\]'\n$", done.stderr)
+    advice = rf"install the extra `{extra}`, as in pip install '\.\[{extra}\]'\n"
+    assert re.search(rf"MissingExtraError: tensorrail\.{name} needs \w+: {advice}$", done.stderr)
 
 
 def test_help_imports_nothing_heavy(base):

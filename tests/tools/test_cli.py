@@ -335,6 +335,8 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, in_this_process, small_path,
             "--max-drop compares B's score with A's: expected a second model",
         ),
         (("bench", small_path, "--min-speedup", 2), "--min-speedup compares other models with the first"),
+        (("bench", small_path, "--shape", "x=1,16,8,8", "--shape", "x=2,16,8,8"), "shape of input 'x': given twice"),
+        (("check", small_path, small_path, "--rtol", "1e-5", "--rtol", "1"), "--rtol: given twice for all outputs"),
         (("check", small_path, small_path, "--plan", plan_path), "--plan has no effect without --layers"),
         (("check", small_path, small_path, "--cores", cores), "--cores has no effect without --layers"),
         (("check", small_path, small_path, "--data", data, "--shape", "x=2,16,8,8"), "--shape is for random inputs"),
@@ -547,8 +549,9 @@ def test_models_that_do_not_do_the_same_work_pass_no_speed_up(cli, in_this_proce
     fixed = tmp_path / "fixed.onnx"
     onnx.save(small_model, fixed)
     asked = ("bench", fixed, small_path, "--duration", 0.1, "--processes", 0)
-    code, _, message = cli(*asked, "--min-speedup", 1.1, "--json", tmp_path / "b.json")
+    code, printed, message = cli(*asked, "--min-speedup", 1.1, "--json", tmp_path / "b.json")
     assert code == 2
+    assert "speed-up" in printed
     assert "--min-speedup: nothing to compare: the models process different numbers of samples in a run (" in message
     assert "fixed.onnx 32" in message
     assert not (tmp_path / "b.json").exists()

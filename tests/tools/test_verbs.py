@@ -63,7 +63,7 @@ def test_defaults_of_commands_are_those_of_the_functions():
     assert arguments.timing_options() == bench.bench_options() == tr.Timing(seconds=tr.Timing().duration)
     assert arguments.search_options() == tr.Search()
     assert quantize.quantization_options("fp16") == tr.Quantization("fp16")
-    assert export.form_options() == tr.Form(block=1)
+    assert export.form_options() == tr.Form()
     assert package.repository_options() == tr.Repository(shapes={})
     assert package.serving_options() == tr.Serving()
 

@@ -99,6 +99,7 @@ def as_batches(
         return load_batches(_source(inputs, "inputs"), session, rules, batch=batch, most=most)
     if not hasattr(inputs, "feeds"):  # of a `Calibration`, whose module a base install cannot import
         _source(inputs, "inputs")
+    inputs = inputs if most is None else inputs.first(most)
     return Batches(tuple(inputs.feeds), inputs.axes, inputs.labels, inputs.batch, inputs.whole, inputs.sequences)
 
 

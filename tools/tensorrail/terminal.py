@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -68,13 +68,19 @@ def show(parts: Sequence[Part]) -> None:
     show_on(parts, console())
 
 
-def finish(report: PrintedRecord, json: Path | None, holds: bool = True, last: str = "") -> NoReturn:
-    """Write a report as JSON where asked, print it and a last line, and end with exit code 0, or 1 where it does not hold."""
+def finish(
+    report: PrintedRecord, json: Path | None, holds: bool = True, last: str = "", also: Callable[[], object] = lambda: None
+) -> NoReturn:
+    """Write a report as JSON where asked, print it and a last line, and end with exit code 0, or 1 where it does not hold.
+
+    `also` writes further files. The report is printed even if a file cannot be written.
+    """
     import typer
 
     try:
         if json is not None:
             report.save(json)
+        also()
     finally:
         show(report.shown())
         if last:

@@ -29,8 +29,8 @@ _SLOWER = 1.02  # times are not known more precisely
 class Form:
     """The forms of given cores to choose from, and how they are timed."""
 
-    block: int | Literal["auto"] = "auto"
-    """Ranks are padded with zeros to multiples of it; default `auto`: the fastest of 1, 4, 8 and 16 for each layer."""
+    block: int | Literal["auto"] = 1
+    """Ranks are padded with zeros to multiples of it; `auto`: the fastest of 1, 4, 8 and 16 for each layer; default 1."""
     dense_if_slower: bool = False
     """Use the dense weight for a layer that is 2 % slower in each form: equal outputs, larger file; default False."""
     fold_batch_norm: bool = False

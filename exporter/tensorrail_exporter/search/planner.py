@@ -248,7 +248,7 @@ def _verification(
     settings = conditions.settings
     dense = folder / "dense.onnx"
     save_model(model, dense)
-    seconds = search.check_seconds / 2 if _roughly(targets, search) else search.check_seconds
+    seconds = search.timed_for / 2 if _roughly(targets, search) else search.timed_for
     processes = min(max(int(seconds), 1), _PROCESSES)
     timing = replace(conditions.timing, seconds=seconds, processes=processes, io_binding=settings.on_gpu)
     ranges = [] if parts is None else parts.fitted.feeds[:1]

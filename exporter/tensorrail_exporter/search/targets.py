@@ -20,6 +20,7 @@ AUTO = "auto"  # fp32, int8, and fp16 where the provider computes in it
 TARGETS = ("latency", "flops", "params", "bytes")
 
 _GAIN = 0.95
+_CHECKED = 10.0  # seconds for timing the chosen network, at most
 _MET = 0.99  # measured times vary: a network that reaches this share of a target meets it
 
 
@@ -93,9 +94,9 @@ class Search:
     improve_seconds: float = 20.0
     """Time limit in seconds for the local search around the chosen network, which needs calibration inputs and has no effect
     with `max_loss`; default 20."""
-    check_seconds: float = 10.0
+    check_seconds: float | None = None
     """Seconds for timing the chosen network, half of it where neither `latency` is a target nor loss or agreement are limited;
-    default 10."""
+    default: 10, or `seconds` if these are fewer."""
     cache: Path | None = None
     """Folder of latency tables; default $TENSORRAIL_CACHE, else `tensorrail` in $XDG_CACHE_HOME or ~/.cache."""
     precision: Precision = "fp32"
@@ -106,6 +107,11 @@ class Search:
     metric: str | None = None
     """A score of each sample, as `top1`, `top5` or `module:function` of (outputs, labels), whose fall is the loss; it needs
     calibration inputs with labels. Default: none, so the loss is how far outputs move."""
+
+    @property
+    def timed_for(self) -> float:
+        """Seconds for timing the chosen network."""
+        return min(_CHECKED, self.seconds) if self.check_seconds is None else self.check_seconds
 
     @property
     def gain(self) -> float:

@@ -36,7 +36,7 @@ from tensorrail_runtime.scratch import scratch
 from tensorrail_runtime.sessions.inputs import random_inputs
 from tensorrail_runtime.sessions.kernels import contents_of
 from tensorrail_runtime.sessions.machine import machine
-from tensorrail_runtime.sessions.session import PROVIDERS, open_session
+from tensorrail_runtime.sessions.session import PROVIDERS, Session, open_session
 from tensorrail_runtime.tables import Part, Table
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -203,7 +203,7 @@ class _Side:
         options = {
             "inputs": self.inputs.names,
             "threads": settings.threads,
-            "provider": {"use_tf32": "0"} if settings.provider == "cuda" else {},  # as `open_session`
+            "providers": _providers(settings),
             "optimized": None if optimized is None else str(optimized),
             "profile": None if profile is None else str(profile),
             # ONNX Runtime 1.31 fuses Transpose(1, 0, 2) → MatMul in fp16 in a way that crashes the process.
@@ -258,6 +258,12 @@ def timed_in_turns(before: _Side, after: _Side, precision: float | None) -> tupl
         runs.append(_one_process_each(before, after, timing.duration, swapped=bool(len(runs) % 2)))
         progress("measuring latency", min(1.0, len(runs) / timing.processes))
     return [run[0] for run in runs], [run[1] for run in runs]
+
+
+def _providers(settings: Session) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers with their options, as `open_session` gives them: CUDA runs what TensorRT does not take."""
+    cuda = (PROVIDERS["cuda"], {"use_tf32": "0"})
+    return {"cuda": [cuda], "tensorrt": [(PROVIDERS["tensorrt"], {}), cuda]}.get(settings.provider, [(PROVIDERS["cpu"], {})])
 
 
 def _one_process_each(before: _Side, after: _Side, seconds: float, *, swapped: bool) -> tuple[list[float], list[float]]:

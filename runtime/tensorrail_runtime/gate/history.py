@@ -41,7 +41,7 @@ class Entry(Record):
     when: str  # UTC, ISO 8601
     model: str
     machine: str  # processor or GPU, and cores
-    how: str  # provider, threads, batch size and shapes
+    how: str  # provider, threads, batch size, shapes and what the inputs are
     onnxruntime: str
     p50_ms: float = Field(gt=0, allow_inf_nan=False)
 
@@ -120,10 +120,18 @@ def entry_of(measured: Baseline, commit: str | None = None, model: Path | str | 
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         model=Path(measured.model).name if model is None else _name(Path(model)),
         machine=f"{host.processor if host.gpu is None else host.gpu.name}, {host.cores} cores",
-        how=f"{measured.provider}, {threads}, batch {measured.batch}{shapes}",
+        how=f"{measured.provider}, {threads}, batch {measured.batch}{shapes}{_inputs(measured)}",
         onnxruntime=host.onnxruntime,
         p50_ms=float(np.median(np.concatenate(measured.processes))),
     )
+
+
+def _inputs(measured: Baseline) -> str:
+    """Return what the inputs of a baseline were, as far as the time may depend on it."""
+    constants = [f"{name}={value}" for name, value in measured.constants.items()]
+    axes = [f"{name} along {axis}" for name, axis in measured.batch_axes.items()]
+    states = [f"{name} from {output}" for name, output in measured.states.items()]
+    return "".join(f", {text}" for text in (*constants, *axes, *states, *(["on data"] if measured.on_data else [])))
 
 
 def add_entry(path: Path | str, entry: Entry) -> None:

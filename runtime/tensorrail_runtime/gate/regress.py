@@ -278,11 +278,13 @@ def record(
 
     """
     if again and Path(out).is_file():
-        conditions, rules = _as_before(Path(out), conditions, rules)
+        conditions, rules = _as_before(Path(out), conditions, rules, data)
     conditions = checked(conditions)
     timing, settings = conditions.timing, conditions.settings
     if not settings.is_plain:
         raise UsageError(_SETTINGS)
+    if timing.values:
+        raise UsageError("a baseline keeps no values of inputs, so that checks would run on others: give constants or data")
     if Path(out).suffix == ".onnx" or not Path(out).parent.is_dir():
         raise ModelError(f"{out}: expected a JSON file in an existing folder, such as baseline.json")
     rules = rules or InputRules()
@@ -369,10 +371,16 @@ def check(
 
 
 def checked(conditions: Conditions | None) -> Conditions:
-    """Return the conditions with the gate's defaults where nothing is given; raises `UsageError` for too few processes."""
+    """Return the conditions with the gate's defaults where nothing is given.
+
+    Raises `UsageError` for too few processes, and for what the gate has its own way of.
+    """
     conditions = conditions or Conditions(TIMING)
     timing = conditions.timing
     seconds = TIMING.seconds if timing.seconds is None else timing.seconds
+    plain = replace(timing, warmup=Timing.warmup, io_binding=False, seed=Timing.seed)
+    if plain != timing:
+        raise UsageError("the gate has its own warm-up, inputs and binding: leave out warmup, seed and io_binding")
     timing = replace(timing, seconds=seconds, processes=timing.processes or TIMING.processes)
     if timing.processes < _LEAST_PROCESSES or not timing.duration > 0:
         raise UsageError(
@@ -438,15 +446,19 @@ def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRu
     )
 
 
-def _as_before(out: Path, conditions: Conditions | None, rules: InputRules | None) -> tuple[Conditions, InputRules]:
+def _as_before(
+    out: Path, conditions: Conditions | None, rules: InputRules | None, data: Labelled | None
+) -> tuple[Conditions, InputRules]:
     """Return the conditions and rules, with those of the baseline in a file where they have the defaults.
 
-    Raises `ModelError` if the file is not a baseline.
+    Raises `ModelError` if the file is not a baseline, or has a score and there are no data for another one.
     """
     try:
         older = Baseline.load(out)
     except ModelError as error:
         raise ModelError(f"{error}; remove the file to record one under the given conditions") from None
+    if older.facts.score is not None and data is None:
+        raise ModelError(f"{out}: was recorded with a score on labelled data, got no data: give them, or remove the file")
     rules = rules or InputRules()
     return _as_recorded(older, conditions or Conditions(TIMING)), older.rules if rules == InputRules() else rules
 

@@ -53,7 +53,7 @@ class Model:
         if provider.startswith(("CUDA", "Tensorrt")) and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         more = {"disabled_optimizers": options["disabled"]} if options["disabled"] else {}
-        self.session = ort.InferenceSession(path, own, providers=[(provider, options["provider"])], **more)
+        self.session = ort.InferenceSession(path, own, providers=[tuple(one) for one in options["providers"]], **more)
         if self.session.get_providers()[0] != provider:
             raise RuntimeError(f"ONNX Runtime fell back from {provider} to {self.session.get_providers()[0]}")
         with np.load(inputs, allow_pickle=False) as stored:

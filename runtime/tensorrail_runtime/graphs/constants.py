@@ -32,7 +32,7 @@ def file_fault(path: Path | str) -> str:
     """Do the same as `weight_fault` for a file; empty as well for a file that cannot be read, which opening it reports."""
     try:
         return weight_fault(onnx.load(path, format="protobuf", load_external_data=False), Path(path).parent)
-    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError):
+    except (OSError, ValueError, TypeError, NotImplementedError, DecodeError, onnx.checker.ValidationError):
         return ""
 
 

@@ -53,6 +53,8 @@ def external_files(path: Path) -> list[str]:
             locations |= {entry.value: None for entry in tensor.external_data if entry.key == "location"}
     folder = path.parent.resolve()
     for location in locations:
+        if "\0" in location:
+            raise ModelError(f"{path}: its external data {location!r} are no file name: store them beside the model")
         relative = PurePosixPath(location)
         absolute = folder / relative
         if not location or relative.is_absolute() or ".." in relative.parts or absolute.resolve() != absolute:

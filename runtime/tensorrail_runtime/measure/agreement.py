@@ -23,6 +23,7 @@ Scores = Literal["probabilities", "log-probabilities", "sigmoids", "logits"]
 _TINY = 1e-30
 _CONSTANT = 1e-3  # the standard deviation of values counts as at least so much of their root mean square
 _DRAWS = 2000  # resamplings behind the interval of the difference
+_AT_ONCE = 4_000_000  # indices that are drawn at once
 _TOLERANCE = 1e-3  # of a sum of probabilities, or of a norm of 1
 _SATURATED = 0.1  # share of sigmoids that may be exactly 0 or 1: ONNX Runtime rounds them to 0 below about −18
 
@@ -207,8 +208,10 @@ def _differences(
     count = len(shares_of_samples)
     if count < 2:
         return value, 0.0, math.inf
-    draws = np.random.default_rng(0).integers(0, count, (_DRAWS, count))
-    resampled = np.sqrt(shares_of_samples[draws].sum(1))
+    rng = np.random.default_rng(0)
+    parts = np.array_split(np.arange(_DRAWS), max(1, _DRAWS * count // _AT_ONCE))  # or many samples would fill the memory
+    sums = [shares_of_samples[rng.integers(0, count, (len(part), count))].sum(1) for part in parts]
+    resampled = np.sqrt(np.concatenate(sums))
     low, high = np.quantile(resampled, [0.025, 0.975])
     return value, float(min(low, value)), float(max(high, value))
 

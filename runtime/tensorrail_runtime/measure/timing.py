@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from tensorrail_runtime.errors import UsageError
@@ -35,9 +36,14 @@ class Timing:
     """Known values of inputs by name, cut or repeated to the shapes that are timed; other inputs are random."""
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for a batch without samples."""
+        """Raise `UsageError` for a number out of its range."""
         if self.batch < 1:
             raise UsageError(f"batch: expected 1 or more samples, got {self.batch}")
+        if self.processes < 0:
+            raise UsageError(f"processes: expected 0 or more fresh processes, got {self.processes}")
+        for name, seconds in (("seconds", self.seconds), ("warmup", self.warmup)):
+            if seconds is not None and not 0 <= seconds < math.inf:
+                raise UsageError(f"{name}: expected 0 or more seconds, got {seconds:g}")
 
     @property
     def duration(self) -> float:

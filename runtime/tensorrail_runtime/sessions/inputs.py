@@ -180,6 +180,8 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         numbers = [number.strip() for number in sizes.replace("x", ",").split(",")]
         if not name or not all(_is_size(number) for number in numbers) or not int(numbers[0]):
             raise ModelError(f"expected a shape such as name=1,3,224,224, got {text!r}")
+        if name in shapes:
+            raise ModelError(f"shape of input {name!r}: given twice")
         shapes[name] = tuple(int(number) for number in numbers)
     return shapes
 

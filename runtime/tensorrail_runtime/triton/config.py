@@ -90,6 +90,8 @@ class Serving:
         self.settings.check()
         if self.settings.cuda_graph:
             raise ModelError("CUDA graphs need inputs at fixed addresses, which Triton does not have: omit cuda_graph")
+        if self.settings.conv_search != Session.conv_search:
+            raise ModelError("how cuDNN's algorithms are searched for has no place in config.pbtxt: omit conv_search")
         if self.gpus and not self.settings.on_gpu:
             raise ModelError(
                 f"expected provider cuda or tensorrt for GPUs {list(self.gpus)}, got 'cpu': use one of them, or omit the GPUs"

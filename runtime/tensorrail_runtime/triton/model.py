@@ -162,6 +162,8 @@ def _difference(path: Path, name: str, alone: np.ndarray, batched: np.ndarray) -
         raise ModelError(f"{path}: output {name!r} is NaN on random inputs, so batching cannot be checked; {_UNBATCHED}")
     if not np.array_equal(np.isnan(alone), np.isnan(batched)):
         return float("inf")
+    if not np.array_equal(np.where(np.isinf(alone), np.sign(alone), 0), np.where(np.isinf(batched), np.sign(batched), 0)):
+        return float("inf")
     a, b = (np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0) for array in (alone, batched))
     return float(np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0))
 

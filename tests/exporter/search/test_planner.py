@@ -534,9 +534,9 @@ def test_targets_that_are_none(network, targets, reason):
 
 def test_zeros_are_added_where_that_is_faster(network, known_times, tmp_path):
     plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
-    assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 1}  # fewer MACs are less time here
+    assert fastest_blocks(network, plan, Form(block="auto", cache=tmp_path)) == {"c0": 1}  # fewer MACs are less time here
     known_times["64→30"] = 3.0
-    assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 4}
+    assert fastest_blocks(network, plan, Form(block="auto", cache=tmp_path)) == {"c0": 4}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -552,14 +552,14 @@ def test_forms_are_timed_in_the_precision_of_the_plan(precision, network, known_
     layer = LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1))
     for planned in ("fp32", "fp16", "int8"):
         plan = Plan(layers=(layer,), precision=planned)
-        assert fastest_blocks(network, plan, Form(cache=tmp_path)) == {"c0": 4 if planned == precision else 1}
+        assert fastest_blocks(network, plan, Form(block="auto", cache=tmp_path)) == {"c0": 4 if planned == precision else 1}
 
 
 def test_a_layer_that_no_block_makes_faster_is_dense_again(network, known_times, tmp_path):
     plan = Plan(layers=(LayerPlan(name="c0", format="tt", modes=(64, 9, 64), ranks=(1, 30, 30, 1)),))
-    assert fastest_blocks(network, plan, Form(cache=tmp_path, dense_if_slower=True)) == {"c0": 1}
+    assert fastest_blocks(network, plan, Form(block="auto", cache=tmp_path, dense_if_slower=True)) == {"c0": 1}
     known_times["→"] = 100.0
-    assert fastest_blocks(network, plan, Form(cache=tmp_path / "slow", dense_if_slower=True)) == {"c0": 0}
+    assert fastest_blocks(network, plan, Form(block="auto", cache=tmp_path / "slow", dense_if_slower=True)) == {"c0": 0}
     assert fastest_blocks(network, plan, Form(block=8, cache=tmp_path / "slow")) == {"c0": 8}
 
 

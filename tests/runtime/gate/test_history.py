@@ -67,6 +67,13 @@ def test_a_step_names_the_onnx_runtime_that_made_it(rng):
     assert (step.place, step.onnxruntime) == (10, "1.31.1")
 
 
+def test_what_the_inputs_are_tells_recordings_apart(small_path, tmp_path):
+    recorded = record(small_path, tmp_path / "b.json", conditions=Conditions(Timing(seconds=0.05, processes=2)))
+    assert entry_of(recorded).how == "cpu, default threads, batch 1"
+    loops = recorded.model_copy(update={"constants": {"steps": 10.0}, "states": {"h": "hn"}, "on_data": True})
+    assert entry_of(loops).how == "cpu, default threads, batch 1, steps=10.0, h from hn, on data"
+
+
 def test_models_machines_and_settings_are_not_mixed(rng):
     first = entries(noisy(rng, (1.0, 10)))
     other = entries(noisy(rng, (5.0, 10)), machine="b, 64 cores")

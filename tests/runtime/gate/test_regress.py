@@ -679,6 +679,22 @@ def test_recording_again_keeps_what_is_measured(pytester, tmp_path):
     assert record(model, out, conditions=QUICK, rules=InputRules({"s": 2.0}), again=True).batch == 1
 
 
+@pytest.mark.parametrize("given", [{"io_binding": True}, {"seed": 3}, {"warmup": 1.0}])
+def test_what_the_gate_does_in_its_own_way_is_refused(given, tmp_path):
+    with pytest.raises(UsageError, match="leave out warmup, seed and io_binding"):
+        checked(Conditions(Timing(seconds=0.05, processes=2, **given)))
+    values = Timing(seconds=0.05, processes=2, values={"x": np.zeros((1, 2), np.float32)})
+    with pytest.raises(UsageError, match="a baseline keeps no values of inputs"):
+        record(tmp_path / "m.onnx", tmp_path / "b.json", conditions=Conditions(values))
+
+
+def test_a_score_is_not_lost_when_a_baseline_is_recorded_again(small_path, tmp_path, rng):
+    data = Labelled({"x": rng.standard_normal((8, 16, 8, 8)).astype(np.float32)}, rng.integers(0, 10, 8), "top1")
+    record(small_path, tmp_path / "b.json", conditions=QUICK, data=data)
+    with pytest.raises(ModelError, match="was recorded with a score on labelled data, got no data"):
+        record(small_path, tmp_path / "b.json", conditions=QUICK, again=True)
+
+
 METRICS = """
 def named(outputs, labels):
     return (outputs["y"].argmax(1) == labels) * 1.0

@@ -2,8 +2,11 @@
 
 import numpy as np
 import onnx
+import pytest
+from conftest import make_model
 from onnx import TensorProto, helper, numpy_helper
 
+from tensorrail_runtime.graphs.constants import file_fault
 from tensorrail_runtime.graphs.reading import standardized
 
 
@@ -61,3 +64,20 @@ def test_in_bodies():
     assert standardized(model)
     for attribute in model.graph.node[0].attribute:
         assert {tensor.name for tensor in attribute.g.initializer} == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        helper.make_attribute("value_int", 1),
+        helper.make_attribute("value_string", "text"),
+    ],
+)
+def test_a_damaged_constant_is_left_to_opening_the_file(attribute, tmp_path):
+    """Attributes whose type is lost: they cannot be read, and the fault of the file is not that of a weight."""
+    nodes = [helper.make_node("Constant", [], ["one"], value_int=1), helper.make_node("Identity", ["x"], ["y"])]
+    model = make_model(nodes, {}, {"x": ["n"]}, {"y": ["n"]})
+    model.graph.node[0].attribute[0].CopyFrom(attribute)
+    model.graph.node[0].attribute[0].type = onnx.AttributeProto.INT if attribute.name == "value_string" else 0
+    onnx.save(model, tmp_path / "m.onnx")
+    assert file_fault(tmp_path / "m.onnx") == ""

@@ -339,6 +339,20 @@ def test_integers_that_share_a_scale_and_answers_of_nan_are_refused(tmp_path, re
         package(path, repository)
 
 
+def test_an_answer_that_is_infinite_beside_another_one_alone_is_refused(tmp_path, repository):
+    """The largest value of the batch scales all answers, and overflows where it is large."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Mul", ["most", "large"], ["power"]),
+        helper.make_node("Exp", ["power"], ["scale"]),
+        helper.make_node("Mul", ["x", "scale"], ["h"]),
+        helper.make_node("Abs", ["h"], ["y"]),
+    ]
+    path = save(tmp_path / "inf.onnx", nodes, {"x": ["n", 3]}, {"y": ["n", 3]}, {"large": np.float32(50)})
+    with pytest.raises(ModelError, match=r"inf\.onnx: an answer changes by inf"):
+        package(path, repository)
+
+
 def test_an_output_whose_first_axis_is_not_the_batch_is_refused(tmp_path, repository):
     weights = {"shape": np.array([-1, 1], np.int64)}
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
@@ -431,6 +445,7 @@ def test_names_stay_in_the_repository(name, small_path, tmp_path, repository):
     [
         (Serving(settings=Session(provider="tpu")), "unknown provider 'tpu'"),
         (Serving(settings=Session(provider="cuda", cuda_graph=True)), "CUDA graphs need inputs at fixed addresses"),
+        (Serving(settings=Session(provider="cuda", conv_search="heuristic")), "has no place in config.pbtxt: omit conv_search"),
         (Serving(gpus=(0,)), r"expected provider cuda or tensorrt for GPUs \[0\], got 'cpu'"),
         (Serving(instances=0), "expected 1 or more instances, got 0"),
         (Serving(delay=-1), "got a negative number"),

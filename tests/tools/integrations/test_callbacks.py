@@ -139,7 +139,7 @@ def test_a_library_that_is_missing_is_named(library, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, "lightning.pytorch" if library == "lightning" else library, None)
-    with pytest.raises(MissingExtraError, match=rf"needs {library}.*: pip install 'tensorrail\[{library}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"needs {library}.*: install the extra `{library}`, as in pip install '\.\["):
         importlib.import_module(module)
 
 

@@ -167,5 +167,5 @@ def test_olive_that_is_missing_is_named(monkeypatch):
     for name in [name for name in sys.modules if name == "olive" or name.startswith("olive.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "olive", None)
-    with pytest.raises(MissingExtraError, match=r"needs olive: pip install 'tensorrail\[olive\]'"):
+    with pytest.raises(MissingExtraError, match=r"needs olive: install the extra `olive`, as in pip install '\.\[olive\]'"):
         importlib.import_module("tensorrail.integrations.olive")

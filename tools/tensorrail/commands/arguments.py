@@ -243,7 +243,6 @@ def search_options(
         allow_slower=allow_slower,
         seconds=seconds,
         improve_seconds=search_seconds,
-        check_seconds=min(10.0, seconds),
         metric=metric,
         cache=cache,
     )

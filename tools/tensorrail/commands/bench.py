@@ -9,7 +9,7 @@ import typer
 
 from tensorrail.commands.arguments import Batch, Duration, Inputs, Json, Shape, input_options, session_options
 from tensorrail.commands.groups import Group, grouped
-from tensorrail.terminal import finish, progress_bar
+from tensorrail.terminal import finish, progress_bar, show
 
 if TYPE_CHECKING:
     from tensorrail_runtime.measure.timing import Timing
@@ -71,6 +71,7 @@ def command(
     with progress_bar() as progress:
         report = bench(models, data=data, memory=memory, options=Options(session, timing, progress=progress, inputs=inputs))
     if min_speedup is not None and report.uneven:
+        show(report.shown())  # what was measured is not lost
         raise UsageError(
             f"--min-speedup: nothing to compare: {report.uneven}; give all models the same with --batch or --shape"
         )

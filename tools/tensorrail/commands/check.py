@@ -105,6 +105,8 @@ def _limits(option: str, texts: list[str] | None) -> dict[str, float]:
     limits = {}
     for text in texts or []:
         name, _, value = text.rpartition("=")
+        if name in limits:
+            raise UsageError(f"{option}: given twice for {f'output {name}' if name else 'all outputs'}")
         try:
             limits[name] = float(value)
         except ValueError:

@@ -28,6 +28,10 @@ _OF_THE_SEARCH = ("format", "grid", "keep", "joint", "heads", "allow_slower", "s
 """Options that say how a plan is searched for: without effect where one is given."""
 
 
+_OF_INPUTS = ("fit", "samples", "min_agreement", "max_difference", "metric", "search_seconds")
+"""Options without effect where there are no calibration inputs."""
+
+
 @grouped
 def command(
     context: typer.Context,
@@ -107,9 +111,8 @@ def command(
         walks = front is not None
         options = Options(session, timing, searched, Fit(fit, samples), guard, progress, inputs, precision, walks, contrib)
         report = compress(model, out, plan or targets, calibration=calibration, data=data, options=options)
-    if front is not None:
-        write_front(report, front)
-    finish(report, json, report.meets and report.faster and report.accepted and not report.not_reduced)
+    holds = report.meets and report.faster and report.accepted and not report.not_reduced
+    finish(report, json, holds, also=lambda: None if front is None else write_front(report, front))
 
 
 def _check_given(context: typer.Context, plan: Path | None, calibration: Path | None, *, has_target: bool) -> None:
@@ -130,7 +133,7 @@ def _check_given(context: typer.Context, plan: Path | None, calibration: Path | 
             raise UsageError(
                 f"--{name.replace('_', '-')} is for the search of a plan and has no effect with --plan: leave it out"
             )
-    for name in ("fit", "samples", "min_agreement", "max_difference", "metric") if calibration is None else ():
+    for name in _OF_INPUTS if calibration is None else ():
         if name in given and context.params[name]:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is about calibration inputs and has no effect without them: give --calibration")

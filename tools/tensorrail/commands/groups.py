@@ -65,6 +65,7 @@ def _require_no_loss(given: Mapping[str, Any]) -> None:  # Any: the values of th
     from tensorrail.front import front_files
     from tensorrail.inputs import require_writable
     from tensorrail_runtime.errors import UsageError
+    from tensorrail_runtime.records import is_stream
 
     written = [(name, file) for name, path in named for file in (front_files(path) if name == "front" else (path,))]
     others = [value for name, value in given.items() if name not in _WRITTEN]
@@ -72,13 +73,9 @@ def _require_no_loss(given: Mapping[str, Any]) -> None:  # Any: the values of th
     known: dict[Path, str] = {}
     for name, path in written:
         option = f"--{name.replace('_', '-')}"
-        if (other := known.setdefault(path.resolve(), option)) != option and not _is_stream(path):
+        if (other := known.setdefault(path.resolve(), option)) != option and not is_stream(path):
             raise UsageError(f"{other} and {option} write the same file, {path}: give each a file of its own")
         require_writable(path, *(value for value in read if isinstance(value, Path)), given.get("model"))
-
-
-def _is_stream(path: Path) -> bool:
-    return path.exists() and not path.is_file()
 
 
 def _require_number(option: str, value: object) -> None:

@@ -248,8 +248,7 @@ def check(
             )
         else:
             verdict = regress.check(baseline, model, limits=limits, data=as_labelled(data, metric), options=options)
-    written.save(verdict)
-    finish(verdict, json, verdict.holds)
+    finish(verdict, json, verdict.holds, also=lambda: written.save(verdict))
 
 
 @app.command()

@@ -126,12 +126,15 @@ class TensorrailCompress(Pass):  # type: ignore[misc] # Olive publishes no types
             )
         except TensorrailError as error:
             raise OlivePassError(str(error)) from None
-        if not (report.meets and report.accepted):
+        if not (report.meets and report.accepted and report.faster):
             for file in folder.glob(f"{_MODEL}*"):  # with its external data
                 file.unlink()
             reached = (f"{name}={value:g}, got {getattr(report.ratios, name):.2f}" for name, value in report.targets.items())
             refused = "" if report.aside is None else report.guard.refusal(report.aside)
-            raise OlivePassError(refused or f"target not reached: expected {'; '.join(reached)}")
+            missed = f"target not reached: expected {'; '.join(reached)}"
+            low = report.ratios.latency_low
+            slow = f"not measured to be faster: the interval of the speed-up begins at {low:.2f}×"
+            raise OlivePassError(refused or (slow if report.meets and report.accepted else missed))
         write_text(folder / _REPORT, report.model_dump_json(indent=1) + "\n")
         return ONNXModelHandler(
             model_path=str(folder),
@@ -169,7 +172,7 @@ def _options(config: Any, provider: str) -> tr.Options:
         session=tr.Session(provider=provider, threads=config.threads),
         timing=tr.Timing(**_given({"seconds": config.duration})),
         search=tr.Search(**_given(search)),
-        fit=tr.Fit(seconds=config.fit, samples=config.samples),
+        fit=tr.Fit(seconds=config.fit, samples=config.samples if config.data_config else None),
         guard=tr.Guard(**given) if (given := _given(limits)) else None,
         precision=config.precision,
     )

@@ -65,7 +65,7 @@ def export(
 
     options = options or Options()
     require_writable(out, model, plan, cores)
-    form = form or Form(block=1)
+    form = form or Form()
     graph = with_known_axes(as_graph(model), form.batch, form.shapes)  # an attention is written only if its mask's are known
     if not options.contrib:
         graph = with_known_axes(without_contrib(graph, options.progress), form.batch, form.shapes)

@@ -91,8 +91,13 @@ async def compare(
     handle: DeploymentHandle[Any], seconds: float, feed: Feed, served: Mapping[str, np.ndarray]
 ) -> Sequence[Difference]:
     """Return the differences between served outputs and those of a shadow replica; times out after `seconds`."""
-    async with asyncio.timeout(seconds):
-        differences: list[Difference] = await handle.compare.remote(dict(feed), dict(served))
+    response = handle.compare.remote(dict(feed), dict(served))
+    try:
+        async with asyncio.timeout(seconds):
+            differences: list[Difference] = await response
+    except (TimeoutError, asyncio.CancelledError):
+        response.cancel()  # or it would still run, before newer ones
+        raise
     return differences
 
 
