@@ -214,6 +214,14 @@ def test_a_torch_module_can_be_planned(folder):
         ),
         (("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int4"), "also: expected fp16 or int8"),
         (
+            ("plan", "dense.onnx", "--target", "flops=2", "--search-seconds", "9"),
+            "--search-seconds is about calibration inputs",
+        ),
+        (
+            ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--search-seconds", "9"),
+            "--search-seconds is about calibration inputs",
+        ),
+        (
             ("compress", "dense.onnx", "-o", "o.onnx", "--target", "flops=2", "--also", "int8"),
             "int8 needs typical inputs for the ranges",
         ),

@@ -165,6 +165,12 @@ def timing_options(batch: Batch = 1, shape: Shape = None, duration: Duration = 1
     return Timing(batch, parse_shapes(shape or []), duration)
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """Return the names of the options that were given, not left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def search_options(
     max_loss: Annotated[
         float | None,

@@ -15,6 +15,7 @@ from tensorrail.commands.arguments import (
     Json,
     Precision,
     Target,
+    given_options,
     input_options,
     read_targets,
     search_options,
@@ -126,8 +127,7 @@ def _check_given(context: typer.Context, plan: Path | None, calibration: Path | 
             "expected either --target latency=2.0 (or flops, params, bytes), --plan plan.json, or --calibration for the "
             "fastest model that agrees with the dense one"
         )
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    given = given_options(context)
     for name in _OF_THE_SEARCH if plan is not None else ():
         if name in given:
             raise UsageError(

@@ -12,6 +12,7 @@ from tensorrail.commands.arguments import (
     Json,
     Precision,
     Target,
+    given_options,
     input_options,
     read_targets,
     search_options,
@@ -24,6 +25,7 @@ from tensorrail.terminal import finish, progress_bar
 
 @grouped
 def command(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL.onnx | module:factory", help="A dense graph, or a function that returns a torch module."),
@@ -47,8 +49,11 @@ def command(
     from tensorrail.modules import load_network
     from tensorrail.options import Fit, Options
     from tensorrail.verbs.plan import plan
+    from tensorrail_runtime.errors import UsageError
 
     targets = read_targets(target)
+    if calibration is None and search.improve_seconds and "search_seconds" in given_options(context):
+        raise UsageError("--search-seconds is about calibration inputs and has no effect without them: give --calibration")
     search.check(targets)
     network, timing = load_network(model, timing)
     if not isinstance(network, Path) and search.joint is None:
