@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tensorrail_exporter.graphs.io import export_graph
+from tensorrail_exporter.rewrite.negligible import without_negligible
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan
 from tensorrail_runtime.errors import GraphError
 
@@ -57,7 +58,8 @@ def add_bias(layer: ResolvedLayer, bias: np.ndarray) -> gs.Node:
     scale = bias_scale(node)
     has_bias = index < len(node.inputs) and isinstance(node.inputs[index], gs.Constant)
     before = np.asarray(node.inputs[index].values, np.float64) if has_bias else 0.0
-    constant = gs.Constant(site.names.unique(f"{name}/bias"), (before + scale * bias).astype(layer.dtype))
+    added = without_negligible((before + scale * bias).astype(layer.dtype))
+    constant = gs.Constant(site.names.unique(f"{name}/bias"), added)
     if index < len(node.inputs):
         node.inputs[index] = constant
     else:

@@ -20,6 +20,7 @@ from tensorrail_exporter.plans.padding import pad_ranks
 from tensorrail_exporter.plans.plan import LayerPlan, Plan
 from tensorrail_exporter.rewrite.channels import channels_of
 from tensorrail_exporter.rewrite.narrowed_heads import NarrowedHeads, heads_table
+from tensorrail_exporter.rewrite.negligible import without_negligible
 from tensorrail_exporter.rewrite.resolve import ResolvedLayer, ResolvedPlan, resolve
 from tensorrail_exporter.rewrite.rules.emit import Site
 from tensorrail_exporter.rewrite.rules.scan import holds_scan, why_no_scan
@@ -280,7 +281,8 @@ def with_weights(resolved: ResolvedPlan, weights: Mapping[str, np.ndarray]) -> o
     for name, weight in weights.items():
         layer = work.layers[name]
         for site in layer.sites:
-            layer.rule.replace_weight(site.node, weight.astype(layer.dtype), site.names.unique(f"{name}/dense"))
+            stored = without_negligible(weight.astype(layer.dtype))
+            layer.rule.replace_weight(site.node, stored, site.names.unique(f"{name}/dense"))
     return export_graph(work.graph, work.model)
 
 

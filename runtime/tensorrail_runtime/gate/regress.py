@@ -435,6 +435,8 @@ def _reference(
 def _require_recorded(recorded: Baseline, conditions: Conditions, rules: InputRules | None) -> None:
     """Raise `ModelError` for options that are neither the defaults nor the recorded ones."""
     timing, settings = conditions.timing, conditions.settings
+    if timing.values:
+        raise UsageError(f"the baseline of {recorded.model} keeps no values of inputs: leave them out, or give data")
     if not settings.is_plain:
         raise UsageError(f"the baseline of {recorded.model}: {_SETTINGS}")
     recorded.require(

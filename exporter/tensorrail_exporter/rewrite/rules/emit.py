@@ -11,6 +11,7 @@ from onnx import TensorProto
 
 from tensorrail_exporter.formats.contraction import Conv, Gather, GatherMatMul, MatMul, Reshape, SplitIndex, Step
 from tensorrail_exporter.graphs.names import free_name
+from tensorrail_exporter.rewrite.negligible import without_negligible
 from tensorrail_runtime.errors import GraphError
 
 _MOD = 10  # the opset from which there is Mod
@@ -205,7 +206,7 @@ def _stored(layer: str, weight: object, dtype: np.dtype) -> np.ndarray:
         raise GraphError(
             f"layer {layer}: its cores hold values that are too large for {stored.dtype}; scale them, or keep the layer dense"
         )
-    return stored
+    return without_negligible(stored)
 
 
 def _cores(cores: tuple[int, ...]) -> str:

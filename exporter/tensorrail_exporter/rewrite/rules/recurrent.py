@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from tensorrail_exporter.formats.contraction import LayerSpec, Step, split_at_boundary
 from tensorrail_exporter.graphs.fold import is_standard
+from tensorrail_exporter.rewrite.negligible import without_negligible
 from tensorrail_exporter.rewrite.rules import scan
 from tensorrail_exporter.rewrite.rules.emit import Site
 
@@ -81,7 +82,8 @@ def rewrite(site: Site, steps: tuple[Step, ...], layer: str) -> None:
         projected = turned
     if matrix is not None:
         node.inputs[0] = projected
-        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", as_onnx(node, np.asarray(matrix).astype(dtype)))
+        weight = without_negligible(np.asarray(matrix).astype(dtype))
+        node.inputs[1] = site.constant(f"{layer}/{'+'.join(map(str, cores))}", as_onnx(node, weight))
     elif site.gates:
         node.inputs[0] = projected
         node.inputs[1] = gs.Variable.empty()

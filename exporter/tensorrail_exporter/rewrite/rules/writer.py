@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from tensorrail_exporter.rewrite.negligible import without_negligible
 from tensorrail_exporter.rewrite.rules.emit import Site
 
 
@@ -31,7 +32,7 @@ class Writer:
 
     def constant(self, what: str, values: np.ndarray) -> gs.Constant:
         """Return a constant of the layer's type."""
-        return self.site.constant(f"{self.layer}/{what}", values.astype(self.dtype))
+        return self.site.constant(f"{self.layer}/{what}", without_negligible(values.astype(self.dtype)))
 
     def integers(self, what: str, values: Sequence[int] | np.ndarray) -> gs.Constant:
         """Return a constant of integers."""
