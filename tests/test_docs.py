@@ -145,7 +145,8 @@ def run_command(words: list[str], monkeypatch) -> int:
     """Return the exit code of one line of a page."""
     assert words[0] == "tensorrail", f"{shlex.join(words)}: only tensorrail runs here; mark the block as not run, and why"
     more = QUICK.get(words[1], ())
-    options = [word for pair in zip(more[::2], more[1::2], strict=True) if pair[0] not in words for word in pair]
+    known = {*words, *(() if "--calibration" in words else ("--search-seconds", "--fit"))}  # those have no effect without
+    options = [word for pair in zip(more[::2], more[1::2], strict=True) if pair[0] not in known for word in pair]
     # What this machine reaches with layers timed for a second is not the page's business: where no model comes of it, the
     # lines that go on with it would fail.
     asked = [re.sub(r"^latency=[\d.]+$", "latency=1.05", word) for word in words]
