@@ -261,7 +261,10 @@ def timed_in_turns(before: _Side, after: _Side, precision: float | None) -> tupl
 
 
 def _providers(settings: Session) -> list[tuple[str, dict[str, str]]]:
-    """Return the providers with their options, as `open_session` gives them: CUDA runs what TensorRT does not take."""
+    """Return the providers, in which CUDA runs what TensorRT does not take, as in `open_session`.
+
+    Of the options TF32 alone is set: another version of ONNX Runtime may not know the newer ones.
+    """
     cuda = (PROVIDERS["cuda"], {"use_tf32": "0"})
     return {"cuda": [cuda], "tensorrt": [(PROVIDERS["tensorrt"], {}), cuda]}.get(settings.provider, [(PROVIDERS["cpu"], {})])
 
